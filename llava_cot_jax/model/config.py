@@ -1,0 +1,439 @@
+"""The configuration of a Llama-3.2-Vision model: what a published config.json says, checked.
+
+Field names are those of the Hugging Face config.json, so that a reader finds them there. Fields of
+that file which change no number (``use_cache``, ``length_penalty`` and their like) are not kept;
+settings that this implementation does not have (another activation, tied embeddings, dropout) are
+refused by name rather than ignored.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from llava_cot_jax.errors import UserError
+
+Convention = Literal["meta", "transformers_4", "transformers_5"]
+"""Which of three implementations the weights were trained with.
+
+==================  =======================  ==================================================
+convention          a vision tap is          a text row that sees no image
+==================  =======================  ==================================================
+``meta``            the block's input        gets nothing from a cross layer
+``transformers_4``  the block's input        attends to every vision token; its MLP gets nothing
+``transformers_5``  the block's output       as ``transformers_4``
+==================  =======================  ==================================================
+
+``meta`` is Meta's llama-models, with which the released weights were trained; ``transformers_4``
+is transformers 4.45 to 4.54, with which LLaVA-CoT's were tuned; ``transformers_5`` is transformers
+4.56 and later.
+"""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PUBLISHED_ASPECT_RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the RoPE wavelengths beyond the context it was trained on.
+
+    Attributes:
+        factor: how much longer the longest wavelengths become.
+        low_freq_factor: wavelengths above ``original_max_position_embeddings`` over this are
+            stretched fully.
+        high_freq_factor: wavelengths below ``original_max_position_embeddings`` over this are kept.
+        original_max_position_embeddings: the context of the first training, in tokens.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"rope high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor ({self.low_freq_factor})"
+            )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower. The defaults are those of both published Instruct models.
+
+    Attributes:
+        hidden_size: width of the tower.
+        intermediate_size: width of its MLPs.
+        attention_heads: heads of every block.
+        num_hidden_layers: local blocks.
+        num_global_layers: gated blocks that follow them.
+        num_channels: colour channels.
+        image_size: side of a tile, in pixels.
+        patch_size: side of a patch, in pixels.
+        max_num_tiles: tiles an image is cut into at most; every image takes room for so many.
+        intermediate_layers_indices: the local blocks that are tapped for features.
+        supported_aspect_ratios: canvases (tiles high, tiles wide); an aspect id is an index + 1.
+        norm_eps: epsilon of the blocks' LayerNorms.
+        initializer_range: standard deviation of a random initialisation.
+        image_mean: mean of each channel, of values in 0..1, for uint8 tiles.
+        image_std: standard deviation of each channel, likewise.
+    """
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    attention_heads: int = 16
+    num_hidden_layers: int = 32
+    num_global_layers: int = 8
+    num_channels: int = 3
+    image_size: int = 560
+    patch_size: int = 14
+    max_num_tiles: int = 4
+    intermediate_layers_indices: tuple[int, ...] = (3, 7, 15, 23, 30)
+    supported_aspect_ratios: tuple[tuple[int, int], ...] = PUBLISHED_ASPECT_RATIOS
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        positive = ("hidden_size", "intermediate_size", "attention_heads", "num_hidden_layers", "num_channels")
+        _require_positive(self, "vision", *positive, "image_size", "patch_size", "max_num_tiles")
+        if self.num_global_layers < 0:
+            raise UserError(f"vision num_global_layers must not be negative, got {self.num_global_layers}")
+        _require_multiple("vision hidden_size", self.hidden_size, "attention_heads", self.attention_heads)
+        _require_multiple("vision image_size", self.image_size, "patch_size", self.patch_size)
+        for tap in self.intermediate_layers_indices:
+            if not 0 <= tap < self.num_hidden_layers:
+                raise UserError(
+                    f"vision intermediate_layers_indices: tap {tap} is out of range for "
+                    f"{self.num_hidden_layers} layers (0 to {self.num_hidden_layers - 1})"
+                )
+        if not self.supported_aspect_ratios:
+            raise UserError("vision supported_aspect_ratios is empty")
+        for height, width in self.supported_aspect_ratios:
+            if min(height, width) < 1 or height * width > self.max_num_tiles:
+                raise UserError(
+                    f"vision supported_aspect_ratios: {height} x {width} tiles do not fit max_num_tiles = "
+                    f"{self.max_num_tiles}"
+                )
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != self.num_channels:
+                raise UserError(f"vision {name} has {len(getattr(self, name))} values for {self.num_channels} channels")
+        if min(self.image_std) <= 0:
+            raise UserError(f"vision image_std must be positive, got {self.image_std}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.attention_heads
+
+    @property
+    def patches(self) -> int:
+        """Patches of a tile."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a tile: its patches and the class token."""
+        return self.patches + 1
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that cross-attention sees of one image, its unused tiles counted."""
+        return self.max_num_tiles * self.tile_tokens
+
+    @property
+    def output_size(self) -> int:
+        """Features of a vision token: the last block's, then every tap's (``vision_output_dim``)."""
+        return self.hidden_size * (1 + len(self.intermediate_layers_indices))
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model. The defaults are those of the 11B.
+
+    Attributes:
+        vocab_size: rows of lm_head; the embedding has ``EXTRA_EMBEDDINGS`` more.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLPs.
+        num_hidden_layers: self- and cross-attention layers together.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads; each serves a group of query heads.
+        cross_attention_layers: which layers attend to the image, ascending.
+        rms_norm_eps: epsilon of every RMSNorm.
+        rope_theta: base of the RoPE wavelengths.
+        rope_scaling: Llama 3's stretching of them, or None.
+        max_position_embeddings: the longest context, in tokens.
+        initializer_range: standard deviation of a random initialisation.
+        bos_token_id: the token a text begins with.
+        eos_token_ids: the tokens that end an answer.
+        pad_token_id: the token that fills a row.
+    """
+
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    cross_attention_layers: tuple[int, ...] = (3, 8, 13, 18, 23, 28, 33, 38)
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = RopeScaling()
+    max_position_embeddings: int = 131072
+    initializer_range: float = 0.02
+    bos_token_id: int = 128000
+    eos_token_ids: tuple[int, ...] = (128001, 128008, 128009)
+    pad_token_id: int = 128004
+
+    def __post_init__(self) -> None:
+        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        _require_positive(self, "text", *positive, "num_key_value_heads", "max_position_embeddings")
+        _require_multiple("text hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        _require_multiple(
+            "text num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
+        )
+        if self.head_dim % 2:
+            raise UserError(f"text head_dim must be even for RoPE, got {self.head_dim}")
+        if list(self.cross_attention_layers) != sorted(set(self.cross_attention_layers)):
+            raise UserError(f"text cross_attention_layers must ascend, got {list(self.cross_attention_layers)}")
+        for layer in self.cross_attention_layers:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise UserError(
+                    f"text cross_attention_layers: {layer} is out of range for {self.num_hidden_layers} layers"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a key and value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def is_cross(self) -> tuple[bool, ...]:
+        """For each layer, whether it attends to the image."""
+        return tuple(i in self.cross_attention_layers for i in range(self.num_hidden_layers))
+
+    @property
+    def period(self) -> int:
+        """The smallest divisor of the layer count at which the pattern of cross layers repeats.
+
+        5 in the published models; the layer count itself where the pattern does not repeat.
+        """
+        kinds, n = self.is_cross, self.num_hidden_layers
+        return next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
+
+
+EXTRA_EMBEDDINGS = 8
+"""Rows that the embedding table has beyond the vocabulary; the first is ``<|image|>``."""
+
+
+@dataclass(frozen=True)
+class MllamaConfig:
+    """Llama-3.2-Vision: vision tower, language model, and how the two are joined.
+
+    Attributes:
+        vision: the vision tower.
+        text: the language model.
+        image_token_index: the token that stands for an image in a prompt.
+        convention: the implementation that the weights were trained with.
+
+    Raises:
+        UserError: a field contradicts another, or is out of range.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    image_token_index: int = 128256
+    convention: Convention = "meta"
+
+    def __post_init__(self) -> None:
+        if self.convention not in get_args(Convention):
+            raise UserError(f"unknown convention {self.convention!r}; one of {', '.join(get_args(Convention))}")
+        embeddings = self.text.vocab_size + EXTRA_EMBEDDINGS
+        if not 0 <= self.image_token_index < embeddings:
+            raise UserError(f"image_token_index {self.image_token_index} is beyond the {embeddings} embeddings")
+
+    @classmethod
+    def llama32_11b(cls) -> Self:
+        """Llama-3.2-11B-Vision-Instruct (10,670,220,835 parameters)."""
+        return cls()
+
+    @classmethod
+    def llama32_90b(cls) -> Self:
+        """Llama-3.2-90B-Vision-Instruct (88,593,355,323 parameters)."""
+        text = TextConfig(
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=100,
+            num_attention_heads=64,
+            cross_attention_layers=tuple(range(3, 100, 5)),
+        )
+        return cls(text=text)
+
+    @property
+    def vision_taps(self) -> tuple[int, ...]:
+        """Which states of the local blocks are features: i is the input of block i."""
+        offset = 1 if self.convention == "transformers_5" else 0
+        return tuple(tap + offset for tap in self.vision.intermediate_layers_indices)
+
+    def for_transformers(self) -> Self:
+        """This configuration with the taps that make transformers 4.56 and later see the same features.
+
+        There a tap is the block's output, so each index is lowered by one; the result's convention
+        is ``transformers_5``. Under ``meta`` the rows that see no image still differ.
+
+        Raises:
+            UserError: block 0 is tapped at its input, which transformers cannot express.
+        """
+        if self.convention == "transformers_5":
+            return self
+        taps = tuple(tap - 1 for tap in self.vision.intermediate_layers_indices)
+        if taps and min(taps) < 0:
+            raise UserError("a tap at the input of vision block 0 cannot be expressed in transformers 4.56 and later")
+        vision = replace(self.vision, intermediate_layers_indices=taps)
+        return replace(self, vision=vision, convention="transformers_5")
+
+    @classmethod
+    def from_dict(cls, published: Mapping[str, Any]) -> Self:
+        """Read the object in a Hugging Face config.json, of transformers 4 or 5.
+
+        Raises:
+            UserError: another model's, a missing key, or a setting that this implementation lacks.
+        """
+        if published.get("model_type") != "mllama":
+            raise UserError(f"config.json is of a {published.get('model_type')!r} model, not of 'mllama'")
+        return cls(
+            vision=_read_vision(_section(published, "vision_config")),
+            text=_read_text(_section(published, "text_config")),
+            image_token_index=published.get("image_token_index", published.get("image_token_id", 128256)),
+            convention=published.get("convention", "meta"),
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read ``folder``'s config.json and, where there is one, the pixel statistics of its preprocessor_config.json.
+
+        Raises:
+            UserError: no such file, no JSON, or anything that ``from_dict`` refuses.
+        """
+        config = cls.from_dict(_read_json(Path(folder) / "config.json"))
+        preprocessor = Path(folder) / "preprocessor_config.json"
+        if not preprocessor.exists():
+            return config
+        pixels = {k: tuple(v) for k, v in _read_json(preprocessor).items() if k in ("image_mean", "image_std")}
+        return replace(config, vision=replace(config.vision, **pixels))
+
+    def to_dict(self, dtype: str) -> dict[str, Any]:
+        """The object of a config.json in the published form, readable by transformers 4.45 and later.
+
+        Args:
+            dtype: name of the weights' dtype, e.g. ``"bfloat16"``.
+        """
+        vision, text = self.vision, self.text
+        return {
+            "architectures": ["MllamaForConditionalGeneration"],
+            "model_type": "mllama",
+            "torch_dtype": dtype,
+            "convention": self.convention,
+            "image_token_index": self.image_token_index,
+            "vision_config": {
+                "model_type": "mllama_vision_model",
+                "hidden_act": "gelu",
+                **{name: _plain(getattr(vision, name)) for name in _VISION_FIELDS},
+                "vision_output_dim": vision.output_size,
+            },
+            "text_config": {
+                "model_type": "mllama_text_model",
+                "hidden_act": "silu",
+                "tie_word_embeddings": False,
+                **{name: _plain(getattr(text, name)) for name in _TEXT_FIELDS},
+                "eos_token_id": _plain(text.eos_token_ids) if len(text.eos_token_ids) != 1 else text.eos_token_ids[0],
+                "rope_theta": text.rope_theta,
+                "rope_scaling": {"rope_type": "llama3", **vars(text.rope_scaling)} if text.rope_scaling else None,
+            },
+        }
+
+
+_VISION_FIELDS = tuple(VisionConfig.__dataclass_fields__)
+_SPELT_OTHERWISE = ("rope_theta", "rope_scaling", "eos_token_ids")
+_TEXT_FIELDS = tuple(name for name in TextConfig.__dataclass_fields__ if name not in _SPELT_OTHERWISE)
+
+
+def _read_vision(section: Mapping[str, Any]) -> VisionConfig:
+    _require_setting(section, "vision_config", "hidden_act", "gelu")
+    config = VisionConfig(**{name: _frozen(section[name]) for name in _VISION_FIELDS if section.get(name) is not None})
+    if section.get("vision_output_dim", config.output_size) != config.output_size:
+        raise UserError(
+            f"vision_config: vision_output_dim is {section['vision_output_dim']}, but hidden_size and "
+            f"{len(config.intermediate_layers_indices)} taps make {config.output_size}"
+        )
+    return config
+
+
+def _read_text(section: Mapping[str, Any]) -> TextConfig:
+    _require_setting(section, "text_config", "hidden_act", "silu")
+    _require_setting(section, "text_config", "tie_word_embeddings", False)
+    _require_setting(section, "text_config", "dropout", 0)
+    fields = {name: _frozen(section[name]) for name in _TEXT_FIELDS if section.get(name) is not None}
+    if (eos := section.get("eos_token_id")) is not None:
+        fields["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+    # transformers 4 writes rope_theta beside rope_scaling, transformers 5 both into rope_parameters.
+    rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", section.get("rope_theta"))
+    return TextConfig(**fields, **({} if theta is None else {"rope_theta": theta}), rope_scaling=_read_rope(rope))
+
+
+def _read_rope(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UserError(f"text_config: rope type {kind!r} is not supported; 'llama3' or 'default' is")
+    try:
+        return RopeScaling(**{name: rope[name] for name in RopeScaling.__dataclass_fields__})
+    except KeyError as missing:
+        raise UserError(f"text_config: the rope settings lack {missing}") from None
+
+
+def _section(published: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if not isinstance(published.get(name), Mapping):
+        raise UserError(f"config.json has no {name}")
+    return published[name]
+
+
+def _require_setting(section: Mapping[str, Any], where: str, name: str, only: object) -> None:
+    if section.get(name, only) != only:
+        raise UserError(f"{where}: {name} = {section[name]!r} is not supported; only {only!r} is")
+
+
+def _require_positive(config: object, kind: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{kind} {name} must be positive, got {getattr(config, name)}")
+
+
+def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor:
+        raise UserError(f"{name} ({value}) is not divisible by {divisor_name} ({divisor})")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise UserError(f"{path} is not JSON: {fault}") from None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

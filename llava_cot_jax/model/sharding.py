@@ -1,0 +1,116 @@
+"""Where arrays live: mesh axes, logical axes, and the table that maps one to the other.
+
+A mesh has three axes. ``data`` repeats the model, ``fsdp`` cuts parameters and batch alike,
+``tensor`` cuts heads, MLP widths and the vocabulary. Parameters name their logical axes in
+``parameters.py``; activations name theirs at ``constrain``.
+"""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import ContextManager
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, use_abstract_mesh
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.parameters import Parameter, parameters
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "table": ("fsdp", "tensor"),  # the embedding's width: its rows, 128264, divide by no large power of 2
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of ``data`` x ``fsdp`` x ``tensor`` devices, the first of those there are unless given.
+
+    Raises:
+        UserError: an axis below 1, or fewer devices than the mesh takes.
+    """
+    shape = (data, fsdp, tensor)
+    if min(shape) < 1:
+        raise UserError(f"a mesh axis must be at least 1, got data={data}, fsdp={fsdp}, tensor={tensor}")
+    available = list(jax.devices() if devices is None else devices)
+    count = int(np.prod(shape))
+    if count > len(available):
+        raise UserError(
+            f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} takes {count} devices; there are {len(available)}"
+        )
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=available[:count])
+
+
+def partition(axes: Iterable[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes.
+
+    Raises:
+        ValueError: an unknown logical axis, or two that would use one mesh axis.
+    """
+    entries = [() if axis is None else RULES[axis] for axis in axes]
+    used = [mesh_axis for entry in entries for mesh_axis in entry]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {tuple(axes)} map to one mesh axis twice")
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
+def parameter_sharding(parameter: Parameter, mesh: Mesh) -> NamedSharding:
+    """How ``mesh`` holds ``parameter``.
+
+    Raises:
+        UserError: the mesh does not divide it.
+    """
+    for size, axis in zip(parameter.shape, parameter.axes, strict=True):
+        mesh_axes = RULES[axis] if axis else ()
+        pieces = int(np.prod([mesh.shape[m] for m in mesh_axes]))
+        if size % pieces:
+            raise UserError(
+                f"the mesh does not divide {parameter.tensors[0]} {list(parameter.tensor_shape)}: "
+                f"{size} into {pieces} pieces ({' x '.join(f'{m}={mesh.shape[m]}' for m in mesh_axes)})"
+            )
+    return NamedSharding(mesh, partition(parameter.axes))
+
+
+def check_mesh(config: MllamaConfig, mesh: Mesh) -> None:
+    """Whether ``mesh`` can hold a model of ``config``.
+
+    Raises:
+        UserError: it cuts an attention head, or does not divide a parameter.
+    """
+    tensor = mesh.shape["tensor"]
+    heads = {"text key and value": config.text.num_key_value_heads, "vision": config.vision.attention_heads}
+    for kind, count in heads.items():
+        if count % tensor:
+            raise UserError(f"the mesh does not divide the {count} {kind} heads: tensor={tensor}")
+    for parameter in parameters(config, "unrolled").values():
+        parameter_sharding(parameter, mesh)
+
+
+def on_mesh(mesh: Mesh | None) -> ContextManager[None]:
+    """The context in which a traced function's ``constrain`` refers to ``mesh``."""
+    return contextlib.nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lay ``x`` out by the logical name of each of its axes, on the mesh of ``on_mesh``.
+
+    An axis that the mesh does not divide (a batch of one question, say) is left whole on every
+    device. Without a mesh this is the identity.
+    """
+    mesh = get_abstract_mesh()
+    if mesh.empty:
+        return x
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    whole = [
+        None if axis is None or size % int(np.prod([sizes[m] for m in RULES[axis]])) else axis
+        for size, axis in zip(x.shape, axes, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, partition(whole))
