@@ -325,7 +325,9 @@ class MllamaConfig:
         preprocessor = Path(folder) / "preprocessor_config.json"
         if not preprocessor.exists():
             return config
-        pixels = {k: tuple(v) for k, v in _read_json(preprocessor).items() if k in ("image_mean", "image_std")}
+        pixels: dict[str, Any] = {
+            k: tuple(v) for k, v in _read_json(preprocessor).items() if k in ("image_mean", "image_std")
+        }
         return replace(config, vision=replace(config.vision, **pixels))
 
     def to_dict(self, dtype: str) -> dict[str, Any]:

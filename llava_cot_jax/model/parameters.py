@@ -58,11 +58,12 @@ class Parameter:
     def size(self) -> int:
         return math.prod(self.shape)
 
-    def initialize(self, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """A fresh array [shape] of ``dtype``."""
-        if self.initializer == "normal":
-            return (self.std * jax.random.normal(key, self.shape, jnp.float32)).astype(dtype)
-        return jnp.full(self.shape, {"zeros": 0.0, "ones": 1.0, "gate": GATE}[self.initializer], dtype)
+
+def initialize(shape: tuple[int, ...], initializer: Initializer, std: float, key: jax.Array, dtype: Any) -> jax.Array:
+    """A fresh tensor [shape] of ``dtype``."""
+    if initializer == "normal":
+        return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return jnp.full(shape, {"zeros": 0.0, "ones": 1.0, "gate": GATE}[initializer], dtype)
 
 
 def parameters(config: MllamaConfig, layout: Layout) -> dict[str, Parameter]:

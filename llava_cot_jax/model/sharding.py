@@ -7,7 +7,6 @@ A mesh has three axes. ``data`` repeats the model, ``fsdp`` cuts parameters and 
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from typing import ContextManager
 
 import jax
 import numpy as np
@@ -94,7 +93,7 @@ def check_mesh(config: MllamaConfig, mesh: Mesh) -> None:
         parameter_sharding(parameter, mesh)
 
 
-def on_mesh(mesh: Mesh | None) -> ContextManager[None]:
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     """The context in which a traced function's ``constrain`` refers to ``mesh``."""
     return contextlib.nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh)
 

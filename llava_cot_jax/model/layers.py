@@ -1,0 +1,122 @@
+"""What both halves of the model are made of: projections, norms, rotations, attention, checkpointing.
+
+Weights are oriented [out, in], as published. Norms, rotations and softmax work in float32 and
+give back the dtype of their input.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llava_cot_jax.model.config import TextConfig
+
+Weights = Mapping[str, Any]
+"""The parameters of a module: a nest of dicts that ends in arrays, named as published."""
+
+Checkpointing = Literal["none", "dots", "full"]
+"""What the backward pass finds saved of a layer: everything, its matrix products, or its input alone."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checkpointed(layer: Callable[P, R], checkpointing: Checkpointing) -> Callable[P, R]:
+    """``layer`` with activation checkpointing."""
+    if checkpointing == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    saved = policies.nothing_saveable if checkpointing == "full" else policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(layer, policy=saved)
+
+
+def is_stacked(layers: Weights) -> bool:
+    """Whether the arrays of these layers carry a leading ``layers`` axis."""
+    return layers["0"]["input_layernorm"]["weight"].ndim == 2
+
+
+def linear(x: jax.Array, w: Weights) -> jax.Array:
+    """x [..., in] through ``weight`` [out, in] and, where there is one, ``bias`` [out]."""
+    y = jnp.einsum("...i,oi->...o", x, w["weight"])
+    return y + w["bias"] if "bias" in w else y
+
+
+def rms_norm(x: jax.Array, w: Weights, eps: float) -> jax.Array:
+    """RMSNorm over the last axis; scaled after the cast back, as the reference does."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return w["weight"] * y.astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, w: Weights, eps: float) -> jax.Array:
+    """LayerNorm over the last axis."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * w["weight"].astype(jnp.float32) + w["bias"].astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(config: TextConfig) -> np.ndarray:
+    """Angle per position of each pair of a head, float32 [head_dim / 2], in radians.
+
+    With ``rope_scaling``, wavelengths beyond the first training's context are stretched by
+    ``factor``, short ones kept, those between blended (Llama 3.1, "apply_scaling").
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    frequencies = (1.0 / config.rope_theta**exponents).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # in the first training's context
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return ((1 - blend) * frequencies / scaling.factor + blend * frequencies).astype(np.float32)
+
+
+def rotation(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [batch, tokens, head_dim / 2], at ``positions`` [batch, tokens].
+
+    float32 throughout: bfloat16 cannot tell position 256 from 257.
+    """
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Half-split RoPE of x [batch, heads, tokens, head_dim]; cos and sin as ``rotation`` gives them."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]  # [batch, 1, tokens, head_dim / 2]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2)
+
+
+def join_heads(x: jax.Array) -> jax.Array:
+    """[batch, heads, tokens, head_dim] -> [batch, tokens, heads * head_dim]."""
+    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Grouped-query attention: every attention of the model enters here.
+
+    Args:
+        q: [batch, heads, queries, head_dim].
+        k: [batch, kv_heads, keys, head_dim]; each serves heads / kv_heads query heads in a row.
+        v: as ``k``.
+        mask: bool, broadcastable to [batch, queries, keys]: True where a query sees a key. A query
+            that sees none takes the mean of all values, which is finite; its caller discards it.
+
+    Returns:
+        [batch, heads, queries, head_dim] in the dtype of ``q``.
+    """
+    batch, heads, queries, head_dim = q.shape
+    grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], queries, head_dim)
+    scores = jnp.einsum("bkgqd,bksd->bkgqs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgqs,bksd->bkgqd", weights, v).reshape(batch, heads, queries, head_dim)
