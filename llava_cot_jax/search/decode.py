@@ -1,0 +1,269 @@
+"""Answers, token by token: one compiled prefill, then a compiled loop that returns every few steps."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model import text
+from llava_cot_jax.model.cache import Cache
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.layers import Weights
+from llava_cot_jax.model.mllama import Mllama, check_inputs, image_states, logits
+from llava_cot_jax.model.sharding import on_mesh
+from llava_cot_jax.search.sampling import Sampling, draw
+
+SMALLEST_BUCKET = 64
+CHUNK = 16
+"""Steps of the compiled loop before the host sees the tokens."""
+
+
+def bucket(length: int) -> int:
+    """The length that ``length`` tokens are padded to: a power of two, so that few shapes are compiled."""
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Where the decoding of a batch stands.
+
+    Attributes:
+        cache: keys and values of every token but the last, and of the images.
+        sight: what the next tokens see of the images: what the last prompt token saw; None without images.
+        token: int32 [batch], the last token drawn, not in the cache yet.
+        position: int32 [batch], its position.
+        done: bool [batch], whether it, or one before it, ended the answer.
+        keys: [batch], random keys; a draw's is folded from its row's and the position it draws for.
+    """
+
+    cache: Cache
+    sight: text.Sight | None
+    token: jax.Array
+    position: jax.Array
+    done: jax.Array
+    keys: jax.Array
+
+
+def prefill(
+    params: Weights, config: MllamaConfig, inputs: Mapping[str, jax.Array], lengths: jax.Array, capacity: int
+) -> tuple[jax.Array, Cache, text.Sight | None]:
+    """Read the prompts.
+
+    Args:
+        params: the model's, unrolled.
+        config: the model's.
+        inputs: by the names of ``Mllama``'s arguments, padded on the right.
+        lengths: int32 [batch], tokens of each prompt.
+        capacity: room of the cache, in tokens.
+
+    Returns:
+        Logits after each prompt, float32 [batch, vocabulary]; the cache; what the next token sees.
+    """
+    ids = inputs["input_ids"]
+    batch, tokens = ids.shape
+    positions = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
+    causal = jnp.tri(tokens, dtype=bool)[None]
+    sight = None
+    if "pixel_values" in inputs:
+        sight = text.see(config, inputs["cross_attention_mask"], image_states(params, config, inputs))
+    decoder = params["language_model"]["model"]
+    hidden, cache = text.decode(decoder, config, ids, positions, causal, sight, capacity=capacity)
+    assert cache is not None
+    last = (lengths - 1)[:, None]
+    hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]
+    if sight is not None:
+        seen = jnp.take_along_axis(sight.tokens, last[..., None], axis=1)
+        sight = text.Sight(None, seen, jnp.take_along_axis(sight.any, last, axis=1))
+    return logits(params, hidden), cache, sight
+
+
+def step(
+    params: Weights,
+    config: MllamaConfig,
+    token: jax.Array,
+    position: jax.Array,
+    cache: Cache,
+    sight: text.Sight | None,
+) -> tuple[jax.Array, Cache]:
+    """Append ``token`` int32 [batch] at ``position`` int32 [batch].
+
+    Returns:
+        Logits of what follows, float32 [batch, vocabulary], and the cache with the token in it.
+    """
+    slots = next(entry for entry, cross in zip(cache, config.text.is_cross, strict=True) if entry and not cross)
+    mask = jnp.arange(slots.keys.shape[2]) <= position[:, None, None]  # [batch, 1, slots]
+    decoder = params["language_model"]["model"]
+    hidden, grown = text.decode(decoder, config, token[:, None], position[:, None], mask, sight, cache=cache)
+    assert grown is not None
+    return logits(params, hidden[:, 0]), grown
+
+
+def _settle(state: State, scores: jax.Array, config: MllamaConfig, sampling: Sampling) -> State:
+    """``state`` after a draw for ``state.position`` from ``scores`` [batch, vocabulary]."""
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.position)
+    token = jnp.where(state.done, config.text.pad_token_id, draw(scores, keys, sampling))
+    ended = jnp.isin(token, jnp.array(config.text.eos_token_ids))
+    return replace(state, token=token, done=state.done | ended)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "capacity", "mesh"))
+def _begin(
+    params: Weights,
+    inputs: Mapping[str, jax.Array],
+    lengths: jax.Array,
+    seeds: jax.Array,
+    *,
+    config: MllamaConfig,
+    sampling: Sampling,
+    capacity: int,
+    mesh: Mesh | None,
+) -> State:
+    """Read the prompts and draw the first token of each answer."""
+    with on_mesh(mesh):
+        scores, cache, sight = prefill(params, config, inputs, lengths, capacity)
+        keys = jax.vmap(jax.random.key)(seeds)
+        waiting = State(cache, sight, jnp.zeros_like(lengths), lengths, jnp.zeros(lengths.shape, bool), keys)
+        return _settle(waiting, scores, config, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "steps", "mesh"), donate_argnames="state")
+def _advance(
+    params: Weights,
+    state: State,
+    limit: jax.Array,
+    *,
+    config: MllamaConfig,
+    sampling: Sampling,
+    steps: int,
+    mesh: Mesh | None,
+) -> tuple[State, jax.Array, jax.Array]:
+    """Draw up to ``steps`` more tokens, at most ``limit``, fewer once every answer has ended.
+
+    Returns:
+        The state, the tokens int32 [batch, steps], and how many of them were drawn.
+    """
+
+    def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
+        drawn, state, _ = carry
+        return (drawn < steps) & (drawn < limit) & ~state.done.all()
+
+    def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+        drawn, state, tokens = carry
+        scores, cache = step(params, config, state.token, state.position, state.cache, state.sight)
+        state = _settle(replace(state, cache=cache, position=state.position + 1), scores, config, sampling)
+        return drawn + 1, state, jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, drawn))
+
+    with on_mesh(mesh):
+        tokens = jnp.full((state.token.shape[0], steps), config.text.pad_token_id, jnp.int32)
+        drawn, state, tokens = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, tokens))
+        return state, tokens, drawn
+
+
+class Generator:
+    """Continues prompts with a model.
+
+    Prompts and answers are padded to buckets, so a second question of similar length compiles nothing.
+
+    Args:
+        model: in the unrolled layout.
+        sampling: how tokens are drawn.
+
+    Raises:
+        UserError: the model's layers are stacked.
+    """
+
+    def __init__(self, model: Mllama, sampling: Sampling | None = None) -> None:
+        if model.layout != "unrolled":
+            raise UserError("a stacked model keeps no cache: call model.to_layout('unrolled') before decoding")
+        self._params = model.params
+        self._settings: dict[str, Any] = {
+            "config": model.config,
+            "sampling": sampling or Sampling(),
+            "mesh": model.mesh,
+        }
+        self.config = model.config
+
+    def stream(
+        self, inputs: Mapping[str, np.ndarray], *, max_new_tokens: int, seeds: Sequence[int] | int = 0
+    ) -> Iterator[np.ndarray]:
+        """The new tokens as they come.
+
+        Args:
+            inputs: what a processor returns for prompts, padded on either side.
+            max_new_tokens: the most tokens to draw for each prompt.
+            seeds: of each row's draws, or of every row's.
+
+        Yields:
+            int32 [batch, n], the next n tokens of every row: the first alone, then up to ``CHUNK``.
+            After a token that ends a row's answer the row is padding.
+
+        Raises:
+            UserError: a prompt and its answer do not fit the context, or ``check_inputs`` refuses.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_inputs(self.config, inputs)
+        prompts, lengths = _in_bucket(self.config, inputs)
+        check_context(self.config, int(lengths.max()), max_new_tokens)
+        capacity = prompts["input_ids"].shape[1] + bucket(max_new_tokens)
+        rows = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape)
+        state = _begin(self._params, prompts, lengths, rows, capacity=capacity, **self._settings)
+        token, done = jax.device_get((state.token, state.done))
+        yield token[:, None]
+        left = max_new_tokens - 1
+        while left > 0 and not done.all():
+            limit = np.int32(left)
+            state, tokens, drawn = _advance(self._params, state, limit, steps=CHUNK, **self._settings)
+            tokens, drawn, done = jax.device_get((tokens, drawn, state.done))
+            yield tokens[:, :drawn]
+            left -= int(drawn)
+
+    def generate(
+        self, inputs: Mapping[str, np.ndarray], *, max_new_tokens: int, seeds: Sequence[int] | int = 0
+    ) -> np.ndarray:
+        """All new tokens, int32 [batch, new]; arguments and errors as for ``stream``."""
+        return np.concatenate(list(self.stream(inputs, max_new_tokens=max_new_tokens, seeds=seeds)), axis=1)
+
+
+def check_context(config: MllamaConfig, prompt: int, new: int) -> None:
+    """Whether a prompt and an answer of so many tokens fit the model's context.
+
+    Raises:
+        UserError: they do not.
+    """
+    context = config.text.max_position_embeddings
+    if prompt + new > context:
+        raise UserError(
+            f"the prompt has {prompt} tokens; with {new} new ones that exceeds the context of {context}: "
+            "shorten the question or lower max_new_tokens"
+        )
+
+
+def _in_bucket(config: MllamaConfig, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """``inputs`` padded on the right to their bucket, without an attention mask, and the prompts' lengths [batch]."""
+    arrays = {name: np.asarray(x) for name, x in inputs.items() if x is not None}
+    ids = arrays["input_ids"].astype(np.int32)
+    present = arrays.pop("attention_mask", np.ones_like(ids)).astype(bool)
+    lengths = present.sum(axis=1, dtype=np.int32)
+    size = bucket(int(lengths.max()))
+
+    def packed(x: np.ndarray, fill: int) -> np.ndarray:
+        out = np.full((x.shape[0], size, *x.shape[2:]), fill, x.dtype)
+        for row, (length, here) in enumerate(zip(lengths, present, strict=True)):
+            out[row, :length] = x[row, here]
+        return out
+
+    arrays["input_ids"] = packed(ids, config.text.pad_token_id)
+    if "cross_attention_mask" in arrays:
+        arrays["cross_attention_mask"] = packed(arrays["cross_attention_mask"].astype(np.uint8), 0)
+    for name in ("aspect_ratio_ids", "aspect_ratio_mask"):
+        if name in arrays:
+            arrays[name] = arrays[name].astype(np.int32)
+    return arrays, lengths

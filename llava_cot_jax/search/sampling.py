@@ -1,0 +1,65 @@
+"""How a token is drawn from logits."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from llava_cot_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of a draw, applied in transformers' order: temperature, then top_k, then top_p.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep so many of the likeliest tokens; None keeps all. With it, top_p needs no sort of
+            the vocabulary, which costs a hundred times more.
+        top_p: keep the likeliest tokens until their probability, among those that top_k kept, reaches this.
+
+    Raises:
+        UserError: a setting out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature must not be negative, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """The tokens that a draw may take.
+
+    Args:
+        logits: float32 [batch, vocabulary].
+        sampling: with a temperature above 0.
+
+    Returns:
+        Scaled logits float32 [batch, k], -inf where top_p shut a token out, and its id int32 [batch, k].
+    """
+    scaled = logits / sampling.temperature
+    vocabulary = logits.shape[-1]
+    if sampling.top_k is None and sampling.top_p == 1:
+        return scaled, jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32), scaled.shape)
+    scaled, ids = jax.lax.top_k(scaled, min(sampling.top_k or vocabulary, vocabulary))  # descending
+    probabilities = jax.nn.softmax(scaled, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the likelier tokens
+    kept = (before < sampling.top_p).at[:, 0].set(True)
+    return jnp.where(kept, scaled, -jnp.inf), ids
+
+
+def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token of each row: int32 [batch], from logits float32 [batch, vocabulary] and a key a row [batch]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scaled, ids = candidates(logits, sampling)
+    choice = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
