@@ -207,5 +207,6 @@ def _heads(x: jax.Array, w: Weights, heads: int, axis: str) -> jax.Array:
 
 def _mlp(x: jax.Array, w: Weights) -> jax.Array:
     """SwiGLU."""
-    h = jax.nn.silu(linear(x, w["gate_proj"])) * linear(x, w["up_proj"])
+    gate, up = (linear(x, w[name]).astype(jnp.float32) for name in ("gate_proj", "up_proj"))
+    h = (jax.nn.silu(gate) * up).astype(x.dtype)
     return linear(constrain(h, "batch", None, "mlp"), w["down_proj"])

@@ -158,7 +158,8 @@ def _block(x: jax.Array, w: Weights, *, config: VisionConfig, mask: jax.Array) -
     x = x + (jnp.tanh(w["gate_attn"]) * attended if "gate_attn" in w else attended)
     h = linear(layer_norm(x, w["post_attention_layernorm"], config.norm_eps), w["mlp"]["fc1"])
     h = constrain(h, "batch", None, "mlp")
-    h = linear(jax.nn.gelu(h, approximate=False), w["mlp"]["fc2"])
+    h = jax.nn.gelu(h.astype(jnp.float32), approximate=False).astype(x.dtype)
+    h = linear(h, w["mlp"]["fc2"])
     return x + (jnp.tanh(w["gate_ffn"]) * h if "gate_ffn" in w else h)
 
 

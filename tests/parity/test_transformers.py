@@ -1,0 +1,99 @@
+"""The model against transformers with torch, live, on random small configurations."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.model.parameters import Layout
+from llava_cot_jax.search.decode import Generator
+from tests.parity.reference import (
+    Sizes,
+    batch_of_rows,
+    greedy_of,
+    logits_of,
+    published_weights,
+    random_model,
+    under,
+)
+
+SEEDS = range(8)
+CONVENTIONS: tuple[Convention, ...] = ("meta", "transformers_4", "transformers_5")
+
+
+def ours(reference, convention: Convention, dtype=jnp.float32, layout: Layout = "unrolled") -> Mllama:
+    """The same model here; no token ends an answer."""
+    config = replace(MllamaConfig.from_dict(reference.config.to_dict()), convention=convention)
+    config = replace(config, text=replace(config.text, eos_token_ids=()))
+    arrays = {name: jnp.asarray(x, dtype) for name, x in published_weights(reference).items()}
+    model = Mllama.from_arrays(config, arrays, layout="unrolled")
+    model.to_layout(layout)
+    return model
+
+
+def difference(got: np.ndarray, want: np.ndarray, batch: dict[str, np.ndarray]) -> float:
+    """The largest difference at a token that is no padding, over the largest logit."""
+    real = batch["attention_mask"].astype(bool)
+    return float(np.abs(got - want)[real].max() / np.abs(want[real]).max())
+
+
+def test_the_drawn_configurations_differ_in_what_matters():
+    drawn = [Sizes.draw(seed) for seed in SEEDS]
+    periodic = {MllamaConfig.from_dict(s.hf_config().to_dict()).text.period < s.layers for s in drawn}
+    assert periodic == {True, False}
+    assert len({s.heads // s.kv_heads for s in drawn}) > 1
+    assert len({s.tiles for s in drawn}) > 2
+    assert len({s.image_size for s in drawn}) == 3
+    assert len({len(s.taps) for s in drawn}) > 2
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_logits_at_real_positions(seed, padding):
+    reference = random_model(Sizes.draw(seed).hf_config(), seed)
+    batch = batch_of_rows(reference.config, seed, padding)
+    convention = CONVENTIONS[seed % 3]
+    layout: Layout = "stacked" if seed % 4 < 2 else "unrolled"
+    with under(convention, reference):
+        want = logits_of(reference, batch)
+    assert difference(np.asarray(ours(reference, convention, layout=layout)(**batch)), want, batch) < 1e-4
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_greedy_tokens(seed):
+    reference = random_model(Sizes.draw(seed).hf_config(), seed)
+    batch = batch_of_rows(reference.config, seed, "left")  # transformers generates from the last column
+    with under("transformers_5", reference):
+        want = greedy_of(reference, batch, new=20)
+    got = Generator(ours(reference, "transformers_5")).generate(batch, max_new_tokens=20)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_text_alone(seed):
+    reference = random_model(Sizes.draw(seed).hf_config(), seed)
+    batch = {k: v for k, v in batch_of_rows(reference.config, seed, "right").items() if k == "attention_mask"}
+    batch["input_ids"] = np.random.default_rng(seed).integers(0, 100, batch["attention_mask"].shape)
+    want = logits_of(reference, batch)
+    assert difference(np.asarray(ours(reference, "transformers_5")(**batch)), want, batch) < 1e-4
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_near_to_float32_as_that_of_transformers():
+    error = {"here": 0.0, "transformers": 0.0}
+    for seed in SEEDS:
+        reference = random_model(Sizes.draw(seed).hf_config(), seed)
+        rounded = reference.to(torch.bfloat16).float()  # so that both start from the same weights
+        batch = batch_of_rows(reference.config, seed, "right")
+        real = batch["attention_mask"].astype(bool)
+        exact = logits_of(rounded, batch)[real]
+        size = np.square(exact).mean()
+        here = np.asarray(ours(rounded, "transformers_5", jnp.bfloat16)(**batch))[real]
+        there = logits_of(rounded.to(torch.bfloat16), batch)[real]
+        error["here"] += float(np.square(here - exact).mean() / size)
+        error["transformers"] += float(np.square(there - exact).mean() / size)
+    assert 0 < error["here"] <= error["transformers"], error
