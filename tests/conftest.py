@@ -5,3 +5,38 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TINY = Path(__file__).parent / "fixtures" / "mllama_tiny"
+"""A random checkpoint (Meta's shapes in small) and, in reference.npz, what it must give under each convention."""
+
+INPUTS = (
+    "input_ids",
+    "pixel_values",
+    "aspect_ratio_ids",
+    "aspect_ratio_mask",
+    "cross_attention_mask",
+    "attention_mask",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def reference() -> Mapping[str, np.ndarray]:
+    with np.load(TINY / "reference.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture
+def batch(reference) -> dict[str, np.ndarray]:
+    """Three rows: one image, none, two."""
+    return {name: reference[name] for name in INPUTS}

@@ -316,18 +316,14 @@ class MllamaConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read ``folder``'s config.json and, where there is one, the pixel statistics of its preprocessor_config.json.
+        """Read ``folder``'s config.json and, where its processor's files state them, the pixel statistics.
 
         Raises:
             UserError: no such file, no JSON, or anything that ``from_dict`` refuses.
         """
-        config = cls.from_dict(_read_json(Path(folder) / "config.json"))
-        preprocessor = Path(folder) / "preprocessor_config.json"
-        if not preprocessor.exists():
-            return config
-        pixels: dict[str, Any] = {
-            k: tuple(v) for k, v in _read_json(preprocessor).items() if k in ("image_mean", "image_std")
-        }
+        config = cls.from_dict(read_json(Path(folder) / "config.json"))
+        _, stated = image_settings(Path(folder))
+        pixels: dict[str, Any] = {k: tuple(stated[k]) for k in ("image_mean", "image_std") if k in stated}
         return replace(config, vision=replace(config.vision, **pixels))
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
@@ -424,13 +420,34 @@ def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) ->
         raise UserError(f"{name} ({value}) is not divisible by {divisor_name} ({divisor})")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Where a checkpoint states how its images are processed, and what it says there; nothing if it does not.
+
+    Raises:
+        UserError: the file is not a JSON object.
+    """
+    path = folder / "preprocessor_config.json"
+    if path.exists():
+        return path, read_json(path)
+    path = folder / "processor_config.json"  # where transformers 5 writes them
+    return path, read_json(path).get("image_processor", {}) if path.exists() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: there is no such file, or no JSON object in it.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+    except (OSError, ValueError) as fault:
         raise UserError(f"{path} is not JSON: {fault}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
 
 
 def _frozen(value: Any) -> Any:

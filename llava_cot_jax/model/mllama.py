@@ -3,6 +3,7 @@
 import functools
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -13,12 +14,15 @@ from jax.sharding import Mesh
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text, vision
-from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.checkpoint import read_config, resolve_checkpoint
+from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.layers import Checkpointing, Weights
 from llava_cot_jax.model.parameters import Initializer, Layout, Parameter, flatten, initialize, nest, parameters
 from llava_cot_jax.model.sharding import check_mesh, constrain, on_mesh, parameter_sharding
+from llava_cot_jax.model.weights import OnProgress, load_arrays, save_arrays
 
 ArrayLike = jax.Array | np.ndarray
+PARTS = ("vision_model", "multi_modal_projector", "language_model")
 
 
 class Mllama(nnx.Module):
@@ -131,7 +135,8 @@ class Mllama(nnx.Module):
     @property
     def params(self) -> dict[str, Any]:
         """The weights as a nest of dicts that ends in arrays: what the pure functions take."""
-        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        # Not through nnx.state, which leaves reference cycles that keep every array until a garbage collection.
+        return {name: _as_arrays(getattr(self, name)) for name in PARTS}
 
     @property
     def dtype(self) -> Any:
@@ -162,6 +167,49 @@ class Mllama(nnx.Module):
         self._hold(arrays)
 
     @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        convention: Convention | None = None,
+        dtype: Any = None,
+        mesh: Mesh | None = None,
+        layout: Layout = "unrolled",
+        checkpointing: Checkpointing = "none",
+        on_progress: OnProgress | None = None,
+    ) -> Self:
+        """The model of a Hugging Face checkpoint, read straight into sharded arrays.
+
+        Args:
+            path_or_hub_id: a folder, or ``"organisation/name"`` on the hub.
+            convention: what the weights were trained with; None is what config.json says, else
+                ``"meta"``. LLaVA-CoT's released weights are ``"transformers_4"`` and do not say so.
+            dtype: float32, float16 or bfloat16; None is the checkpoint's own.
+            mesh: as for the class. Each process reads the bytes of its own shards alone.
+            layout: as for the class.
+            checkpointing: as for the class.
+            on_progress: called with the bytes that this process has read and is to read.
+
+        Raises:
+            UserError: no such checkpoint, one of another model, tensors that are missing,
+                unexpected, doubled or of another shape, or a mesh that does not divide the model.
+        """
+        folder = resolve_checkpoint(path_or_hub_id)
+        config = read_config(folder, convention)
+        arrays = load_arrays(folder, config, layout=layout, dtype=dtype, mesh=mesh, on_progress=on_progress)
+        return cls.from_arrays(config, arrays, layout=layout, mesh=mesh, checkpointing=checkpointing)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a checkpoint that transformers loads: safetensors of at most 5 GB a file, their index, config.json.
+
+        Under several processes all must call this; the first writes, one gathered tensor at a time.
+
+        Raises:
+            UserError: the folder is not empty, or cannot be written; nothing half-written stays there.
+        """
+        save_arrays(flatten(self.params), self.config, Path(path))
+
+    @classmethod
     def from_arrays(
         cls,
         config: MllamaConfig,
@@ -181,8 +229,12 @@ class Mllama(nnx.Module):
     def _hold(self, arrays: dict[str, jax.Array]) -> None:
         """Take ``arrays``, by their paths, as this module's weights."""
         tree = nest(arrays)
-        for name in ("vision_model", "multi_modal_projector", "language_model"):
+        for name in PARTS:
             setattr(self, name, _as_params(tree.get(name, {})))
+
+
+def _as_arrays(node: Any) -> Any:
+    return {k: _as_arrays(v) for k, v in node.items()} if isinstance(node, nnx.Dict) else node.get_value()
 
 
 def _as_params(node: Any) -> Any:

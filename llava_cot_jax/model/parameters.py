@@ -109,7 +109,7 @@ def _published(config: MllamaConfig) -> Iterator[Parameter]:
     yield from _vision_tensors(config.vision)
     std, hidden = config.text.initializer_range, config.text.hidden_size
     projector = _Declare("multi_modal_projector", std)
-    yield projector("weight", (hidden, config.vision.output_size), ("embed", None))
+    yield projector("weight", (hidden, config.vision.output_size), ("gathered", None))
     yield projector("bias", (hidden,), (None,), "zeros")
     yield from _text_tensors(config.text)
 
@@ -133,16 +133,16 @@ def _vision_tensors(config: VisionConfig) -> Iterator[Parameter]:
     width, ratios = config.hidden_size, len(config.supported_aspect_ratios) + 1
     patch = (width, config.num_channels, config.patch_size, config.patch_size)
     yield declare("class_embedding", (width,), (None,))
-    yield declare("patch_embedding.weight", patch, ("embed", None, None, None))
+    yield declare("patch_embedding.weight", patch, ("gathered", None, None, None))
     positions = "gated_positional_embedding"
     yield declare(f"{positions}.gate", (1,), (None,), "gate")
-    yield declare(f"{positions}.embedding", (config.tile_tokens, width), (None, "embed"))
+    yield declare(f"{positions}.embedding", (config.tile_tokens, width), (None, "gathered"))
     tiles = (ratios, config.image_tokens * width)  # (ratios, tiles, tokens, width) flattened
-    yield declare(f"{positions}.tile_embedding.weight", tiles, (None, "embed"))
+    yield declare(f"{positions}.tile_embedding.weight", tiles, (None, "gathered"))
     for place in ("pre", "post"):
         tile = f"{place}_tile_positional_embedding"
         yield declare(f"{tile}.gate", (1,), (None,), "gate")
-        yield declare(f"{tile}.embedding.weight", (ratios, config.max_num_tiles * width), (None, "embed"))
+        yield declare(f"{tile}.embedding.weight", (ratios, config.max_num_tiles * width), (None, "gathered"))
         yield declare(f"layernorm_{place}.weight", (width,), (None,), "ones")
         yield declare(f"layernorm_{place}.bias", (width,), (None,), "zeros")
     for i in range(config.num_hidden_layers):
@@ -170,7 +170,7 @@ def _vision_block(declare: _Declare, config: VisionConfig, gated: bool) -> Itera
 
 def _text_tensors(config: TextConfig) -> Iterator[Parameter]:
     declare, hidden = _Declare("language_model", config.initializer_range), config.hidden_size
-    yield declare("model.embed_tokens.weight", (config.vocab_size + EXTRA_EMBEDDINGS, hidden), (None, "table"))
+    yield declare("model.embed_tokens.weight", (config.vocab_size + EXTRA_EMBEDDINGS, hidden), (None, "gathered"))
     for i, cross in enumerate(config.is_cross):
         yield from _text_layer(_Declare(f"{TEXT_LAYERS}.{i}", declare.std), config, cross)
     yield declare("model.norm.weight", (hidden,), (None,), "ones")

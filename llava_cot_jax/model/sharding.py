@@ -6,10 +6,10 @@ A mesh has three axes. ``data`` repeats the model, ``fsdp`` cuts parameters and 
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, use_abstract_mesh
 
 from llava_cot_jax.errors import UserError
@@ -21,7 +21,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
-    "table": ("fsdp", "tensor"),  # the embedding's width: its rows, 128264, divide by no large power of 2
+    "gathered": ("fsdp", "tensor"),  # widths of tables and of layers used once, gathered where they are used
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -40,7 +40,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     if min(shape) < 1:
         raise UserError(f"a mesh axis must be at least 1, got data={data}, fsdp={fsdp}, tensor={tensor}")
     available = list(jax.devices() if devices is None else devices)
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     if count > len(available):
         raise UserError(
             f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} takes {count} devices; there are {len(available)}"
@@ -69,7 +69,7 @@ def parameter_sharding(parameter: Parameter, mesh: Mesh) -> NamedSharding:
     """
     for size, axis in zip(parameter.shape, parameter.axes, strict=True):
         mesh_axes = RULES[axis] if axis else ()
-        pieces = int(np.prod([mesh.shape[m] for m in mesh_axes]))
+        pieces = math.prod(mesh.shape[m] for m in mesh_axes)
         if size % pieces:
             raise UserError(
                 f"the mesh does not divide {parameter.tensors[0]} {list(parameter.tensor_shape)}: "
@@ -109,7 +109,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     whole = [
-        None if axis is None or size % int(np.prod([sizes[m] for m in RULES[axis]])) else axis
+        None if axis is None or size % math.prod(sizes[m] for m in RULES[axis]) else axis
         for size, axis in zip(x.shape, axes, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, partition(whole))
+
+
+def default_mesh(config: MllamaConfig) -> Mesh | None:
+    """All devices: heads cut as far as they go, parameters over the rest; None where there is one device."""
+    count = jax.device_count()
+    if count == 1:
+        return None
+    heads = math.gcd(config.text.num_key_value_heads, config.vision.attention_heads)
+    tensor = math.gcd(count, heads)
+    return make_mesh(fsdp=count // tensor, tensor=tensor)

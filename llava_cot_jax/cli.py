@@ -1,0 +1,60 @@
+"""The one way a command reads its arguments, shows progress, counts compilations, and fails."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import jax
+import jsonargparse
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from llava_cot_jax.errors import UserError
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Arguments with checked types, ``--config FILE.yaml`` and dotted overrides; a mistake is a ``UserError``."""
+
+    def __init__(self, module: str, description: str) -> None:
+        super().__init__(prog=f"python -m llava_cot_jax.{module}", description=description, exit_on_error=False)
+        self.add_argument("--config", action="config", help="a YAML file of these arguments; later arguments win")
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(" ".join(message.split()).replace("Parser key", "argument")) from None
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command: a user's mistake ends it with one line and exit code 2, Ctrl-C with 130."""
+    try:
+        main()
+    except UserError as mistake:
+        print("error:", " ".join(str(mistake).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal; the function given takes bytes done and bytes in all."""
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class CompilationCounter:
+    """Counts the programs that XLA compiles from its making on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._see)
+
+    def _see(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"

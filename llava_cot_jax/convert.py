@@ -1,0 +1,62 @@
+"""Write a checkpoint anew: under published names, in another dtype, for transformers.
+
+python -m llava_cot_jax.convert SRC DST [--for transformers] [--dtype bfloat16] [--convention transformers_4]
+"""
+
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from llava_cot_jax import cli
+from llava_cot_jax.model.checkpoint import FORMAT_DTYPES, read_config, resolve_checkpoint
+from llava_cot_jax.model.config import Convention
+from llava_cot_jax.model.export import convert_checkpoint
+
+_STILL_DIFFERENT = """\
+transformers now computes the same vision features. One difference stays: these weights were trained under the
+convention 'meta', where a text row that sees no image (a chat header before the image, a text-only row of a mixed
+batch) gets zero from cross-attention; in transformers it attends to every vision token."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: an argument, or anything that finding, reading or writing a checkpoint refuses.
+    """
+    options = _parser().parse_args(argv)
+    for_transformers = options["for"] == "transformers"
+    source = resolve_checkpoint(options.source)
+    config = read_config(source, options.convention)
+    written = config.for_transformers() if for_transformers else config
+    dtype = np.dtype(options.dtype) if options.dtype else None
+    destination = Path(options.destination)
+    with cli.progress_bar("converting") as on_progress:
+        convert_checkpoint(source, destination, written, dtype=dtype, on_progress=on_progress)
+    if for_transformers and config.convention == "meta":
+        print(_STILL_DIFFERENT)
+    print(f"{destination}: convention {written.convention!r}")
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser("convert", "Write a checkpoint anew.")
+    add = parser.add_argument
+    add("source", type=str, help="a folder in Hugging Face form, or an id on the hub")
+    add("destination", type=str, help="the folder to make; it must not exist, or be empty")
+    add(
+        "--for",
+        choices=["transformers"],
+        help="lower the vision taps by one, so that transformers 4.56 and later compute the right features",
+    )
+    add("--dtype", choices=[dtype.name for dtype in FORMAT_DTYPES.values()], help="default: each tensor's own")
+    add(
+        "--convention",
+        choices=get_args(Convention),
+        help="what the weights were trained with, if config.json is silent (LLaVA-CoT's: transformers_4)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,266 @@
+"""From messages and images to the arrays that the model takes, and from tokens back to text."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
+
+from llava_cot_jax.data.images import ImageSource, batch_tiles, cut, make_image_processor, open_image
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import MllamaConfig, VisionConfig, image_settings, read_json
+
+Message = Mapping[str, Any]
+"""{"role": ..., "content": a text, or a list of {"type": "image"} and {"type": "text", "text": ...}}"""
+
+IMAGE_TOKEN = "<|image|>"
+
+PROMPT_DATE = "26 Jul 2024"
+"""The date that a prompt without an image names: pinned, or answers would change with the day."""
+
+CHAT_TEMPLATE = r"""
+{%- macro body(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {{- '<|image|>' if part.type == 'image' else part.text -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro turn(role, text) -%}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + text + '<|eot_id|>' -}}
+{%- endmacro -%}
+{%- set seen = namespace(image=false) -%}
+{%- for message in messages if message.content is not string -%}
+    {%- for part in message.content if part.type == 'image' -%}
+        {%- set seen.image = true -%}
+    {%- endfor -%}
+{%- endfor -%}
+{%- set system = body(messages[0].content) | trim if messages[0].role == 'system' else '' -%}
+{%- if seen.image and system -%}
+    {{- raise_exception('a system message cannot go with an image; put its text into the user message') -}}
+{%- endif -%}
+{{- bos_token -}}
+{%- if not seen.image -%}
+    {%- set date = date_string if date_string is defined else 'PROMPT_DATE' -%}
+    {{- turn('system', 'Cutting Knowledge Date: December 2023\nToday Date: ' + date + '\n\n' + system) -}}
+{%- endif -%}
+{%- for message in (messages[1:] if messages[0].role == 'system' else messages) -%}
+    {{- turn(message.role, body(message.content)) -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
+{%- endif -%}
+""".replace("PROMPT_DATE", PROMPT_DATE)
+"""Llama 3.2's prompt format, for a checkpoint that brings no template (the base models bring none)."""
+
+
+def user_turn(question: str, images: int = 0) -> list[Message]:
+    """The messages that ask ``question`` about so many images, which stand before the text."""
+    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]
+
+
+class Processor:
+    """Turns prompts and images into what ``Mllama`` is called with. Works on the host alone; can be pickled.
+
+    Attributes:
+        config: the model's configuration.
+        tokenizer: the checkpoint's fast tokenizer.
+        image_processor: cuts images into uint8 tiles.
+
+    Raises:
+        UserError: tokenizer and configuration are not of the same model.
+    """
+
+    def __init__(self, config: MllamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        image_id = tokenizer.get_added_vocab().get(IMAGE_TOKEN)
+        if image_id != config.image_token_index:
+            raise UserError(
+                f"the tokenizer's {IMAGE_TOKEN} is {image_id}, but image_token_index of config.json is "
+                f"{config.image_token_index}: take both files from one checkpoint"
+            )
+        if tokenizer.bos_token_id != config.text.bos_token_id:
+            raise UserError(
+                f"the tokenizer's bos_token is {tokenizer.bos_token} ({tokenizer.bos_token_id}), but bos_token_id of "
+                f"config.json is {config.text.bos_token_id}: take both files from one checkpoint"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self.image_processor = make_image_processor(config.vision)
+        self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Read the tokenizer, chat template and image settings of a local checkpoint folder.
+
+        Raises:
+            UserError: a file is missing or broken, or two of them contradict each other.
+        """
+        folder = Path(path)
+        config = MllamaConfig.from_pretrained(folder)
+        _check_image_settings(folder, config.vision)
+        return cls(config, _load_tokenizer(folder))
+
+    def prompt(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The messages in the checkpoint's chat format, beginning with one BOS.
+
+        Texts are plain text: one that spells a special token (``<|eot_id|>``, ``<|image|>``) is
+        refused, for it would end the message or claim an image that is not there.
+
+        Args:
+            messages: the conversation; see ``Message``.
+            add_generation_prompt: whether to end with the assistant's header, for it to answer.
+
+        Raises:
+            UserError: a malformed message, a special token in a text, or messages that the checkpoint's
+                template refuses (the published one: a system message beside an image).
+        """
+        if not messages:
+            raise UserError("there are no messages to make a prompt of")
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [self._plain(message) for message in messages],
+                chat_template=None if self.tokenizer.chat_template else CHAT_TEMPLATE,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                date_string=PROMPT_DATE,
+            )
+        except jinja2.TemplateError as fault:
+            raise UserError(f"the chat template refuses the messages: {' '.join(str(fault).split())}") from fault
+        text, bos = cast(str, rendered), self.tokenizer.bos_token
+        return text if text.startswith(bos) else bos + text
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[ImageSource]] | None = None,
+        *,
+        length: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """A batch for the model, named as a transformers processor names it.
+
+        Args:
+            prompts: what ``prompt`` returned, perhaps with the beginning of an answer appended. Taken
+                as they stand: special tokens in them count, and no BOS is added.
+            images: the images of each prompt, as many as it has ``<|image|>``; None where no prompt has any.
+            length: tokens to fill every row up to; by default those of the longest.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` int32 [batch, tokens], padding on the right; where there
+            is any image ``pixel_values`` uint8 [batch, images, tiles, channels, size, size],
+            ``aspect_ratio_ids`` int32 [batch, images], ``aspect_ratio_mask`` int32 [batch, images, tiles]
+            and ``cross_attention_mask`` int32 [batch, tokens, images, tiles].
+
+        Raises:
+            UserError: rows and images that do not match, a row longer than ``length``, or an image that
+                ``open_image`` refuses.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise UserError("prompts must be a list of at least one string")
+        rows: list[list[int]] = self.tokenizer(
+            list(prompts), add_special_tokens=False, padding=False, truncation=False, verbose=False
+        )["input_ids"]
+        sources = [[] for _ in rows] if images is None else images
+        self._check_images(rows, sources)
+        width = max(map(len, rows)) if length is None else length
+        inputs = self._pad(rows, width)
+        tiles = [[cut(open_image(source), self.image_processor) for source in row] for row in sources]
+        if any(tiles):
+            dense = convert_sparse_cross_attention_mask_to_dense(
+                [get_cross_attention_token_mask(row, self.config.image_token_index) for row in rows],
+                num_tiles=[[image.used for image in row] for row in tiles],
+                max_num_tiles=self.config.vision.max_num_tiles,
+                length=width,
+            )
+            # A lone image is taken to be seen until the end of the batch, padding too.
+            inputs["cross_attention_mask"] = dense.astype(np.int32) * inputs["attention_mask"][:, :, None, None]
+        return inputs | batch_tiles(tiles)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids [tokens], special tokens left out and nothing else changed."""
+        tokens = np.asarray(ids).astype(int).tolist()
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _plain(self, message: Message) -> dict[str, Any]:
+        """The message, checked; its content as one string where it has no image, which every template takes."""
+        if set(message) != {"role", "content"} or not isinstance(message["role"], str):
+            raise UserError(f'a message must have "role", a text, and "content" alone; one has {sorted(message)}')
+        role, content = message["role"], message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        # Joined, because a token could be spelt across two parts; a line break stands for an image.
+        spoken = "".join("\n" if _is_image(part, role) else part["text"] for part in parts)
+        if found := self._special.search(role + "\n" + spoken):
+            raise UserError(
+                f"the text of a message holds the special token {found.group()}: remove it; "
+                'an image is given as {"type": "image"}'
+            )
+        return {"role": role, "content": parts if any(_is_image(part, role) for part in parts) else spoken}
+
+    def _check_images(self, rows: list[list[int]], images: Sequence[Sequence[ImageSource]]) -> None:
+        if len(images) != len(rows):
+            raise UserError(f"there are {len(rows)} prompts, but images for {len(images)}: give a list for each")
+        for i, (ids, sources) in enumerate(zip(rows, images, strict=True)):
+            if not isinstance(sources, list | tuple):
+                raise UserError(f"the images of prompt {i} must be a list, even of one")
+            tokens = ids.count(self.config.image_token_index)
+            if tokens != len(sources):
+                raise UserError(f"prompt {i} has {tokens} {IMAGE_TOKEN} for {len(sources)} images; one each is needed")
+
+    def _pad(self, rows: list[list[int]], width: int) -> dict[str, np.ndarray]:
+        ids = np.full((len(rows), width), self.config.text.pad_token_id, np.int32)
+        mask = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            if len(row) > width:
+                raise UserError(f"prompt {i} has {len(row)} tokens, more than {width}: shorten it or raise the length")
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+def _is_image(part: Any, role: str) -> bool:
+    match part:
+        case {"type": "image"}:
+            return True
+        case {"type": "text", "text": str()}:
+            return False
+    raise UserError(f'the content of a {role} message must be a text, {{"type": "image"}} or {{"type": "text", ...}}')
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).exists()]
+    if missing:
+        raise UserError(f"{folder} lacks {' and '.join(missing)}: copy the tokenizer of the checkpoint there")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as fault:  # the tokenizers library raises plain Exception
+        raise UserError(f"the tokenizer in {folder} cannot be read: {' '.join(str(fault).split())}") from fault
+    # transformers reads chat_template.jinja by itself, and gives it precedence over chat_template.json.
+    legacy = folder / "chat_template.json"
+    if legacy.exists() and not (folder / "chat_template.jinja").exists():
+        tokenizer.chat_template = read_json(legacy).get("chat_template")
+    return tokenizer
+
+
+def _check_image_settings(folder: Path, vision: VisionConfig) -> None:
+    """Hold the image settings that the checkpoint states against those that follow from its config.json."""
+    path, settings = image_settings(folder)
+    wanted = {
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "max_image_tiles": vision.max_num_tiles,
+        "resample": 2,  # bilinear
+        "rescale_factor": 1 / 255,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+        **dict.fromkeys(("do_resize", "do_pad", "do_rescale", "do_normalize"), True),
+    }
+    for name, value in wanted.items():
+        if settings.get(name, value) != value:
+            raise UserError(f"{path}: {name} is {settings[name]}, but the model of config.json needs {value}")

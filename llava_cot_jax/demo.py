@@ -1,0 +1,186 @@
+"""``python -m llava_cot_jax.demo DIR``: write a small random Llama-3.2-Vision checkpoint to try things on.
+
+It has every file that a published one has, made here without a download, and a picture to ask about.
+Its answers are noise: it shows that things run, and what they print.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from safetensors.numpy import save
+from transformers import PreTrainedTokenizerFast
+
+from llava_cot_jax import cli
+from llava_cot_jax.data.tokenizer import make_tokenizer
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
+from llava_cot_jax.model.parameters import GATE, parameters
+
+VOCAB_SIZE = 640
+STD = 0.1
+"""Standard deviation of the weights: at the usual 0.02 so small a model hardly reacts to its input."""
+
+README = """# A random Llama-3.2-Vision checkpoint
+
+Written by `python -m llava_cot_jax.demo`, which may replace its files. Untrained: its answers are noise.
+"""
+
+CORPUS = (
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
+    "system\n\nuser\n\nassistant\n\n",
+    "<SUMMARY> I will find the two shapes that the question names and compare their colours. </SUMMARY>",
+    "<SUMMARY> I will count the red shapes in the picture, one row after the other. </SUMMARY>",
+    "<CAPTION> The picture shows a red square, a blue circle and a green triangle on a white ground. </CAPTION>",
+    "<CAPTION> There are three shapes: a yellow circle on the left, and two green squares on the right. </CAPTION>",
+    "<REASONING> The square is red. The circle is blue. Red and blue are different colours. </REASONING>",
+    "<REASONING> In the first row there are two red shapes, in the second one, so there are three. </REASONING>",
+    "<CONCLUSION> No, the two shapes have different colours. </CONCLUSION>",
+    "<CONCLUSION> There are three red shapes. </CONCLUSION>",
+    "<CONCLUSION> The answer is B. </CONCLUSION>",
+    "What does the picture show? Describe the image in one sentence.",
+    "How many shapes are in the picture? How many of them are red?",
+    "What is the colour of the circle? What colour is the shape on the left of the triangle?",
+    "Is the square above the circle? Is the triangle larger than the square? Answer yes or no.",
+    "Which of the following is right? A. the red square B. the blue circle C. the green triangle D. none",
+    "The red square is left of the blue circle. The blue circle is right of the red square.",
+    "The green triangle is below the yellow circle. The yellow circle is above the green triangle.",
+    "Response 1 is better than response 2, since it describes what the picture shows. I choose response 1.",
+    "Response 2 is better than response 1, since its reasoning is right step by step. I choose response 2.",
+    "First, look at the image. Then, read the question. After that, think step by step. Finally, give the answer.",
+    "Let us count: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10. The sum of 12 and 30 is 42, and 42 - 30 = 12.",
+    "I don't see any other shape, so that's all there is in the picture; it isn't large.",
+    "The first shape is on the left, the second one is in the middle, and the third one is on the right.",
+    "There is no text in this image, and there are no people, only shapes of different colours and sizes.",
+)
+"""What the tokenizer learns its merges from."""
+
+
+def demo_config(tokenizer: PreTrainedTokenizerFast) -> MllamaConfig:
+    """A model of about two million parameters with every part of the published ones."""
+    special = tokenizer.get_added_vocab()
+    vision = VisionConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        attention_heads=4,
+        num_hidden_layers=6,
+        num_global_layers=2,
+        image_size=56,
+        intermediate_layers_indices=(1, 3, 4),
+        initializer_range=STD,
+    )
+    text = TextConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=10,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        cross_attention_layers=(3, 8),
+        initializer_range=STD,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=tuple(special[f"<|{name}|>"] for name in ("end_of_text", "eom_id", "eot_id")),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return MllamaConfig(vision=vision, text=text, image_token_index=VOCAB_SIZE)
+
+
+def random_weights(config: MllamaConfig, seed: int) -> dict[str, np.ndarray]:
+    """Every published tensor of the model, float32, drawn from ``seed``: by numpy, so alike on every device."""
+    draw = np.random.default_rng(seed)
+    constants = {"zeros": 0.0, "ones": 1.0, "gate": GATE}
+    return {
+        name: np.full(p.shape, constants[p.initializer], np.float32)
+        if p.initializer in constants
+        else np.float32(p.std) * draw.standard_normal(p.shape, np.float32)
+        for name, p in parameters(config, "unrolled").items()
+    }
+
+
+def draw_picture() -> Image.Image:
+    """A red square, a blue circle and a green triangle, RGB 160 x 112."""
+    picture = Image.new("RGB", (160, 112), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((10, 36, 50, 76), fill="red")
+    draw.ellipse((60, 36, 100, 76), fill="blue")
+    draw.polygon(((110, 76), (150, 76), (130, 36)), fill="green")
+    return picture
+
+
+def write_demo(folder: Path, seed: int = 0) -> None:
+    """Write the checkpoint and ``picture.png`` into ``folder``. The same seed gives the same bytes.
+
+    Raises:
+        UserError: ``folder`` is a file, or holds anything that is not an earlier demo.
+    """
+    _claim(folder)
+    tokenizer = make_tokenizer(CORPUS, VOCAB_SIZE)
+    config = demo_config(tokenizer)
+    # Not save_file: it makes a file that only its owner can read.
+    (folder / "model.safetensors").write_bytes(save(random_weights(config, seed), metadata={"format": "pt"}))
+    # The template goes into tokenizer_config.json, where published checkpoints have it.
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    _write_json(folder / "config.json", config.to_dict("float32"))
+    _write_json(folder / "generation_config.json", _generation_settings(config.text))
+    _write_json(folder / "preprocessor_config.json", _image_settings(config.vision))
+    draw_picture().save(folder / "picture.png")
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder, and mark it as a demo before anything else is in it, so that a broken-off run can be redone."""
+    readme = folder / "README.md"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a new folder for the demo")
+    is_demo = readme.is_file() and readme.read_bytes() == README.encode()
+    if folder.is_dir() and any(folder.iterdir()) and not is_demo:
+        raise UserError(f"{folder} is not empty, and not an earlier demo: name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    readme.write_text(README, encoding="utf-8")
+
+
+def _generation_settings(text: TextConfig) -> dict[str, Any]:
+    return {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": list(text.eos_token_ids),
+        "pad_token_id": text.pad_token_id,
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+    }
+
+
+def _image_settings(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "image_processor_type": "MllamaImageProcessor",
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "max_image_tiles": vision.max_num_tiles,
+        "resample": int(Image.Resampling.BILINEAR),
+        "rescale_factor": 1 / 255,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_pad", "do_rescale", "do_normalize"), True),
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command.
+
+    Raises:
+        UserError: as for ``write_demo``.
+    """
+    parser = cli.Parser("demo", "Write a small random checkpoint, and a picture to ask about.")
+    parser.add_argument("folder", type=str, help="a new folder, or an earlier demo to replace")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    options = parser.parse_args()
+    write_demo(Path(options.folder), options.seed)
+    print(f"wrote a random checkpoint and picture.png to {options.folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

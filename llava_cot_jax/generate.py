@@ -1,0 +1,205 @@
+"""Answer a question about an image from a Llama-3.2-Vision checkpoint.
+
+python -m llava_cot_jax.generate --checkpoint DIR_OR_HUB_ID --image FILE --question TEXT
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import get_args
+
+import jax
+import jsonargparse
+import numpy as np
+from rich.console import Console
+
+from llava_cot_jax import cli
+from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint import read_config, resolve_checkpoint
+from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.model.sharding import MESH_AXES, Mesh, check_mesh, default_mesh, make_mesh
+from llava_cot_jax.search.decode import Generator, check_context
+from llava_cot_jax.search.sampling import Sampling
+from llava_cot_jax.search.stages import find_stages, may_be_staged
+
+
+def main() -> None:
+    """Run the command.
+
+    Raises:
+        UserError: an argument, a file or a checkpoint that cannot be used, before anything expensive starts.
+    """
+    options = _parser().parse_args()
+    compilations = cli.CompilationCounter()
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    folder = resolve_checkpoint(options.checkpoint)
+    config = read_config(folder, options.convention)
+    mesh = _mesh(options.mesh, config)
+    processor = Processor.from_pretrained(folder)
+    questions = _pair(options.question, options.image or [])
+    inputs = [_inputs(processor, question, image, options.max_new_tokens) for question, image in questions]
+
+    began = time.perf_counter()
+    with cli.progress_bar("loading weights") as on_progress:
+        model = Mllama.from_pretrained(
+            folder, convention=options.convention, dtype=options.dtype, mesh=mesh, on_progress=on_progress
+        )
+    loading = time.perf_counter() - began
+    generator = Generator(model, sampling)
+    for (question, image), arrays in zip(questions, inputs, strict=True):
+        screen = None if options.json else Screen(options.show_reasoning)
+        before = compilations.count
+        answer = _answer(generator, processor, arrays, options.max_new_tokens, options.seed, screen)
+        if options.json:
+            extra = {"question": question, "image": image, "compilations": compilations.count - before}
+            answer.seconds["load"] = loading
+            print(json.dumps({**extra, **asdict(answer), "device": jax.devices()[0].device_kind}), flush=True)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser("generate", "Answer questions about images.")
+    add = parser.add_argument
+    add("--checkpoint", type=str, required=True, help="a folder in Hugging Face form, or an id on the hub")
+    add("--question", type=str, nargs="+", required=True, help="one question, or several asked in turn")
+    add("--image", type=str, nargs="*", help="an image for all questions, or one for each; none asks without an image")
+    add("--max_new_tokens", type=int, default=2048, help="the longest answer, in tokens")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token; LLaVA-CoT samples at 0.6")
+    add("--top_k", type=int | None, default=None, help="sample among so many of the likeliest tokens")
+    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this total probability")
+    add("--seed", type=int, default=0, help="of the draws")
+    add(
+        "--convention",
+        choices=get_args(Convention),
+        help="what the weights were trained with, if config.json is silent",
+    )
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: the checkpoint's own")
+    for axis in MESH_AXES:
+        add(f"--mesh.{axis}", type=int | None, default=None, help="devices on this axis; default: all devices are used")
+    add("--show-reasoning", action="store_true", help="show all four stages as they come")
+    add("--json", action="store_true", help="print one JSON object a question instead of text")
+    return parser
+
+
+def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:
+    given = {axis: size for axis, size in vars(sizes).items() if size is not None}
+    mesh = make_mesh(**given) if given else default_mesh(config)
+    if mesh is not None:
+        check_mesh(config, mesh)
+    return mesh
+
+
+def _pair(questions: list[str], images: list[str]) -> list[tuple[str, str | None]]:
+    """Each question with its image."""
+    if len(images) not in (0, 1, len(questions)):
+        raise UserError(f"{len(images)} images for {len(questions)} questions: give none, one, or one for each")
+    own: list[str | None] = [*images] or [None]
+    return [(question, own[i % len(own)]) for i, question in enumerate(questions)]
+
+
+def _inputs(processor: Processor, question: str, image: str | None, new: int) -> dict[str, np.ndarray]:
+    images = [] if image is None else [image]
+    arrays = processor([processor.prompt(user_turn(question, len(images)))], [images])
+    check_context(processor.config, arrays["input_ids"].shape[1], new)
+    return arrays
+
+
+@dataclass
+class Answer:
+    """What came of a question.
+
+    Attributes:
+        text: the whole answer.
+        stages: the body of each stage in it, by name.
+        ended: "eos", or "max_new_tokens" where the answer was cut off.
+        tokens: how many were in the prompt, and how many are new.
+        seconds: until the first token and until the last, from the question on.
+    """
+
+    text: str
+    stages: dict[str, str]
+    ended: str
+    tokens: dict[str, int]
+    seconds: dict[str, float]
+
+
+def _answer(
+    generator: Generator,
+    processor: Processor,
+    inputs: dict[str, np.ndarray],
+    max_new_tokens: int,
+    seed: int,
+    screen: "Screen | None",
+) -> Answer:
+    began, first, text = time.perf_counter(), None, ""
+    ids: list[int] = []
+    for tokens in generator.stream(inputs, max_new_tokens=max_new_tokens, seeds=seed):
+        first = first or time.perf_counter() - began
+        ids += tokens[0].tolist()
+        text = processor.decode(ids)
+        if screen:
+            screen.show(text.rstrip("\ufffd"))  # a character whose last bytes are still to come
+    if screen:
+        screen.finish(text)
+    ended = "eos" if ids[-1] in generator.config.text.eos_token_ids else "max_new_tokens"
+    counts = {"prompt": int(inputs["attention_mask"].sum()), "new": len(ids)}
+    seconds = {"first_token": first or 0.0, "total": time.perf_counter() - began}
+    return Answer(text, find_stages(text), ended, counts, seconds)
+
+
+class Screen:
+    """Shows a person an answer as it grows: the stage being worked on, then the conclusion.
+
+    With ``show_reasoning``, and where the answer has no stages, the whole text.
+    """
+
+    def __init__(self, show_reasoning: bool) -> None:
+        self._whole = show_reasoning
+        self._shown = ""
+        self._stage = ""
+        self._console = Console(stderr=True)
+        self._status = self._console.status("reading the question")
+        if not show_reasoning:
+            self._status.start()
+
+    def show(self, text: str) -> None:
+        """The answer so far."""
+        stages = find_stages(text)
+        if self._whole or not (stages or may_be_staged(text)):
+            self._print(text)
+        elif stages:
+            stage, body = list(stages.items())[-1]
+            if stage == "CONCLUSION":
+                self._print(_without_partial_tag(body))
+            elif stage != self._stage:
+                self._stage = stage
+                self._tell(f"writing the {stage.lower()}")
+
+    def finish(self, text: str) -> None:
+        """The whole answer: what of it was held back is shown."""
+        conclusion = find_stages(text).get("CONCLUSION")
+        self._print(text if self._whole or conclusion is None else conclusion)
+        self._status.stop()
+        print(flush=True)
+
+    def _tell(self, what: str) -> None:
+        self._status.update(what)
+        if not self._console.is_terminal:
+            print(what, file=sys.stderr, flush=True)
+
+    def _print(self, text: str) -> None:
+        self._status.stop()
+        print(text.removeprefix(self._shown), end="", flush=True)
+        self._shown = text
+
+
+def _without_partial_tag(body: str) -> str:
+    """``body`` without the beginning of a closing tag at its end."""
+    start = body.rfind("<")
+    return body[:start].rstrip() if start >= 0 and "</CONCLUSION>".startswith(body[start:]) else body
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,331 @@
+"""A published checkpoint on disk: finding it, holding its headers against the declarations, reading its bytes.
+
+Nothing here knows of devices; ``weights.py`` makes arrays of what this reads, ``export.py`` writes.
+"""
+
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import huggingface_hub
+import ml_dtypes
+import numpy as np
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.parameters import parameters
+
+Box = tuple[tuple[int, int], ...]
+"""A part of an array: (start, stop) along each axis."""
+
+OnProgress = Callable[[int, int], None]
+"""Called after each parameter with the bytes of tensors done so far and those to do in all."""
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+DTYPE_TENSOR = "language_model.lm_head.weight"
+"""The tensor whose dtype stands for the checkpoint's."""
+
+COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.txt", "LICENSE*", "USE_POLICY*")
+"""What lies beside the weights and belongs to them: tokenizer, processor, template, licence."""
+
+FORMAT_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The dtypes of weights, by their names in a safetensors header."""
+
+_BLOCK_BYTES = 2 << 20
+"""How much of a tensor is read at once on its way to several shards or another dtype: about a core's cache."""
+
+_FAULTS_NAMED = 20
+
+_NEWER_NAMES = {
+    "lm_head.": "language_model.lm_head.",
+    "model.language_model.": "language_model.model.",
+    "model.vision_model.": "vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
+
+
+def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
+    """The local folder of a checkpoint, fetched from the Hugging Face hub where it is named by its id there.
+
+    Args:
+        path_or_hub_id: a folder with config.json and safetensors files, or ``"organisation/name"``.
+            Without network the hub's local cache serves.
+
+    Raises:
+        UserError: no such folder; a repository that is unknown, gated or out of reach; or a folder
+            without config.json or safetensors files.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if not folder.is_dir():
+        if folder.is_file():
+            raise UserError(f"{folder} is a file; give the folder that holds it and its config.json")
+        if isinstance(path_or_hub_id, Path) or not _looks_like_hub_id(path_or_hub_id):
+            raise UserError(f"no such folder: {path_or_hub_id}")
+        folder = _fetch(path_or_hub_id)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json; is it the folder of a Hugging Face checkpoint?")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no *.safetensors files; other formats of weights are not read")
+    return folder
+
+
+def read_config(folder: Path, convention: Convention | None = None) -> MllamaConfig:
+    """The configuration of the checkpoint in ``folder``.
+
+    Args:
+        convention: that of a checkpoint whose config.json does not state one; None leaves it at ``"meta"``.
+
+    Raises:
+        UserError: config.json states another convention, or is nothing ``MllamaConfig`` reads.
+    """
+    config = MllamaConfig.from_pretrained(folder)
+    if convention is None:
+        return config
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("convention", convention)
+    if stated != convention:
+        raise UserError(f"{folder}/config.json states the convention {stated!r}, not {convention!r}: leave it out")
+    return replace(config, convention=convention)
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of ``folder`` that belong to its weights and are neither weights nor their configuration."""
+    rebuilt = {"config.json", INDEX_FILE}
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.name not in rebuilt)
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    organisation, slash, rest = name.partition("/")
+    named = bool(organisation and slash and rest) and "/" not in rest and name[0] not in ".~"
+    return named and not Path(organisation).exists()
+
+
+def _fetch(hub_id: str) -> Path:
+    """The snapshot of a repository of the hub, from the local cache where the network is off."""
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=["*.safetensors", *COMPANIONS]))
+    except IncompleteSnapshotError as fault:
+        # A cache filled by another program may lack a licence text and still hold all that is read here.
+        return Path(fault.snapshot_path)
+    except GatedRepoError:
+        raise UserError(
+            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(f"the hub has no {hub_id}, or it is private: check the name, or run `hf auth login`") from None
+    except HFValidationError:
+        raise UserError(f"no such folder, nor a valid name of the hub: {hub_id}") from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{hub_id} is not in the local cache and the hub cannot be reached: give a local folder, or go online"
+        ) from None
+    except OSError as fault:  # the hub's HTTP errors are of this kind too
+        raise UserError(f"cannot fetch {hub_id} from the hub: {str(fault).splitlines()[0]}") from None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file.
+
+    Attributes:
+        name: its published name, whichever the file uses.
+        file: the file that holds it.
+        offset: where its bytes begin, from the start of the file.
+        shape: its shape; the bytes are in row-major order.
+        format_dtype: its dtype as the file spells it, a key of ``FORMAT_DTYPES`` once verified.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    format_dtype: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        return FORMAT_DTYPES[self.format_dtype]
+
+
+def read_shards(tensor: StoredTensor, shards: Mapping[Box, np.ndarray]) -> int:
+    """Fill arrays with their parts of a tensor, cast to each array's dtype, reading no byte twice.
+
+    Args:
+        tensor: what to read.
+        shards: C-contiguous arrays by the part of the tensor that each is to hold; parts are
+            equal along axis 0 or apart.
+
+    Returns:
+        The bytes read.
+
+    Raises:
+        UserError: the file ends early.
+    """
+    count = 0
+    with tensor.file.open("rb", buffering=0) as file:
+        for hull, boxes in _read_together(list(shards)):
+            if len(boxes) == 1 and shards[hull].dtype == tensor.dtype:
+                count += _read_box(file.fileno(), tensor, hull, shards[hull])
+                continue
+            (first, last), *inner = hull
+            rows = max(1, _BLOCK_BYTES // max(1, math.prod(extents(inner)) * tensor.dtype.itemsize))
+            for start in range(first, last, rows):
+                stop = min(start + rows, last)
+                block = np.empty((stop - start, *extents(inner)), tensor.dtype)
+                count += _read_box(file.fileno(), tensor, ((start, stop), *inner), block)
+                for box in boxes:
+                    part = [slice(a - low, b - low) for (a, b), (low, _) in zip(box[1:], inner, strict=True)]
+                    shards[box][start - first : stop - first] = block[:, *part]
+    return count
+
+
+def _read_box(descriptor: int, tensor: StoredTensor, box: Box, out: np.ndarray) -> int:
+    """Read the part ``box`` into ``out`` (its shape, the tensor's dtype, C-contiguous); return the bytes read.
+
+    No other byte is asked for. A memory map is faster on short runs from a warm cache, but its pages
+    count as this process's memory, and a fault of the disk under it is a SIGBUS, not an exception.
+    """
+    strides = [math.prod(tensor.shape[axis + 1 :]) * tensor.dtype.itemsize for axis in range(len(tensor.shape))]
+    # What lies together in the file: the innermost axes that are whole, and the axis before them.
+    together = len(box)
+    while together > 0 and box[together - 1] == (0, tensor.shape[together - 1]):
+        together -= 1
+    walked = max(together - 1, 0)
+    corner = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+    positions = np.array([tensor.offset + corner])
+    for extent, stride in zip(out.shape[:walked], strides[:walked], strict=True):
+        positions = (positions[:, None] + np.arange(extent) * stride).reshape(-1)
+    runs = out.reshape(len(positions), -1).view(np.uint8)
+    for run, position in zip(runs, positions.tolist(), strict=True):
+        _read_run(descriptor, run.data, position, tensor.file)
+    return runs.nbytes
+
+
+def _read_run(descriptor: int, buffer: memoryview, position: int, file: Path) -> None:
+    while buffer:
+        count = os.preadv(descriptor, [buffer], position)  # at most 2 GiB a call
+        if count == 0:
+            raise UserError(f"{file} ended early while it was read: fetch it again")
+        buffer, position = buffer[count:], position + count
+
+
+def _read_together(boxes: list[Box]) -> Iterator[tuple[Box, list[Box]]]:
+    """Boxes that exactly tile a larger one, cut along other axes than the first; a box that does not, alone."""
+    by_rows: defaultdict[tuple[int, int], list[Box]] = defaultdict(list)
+    for box in boxes:
+        by_rows[box[0]].append(box)
+    for group in by_rows.values():
+        hull = tuple((min(a for a, _ in spans), max(b for _, b in spans)) for spans in zip(*group, strict=True))
+        if sum(volume(box) for box in group) == volume(hull):
+            yield hull, group
+        else:
+            yield from ((box, [box]) for box in group)
+
+
+def extents(box: Box | list[tuple[int, int]]) -> tuple[int, ...]:
+    """The shape of ``box``."""
+    return tuple(stop - start for start, stop in box)
+
+
+def volume(box: Box) -> int:
+    """The elements in ``box``."""
+    return math.prod(extents(box))
+
+
+def verified_tensors(folder: Path, config: MllamaConfig) -> dict[str, StoredTensor]:
+    """Every tensor of the model by its published name, found from the headers of the files in ``folder``.
+
+    Raises:
+        UserError: a damaged or missing file; or one line that names every tensor that is missing,
+            unexpected, there twice, of another shape than ``config`` implies, or of another dtype
+            than float32, float16 or bfloat16 (the first 20 of them, and a count of the rest).
+    """
+    stored = [tensor for file in _weight_files(folder) for tensor in _read_header(file)]
+    expected = {name: parameter.shape for name, parameter in parameters(config, "unrolled").items()}
+    if faults := list(_faults(stored, expected)):
+        more = f"; and {len(faults) - _FAULTS_NAMED} more" if len(faults) > _FAULTS_NAMED else ""
+        raise UserError(f"{folder} does not hold its config.json's model: {'; '.join(faults[:_FAULTS_NAMED])}{more}")
+    return {tensor.name: tensor for tensor in stored}
+
+
+def _faults(stored: list[StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """What is wrong with the stored tensors, a few words on each."""
+    times = Counter(tensor.name for tensor in stored)
+    yield from (f"missing {name}" for name in expected if name not in times)
+    yield from (f"unexpected {name}" for name in times if name not in expected)
+    for name, count in times.items():
+        if count > 1:
+            files = sorted({tensor.file.name for tensor in stored if tensor.name == name})
+            yield f"{name} is there {count} times (in {', '.join(files)})"
+    for tensor in stored:
+        shape = expected.get(tensor.name, tensor.shape)
+        if tensor.shape != shape:
+            yield f"{tensor.name} is {list(tensor.shape)}, should be {list(shape)}"
+        if tensor.format_dtype not in FORMAT_DTYPES:
+            yield f"{tensor.name} is of dtype {tensor.format_dtype}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those that its index names, else all there are."""
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if single in files and len(files) > 1:
+            raise UserError(f"{folder} holds {SINGLE_FILE} and other *.safetensors files: keep only one checkpoint's")
+        if not files:
+            raise UserError(f"{folder} holds no *.safetensors files")
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is not the index of a checkpoint: fetch it again") from None
+    if single.exists() and single.name not in names:
+        raise UserError(f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}: keep only one checkpoint's files")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} does not exist, though {INDEX_FILE} names it: fetch it again")
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file.
+
+    The library checks the file (its length, the header, no gap or overlap of tensors) but keeps the offsets to itself.
+    """
+    try:
+        with safe_open(file, framework="numpy"), file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+    except SafetensorError as fault:
+        raise UserError(f"{file} is damaged or cut short ({fault}): fetch it again") from None
+    except OSError as fault:
+        raise UserError(f"{file} cannot be read: {fault.strerror}") from None
+    return [
+        StoredTensor(
+            _published_name(name), file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"]
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+
+
+def _published_name(name: str) -> str:
+    for newer, published in _NEWER_NAMES.items():
+        if name.startswith(newer):
+            return published + name.removeprefix(newer)
+    return name

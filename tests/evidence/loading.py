@@ -1,0 +1,130 @@
+"""How fast a checkpoint becomes sharded arrays, against a plain read of its files, and the memory that takes.
+
+    python tests/evidence/loading.py
+
+makes a checkpoint of the published widths with few layers in a temporary folder (4.7 GB; the embedding and lm_head
+are the 11B's own, 1.05 GB each), and loads it onto 8 simulated CPU devices. Every figure is of a fresh process and a
+warm page cache.
+"""
+
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+REPEATS = 5
+MESHES = {"fsdp=8": (1, 8, 1), "2x2x2": (2, 2, 2), "tensor=8": (1, 1, 8)}
+STACKED = "fsdp=8, stacked"
+PLAIN, PASSING = "plain read", "read, not kept"  # in blocks of 8 MiB: into memory of the file's size, and of a block's
+
+
+def main() -> None:
+    from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
+    from llava_cot_jax.model.export import Entry, write_checkpoint
+    from llava_cot_jax.model.parameters import parameters
+
+    print(f"{datetime.date.today()}  Python {platform.python_version()}  " + _versions("jax", "numpy", "safetensors"))
+    print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    text = TextConfig(num_hidden_layers=5, cross_attention_layers=(3,))
+    vision = VisionConfig(num_hidden_layers=4, num_global_layers=1, intermediate_layers_indices=(0, 1, 2, 2, 3))
+    config = MllamaConfig(vision=vision, text=text)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "checkpoint"
+        bfloat16 = np.dtype("bfloat16")
+        entries = [Entry(name, p.shape, bfloat16) for name, p in parameters(config, "unrolled").items()]
+        # The writer asks for one value at a time; the bytes are of no matter here.
+        noise = np.random.default_rng(0).integers(0, 1 << 15, max(e.nbytes for e in entries) // 2, np.uint16)
+        values = (noise[: e.nbytes // 2].view(bfloat16).reshape(e.shape) for e in entries)
+        write_checkpoint(folder, config, entries, values)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        largest = max(e.nbytes for e in entries)
+        print(f"checkpoint: {size / 1e9:.2f} GB in bfloat16, largest tensor {largest / 1e9:.2f} GB")
+        runs: dict[str, list[dict[str, float]]] = {}
+        order = random.Random(0)
+        kinds = [PLAIN, PASSING, *MESHES, STACKED]
+        for _ in range(REPEATS):
+            # Memory that another process has just freed is cheaper than fresh: none is always next to the same.
+            for what in order.sample(kinds, len(kinds)):
+                runs.setdefault(what, []).append(_measured(folder, what))
+    print(f"\nmedian of {REPEATS} (fastest to slowest)")
+    for what in kinds:
+        results = runs[what]
+        seconds = sorted(result["seconds"] for result in results)
+        median = statistics.median(seconds)
+        line = f"{what:16} {median:6.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f})  {size / median / 1e9:5.2f} GB/s"
+        if what not in (PLAIN, PASSING):
+            plain = statistics.median(result["seconds"] for result in runs[PLAIN])
+            beyond = max(result["beyond"] for result in results)
+            line += f"  {plain / median:4.0%} of a plain read; peak memory beyond the arrays {beyond / 1e6:5.0f} MB"
+        print(line)
+
+
+def _versions(*packages: str) -> str:
+    return "  ".join(f"{package} {version(package)}" for package in packages)
+
+
+def _measured(folder: Path, what: str) -> dict[str, float]:
+    """One measurement in a process of its own."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, __file__, str(folder), what]
+    return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+def measure(folder: Path, what: str) -> dict[str, float]:
+    """Seconds; for a load also the peak of resident memory in bytes, beyond the arrays and what was there before."""
+    import jax
+
+    from llava_cot_jax.model.checkpoint import read_config
+    from llava_cot_jax.model.sharding import make_mesh
+    from llava_cot_jax.model.weights import load_arrays
+
+    if what in (PLAIN, PASSING):
+        return {"seconds": _plain_read(folder / "model.safetensors", keep=what == PLAIN)}
+    config = read_config(folder)
+    mesh = make_mesh(*MESHES["fsdp=8" if what == STACKED else what])
+    jax.block_until_ready(jax.device_put(0.0, jax.devices()[0]))  # the backend starts before the clock does
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _memory("VmRSS")
+    start = time.perf_counter()
+    arrays = load_arrays(folder, config, layout="stacked" if what == STACKED else "unrolled", mesh=mesh)
+    seconds = time.perf_counter() - start
+    # Replicas on simulated devices share one buffer, so each distinct shard counts once.
+    buffers = {
+        shard.data.unsafe_buffer_pointer(): shard.data.nbytes for x in arrays.values() for shard in x.addressable_shards
+    }
+    return {"seconds": seconds, "beyond": _memory("VmHWM") - before - sum(buffers.values())}
+
+
+def _plain_read(path: Path, keep: bool) -> float:
+    """Seconds to read a file in blocks into fresh memory of its size, or all into one block's."""
+    block = 8 << 20
+    start = time.perf_counter()
+    buffer = bytearray(block) if not keep else np.empty(path.stat().st_size, np.uint8).data
+    with path.open("rb", buffering=0) as file:
+        place = 0
+        while count := file.readinto(buffer[place : place + block] if keep else buffer):
+            place += count
+    return time.perf_counter() - start
+
+
+def _memory(field: str) -> int:
+    """VmRSS (resident now) or VmHWM (its peak) of this process, in bytes, as the kernel counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2])))
+    else:
+        main()

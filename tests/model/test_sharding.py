@@ -1,0 +1,131 @@
+"""The model on eight simulated devices gives what it gives on one."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.model.parameters import flatten, parameters
+from llava_cot_jax.model.sharding import default_mesh, make_mesh, partition
+from llava_cot_jax.search.decode import Generator
+from tests.conftest import INPUTS
+from tests.model.test_mllama import off
+
+
+def endless(model: Mllama) -> Mllama:
+    """The same weights in a model where no token ends an answer."""
+    model = nnx.clone(model)
+    model.config = replace(model.config, text=replace(model.config.text, eos_token_ids=()))
+    return model
+
+
+def bytes_by_device(model: Mllama) -> list[int]:
+    held = dict.fromkeys(jax.devices(), 0)
+    for array in flatten(model.params).values():
+        for shard in array.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return list(held.values())
+
+
+@dataclass
+class Alone:
+    """The model on one device, and what it makes of a batch of three and of eight rows."""
+
+    model: Mllama
+    logits: np.ndarray
+    eight: dict[str, np.ndarray]
+    logits_of_eight: np.ndarray
+    generated: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, reference) -> Alone:
+    model, batch = Mllama.from_pretrained(tiny), {name: reference[name] for name in INPUTS}
+    eight = {name: np.concatenate([x, x, x[:2]]) for name, x in batch.items()}
+    logits, logits_of_eight = (np.asarray(model(**b)) for b in (batch, eight))
+    return Alone(model, logits, eight, logits_of_eight, Generator(endless(model)).generate(batch, max_new_tokens=8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [((2, 2, 2), 1 / 4), ((8, 1, 1), 1), ((1, 8, 1), 1 / 8), pytest.param((4, 1, 2), 1 / 2, marks=pytest.mark.slow)],
+)
+def test_a_mesh_changes_nothing(tiny, batch, alone, shape, share, capsys):
+    """Loading, forward pass (a batch that the mesh divides, and one that it does not) and generation."""
+    spread = Mllama.from_pretrained(tiny, mesh=make_mesh(*shape))
+    for (path, a), b in zip(flatten(alone.model.params).items(), flatten(spread.params).values(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+    whole = sum(x.nbytes for x in flatten(alone.model.params).values())
+    held = bytes_by_device(spread)
+    with capsys.disabled():
+        print(f"\n  {shape}: {min(held)} to {max(held)} bytes a device of {whole}")
+    assert max(held) < (share + 0.02) * whole  # gates, norms and most biases are on every device
+
+    assert off(spread(**batch), alone.logits) < 1e-5
+    assert off(spread(**alone.eight), alone.logits_of_eight) < 1e-5
+    got = Generator(endless(spread)).generate(batch, max_new_tokens=8)
+    np.testing.assert_array_equal(got, alone.generated)
+
+
+def test_training_layout_on_a_mesh(tiny, batch, alone):
+    spread = Mllama.from_pretrained(tiny, layout="stacked", mesh=make_mesh(2, 2, 2))
+    assert off(spread(**batch), alone.logits) < 1e-5
+    spread.to_layout("unrolled")
+    layer = spread.language_model.model.layers["3"].cross_attn.q_proj.weight[...]
+    assert layer.addressable_shards[0].data.shape == (32, 32)
+    np.testing.assert_array_equal(layer, alone.model.language_model.model.layers["3"].cross_attn.q_proj.weight[...])
+    assert off(spread(**batch), alone.logits) < 1e-5
+
+
+def test_fresh_weights_are_the_same_on_a_mesh(tiny):
+    config = MllamaConfig.from_pretrained(tiny)
+    alone = Mllama(config, rngs=nnx.Rngs(0))
+    spread = Mllama(config, rngs=nnx.Rngs(0), mesh=make_mesh(2, 2, 2))
+    for (path, a), b in zip(flatten(alone.params).items(), flatten(spread.params).values(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def test_activations_are_spread(tiny, alone):
+    """The logits of a batch that the mesh divides are cut by row and by vocabulary."""
+    model = Mllama.from_pretrained(tiny, mesh=make_mesh(2, 2, 2))
+    assert model(**alone.eight).addressable_shards[0].data.shape == (2, 10, 128)
+
+
+@pytest.mark.parametrize(
+    ("shape", "named"),
+    [
+        ((1, 1, 4), "4 text key and value heads|2 text key and value heads"),
+        ((3, 3, 1), "takes 9 devices; there are 8"),
+        ((0, 1, 1), "at least 1"),
+        ((1, 3, 1), "fsdp=3"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(tiny, shape, named):
+    with pytest.raises(UserError, match=named):
+        Mllama.from_pretrained(tiny, mesh=make_mesh(*shape))
+
+
+def test_two_axes_on_one_mesh_axis_collide():
+    with pytest.raises(ValueError, match="twice"):
+        partition(("heads", "mlp"))
+
+
+@pytest.mark.parametrize("config", [MllamaConfig.llama32_11b(), MllamaConfig.llama32_90b()], ids=["11b", "90b"])
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+def test_every_large_parameter_of_the_published_models_is_cut(config, layout):
+    for path, parameter in parameters(config, layout).items():
+        cut = [axis for axis in partition(parameter.axes) if axis]
+        assert cut or parameter.size < 1e6 * max(len(parameter.tensors), 1), path
+
+
+def test_the_default_mesh_uses_every_device(tiny):
+    mesh = default_mesh(MllamaConfig.llama32_11b())
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 8}
+    mesh = default_mesh(MllamaConfig.from_pretrained(tiny))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}

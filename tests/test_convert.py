@@ -1,0 +1,152 @@
+"""The convert command: what it writes, what it carries along, and what it leaves behind when it dies."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import MllamaForConditionalGeneration
+
+from llava_cot_jax.convert import main
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint import read_config, resolve_checkpoint
+from llava_cot_jax.model.parameters import parameters
+
+FIXTURE = Path(__file__).parent / "fixtures/mllama_tiny"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The tiny checkpoint among everything that may lie in a published folder."""
+    folder = tmp_path / "source"
+    shutil.copytree(FIXTURE, folder, ignore=shutil.ignore_patterns("*.npz"))
+    for name in ("tokenizer.json", "tokenizer.model", "preprocessor_config.json", "chat_template.jinja", "LICENSE.txt"):
+        (folder / name).write_text("{}")
+    (folder / "README.md").write_text("of the source, not of the result")
+    return folder
+
+
+def run(*arguments: str | Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which first runs the Python code ``before``."""
+    code = f"{before}\nimport runpy; runpy.run_module('llava_cot_jax.convert', run_name='__main__')"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+
+class TestResult:
+    def test_same_weights_and_everything_that_belongs_to_them(self, source: Path, tmp_path: Path) -> None:
+        main([str(source), str(tmp_path / "out")])
+        carried = {path.name for path in source.iterdir()} - {"README.md"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == carried
+        assert read_config(tmp_path / "out") == read_config(source)
+        ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(source / "model.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+    def test_dtype(self, source: Path, tmp_path: Path) -> None:
+        main([str(source), str(tmp_path / "out"), "--dtype", "float16"])
+        assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float16"
+        theirs = load_file(source / "model.safetensors")
+        for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
+            np.testing.assert_array_equal(tensor, theirs[name].astype(np.float16))
+
+    @pytest.mark.parametrize("convention", ["meta", "transformers_4"])
+    def test_for_transformers(
+        self, source: Path, tmp_path: Path, convention: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        main([str(source), str(tmp_path / "out"), "--for", "transformers", "--convention", convention])
+        assert ("One difference stays" in capsys.readouterr().out) == (convention == "meta")
+        reference = np.load(FIXTURE / "reference.npz")
+        model, report = MllamaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(report.values()), report
+        images = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        with torch.no_grad():
+            features = model.model.vision_model(*(torch.tensor(reference[name]) for name in images)).last_hidden_state
+        expected = reference[f"{convention}_vision"]
+        np.testing.assert_allclose(features.numpy(), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+    def test_the_source_of_another_convention_is_as_it_says(self, source: Path, tmp_path: Path) -> None:
+        main([str(source), str(tmp_path / "a"), "--convention", "transformers_4"])
+        assert read_config(tmp_path / "a").convention == "transformers_4"
+        with pytest.raises(UserError, match="states the convention 'transformers_4', not 'meta'"):
+            main([str(tmp_path / "a"), str(tmp_path / "b"), "--convention", "meta"])
+
+    def test_holds_one_tensor_at_a_time(self, tmp_path: Path) -> None:
+        """In a process that may allocate no more than twice the largest tensor and a little."""
+        config = json.loads((FIXTURE / "config.json").read_text())
+        config["text_config"] |= {"hidden_size": 1024, "intermediate_size": 4096}
+        source = tmp_path / "wide"
+        source.mkdir()
+        (source / "config.json").write_text(json.dumps(config))
+        shapes = {name: p.shape for name, p in parameters(read_config(source), "unrolled").items()}
+        save_file({name: np.zeros(s, np.float32) for name, s in shapes.items()}, source / "model.safetensors")
+        largest = 4 * max(math.prod(shape) for shape in shapes.values())
+        allowed = 2 * largest + (64 << 20)
+        assert (source / "model.safetensors").stat().st_size > 5 * allowed
+        limit = (
+            "import resource, llava_cot_jax.convert\n"
+            "status = dict(line.split(':') for line in open('/proc/self/status'))\n"
+            "used = int(status['VmData'].split()[0]) * 1024\n"
+            f"resource.setrlimit(resource.RLIMIT_DATA, (used + {allowed},) * 2)"
+        )
+        result = run(source, tmp_path / "out", before=limit)
+        assert result.returncode == 0, result.stderr
+
+
+class TestRefusal:
+    def test_onto_itself(self, source: Path) -> None:
+        with pytest.raises(UserError, match="is the checkpoint that is to be converted"):
+            main([str(source), str(source)])
+        assert load_file(source / "model.safetensors")
+
+    def test_onto_something(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/notes").write_text("mine")
+        with pytest.raises(UserError, match="exists and is not empty"):
+            main([str(source), str(tmp_path / "out")])
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes"]
+
+    def test_one_line_and_code_2(self, tmp_path: Path) -> None:
+        result = run(tmp_path / "nowhere", tmp_path / "out")
+        assert result.returncode == 2
+        assert result.stderr == f"error: no such folder: {tmp_path / 'nowhere'}\n"
+
+
+class TestDeath:
+    @pytest.mark.parametrize("file", [1, 2])
+    def test_kill_leaves_nothing_that_loads(self, source: Path, tmp_path: Path, file: int) -> None:
+        """Killed when the weights, or also config.json, are on the disk."""
+        killing = (
+            "import os, signal, itertools\n"
+            "calls, fsync = itertools.count(1), os.fsync\n"
+            f"os.fsync = lambda d: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == {file} else fsync(d)"
+        )
+        out = tmp_path / "out"
+        assert run(source, out, before=killing).returncode == -signal.SIGKILL
+        assert not out.exists()
+        partial = tmp_path / ".out.partial"
+        assert (partial / "model.safetensors").exists()
+        if file == 1:
+            with pytest.raises(UserError, match=r"holds no config\.json"):
+                resolve_checkpoint(partial)
+        with pytest.raises(UserError, match=f"{partial} is being written, or is left from a run that was killed"):
+            main([str(source), str(out)])
+        shutil.rmtree(partial)
+        main([str(source), str(out)])
+        assert resolve_checkpoint(out)
+
+    def test_full_disk(self, source: Path, tmp_path: Path) -> None:
+        """A limit on the size of files stands for the disk's."""
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000,) * 2)"
+        before = set(tmp_path.iterdir())
+        result = run(source, tmp_path / "out", before=limit)
+        assert result.returncode == 2
+        assert result.stderr.strip() == f"error: cannot write {tmp_path / 'out'} (0.0 GB): File too large"
+        assert set(tmp_path.iterdir()) == before
