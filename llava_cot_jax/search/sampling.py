@@ -50,6 +50,8 @@ def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Ar
     if sampling.top_k is None and sampling.top_p == 1:
         return scaled, jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32), scaled.shape)
     scaled, ids = jax.lax.top_k(scaled, min(sampling.top_k or vocabulary, vocabulary))  # descending
+    if sampling.top_p == 1:  # the sum of rounded probabilities reaches 1 too soon
+        return scaled, ids
     probabilities = jax.nn.softmax(scaled, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the likelier tokens
     kept = (before < sampling.top_p).at[:, 0].set(True)

@@ -1,0 +1,55 @@
+"""Finding the stages in an answer."""
+
+import pytest
+
+from llava_cot_jax.search.stages import find_stages, may_be_staged
+
+WHOLE = (
+    "<SUMMARY> Count. </SUMMARY>\n\n<CAPTION> Two circles. </CAPTION>\n\n"
+    "<REASONING> One and one. </REASONING>\n\n<CONCLUSION> 2 </CONCLUSION>"
+)
+BODIES = {"SUMMARY": "Count.", "CAPTION": "Two circles.", "REASONING": "One and one.", "CONCLUSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (WHOLE, BODIES),
+        ("", {}),
+        ("It is a cat.", {}),
+        ("<SUMMARY> Cou", {"SUMMARY": "Cou"}),
+        ("<SUMMARY></SUMMARY>", {"SUMMARY": ""}),
+        ("<SUMMARY> a <CAPTION> b </CAPTION>", {"SUMMARY": "a", "CAPTION": "b"}),
+        ("<CONCLUSION> 3 </CONCLUSION>", {"CONCLUSION": "3"}),
+        ("<CAPTION> c </CAPTION> <SUMMARY> s </SUMMARY>", {"SUMMARY": "s"}),
+        ("<CONCLUSION> a </CONCLUSION> <CONCLUSION> b </CONCLUSION>", {"CONCLUSION": "a"}),
+        ("<SUMMARY> s < 3 </SUMMARY> x <REASONING> r", {"SUMMARY": "s < 3", "REASONING": "r"}),
+    ],
+)
+def test_stages(text, found):
+    assert find_stages(text) == found
+    assert list(find_stages(text)) == list(found)
+
+
+@pytest.mark.parametrize("cut", range(len(WHOLE)))
+def test_a_growing_answer_never_loses_a_stage(cut):
+    found = find_stages(WHOLE[:cut])
+    assert list(found) == list(BODIES)[: len(found)]
+    for name, body in list(found.items())[:-1]:
+        assert body == BODIES[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "may"),
+    [
+        ("", True),
+        ("\n<", True),
+        ("<SUM", True),
+        ("<SUMMARY> x", True),
+        ("<CAPTION>", True),
+        ("A", False),
+        ("<b", False),
+    ],
+)
+def test_whether_stages_may_come(text, may):
+    assert may_be_staged(text) is may
