@@ -44,7 +44,8 @@ def run(main: Callable[[], None]) -> None:
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, where that is a terminal; the function given takes bytes done and bytes in all."""
     columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

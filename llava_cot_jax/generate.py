@@ -65,10 +65,10 @@ def _parser() -> cli.Parser:
     add("--checkpoint", type=str, required=True, help="a folder in Hugging Face form, or an id on the hub")
     add("--question", type=str, nargs="+", required=True, help="one question, or several asked in turn")
     add("--image", type=str, nargs="*", help="an image for all questions, or one for each; none asks without an image")
-    add("--max_new_tokens", type=int, default=2048, help="the longest answer, in tokens")
+    add("--max-new-tokens", type=int, default=2048, help="the longest answer, in tokens")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token; LLaVA-CoT samples at 0.6")
-    add("--top_k", type=int | None, default=None, help="sample among so many of the likeliest tokens")
-    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this total probability")
+    add("--top-k", type=int | None, default=None, help="sample among so many of the likeliest tokens")
+    add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this total probability")
     add("--seed", type=int, default=0, help="of the draws")
     add(
         "--convention",

@@ -79,7 +79,7 @@ class TestResult:
             main([str(tmp_path / "a"), str(tmp_path / "b"), "--convention", "meta"])
 
     def test_holds_one_tensor_at_a_time(self, tmp_path: Path) -> None:
-        """In a process that may allocate no more than twice the largest tensor and a little."""
+        """In a process that may allocate little more than the largest tensor."""
         config = json.loads((FIXTURE / "config.json").read_text())
         config["text_config"] |= {"hidden_size": 1024, "intermediate_size": 4096}
         source = tmp_path / "wide"
@@ -88,7 +88,7 @@ class TestResult:
         shapes = {name: p.shape for name, p in parameters(read_config(source), "unrolled").items()}
         save_file({name: np.zeros(s, np.float32) for name, s in shapes.items()}, source / "model.safetensors")
         largest = 4 * max(math.prod(shape) for shape in shapes.values())
-        allowed = 2 * largest + (64 << 20)
+        allowed = largest + (24 << 20)
         assert (source / "model.safetensors").stat().st_size > 5 * allowed
         limit = (
             "import resource, llava_cot_jax.convert\n"

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from llava_cot_jax.model.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
     OnProgress,
+    StoredTensor,
     companions,
     read_shards,
     verified_tensors,
@@ -77,14 +78,18 @@ def convert_checkpoint(
     def values() -> Iterator[np.ndarray]:
         done = 0
         for entry in entries:
-            value = np.empty(entry.shape, entry.dtype)
-            read_shards(stored[entry.name], {tuple((0, size) for size in entry.shape): value})
-            yield value
+            yield _read_whole(stored[entry.name], entry.dtype)
             done += entry.nbytes
             if on_progress:
                 on_progress(done, total)
 
     write_checkpoint(destination, config, entries, values(), extra_files=companions(source))
+
+
+def _read_whole(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
+    value = np.empty(tensor.shape, dtype)
+    read_shards(tensor, {tuple((0, size) for size in tensor.shape): value})
+    return value
 
 
 def write_checkpoint(
@@ -173,7 +178,7 @@ def _whole_or_not_at_all(folder: Path, nbytes: int) -> Iterator[Path]:
 
 def _write_tensors(path: Path, entries: Sequence[Entry], values: Iterator[np.ndarray]) -> None:
     """A safetensors file of ``entries``, their values taken from the head of ``values``."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers 4 refuses a file without it
     position = 0
     for entry in entries:
         offsets = [position, position + entry.nbytes]
@@ -188,11 +193,14 @@ def _write_tensors(path: Path, entries: Sequence[Entry], values: Iterator[np.nda
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            value = next(values)
-            if value.shape != entry.shape or value.dtype != entry.dtype:
-                raise ValueError(f"{entry.name} should be {entry.dtype} {entry.shape}, got {value.dtype} {value.shape}")
-            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            _write_value(file, entry, next(values))  # no name here holds it while the next is made
         _reach_disk(file)
+
+
+def _write_value(file: BinaryIO, entry: Entry, value: np.ndarray) -> None:
+    if value.shape != entry.shape or value.dtype != entry.dtype:
+        raise ValueError(f"{entry.name} should be {entry.dtype} {entry.shape}, got {value.dtype} {value.shape}")
+    file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
 
 def _write_json(path: Path, value: dict[str, object]) -> None:

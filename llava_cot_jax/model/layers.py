@@ -101,6 +101,10 @@ def join_heads(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
+QUERY_BLOCK = 512
+"""Long queries attend in blocks of so many: the scores of the tower's 6432 tokens would take 2.6 GB an image."""
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Grouped-query attention: every attention of the model enters here.
 
@@ -116,7 +120,27 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     """
     batch, heads, queries, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], queries, head_dim)
-    scores = jnp.einsum("bkgqd,bksd->bkgqs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    if queries <= 2 * QUERY_BLOCK:
+        return _attend(grouped, k, v, mask).reshape(q.shape)
+
+    # Each block is computed again in the backward pass (Rabe and Staats, arXiv 2112.05682).
+    attend = jax.checkpoint(lambda block: _attend(block[0], k, v, block[1]))
+    blocks = _in_blocks(grouped, axis=3), _in_blocks(jnp.broadcast_to(mask, (batch, queries, k.shape[2])), axis=1)
+    out = jnp.moveaxis(jax.lax.map(attend, blocks), 0, 3)  # [batch, kv_heads, group, blocks, QUERY_BLOCK, head_dim]
+    return out.reshape(batch, heads, -1, head_dim)[:, :, :queries]
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [batch, kv_heads, group, queries, head_dim] against all of k and v."""
+    scores = jnp.einsum("bkgqd,bksd->bkgqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgqs,bksd->bkgqd", weights, v).reshape(batch, heads, queries, head_dim)
+    return jnp.einsum("bkgqs,bksd->bkgqd", weights, v)
+
+
+def _in_blocks(x: jax.Array, axis: int) -> jax.Array:
+    """``axis`` filled up to whole blocks and cut into them: [blocks, ..., QUERY_BLOCK, ...]."""
+    fill = [(0, -x.shape[axis] % QUERY_BLOCK if i == axis else 0) for i in range(x.ndim)]
+    x = jnp.pad(x, fill)
+    x = x.reshape(*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)

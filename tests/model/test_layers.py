@@ -1,0 +1,77 @@
+"""The parts of the model against plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llava_cot_jax.model.config import RopeScaling, TextConfig
+from llava_cot_jax.model.layers import QUERY_BLOCK, attention, rope_frequencies, rotate, rotation
+
+
+def attention_by_hand(q, k, v, mask):
+    """float64, one head at a time; a query that sees no key takes the mean of all values."""
+    out = np.zeros_like(q, np.float64)
+    group = q.shape[1] // k.shape[1]
+    for b, h in np.ndindex(q.shape[:2]):
+        scores = q[b, h].astype(np.float64) @ k[b, h // group].T / np.sqrt(q.shape[-1])
+        scores = np.where(mask[b], scores, -1e30)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[b, h] = weights / weights.sum(-1, keepdims=True) @ v[b, h // group]
+    return out
+
+
+@pytest.mark.parametrize("queries", [1, 7, 2 * QUERY_BLOCK, 2 * QUERY_BLOCK + 3], ids=lambda n: f"{n} queries")
+def test_attention(queries):
+    """Grouped heads, an arbitrary mask; whole and in blocks."""
+    rng = np.random.default_rng(queries)
+    q = rng.normal(size=(2, 6, queries, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, 2, 50, 8)).astype(np.float32)
+    mask = rng.random((2, queries, 50)) < 0.3
+    mask[0, 0] = False
+    got = attention(*map(jnp.asarray, (q, k, v, mask)))
+    np.testing.assert_allclose(got, attention_by_hand(q, k, v, mask), atol=1e-5)
+
+
+def test_gradients_of_attention_in_blocks():
+    """Against finite differences along a random direction, for every argument."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(1, 2, 2 * QUERY_BLOCK + 3, 4)).astype(np.float32)
+    k, v = rng.normal(size=(2, 1, 1, 9, 4)).astype(np.float32)
+    mask = rng.random((1, q.shape[2], 9)) < 0.5
+    weight = rng.normal(size=q.shape)
+
+    gradients = jax.grad(lambda *x: jnp.sum(attention(*x, mask) * weight), argnums=(0, 1, 2))(q, k, v)
+    for i, gradient in enumerate(gradients):
+        arrays = [x.astype(np.float64) for x in (q, k, v)]
+        direction = rng.normal(size=arrays[i].shape)
+        change = 0.0
+        for sign in (1, -1):
+            moved = [x + sign * 1e-4 * direction if j == i else x for j, x in enumerate(arrays)]
+            change += sign * np.sum(attention_by_hand(*moved, mask) * weight)
+        np.testing.assert_allclose(np.sum(np.asarray(gradient) * direction), change / 2e-4, rtol=1e-3)
+
+
+def test_rope_stretches_long_wavelengths_alone():
+    """By the rule as Meta states it, in wavelengths."""
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    config = TextConfig(rope_scaling=scaling)
+    plain = 1 / 500000 ** (np.arange(0, 128, 2) / 128)
+    want = []
+    for frequency in plain:
+        wavelength = 2 * np.pi / frequency
+        smooth = (8192 / wavelength - 1) / 3
+        between = (1 - smooth) * frequency / 8 + smooth * frequency
+        want.append(frequency / 8 if wavelength > 8192 else frequency if wavelength < 2048 else between)
+    np.testing.assert_allclose(rope_frequencies(config), want, rtol=1e-6)
+
+
+def test_rotation_turns_halves_and_tells_far_positions_apart():
+    config = TextConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, rope_scaling=None)
+    x = np.random.default_rng(0).normal(size=(1, 4, 2, 16)).astype(np.float32)
+    positions = np.array([[256, 257]])
+    got = np.asarray(rotate(jnp.asarray(x), *rotation(jnp.asarray(positions), config)))
+    turned = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * positions[..., None] * rope_frequencies(config))[:, None]
+    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+    bf16 = rotate(jnp.asarray(x, jnp.bfloat16), *rotation(jnp.asarray(positions), config))
+    np.testing.assert_allclose(np.asarray(bf16, np.float32), got, atol=0.03)

@@ -1,0 +1,221 @@
+"""The command that answers: what it prints, what it compiles, and how it fails."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from transformers import MllamaForConditionalGeneration
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+from llava_cot_jax import cli
+from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.demo import write_demo
+from llava_cot_jax.generate import Screen, main
+from tests.parity.reference import under
+
+QUESTION = "How many shapes are red?"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo(folder)
+    Image.open(folder / "picture.png").resize((90, 200)).save(folder / "tall.jpg", quality=95)
+    return folder
+
+
+def arguments(demo: Path, *more: str) -> list[str]:
+    return ["--checkpoint", str(demo), "--image", str(demo / "picture.png"), "--question", QUESTION, *more]
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "llava_cot_jax.generate", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+
+
+def greedy_there(demo: Path, image: str, new: int) -> tuple[str, int]:
+    """What transformers answers under ``meta``: the text, and how many tokens it has."""
+    processor = Processor.from_pretrained(demo)
+    inputs = processor([processor.prompt(user_turn(QUESTION, 1))], [[demo / image]])
+    pixels = MllamaImageProcessorPil.from_pretrained(demo)(Image.open(demo / image), return_tensors="np")
+    inputs["pixel_values"] = pixels["pixel_values"]
+    model = MllamaForConditionalGeneration.from_pretrained(demo, attn_implementation="eager").eval()
+    with torch.no_grad(), under("meta", model):
+        tensors = {name: torch.tensor(x) for name, x in inputs.items()}
+        out = model.generate(**tensors, max_new_tokens=new, do_sample=False, temperature=None, top_p=None)
+    ids = out[0, inputs["input_ids"].shape[1] :].numpy()
+    return processor.decode(ids), len(ids)
+
+
+def test_json_of_two_questions_in_a_process_of_its_own(demo):
+    """A PNG and a JPEG; the answers are those of transformers, and the second one compiles nothing."""
+    images = ["picture.png", "tall.jpg"]
+    more = ["--json", "--max-new-tokens", "60"]
+    given = ["--checkpoint", str(demo), "--question", QUESTION, QUESTION, "--image", *(str(demo / i) for i in images)]
+    process = start(*given, *more)
+    out, err = process.communicate()
+    assert process.returncode == 0, err.decode()
+    answers = [json.loads(line) for line in out.decode().splitlines()]
+    assert len(answers) == 2
+    for answer, image in zip(answers, images, strict=True):
+        text, count = greedy_there(demo, image, 60)
+        assert answer["text"] == text
+        assert answer["tokens"]["new"] == count
+        assert answer["stages"] == {}
+        assert answer["image"] == str(demo / image)
+        assert answer["ended"] == ("max_new_tokens" if count == 60 else "eos")
+        assert 0 < answer["seconds"]["first_token"] <= answer["seconds"]["total"]
+    assert answers[0]["compilations"] > 0
+    assert answers[1]["compilations"] == 0
+
+
+def test_text_streams_as_it_comes(demo):
+    """The beginning of an answer is there while the process is still at work on the rest."""
+    process = start(*arguments(demo, "--max-new-tokens", "4000", "--temperature", "2", "--seed", "4"))
+    first = os.read(process.stdout.fileno(), 4096)
+    working = process.poll() is None
+    process.kill()
+    process.communicate()
+    assert first.strip()
+    assert working
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """The command in this process: its exit code, and what it wrote to stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+    code = 0
+    try:
+        cli.run(main)
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_an_answer_without_stages_is_shown_whole(demo, monkeypatch, capsys):
+    shown = run(monkeypatch, capsys, *arguments(demo, "--max-new-tokens", "40"))
+    whole = run(monkeypatch, capsys, *arguments(demo, "--max-new-tokens", "40", "--show-reasoning"))
+    answer = json.loads(run(monkeypatch, capsys, *arguments(demo, "--max-new-tokens", "40", "--json"))[1])
+    assert shown[0] == whole[0] == 0
+    assert shown[1] == whole[1] == answer["text"] + "\n"
+
+
+def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
+    """Sampled: the file's settings count, later arguments win, and a mesh draws the same tokens."""
+    (tmp_path / "run.yaml").write_text(
+        f"checkpoint: {demo}\nquestion: [{QUESTION}]\nmax_new_tokens: 24\ntemperature: 0.9\ntop_k: 50\nseed: 3\n"
+        "mesh: {data: 1, fsdp: 1, tensor: 1}\n"
+    )
+    settings = ["--config", str(tmp_path / "run.yaml"), "--json"]
+    one, again, other, spread = (
+        json.loads(run(monkeypatch, capsys, *settings, *more)[1])
+        for more in ([], [], ["--seed", "4"], ["--mesh.fsdp", "4", "--mesh.tensor", "2"])
+    )
+    assert one["text"] == again["text"] == spread["text"] != other["text"]
+    assert one["tokens"] == {"prompt": spread["tokens"]["prompt"], "new": 24}
+    assert one["image"] is None
+
+
+def without_a_tensor(demo: Path, folder: Path) -> Path:
+    shutil.copytree(demo, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mistake", "named"),
+    [
+        (lambda d, t: ["--checkpoint", str(t / "none")], "none"),
+        (lambda d, t: ["--checkpoint", "meta-llama/Llama-3.2-11B-Vision-Instruct"], "Llama-3.2-11B-Vision-Instruct"),
+        (lambda d, t: ["--checkpoint", str(without_a_tensor(d, t / "less"))], "language_model.lm_head.weight"),
+        (lambda d, t: ["--image", str(d / "config.json")], "config.json is not an image"),
+        (lambda d, t: ["--image", str(t / "none.png")], "none.png does not exist"),
+        (lambda d, t: ["--mesh.tensor", "4"], "does not divide"),
+        (lambda d, t: ["--mesh.fsdp", "3"], "does not divide"),
+        (lambda d, t: ["--mesh.data", "9"], "takes 9 devices; there are 8"),
+        (lambda d, t: ["--question", "long " * 140_000], "context of 131072"),
+        (lambda d, t: ["--max-new-tokens", "200000"], "context of 131072"),
+        (lambda d, t: ["--question", "<|eot_id|>"], "<|eot_id|>"),
+        (lambda d, t: ["--temperature", "hot"], "temperature"),
+        (lambda d, t: ["--temperature", "-1"], "temperature"),
+        (lambda d, t: ["--convention", "mine"], "convention"),
+        (lambda d, t: ["--candidates", "4"], "--candidates"),
+        (lambda d, t: ["--image", "a.png", "b.png", "c.png"], "3 images for 1 questions"),
+        (lambda d, t: ["--config", str(t / "none.yaml")], "none.yaml"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_code_2(demo, tmp_path, monkeypatch, capsys, mistake, named):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    code, out, err = run(monkeypatch, capsys, *arguments(demo, "--max-new-tokens", "8"), *mistake(demo, tmp_path))
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert named in err
+
+
+def test_a_mistake_in_a_process_of_its_own(demo, tmp_path):
+    process = start(*arguments(tmp_path / "none"))
+    out, err = process.communicate()
+    assert process.returncode == 2
+    assert out == b""
+    assert err.decode() == f"error: no such folder: {tmp_path / 'none'}\n"
+
+
+STAGED = (
+    "<SUMMARY> Count them. </SUMMARY>\n\n<CAPTION> Two. </CAPTION>\n\n"
+    "<REASONING> 1 < 2. </REASONING>\n\n<CONCLUSION> It is 2 < 3. </CONCLUSION>"
+)
+
+
+def show(text: str, show_reasoning: bool, capsys) -> tuple[str, str]:
+    """What a person sees of an answer that comes a character at a time."""
+    screen = Screen(show_reasoning)
+    for end in range(1, len(text) + 1):
+        screen.show(text[:end])
+    screen.finish(text)
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_a_person_sees_the_stage_at_work_and_then_the_conclusion(capsys):
+    out, err = show(STAGED, False, capsys)
+    assert out == "It is 2 < 3.\n"
+    assert err == "writing the summary\nwriting the caption\nwriting the reasoning\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "show_reasoning"),
+    [
+        (STAGED, True),
+        ("Two <b>shapes</b>.", False),
+        ("", False),
+        (STAGED[:60], False),  # broken off before the conclusion
+        ("First of all. " + STAGED[:60], False),
+    ],
+)
+def test_where_the_whole_answer_is_shown(text, show_reasoning, capsys):
+    assert show(text, show_reasoning, capsys)[0] == text + "\n"
+
+
+def test_the_conclusion_comes_as_it_is_written(capsys):
+    screen, seen = Screen(False), []
+    for end in range(1, len(STAGED) + 1):
+        screen.show(STAGED[:end])
+        seen.append(capsys.readouterr().out)
+    assert sum(map(bool, seen)) > 5
+    assert "".join(seen) == "It is 2 < 3."
+    assert not np.any(["CONCL" in s for s in seen])
