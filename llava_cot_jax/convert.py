@@ -53,7 +53,7 @@ def _parser() -> cli.Parser:
     add(
         "--convention",
         choices=get_args(Convention),
-        help="what the weights were trained with, if config.json is silent (LLaVA-CoT's: transformers_4)",
+        help="what the weights were trained with, where config.json does not say so (LLaVA-CoT's: transformers_4)",
     )
     return parser
 

@@ -168,7 +168,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
     Raises:
@@ -177,7 +177,7 @@ def main() -> None:
     parser = cli.Parser("demo", "Write a small random checkpoint, and a picture to ask about.")
     parser.add_argument("folder", type=str, help="a new folder, or an earlier demo to replace")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     write_demo(Path(options.folder), options.seed)
     print(f"wrote a random checkpoint and picture.png to {options.folder}")
 

@@ -26,13 +26,13 @@ from llava_cot_jax.search.sampling import Sampling
 from llava_cot_jax.search.stages import find_stages, may_be_staged
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
     Raises:
         UserError: an argument, a file or a checkpoint that cannot be used, before anything expensive starts.
     """
-    options = _parser().parse_args()
+    options = _parser().parse_args(argv)
     compilations = cli.CompilationCounter()
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     folder = resolve_checkpoint(options.checkpoint)

@@ -89,18 +89,15 @@ def read_config(folder: Path, convention: Convention | None = None) -> MllamaCon
     """The configuration of the checkpoint in ``folder``.
 
     Args:
-        convention: that of a checkpoint whose config.json does not state one; None leaves it at ``"meta"``.
+        folder: with a config.json.
+        convention: what the weights were trained with, whatever config.json says; None is what it
+            says, and ``"meta"`` where it says nothing.
 
     Raises:
-        UserError: config.json states another convention, or is nothing ``MllamaConfig`` reads.
+        UserError: config.json is nothing that ``MllamaConfig`` reads.
     """
     config = MllamaConfig.from_pretrained(folder)
-    if convention is None:
-        return config
-    stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("convention", convention)
-    if stated != convention:
-        raise UserError(f"{folder}/config.json states the convention {stated!r}, not {convention!r}: leave it out")
-    return replace(config, convention=convention)
+    return config if convention is None else replace(config, convention=convention)
 
 
 def companions(folder: Path) -> list[Path]:
