@@ -7,10 +7,13 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from llava_cot_jax.model.config import MllamaConfig
 
 TINY = Path(__file__).parent / "fixtures" / "mllama_tiny"
 """A random checkpoint (Meta's shapes in small) and, in reference.npz, what it must give under each convention."""
@@ -34,6 +37,15 @@ def tiny() -> Path:
 def reference() -> Mapping[str, np.ndarray]:
     with np.load(TINY / "reference.npz") as arrays:
         return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def small() -> MllamaConfig:
+    """The tiny checkpoint's configuration with three text layers and three vision layers: quick to compile."""
+    config = MllamaConfig.from_pretrained(TINY)
+    text = replace(config.text, num_hidden_layers=3, cross_attention_layers=(1,), initializer_range=0.2)
+    vision = replace(config.vision, num_hidden_layers=3, num_global_layers=1, intermediate_layers_indices=(1,))
+    return replace(config, text=text, vision=replace(vision, initializer_range=0.2))
 
 
 @pytest.fixture

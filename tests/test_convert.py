@@ -78,6 +78,7 @@ class TestResult:
         main([str(tmp_path / "a"), str(tmp_path / "b"), "--convention", "meta"])
         assert read_config(tmp_path / "b").convention == "meta"
 
+    @pytest.mark.slow
     def test_holds_one_tensor_at_a_time(self, tmp_path: Path) -> None:
         """In a process that may allocate little more than the largest tensor."""
         config = json.loads((FIXTURE / "config.json").read_text())
@@ -119,6 +120,7 @@ class TestRefusal:
         assert result.stderr == f"error: no such folder: {tmp_path / 'nowhere'}\n"
 
 
+@pytest.mark.slow
 class TestDeath:
     @pytest.mark.parametrize("file", [1, 2])
     def test_kill_leaves_nothing_that_loads(self, source: Path, tmp_path: Path, file: int) -> None:

@@ -39,7 +39,7 @@ def with_shorter_rows(batch: dict[str, np.ndarray], side: str) -> dict[str, np.n
     return out
 
 
-@pytest.mark.parametrize("convention", ["meta", "transformers_5"])
+@pytest.mark.parametrize("convention", ["meta", pytest.param("transformers_5", marks=pytest.mark.slow)])
 def test_every_step_gives_the_logits_of_the_whole_forward_pass(tiny, batch, convention):
     """Rows of different lengths; the tokens appended are arbitrary."""
     model = Mllama.from_pretrained(tiny, convention=convention)
