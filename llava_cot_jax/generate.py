@@ -73,7 +73,7 @@ def _parser() -> cli.Parser:
     add(
         "--convention",
         choices=get_args(Convention),
-        help="what the weights were trained with, if config.json is silent",
+        help="what the weights were trained with",
     )
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: the checkpoint's own")
     for axis in MESH_AXES:

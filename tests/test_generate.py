@@ -112,6 +112,7 @@ def test_an_answer_without_stages_is_shown_whole(demo, monkeypatch, capsys):
     assert shown[1] == whole[1] == answer["text"] + "\n"
 
 
+@pytest.mark.slow
 def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
     """Sampled: the file's settings count, later arguments win, and a mesh draws the same tokens."""
     (tmp_path / "run.yaml").write_text(

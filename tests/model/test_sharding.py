@@ -88,6 +88,7 @@ def test_training_layout_on_a_mesh(tiny, batch, alone):
     assert off(spread(**batch), alone.logits) < 1e-5
 
 
+@pytest.mark.slow
 def test_fresh_weights_are_the_same_on_a_mesh(small):
     alone = Mllama(small, rngs=nnx.Rngs(0))
     spread = Mllama(small, rngs=nnx.Rngs(0), mesh=make_mesh(2, 2, 2))

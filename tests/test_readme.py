@@ -1,0 +1,81 @@
+"""What the README tells a reader to type works."""
+
+import importlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_cot_jax import cli
+from llava_cot_jax.demo import write_demo
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+LINES = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
+OURS = [shlex.split(command) for command in COMMANDS if "llava_cot_jax." in command]
+
+
+def test_the_commands_of_the_package_are_all_there():
+    modules = {command[2].removeprefix("llava_cot_jax.") for command in OURS}
+    assert modules == {p.stem for p in (ROOT / "llava_cot_jax").glob("*.py") if "cli.run(main)" in p.read_text()}
+
+
+@pytest.mark.parametrize("command", OURS, ids=" ".join)
+def test_a_command_parses(command, monkeypatch):
+    """The real parser takes the arguments; what it would do is left out."""
+    monkeypatch.chdir(ROOT)
+    parsed = []
+
+    class Parsed(Exception):
+        pass
+
+    parse = cli.Parser.parse_args
+
+    def stop(self, arguments):
+        parsed.append(parse(self, arguments))
+        raise Parsed
+
+    monkeypatch.setattr(cli.Parser, "parse_args", stop)
+    with pytest.raises(Parsed):
+        importlib.import_module(command[2]).main(command[3:])
+    assert parsed
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("bash ", "python tests/"))])
+def test_a_script_is_there(command):
+    script = ROOT / command.split()[1]
+    assert script.is_file()
+    if script.suffix == ".sh":
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_the_first_command_answers(tmp_path):
+    """But for the environment, which the tests run in."""
+    line = next(line for line in LINES if "llava_cot_jax.demo" in line)
+    for command in line.split("&&")[2:]:
+        arguments = [sys.executable, *shlex.split(command)[1:]]
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_library_in_ten_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_demo(Path("demo"))
+    code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    Path("snippet.py").write_text(code)
+    runpy.run_path("snippet.py")
+    assert capsys.readouterr().out == "{}\n"  # noise has no stages
+    assert (tmp_path / "copy" / "model.safetensors").exists()
+
+
+def test_the_figures_name_scripts_that_are_there():
+    for script in re.findall(r"python (tests/evidence/\w+\.py)", TEXT):
+        assert (ROOT / script).is_file()
+        assert (ROOT / script).with_suffix(".txt").is_file()
