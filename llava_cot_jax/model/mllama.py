@@ -220,7 +220,6 @@ class Mllama(nnx.Module):
         checkpointing: Checkpointing = "none",
     ) -> Self:
         """A model of weights that are there: ``arrays`` by the paths of ``parameters(config, layout)``."""
-
         make = functools.partial(cls, config, layout=layout, mesh=mesh, checkpointing=checkpointing)
         model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
         model._hold(arrays)

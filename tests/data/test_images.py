@@ -6,15 +6,17 @@ import warnings
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from llava_cot_jax.data import images
-from llava_cot_jax.data.images import Tiles, batch_tiles, cut, make_image_processor, open_image
+from llava_cot_jax.data.images import batch_tiles, cut, make_image_processor, open_image
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import VisionConfig
+from llava_cot_jax.model.vision import normalize
 
 RNG = np.random.default_rng(0)
 
@@ -91,6 +93,10 @@ COLOURS = {
 }
 
 
+DEEP = ("I;16", "I;16B", "I", "F")
+"""Modes of more than 8 bits, which transformers clips at 255."""
+
+
 def decoded(source: bytes | Image.Image) -> Image.Image:
     return source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
 
@@ -101,7 +107,7 @@ def test_colours(name: str) -> None:
     image = open_image(source)
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), expected)
-    if decoded(source).mode not in ("I;16", "I;16B", "I", "F"):  # which transformers clips at 255
+    if decoded(source).mode not in DEEP:
         there = MllamaImageProcessorPil().convert_to_rgb(decoded(source))
         np.testing.assert_array_equal(there, expected)
 
@@ -224,22 +230,14 @@ EVERY_SIZE = [*sizes(56), *map(tuple, RNG.integers(1, 400, (160, 2)).tolist())]
 LARGE_SIZES = [(1, 4000), (560, 1120), (561, 560), (1120, 1121), (700, 333), (90, 2500)]
 
 
-def normalise(tiles: Tiles, vision: VisionConfig) -> np.ndarray:
-    """What the model makes of the tiles: float32, the unused ones 0."""
-    mean, std = (np.array(v, np.float32)[:, None, None] for v in (vision.image_mean, vision.image_std))
-    height, width = vision.supported_aspect_ratios[tiles.aspect_ratio_id - 1]
-    pixels = (tiles.pixels.astype(np.float32) / np.float32(255) - mean) / std
-    pixels[height * width :] = 0
-    return pixels
-
-
-def check_against_transformers(vision: VisionConfig, image: Image.Image) -> None:
+def check_against_transformers(vision: VisionConfig, image: Image.Image, original: Image.Image | None = None) -> None:
+    """The tiles of ``image``, normalised on the device, and what transformers makes of ``original``."""
     reference = MllamaImageProcessorPil(
         size={"height": vision.image_size, "width": vision.image_size},
         max_image_tiles=vision.max_num_tiles,
         image_mean=list(vision.image_mean),
         image_std=list(vision.image_std),
-    )([image])
+    )([original or image])
     tiles = cut(image, make_image_processor(vision))
     batch = batch_tiles([[tiles]])
     assert batch["pixel_values"].dtype == np.uint8
@@ -247,9 +245,13 @@ def check_against_transformers(vision: VisionConfig, image: Image.Image) -> None
     assert tiles.used == reference["num_tiles"][0][0]
     np.testing.assert_array_equal(batch["aspect_ratio_ids"], reference["aspect_ratio_ids"])
     np.testing.assert_array_equal(batch["aspect_ratio_mask"], reference["aspect_ratio_mask"])
-    normalised = normalise(tiles, vision)
-    np.testing.assert_allclose(normalised, reference["pixel_values"][0, 0], rtol=0, atol=1e-6)
-    assert not tiles.pixels[tiles.used :].any() and not normalised[tiles.used :].any()
+    normalized = np.asarray(NORMALIZE(vision, batch["pixel_values"], batch["aspect_ratio_ids"]))
+    assert normalized.dtype == np.float32
+    np.testing.assert_allclose(normalized, reference["pixel_values"], rtol=0, atol=1e-6)
+    assert not tiles.pixels[tiles.used :].any() and not normalized[:, :, tiles.used :].any()
+
+
+NORMALIZE = jax.jit(normalize, static_argnums=0)
 
 
 def test_tiles_of_every_size() -> None:
@@ -265,7 +267,9 @@ def test_tiles_of_published_size(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", COLOURS)
 def test_tiles_of_every_colour_mode(name: str) -> None:
-    check_against_transformers(SMALL, open_image(COLOURS[name][0]))
+    source = COLOURS[name][0]
+    original = None if decoded(source).mode in DEEP else decoded(source)
+    check_against_transformers(SMALL, open_image(source), original)
 
 
 def test_the_processors_floats_are_bytes() -> None:
