@@ -21,7 +21,7 @@ from llava_cot_jax.model.checkpoint import read_config, resolve_checkpoint
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import MESH_AXES, Mesh, check_mesh, default_mesh, make_mesh
-from llava_cot_jax.search.decode import Generator, check_context
+from llava_cot_jax.search.decode import Generator, check_request
 from llava_cot_jax.search.sampling import Sampling
 from llava_cot_jax.search.stages import find_stages, may_be_staged
 
@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     mesh = _mesh(options.mesh, config)
     processor = Processor.from_pretrained(folder)
     questions = _pair(options.question, options.image or [])
-    inputs = [_inputs(processor, question, image, options.max_new_tokens) for question, image in questions]
+    inputs = [_inputs(processor, question, image) for question, image in questions]
+    for arrays in inputs:
+        check_request(config, arrays["input_ids"].shape[1], options.max_new_tokens, options.seed)
 
     began = time.perf_counter()
     with cli.progress_bar("loading weights") as on_progress:
@@ -99,11 +101,9 @@ def _pair(questions: list[str], images: list[str]) -> list[tuple[str, str | None
     return [(question, own[i % len(own)]) for i, question in enumerate(questions)]
 
 
-def _inputs(processor: Processor, question: str, image: str | None, new: int) -> dict[str, np.ndarray]:
+def _inputs(processor: Processor, question: str, image: str | None) -> dict[str, np.ndarray]:
     images = [] if image is None else [image]
-    arrays = processor([processor.prompt(user_turn(question, len(images)))], [images])
-    check_context(processor.config, arrays["input_ids"].shape[1], new)
-    return arrays
+    return processor([processor.prompt(user_turn(question, len(images)))], [images])
 
 
 @dataclass

@@ -150,6 +150,8 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: ["--mesh.data", "9"], "takes 9 devices; there are 8"),
         (lambda d, t: ["--question", "long " * 140_000], "context of 131072"),
         (lambda d, t: ["--max-new-tokens", "200000"], "context of 131072"),
+        (lambda d, t: ["--max-new-tokens", "0"], "max_new_tokens"),
+        (lambda d, t: ["--seed", "-1"], "seed"),
         (lambda d, t: ["--question", "<|eot_id|>"], "<|eot_id|>"),
         (lambda d, t: ["--temperature", "hot"], "temperature"),
         (lambda d, t: ["--temperature", "-1"], "temperature"),

@@ -105,13 +105,7 @@ class Mllama(nnx.Module):
             "attention_mask": attention_mask,
         }
         check_inputs(self.config, inputs)
-        return _forward(
-            self.params,
-            {name: _device_ready(x) for name, x in inputs.items() if x is not None},
-            config=self.config,
-            mesh=self.mesh,
-            checkpointing=self.checkpointing,
-        )
+        return self._run(_all_logits, inputs)
 
     def vision_features(
         self, pixel_values: ArrayLike, aspect_ratio_ids: ArrayLike, aspect_ratio_mask: ArrayLike | None = None
@@ -121,16 +115,18 @@ class Mllama(nnx.Module):
         Returns:
             [batch, images, tiles, patches + 1, features].
         """
-        inputs = {"pixel_values": pixel_values, "aspect_ratio_ids": aspect_ratio_ids}
-        if aspect_ratio_mask is not None:
-            inputs["aspect_ratio_mask"] = aspect_ratio_mask
-        return _vision_features(
-            self.params,
-            {name: _device_ready(x) for name, x in inputs.items()},
-            config=self.config,
-            mesh=self.mesh,
-            checkpointing=self.checkpointing,
-        )
+        images = {
+            "pixel_values": pixel_values,
+            "aspect_ratio_ids": aspect_ratio_ids,
+            "aspect_ratio_mask": aspect_ratio_mask,
+        }
+        return self._run(_features, images)
+
+    def _run(self, function: Callable[..., jax.Array], inputs: Mapping[str, ArrayLike | None]) -> jax.Array:
+        """``function`` of these weights and inputs, compiled."""
+        given = {name: _device_ready(x) for name, x in inputs.items() if x is not None}
+        static = {"config": self.config, "mesh": self.mesh, "checkpointing": self.checkpointing}
+        return _compiled(self.params, given, function=function, **static)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -326,31 +322,25 @@ def hidden_states(
     return text.decode(decoder, config, ids, positions, mask, sight, checkpointing=checkpointing)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "checkpointing"))
-def _forward(
+def _all_logits(
+    params: Weights, config: MllamaConfig, inputs: Mapping[str, jax.Array], checkpointing: Checkpointing
+) -> jax.Array:
+    hidden = hidden_states(params, config, inputs, checkpointing)
+    return constrain(logits(params, hidden), "batch", None, "vocab")
+
+
+@functools.partial(jax.jit, static_argnames=("function", "config", "mesh", "checkpointing"))
+def _compiled(
     params: Weights,
     inputs: Mapping[str, jax.Array],
     *,
+    function: Callable[..., jax.Array],
     config: MllamaConfig,
     mesh: Mesh | None,
     checkpointing: Checkpointing,
 ) -> jax.Array:
     with on_mesh(mesh):
-        hidden = hidden_states(params, config, inputs, checkpointing)
-        return constrain(logits(params, hidden), "batch", None, "vocab")
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "checkpointing"))
-def _vision_features(
-    params: Weights,
-    inputs: Mapping[str, jax.Array],
-    *,
-    config: MllamaConfig,
-    mesh: Mesh | None,
-    checkpointing: Checkpointing,
-) -> jax.Array:
-    with on_mesh(mesh):
-        return _features(params, config, inputs, checkpointing)
+        return function(params, config, inputs, checkpointing)
 
 
 def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:

@@ -205,13 +205,11 @@ class Generator:
             After a token that ends a row's answer the row is padding.
 
         Raises:
-            UserError: a prompt and its answer do not fit the context, or ``check_inputs`` refuses.
+            UserError: anything that ``check_inputs`` or ``check_request`` refuses.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         check_inputs(self.config, inputs)
         prompts, lengths = _in_bucket(self.config, inputs)
-        check_context(self.config, int(lengths.max()), max_new_tokens)
+        check_request(self.config, int(lengths.max()), max_new_tokens, seeds)
         capacity = prompts["input_ids"].shape[1] + bucket(max_new_tokens)
         rows = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape)
         state = _begin(self._params, prompts, lengths, rows, capacity=capacity, **self._settings)
@@ -232,18 +230,23 @@ class Generator:
         return np.concatenate(list(self.stream(inputs, max_new_tokens=max_new_tokens, seeds=seeds)), axis=1)
 
 
-def check_context(config: MllamaConfig, prompt: int, new: int) -> None:
-    """Whether a prompt and an answer of so many tokens fit the model's context.
+def check_request(config: MllamaConfig, prompt: int, new: int, seeds: Sequence[int] | int) -> None:
+    """Whether ``new`` tokens can be drawn with these seeds after a prompt of so many tokens.
 
     Raises:
-        UserError: they do not.
+        UserError: no new tokens, more than the context holds, or a seed that does not fit 32 bits.
     """
     context = config.text.max_position_embeddings
+    if new < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {new}")
     if prompt + new > context:
         raise UserError(
             f"the prompt has {prompt} tokens; with {new} new ones that exceeds the context of {context}: "
             "shorten the question or lower max_new_tokens"
         )
+    for seed in np.atleast_1d(seeds).tolist():
+        if not 0 <= seed < 2**32:
+            raise UserError(f"a seed must be from 0 to 4294967295, got {seed}")
 
 
 def _in_bucket(config: MllamaConfig, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -14,11 +14,14 @@ from safetensors.numpy import load_file
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint import read_config
+from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import Layout, parameters
 from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.model.weights import load_arrays, save_arrays
 
+INPUTS = ("input_ids", "pixel_values", "aspect_ratio_ids", "cross_attention_mask", "attention_mask")
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
+FORWARD = [(2, 2, 2), (8, 1, 1)]
 
 
 def main() -> None:
@@ -45,6 +48,9 @@ def main() -> None:
                 share += sum(shard.data.nbytes for shard in shards.values())
                 assert all(np.array_equal(shard.data, whole[shard.index]) for shard in shards.values()), path
             found[f"{sizes} {layout}"] = {"read": read, "planned": planned, "share": share}
+            found[f"{sizes} {layout}"]["error"] = forward_error(
+                folder, Mllama.from_arrays(config, arrays, layout=layout, mesh=mesh)
+            )
             out = Path(scratch) / f"{sizes} {layout}"
             save_arrays(arrays, config, out, max_file_bytes=500_000)
     try:
@@ -52,6 +58,17 @@ def main() -> None:
     except UserError as fault:
         found["refusal"] = str(fault)
     print(json.dumps(found))
+
+
+def forward_error(folder: Path, model: Mllama) -> float:
+    """How far this process's shards of the logits are from the reference, over its largest logit."""
+    with np.load(folder / "reference.npz") as reference:
+        # Four rows, which some of the meshes divide.
+        batch = {name: np.concatenate([reference[name], reference[name][:1]]) for name in INPUTS}
+        want = reference["meta_logits"]
+    want = np.concatenate([want, want[:1]])
+    shards = model(**batch).addressable_shards
+    return max(float(np.abs(shard.data - want[shard.index]).max()) for shard in shards) / float(np.abs(want).max())
 
 
 if __name__ == "__main__":

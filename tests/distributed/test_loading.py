@@ -65,6 +65,12 @@ class TestTwoProcesses:
             assert counts["read"] == counts["planned"] == counts["share"]
             assert BYTES / 2 <= counts["read"] <= at_most * BYTES
 
+    @pytest.mark.parametrize("mesh", [(2, 2, 2), (8, 1, 1)])
+    def test_the_forward_pass_is_the_reference(
+        self, found: list[dict[str, Any]], mesh: tuple[int, int, int], layout: str
+    ) -> None:
+        assert all(process[f"{mesh} {layout}"]["error"] < 1e-5 for process in found)
+
     @pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 4, 2), (2, 2, 2), (8, 1, 1)])
     def test_saved_as_loaded(
         self, found: list[dict[str, Any]], scratch: Path, mesh: tuple[int, int, int], layout: str
