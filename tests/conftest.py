@@ -51,4 +51,4 @@ def small() -> MllamaConfig:
 @pytest.fixture
 def batch(reference) -> dict[str, np.ndarray]:
     """Three rows: one image, none, two."""
-    return {name: reference[name] for name in INPUTS}
+    return {name: reference[name].copy() for name in INPUTS}

@@ -250,11 +250,17 @@ def check_request(config: MllamaConfig, prompt: int, new: int, seeds: Sequence[i
 
 
 def _in_bucket(config: MllamaConfig, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """``inputs`` padded on the right to their bucket, without an attention mask, and the prompts' lengths [batch]."""
+    """``inputs`` padded on the right to their bucket, without an attention mask, and the prompts' lengths [batch].
+
+    Raises:
+        UserError: a row is nothing but padding.
+    """
     arrays = {name: np.asarray(x) for name, x in inputs.items() if x is not None}
     ids = arrays["input_ids"].astype(np.int32)
     present = arrays.pop("attention_mask", np.ones_like(ids)).astype(bool)
     lengths = present.sum(axis=1, dtype=np.int32)
+    if not lengths.all():
+        raise UserError(f"row {int(lengths.argmin())} of the batch has no tokens to continue")
     size = bucket(int(lengths.max()))
 
     def packed(x: np.ndarray, fill: int) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""Compile generation with the whole 11B for one TPU v6e, on a machine without one, and print its memory.
+"""Compile generation with the whole 11B for TPUs, on a machine without one, and print its memory and its traffic.
 
     pip install -e '.[plan]' && python tests/evidence/compile_generation.py | tee tests/evidence/compile_generation.txt
 
 The figures come from the compiler: nothing here was run on a TPU. Shown: that the decode loop copies neither a cache
-nor a weight (temporaries are small, every cache is aliased), and that prefill, vision tower and all, fits the chip.
+nor a weight (temporaries are small, every cache is aliased), that prefill, vision tower and all, fits the chip, and
+that over four chips no weight is gathered (the largest array that a collective moves is small).
 """
 
 import os
@@ -17,47 +18,58 @@ os.environ |= {
 
 import datetime
 import importlib.metadata
+import math
+import re
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_cot_jax.model.cache import KeyValue
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.search.decode import CHUNK, State, _advance, _begin, bucket
+from llava_cot_jax.model.parameters import nest, parameters
+from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
+from llava_cot_jax.search.decode import CHUNK, _advance, _begin, bucket
 from llava_cot_jax.search.sampling import Sampling
 
 PROMPT, NEW = bucket(200), bucket(2048)
 SAMPLING = Sampling(temperature=0.6, top_k=50, top_p=0.9)
+CONFIG = MllamaConfig.llama32_11b()
 
 
 def main() -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
-    print(f"{datetime.date.today()}; {versions}; compiled for one v6e chip (31.25 GiB = 33.6 GB), not run on one")
+    print(f"{datetime.date.today()}; {versions}; compiled for TPUs, run on none")
     print(f"11B, bfloat16; one image of 4 tiles, a prompt of up to {PROMPT} tokens, up to {NEW} new ones, {SAMPLING}")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:1x1", chips_per_host_bounds=[1, 1, 1])
-    chip = SingleDeviceSharding(topology.devices[0])
-
-    def on_chip(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), tree)
-
-    config = MllamaConfig.llama32_11b()
-    model = nnx.eval_shape(lambda: Mllama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    params = on_chip(model.params)
-    settings = {"config": config, "sampling": SAMPLING, "mesh": None}
+    chip = topologies.get_topology_desc(platform="tpu", topology_name="v6e:1x1", chips_per_host_bounds=[1, 1, 1])
+    print("\none v6e, 33.6 GB")
     for questions in (1, 4):
-        inputs, lengths, seeds = on_chip(prompts(config, questions))
-        begin = {"capacity": PROMPT + NEW, **settings}
-        report(f"prefill, {questions} questions", _begin.lower(params, inputs, lengths, seeds, **begin))
-        state = on_chip(jax.eval_shape(lambda *a, begin=begin: _begin(*a, **begin), params, inputs, lengths, seeds))
-        limit = on_chip(jax.ShapeDtypeStruct((), jnp.int32))
-        loop = _advance.lower(params, state, limit, steps=CHUNK, **settings)
-        report(f"decode loop, {questions} questions", loop, state)
+        compile_for(make_mesh(devices=chip.devices), questions)
+    host = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    print("\nfour v5e, 16.9 GB each, tensor=4; of each")
+    compile_for(make_mesh(tensor=4, devices=host.devices), 1)
+
+
+def compile_for(mesh: Mesh, questions: int) -> None:
+    """Prefill and decode loop of so many questions."""
+    table = parameters(CONFIG, "unrolled")
+    params = nest({path: abstract(p.shape, jnp.bfloat16, parameter_sharding(p, mesh)) for path, p in table.items()})
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    inputs, lengths, seeds = jax.tree.map(lambda x: abstract(x.shape, x.dtype, everywhere), prompts(CONFIG, questions))
+    settings = {"config": CONFIG, "sampling": SAMPLING, "mesh": mesh}
+    begun = _begin.lower(params, inputs, lengths, seeds, capacity=PROMPT + NEW, **settings)
+    compiled = report(f"prefill, {questions} questions", begun)
+    state = jax.tree.map(
+        lambda x, sharding: abstract(x.shape, x.dtype, sharding), begun.out_info, compiled.output_shardings
+    )
+    limit = abstract((), jnp.int32, everywhere)
+    report(f"decode loop, {questions} questions", _advance.lower(params, state, limit, steps=CHUNK, **settings))
+
+
+def abstract(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def prompts(config: MllamaConfig, questions: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Any, Any]:
@@ -73,24 +85,32 @@ def prompts(config: MllamaConfig, questions: int) -> tuple[dict[str, jax.ShapeDt
     return inputs, jax.ShapeDtypeStruct((questions,), jnp.int32), jax.ShapeDtypeStruct((questions,), jnp.uint32)
 
 
-def report(name: str, lowered: Any, state: State | None = None) -> None:
+def report(name: str, lowered: Any) -> Any:
     began = time.perf_counter()
-    try:
-        memory = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as fault:
-        print(f"{name}: {str(fault).splitlines()[0]}", flush=True)
-        return
-    gigabytes = {
-        "arguments": memory.argument_size_in_bytes,
-        "results": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-    }
-    if state is not None:
-        entries = jax.tree.leaves(state.cache, is_leaf=lambda x: isinstance(x, KeyValue))
-        gigabytes["of it caches"] = sum(2 * entry.keys.size * entry.keys.dtype.itemsize for entry in entries)
-    figures = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in gigabytes.items())
-    print(f"{name}: compiled in {time.perf_counter() - began:.0f} s; GB: {figures}", flush=True)
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    figures = ", ".join(
+        f"{kind} {getattr(memory, f'{field}_size_in_bytes') / 1e9:.2f}"
+        for kind, field in [
+            ("arguments", "argument"),
+            ("results", "output"),
+            ("aliased", "alias"),
+            ("temporaries", "temp"),
+        ]
+    )
+    moved = largest_moved(compiled.as_text())
+    print(f"{name}: compiled in {time.perf_counter() - began:.0f} s; GB: {figures}; {moved}", flush=True)
+    return compiled
+
+
+def largest_moved(program: str) -> str:
+    """The collectives of a compiled program: how many, and the largest array that one of them gives back."""
+    collectives = re.findall(r"= (\w+)\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)", program)
+    if not collectives:
+        return "no collectives"
+    width = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "u8": 1, "s8": 1}
+    sizes = [math.prod(map(int, shape.split(","))) * width[dtype] for dtype, shape in collectives if shape]
+    return f"{len(collectives)} collectives, the largest of {max(sizes) / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

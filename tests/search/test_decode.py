@@ -126,3 +126,6 @@ def test_what_exceeds_the_context_is_refused(model, batch):
         Generator(model).generate(batch, max_new_tokens=503)
     with pytest.raises(UserError, match="max_new_tokens"):
         Generator(model).generate(batch, max_new_tokens=0)
+    batch["attention_mask"][1] = 0
+    with pytest.raises(UserError, match="row 1 of the batch has no tokens"):
+        Generator(model).generate(batch, max_new_tokens=4)
