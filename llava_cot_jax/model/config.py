@@ -209,11 +209,6 @@ class TextConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def group_size(self) -> int:
-        """Query heads that share a key and value head."""
-        return self.num_attention_heads // self.num_key_value_heads
-
-    @property
     def is_cross(self) -> tuple[bool, ...]:
         """For each layer, whether it attends to the image."""
         return tuple(i in self.cross_attention_layers for i in range(self.num_hidden_layers))

@@ -1,7 +1,6 @@
 """The language model: self-attention layers, and cross-attention layers that see the images."""
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -110,7 +109,7 @@ def decode(
         checkpointing,
     )
     layers = w["layers"]
-    entries: Sequence[KeyValue | None] = []
+    entries: list[KeyValue | None] = []
     if is_stacked(layers):
         if cache is not None or capacity is not None:
             raise ValueError("stacked parameters keep no cache: use the unrolled layout for decoding")
@@ -124,7 +123,7 @@ def decode(
     else:
         for i in range(config.text.num_hidden_layers):
             x, entry = layer(x, layers[str(i)], cache[i] if cache is not None else None)
-            entries = [*entries, entry]
+            entries.append(entry)
     keeps = cache is not None or capacity is not None
     return rms_norm(x, w["norm"], config.text.rms_norm_eps), tuple(entries) if keeps else None
 
