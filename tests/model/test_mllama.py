@@ -25,7 +25,7 @@ def off(got, want) -> float:
     return float(np.abs(np.asarray(got) - np.asarray(want)).max() / np.abs(np.asarray(want)).max())
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("convention", ["meta", *(pytest.param(c, marks=pytest.mark.slow) for c in CONVENTIONS[1:])])
 def test_fixture(tiny, reference, batch, convention):
     model = Mllama.from_pretrained(tiny, convention=convention)
     assert off(model(**batch), reference[f"{convention}_logits"]) < 1e-4

@@ -55,7 +55,7 @@ def alone(tiny, reference) -> Alone:
     ("shape", "share"),
     [
         ((2, 2, 2), 1 / 4),
-        ((8, 1, 1), 1),
+        pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
         pytest.param((1, 8, 1), 1 / 8, marks=pytest.mark.slow),
         pytest.param((4, 1, 2), 1 / 2, marks=pytest.mark.slow),
     ],

@@ -137,6 +137,7 @@ def assert_same_model(folder: Path, model: MllamaForConditionalGeneration) -> No
 
 
 class TestRoundTrip:
+    @pytest.mark.slow
     @pytest.mark.parametrize("sizes", MESHES, ids=str)
     @pytest.mark.parametrize(("layout", "max_file_bytes"), [("unrolled", 5_000_000_000), ("stacked", 200_000)])
     def test_through_transformers(
