@@ -3,11 +3,12 @@
 python -m llava_cot_jax.generate --checkpoint DIR_OR_HUB_ID --image FILE --question TEXT
 """
 
+import contextlib
 import json
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import Self, get_args
 
 import jax
 import jsonargparse
@@ -52,9 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     loading = time.perf_counter() - began
     generator = Generator(model, sampling)
     for (question, image), arrays in zip(questions, inputs, strict=True):
-        screen = None if options.json else Screen(options.show_reasoning)
         before = compilations.count
-        answer = _answer(generator, processor, arrays, options.max_new_tokens, options.seed, screen)
+        with contextlib.nullcontext() if options.json else Screen(options.show_reasoning) as screen:
+            answer = _answer(generator, processor, arrays, options.max_new_tokens, options.seed, screen)
         if options.json:
             extra = {"question": question, "image": image, "compilations": compilations.count - before}
             answer.seconds["load"] = loading
@@ -161,8 +162,14 @@ class Screen:
         self._stage = ""
         self._console = Console(stderr=True)
         self._status = self._console.status("reading the question")
-        if not show_reasoning:
+
+    def __enter__(self) -> Self:
+        if not self._whole:
             self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()  # gives the terminal its cursor back, after Ctrl-C too
 
     def show(self, text: str) -> None:
         """The answer so far."""
@@ -181,7 +188,6 @@ class Screen:
         """The whole answer: what of it was held back is shown."""
         conclusion = find_stages(text).get("CONCLUSION")
         self._print(text if self._whole or conclusion is None else conclusion)
-        self._status.stop()
         print(flush=True)
 
     def _tell(self, what: str) -> None:
