@@ -12,7 +12,6 @@ A model holds its parameters in one of two layouts:
   p: path ``layers.s`` holds the layers s, s + p, s + 2p, ...; a vision stack is one such slot.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,10 +52,6 @@ class Parameter:
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of each published tensor."""
         return self.shape[1:] if self.stacked else self.shape
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
 
 def initialize(shape: tuple[int, ...], initializer: Initializer, std: float, key: jax.Array, dtype: Any) -> jax.Array:

@@ -1,6 +1,7 @@
 """The model against the reference outputs of the tiny checkpoint, and against itself in other forms."""
 
 import functools
+import math
 from dataclasses import replace
 
 import jax
@@ -98,7 +99,7 @@ def test_changing_the_layout_holds_one_copy(tiny):
     """Each source array is given up before the next parameter is made."""
     model = Mllama.from_pretrained(tiny)
     size = sum(x.nbytes for x in flatten(model.params).values())
-    largest = max(p.size * 4 for p in parameters(model.config, "stacked").values())
+    largest = max(math.prod(p.shape) * 4 for p in parameters(model.config, "stacked").values())
     peaks, original = [], jax.block_until_ready
 
     def watched(x):
