@@ -9,7 +9,18 @@ from typing import NoReturn
 import jax
 import jsonargparse
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
 
 from llava_cot_jax.errors import UserError
 
@@ -40,10 +51,28 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
+class RateColumn(ProgressColumn):
+    """Things a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s", style="progress.data.speed")
+
+
 @contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal; the function given takes bytes done and bytes in all."""
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+def progress_bar(label: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left on stderr, where that is a terminal.
+
+    Args:
+        unit: "bytes", or what is counted, as in "rows".
+
+    Yields:
+        A function to call with how many are done, and how many there are in all.
+    """
+    counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
+    if unit != "bytes":
+        counts = (MofNCompleteColumn(), TextColumn(unit), RateColumn())
+    columns = (TextColumn(label), BarColumn(), *counts, TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label)

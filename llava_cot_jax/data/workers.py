@@ -1,0 +1,53 @@
+"""Worker processes that do not outlive their parent."""
+
+import multiprocessing as mp
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def die_with_parent() -> None:
+    """Call once in a worker process: it ends as soon as its parent has, even by SIGKILL."""
+    parent = mp.parent_process()
+    assert parent is not None, "not a worker process"
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="die_with_parent").start()
+
+
+def parallel(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[tuple[int, Result]]:
+    """Apply ``function`` to every item, in ``workers`` processes, or with 0 in this one.
+
+    Args:
+        function: can be pickled; the first exception that it raises ends the iteration with it.
+
+    Yields:
+        The item's index and its result, in the order of completion.
+
+    Raises:
+        RuntimeError: a worker process died, out of memory perhaps.
+    """
+    if workers == 0:
+        yield from enumerate(map(function, items))
+        return
+    # Not forked: JAX and the tokenizers run threads, and a fork may copy a lock that one of them holds.
+    pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), initializer=die_with_parent)
+    try:
+        futures = {pool.submit(function, item): i for i, item in enumerate(items)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise RuntimeError("a worker process died; it may have run out of memory: use fewer workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
