@@ -7,7 +7,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.search.decode import Generator
 from llava_cot_jax.search.sampling import Sampling
-from llava_cot_jax.search.stages import find_stages
+from llava_cot_jax.stages import find_stages
 
 __all__ = [
     "Generator",

@@ -24,7 +24,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import MESH_AXES, Mesh, check_mesh, default_mesh, make_mesh
 from llava_cot_jax.search.decode import Generator, check_request
 from llava_cot_jax.search.sampling import Sampling
-from llava_cot_jax.search.stages import find_stages, may_be_staged
+from llava_cot_jax.stages import find_stages, may_be_staged
 
 
 def main(argv: list[str] | None = None) -> None:

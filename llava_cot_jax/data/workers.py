@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,7 +30,8 @@ def parallel(function: Callable[[Item], Result], items: Sequence[Item], workers:
     """Apply ``function`` to every item, in ``workers`` processes, or with 0 in this one.
 
     Args:
-        function: can be pickled; the first exception that it raises ends the iteration with it.
+        function: can be pickled, and is sent to each worker once, with what it holds; the first
+            exception that it raises ends the iteration.
 
     Yields:
         The item's index and its result, in the order of completion.
@@ -42,12 +43,26 @@ def parallel(function: Callable[[Item], Result], items: Sequence[Item], workers:
         yield from enumerate(map(function, items))
         return
     # Not forked: JAX and the tokenizers run threads, and a fork may copy a lock that one of them holds.
-    pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), initializer=die_with_parent)
+    pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), initializer=_begin, initargs=(function,))
     try:
-        futures = {pool.submit(function, item): i for i, item in enumerate(items)}
+        futures = {pool.submit(_call, item): i for i, item in enumerate(items)}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise RuntimeError("a worker process died; it may have run out of memory: use fewer workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+_function: Callable[[Any], Any]
+"""What a worker process was started for."""
+
+
+def _begin(function: Callable[[Any], Any]) -> None:
+    global _function
+    die_with_parent()
+    _function = function
+
+
+def _call(item: Any) -> Any:
+    return _function(item)

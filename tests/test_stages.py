@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_cot_jax.search.stages import find_stages, may_be_staged
+from llava_cot_jax.stages import find_stages, is_staged, locate_stages, may_be_staged
 
 WHOLE = (
     "<SUMMARY> Count. </SUMMARY>\n\n<CAPTION> Two circles. </CAPTION>\n\n"
@@ -53,3 +53,26 @@ def test_a_growing_answer_never_loses_a_stage(cut):
 )
 def test_whether_stages_may_come(text, may):
     assert may_be_staged(text) is may
+
+
+@pytest.mark.parametrize(
+    ("text", "staged"),
+    [
+        (WHOLE, True),
+        (f"Well. {WHOLE} So there.", True),
+        (WHOLE.replace("</CAPTION>", ""), False),
+        (WHOLE.removesuffix("</CONCLUSION>"), False),
+        (WHOLE.replace("SUMMARY", "CAPTION", 2), False),
+        (WHOLE.replace("REASONING", "REASON"), False),
+        ("It is a cat.", False),
+    ],
+)
+def test_whether_an_answer_has_its_four_stages(text, staged):
+    assert is_staged(text) is staged
+
+
+def test_a_stage_reaches_from_tag_to_tag():
+    stages = locate_stages(f"Well. {WHOLE}")
+    assert [f"Well. {WHOLE}"[s.start : s.end] for s in stages.values()] == WHOLE.split("\n\n")
+    unclosed = "<SUMMARY> a <CAPTION> b"
+    assert [unclosed[s.start : s.end] for s in locate_stages(unclosed).values()] == ["<SUMMARY> a ", "<CAPTION> b"]

@@ -1,0 +1,225 @@
+"""Batches for a training step: of few shapes, the same for any number of hosts, from any batch on.
+
+grain decodes the rows in threads or worker processes; each host decodes those that its own devices
+hold. The state of the data is one integer, the index of the next batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from llava_cot_jax.data.batching import FILLER, Plan, choose_buckets
+from llava_cot_jax.data.chat import Chat, ChatSettings
+from llava_cot_jax.data.index import Index, default_cache
+from llava_cot_jax.data.processor import Processor
+from llava_cot_jax.data.rows import Rows
+from llava_cot_jax.data.workers import die_with_parent
+from llava_cot_jax.errors import UserError
+
+READY = 2
+"""Batches that wait on the devices for their turn."""
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How rows become batches.
+
+    Attributes:
+        batch: rows of a global batch.
+        buckets: how many lengths batches may have; a step is compiled for each.
+        multiple: each of these lengths is a multiple of it, in tokens.
+        seed: of the order of rows and batches.
+        workers: processes that decode; with 0, threads of this process do.
+        threads: that decode at once, in this process or in each worker.
+
+    Raises:
+        UserError: a number that is too small.
+    """
+
+    batch: int = 32
+    buckets: int = 4
+    multiple: int = 128
+    seed: int = 42
+    workers: int = 0
+    threads: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            least = 0 if name in ("seed", "workers") else 1
+            if value < least:
+                raise UserError(f"{name} is {value}; it must be at least {least}")
+
+
+class Loader:
+    """Streams the batches of a data set onto a mesh.
+
+    Attributes:
+        index: the rows' lengths, and what is left out and why.
+        buckets: the lengths that batches have, in tokens, increasing.
+        batches_per_epoch: the same in every epoch.
+        fingerprint: of all that decides which rows batch ``i`` has. A run that resumes from an index
+            of batches must find the same.
+
+    Args:
+        rows: the data set.
+        processor: of the model's checkpoint.
+        chat: how turns become tokens.
+        settings: how rows become batches.
+        sharding: of the first axis of every array of a batch.
+        shuffle: anew in each epoch, to train; otherwise each row comes once, and rows that fill up the
+            last batch have ``row`` FILLER and train nothing.
+        cache: where the index of lengths is kept; by default in the user's cache folder.
+        on_progress: called with rows done and rows in all, while that index is built.
+
+    Raises:
+        UserError: no rows to train on, or a batch that is too large for them or does not divide over
+            the devices.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        processor: Processor,
+        chat: ChatSettings,
+        settings: LoaderSettings,
+        sharding: jax.sharding.Sharding,
+        *,
+        shuffle: bool = True,
+        cache: Path | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._settings = settings
+        self._sharding = sharding
+        self._mine = _rows_of_this_process(sharding, settings.batch)
+        self.index = Index.open(rows, processor, chat, cache or default_cache(), on_progress)
+        lengths = self.index.lengths
+        self.buckets = choose_buckets(lengths[lengths > 0], settings.buckets, settings.multiple)
+        self._plan = Plan(lengths, self.buckets, settings.batch, seed=settings.seed, shuffle=shuffle)
+        self.batches_per_epoch = self._plan.batches_per_epoch
+        self._examples = partial(_Examples, rows, processor, Chat(processor, chat), lengths, self._plan, self._mine)
+        decisive = (self.index.fingerprint, self.buckets, settings.batch, settings.seed, shuffle)
+        self.fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+        """The batches from ``start`` up to ``stop``, on the mesh, read ahead.
+
+        Threads and worker processes end with the iterator: exhausted, closed, or no longer referenced.
+
+        Yields:
+            Global arrays: what ``Processor`` gives, one image a row, with ``loss_mask`` bool [batch,
+            tokens], ``stage`` int8 [batch, tokens] (see ``Conversation``) and ``row`` int32 [batch].
+
+        Raises:
+            UserError: a damaged record or image, by name; or a worker process died.
+        """
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain's workers copy absl's flags
+        rows = len(self._mine)
+        read = grain.ReadOptions(self._settings.threads, prefetch_buffer_size=max(self._settings.threads, rows))
+        processes = grain.MultiprocessingOptions(self._settings.workers, per_worker_buffer_size=2)
+        dataset = (
+            grain.MapDataset.source(self._examples(stop))[start * rows :]
+            .to_iter_dataset(read)
+            .mp_prefetch(processes, worker_init_fn=_begin_worker)
+            .batch(rows)
+            .map(self._to_mesh)
+        )
+        iterator = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=READY))
+        try:
+            yield from iterator
+        except RuntimeError as fault:
+            if "Worker process was terminated" not in str(fault):
+                raise
+            raise UserError("a worker process of the data died, out of memory perhaps: use fewer workers") from fault
+        finally:
+            iterator.close()
+
+    def padding(self, epoch: int = 0) -> float:
+        """The share of an epoch's tokens that are padding."""
+        first = epoch * self.batches_per_epoch
+        batches = [self._plan[i] for i in range(first, first + self.batches_per_epoch)]
+        used = sum(int(self.index.lengths[batch.rows[batch.rows != FILLER]].sum()) for batch in batches)
+        return 1 - used / sum(batch.rows.size * batch.length for batch in batches)
+
+    def _to_mesh(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return {
+            name: jax.make_array_from_process_local_data(
+                self._sharding, array, (self._settings.batch, *array.shape[1:])
+            )
+            for name, array in local.items()
+        }
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """One row of a batch after the other, as arrays without a batch axis: what grain reads at random.
+
+    Attributes:
+        mine: the places in each batch that this process fills.
+        stop: the batches in all.
+    """
+
+    rows: Rows
+    processor: Processor
+    chat: Chat
+    lengths: np.ndarray
+    plan: Plan
+    mine: np.ndarray
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop * len(self.mine)
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        index, place = divmod(position, len(self.mine))
+        batch = self.plan[index]
+        row = int(batch.rows[self.mine[place]])
+        if row != FILLER:
+            return self._example(row, batch.length)
+        blank = self._example(int(batch.rows[0]), batch.length)
+        nothing = {name: np.zeros_like(blank[name]) for name in ("loss_mask", "stage")}
+        return blank | nothing | {"row": np.asarray(FILLER, np.int32)}
+
+    def _example(self, index: int, length: int) -> dict[str, np.ndarray]:
+        row = self.rows[index]
+        conversation = self.chat.encode(row.turns)
+        tokens = len(conversation.ids)
+        if tokens != self.lengths[index]:
+            raise UserError(
+                f"row {index} ({row.id}) has {tokens} tokens, but {self.lengths[index]} in the index of lengths: the "
+                "data set was changed under it; prepare it anew"
+            )
+        try:
+            inputs = self.processor.collate([conversation.ids], [[row.image]], length=length)
+        except UserError as mistake:
+            raise UserError(f"row {index} ({row.id}): {mistake}") from mistake
+        rest = (0, length - tokens)
+        return {name: array[0] for name, array in inputs.items()} | {
+            "loss_mask": np.pad(conversation.loss_mask, rest),
+            "stage": np.pad(conversation.stage, rest),
+            "row": np.asarray(index, np.int32),
+        }
+
+
+def _rows_of_this_process(sharding: jax.sharding.Sharding, batch: int) -> np.ndarray:
+    """The places of a global batch that the devices of this process hold, int64 [places], increasing."""
+    try:
+        shards = sharding.addressable_devices_indices_map((batch,)).values()
+    except ValueError:
+        raise UserError(f"a batch of {batch} rows does not divide over the devices: take a multiple") from None
+    held = np.zeros(batch, bool)
+    for shard in shards:
+        held[shard] = True
+    return np.flatnonzero(held)
+
+
+def _begin_worker(index: int, count: int) -> None:
+    die_with_parent()

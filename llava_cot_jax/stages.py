@@ -1,0 +1,62 @@
+"""The four stages of an answer, found in its text."""
+
+import re
+from dataclasses import dataclass
+
+STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
+"""LLaVA-CoT's stages in their order; each stands between ``<NAME>`` and ``</NAME>``."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a text.
+
+    Attributes:
+        start: where its opening tag begins, in characters.
+        end: past its closing tag, or where it ends without one.
+        body: what stands between the tags, without the space around it.
+        closed: whether its closing tag is there.
+    """
+
+    start: int
+    end: int
+    body: str
+    closed: bool
+
+
+def locate_stages(text: str) -> dict[str, Stage]:
+    """Each stage of ``text`` that was opened, by name in order.
+
+    A stage that was never closed reaches to the next stage's opening tag, or to the end. A stage
+    counts once and in its order: a tag that repeats, or that comes before its time, is text.
+    """
+    found: dict[str, Stage] = {}
+    position = 0
+    for i, name in enumerate(STAGES):
+        start = text.find(f"<{name}>", position)
+        if start < 0:
+            continue
+        inside = start + len(f"<{name}>")
+        later = "".join(f"|(?=<{n}>)" for n in STAGES[i + 1 :])
+        stop = re.compile(rf"</{name}>{later}|\Z").search(text, inside)
+        assert stop is not None  # \Z always matches
+        position = stop.end()
+        found[name] = Stage(start, position, text[inside : stop.start()].strip(), closed=bool(stop.group()))
+    return found
+
+
+def find_stages(text: str) -> dict[str, str]:
+    """The body of each stage of ``text`` that was opened, as ``locate_stages`` finds it."""
+    return {name: stage.body for name, stage in locate_stages(text).items()}
+
+
+def is_staged(text: str) -> bool:
+    """Whether ``text`` has all four stages in order, each one closed."""
+    stages = locate_stages(text)
+    return len(stages) == len(STAGES) and all(stage.closed for stage in stages.values())
+
+
+def may_be_staged(text: str) -> bool:
+    """Whether ``text``, the beginning of an answer, opens a stage or may yet do so."""
+    start = text.lstrip()
+    return any(f"<{name}>".startswith(start[: len(name) + 2]) for name in STAGES)

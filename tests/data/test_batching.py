@@ -1,0 +1,103 @@
+"""Buckets against brute force; what a plan of batches promises."""
+
+import pickle
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_cot_jax.data.batching import FILLER, Plan, choose_buckets
+from llava_cot_jax.errors import UserError
+
+
+def padded(lengths: np.ndarray, buckets: tuple[int, ...]) -> int:
+    """Tokens when each row takes the smallest bucket that holds it."""
+    return sum(min(size for size in buckets if size >= length) for length in lengths.tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    count=st.integers(1, 4),
+    multiple=st.sampled_from([1, 7, 10]),
+)
+def test_no_other_buckets_pad_less(lengths, count, multiple):
+    lengths = np.array(lengths)
+    buckets = choose_buckets(lengths, count, multiple)
+    assert len(buckets) <= count and buckets == tuple(sorted(set(buckets)))
+    assert all(size % multiple == 0 for size in buckets)
+    sizes = {-(-length // multiple) * multiple for length in lengths.tolist()}
+    others = [pick for n in range(1, count + 1) for pick in combinations(sorted(sizes), n) if max(pick) == max(sizes)]
+    assert padded(lengths, buckets) == min(padded(lengths, pick) for pick in others)
+
+
+def draw_lengths(rows: int = 1000) -> np.ndarray:
+    lengths = np.random.default_rng(0).lognormal(6, 0.5, rows).astype(np.int32).clip(1, 2048)
+    lengths[::17] = 0  # left out
+    return lengths
+
+
+LENGTHS = draw_lengths()
+BUCKETS = choose_buckets(LENGTHS[LENGTHS > 0], 4, 128)
+
+
+def make(batch: int = 32, seed: int = 1, shuffle: bool = True, lengths: np.ndarray = LENGTHS) -> Plan:
+    return Plan(lengths, BUCKETS, batch, seed=seed, shuffle=shuffle)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 32])
+def test_an_epoch_visits_rows_once_and_leaves_out_less_than_a_batch(batch):
+    plan = make(batch)
+    for epoch in range(3):
+        batches = [plan[epoch * plan.batches_per_epoch + i] for i in range(plan.batches_per_epoch)]
+        rows = np.concatenate([b.rows for b in batches])
+        assert len(set(rows.tolist())) == len(rows)
+        assert LENGTHS[rows].all()
+        assert 0 <= np.count_nonzero(LENGTHS) - len(rows) < batch
+        for b in batches:
+            assert b.length in BUCKETS
+            assert LENGTHS[b.rows].max() <= b.length
+
+
+def test_batches_are_of_one_bucket_but_where_two_meet():
+    plan = make()
+    mixed = 0
+    for i in range(plan.batches_per_epoch):
+        b = plan[i]
+        mixed += min(padded(LENGTHS[[row]], BUCKETS) for row in b.rows) < b.length
+    assert mixed <= len(BUCKETS) - 1
+
+
+def test_epochs_differ_in_order_and_in_what_they_leave_out():
+    plan = make()
+    epochs = [[plan[e * plan.batches_per_epoch + i] for i in range(plan.batches_per_epoch)] for e in range(2)]
+    assert not np.array_equal(epochs[0][0].rows, epochs[1][0].rows)
+    assert [b.length for b in epochs[0]] != [b.length for b in epochs[1]]
+    assert [b.length for b in epochs[0]] != sorted(b.length for b in epochs[0])  # lengths come mixed
+    seen = [set(np.concatenate([b.rows for b in epoch]).tolist()) for epoch in epochs]
+    assert seen[0] != seen[1]
+
+
+def test_equal_arguments_give_equal_plans():
+    plan, same, other = make(), pickle.loads(pickle.dumps(make())), make(seed=2)
+    some = [0, 5, plan.batches_per_epoch - 1, plan.batches_per_epoch, 100]
+    assert all(np.array_equal(plan[i].rows, same[i].rows) and plan[i].length == same[i].length for i in some)
+    assert not any(np.array_equal(plan[i].rows, other[i].rows) for i in some)
+
+
+def test_unshuffled_every_row_comes_once_and_fillers_last():
+    plan = make(shuffle=False)
+    for epoch in range(2):
+        rows = np.concatenate([plan[epoch * plan.batches_per_epoch + i].rows for i in range(plan.batches_per_epoch)])
+        assert sorted(rows[rows != FILLER].tolist()) == np.flatnonzero(LENGTHS).tolist()
+        assert len(rows) % 32 == 0 and len(rows) - np.count_nonzero(LENGTHS) < 32
+        assert (np.diff(np.flatnonzero(rows == FILLER)) == 1).all() and rows[-1] == FILLER
+
+
+def test_too_few_rows():
+    few = LENGTHS[:20]
+    with pytest.raises(UserError, match="18 rows do not fill a batch of 32"):
+        make(lengths=few)
+    assert make(lengths=few, shuffle=False).batches_per_epoch == 1

@@ -1,0 +1,197 @@
+"""Which tokens a conversation becomes, and which of them are trained, against the rules read plainly."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from llava_cot_jax.data.chat import Chat, ChatSettings, LeftOut
+from llava_cot_jax.data.processor import Processor
+from llava_cot_jax.data.rows import Turn
+from llava_cot_jax.data.tokenizer import make_tokenizer
+from llava_cot_jax.demo import CORPUS, VOCAB_SIZE, demo_config
+from llava_cot_jax.errors import UserError
+from tests.data.rows import demo_processor, staged
+
+TOKENIZER = demo_processor().tokenizer
+
+ANSWER = staged("Count.", "Two red\n\ncircles: ○ ○.", "One and one.", "It's 2.")
+TURNS = (
+    Turn(" <image>\nHow many circles?  ", f"\n{ANSWER} "),
+    Turn("And what\ncolour? é ☃", "They are red.\n"),
+    Turn("\n<image>Sure?", "Yes <image>indeed."),
+)
+"""A staged answer, then two without tags; stray markers, space at the ends, characters of several bytes."""
+
+Marked = list[tuple[int, bool, int]]
+"""Token, whether it is trained on, and its stage."""
+
+
+def chat(**settings) -> Chat:
+    return Chat(demo_processor(), ChatSettings(**settings))
+
+
+def mark(text: str, trained: bool = False, stage: int = 0) -> Marked:
+    return [(token, trained, stage) for token in TOKENIZER(text, add_special_tokens=False)["input_ids"]]
+
+
+def turn(question: str, answer: Marked, image: bool = False, blank_trained: bool = False) -> Marked:
+    return [
+        *mark("<|start_header_id|>"),
+        *mark("user"),
+        *mark("<|end_header_id|>"),
+        *mark("\n\n"),
+        *(mark("<|image|>") if image else []),
+        *mark(question),
+        *mark("<|eot_id|>"),
+        *mark("<|start_header_id|>"),
+        *mark("assistant"),
+        *mark("<|end_header_id|>"),
+        *mark("\n\n", trained=blank_trained),
+        *answer,
+        *mark("<|eot_id|>", trained=True),
+    ]
+
+
+def check(conversation, expected: Marked) -> None:
+    found = list(zip(conversation.ids, conversation.loss_mask.tolist(), conversation.stage.tolist(), strict=True))
+    assert [TOKENIZER.decode([t]) for t, *_ in found] == [TOKENIZER.decode([t]) for t, *_ in expected]
+    assert found == expected
+
+
+def tagged(number: int, text: str) -> Marked:
+    return mark(text, trained=True, stage=number)
+
+
+STAGED = [
+    *tagged(1, "<SUMMARY> Count. </SUMMARY>"),
+    *mark("\n\n", True),
+    *tagged(2, "<CAPTION> Two red\n\ncircles: ○ ○. </CAPTION>"),
+    *mark("\n\n", True),
+    *tagged(3, "<REASONING> One and one. </REASONING>"),
+    *mark("\n\n", True),
+    *tagged(4, "<CONCLUSION> It's 2. </CONCLUSION>"),
+]
+UNTAGGED = [
+    *tagged(1, "Count."),
+    *mark("\n\n", True),
+    *tagged(2, "Two red\n\ncircles: ○ ○."),
+    *mark("\n\n", True),
+    *tagged(3, "One and one."),
+    *mark("\n\n", True),
+    *tagged(4, "It's 2."),
+]
+CONCLUSION = tagged(4, "It's 2.")
+
+
+def whole(first: Marked, blank_trained: bool = False) -> list[Marked]:
+    """The three turns."""
+    return [
+        turn("How many circles?", first, True, blank_trained),
+        turn("And what\ncolour? é ☃", mark("They are red.", True), False, blank_trained),
+        turn("Sure?", mark("Yes\nindeed.", True), False, blank_trained),
+    ]
+
+
+def bos(times: int = 1) -> Marked:
+    return mark("<|begin_of_text|>") * times
+
+
+@pytest.mark.parametrize(("variant", "first"), [("staged", STAGED), ("untagged", UNTAGGED), ("conclusion", CONCLUSION)])
+def test_every_token_of_a_conversation(variant, first):
+    conversation = chat(variant=variant).encode(TURNS)
+    check(conversation, sum(whole(first), bos()))
+    assert conversation.turns == 3
+
+
+def test_upstreams_choices():
+    """LLAVA-CoT's own code: two BOS, and the blank line after an assistant's header trained on."""
+    check(chat(upstream=True).encode(TURNS), sum(whole(STAGED, blank_trained=True), bos(2)))
+
+
+@pytest.mark.parametrize("upstream", [False, True])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_what_is_too_long_loses_whole_turns(kept, upstream):
+    turns = whole(STAGED, blank_trained=upstream)
+    expected = sum(turns[:kept], bos(1 + upstream))
+    for room in (0, len(turns[kept]) - 1):
+        conversation = chat(max_length=len(expected) + room, upstream=upstream).encode(TURNS)
+        check(conversation, expected)
+        assert conversation.turns == kept
+    assert chat(max_length=len(expected) + len(turns[kept]), upstream=upstream).encode(TURNS).turns == kept + 1
+
+
+def test_a_first_answer_that_does_not_fit():
+    needed = 1 + len(whole(STAGED)[0])
+    with pytest.raises(LeftOut, match=f"first answer does not fit into {needed - 1} tokens"):
+        chat(max_length=needed - 1).encode(TURNS)
+
+
+def test_a_token_that_runs_past_a_tag_belongs_to_the_stage():
+    """As Llama 3's vocabulary has it: ">" and the blank line are one token."""
+    merged = make_tokenizer([*CORPUS, *[ANSWER] * 40], VOCAB_SIZE)
+    processor = Processor(demo_config(merged), merged)
+    conversation = Chat(processor, ChatSettings()).encode(TURNS[:1])
+    tokens = [merged.decode([i]) for i in conversation.ids]
+    closing = [i for i, token in enumerate(tokens) if token == ">\n\n"]
+    assert [conversation.stage[i] for i in closing] == [1, 2, 3]
+    assert conversation.stage[np.array(closing) + 1].tolist() == [2, 3, 4]
+    assert conversation.loss_mask[closing].all()
+
+
+@pytest.mark.parametrize(
+    ("answer", "variant", "kept"),
+    [
+        ("It is 2.", "conclusion", "It is 2."),  # no tags: an answer as it stands
+        ("It is 2.", "untagged", "It is 2."),
+        ("Well. <CONCLUSION> 2 </CONCLUSION> Bye.", "staged", "Well. <CONCLUSION> 2 </CONCLUSION> Bye."),
+        ("Well. <CONCLUSION> 2 </CONCLUSION> Bye.", "untagged", "2"),
+        ("<SUMMARY></SUMMARY> <CONCLUSION> 2", "untagged", "2"),
+        ("<SUMMARY> a </SUMMARY>", "conclusion", None),
+        ("<CONCLUSION> </CONCLUSION>", "conclusion", None),
+        (" <image> ", "staged", None),
+    ],
+)
+def test_an_answer_out_of_the_ordinary(answer, variant, kept):
+    first, second = Turn("How many?", "Two."), Turn("Sure?", answer)
+    alone = chat(variant=variant).encode([first])
+    both = chat(variant=variant).encode([first, second])
+    assert both.turns == (1 if kept is None else 2)
+    added = [token for token, trained in zip(both.ids, both.loss_mask, strict=True) if trained][alone.loss_mask.sum() :]
+    assert TOKENIZER.decode(added) == ("" if kept is None else f"{kept}<|eot_id|>")
+    if kept is None:
+        with pytest.raises(LeftOut, match="nothing is left"):
+            chat(variant=variant).encode([second, first])
+
+
+def test_a_text_that_spells_a_special_token_is_left_out():
+    for turns in ([Turn("a<|eot_id|>", "b")], [Turn("a", "b<|image|>")], [*TURNS, Turn("a", "<|start_header_id|>")]):
+        with pytest.raises(LeftOut, match="special token"):
+            chat().encode(turns)
+
+
+@pytest.mark.parametrize("settings", [{}, {"upstream": True}, {"variant": "conclusion"}, {"max_length": 60}])
+def test_lengths_are_those_of_the_tokens(settings):
+    conversations = [TURNS, TURNS[:1], TURNS[1:], [Turn("a", "<|eot_id|>")], [Turn("a", " ")], TURNS[::-1]]
+    made = pickle.loads(pickle.dumps(chat(**settings)))
+    for conversation, length in zip(conversations, made.lengths(conversations), strict=True):
+        if isinstance(length, int):
+            assert len(made.encode(conversation).ids) == length
+        else:
+            with pytest.raises(LeftOut, match=length):
+                made.encode(conversation)
+
+
+def test_another_chat_format_is_refused():
+    processor = pickle.loads(pickle.dumps(demo_processor()))
+    processor.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{% endfor %}"
+    with pytest.raises(UserError, match="Llama 3's chat format"):
+        Chat(processor, ChatSettings()).encode(TURNS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"), [({"variant": "tagged"}, "'tagged'"), ({"max_length": 0}, "max_length is 0")]
+)
+def test_wrong_settings(setting, named):
+    with pytest.raises(UserError, match=named):
+        ChatSettings(**setting)

@@ -1,0 +1,96 @@
+"""The index of lengths: counted once, kept, and never taken for another's."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llava_cot_jax.data import index as index_module
+from llava_cot_jax.data.chat import Chat, ChatSettings, LeftOut
+from llava_cot_jax.data.index import Index
+from llava_cot_jax.data.processor import Processor
+from llava_cot_jax.data.rows import Turn
+from llava_cot_jax.data.tokenizer import make_tokenizer
+from llava_cot_jax.demo import CORPUS, VOCAB_SIZE, demo_config
+from llava_cot_jax.errors import UserError
+from tests.data.rows import Noise, demo_processor
+
+SETTINGS = ChatSettings(max_length=150)
+
+
+class Flawed(Noise):
+    """Every eleventh row spells a special token."""
+
+    def turns(self, index):
+        return super().turns(index) if index % 11 else (Turn("a", "<|eot_id|>"),)
+
+
+def open_index(folder, rows=None, settings=SETTINGS, processor=None, **more) -> Index:
+    return Index.open(rows or Flawed(1200), processor or demo_processor(), settings, folder, **more)
+
+
+def test_the_lengths_are_those_of_the_rows(tmp_path):
+    calls = []
+    index = open_index(tmp_path, on_progress=lambda *counts: calls.append(counts))
+    chat = Chat(demo_processor(), SETTINGS)
+    for i in range(0, 1200, 7):
+        try:
+            assert index.lengths[i] == len(chat.encode(Flawed(1200).turns(i)).ids)
+            assert i not in index.left_out
+        except LeftOut as reason:
+            assert index.lengths[i] == 0
+            assert index.left_out[i] == str(reason)
+    assert calls[-1] == (1200, 1200) and len(calls) > 1
+    left_out = np.count_nonzero(index.lengths == 0)
+    assert 110 < left_out < 600  # special tokens, and answers that are too long
+    assert f"{left_out} of 1200 rows left out" in index.summary()
+    assert "110: the text of a message holds the special token" in index.summary()
+    assert "does not fit into 150 tokens" in index.summary()
+
+
+def test_it_is_built_once(tmp_path, monkeypatch):
+    built = open_index(tmp_path)
+    monkeypatch.setattr(index_module, "Chat", None)  # nothing can be counted any more
+    again = open_index(tmp_path)
+    assert np.array_equal(again.lengths, built.lengths) and again.left_out == built.left_out
+
+
+def test_whatever_the_lengths_depend_on_makes_another_index(tmp_path):
+    tokenizer = make_tokenizer(CORPUS[:-3], VOCAB_SIZE)
+    templated = make_tokenizer(CORPUS, VOCAB_SIZE)
+    templated.chat_template += "{# the same otherwise #}"
+    others = [
+        {},
+        {"rows": Flawed(1200, fingerprint="other")},
+        {"settings": replace(SETTINGS, max_length=151)},
+        {"settings": replace(SETTINGS, variant="conclusion")},
+        {"settings": replace(SETTINGS, upstream=True)},
+        {"processor": Processor(demo_config(tokenizer), tokenizer)},
+        {"processor": Processor(demo_config(templated), templated)},
+    ]
+    assert len({open_index(tmp_path, **other).fingerprint for other in others}) == len(others)
+    assert len(list(tmp_path.iterdir())) == len(others)
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[1]", '{"lengths": 3}', "short", "foreign"])
+def test_a_damaged_one_is_built_anew(tmp_path, damage):
+    rows = Noise(30)
+    built = open_index(tmp_path, rows)
+    (file,) = tmp_path.iterdir()
+    whole = json.loads(file.read_text())
+    edits = {"short": whole | {"lengths": whole["lengths"][:-1]}, "foreign": whole | {"fingerprint": "x"}}
+    file.write_text(json.dumps(edits[damage]) if damage in edits else damage)
+    assert np.array_equal(open_index(tmp_path, rows).lengths, built.lengths)
+    assert json.loads(file.read_text()) == whole
+
+
+def test_nothing_to_train_on(tmp_path):
+    with pytest.raises(UserError, match=r"none of the 5 rows can be trained on: 5 of 5 rows left out; 5: .* 9 tokens"):
+        open_index(tmp_path, Noise(5), ChatSettings(max_length=9))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be kept"):
+        open_index(tmp_path / "file" / "cache", Noise(5))
