@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from llava_cot_jax.data.batching import FILLER, Plan, choose_buckets
-from llava_cot_jax.data.chat import Chat, ChatSettings
+from llava_cot_jax.data.chat import Chat, ChatSettings, LeftOut
 from llava_cot_jax.data.index import Index, default_cache
 from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Rows
@@ -190,15 +190,16 @@ class _Examples:
 
     def _example(self, index: int, length: int) -> dict[str, np.ndarray]:
         row = self.rows[index]
-        conversation = self.chat.encode(row.turns)
-        tokens = len(conversation.ids)
-        if tokens != self.lengths[index]:
-            raise UserError(
-                f"row {index} ({row.id}) has {tokens} tokens, but {self.lengths[index]} in the index of lengths: the "
-                "data set was changed under it; prepare it anew"
-            )
         try:
+            conversation = self.chat.encode(row.turns)
+            tokens = len(conversation.ids)
+            if tokens != self.lengths[index]:
+                raise LeftOut(f"it has {tokens} tokens, but {self.lengths[index]} in the index of lengths")
             inputs = self.processor.collate([conversation.ids], [[row.image]], length=length)
+        except LeftOut as change:
+            raise UserError(
+                f"row {index} ({row.id}) was changed since its tokens were counted: {change}; prepare the data anew"
+            ) from change
         except UserError as mistake:
             raise UserError(f"row {index} ({row.id}): {mistake}") from mistake
         rest = (0, length - tokens)

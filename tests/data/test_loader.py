@@ -1,0 +1,278 @@
+"""Batches on the mesh: what is in them, from where they resume, what they refuse, and who ends with whom."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llava_cot_jax.data.batching import FILLER
+from llava_cot_jax.data.chat import Chat, ChatSettings, LeftOut
+from llava_cot_jax.data.loader import READY, Loader, LoaderSettings
+from llava_cot_jax.data.processor import user_turn
+from llava_cot_jax.data.rows import Row
+from llava_cot_jax.errors import UserError
+from tests.data.rows import Noise, demo_processor
+
+ROOT = Path(__file__).parents[2]
+CHAT = ChatSettings(max_length=140)
+ROWS = Noise(100)
+
+Batch = dict[str, np.ndarray]
+
+
+def mesh_of(*shape: int) -> NamedSharding:
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(*shape, 1)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def make(cache):
+    def make(rows=ROWS, chat=CHAT, sharding=None, *, shuffle=True, **settings) -> Loader:
+        settings = {"batch": 8, "buckets": 3, "multiple": 16, "threads": 2} | settings
+        sharding = sharding or mesh_of(4, 2)
+        return Loader(rows, demo_processor(), chat, LoaderSettings(**settings), sharding, shuffle=shuffle, cache=cache)
+
+    return make
+
+
+def read(loader: Loader, start: int, stop: int) -> list[Batch]:
+    with closing(loader.batches(start, stop)) as batches:
+        return [{name: np.asarray(array) for name, array in batch.items()} for batch in batches]
+
+
+def same(some: list[Batch], others: list[Batch]) -> bool:
+    return len(some) == len(others) and all(
+        a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+def test_a_batch_holds_what_the_processor_makes_of_its_rows(make):
+    loader = make()
+    processor, chat = demo_processor(), Chat(demo_processor(), CHAT)
+    for batch in read(loader, 0, 5):
+        length = batch["input_ids"].shape[1]
+        assert length in loader.buckets
+        for i, index in enumerate(batch["row"]):
+            turn = ROWS.turns(index)[0]
+            question = turn.question.removeprefix("<image>\n")
+            messages = [*user_turn(question, images=1), {"role": "assistant", "content": turn.answer}]
+            prompt = processor.prompt(messages, add_generation_prompt=False)
+            expected = processor([prompt], [[ROWS[index].image]], length=length)
+            for name, array in expected.items():
+                np.testing.assert_array_equal(batch[name][i], array[0], err_msg=name)
+            conversation = chat.encode(ROWS.turns(index))
+            tokens = len(conversation.ids)
+            np.testing.assert_array_equal(batch["loss_mask"][i, :tokens], conversation.loss_mask)
+            np.testing.assert_array_equal(batch["stage"][i, :tokens], conversation.stage)
+            assert not batch["loss_mask"][i, tokens:].any() and not batch["stage"][i, tokens:].any()
+        assert batch["pixel_values"].dtype == np.uint8 and batch["loss_mask"].dtype == bool
+
+
+def test_rows_that_are_left_out_never_come(make):
+    loader = make()
+    rows = {row for batch in read(loader, 0, loader.batches_per_epoch) for row in batch["row"].tolist()}
+    assert rows.isdisjoint(loader.index.left_out) and len(loader.index.left_out) == 12
+    for row in loader.index.left_out:
+        with pytest.raises(LeftOut):
+            Chat(demo_processor(), CHAT).encode(ROWS.turns(row))
+
+
+def test_batches_lie_on_the_mesh_as_asked(make):
+    sharding = mesh_of(2, 2)
+    (batch,) = make(sharding=sharding).batches(0, 1)
+    for array in batch.values():
+        assert array.sharding.is_equivalent_to(sharding, array.ndim)
+        assert array.addressable_shards[0].data.shape[0] == 2
+
+
+def test_resumed_at_any_batch_it_goes_on_as_if_never_stopped(make):
+    loader = make()
+    stop = 2 * loader.batches_per_epoch + 1
+    whole = read(loader, 0, stop)
+    for start in range(1, stop):
+        assert same(read(make(), start, min(start + 2, stop)), whole[start : start + 2])
+    assert read(loader, stop, stop) == []
+
+
+def test_evaluation_sees_every_row_once(make):
+    loader = make(shuffle=False)
+    batches = read(loader, 0, loader.batches_per_epoch)
+    rows = np.concatenate([batch["row"] for batch in batches])
+    assert sorted(rows[rows != FILLER].tolist()) == np.flatnonzero(loader.index.lengths).tolist()
+    assert (rows == FILLER).sum() == -np.count_nonzero(loader.index.lengths) % 8
+    for batch in batches:
+        trained = batch["loss_mask"].any(axis=1)
+        np.testing.assert_array_equal(trained, batch["row"] != FILLER)
+        assert not batch["stage"][~trained].any()
+
+
+def test_the_evaluation_of_fewer_rows_than_a_batch(make):
+    (batch,) = read(make(Noise(3, fingerprint="three"), shuffle=False), 0, 1)
+    assert batch["row"].tolist() == [0, 2, 1, *[FILLER] * 5]
+
+
+def test_padding_is_the_share_of_tokens_without_attention(make):
+    loader = make()
+    batches = read(loader, 0, loader.batches_per_epoch)
+    used = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    total = sum(batch["attention_mask"].size for batch in batches)
+    assert loader.padding() == pytest.approx(1 - used / total)
+
+
+def test_the_fingerprint_tells_other_batches(make):
+    others = [
+        make(),
+        make(batch=16),
+        make(buckets=1),
+        make(multiple=8),
+        make(seed=1),
+        make(shuffle=False),
+        make(chat=ChatSettings(max_length=160)),
+        make(Noise(101, fingerprint="more")),
+    ]
+    assert len({loader.fingerprint for loader in others}) == len(others)
+    assert make(threads=1, workers=1, sharding=mesh_of(1, 2)).fingerprint == others[0].fingerprint
+
+
+class Damaged(Noise):
+    """Row 5 has half an image."""
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        return Row(row.id, row.source, row.image[: len(row.image) // 2], row.turns) if index == 5 else row
+
+
+class Changed(Noise):
+    """Row 5 reads otherwise than it did when its length was counted."""
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        return Row(row.id, row.source, row.image, self.turns(2)) if index == 5 else row
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grain")]
+
+
+def wait_for_readers() -> None:
+    for thread in readers():
+        thread.join(timeout=10)
+    assert not readers()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (Damaged(100), r"row 5 \(noise-5\): the image of \d+ bytes cannot be decoded"),
+        (Changed(100), r"row 5 \(noise-5\) was changed since .* it has \d+ tokens, but \d+ in the index"),
+    ],
+)
+def test_a_fault_names_its_row(make, rows, message):
+    with pytest.raises(UserError, match=message):
+        read(make(rows), 0, 12)
+    wait_for_readers()
+
+
+def test_a_reader_that_stops_early_leaves_nothing_running(make):
+    batches = make().batches(0, 1000)
+    next(batches)
+    assert readers()
+    batches.close()
+    wait_for_readers()
+
+
+def test_it_reads_ahead_by_a_few_batches_alone(make):
+    """A batch of 11B tiles takes 120 MB: no more than what the next steps need may wait."""
+    started: list[int] = []
+
+    class Watched(Noise):
+        def __getitem__(self, index):
+            started.append(index)
+            return super().__getitem__(index)
+
+    with closing(make(Watched(100)).batches(0, 1000)) as batches:
+        next(batches)
+        seen = -1
+        while seen != len(started):  # until it has read all that it will
+            seen = len(started)
+            time.sleep(0.5)
+    assert 8 * (1 + READY) <= len(started) <= 8 * (READY + 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 0}, "batch is 0; it must be at least 1"),
+        ({"workers": -1}, "workers is -1"),
+        ({"threads": 0}, "threads is 0"),
+        ({"batch": 12}, "a batch of 12 rows does not divide over the devices"),
+        ({"batch": 96}, "88 rows do not fill a batch of 96"),
+    ],
+)
+def test_wrong_settings(make, settings, message):
+    with pytest.raises(UserError, match=message):
+        make(**settings)
+
+
+@pytest.fixture
+def stream(cache):
+    """A process that streams from two workers, and the ids of these."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/without_torch'}"}
+    command = [sys.executable, "-m", "tests.data.stream", str(cache)]
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            workers = [int(pid) for pid in process.stdout.readline().split()]
+            assert len(workers) == 2
+            yield process, workers
+        finally:
+            process.kill()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def wait_for_the_end(pids: list[int]) -> None:
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker process lives on"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_dead_worker_ends_the_run_with_one_line(stream):
+    process, workers = stream
+    os.kill(workers[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "error: a worker process of the data died" in errors and "Traceback" not in errors
+    wait_for_the_end(workers)
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_killed_run(stream):
+    process, workers = stream
+    process.kill()
+    process.wait()
+    wait_for_the_end(workers)
