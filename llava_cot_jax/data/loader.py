@@ -6,6 +6,7 @@ hold. The state of the data is one integer, the index of the next batch.
 
 import hashlib
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,7 +46,7 @@ class LoaderSettings:
     """
 
     batch: int = 32
-    buckets: int = 4
+    buckets: int = 6
     multiple: int = 128
     seed: int = 42
     workers: int = 0
@@ -224,3 +225,4 @@ def _rows_of_this_process(sharding: jax.sharding.Sharding, batch: int) -> np.nda
 
 def _begin_worker(index: int, count: int) -> None:
     die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to see: it ends the workers
