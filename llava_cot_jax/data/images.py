@@ -1,20 +1,24 @@
 """From an image file to the uint8 tiles that the vision tower takes.
 
-The cutting is that of transformers' ``MllamaImageProcessorPil`` with the arithmetic left out: pixels
-stay uint8, a quarter of the bytes to move, and the model normalises them on the device.
+The tiles are those of transformers' ``MllamaImageProcessorPil`` before its arithmetic, byte for byte:
+pixels stay uint8, a quarter of the bytes to move, and the model normalises them on the device. For the
+common case, an upright RGB file, little is done beyond Pillow's decoding and resizing.
 """
 
 import io
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.models.mllama.image_processing_pil_mllama import (
-    MllamaImageProcessorPil,
     get_all_supported_aspect_ratios,
+    get_image_size_fit_to_canvas,
+    get_optimal_tiled_canvas,
 )
 
 from llava_cot_jax.errors import UserError
@@ -32,7 +36,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
     What is transparent is laid on white, as the processor of transformers does (Meta's own pipeline
     shows the colours stored beneath). Grey of more than 8 bits is scaled to 8, not clipped. Of an
-    animation, the first frame.
+    animation, the first frame. An opened image that needs none of this is returned itself.
 
     Raises:
         UserError: no such file, no image, a damaged one, one without pixels or of more than ``MAX_PIXELS``.
@@ -44,23 +48,8 @@ def open_image(source: ImageSource) -> Image.Image:
         return _decode(_identify(file, name), name)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """One image cut into tiles.
-
-    Attributes:
-        pixels: uint8 [max_num_tiles, channels, size, size]; 0 in the tiles that are not used.
-        aspect_ratio_id: index of the canvas in ``supported_aspect_ratios``, + 1.
-        used: how many tiles are used; these come first.
-    """
-
-    pixels: np.ndarray
-    aspect_ratio_id: int
-    used: int
-
-
-def make_image_processor(vision: VisionConfig) -> MllamaImageProcessorPil:
-    """The transformers image processor that cuts as ``vision`` says and leaves the pixels as they are.
+def check_vision(vision: VisionConfig) -> None:
+    """Check that ``cut`` can serve the configuration.
 
     Raises:
         UserError: ``vision`` takes another number of channels than 3, or other canvases than all
@@ -71,44 +60,68 @@ def make_image_processor(vision: VisionConfig) -> MllamaImageProcessorPil:
     canvases = get_all_supported_aspect_ratios(vision.max_num_tiles)
     if list(vision.supported_aspect_ratios) != canvases:
         raise UserError(f"vision supported_aspect_ratios must be {canvases} for {vision.max_num_tiles} tiles")
-    return MllamaImageProcessorPil(
-        size={"height": vision.image_size, "width": vision.image_size},
-        max_image_tiles=vision.max_num_tiles,
-        do_rescale=False,
-        do_normalize=False,
-    )
 
 
-def cut(image: Image.Image, image_processor: MllamaImageProcessorPil) -> Tiles:
-    """Resize an RGB image to the canvas that fits it best, pad it with 0, and cut it into tiles."""
-    output = image_processor([image])
-    # The processor counts in float32, but every value is a byte that Pillow's resizing wrote.
-    pixels = output["pixel_values"][0, 0].astype(np.uint8)
-    return Tiles(pixels, aspect_ratio_id=int(output["aspect_ratio_ids"][0, 0]), used=output["num_tiles"][0][0])
+def cut(image: Image.Image, vision: VisionConfig, out: np.ndarray) -> tuple[int, int]:
+    """Resize an RGB image to the canvas that fits it best, and cut that into tiles, row by row.
+
+    Args:
+        image: what ``open_image`` returned.
+        vision: a configuration that passes ``check_vision``.
+        out: zeros, uint8 [max_num_tiles, 3, size, size]; the tiles are written here, without a copy
+            in between, and what the image does not cover stays 0.
+
+    Returns:
+        The canvas: tiles high, tiles wide.
+    """
+    size = vision.image_size
+    canvas, (height, width) = _fit(image.height, image.width, vision.max_num_tiles, size)
+    fitted = image.size == (width, height)  # Pillow would make a copy
+    resized = image if fitted else image.resize((width, height), Image.Resampling.BILINEAR)
+    for channel, name in enumerate("RGB"):
+        # One band at a time: Pillow picks it out faster than NumPy would transpose interleaved pixels.
+        band = np.frombuffer(resized.tobytes("raw", name), np.uint8).reshape(height, width)
+        for tile, (y, x) in enumerate(product(*map(range, canvas))):
+            part = band[y * size : (y + 1) * size, x * size : (x + 1) * size]
+            out[tile, channel, : part.shape[0], : part.shape[1]] = part
+    return canvas
 
 
-def batch_tiles(rows: Sequence[Sequence[Tiles]]) -> dict[str, np.ndarray]:
+def batch_images(rows: Sequence[Sequence[ImageSource]], vision: VisionConfig) -> dict[str, np.ndarray]:
     """The images of a batch's rows as one array of each kind; rows with fewer images are filled up.
 
     Returns:
-        ``pixel_values`` uint8 [batch, images, tiles, channels, size, size]; ``aspect_ratio_ids`` int32
-        [batch, images], 0 where a row has fewer images; ``aspect_ratio_mask`` int32 [batch, images,
-        tiles], 1 for used tiles and always for the first. Nothing if no row has an image.
+        ``pixel_values`` uint8 [batch, images, tiles, channels, size, size], 0 in tiles that are not
+        used; ``aspect_ratio_ids`` int32 [batch, images], the canvas's index in
+        ``supported_aspect_ratios`` + 1, or 0 where a row has fewer images; ``aspect_ratio_mask`` int32
+        [batch, images, tiles], 1 for used tiles, which come first, and always for the first. Nothing
+        if no row has an image.
+
+    Raises:
+        UserError: an image that ``open_image`` refuses.
     """
     images = max((len(row) for row in rows), default=0)
     if not images:
         return {}
-    shape = next(tiles.pixels.shape for row in rows for tiles in row)
-    pixels = np.zeros((len(rows), images, *shape), np.uint8)
-    ids = np.zeros((len(rows), images), np.int32)
-    mask = np.zeros((len(rows), images, shape[0]), np.int32)
+    shape = (len(rows), images, vision.max_num_tiles)
+    pixels = np.zeros((*shape, 3, vision.image_size, vision.image_size), np.uint8)
+    ids = np.zeros(shape[:2], np.int32)
+    mask = np.zeros(shape, np.int32)
     mask[:, :, 0] = 1
     for i, row in enumerate(rows):
-        for j, tiles in enumerate(row):
-            pixels[i, j] = tiles.pixels
-            ids[i, j] = tiles.aspect_ratio_id
-            mask[i, j, : tiles.used] = 1
+        for j, source in enumerate(row):
+            canvas = cut(open_image(source), vision, pixels[i, j])
+            ids[i, j] = vision.supported_aspect_ratios.index(canvas) + 1
+            mask[i, j, : math.prod(canvas)] = 1
     return {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
+
+
+@lru_cache(maxsize=10_000)  # NumPy on single numbers takes a twentieth of a small image's time
+def _fit(height: int, width: int, max_num_tiles: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The canvas (tiles high, tiles wide) of an image, and the (height, width) that it is resized to."""
+    canvas = get_optimal_tiled_canvas(height, width, max_num_tiles, size)
+    fitted = get_image_size_fit_to_canvas(height, width, *canvas, size)
+    return (int(canvas[0]) // size, int(canvas[1]) // size), (int(fitted[0]), int(fitted[1]))
 
 
 def _name(source: ImageSource) -> str:
@@ -152,7 +165,10 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     if pixels > MAX_PIXELS:
         raise UserError(f"{name} has {pixels} pixels, more than the {MAX_PIXELS} allowed; scale it down")
     try:
-        upright = ImageOps.exif_transpose(image)
+        image.load()
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        # Pillow copies whatever it need not turn or convert: do not ask it to.
+        upright = ImageOps.exif_transpose(image) if turned else image
         return _on_white(_eight_bits(upright))
     except Exception as fault:  # damaged data makes Pillow's decoders raise almost anything
         raise UserError(f"{name} cannot be decoded, it may be damaged or cut short: {_one_line(fault)}") from fault
@@ -160,7 +176,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 

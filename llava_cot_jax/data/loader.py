@@ -18,10 +18,11 @@ import numpy as np
 from absl import flags
 
 from llava_cot_jax.data.batching import FILLER, Plan, choose_buckets
-from llava_cot_jax.data.chat import Chat, ChatSettings, LeftOut
+from llava_cot_jax.data.chat import Chat, ChatSettings, Conversation, LeftOut
+from llava_cot_jax.data.images import open_image
 from llava_cot_jax.data.index import Index, default_cache
 from llava_cot_jax.data.processor import Processor
-from llava_cot_jax.data.rows import Rows
+from llava_cot_jax.data.rows import Row, Rows
 from llava_cot_jax.data.workers import die_with_parent
 from llava_cot_jax.errors import UserError
 
@@ -39,7 +40,7 @@ class LoaderSettings:
         multiple: each of these lengths is a multiple of it, in tokens.
         seed: of the order of rows and batches.
         workers: processes that decode; with 0, threads of this process do.
-        threads: that decode at once, in this process or in each worker.
+        threads: that work at once, each on a batch of its own, in this process or in each worker.
 
     Raises:
         UserError: a number that is too small.
@@ -105,7 +106,7 @@ class Loader:
         self.buckets = choose_buckets(lengths[lengths > 0], settings.buckets, settings.multiple)
         self._plan = Plan(lengths, self.buckets, settings.batch, seed=settings.seed, shuffle=shuffle)
         self.batches_per_epoch = self._plan.batches_per_epoch
-        self._examples = partial(_Examples, rows, processor, Chat(processor, chat), lengths, self._plan, self._mine)
+        self._batches = partial(_Batches, rows, processor, Chat(processor, chat), lengths, self._plan, self._mine)
         decisive = (self.index.fingerprint, self.buckets, settings.batch, settings.seed, shuffle)
         self.fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
@@ -123,14 +124,12 @@ class Loader:
         """
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain's workers copy absl's flags
-        rows = len(self._mine)
-        read = grain.ReadOptions(self._settings.threads, prefetch_buffer_size=max(self._settings.threads, rows))
-        processes = grain.MultiprocessingOptions(self._settings.workers, per_worker_buffer_size=2)
+        threads = self._settings.threads
+        processes = grain.MultiprocessingOptions(self._settings.workers, per_worker_buffer_size=1)
         dataset = (
-            grain.MapDataset.source(self._examples(stop))[start * rows :]
-            .to_iter_dataset(read)
+            grain.MapDataset.source(self._batches(stop))[start:]
+            .to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads))
             .mp_prefetch(processes, worker_init_fn=_begin_worker)
-            .batch(rows)
             .map(self._to_mesh)
         )
         iterator = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=READY))
@@ -160,11 +159,11 @@ class Loader:
 
 
 @dataclass(frozen=True)
-class _Examples:
-    """One row of a batch after the other, as arrays without a batch axis: what grain reads at random.
+class _Batches:
+    """The part of each batch that this process holds, by the index of the batch: what grain reads at random.
 
     Attributes:
-        mine: the places in each batch that this process fills.
+        mine: the places in a batch that this process fills.
         stop: the batches in all.
     """
 
@@ -177,38 +176,54 @@ class _Examples:
     stop: int
 
     def __len__(self) -> int:
-        return self.stop * len(self.mine)
+        return self.stop
 
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        index, place = divmod(position, len(self.mine))
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         batch = self.plan[index]
-        row = int(batch.rows[self.mine[place]])
-        if row != FILLER:
-            return self._example(row, batch.length)
-        blank = self._example(int(batch.rows[0]), batch.length)
-        nothing = {name: np.zeros_like(blank[name]) for name in ("loss_mask", "stage")}
-        return blank | nothing | {"row": np.asarray(FILLER, np.int32)}
+        places = batch.rows[self.mine]
+        # A filler is any row of the batch, without its training.
+        chosen = np.where(places == FILLER, batch.rows[0], places).tolist()
+        rows = [(row, self.rows[row]) for row in chosen]
+        conversations = [self._encode(number, row) for number, row in rows]
+        try:
+            inputs = self.processor.collate(
+                [conversation.ids for conversation in conversations],
+                [[row.image] for _, row in rows],
+                length=batch.length,
+            )
+        except UserError:
+            for number, row in rows:
+                _check_image(number, row)
+            raise
+        marks = {
+            name: np.zeros(inputs["input_ids"].shape, kind) for name, kind in (("loss_mask", bool), ("stage", np.int8))
+        }
+        for i, conversation in enumerate(conversations):
+            if places[i] != FILLER:
+                marks["loss_mask"][i, : len(conversation.ids)] = conversation.loss_mask
+                marks["stage"][i, : len(conversation.ids)] = conversation.stage
+        return inputs | marks | {"row": places.astype(np.int32)}
 
-    def _example(self, index: int, length: int) -> dict[str, np.ndarray]:
-        row = self.rows[index]
+    def _encode(self, index: int, row: Row) -> Conversation:
         try:
             conversation = self.chat.encode(row.turns)
-            tokens = len(conversation.ids)
-            if tokens != self.lengths[index]:
-                raise LeftOut(f"it has {tokens} tokens, but {self.lengths[index]} in the index of lengths")
-            inputs = self.processor.collate([conversation.ids], [[row.image]], length=length)
+            if len(conversation.ids) != self.lengths[index]:
+                raise LeftOut(
+                    f"it has {len(conversation.ids)} tokens, but {self.lengths[index]} in the index of lengths"
+                )
         except LeftOut as change:
             raise UserError(
                 f"row {index} ({row.id}) was changed since its tokens were counted: {change}; prepare the data anew"
             ) from change
-        except UserError as mistake:
-            raise UserError(f"row {index} ({row.id}): {mistake}") from mistake
-        rest = (0, length - tokens)
-        return {name: array[0] for name, array in inputs.items()} | {
-            "loss_mask": np.pad(conversation.loss_mask, rest),
-            "stage": np.pad(conversation.stage, rest),
-            "row": np.asarray(index, np.int32),
-        }
+        return conversation
+
+
+def _check_image(index: int, row: Row) -> None:
+    """Name the row of a damaged image."""
+    try:
+        open_image(row.image)
+    except UserError as mistake:
+        raise UserError(f"row {index} ({row.id}): {mistake}") from mistake
 
 
 def _rows_of_this_process(sharding: jax.sharding.Sharding, batch: int) -> np.ndarray:

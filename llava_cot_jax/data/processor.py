@@ -13,7 +13,7 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from llava_cot_jax.data.images import ImageSource, batch_tiles, cut, make_image_processor, open_image
+from llava_cot_jax.data.images import ImageSource, batch_images, check_vision
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig, VisionConfig, image_settings, read_json
 
@@ -74,7 +74,6 @@ class Processor:
     Attributes:
         config: the model's configuration.
         tokenizer: the checkpoint's fast tokenizer.
-        image_processor: cuts images into uint8 tiles.
 
     Raises:
         UserError: tokenizer and configuration are not of the same model.
@@ -92,9 +91,9 @@ class Processor:
                 f"the tokenizer's bos_token is {tokenizer.bos_token} ({tokenizer.bos_token_id}), but bos_token_id of "
                 f"config.json is {config.text.bos_token_id}: take both files from one checkpoint"
             )
+        check_vision(config.vision)
         self.config = config
         self.tokenizer = tokenizer
-        self.image_processor = make_image_processor(config.vision)
         self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
 
     @classmethod
@@ -168,21 +167,31 @@ class Processor:
         rows: list[list[int]] = self.tokenizer(
             list(prompts), add_special_tokens=False, padding=False, truncation=False, verbose=False
         )["input_ids"]
-        sources = [[] for _ in rows] if images is None else images
-        self._check_images(rows, sources)
+        return self.collate(rows, [[] for _ in rows] if images is None else images, length=length)
+
+    def collate(
+        self, rows: Sequence[list[int]], images: Sequence[Sequence[ImageSource]], *, length: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """The batch that ``__call__`` returns, of rows that are tokens already.
+
+        Raises:
+            UserError: as for ``__call__``.
+        """
+        self._check_images(rows, images)
         width = max(map(len, rows)) if length is None else length
         inputs = self._pad(rows, width)
-        tiles = [[cut(open_image(source), self.image_processor) for source in row] for row in sources]
-        if any(tiles):
+        pictures = batch_images(images, self.config.vision)
+        if pictures:
+            used = pictures["aspect_ratio_mask"].sum(-1).tolist()
             dense = convert_sparse_cross_attention_mask_to_dense(
                 [get_cross_attention_token_mask(row, self.config.image_token_index) for row in rows],
-                num_tiles=[[image.used for image in row] for row in tiles],
+                num_tiles=[tiles[: len(row)] for tiles, row in zip(used, images, strict=True)],
                 max_num_tiles=self.config.vision.max_num_tiles,
                 length=width,
             )
             # A lone image is taken to be seen until the end of the batch, padding too.
             inputs["cross_attention_mask"] = dense.astype(np.int32) * inputs["attention_mask"][:, :, None, None]
-        return inputs | batch_tiles(tiles)
+        return inputs | pictures
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids [tokens], special tokens left out and nothing else changed."""
@@ -204,7 +213,7 @@ class Processor:
             )
         return {"role": role, "content": parts if any(_is_image(part, role) for part in parts) else spoken}
 
-    def _check_images(self, rows: list[list[int]], images: Sequence[Sequence[ImageSource]]) -> None:
+    def _check_images(self, rows: Sequence[list[int]], images: Sequence[Sequence[ImageSource]]) -> None:
         if len(images) != len(rows):
             raise UserError(f"there are {len(rows)} prompts, but images for {len(images)}: give a list for each")
         for i, (ids, sources) in enumerate(zip(rows, images, strict=True)):
@@ -214,7 +223,7 @@ class Processor:
             if tokens != len(sources):
                 raise UserError(f"prompt {i} has {tokens} {IMAGE_TOKEN} for {len(sources)} images; one each is needed")
 
-    def _pad(self, rows: list[list[int]], width: int) -> dict[str, np.ndarray]:
+    def _pad(self, rows: Sequence[list[int]], width: int) -> dict[str, np.ndarray]:
         ids = np.full((len(rows), width), self.config.text.pad_token_id, np.int32)
         mask = np.zeros_like(ids)
         for i, row in enumerate(rows):

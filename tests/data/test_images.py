@@ -9,11 +9,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import (
+    MllamaImageProcessorPil,
+    get_all_supported_aspect_ratios,
+)
 
 from llava_cot_jax.data import images
-from llava_cot_jax.data.images import batch_tiles, cut, make_image_processor, open_image
+from llava_cot_jax.data.images import batch_images, check_vision, open_image
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import VisionConfig
 from llava_cot_jax.model.vision import normalize
@@ -159,6 +164,14 @@ def test_the_callers_image_is_left_alone() -> None:
     assert image.mode == "P" and image.info == {"transparency": 0}
 
 
+def test_nothing_is_copied_in_vain(tmp_path: Path) -> None:
+    image = noise(3, 4)
+    assert open_image(image) is image
+    path = tmp_path / "image.jpg"
+    path.write_bytes(encode(image, "JPEG"))
+    assert open_image(path).format == "JPEG"  # a copy would not know
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size, with next to no data."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")]
@@ -230,25 +243,45 @@ EVERY_SIZE = [*sizes(56), *map(tuple, RNG.integers(1, 400, (160, 2)).tolist())]
 LARGE_SIZES = [(1, 4000), (560, 1120), (561, 560), (1120, 1121), (700, 333), (90, 2500)]
 
 
-def check_against_transformers(vision: VisionConfig, image: Image.Image, original: Image.Image | None = None) -> None:
-    """The tiles of ``image``, normalised on the device, and what transformers makes of ``original``."""
-    reference = MllamaImageProcessorPil(
+def reference(vision: VisionConfig, image: Image.Image, *, arithmetic: bool) -> dict[str, np.ndarray]:
+    """What transformers makes of an image; without ``arithmetic``, its float32 tiles hold plain bytes."""
+    return MllamaImageProcessorPil(
         size={"height": vision.image_size, "width": vision.image_size},
         max_image_tiles=vision.max_num_tiles,
+        do_rescale=arithmetic,
+        do_normalize=arithmetic,
         image_mean=list(vision.image_mean),
         image_std=list(vision.image_std),
-    )([original or image])
-    tiles = cut(image, make_image_processor(vision))
-    batch = batch_tiles([[tiles]])
-    assert batch["pixel_values"].dtype == np.uint8
-    assert batch["pixel_values"].shape == reference["pixel_values"].shape
-    assert tiles.used == reference["num_tiles"][0][0]
-    np.testing.assert_array_equal(batch["aspect_ratio_ids"], reference["aspect_ratio_ids"])
-    np.testing.assert_array_equal(batch["aspect_ratio_mask"], reference["aspect_ratio_mask"])
+    )([image])
+
+
+def check_bytes(vision: VisionConfig, image: Image.Image, original: Image.Image | None = None) -> None:
+    """The tiles of ``image`` are those that transformers makes of ``original``, byte for byte."""
+    there = reference(vision, original or image, arithmetic=False)
+    batch = batch_images([[image]], vision)
+    assert set(batch) == set(there) - {"num_tiles"}
+    for name, values in batch.items():
+        assert values.dtype == (np.uint8 if name == "pixel_values" else np.int32)
+        assert values.shape == there[name].shape
+        np.testing.assert_array_equal(values, there[name])
+    used = there["num_tiles"][0][0]
+    assert batch["aspect_ratio_mask"].sum() == used
+    assert not batch["pixel_values"][:, :, used:].any()
+
+
+def check_normalized(vision: VisionConfig, image: Image.Image, original: Image.Image | None = None) -> None:
+    """The tiles of ``image``, normalised on the device, and what transformers makes of ``original``."""
+    there = reference(vision, original or image, arithmetic=True)
+    batch = batch_images([[image]], vision)
     normalized = np.asarray(NORMALIZE(vision, batch["pixel_values"], batch["aspect_ratio_ids"]))
     assert normalized.dtype == np.float32
-    np.testing.assert_allclose(normalized, reference["pixel_values"], rtol=0, atol=1e-6)
-    assert not tiles.pixels[tiles.used :].any() and not normalized[:, :, tiles.used :].any()
+    np.testing.assert_allclose(normalized, there["pixel_values"], rtol=0, atol=1e-6)
+    assert not normalized[:, :, there["num_tiles"][0][0] :].any()
+
+
+def check_against_transformers(vision: VisionConfig, image: Image.Image, original: Image.Image | None = None) -> None:
+    check_bytes(vision, image, original)
+    check_normalized(vision, image, original)
 
 
 NORMALIZE = jax.jit(normalize, static_argnums=0)
@@ -272,18 +305,18 @@ def test_tiles_of_every_colour_mode(name: str) -> None:
     check_against_transformers(SMALL, open_image(source), original)
 
 
-def test_the_processors_floats_are_bytes() -> None:
-    """``cut`` casts float32 to uint8: nothing may be lost by it."""
-    for height, width in sizes(56):
-        floats = make_image_processor(SMALL)([noise(height, width)])["pixel_values"]
-        assert floats.dtype == np.float32
-        np.testing.assert_array_equal(floats.astype(np.uint8).astype(np.float32), floats)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from((14, 28, 56, 70)), st.integers(1, 6))
+def test_tiles_of_other_configurations(height: int, width: int, side: int, tiles: int) -> None:
+    canvases = tuple(get_all_supported_aspect_ratios(tiles))
+    vision = VisionConfig(image_size=side, max_num_tiles=tiles, supported_aspect_ratios=canvases)
+    check_vision(vision)
+    check_bytes(vision, noise(height, width))
 
 
 def test_rows_of_unlike_length() -> None:
-    processor = make_image_processor(SMALL)
-    wide, square, tall = (cut(noise(*size), processor) for size in ((20, 100), (30, 30), (200, 60)))
-    batch = batch_tiles([[wide], [], [square, tall]])
+    wide, square, tall = (noise(*size) for size in ((20, 100), (30, 30), (200, 60)))
+    batch = batch_images([[wide], [], [square, tall]], SMALL)
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         "pixel_values": ((3, 2, 4, 3, 56, 56), np.uint8),
         "aspect_ratio_ids": ((3, 2), np.int32),
@@ -291,13 +324,14 @@ def test_rows_of_unlike_length() -> None:
     }
     assert batch["aspect_ratio_ids"].tolist() == [[2, 0], [0, 0], [1, 8]]  # 1 x 2, 1 x 1 and 4 x 1 tiles
     assert batch["aspect_ratio_mask"].sum(-1).tolist() == [[2, 1], [1, 1], [1, 4]]
-    np.testing.assert_array_equal(batch["pixel_values"][2, 1], tall.pixels)
+    alone = batch_images([[tall]], SMALL)
+    np.testing.assert_array_equal(batch["pixel_values"][2, 1], alone["pixel_values"][0, 0])
     assert not batch["pixel_values"][1].any() and not batch["pixel_values"][0, 1].any()
-    assert batch_tiles([[], []]) == {}
+    assert batch_images([[], []], SMALL) == {} == batch_images([], SMALL)
 
 
 def test_vision_that_cannot_be_served() -> None:
     with pytest.raises(UserError, match="num_channels is 1"):
-        make_image_processor(VisionConfig(num_channels=1, image_mean=(0.5,), image_std=(0.5,)))
+        check_vision(VisionConfig(num_channels=1, image_mean=(0.5,), image_std=(0.5,)))
     with pytest.raises(UserError, match="supported_aspect_ratios must be"):
-        make_image_processor(VisionConfig(supported_aspect_ratios=((1, 1), (2, 2))))
+        check_vision(VisionConfig(supported_aspect_ratios=((1, 1), (2, 2))))
