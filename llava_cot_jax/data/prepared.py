@@ -1,0 +1,168 @@
+"""A prepared data set, read at random."""
+
+import json
+import operator
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from llava_cot_jax.data.annotations import make_turns
+from llava_cot_jax.data.rows import Row, Turn
+from llava_cot_jax.errors import UserError
+
+DESCRIPTION = "prepared.json"
+"""The file that says what a prepared directory holds, and of what it was made."""
+
+CONTENT = {"fingerprint", "settings", "splits", "sources", "unnamed_images"}
+
+
+def turns_name(split: str) -> str:
+    """The file of a split's conversations: a line of JSON for each record, in their order."""
+    return f"{split}.turns.jsonl"
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """What DESCRIPTION says.
+
+    Raises:
+        UserError: there is none, or none that can be read.
+    """
+    path = directory / DESCRIPTION
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{directory} is no prepared data set (there is no {DESCRIPTION}): make one with llava_cot_jax.prepare"
+        ) from None
+    except (OSError, ValueError) as fault:
+        raise UserError(f"{path} cannot be read, it may be damaged: {fault}") from fault
+    if not isinstance(description, dict) or not description.keys() >= CONTENT:
+        raise UserError(f"{path} does not describe a prepared data set: prepare the data anew")
+    return description
+
+
+class PreparedRows:
+    """The ``Rows`` of a split of a prepared directory. Files are opened on first use, in each process anew.
+
+    Raises:
+        UserError: the directory is none that was prepared, or it has no row in the split.
+    """
+
+    def __init__(self, directory: str | Path, split: str) -> None:
+        self._directory = Path(directory)
+        self._split = split
+        description = read_description(self._directory)
+        splits = description["splits"]
+        if split not in splits:
+            raise UserError(
+                f"{directory} has no rows in split {split!r}, only in {' and '.join(splits)}: name one of these, or "
+                "prepare the data with another share for validation"
+            )
+        self._length: int = splits[split]
+        self._fingerprint = f"{description['fingerprint']}-{split}"
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return PreparedRows, (self._directory, self._split)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the raw set, with how it was prepared, and with the split."""
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Row:
+        """The row at ``index``; its image is the bytes of a file.
+
+        Raises:
+            IndexError: there is none.
+            UserError: its record is damaged, or is not the one that the file of conversations has in its place.
+        """
+        index = self._checked(index)
+        source = self._source
+        try:
+            record = source[index]
+        except Exception as fault:  # what array_record raises is not documented
+            raise UserError(
+                f"record {index} of the split {self._split!r} is damaged: restore {self._shard(index)}, or prepare the "
+                f"data anew ({fault})"
+            ) from fault
+        conversations = zip(record["conversations"]["from"], record["conversations"]["value"], strict=True)
+        turns = make_turns([{"from": speaker.decode(), "value": text.decode()} for speaker, text in conversations])
+        if turns != self.turns(index):
+            raise UserError(f"{self._turns_path}, line {index + 1} is not what its record has: prepare the data anew")
+        return Row(record["id"].decode(), record["source"].decode(), record["image"], turns)
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The conversation alone, from a file without images.
+
+        Raises:
+            IndexError: there is none.
+            UserError: it is damaged.
+        """
+        index = self._checked(index)
+        file, offsets = self._lines
+        begin, end = offsets[index : index + 2].tolist()
+        try:
+            # Not seek and read: threads may share the file.
+            return make_turns(json.loads(os.pread(file.fileno(), end - begin, begin))["conversations"])
+        except (ValueError, TypeError, KeyError) as fault:
+            raise UserError(
+                f"{self._turns_path}, line {index + 1} is damaged: prepare the data anew ({fault})"
+            ) from fault
+
+    def _checked(self, index: int) -> int:
+        index = operator.index(index)
+        if not 0 <= index < self._length:
+            raise IndexError(f"there is no row {index} of {self._length}")
+        return index
+
+    @property
+    def _turns_path(self) -> Path:
+        return self._directory / turns_name(self._split)
+
+    @cached_property
+    def _info(self) -> tfds.core.SplitInfo:
+        return self._builder.info.splits[self._split]
+
+    @cached_property
+    def _builder(self) -> tfds.core.DatasetBuilder:
+        try:
+            return tfds.builder_from_directory(self._directory)
+        except Exception as fault:  # whatever reading a damaged JSON file raises
+            raise UserError(
+                f"{self._directory}/dataset_info.json or features.json is damaged: prepare the data anew"
+            ) from fault
+
+    @cached_property
+    def _source(self) -> Sequence[dict[str, Any]]:
+        source: Sequence[dict[str, Any]] = self._builder.as_data_source(
+            self._split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        return source
+
+    def _shard(self, index: int) -> Path:
+        """The file that holds a record."""
+        return Path(self._info.filepaths[bisect_right(list(accumulate(self._info.shard_lengths)), index)])
+
+    @cached_property
+    def _lines(self) -> tuple[BinaryIO, np.ndarray]:
+        """The file of conversations, and int64 [records + 1]: where each line begins, and where the last one ends."""
+        try:
+            file = self._turns_path.open("rb")
+            offsets = np.fromiter(accumulate(map(len, file), initial=0), np.int64)
+        except OSError as fault:
+            raise UserError(f"{self._turns_path} cannot be read: {fault.strerror}") from None
+        if len(offsets) != self._length + 1:
+            raise UserError(
+                f"{self._turns_path} has {len(offsets) - 1} lines, not {self._length}: prepare the data anew"
+            )
+        return file, offsets

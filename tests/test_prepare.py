@@ -1,0 +1,450 @@
+"""The prepare command: what it makes, counts and refuses, and that no interruption shows in the result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+
+from llava_cot_jax import cli
+from llava_cot_jax.data import preparation
+from llava_cot_jax.data.preparation import Request, prepare
+from llava_cot_jax.data.prepared import PreparedRows
+from llava_cot_jax.data.work_folder import WorkFolder
+from llava_cot_jax.data.workers import parallel
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.prepare import main
+from tests.data.raw_set import SOURCES, RawSet, make_raw_set
+
+ROOT = Path(__file__).parents[1]
+
+SMALL = {"SHARD_BYTES": 40_000, "CHECK_IMAGES": 8}
+"""Makes several shards and several chunks of checks of the small set."""
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> RawSet:
+    """With every fault, in a split zip."""
+    raw = make_raw_set(tmp_path_factory.mktemp("raw"))
+    raw.write_parts(raw.annotations.parent / "hub")
+    return raw
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes that start here do not see torch, which no user needs: they would spend most of their time on it."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SMALL.items():
+        monkeypatch.setattr(preparation, name, value)
+
+
+def arguments(raw: RawSet, output: Path, *more: str) -> list[str]:
+    """Of a run that leaves out what cannot be used, in one process; ``more`` wins."""
+    files = ["--annotations", str(raw.annotations), "--images", str(raw.annotations.parent / "hub")]
+    numbers = ["--allow-missing", str(len(raw.left_out)), "--validation-share", "0.1", "--workers", "0"]
+    return [*files, "--output", str(output), *numbers, *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(raw: RawSet) -> dict[str, bytes]:
+    """What a run that nothing disturbs makes, by file name."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(preparation, name, value)
+        main(arguments(raw, raw.annotations.parent / "undisturbed"))
+    return tree(raw.annotations.parent / "undisturbed")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(command: list[str], before: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which first runs the Python code ``before``."""
+    code = (
+        f"import os, signal\nfrom llava_cot_jax import cli\nfrom llava_cot_jax.data import preparation, work_folder\n"
+        f"vars(preparation).update({SMALL})\n{before}\n"
+        "import runpy; runpy.run_module('llava_cot_jax.prepare', run_name='__main__')"
+    )
+    process = [sys.executable, "-c", code, *command]
+    # Into files: a pipe would stay open as long as any worker lives.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        ended = subprocess.run(process, stdout=out, stderr=err, cwd=ROOT, start_new_session=True)
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(process, ended.returncode, out.read(), err.read())
+
+
+class TestResult:
+    def test_every_fault_is_counted_and_named(
+        self, raw: RawSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out, count = tmp_path / "out", len(raw.left_out)
+        with pytest.raises(UserError, match=rf"^{count} of {count + len(raw.rows)} rows .* --allow-missing {count}$"):
+            main(arguments(raw, out, "--allow-missing", str(count - 1)))
+        refused = capsys.readouterr().out
+        assert not out.exists()
+        names = tmp_path / "out.preparing/result/left_out.jsonl"
+        assert {row["line"]: row["reason"] for row in map(json.loads, names.open())} == raw.left_out
+
+        main(arguments(raw, out))
+        assert capsys.readouterr().out == refused
+        assert {row["line"]: row["reason"] for row in map(json.loads, (out / "left_out.jsonl").open())} == raw.left_out
+        description = json.loads((out / "prepared.json").read_text())
+        totals: Counter[str] = sum(map(Counter, description["sources"].values()), Counter())
+        assert totals == {
+            "rows": count + len(raw.rows),
+            "train": description["splits"]["train"],
+            "validation": description["splits"]["validation"],
+            **Counter(raw.left_out.values()),
+            "unstaged answers": 1,
+            "repeated ids": 1,
+        }
+        assert totals["train"] + totals["validation"] == len(raw.rows)
+        assert set(description["sources"]) == {*SOURCES, "(unknown)"}
+        # Missing images are counted by source; a path that leads out has none.
+        missing = {name: row.get("missing image", 0) for name, row in description["sources"].items()}
+        assert +Counter(missing) == {"chartqa": 1, "(unknown)": 2}
+        assert description["unnamed_images"] == 1
+        assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+    def test_the_table(self, raw: RawSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        main(arguments(raw, tmp_path / "out"))
+        *_, last, total, images = capsys.readouterr().out.splitlines()
+        source, rows, train, validation, *others = last.split()
+        assert (source, rows, int(train) + int(validation)) == ("vg", "10", 10)
+        assert set(others) == {"0"}
+        assert images == "images that no row names: 1"
+        cells = [int(cell) for cell in total.split()[1:]]
+        assert total.split()[0] == "all"
+        assert cells[0] == sum(cells[1:3]) + sum(cells[3:9]) == len(raw.rows) + len(raw.left_out)
+
+    def test_tfds_opens_it(self, raw: RawSet, tmp_path: Path) -> None:
+        main(arguments(raw, tmp_path / "out", "--validation-share", "0.3"))
+        builder = tfds.builder_from_directory(tmp_path / "out")
+        found, images = {}, {}
+        for split in ("train", "validation"):
+            records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+            lines = [int(record["line"]) for record in records]
+            assert lines == sorted(lines)
+            assert builder.info.splits[split].num_shards > 1
+            images[split] = {record["image_path"] for record in records}
+            for line, record in zip(lines, records, strict=True):
+                row = raw.rows[line]
+                assert record["id"].decode() == row["id"]
+                assert record["image"] == raw.files[row["image"]]
+                found[line] = row
+        assert found == raw.rows
+        assert images["train"].isdisjoint(images["validation"])
+
+    def test_a_folder_and_a_zip_give_the_same(self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+        for images in (raw.write_folder(tmp_path / "folder", "images"), raw.write_zip(tmp_path / "whole.zip", "./")):
+            main(arguments(raw, tmp_path / f"of_{images.name}", "--images", str(images)))
+            result = tree(tmp_path / f"of_{images.name}")
+            assert result.pop("prepared.json") != undisturbed["prepared.json"]
+            assert result.items() <= undisturbed.items()
+
+    def test_without_validation(self, raw: RawSet, tmp_path: Path) -> None:
+        main(arguments(raw, tmp_path / "out", "--validation-share", "0"))
+        assert len(PreparedRows(tmp_path / "out", "train")) == len(raw.rows)
+        with pytest.raises(UserError, match="no rows in split 'validation', only in train"):
+            PreparedRows(tmp_path / "out", "validation")
+
+    def test_smaller_images(self, raw: RawSet, tmp_path: Path) -> None:
+        main(arguments(raw, tmp_path / "out", "--max-side", "40"))
+        rows = PreparedRows(tmp_path / "out", "train")
+        for row in (rows[i] for i in range(len(rows))):
+            kept = row.image in raw.files.values()
+            assert kept == (row.source == "sqa" or "unusual" in row.id), row.id  # the others are wider
+
+    def test_limit(self, raw: RawSet, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()  # an empty folder is as good as none
+        main(arguments(raw, tmp_path / "out", "--limit", "10"))
+        description = json.loads((tmp_path / "out/prepared.json").read_text())
+        assert sum(description["splits"].values()) == sum(line <= 10 for line in raw.rows)
+
+
+class TestDisk:
+    def test_the_zip_is_never_joined_nor_unpacked(self, tmp_path: Path) -> None:
+        """At no time is there more than the images once, as records, and a little."""
+        raw = make_raw_set(tmp_path, faults=False, scale=5)
+        parts = raw.write_parts(tmp_path / "hub", size=1_000_000)
+        before = {part: part.stat().st_mtime_ns for part in parts}
+        images = sum(len(raw.files[row["image"]]) for row in raw.rows.values())
+        assert images > 4_000_000
+        used: list[int] = []
+
+        def measure(*_: int) -> None:
+            files = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != tmp_path / "hub"]
+            used.append(sum(path.stat().st_size for path in files))
+
+        @contextmanager
+        def progress(*_: str) -> Iterator[Callable[[int, int], None]]:
+            yield measure
+
+        preparation.SHARD_BYTES = 2_000_000
+        prepare(Request(raw.annotations, tmp_path / "hub", tmp_path / "out"), progress=progress)
+        measure()
+        assert len(used) > 10
+        assert max(used) < images * 1.2
+        assert {part: part.stat().st_mtime_ns for part in (tmp_path / "hub").iterdir()} == before
+
+
+class TestAgain:
+    def test_what_is_prepared_is_not_prepared_anew(
+        self, raw: RawSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        main(arguments(raw, tmp_path / "out"))
+        table, before = capsys.readouterr().out, tree(tmp_path / "out")
+        (tmp_path / "out.preparing").mkdir()  # as a kill after the last step leaves it
+        monkeypatch.setattr("llava_cot_jax.prepare.prepare", None)
+        main(arguments(raw, tmp_path / "out", "--allow-missing", "0"))
+        assert capsys.readouterr().out == f"{tmp_path / 'out'} was prepared before\n{table}"
+        assert tree(tmp_path / "out") == before
+        assert not (tmp_path / "out.preparing").exists()
+        with pytest.raises(
+            UserError, match="was prepared with other max_side and validation_share: name another output"
+        ):
+            main(arguments(raw, tmp_path / "out", "--max-side", "9", "--validation-share", "0"))
+
+    def test_checks_are_kept(self, raw: RawSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(UserError, match="rows cannot be used"):
+            main(arguments(raw, tmp_path / "out", "--allow-missing", "0"))
+        monkeypatch.setattr(preparation, "open_image", None)
+        main(arguments(raw, tmp_path / "out"))
+
+    def test_a_shard_that_was_damaged_in_between(
+        self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(preparation, "version", None)
+            main(arguments(raw, tmp_path / "out"))
+        shard = sorted((tmp_path / "out.preparing/result").glob("*.array_record-*"))[1]
+        os.truncate(shard, shard.stat().st_size - 1)
+        with pytest.raises(UserError, match=f"^{shard} is damaged: remove it and run the same command again$"):
+            main(arguments(raw, tmp_path / "out"))
+        shard.unlink()
+        main(arguments(raw, tmp_path / "out"))
+        assert tree(tmp_path / "out") == undisturbed
+
+    def test_a_work_folder_of_something_else(self, raw: RawSet, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="rows cannot be used"):
+            main(arguments(raw, tmp_path / "out", "--allow-missing", "0"))
+        with pytest.raises(
+            UserError, match=r"out\.preparing is left from a run with other validation_share: remove it"
+        ):
+            main(arguments(raw, tmp_path / "out", "--validation-share", "0.2"))
+
+    def test_one_at_a_time(self, raw: RawSet, tmp_path: Path) -> None:
+        with WorkFolder(tmp_path / "out"), pytest.raises(UserError, match=r"out is being prepared by another process"):
+            main(arguments(raw, tmp_path / "out"))
+
+
+class TestRefusal:
+    """In one line, before anything is written."""
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--annotations", "{tmp}/nowhere"], "annotations {tmp}/nowhere cannot be read: No such file or directory"),
+            (
+                ["--images", "{tmp}/nowhere"],
+                "there is no {tmp}/nowhere, and no parts such as nowhere.part-aa beside it",
+            ),
+            (["--max-side", "0"], "max_side is 0; it must be at least 1"),
+            (["--limit", "-1"], "limit is -1; it must be at least 1"),
+            (["--workers", "-1"], "workers is -1; it must be at least 0"),
+            (["--allow-missing", "-1"], "allow_missing is -1; it must be at least 0"),
+            (["--validation-share", "1"], "validation_share is 1.0; it must be at least 0 and less than 1"),
+            (["--output", "{tmp}/file"], "{tmp}/file is there, and nothing that was prepared: name another output"),
+            (["--output", "{tmp}/file/out"], "cannot write {tmp}/file/out.preparing: Not a directory"),
+            (["--output", "{tmp}"], "{tmp} is there, and nothing that was prepared: name another output"),
+        ],
+    )
+    def test_mistakes(
+        self, raw: RawSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    ) -> None:
+        (tmp_path / "file").touch()
+        before = set(tmp_path.iterdir())
+        more = [argument.format(tmp=tmp_path) for argument in more]
+        with pytest.raises(SystemExit, match="2"):
+            cli.run(lambda: main(arguments(raw, tmp_path / "out", *more)))
+        assert capsys.readouterr() == ("", f"error: {message.format(tmp=tmp_path)}\n")
+        assert set(tmp_path.iterdir()) == before
+
+    def test_parts_that_are_missing_or_cut_short(self, raw: RawSet, tmp_path: Path) -> None:
+        parts = raw.write_parts(tmp_path / "hub")
+        command = arguments(raw, tmp_path / "out", "--images", str(tmp_path / "hub/image.zip"))
+        os.truncate(parts[-1], 10)
+        with pytest.raises(
+            UserError, match=rf"^{parts[-1]} is cut short, or parts after it are missing: fetch it again"
+        ):
+            main(command)
+        parts[2].unlink()
+        with pytest.raises(UserError, match=rf"^{tmp_path}/hub lacks image\.zip\.part-ac, though it has"):
+            main(command)
+        assert list(tmp_path.iterdir()) == [tmp_path / "hub"]
+
+    def test_no_row_is_left(self, raw: RawSet, tmp_path: Path) -> None:
+        (tmp_path / "train.jsonl").write_text("{}\n[]\n")
+        with pytest.raises(UserError, match="none of the 2 rows can be used"):
+            main(arguments(raw, tmp_path / "out", "--annotations", str(tmp_path / "train.jsonl")))
+        assert not (tmp_path / "out").exists()
+
+
+def workers_alive(pids: list[int]) -> list[int]:
+    """Of these processes, those that are neither gone nor dead."""
+
+    def alive(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        except FileNotFoundError:
+            return False
+
+    return [pid for pid in pids if alive(pid)]
+
+
+AT_PROGRESS = """
+import contextlib, multiprocessing
+@contextlib.contextmanager
+def progress_bar(label, unit):
+    def on_progress(done, total):
+        if label == {label!r} and 0 < done < total:
+            print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+            {action}
+    yield on_progress
+cli.progress_bar = progress_bar
+"""
+"""Does something as soon as some of the work is done, but not all, and tells the workers."""
+
+AT_CALL = """
+import itertools
+calls, original = itertools.count(1), {name}
+def counted(*arguments):
+    if next(calls) == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+{name} = counted
+"""
+
+
+@pytest.mark.slow
+class TestInterruption:
+    def test_kills_of_one_process_leave_no_trace(
+        self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes]
+    ) -> None:
+        """Killed four times: while checking, in the middle of a shard, while finishing, and just before the end."""
+        out, work = tmp_path / "out", tmp_path / "out.preparing"
+        kills = {
+            "os.fsync": 4,
+            "preparation.WriteShard._record": 20,
+            "preparation.LlavaCot100k._example_writer": 1,
+            "work_folder.WorkFolder.remove": 1,
+        }
+        left = []
+        for name, number in kills.items():
+            result = run(arguments(raw, out), before=AT_CALL.format(name=name, number=number))
+            assert result.returncode == -signal.SIGKILL, result.stderr
+            left.append({path.name for path in work.rglob("*")})
+        assert len(list(filter(lambda name: name.endswith("+8.json"), left[0]))) == 2
+        assert any(name.endswith(".partial") for name in left[1])
+        assert "dataset_info.json" not in left[2]
+        assert out.exists()
+        main(arguments(raw, out))
+        assert tree(out) == undisturbed
+        assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+    def test_a_kill_takes_the_workers_along(self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+        out, work = tmp_path / "out", tmp_path / "out.preparing"
+        with pytest.raises(UserError, match="rows cannot be used"):
+            main(arguments(raw, out, "--allow-missing", "0"))  # so that everything is checked
+        killing = AT_PROGRESS.format(label="writing", action="os.kill(os.getpid(), signal.SIGKILL)")
+        result = run(arguments(raw, out, "--workers", "2"), before=killing)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        pids = list(map(int, result.stdout.split()))
+        assert len(pids) == 2
+        for _ in range(1000):
+            if not workers_alive(pids):
+                break
+            time.sleep(0.01)
+        survivors = workers_alive(pids)
+        for pid in survivors:
+            os.kill(pid, signal.SIGKILL)
+        assert not survivors
+        assert list((work / "result").glob("*.array_record-*"))
+        assert not out.exists()
+        main(arguments(raw, out))
+        assert tree(out) == undisturbed
+
+    def test_ctrl_c(self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+        """Sent to all processes of the group, as a terminal does."""
+        out = tmp_path / "out"
+        interrupting = AT_PROGRESS.format(label="checking", action="os.killpg(0, signal.SIGINT)")
+        result = run(arguments(raw, out, "--workers", "2"), before=interrupting)
+        assert (result.returncode, result.stderr) == (130, "interrupted\n")
+        pids = list(map(int, result.stdout.split()))
+        assert len(pids) == 2
+        assert not workers_alive(pids)
+        main(arguments(raw, out))
+        assert tree(out) == undisturbed
+
+    def test_a_worker_that_dies_is_said(self) -> None:
+        with pytest.raises(UserError, match="a worker process died; it may have run out of memory: use fewer workers"):
+            list(parallel(os._exit, [1], workers=1))
+
+    def test_full_disk(self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+        """On a disk of its own, which grows a little after each run that it ends."""
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        command = arguments(raw, disk / "out")
+        script = f"""
+import os, shutil, subprocess, sys
+sys.path.insert(0, {str(ROOT)!r})
+from llava_cot_jax import cli
+from llava_cot_jax.data import preparation
+from llava_cot_jax.prepare import main
+vars(preparation).update({SMALL})
+size = 16
+while True:
+    try:
+        cli.run(lambda: main({command!r}))
+        break
+    except SystemExit as end:
+        assert end.code == 2
+    assert not os.path.exists({str(disk / "out")!r})
+    assert not any(".partial" in name for _, _, names in os.walk({str(disk)!r}) for name in names)
+    size += 16
+    subprocess.run(["mount", "-o", f"remount,size={{size}}k", {str(disk)!r}], check=True)
+shutil.copytree({str(disk / "out")!r}, {str(tmp_path / "copy")!r})
+"""
+        shell = f'mount -t tmpfs -o size=16k tmpfs {disk} && exec "$0" -c "$1"'
+        result = subprocess.run(
+            ["unshare", "--map-root-user", "--mount", "sh", "-c", shell, sys.executable, script],
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        complaints = result.stderr.splitlines()
+        assert len(complaints) > 10
+        expected = (
+            f"error: no space left on the disk of {disk / 'out'}: free some and run the same command again: it goes on"
+        )
+        assert set(complaints) == {expected}
+        assert tree(tmp_path / "copy") == undisturbed
