@@ -1,17 +1,23 @@
-"""Prepare LLaVA-CoT-100k for training: check it, split it, and write it to be read at random.
+"""Prepare LLaVA-CoT-100k for training: check it, split it, write it to be read at random; and look at it.
 
 python -m llava_cot_jax.prepare --annotations train.jsonl --images image.zip.part-aa --output DIR
+python -m llava_cot_jax.prepare --show DIR --rows 4
 """
 
 import os
 from pathlib import Path
 
+import jsonargparse
+from rich.console import Console
+
 from llava_cot_jax import cli
+from llava_cot_jax.data.chat import Chat, ChatSettings, LeftOut
 from llava_cot_jax.data.preparation import Request, TooManyLeftOut, find_prepared, prepare
+from llava_cot_jax.data.show import describe, draw_sheet, processor_to_look_with
+from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 
-MAX_WORKERS = 16
-"""By default. Each takes about half a gigabyte of memory."""
+TO_PREPARE = ("annotations", "images", "output")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,6 +27,18 @@ def main(argv: list[str] | None = None) -> None:
         UserError: an argument, or anything that reading, checking or writing the data refuses.
     """
     options = _parser().parse_args(argv)
+    for name in ("workers", "allow_missing", "rows"):
+        if options[name] < 0:
+            raise UserError(f"{name} is {options[name]}; it must be at least 0")
+    if options.show:
+        _show(options)
+    elif missing := [f"--{name}" for name in TO_PREPARE if options[name] is None]:
+        raise UserError(f"give {' and '.join(missing)} to prepare data, or --show to look at some")
+    else:
+        _prepare(options)
+
+
+def _prepare(options: jsonargparse.Namespace) -> None:
     request = Request(
         annotations=Path(options.annotations),
         images=Path(options.images),
@@ -29,9 +47,6 @@ def main(argv: list[str] | None = None) -> None:
         limit=options.limit,
         validation_share=options.validation_share,
     )
-    for name in ("workers", "allow_missing"):
-        if options[name] < 0:
-            raise UserError(f"{name} is {options[name]}; it must be at least 0")
     if summary := find_prepared(request):
         print(f"{request.output} was prepared before")
     else:
@@ -45,32 +60,50 @@ def main(argv: list[str] | None = None) -> None:
     print(summary.table())
 
 
+def _show(options: jsonargparse.Namespace) -> None:
+    data = open_rows(options.show, options.split)
+    processor = processor_to_look_with(options.show, options.checkpoint)
+    chat = Chat(processor, options.chat)
+    console = Console(highlight=False, soft_wrap=True)
+    rows = [(index, data[index]) for index in range(min(options.rows, len(data)))]
+    for index, row in rows:
+        try:
+            console.print(describe(index, row, chat.encode(row.turns), processor.tokenizer))
+        except LeftOut as reason:
+            console.print(f"row {index} ({row.id}) is left out: {reason}", markup=False)
+    if rows:
+        sheet = draw_sheet(rows, processor.config.vision)
+        try:
+            sheet.save(options.sheet, "PNG")
+        except OSError as fault:
+            raise UserError(
+                f"the picture of the tiles cannot be written to {options.sheet}: {fault.strerror}"
+            ) from None
+        print(f"wrote the tiles to {options.sheet}")
+
+
 def _parser() -> cli.Parser:
-    parser = cli.Parser("prepare", "Prepare LLaVA-CoT-100k for training.")
+    parser = cli.Parser("prepare", "Prepare LLaVA-CoT-100k for training, or look at prepared rows.")
     add = parser.add_argument
-    add("--annotations", type=str, required=True, help="train.jsonl, or another file in its format")
+    add("--annotations", type=str, help="train.jsonl, or another file in its format")
     add(
         "--images",
         type=str,
-        required=True,
         help="a folder, a .zip, one part of a split zip (image.zip.part-aa), or the folder of the parts; read in place",
     )
-    add(
-        "--output",
-        type=str,
-        required=True,
-        help="the directory to make; the work is done in OUTPUT.preparing beside it",
-    )
+    add("--output", type=str, help="the directory to make; the work is done in OUTPUT.preparing beside it")
     add("--max-side", type=int, help="shrink larger images to so many pixels on their longest side")
-    add(
-        "--workers",
-        type=int,
-        default=min(os.cpu_count() or 0, MAX_WORKERS),
-        help=f"processes; 0 does all in one (default: one per core, {MAX_WORKERS} at most)",
-    )
+    workers = min(os.cpu_count() or 0, 16)  # each takes some 500 MB, and the disk has its limits
+    add("--workers", type=int, default=workers, help="processes; 0 does all in one (default: one per core, up to 16)")
     add("--limit", type=int, help="use so many lines only, from the first")
     add("--allow-missing", type=int, default=0, help="how many rows may be left out (default: none)")
     add("--validation-share", type=float, default=0.01, help="of the images, with all their rows (default: 0.01)")
+    add("--show", type=str, help='instead: print rows of a prepared directory, or of the "shapes" that come along')
+    add("--rows", type=int, default=4, help="how many to show (default: 4)")
+    add("--split", type=str, default="train", help="which rows to show (default: train)")
+    add("--checkpoint", type=str, help="a local checkpoint whose tokenizer and tiles to show rows with")
+    add("--sheet", type=str, default="rows.png", help="the picture of their tiles (default: rows.png)")
+    parser.add_class_arguments(ChatSettings, "chat", help="how turns become tokens, where rows are shown")
     return parser
 
 
