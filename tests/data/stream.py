@@ -1,4 +1,7 @@
-"""Streams batches without end from two worker processes; prints their ids. ``python -m tests.data.stream CACHE``"""
+"""Streams batches without end from two worker processes; prints their ids.
+
+python -m tests.data.stream CACHE [PREPARED]
+"""
 
 import multiprocessing as mp
 import sys
@@ -9,13 +12,20 @@ import jax
 from llava_cot_jax import cli
 from llava_cot_jax.data.chat import ChatSettings
 from llava_cot_jax.data.loader import Loader, LoaderSettings
+from llava_cot_jax.data.prepared import PreparedRows
+from llava_cot_jax.data.rows import Rows
 from tests.data.rows import Noise, demo_processor
 
 
-def main() -> None:
-    settings = LoaderSettings(batch=4, workers=2, threads=2)
+def make_loader(rows: Rows, cache: Path, workers: int) -> Loader:
+    settings = LoaderSettings(batch=4, workers=workers, threads=2)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    loader = Loader(Noise(100), demo_processor(), ChatSettings(), settings, sharding, cache=Path(sys.argv[1]))
+    return Loader(rows, demo_processor(), ChatSettings(), settings, sharding, cache=cache)
+
+
+def main() -> None:
+    cache, *prepared = map(Path, sys.argv[1:])
+    loader = make_loader(PreparedRows(*prepared, "train") if prepared else Noise(100), cache, workers=2)
     for i, _ in enumerate(loader.batches(0, 1_000_000)):
         if i == 3:  # both workers have begun by then
             print(*[process.pid for process in mp.active_children()], flush=True)

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -17,10 +18,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from llava_cot_jax.data.batching import FILLER
 from llava_cot_jax.data.chat import Chat, ChatSettings, LeftOut
 from llava_cot_jax.data.loader import READY, Loader, LoaderSettings
+from llava_cot_jax.data.preparation import Request, prepare
+from llava_cot_jax.data.prepared import PreparedRows
 from llava_cot_jax.data.processor import user_turn
 from llava_cot_jax.data.rows import Row
 from llava_cot_jax.errors import UserError
+from tests.data.raw_set import make_raw_set
 from tests.data.rows import Noise, demo_processor
+from tests.data.stream import make_loader
 
 ROOT = Path(__file__).parents[2]
 CHAT = ChatSettings(max_length=140)
@@ -230,11 +235,11 @@ def test_wrong_settings(make, settings, message):
         make(**settings)
 
 
-@pytest.fixture
-def stream(cache):
+@contextmanager
+def stream(*arguments: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
     """A process that streams from two workers, and the ids of these."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/without_torch'}"}
-    command = [sys.executable, "-m", "tests.data.stream", str(cache)]
+    command = [sys.executable, "-m", "tests.data.stream", *arguments]
     with subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -261,18 +266,37 @@ def wait_for_the_end(pids: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_dead_worker_ends_the_run_with_one_line(stream):
-    process, workers = stream
-    os.kill(workers[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "error: a worker process of the data died" in errors and "Traceback" not in errors
-    wait_for_the_end(workers)
+def test_a_dead_worker_ends_the_run_with_one_line(cache):
+    with stream(cache) as (process, workers):
+        os.kill(workers[1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "error: a worker process of the data died" in errors and "Traceback" not in errors
+        wait_for_the_end(workers)
 
 
 @pytest.mark.slow
-def test_workers_do_not_outlive_a_killed_run(stream):
-    process, workers = stream
-    process.kill()
-    process.wait()
-    wait_for_the_end(workers)
+def test_workers_do_not_outlive_a_killed_run(cache):
+    with stream(cache) as (process, workers):
+        process.kill()
+        process.wait()
+        wait_for_the_end(workers)
+
+
+@pytest.mark.slow
+def test_a_worker_that_meets_a_damaged_record_names_it(tmp_path):
+    raw = make_raw_set(tmp_path, faults=False)
+    images = raw.write_folder(tmp_path / "images")
+    prepare(Request(raw.annotations, images, tmp_path / "data", validation_share=0))
+    rows = PreparedRows(tmp_path / "data", "train")
+    late = read(make_loader(rows, tmp_path, workers=0), 10, 11)[0]["row"][0]
+    (shard,) = (tmp_path / "data").glob("*-train.array_record-*")
+    content = bytearray(shard.read_bytes())
+    content[content.index(rows[late].image) + 20] ^= 1
+    shard.write_bytes(content)
+    with stream(tmp_path, tmp_path / "data") as (process, workers):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert f"error: record {late} of the split 'train' is damaged: restore {shard}" in errors
+        assert "Traceback" not in errors
+        wait_for_the_end(workers)
