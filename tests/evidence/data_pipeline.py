@@ -12,6 +12,7 @@ of a fresh process held to one core (two where it says so); kinds of run take tu
 - transformers: its ``MllamaImageProcessorPil``, to normalised float32; no text, no batches.
 """
 
+import contextlib
 import datetime
 import io
 import json
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-REPEATS = 7
+REPEATS = 5
 IMAGES = 96
 KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
     "floor": ("one core", (1,)),
@@ -81,7 +82,8 @@ def make_set(folder: Path, width: int, height: int, quality: int) -> float:
         lines.append(json.dumps({"id": str(i), "image": name, "conversations": talk}))
     (folder / "train.jsonl").write_text("\n".join(lines))
     arguments = ["--annotations", folder / "train.jsonl", "--images", folder / "images", "--output", folder / "data"]
-    prepare.main([*map(str, arguments), "--workers", "0", "--validation-share", "0"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare.main([*map(str, arguments), "--workers", "0", "--validation-share", "0"])
     return statistics.mean(file.stat().st_size for file in (folder / "images").iterdir())
 
 
