@@ -1,0 +1,53 @@
+"""The loss: cross-entropy in float32 over the trained tokens of a batch."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.layers import Checkpointing, Weights
+from llava_cot_jax.model.mllama import hidden_states, logits
+from llava_cot_jax.model.sharding import constrain
+
+CHUNK = 256
+"""Tokens of a row whose logits stand at a time: all logits of 2048 tokens would take 1.05 GB a row."""
+
+
+def token_losses(
+    params: Weights, config: MllamaConfig, batch: Mapping[str, jax.Array], checkpointing: Checkpointing
+) -> jax.Array:
+    """Minus the log-probability of each token given those before it, float32 [batch, tokens].
+
+    The first token of a row has none before it: 0. Of no meaning at padding.
+
+    Args:
+        params: the parameters as a nest of dicts.
+        config: the model's configuration.
+        batch: as ``Loader`` yields it.
+        checkpointing: what of a layer is saved for the backward pass.
+    """
+    hidden = hidden_states(params, config, batch, checkpointing)  # [batch, tokens, hidden]
+    targets = jnp.roll(batch["input_ids"], -1, axis=1)  # [batch, tokens]; the last one is not used
+
+    @jax.checkpoint  # the logits are made again in the backward pass
+    def chunk_losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, targets = part  # [batch, CHUNK, hidden], [batch, CHUNK]
+        scores = constrain(logits(params, hidden), "batch", None, "vocab")
+        # Not a gather, which would bring a vocabulary that is cut over devices together.
+        places = jax.lax.broadcasted_iota(targets.dtype, scores.shape, 2) == targets[..., None]
+        chosen = jnp.sum(jnp.where(places, scores, 0.0), axis=-1)
+        return jax.nn.logsumexp(scores, axis=-1) - chosen
+
+    tokens = targets.shape[1]
+    parts = jax.tree.map(_in_chunks, (hidden, targets))
+    losses = jnp.moveaxis(jax.lax.map(chunk_losses, parts), 0, 1)  # [batch, chunks, CHUNK]
+    losses = losses.reshape(targets.shape[0], -1)[:, : tokens - 1]
+    return jnp.pad(losses, ((0, 0), (1, 0)))
+
+
+def _in_chunks(x: jax.Array) -> jax.Array:
+    """[batch, tokens, ...] -> [chunks, batch, CHUNK, ...]; a short row is one chunk."""
+    size = min(CHUNK, x.shape[1])
+    x = jnp.pad(x, [(0, -x.shape[1] % size if axis == 1 else 0) for axis in range(x.ndim)])
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

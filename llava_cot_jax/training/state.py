@@ -1,0 +1,202 @@
+"""The state of a run, and the step that brings it on: one compiled program for each shape of batch."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.layers import Checkpointing
+from llava_cot_jax.model.parameters import nest, parameters
+from llava_cot_jax.model.sharding import on_mesh, parameter_sharding
+from llava_cot_jax.stages import STAGES
+from llava_cot_jax.training.loss import token_losses
+from llava_cot_jax.training.optimizer import Optimizer
+
+Batch = Mapping[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What a run holds between two steps.
+
+    Attributes:
+        step: int32, steps done.
+        trained: the arrays that training changes, by their paths in the stacked layout.
+        frozen: the others.
+        optimizer: the moments of the trained ones.
+        skipped: int32, steps whose loss or gradient was not finite, and which changed nothing.
+    """
+
+    step: jax.Array
+    trained: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+    optimizer: Any
+    skipped: jax.Array
+
+    @classmethod
+    def begin(cls, arrays: Mapping[str, jax.Array], frozen: Sequence[str], optimizer: Optimizer, dtype: Any) -> Self:
+        """The state before the first step.
+
+        Args:
+            arrays: the model, by the paths of the stacked layout.
+            frozen: regular expressions, searched for in the paths.
+            optimizer: of the run.
+            dtype: that trained arrays are kept in; frozen ones keep their own.
+
+        Raises:
+            UserError: a pattern that is none or matches nothing, or nothing left to train.
+        """
+        still = frozen_paths(arrays, frozen)
+        trained = {path: array.astype(dtype) for path, array in arrays.items() if path not in still}
+        rest = {path: array for path, array in arrays.items() if path in still}
+        return cls(jnp.int32(0), trained, rest, optimizer.init(trained), jnp.int32(0))
+
+
+def frozen_paths(paths: Mapping[str, Any], patterns: Sequence[str]) -> set[str]:
+    """The paths in which any of the regular expressions is found.
+
+    Raises:
+        UserError: as for ``State.begin``.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            matched = {path for path in paths if re.search(pattern, path)}
+        except re.error as fault:
+            raise UserError(f"frozen: {pattern!r} is no regular expression: {fault}") from None
+        if not matched:
+            raise UserError(
+                f"frozen: {pattern!r} matches no parameter; they are named as language_model.lm_head.weight"
+            )
+        found |= matched
+    if len(found) == len(paths):
+        raise UserError("every parameter is frozen: leave one to train")
+    return found
+
+
+def state_sharding(state: State, config: MllamaConfig, mesh: Mesh) -> Any:
+    """A tree like ``state``: arrays and moments as the mesh holds their parameters, the rest on every device."""
+    table = parameters(config, "stacked")
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = getattr(path[-1], "key", None)
+        return parameter_sharding(table[name], mesh) if name in table else NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Losses:
+    """Sums over the trained tokens of a batch.
+
+    Attributes:
+        total: float32 [1 + stages], minus log-probabilities by stage; the first are of no stage.
+        tokens: float32 [1 + stages], how many tokens.
+    """
+
+    total: jax.Array
+    tokens: jax.Array
+
+
+def losses(
+    trained: Mapping[str, jax.Array],
+    frozen: Mapping[str, jax.Array],
+    batch: Batch,
+    *,
+    config: MllamaConfig,
+    dtype: Any,
+    checkpointing: Checkpointing,
+) -> Losses:
+    """The losses of a batch, computed in ``dtype``."""
+    params = nest({path: array.astype(dtype) for path, array in {**trained, **frozen}.items()})
+    each = token_losses(params, config, batch, checkpointing)  # [batch, tokens]
+    stages = jax.nn.one_hot(batch["stage"], 1 + len(STAGES)) * batch["loss_mask"][..., None]
+    return Losses(jnp.einsum("bt,bts->s", each, stages), jnp.einsum("bts->s", stages))
+
+
+def make_step(
+    config: MllamaConfig,
+    optimizer: Optimizer,
+    *,
+    mesh: Mesh | None,
+    dtype: Any,
+    checkpointing: Checkpointing,
+    micro_batches: int = 1,
+    clip: float = 0.0,
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """The compiled step: the state after a batch, and what is to be told of it.
+
+    The loss is the mean over all trained tokens of the global batch, however they fall on devices and
+    micro-batches. The old state is donated.
+
+    Args:
+        config: the model's configuration.
+        optimizer: see there.
+        mesh: that the arrays lie on.
+        dtype: of the computation.
+        checkpointing: what of a layer is saved for the backward pass.
+        micro_batches: parts that a batch is computed in, one after the other; it must be divisible.
+        clip: the global norm that gradients are scaled down to; 0 leaves them as they are.
+
+    Returns:
+        A function; its measures are ``loss``, ``gradient_norm``, ``tokens`` (trained ones),
+        ``stage_losses`` and ``stage_tokens`` float32 [1 + stages], and ``finite``.
+    """
+    compute = partial(losses, config=config, dtype=dtype, checkpointing=checkpointing)
+
+    def gradients(state: State, batch: Batch) -> tuple[dict[str, jax.Array], Losses]:
+        count = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
+
+        def loss(trained: dict[str, jax.Array], part: Batch) -> tuple[jax.Array, Losses]:
+            found = compute(trained, state.frozen, part)
+            return found.total.sum() / count, found
+
+        gradient = jax.grad(loss, has_aux=True)
+        if micro_batches == 1:
+            return gradient(state.trained, batch)
+
+        def add(sums: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, gradient(state.trained, part)), None
+
+        wide = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), state.trained)
+        nothing = jnp.zeros(1 + len(STAGES))
+        return jax.lax.scan(add, (wide, Losses(nothing, nothing)), _in_parts(batch, micro_batches))[0]
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        with on_mesh(mesh):
+            grads, found = gradients(state, batch)
+        norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        loss = found.total.sum() / jnp.maximum(found.tokens.sum(), 1.0)
+        if clip:
+            scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        after = optimizer.update(grads, state.optimizer, state.trained, state.step)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, (state.trained, state.optimizer))
+        trained, moments = kept
+        after_step = State(state.step + 1, trained, state.frozen, moments, state.skipped + ~finite)
+        return after_step, {
+            "loss": loss,
+            "gradient_norm": norm,
+            "tokens": found.tokens.sum(),
+            "stage_losses": found.total / jnp.maximum(found.tokens, 1.0),
+            "stage_tokens": found.tokens,
+            "finite": finite,
+        }
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _in_parts(batch: Batch, parts: int) -> Batch:
+    """[batch, ...] -> [parts, batch / parts, ...]: every part-th row, so that each device keeps its own."""
+    return {name: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1) for name, x in batch.items()}
