@@ -127,6 +127,7 @@ def losses(
 def make_step(
     config: MllamaConfig,
     optimizer: Optimizer,
+    state: State,
     *,
     mesh: Mesh | None,
     dtype: Any,
@@ -142,7 +143,8 @@ def make_step(
     Args:
         config: the model's configuration.
         optimizer: see there.
-        mesh: that the arrays lie on.
+        state: the first one, or shapes and dtypes like it.
+        mesh: that the arrays lie on; the state after a step lies as ``state_sharding`` says.
         dtype: of the computation.
         checkpointing: what of a layer is saved for the backward pass.
         micro_batches: parts that a batch is computed in, one after the other; it must be divisible.
@@ -194,7 +196,10 @@ def make_step(
             "finite": finite,
         }
 
-    return jax.jit(step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    # Stated, or the compiler may lay the new state out otherwise than the old one.
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding(state, config, mesh), None))
 
 
 def _in_parts(batch: Batch, parts: int) -> Batch:

@@ -269,7 +269,7 @@ def wait_for_the_end(pids: list[int]) -> None:
 def test_a_dead_worker_ends_the_run_with_one_line(cache):
     with stream(cache) as (process, workers):
         os.kill(workers[1], signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 2
         assert "error: a worker process of the data died" in errors and "Traceback" not in errors
         wait_for_the_end(workers)
@@ -295,7 +295,7 @@ def test_a_worker_that_meets_a_damaged_record_names_it(tmp_path):
     content[content.index(rows[late].image) + 20] ^= 1
     shard.write_bytes(content)
     with stream(tmp_path, tmp_path / "data") as (process, workers):
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 2
         assert f"error: record {late} of the split 'train' is damaged: restore {shard}" in errors
         assert "Traceback" not in errors

@@ -34,7 +34,7 @@ def run(processes: int, scratch: Path) -> list[dict[str, Any]]:
         for process in range(processes)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in started]
+        errors = [process.communicate(timeout=900)[1] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -41,7 +41,7 @@ def found(scratch: Path) -> list[dict[str, Any]]:
         for process in range(2)
     ]
     try:
-        outputs = [worker.communicate(timeout=240) for worker in workers]
+        outputs = [worker.communicate(timeout=900) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
