@@ -1,7 +1,9 @@
 """What can be asked about a picture of the shapes world, and the staged answers.
 
 The forms are the ones that a model of a million parameters learns: a caption that lists every shape
-in order, a reasoning that visits every one of them with a running counter.
+in order, a reasoning that visits every one of them with a running counter, counts in words. (Llama 3
+makes " 1" two tokens, the second of which is also that of the cell a1; with digits counting was
+learned later by far.)
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +18,8 @@ COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle", "star")
 CELLS = tuple(row + column for row in "abc" for column in "123")
 """The cells of the grid in reading order: rows a to c from the top, columns 1 to 3 from the left."""
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 """Steps down and to the right."""
@@ -114,7 +118,7 @@ class Tally(Question):
         """Every thing, what of it matters, and the counters [things, values] after it."""
         seen = "colour" if self.values[0] in COLOURS else "shape"
         return " ".join(
-            " ".join([cell, getattr(thing, seen), *map(str, counts)])
+            " ".join([cell, getattr(thing, seen), *(NUMBERS[n] for n in counts)])
             for (cell, thing), counts in zip(layout.items(), counters, strict=True)
         )
 
@@ -145,7 +149,7 @@ class Count(Tally):
         return f"count the {_group(self.value)}"
 
     def result(self, counts: Sequence[int]) -> str:
-        return str(counts[0])
+        return NUMBERS[counts[0]]
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ QUESTIONS: dict[Kind, tuple[Question, ...]] = {
 
 KINDS = tuple(QUESTIONS)
 
-BALANCED: dict[Kind, tuple[str, ...]] = {"count": ("0", "1", "2", "3"), "compare": ("yes", "no")}
+BALANCED: dict[Kind, tuple[str, ...]] = {"count": NUMBERS[:4], "compare": ("yes", "no")}
 """Answers that are made equally frequent; by chance they would not be. Those of the other kinds are by symmetry."""
 
 

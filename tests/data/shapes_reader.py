@@ -10,6 +10,7 @@ Seen = dict[str, tuple[str, str]]
 
 RGB = {"red": (210, 45, 45), "yellow": (230, 200, 45), "green": (40, 165, 60), "blue": (50, 80, 210)}
 GRID = ["a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3"]
+NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 OFFSETS = {"left of": -1, "right of": 1, "above": -3, "below": 3}
 
 
@@ -57,7 +58,7 @@ def solve(question: str, seen: Seen) -> str:
     if match := re.fullmatch(r"What( colour| shape|) is at (\w\d)\?", question):
         return part(match[1], seen[match[2]])
     if match := re.fullmatch(r"How many ([\w ]+) are there\?", question):
-        return str(members(match[1], seen))
+        return NUMBERS[members(match[1], seen)]
     if match := re.fullmatch(r"Are there more ([\w ]+) than ([\w ]+)\?", question):
         return "yes" if members(match[1], seen) > members(match[2], seen) else "no"
     match = re.fullmatch(
@@ -114,7 +115,7 @@ def is_true_reasoning(text: str, question: str, seen: Seen) -> bool:
         if cell not in seen or word != seen[cell]["shapes" not in groups[0]]:
             return False
         visited[cell] = seen[cell]
-        if counts != [str(members(group, visited)) for group in groups]:
+        if counts != [NUMBERS[members(group, visited)] for group in groups]:
             return False
     return list(visited) == list(seen)
 

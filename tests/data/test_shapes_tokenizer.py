@@ -57,7 +57,7 @@ def test_every_word_is_one_token() -> None:
     words |= {" response", " choose", "Response", "correct", "incorrect", *"0123456789"}
     assert len(words) > 55
     assert {word: tokenizer.tokenize(word) for word in words if len(tokenizer.tokenize(word)) > 1} == {}
-    assert tokenizer.tokenize(" b2 3") == ["Ġb", "2", "Ġ", "3"]
+    assert tokenizer.tokenize(" b2 two") == ["Ġb", "2", "Ġtwo"]
 
 
 def test_tags_are_text_in_llama_3_s_pieces() -> None:
@@ -67,7 +67,7 @@ def test_tags_are_text_in_llama_3_s_pieces() -> None:
         assert tokenizer.tokenize(f"<{stage}> red </{stage}>\n\n<") == [
             *(f"<{stage}", ">", "Ġred", "Ġ</", stage, ">ĊĊ", "<"),
         ]
-        assert tokenizer.tokenize(f"1 </{stage}>") == ["1", "Ġ</", stage, ">"]
+        assert tokenizer.tokenize(f" b2 </{stage}>") == ["Ġb", "2", "Ġ</", stage, ">"]
 
 
 def test_texts_survive() -> None:
