@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_cot_jax.model.attention import Mask, kernel_for
 from llava_cot_jax.model.config import TextConfig
 
 Weights = Mapping[str, Any]
@@ -105,19 +106,22 @@ QUERY_BLOCK = 512
 """Long queries attend in blocks of so many: the scores of the tower's 6432 tokens would take 2.6 GB an image."""
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | Mask) -> jax.Array:
     """Grouped-query attention: every attention of the model enters here.
 
     Args:
         q: [batch, heads, queries, head_dim].
         k: [batch, kv_heads, keys, head_dim]; each serves heads / kv_heads query heads in a row.
         v: as ``k``.
-        mask: bool, broadcastable to [batch, queries, keys]: True where a query sees a key. A query
-            that sees none takes the mean of all values, which is finite; its caller discards it.
+        mask: which keys a query sees; as an array, bool, broadcastable to [batch, queries, keys].
+            A query that sees none takes some mean of the values, which is finite; its caller discards it.
 
     Returns:
         [batch, heads, queries, head_dim] in the dtype of ``q``.
     """
+    if isinstance(mask, Mask):
+        kernel = kernel_for(q, mask)
+        return attention(q, k, v, mask.dense()) if kernel is None else kernel(q, k, v, mask)
     batch, heads, queries, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], queries, head_dim)
     if queries <= 2 * QUERY_BLOCK:

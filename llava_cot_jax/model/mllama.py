@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text, vision
+from llava_cot_jax.model.attention import causal
 from llava_cot_jax.model.checkpoint import read_config, resolve_checkpoint
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.layers import Checkpointing, Weights
@@ -313,13 +314,12 @@ def hidden_states(
     ids = inputs["input_ids"]
     present = inputs.get("attention_mask", jnp.ones_like(ids)).astype(bool)
     positions = jnp.maximum(jnp.cumsum(present, axis=-1) - 1, 0)
-    mask = jnp.tri(ids.shape[1], dtype=bool) & present[:, None, :]  # [batch, tokens, keys]
     sight = None
     if "pixel_values" in inputs:
         states = image_states(params, config, inputs, checkpointing)
         sight = text.see(config, inputs["cross_attention_mask"], states)
     decoder = params["language_model"]["model"]
-    return text.decode(decoder, config, ids, positions, mask, sight, checkpointing=checkpointing)[0]
+    return text.decode(decoder, config, ids, positions, causal(present), sight, checkpointing=checkpointing)[0]
 
 
 def _all_logits(

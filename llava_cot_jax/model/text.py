@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from llava_cot_jax.model.attention import Mask
 from llava_cot_jax.model.cache import Cache, KeyValue
 from llava_cot_jax.model.config import MllamaConfig, TextConfig
 from llava_cot_jax.model.layers import (
@@ -34,7 +35,8 @@ class Sight:
 
     Attributes:
         states: [batch, image_tokens, hidden], projected; None once their keys and values are cached.
-        tokens: bool [batch, tokens, image_tokens], what a cross layer's attention lets a text token see.
+        tokens: bool [batch, tokens, images * tiles + 1], the tiles that a cross layer's attention lets a
+            text token see, and, last and never seen, what fills up the image tokens.
         any: bool [batch, tokens], whether a text token sees an image at all.
     """
 
@@ -49,13 +51,11 @@ def see(config: MllamaConfig, cross_attention_mask: jax.Array, states: jax.Array
     A token without an image sees, under the conventions of transformers, every image token.
     """
     tiles = cross_attention_mask.astype(bool)
-    batch, tokens = tiles.shape[:2]
-    visible = jnp.repeat(tiles.reshape(batch, tokens, -1), config.vision.tile_tokens, axis=-1)
-    some = tiles.any(axis=(2, 3))
+    visible = tiles.reshape(*tiles.shape[:2], -1)
+    some = visible.any(axis=-1)
     if config.convention != "meta":
         visible = visible | ~some[..., None]
-    fill = -visible.shape[-1] % IMAGE_TOKEN_MULTIPLE
-    return Sight(states, jnp.pad(visible, ((0, 0), (0, 0), (0, fill))), some)
+    return Sight(states, jnp.pad(visible, ((0, 0), (0, 0), (0, 1))), some)
 
 
 def project(w: Weights, features: jax.Array) -> jax.Array:
@@ -71,7 +71,7 @@ def decode(
     config: MllamaConfig,
     input_ids: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | Mask,
     sight: Sight | None,
     *,
     cache: Cache | None = None,
@@ -85,7 +85,7 @@ def decode(
         config: the model's configuration.
         input_ids: int32 [batch, tokens].
         positions: int32 [batch, tokens]; with a cache, consecutive in a row: they are its slots.
-        mask: bool [batch, tokens, keys]; the keys are these tokens or, with a cache, its slots.
+        mask: as ``attention`` takes it; the keys are these tokens or, with a cache, its slots.
         sight: what the tokens see of the images; None skips the cross layers.
         cache: what came before; the tokens' own keys and values are written into it.
         capacity: without a cache, start one with room for so many tokens.
@@ -135,7 +135,7 @@ def _layer(
     *,
     config: MllamaConfig,
     turn: tuple[jax.Array, jax.Array],
-    mask: jax.Array,
+    mask: jax.Array | Mask,
     sight: Sight | None,
     start: jax.Array,
     capacity: int | None,
@@ -155,7 +155,7 @@ def _self_layer(
     entry: KeyValue | None,
     config: TextConfig,
     turn: tuple[jax.Array, jax.Array],
-    mask: jax.Array,
+    mask: jax.Array | Mask,
     start: jax.Array,
     capacity: int | None,
 ) -> tuple[jax.Array, KeyValue | None]:
@@ -183,7 +183,9 @@ def _cross_layer(
     sees = sight.any[..., None].astype(x.dtype)  # [batch, tokens, 1]
     q = _heads(rms_norm(x, w["input_layernorm"], eps), w["cross_attn"]["q_proj"], text.num_attention_heads, "heads")
     q = rms_norm(q, w["cross_attn"]["q_norm"], eps)
-    attended = attention(q, entry.keys, entry.values, sight.tokens)
+    tile = jnp.arange(entry.keys.shape[2]) // config.vision.tile_tokens
+    mask = Mask(sight.tokens, jnp.minimum(tile, sight.tokens.shape[-1] - 1)[None])
+    attended = attention(q, entry.keys, entry.values, mask)
     attended = linear(join_heads(attended), w["cross_attn"]["o_proj"])
     if config.convention == "meta":
         attended = attended * sees

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_cot_jax.model.attention import Mask
 from llava_cot_jax.model.config import VisionConfig
 from llava_cot_jax.model.layers import (
     Checkpointing,
@@ -80,7 +81,7 @@ def encode(
     # [N, T * (P + 1 + fill)]; hidden from one another, padding tokens are seen by the others.
     used = aspect_ratio_mask.astype(bool)[:, :, None] & (jnp.arange(tokens + fill) < tokens)
     padding = ~used.reshape(n, -1)
-    mask = ~(padding[:, :, None] & padding[:, None, :])
+    mask = Mask(jnp.stack([jnp.ones_like(padding), ~padding], axis=-1), padding.astype(jnp.int32))
 
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(n, -1, width)
@@ -128,7 +129,7 @@ def _blocks(
     x: jax.Array,
     *,
     config: VisionConfig,
-    mask: jax.Array,
+    mask: Mask,
     depth: int,
     taps: Sequence[int],
     checkpointing: Checkpointing,
@@ -151,7 +152,7 @@ def _blocks(
     return x, [states[tap] for tap in taps]
 
 
-def _block(x: jax.Array, w: Weights, *, config: VisionConfig, mask: jax.Array) -> jax.Array:
+def _block(x: jax.Array, w: Weights, *, config: VisionConfig, mask: Mask) -> jax.Array:
     """A transformer block; the global ones have a gate on each branch."""
     x = constrain(x, "batch", None, None)
     attended = _self_attention(layer_norm(x, w["input_layernorm"], config.norm_eps), w["self_attn"], config, mask)
@@ -163,7 +164,7 @@ def _block(x: jax.Array, w: Weights, *, config: VisionConfig, mask: jax.Array) -
     return x + (jnp.tanh(w["gate_ffn"]) * h if "gate_ffn" in w else h)
 
 
-def _self_attention(x: jax.Array, w: Weights, config: VisionConfig, mask: jax.Array) -> jax.Array:
+def _self_attention(x: jax.Array, w: Weights, config: VisionConfig, mask: Mask) -> jax.Array:
     q, k, v = (
         constrain(split_heads(linear(x, w[name]), config.attention_heads), "batch", "heads", None, None)
         for name in ("q_proj", "k_proj", "v_proj")
