@@ -59,6 +59,7 @@ def greedy_there(demo: Path, image: str, new: int) -> tuple[str, int]:
     return processor.decode(ids), len(ids)
 
 
+@pytest.mark.slow
 def test_json_of_two_questions_in_a_process_of_its_own(demo):
     """A PNG and a JPEG; the answers are those of transformers, and the second one compiles nothing."""
     images = ["picture.png", "tall.jpg"]
@@ -104,6 +105,7 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_an_answer_without_stages_is_shown_whole(demo, monkeypatch, capsys):
     shown = run(monkeypatch, capsys, *arguments(demo, "--max-new-tokens", "40"))
     whole = run(monkeypatch, capsys, *arguments(demo, "--max-new-tokens", "40", "--show-reasoning"))

@@ -54,6 +54,7 @@ def test_a_script_is_there(command):
         subprocess.run(["bash", "-n", script], check=True)
 
 
+@pytest.mark.slow
 def test_the_first_command_answers(tmp_path):
     """But for the environment, which the tests run in."""
     line = next(line for line in LINES if "llava_cot_jax.demo" in line)

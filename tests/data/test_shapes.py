@@ -105,6 +105,7 @@ print(digest([ShapesRows("train")[i] for i in range(64)]))
 """
 
 
+@pytest.mark.slow
 def test_the_same_bytes_every_time() -> None:
     """In another process, too, with strings hashed another way."""
     assert digest([ShapesRows("train")[i] for i in range(64)]) == GOLDEN

@@ -95,7 +95,7 @@ def step_of(model: Mllama, optimizer: Optimizer, state: State, **more):
     ("seed", "padding", "frozen", "micro_batches"),
     [
         pytest.param(0, "right", (), 1, marks=pytest.mark.slow),
-        (1, "left", FROZEN, 1),
+        pytest.param(1, "left", FROZEN, 1, marks=pytest.mark.slow),
         pytest.param(2, "right", FROZEN, 2, marks=pytest.mark.slow),
         pytest.param(5, "left", (), 2, marks=pytest.mark.slow),
     ],
