@@ -1,10 +1,12 @@
 """The one way a command reads its arguments, shows progress, counts compilations, and fails."""
 
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import jax
 import jsonargparse
@@ -24,6 +26,12 @@ from rich.text import Text
 
 from llava_cot_jax.errors import UserError
 
+UNKNOWN = re.compile(
+    r"unrecognized arguments: --([\w.-]+)|[Oo]ption '([\w.]+)' is not accepted"
+    r"|Group '([\w.]+)' does not accept option '([\w.]+)'"
+)
+"""How jsonargparse says that it does not know an argument."""
+
 
 class Parser(jsonargparse.ArgumentParser):
     """Arguments with checked types, ``--config FILE.yaml`` and dotted overrides; a mistake is a ``UserError``."""
@@ -33,7 +41,16 @@ class Parser(jsonargparse.ArgumentParser):
         self.add_argument("--config", action="config", help="a YAML file of these arguments; later arguments win")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(" ".join(message.split()).replace("Parser key", "argument")) from None
+        text = " ".join(message.split()).replace("Parser key", "argument")
+        raise UserError(text + self._nearest(text)) from None
+
+    def _nearest(self, message: str) -> str:
+        """The known argument that is most like the one that ``message`` calls unknown."""
+        if not (unknown := UNKNOWN.search(message)):
+            return ""
+        known = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
+        near = difflib.get_close_matches(".".join(filter(None, unknown.groups())), known, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -56,27 +73,44 @@ class RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f}/s", style="progress.data.speed")
+        return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f}/s", style="progress.data.speed")
+
+
+class OnProgress(Protocol):
+    """Moves a bar."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """How many are done, how many there are in all, and a few words on how it goes."""
 
 
 @contextmanager
-def progress_bar(label: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left on stderr, where that is a terminal.
+def progress_bar(label: str, unit: str = "bytes", every: int | None = None) -> Iterator[OnProgress]:
+    """A bar with rate and time left on stderr, where that is a terminal. What is printed meanwhile stands above it.
 
     Args:
         unit: "bytes", or what is counted, as in "rows".
-
-    Yields:
-        A function to call with how many are done, and how many there are in all.
+        every: where stderr is no terminal, print a line after so many, and after the last.
     """
     counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
     if unit != "bytes":
         counts = (MofNCompleteColumn(), TextColumn(unit), RateColumn())
-    columns = (TextColumn(label), BarColumn(), *counts, TimeRemainingColumn())
+    columns = (TextColumn(label), BarColumn(), *counts, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task = progress.add_task(label, note="")
+
+        def move(done: int, total: int, note: str = "") -> None:
+            progress.update(task, completed=done, total=total, note=note)
+            if every and progress.disable and (done % every == 0 or done == total):
+                print(f"{label} {done}/{total} {unit}: {note}", flush=True)
+
+        yield move
+
+
+@contextmanager
+def no_bar(label: str, unit: str = "bytes", every: int | None = None) -> Iterator[OnProgress]:
+    """As ``progress_bar``, for a process that shows nothing."""
+    yield lambda done, total, note="": None
 
 
 class CompilationCounter:

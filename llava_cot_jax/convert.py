@@ -1,17 +1,20 @@
-"""Write a checkpoint anew: under published names, in another dtype, for transformers.
+"""Write a checkpoint anew: under published names, in another dtype, for transformers; or one of a training run.
 
 python -m llava_cot_jax.convert SRC DST [--for transformers] [--dtype bfloat16] [--convention transformers_4]
 """
 
-from pathlib import Path
 from typing import get_args
 
+import jsonargparse
 import numpy as np
 
 from llava_cot_jax import cli
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint import FORMAT_DTYPES, read_config, resolve_checkpoint
 from llava_cot_jax.model.config import Convention
 from llava_cot_jax.model.export import convert_checkpoint
+from llava_cot_jax.paths import as_path
+from llava_cot_jax.training.export import RunExport, is_run
 
 _STILL_DIFFERENT = """\
 transformers now computes the same vision features. One difference stays: these weights were trained under the
@@ -27,28 +30,44 @@ def main(argv: list[str] | None = None) -> None:
     """
     options = _parser().parse_args(argv)
     for_transformers = options["for"] == "transformers"
-    source = resolve_checkpoint(options.source)
-    config = read_config(source, options.convention)
+    source = _run(options) or resolve_checkpoint(options.source)
+    config = source.config if isinstance(source, RunExport) else read_config(source, options.convention)
     written = config.for_transformers() if for_transformers else config
-    dtype = np.dtype(options.dtype) if options.dtype else None
-    destination = Path(options.destination)
+    destination, dtype = as_path(options.destination), np.dtype(options.dtype) if options.dtype else None
     with cli.progress_bar("converting") as on_progress:
-        convert_checkpoint(source, destination, written, dtype=dtype, on_progress=on_progress)
+        if isinstance(source, RunExport):
+            source.write(destination, written, dtype=dtype, on_progress=on_progress)
+        else:
+            convert_checkpoint(source, destination, written, dtype=dtype, on_progress=on_progress)
     if for_transformers and config.convention == "meta":
         print(_STILL_DIFFERENT)
-    print(f"{destination}: convention {written.convention!r}")
+    of_step = f"step {source.step} of {options.source}, " if isinstance(source, RunExport) else ""
+    print(f"{destination}: {of_step}convention {written.convention!r}")
+
+
+def _run(options: jsonargparse.Namespace) -> RunExport | None:
+    """The training run that the source is, if it is one."""
+    folder = as_path(options.source)
+    if is_run(folder):
+        if options.convention:
+            raise UserError("--convention is for checkpoints that do not say it; a run does: leave it out")
+        return RunExport(folder, options.step)
+    if options.step is not None:
+        raise UserError(f"--step is for the folder of a training run, which {options.source} is not: leave it out")
+    return None
 
 
 def _parser() -> cli.Parser:
     parser = cli.Parser("convert", "Write a checkpoint anew.")
     add = parser.add_argument
-    add("source", type=str, help="a folder in Hugging Face form, or an id on the hub")
+    add("source", type=str, help="a folder in Hugging Face form, an id on the hub, or the folder of a training run")
     add("destination", type=str, help="the folder to make; it must not exist, or be empty")
     add(
         "--for",
         choices=["transformers"],
         help="lower the vision taps by one, so that transformers 4.56 and later compute the right features",
     )
+    add("--step", type=int | None, default=None, help="of a training run; default: its newest checkpoint")
     add("--dtype", choices=[dtype.name for dtype in FORMAT_DTYPES.values()], help="default: each tensor's own")
     add(
         "--convention",

@@ -4,9 +4,7 @@ It has every file that a published one has, made here without a download, and a 
 Its answers are noise: it shows that things run, and what they print.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,6 +12,7 @@ from safetensors.numpy import save
 from transformers import PreTrainedTokenizerFast
 
 from llava_cot_jax import cli
+from llava_cot_jax.data.companions import write_companions
 from llava_cot_jax.data.tokenizer import make_tokenizer
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
@@ -120,11 +119,7 @@ def write_demo(folder: Path, seed: int = 0) -> None:
     config = demo_config(tokenizer)
     # Not save_file: it makes a file that only its owner can read.
     (folder / "model.safetensors").write_bytes(save(random_weights(config, seed), metadata={"format": "pt"}))
-    # The template goes into tokenizer_config.json, where published checkpoints have it.
-    tokenizer.save_pretrained(folder, save_jinja_files=False)
-    _write_json(folder / "config.json", config.to_dict("float32"))
-    _write_json(folder / "generation_config.json", _generation_settings(config.text))
-    _write_json(folder / "preprocessor_config.json", _image_settings(config.vision))
+    write_companions(folder, config, tokenizer, "float32")
     draw_picture().save(folder / "picture.png")
 
 
@@ -138,34 +133,6 @@ def _claim(folder: Path) -> None:
         raise UserError(f"{folder} is not empty, and not an earlier demo: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     readme.write_text(README, encoding="utf-8")
-
-
-def _generation_settings(text: TextConfig) -> dict[str, Any]:
-    return {
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": list(text.eos_token_ids),
-        "pad_token_id": text.pad_token_id,
-        "do_sample": True,
-        "temperature": 0.6,
-        "top_p": 0.9,
-    }
-
-
-def _image_settings(vision: VisionConfig) -> dict[str, Any]:
-    return {
-        "image_processor_type": "MllamaImageProcessor",
-        "size": {"height": vision.image_size, "width": vision.image_size},
-        "max_image_tiles": vision.max_num_tiles,
-        "resample": int(Image.Resampling.BILINEAR),
-        "rescale_factor": 1 / 255,
-        "image_mean": list(vision.image_mean),
-        "image_std": list(vision.image_std),
-        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_pad", "do_rescale", "do_normalize"), True),
-    }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

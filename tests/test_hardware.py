@@ -1,6 +1,7 @@
 """The counts against the published figures, and against every product in the traced programs themselves."""
 
 import itertools
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +28,7 @@ from llava_cot_jax.model.mllama import hidden_states, logits
 from llava_cot_jax.model.parameters import nest, parameters
 from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE, see
 from llava_cot_jax.search.decode import step
+from llava_cot_jax.training.lora import LoraSettings, adapter_table
 
 ELEVEN, NINETY = MllamaConfig.llama32_11b(), MllamaConfig.llama32_90b()
 
@@ -80,10 +82,11 @@ def traced_forward(config, layout, batch) -> ClosedJaxpr:
     return jax.make_jaxpr(partial(forward, config=config))(arrays(config, layout), batch)
 
 
-def traced_step(config, layout, batch, trained) -> ClosedJaxpr:
-    """Forward and backward, the gradients of the parameters of ``trained`` alone."""
+def traced_step(config, layout, batch, trained, adapters=None) -> ClosedJaxpr:
+    """Forward and backward, the gradients of the parameters of ``trained`` and of ``adapters`` alone."""
     table = arrays(config, layout)
     learning = {path: x for path, x in table.items() if part_of(config, path) in trained}
+    learning |= {path: abstract(*p.shape, dtype=jnp.bfloat16) for path, p in (adapters or {}).items()}
     frozen = {path: x for path, x in table.items() if path not in learning}
 
     def loss(learning, frozen, batch):
@@ -144,6 +147,61 @@ def test_step_flops_with_any_parts_frozen_are_those_of_the_program(small, cross_
         for trained in itertools.combinations(PARTS, count):
             real = model_flops(traced_step(config, "unrolled", row(config, 12, 1), trained))
             assert sum(training_flops(config, 12, 1, trained=trained, as_computed=True).values()) == real, trained
+
+
+RANK = 11
+"""Of test adapters: no other axis of the small model is as long."""
+
+
+def with_rank(jaxpr: Jaxpr) -> int:
+    """FLOPs of the products in which an axis is of length RANK; the program must be free of loops."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and any(RANK in x.aval.shape for x in equation.invars):
+            total += count_flops(jaxpr.replace(eqns=[equation]))
+        total += sum(with_rank(inner) for inner in jaxprs_in_params(equation.params))
+    return total
+
+
+def check_adapted(config, trained, adapted):
+    """The count lacks the adapters' own products, and nothing else."""
+    settings = LoraSettings(rank=RANK, targets=["_proj", "fc", "projector"])
+    adapters = adapter_table(parameters(config, "unrolled"), settings)
+    adapters = {path: p for path, p in adapters.items() if part_of(config, path) in adapted}
+    program = traced_step(config, "unrolled", row(config, 12, 1), trained, adapters)
+    counted = training_flops(config, 12, 1, trained=trained, adapted=adapted, as_computed=True)
+    own = with_rank(program.jaxpr)
+    assert sum(counted.values()) + own == model_flops(program), (trained, adapted)
+    assert (own > 0) == bool(adapted)
+
+
+ADAPTED: list[set[Part]] = [{"self", "cross"}, {"tower", "projector", "self", "cross"}, {"cross"}]
+
+
+@pytest.mark.parametrize("adapted", ADAPTED, ids=str)
+def test_step_flops_with_adapters_lack_only_the_adapters_own(small, adapted):
+    check_adapted(small, (), adapted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cross_layers", [(0, 2), (1,)], ids=str)
+def test_step_flops_with_adapters_on_any_parts_lack_only_the_adapters_own(small, cross_layers):
+    config = replace(small, text=replace(small.text, cross_attention_layers=cross_layers))
+    for adapted in itertools.product([False, True], repeat=4):
+        carriers = set(itertools.compress(("tower", "projector", "self", "cross"), adapted))
+        for trained in ((), {"embedding"}, {"projector", "cross"}) if carriers else ({"cross"},):
+            check_adapted(config, trained, carriers)
+
+
+def test_shares_of_adapters_are_the_known_ones():
+    table = parameters(ELEVEN, "stacked")
+    adapters = adapter_table(table, LoraSettings(rank=16))
+    shares = [
+        sum(math.prod(adapters[f"{path}.{name}"].shape) for name in ("lora_a", "lora_b"))
+        / math.prod(table[f"{path}.weight"].shape)
+        for path in {path.rpartition(".")[0] for path in adapters}
+    ]
+    assert (round(min(shares), 3), round(max(shares), 2)) == (0.005, 0.02)
 
 
 @pytest.mark.parametrize("images", [0, 1])

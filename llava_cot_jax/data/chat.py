@@ -141,7 +141,7 @@ class Chat:
 
     def _answers(self, turns: Sequence[Turn]) -> list[list[Piece]]:
         """The pieces of each answer that the variant keeps, up to the first of which nothing is left."""
-        found = [_pieces(_without_marker(turn.answer), self._settings.variant) for turn in turns]
+        found = [_pieces(without_marker(turn.answer), self._settings.variant) for turn in turns]
         count = next((i for i, pieces in enumerate(found) if not _text(pieces)), len(found))
         if not count:
             raise LeftOut("of its first answer nothing is left to train on")
@@ -151,7 +151,7 @@ class Chat:
         """The conversation in the checkpoint's chat format."""
         messages: list[Message] = []
         for i, (turn, pieces) in enumerate(zip(turns, answers, strict=False)):
-            messages += user_turn(_without_marker(turn.question), images=int(i == 0))
+            messages += user_turn(without_marker(turn.question), images=int(i == 0))
             messages.append({"role": "assistant", "content": _text(pieces)})
         try:
             text = self._processor.prompt(messages, add_generation_prompt=False)
@@ -185,7 +185,7 @@ class Chat:
         return marks
 
 
-def _without_marker(text: str) -> str:
+def without_marker(text: str) -> str:
     """The text without ``<image>`` markers and the space around them."""
     return "\n".join(part for part in map(str.strip, text.split(MARKER)) if part)
 

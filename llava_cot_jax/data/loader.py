@@ -142,12 +142,17 @@ class Loader:
         finally:
             iterator.close()
 
+    def lengths(self, index: int) -> np.ndarray:
+        """The tokens of each row of a batch, without padding: int32 [rows], fillers left out."""
+        rows = self._plan[index].rows
+        return self.index.lengths[rows[rows != FILLER]]
+
     def padding(self, epoch: int = 0) -> float:
         """The share of an epoch's tokens that are padding."""
         first = epoch * self.batches_per_epoch
-        batches = [self._plan[i] for i in range(first, first + self.batches_per_epoch)]
-        used = sum(int(self.index.lengths[batch.rows[batch.rows != FILLER]].sum()) for batch in batches)
-        return 1 - used / sum(batch.rows.size * batch.length for batch in batches)
+        epoch_batches = range(first, first + self.batches_per_epoch)
+        used = sum(int(self.lengths(i).sum()) for i in epoch_batches)
+        return 1 - used / sum(self._plan[i].rows.size * self._plan[i].length for i in epoch_batches)
 
     def _to_mesh(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return {

@@ -33,6 +33,7 @@ from llava_cot_jax.data.summary import SPLITS, Summary, summarise
 from llava_cot_jax.data.work_folder import WorkFolder, disk_faults, whole_file, write_json
 from llava_cot_jax.data.workers import parallel
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import is_remote
 
 SHARD_BYTES = 256 << 20
 SHARD_ROWS = 8192
@@ -56,13 +57,13 @@ class Request:
     Attributes:
         annotations: a JSON Lines file in LLaVA's format.
         images: a folder, a zip, or what stands for the parts of a split zip.
-        output: the directory to make.
+        output: the directory to make, on a disk.
         max_side: pixels; larger images are shrunk to so many on their longest side.
         limit: use so many lines only, from the first.
         validation_share: of the images, drawn by a hash of their paths; rows follow their image.
 
     Raises:
-        UserError: a number that means nothing.
+        UserError: a number that means nothing, or an output in a bucket.
     """
 
     annotations: Path
@@ -78,6 +79,11 @@ class Request:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if not 0 <= self.validation_share < 1:
             raise UserError(f"validation_share is {self.validation_share}; it must be at least 0 and less than 1")
+        if is_remote(self.output):
+            raise UserError(
+                "output is in a bucket, and data is prepared on a disk: name a local folder, then copy it by "
+                "`gcloud storage cp -r FOLDER gs://BUCKET`"
+            )
 
 
 class TooManyLeftOut(UserError):

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from llava_cot_jax.data.annotations import make_turns
+from llava_cot_jax.data.index import default_cache
 from llava_cot_jax.data.rows import Row, Turn
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import access, as_path, bucket_files, is_remote
 
 DESCRIPTION = "prepared.json"
 """The file that says what a prepared directory holds, and of what it was made."""
@@ -35,13 +38,15 @@ def read_description(directory: Path) -> dict[str, Any]:
         UserError: there is none, or none that can be read.
     """
     path = directory / DESCRIPTION
+    with access(path):
+        if not path.exists():
+            raise UserError(
+                f"{directory} is no prepared data set (there is no {DESCRIPTION}): make one with llava_cot_jax.prepare"
+            )
+        text = path.read_bytes()
     try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{directory} is no prepared data set (there is no {DESCRIPTION}): make one with llava_cot_jax.prepare"
-        ) from None
-    except (OSError, ValueError) as fault:
+        description: dict[str, Any] = json.loads(text)
+    except ValueError as fault:
         raise UserError(f"{path} cannot be read, it may be damaged: {fault}") from fault
     if not isinstance(description, dict) or not description.keys() >= CONTENT:
         raise UserError(f"{path} does not describe a prepared data set: prepare the data anew")
@@ -49,14 +54,17 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 class PreparedRows:
-    """The ``Rows`` of a split of a prepared directory. Files are opened on first use, in each process anew.
+    """The ``Rows`` of a split of a prepared directory, on a disk or in a bucket.
+
+    Files are opened on first use, in each process anew. Of those in a bucket the conversations are copied
+    into the user's cache folder, once for all processes; records are read where they are.
 
     Raises:
         UserError: the directory is none that was prepared, or it has no row in the split.
     """
 
     def __init__(self, directory: str | Path, split: str) -> None:
-        self._directory = Path(directory)
+        self._directory = as_path(directory)
         self._split = split
         description = read_description(self._directory)
         splits = description["splits"]
@@ -136,7 +144,10 @@ class PreparedRows:
     @cached_property
     def _builder(self) -> tfds.core.DatasetBuilder:
         try:
-            return tfds.builder_from_directory(self._directory)
+            with access(self._directory):
+                return tfds.builder_from_directory(self._directory)
+        except UserError:
+            raise
         except Exception as fault:  # whatever reading a damaged JSON file raises
             raise UserError(
                 f"{self._directory}/dataset_info.json or features.json is damaged: prepare the data anew"
@@ -151,18 +162,29 @@ class PreparedRows:
 
     def _shard(self, index: int) -> Path:
         """The file that holds a record."""
-        return Path(self._info.filepaths[bisect_right(list(accumulate(self._info.shard_lengths)), index)])
+        return as_path(self._info.filepaths[bisect_right(list(accumulate(self._info.shard_lengths)), index)])
 
     @cached_property
     def _lines(self) -> tuple[BinaryIO, np.ndarray]:
         """The file of conversations, and int64 [records + 1]: where each line begins, and where the last one ends."""
-        try:
-            file = self._turns_path.open("rb")
+        with access(self._turns_path):
+            file = self._turns_on_disk().open("rb")
             offsets = np.fromiter(accumulate(map(len, file), initial=0), np.int64)
-        except OSError as fault:
-            raise UserError(f"{self._turns_path} cannot be read: {fault.strerror}") from None
         if len(offsets) != self._length + 1:
             raise UserError(
                 f"{self._turns_path} has {len(offsets) - 1} lines, not {self._length}: prepare the data anew"
             )
         return file, offsets
+
+    def _turns_on_disk(self) -> Path:
+        """The file of conversations; of one in a bucket, a copy in the cache, named by what is in the bucket now."""
+        if not is_remote(self._turns_path):
+            return self._turns_path
+        cache = default_cache().with_name("turns")
+        copy = cache / f"{bucket_files().ukey(str(self._turns_path))}.jsonl"
+        if not copy.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=cache) as beside:
+                bucket_files().get_file(str(self._turns_path), f"{beside}/{copy.name}")
+                Path(beside, copy.name).replace(copy)
+        return copy

@@ -1,8 +1,10 @@
 """From messages and images to the arrays that the model takes, and from tokens back to text."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self, cast
 
 import jinja2
@@ -16,6 +18,7 @@ from transformers.models.mllama.processing_mllama import (
 from llava_cot_jax.data.images import ImageSource, batch_images, check_vision
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig, VisionConfig, image_settings, read_json
+from llava_cot_jax.paths import access, as_path, files_in, is_remote
 
 Message = Mapping[str, Any]
 """{"role": ..., "content": a text, or a list of {"type": "image"} and {"type": "text", "text": ...}}"""
@@ -98,12 +101,12 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
-        """Read the tokenizer, chat template and image settings of a local checkpoint folder.
+        """Read the tokenizer, chat template and image settings of a checkpoint's folder, on a disk or in a bucket.
 
         Raises:
             UserError: a file is missing or broken, or two of them contradict each other.
         """
-        folder = Path(path)
+        folder = as_path(path)
         config = MllamaConfig.from_pretrained(folder)
         _check_image_settings(folder, config.vision)
         return cls(config, _load_tokenizer(folder))
@@ -244,18 +247,35 @@ def _is_image(part: Any, role: str) -> bool:
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).exists()]
+    names = files_in(folder)
+    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if name not in names]
     if missing:
         raise UserError(f"{folder} lacks {' and '.join(missing)}: copy the tokenizer of the checkpoint there")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        with _on_disk(folder, names) as copy:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(copy, local_files_only=True)
+    except UserError:
+        raise
     except Exception as fault:  # the tokenizers library raises plain Exception
         raise UserError(f"the tokenizer in {folder} cannot be read: {' '.join(str(fault).split())}") from fault
     # transformers reads chat_template.jinja by itself, and gives it precedence over chat_template.json.
-    legacy = folder / "chat_template.json"
-    if legacy.exists() and not (folder / "chat_template.jinja").exists():
-        tokenizer.chat_template = read_json(legacy).get("chat_template")
+    if "chat_template.json" in names and "chat_template.jinja" not in names:
+        tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
     return tokenizer
+
+
+@contextmanager
+def _on_disk(folder: Path, names: set[str]) -> Iterator[Path]:
+    """``folder``; of one in a bucket, a copy of the files that transformers may read with a tokenizer."""
+    if not is_remote(folder):
+        yield folder
+        return
+    with TemporaryDirectory() as copy:
+        for name in names:
+            if name.endswith((".json", ".jinja")):
+                with access(folder / name):
+                    (Path(copy) / name).write_bytes((folder / name).read_bytes())
+        yield Path(copy)
 
 
 def _check_image_settings(folder: Path, vision: VisionConfig) -> None:

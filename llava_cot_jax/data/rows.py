@@ -49,3 +49,37 @@ class Rows(Protocol):
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         """The conversation alone, without the cost of reading the picture."""
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """The first rows of a data set; see ``Rows``.
+
+    Attributes:
+        rows: the data set.
+        count: how many of it at most.
+    """
+
+    rows: Rows
+    count: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a row does."""
+        return f"{self.rows.fingerprint}-first-{len(self)}"
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.rows))
+
+    def __getitem__(self, index: int) -> Row:
+        """The row at ``index``, as ``Rows`` explains; IndexError beyond the last."""
+        return self.rows[self._checked(index)]
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The conversation alone."""
+        return self.rows.turns(self._checked(index))
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return index

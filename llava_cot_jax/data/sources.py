@@ -1,6 +1,5 @@
 """Where a data set is named: a prepared directory, or the shapes world."""
 
-from pathlib import Path
 from typing import cast
 
 from llava_cot_jax.data.prepared import PreparedRows
@@ -15,9 +14,9 @@ def open_rows(data: str, split: str) -> Rows:
     """The rows of a data set.
 
     Args:
-        data: a directory that ``llava_cot_jax.prepare`` made, or "shapes".
+        data: a directory that ``llava_cot_jax.prepare`` made, perhaps copied into a bucket, or "shapes".
 
     Raises:
         UserError: no such data set, or no such split of it.
     """
-    return ShapesRows(cast(Split, split)) if data == SHAPES else PreparedRows(Path(data), split)
+    return ShapesRows(cast(Split, split)) if data == SHAPES else PreparedRows(data, split)

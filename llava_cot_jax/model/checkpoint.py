@@ -1,4 +1,4 @@
-"""A published checkpoint on disk: finding it, holding its headers against the declarations, reading its bytes.
+"""A published checkpoint on disk or in a bucket: finding it, holding its headers against the declarations, reading it.
 
 Nothing here knows of devices; ``weights.py`` makes arrays of what this reads, ``export.py`` writes.
 """
@@ -7,9 +7,12 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import ml_dtypes
@@ -26,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.parameters import parameters
+from llava_cot_jax.paths import access, as_path, bucket_files, files_in, is_remote, read_range
 
 Box = tuple[tuple[int, int], ...]
 """A part of an array: (start, stop) along each axis."""
@@ -50,6 +54,15 @@ FORMAT_DTYPES = {
 _BLOCK_BYTES = 2 << 20
 """How much of a tensor is read at once on its way to several shards or another dtype: about a core's cache."""
 
+_REQUEST_BYTES = 8 << 20
+"""How much one request to a bucket spans: enough that its bytes take longer than the wait for the first of them."""
+
+_REQUESTS = 16
+"""Requests to a bucket at a time."""
+
+_LONGEST_HEADER = 100_000_000
+"""Bytes, by the format."""
+
 _FAULTS_NAMED = 20
 
 _NEWER_NAMES = {
@@ -61,26 +74,27 @@ _NEWER_NAMES = {
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
-    """The local folder of a checkpoint, fetched from the Hugging Face hub where it is named by its id there.
+    """The folder of a checkpoint, fetched from the Hugging Face hub where it is named by its id there.
 
     Args:
-        path_or_hub_id: a folder with config.json and safetensors files, or ``"organisation/name"``.
-            Without network the hub's local cache serves.
+        path_or_hub_id: a folder with config.json and safetensors files, on a disk or in a bucket, or
+            ``"organisation/name"``. Without network the hub's local cache serves.
 
     Raises:
-        UserError: no such folder; a repository that is unknown, gated or out of reach; or a folder
-            without config.json or safetensors files.
+        UserError: no such folder; a bucket or repository that is unknown, closed or out of reach; or a
+            folder without config.json or safetensors files.
     """
-    folder = Path(path_or_hub_id).expanduser()
-    if not folder.is_dir():
+    folder = as_path(path_or_hub_id)
+    if not is_remote(folder) and not folder.is_dir():
         if folder.is_file():
             raise UserError(f"{folder} is a file; give the folder that holds it and its config.json")
-        if isinstance(path_or_hub_id, Path) or not _looks_like_hub_id(path_or_hub_id):
+        if not isinstance(path_or_hub_id, str) or not _looks_like_hub_id(path_or_hub_id):
             raise UserError(f"no such folder: {path_or_hub_id}")
         folder = _fetch(path_or_hub_id)
-    if not (folder / "config.json").is_file():
+    names = files_in(folder)
+    if "config.json" not in names:
         raise UserError(f"{folder} holds no config.json; is it the folder of a Hugging Face checkpoint?")
-    if not any(folder.glob("*.safetensors")):
+    if not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{folder} holds no *.safetensors files; other formats of weights are not read")
     return folder
 
@@ -102,9 +116,8 @@ def read_config(folder: Path, convention: Convention | None = None) -> MllamaCon
 
 def companions(folder: Path) -> list[Path]:
     """The files of ``folder`` that belong to its weights and are neither weights nor their configuration."""
-    rebuilt = {"config.json", INDEX_FILE}
-    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.name not in rebuilt)
+    kept = files_in(folder) - {"config.json", INDEX_FILE}
+    return [folder / name for name in sorted(kept) if any(fnmatchcase(name, pattern) for pattern in COMPANIONS)]
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -168,14 +181,17 @@ def read_shards(tensor: StoredTensor, shards: Mapping[Box, np.ndarray]) -> int:
             equal along axis 0 or apart.
 
     Returns:
-        The bytes read.
+        The bytes read. Of a file in a bucket that is more than the shards hold where these are narrow:
+        what lies between them is read too, for a request costs more.
 
     Raises:
-        UserError: the file ends early.
+        UserError: the file ends early, or cannot be read any more.
     """
+    if is_remote(tensor.file):
+        return _read_from_bucket(tensor, shards)
     count = 0
     with tensor.file.open("rb", buffering=0) as file:
-        for hull, boxes in _read_together(list(shards)):
+        for hull, boxes in _read_together(shards):
             if len(boxes) == 1 and shards[hull].dtype == tensor.dtype:
                 count += _read_box(file.fileno(), tensor, hull, shards[hull])
                 continue
@@ -221,13 +237,63 @@ def _read_run(descriptor: int, buffer: memoryview, position: int, file: Path) ->
         buffer, position = buffer[count:], position + count
 
 
-def _read_together(boxes: list[Box]) -> Iterator[tuple[Box, list[Box]]]:
-    """Boxes that exactly tile a larger one, cut along other axes than the first; a box that does not, alone."""
+def bytes_to_read(tensor: StoredTensor, boxes: Iterable[Box]) -> int:
+    """How many bytes ``read_shards`` reads for these parts of a tensor."""
+    if is_remote(tensor.file):
+        return sum(stop - start for start, stop, _, _ in _requests(tensor, boxes))
+    return sum(map(volume, boxes)) * tensor.dtype.itemsize
+
+
+def _read_from_bucket(tensor: StoredTensor, shards: Mapping[Box, np.ndarray]) -> int:
+    row_shape = tensor.shape[1:]
+    row_bytes = math.prod(row_shape) * tensor.dtype.itemsize
+
+    def fill(start: int, stop: int, rows: range, boxes: list[Box]) -> int:
+        content = read_range(tensor.file, start, stop)
+        if len(content) != stop - start:
+            raise UserError(f"{tensor.file} ended early while it was read: fetch it again")
+        block = np.empty(len(rows) * row_bytes, np.uint8)
+        before = start - tensor.offset - rows.start * row_bytes
+        block[before : before + len(content)] = np.frombuffer(content, np.uint8)
+        values = block.view(tensor.dtype).reshape(len(rows), *row_shape)
+        for box in boxes:
+            (first, _), *inner = box
+            shards[box][rows.start - first : rows.stop - first] = values[:, *(slice(*span) for span in inner)]
+        return len(content)
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return sum(pool.map(lambda request: fill(*request), _requests(tensor, shards)))
+
+
+def _requests(tensor: StoredTensor, boxes: Iterable[Box]) -> Iterator[tuple[int, int, range, list[Box]]]:
+    """What to ask a bucket for: a range of the file's bytes, the rows that it is of, and the boxes that have them.
+
+    A range goes from the first byte that is wanted of the first row to the last one of the last row.
+    """
+    strides = [math.prod(tensor.shape[axis + 1 :]) * tensor.dtype.itemsize for axis in range(len(tensor.shape))]
+    for hull, group in _by_rows(boxes):
+        (first, last), *inner = hull
+        begin = sum(low * stride for (low, _), stride in zip(inner, strides[1:], strict=True))
+        end = sum((high - 1) * stride for (_, high), stride in zip(inner, strides[1:], strict=True))
+        count = max(1, _REQUEST_BYTES // strides[0])
+        for start in range(first, last, count):
+            rows = range(start, min(start + count, last))
+            at = [tensor.offset + row * strides[0] for row in (rows[0], rows[-1])]
+            yield at[0] + begin, at[1] + end + tensor.dtype.itemsize, rows, group
+
+
+def _by_rows(boxes: Iterable[Box]) -> Iterator[tuple[Box, list[Box]]]:
+    """Boxes that are equal along the first axis, together, and the smallest box around them."""
     by_rows: defaultdict[tuple[int, int], list[Box]] = defaultdict(list)
     for box in boxes:
         by_rows[box[0]].append(box)
     for group in by_rows.values():
-        hull = tuple((min(a for a, _ in spans), max(b for _, b in spans)) for spans in zip(*group, strict=True))
+        yield tuple((min(a for a, _ in spans), max(b for _, b in spans)) for spans in zip(*group, strict=True)), group
+
+
+def _read_together(boxes: Iterable[Box]) -> Iterator[tuple[Box, list[Box]]]:
+    """Boxes that exactly tile a larger one, cut along other axes than the first; a box that does not, alone."""
+    for hull, group in _by_rows(boxes):
         if sum(volume(box) for box in group) == volume(hull):
             yield hull, group
         else:
@@ -252,7 +318,8 @@ def verified_tensors(folder: Path, config: MllamaConfig) -> dict[str, StoredTens
             unexpected, there twice, of another shape than ``config`` implies, or of another dtype
             than float32, float16 or bfloat16 (the first 20 of them, and a count of the rest).
     """
-    stored = [tensor for file in _weight_files(folder) for tensor in _read_header(file)]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        stored = [tensor for tensors in pool.map(_read_header, _weight_files(folder)) for tensor in tensors]
     expected = {name: parameter.shape for name, parameter in parameters(config, "unrolled").items()}
     if faults := list(_faults(stored, expected)):
         more = f"; and {len(faults) - _FAULTS_NAMED} more" if len(faults) > _FAULTS_NAMED else ""
@@ -279,39 +346,37 @@ def _faults(stored: list[StoredTensor], expected: Mapping[str, tuple[int, ...]])
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those that its index names, else all there are."""
-    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-    if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if single in files and len(files) > 1:
+    index, there = folder / INDEX_FILE, files_in(folder)
+    if INDEX_FILE not in there:
+        names = sorted(name for name in there if name.endswith(".safetensors"))
+        if SINGLE_FILE in names and len(names) > 1:
             raise UserError(f"{folder} holds {SINGLE_FILE} and other *.safetensors files: keep only one checkpoint's")
-        if not files:
+        if not names:
             raise UserError(f"{folder} holds no *.safetensors files")
-        return files
+        return [folder / name for name in names]
+    with access(index):
+        text = index.read_bytes()
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(text)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is not the index of a checkpoint: fetch it again") from None
-    if single.exists() and single.name not in names:
+    if SINGLE_FILE in there and SINGLE_FILE not in names:
         raise UserError(f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}: keep only one checkpoint's files")
     for name in names:
-        if not (folder / name).is_file():
+        if name not in there:
             raise UserError(f"{folder / name} does not exist, though {INDEX_FILE} names it: fetch it again")
     return [folder / name for name in names]
 
 
 def _read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file.
-
-    The library checks the file (its length, the header, no gap or overlap of tensors) but keeps the offsets to itself.
-    """
+    """The tensors of a safetensors file."""
     try:
-        with safe_open(file, framework="numpy"), file.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(length))
-    except SafetensorError as fault:
+        with access(file):
+            length, header = (_header_in_bucket if is_remote(file) else _header_on_disk)(file)
+    except (SafetensorError, ValueError, KeyError, TypeError) as fault:
+        if isinstance(fault, UserError):
+            raise
         raise UserError(f"{file} is damaged or cut short ({fault}): fetch it again") from None
-    except OSError as fault:
-        raise UserError(f"{file} cannot be read: {fault.strerror}") from None
     return [
         StoredTensor(
             _published_name(name), file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"]
@@ -319,6 +384,36 @@ def _read_header(file: Path) -> list[StoredTensor]:
         for name, entry in header.items()
         if name != "__metadata__"
     ]
+
+
+def _header_on_disk(file: Path) -> tuple[int, dict[str, Any]]:
+    """The length of a file's header, and the header.
+
+    The library checks the file (its length, the header, no gap or overlap of tensors) but keeps the offsets to itself.
+    """
+    with safe_open(file, framework="numpy"), file.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        return length, json.loads(raw.read(length))
+
+
+def _header_in_bucket(file: Path) -> tuple[int, dict[str, Any]]:
+    """``_header_on_disk`` for a file that the library cannot open: with its checks, made here."""
+    size = bucket_files().size(str(file))
+    length = int.from_bytes(read_range(file, 0, 8), "little")
+    if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    header = json.loads(read_range(file, 8, 8 + length))
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    end = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        dtype = FORMAT_DTYPES.get(entry["dtype"])  # another is named later
+        if start != end or (dtype and stop - start != math.prod(entry["shape"]) * dtype.itemsize):
+            raise ValueError(f"{name} is not where its neighbours and shape put it")
+        end = stop
+    if 8 + length + end != size:
+        raise ValueError(f"{size} bytes, where the header tells of {8 + length + end}")
+    return length, header
 
 
 def _published_name(name: str) -> str:

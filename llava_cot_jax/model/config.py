@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import access, as_path
 
 Convention = Literal["meta", "transformers_4", "transformers_5"]
 """Which of three implementations the weights were trained with.
@@ -316,8 +317,9 @@ class MllamaConfig:
         Raises:
             UserError: no such file, no JSON, or anything that ``from_dict`` refuses.
         """
-        config = cls.from_dict(read_json(Path(folder) / "config.json"))
-        _, stated = image_settings(Path(folder))
+        folder = as_path(folder)
+        config = cls.from_dict(read_json(folder / "config.json"))
+        _, stated = image_settings(folder)
         pixels: dict[str, Any] = {k: tuple(stated[k]) for k in ("image_mean", "image_std") if k in stated}
         return replace(config, vision=replace(config.vision, **pixels))
 
@@ -422,23 +424,24 @@ def image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
         UserError: the file is not a JSON object.
     """
     path = folder / "preprocessor_config.json"
-    if path.exists():
-        return path, read_json(path)
-    path = folder / "processor_config.json"  # where transformers 5 writes them
-    return path, read_json(path).get("image_processor", {}) if path.exists() else {}
+    with access(folder):
+        if path.exists():
+            return path, read_json(path)
+        path = folder / "processor_config.json"  # where transformers 5 writes them
+        return path, read_json(path).get("image_processor", {}) if path.exists() else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: there is no such file, or no JSON object in it.
+        UserError: there is no such file, no access to it, or no JSON object in it.
     """
+    with access(path):
+        text = path.read_bytes()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as fault:
+        content = json.loads(text)
+    except ValueError as fault:
         raise UserError(f"{path} is not JSON: {fault}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from llava_cot_jax.model.checkpoint import (
     verified_tensors,
 )
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.paths import access, bucket_files, is_remote
 
 MAX_FILE_BYTES = 5_000_000_000
 _FORMAT_NAMES = {dtype: name for name, dtype in FORMAT_DTYPES.items()}
@@ -69,7 +70,7 @@ def convert_checkpoint(
     Raises:
         UserError: both folders are one; or anything that ``verified_tensors`` or ``write_checkpoint`` refuses.
     """
-    if destination.exists() and destination.samefile(source):
+    if os.path.realpath(destination) == os.path.realpath(source):  # of paths in a bucket too
         raise UserError(f"{destination} is the checkpoint that is to be converted: name another folder for the result")
     stored = verified_tensors(source, config)
     entries = [Entry(name, tensor.shape, dtype or tensor.dtype) for name, tensor in stored.items()]
@@ -78,7 +79,7 @@ def convert_checkpoint(
     def values() -> Iterator[np.ndarray]:
         done = 0
         for entry in entries:
-            yield _read_whole(stored[entry.name], entry.dtype)
+            yield read_whole(stored[entry.name], entry.dtype)
             done += entry.nbytes
             if on_progress:
                 on_progress(done, total)
@@ -86,7 +87,8 @@ def convert_checkpoint(
     write_checkpoint(destination, config, entries, values(), extra_files=companions(source))
 
 
-def _read_whole(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
+def read_whole(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
+    """All of a tensor, in ``dtype``."""
     value = np.empty(tensor.shape, dtype)
     read_shards(tensor, {tuple((0, size) for size in tensor.shape): value})
     return value
@@ -103,11 +105,12 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint of one safetensors file, or of several and their index.
 
-    Everything is written into a hidden folder beside, config.json last, which is then renamed: a
-    kill or a full disk leaves nothing that could pass for a checkpoint.
+    Everything is written into a hidden folder beside, which is then renamed; in a bucket, where nothing
+    can be, into the folder itself. config.json comes last: a kill or a full disk leaves nothing that
+    could pass for a checkpoint.
 
     Args:
-        folder: where; it must not exist, or be empty.
+        folder: where, on a disk or in a bucket; it must not exist, or be empty.
         config: what config.json is to say.
         entries: every tensor, in the order of ``values``.
         values: the tensors, each asked for when the one before is written.
@@ -115,19 +118,20 @@ def write_checkpoint(
         extra_files: files to copy along.
 
     Raises:
-        UserError: ``folder`` is not empty, or it cannot be written (a full disk, no permission).
+        UserError: ``folder`` is not empty, or it cannot be written (a full disk, no permission, no bucket).
     """
     groups = _group(entries, max_file_bytes)
     count = len(groups)
     names = [SINGLE_FILE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    with _whole_or_not_at_all(folder, sum(entry.nbytes for entry in entries)) as partial:
+    begin = _in_bucket if is_remote(folder) else _on_disk
+    with begin(folder, sum(entry.nbytes for entry in entries)) as partial:
         remaining = iter(values)
         for name, group in zip(names, groups, strict=True):
             _write_tensors(partial / name, group, remaining)
         if count > 1:
             _write_json(partial / INDEX_FILE, _index(names, groups))
         for extra in extra_files:
-            shutil.copyfile(extra, partial / extra.name)
+            (partial / extra.name).write_bytes(extra.read_bytes())
         dtype = next(entry.dtype for entry in entries if entry.name == DTYPE_TENSOR)
         _write_json(partial / "config.json", config.to_dict(dtype.name))
 
@@ -152,7 +156,7 @@ def _index(names: Sequence[str], groups: Sequence[Sequence[Entry]]) -> dict[str,
 
 
 @contextlib.contextmanager
-def _whole_or_not_at_all(folder: Path, nbytes: int) -> Iterator[Path]:
+def _on_disk(folder: Path, nbytes: int) -> Iterator[Path]:
     """A hidden folder beside ``folder`` that takes its place when the block ends well, and else is deleted."""
     folder = folder.expanduser().resolve()
     partial = folder.with_name(f".{folder.name}.partial")
@@ -176,6 +180,20 @@ def _whole_or_not_at_all(folder: Path, nbytes: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _in_bucket(folder: Path, nbytes: int) -> Iterator[Path]:
+    """``folder`` itself; all in it is deleted where the block does not end well."""
+    with access(folder):
+        if bucket_files().exists(str(folder)):
+            raise UserError(f"{folder} exists and is not empty: name another folder, or remove it")
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(Exception):
+                bucket_files().rm(str(folder), recursive=True)
+            raise
+
+
 def _write_tensors(path: Path, entries: Sequence[Entry], values: Iterator[np.ndarray]) -> None:
     """A safetensors file of ``entries``, their values taken from the head of ``values``."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers 4 refuses a file without it
@@ -190,11 +208,10 @@ def _write_tensors(path: Path, entries: Sequence[Entry], values: Iterator[np.nda
         position = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the first tensor to 8 bytes
-    with path.open("xb") as file:
+    with _new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
             _write_value(file, entry, next(values))  # no name here holds it while the next is made
-        _reach_disk(file)
 
 
 def _write_value(file: BinaryIO, entry: Entry, value: np.ndarray) -> None:
@@ -204,12 +221,15 @@ def _write_value(file: BinaryIO, entry: Entry, value: np.ndarray) -> None:
 
 
 def _write_json(path: Path, value: dict[str, object]) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        _reach_disk(file)
+    with _new_file(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
-def _reach_disk(file: IO[Any]) -> None:
-    """Wait for the bytes, so that a crash of the machine after the rename finds them there."""
-    file.flush()
-    os.fsync(file.fileno())
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file whose bytes are on the disk when the block ends, so that a crash after the rename finds them there."""
+    with path.open("wb") as file:
+        yield file
+        if not is_remote(path):  # a bucket has them once the file is closed
+            file.flush()
+            os.fsync(file.fileno())

@@ -39,8 +39,14 @@ def is_stacked(layers: Weights) -> bool:
 
 
 def linear(x: jax.Array, w: Weights) -> jax.Array:
-    """x [..., in] through ``weight`` [out, in] and, where there is one, ``bias`` [out]."""
+    """x [..., in] through ``weight`` [out, in], and what else there is of an adapter and a bias.
+
+    An adapter is ``lora_a`` [rank, in] and ``lora_b`` [out, rank]: it adds x A^T B^T, which is little
+    work as long as B A is never made (Hu et al., arXiv 2106.09685). ``bias`` is [out].
+    """
     y = jnp.einsum("...i,oi->...o", x, w["weight"])
+    if "lora_a" in w:
+        y = y + jnp.einsum("...r,or->...o", jnp.einsum("...i,ri->...r", x, w["lora_a"]), w["lora_b"])
     return y + w["bias"] if "bias" in w else y
 
 

@@ -66,8 +66,7 @@ class Mllama(nnx.Module):
         self.mesh = mesh
         self.checkpointing: Checkpointing = checkpointing
         key = rngs.params()
-        fresh = {path: _fresh(p, key, jnp.dtype(dtype), mesh) for path, p in parameters(config, layout).items()}
-        self._hold(fresh)
+        self._hold({path: fresh(p, key, jnp.dtype(dtype), mesh) for path, p in parameters(config, layout).items()})
 
     def __call__(
         self,
@@ -250,8 +249,14 @@ def _unstack(stack: jax.Array) -> list[jax.Array]:
     return list(jnp.unstack(stack))
 
 
-def _fresh(parameter: Parameter, key: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    """A fresh array. A tensor's draw is keyed by its name, so it is the same in either layout."""
+def fresh(parameter: Parameter, key: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """A fresh array of ``dtype``, as ``mesh`` holds ``parameter``.
+
+    A tensor's draw is keyed by its name, so it is the same in either layout.
+
+    Raises:
+        UserError: the mesh does not divide it.
+    """
     ids = np.array([zlib.crc32(tensor.encode()) for tensor in parameter.tensors], np.uint32)
     sharding = None if mesh is None else parameter_sharding(parameter, mesh)
     tensors = _drawing(parameter.tensor_shape, parameter.initializer, parameter.std, dtype, parameter.stacked, sharding)

@@ -22,15 +22,16 @@ from llava_cot_jax.model.checkpoint import (
     Box,
     OnProgress,
     StoredTensor,
+    bytes_to_read,
     extents,
     read_shards,
     verified_tensors,
-    volume,
 )
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.export import MAX_FILE_BYTES, Entry, write_checkpoint
 from llava_cot_jax.model.parameters import Layout, Parameter, parameters
 from llava_cot_jax.model.sharding import check_mesh, parameter_sharding
+from llava_cot_jax.paths import as_path
 
 
 def load_arrays(
@@ -44,7 +45,8 @@ def load_arrays(
 ) -> dict[str, jax.Array]:
     """The weights in ``folder`` (``checkpoint.resolve_checkpoint``) as arrays by path, laid out on a mesh.
 
-    Each process reads only the bytes of the shards that its devices hold, replicas once.
+    Each process reads only the bytes of the shards that its devices hold, replicas once; of narrow shards
+    in a bucket more (``checkpoint.read_shards``).
 
     Args:
         folder: of a checkpoint of float32, float16 or bfloat16 tensors.
@@ -87,9 +89,8 @@ class _Placement:
         }
 
     def bytes_to_read(self, stored: Mapping[str, StoredTensor]) -> int:
-        elements = sum(volume(box) for box in set(self.boxes.values()))
-        itemsizes = [stored[name].dtype.itemsize for name in self.parameter.tensors]
-        return elements * sum(itemsizes) // len(itemsizes)
+        boxes = {box[1:] if self.parameter.stacked else box for box in self.boxes.values()}
+        return sum(bytes_to_read(stored[name], boxes) for name in self.parameter.tensors)
 
     def load(self, stored: Mapping[str, StoredTensor], dtype: np.dtype) -> tuple[jax.Array, int]:
         """The parameter as an array of ``dtype``, and the bytes that were read for it."""
@@ -129,7 +130,7 @@ def save_arrays(
     Args:
         arrays: by path, in either layout, on any mesh.
         config: what they belong to.
-        folder: where; it must not exist, or be empty.
+        folder: where, on a disk or in a bucket; it must not exist, or be empty.
         max_file_bytes: as for ``write_checkpoint``.
         extra_files: files to copy along (``checkpoint.companions`` of the checkpoint it came from).
 
@@ -137,6 +138,7 @@ def save_arrays(
         UserError: anything that ``write_checkpoint`` refuses, in every process.
         ValueError: ``arrays`` are not those of ``config`` in either layout.
     """
+    folder = as_path(folder)
     table = _table_of(arrays, config)
     entries = [
         Entry(name, parameter.tensor_shape, _weight_dtype(arrays[path].dtype))

@@ -1,7 +1,7 @@
 """The state of a run, and the step that brings it on: one compiled program for each shape of batch."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.layers import Checkpointing
-from llava_cot_jax.model.parameters import nest, parameters
+from llava_cot_jax.model.parameters import Parameter, nest
 from llava_cot_jax.model.sharding import on_mesh, parameter_sharding
 from llava_cot_jax.stages import STAGES
 from llava_cot_jax.training.loss import token_losses
@@ -30,8 +30,9 @@ class State:
 
     Attributes:
         step: int32, steps done.
-        trained: the arrays that training changes, by their paths in the stacked layout.
-        frozen: the others.
+        trained: the arrays that training changes, by their paths: parameters of the model in the
+            stacked layout, adapters, or both.
+        frozen: the other parameters of the model.
         optimizer: the moments of the trained ones.
         skipped: int32, steps whose loss or gradient was not finite, and which changed nothing.
     """
@@ -43,52 +44,63 @@ class State:
     skipped: jax.Array
 
     @classmethod
-    def begin(cls, arrays: Mapping[str, jax.Array], frozen: Sequence[str], optimizer: Optimizer, dtype: Any) -> Self:
+    def begin(
+        cls, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], optimizer: Optimizer, dtype: Any
+    ) -> Self:
         """The state before the first step.
 
         Args:
-            arrays: the model, by the paths of the stacked layout.
-            frozen: regular expressions, searched for in the paths.
+            trained: see above.
+            frozen: see above; they keep their dtypes.
             optimizer: of the run.
-            dtype: that trained arrays are kept in; frozen ones keep their own.
-
-        Raises:
-            UserError: a pattern that is none or matches nothing, or nothing left to train.
+            dtype: that trained arrays are kept in.
         """
-        still = frozen_paths(arrays, frozen)
-        trained = {path: array.astype(dtype) for path, array in arrays.items() if path not in still}
-        rest = {path: array for path, array in arrays.items() if path in still}
-        return cls(jnp.int32(0), trained, rest, optimizer.init(trained), jnp.int32(0))
+        kept = {path: array.astype(dtype) for path, array in trained.items()}
+        return cls(jnp.int32(0), kept, dict(frozen), optimizer.init(kept), jnp.int32(0))
 
 
-def frozen_paths(paths: Mapping[str, Any], patterns: Sequence[str]) -> set[str]:
+def frozen_paths(paths: Collection[str], patterns: Sequence[str]) -> set[str]:
     """The paths in which any of the regular expressions is found.
 
     Raises:
-        UserError: as for ``State.begin``.
+        UserError: a pattern that is none or matches nothing, or nothing left to train.
     """
-    found: set[str] = set()
-    for pattern in patterns:
-        try:
-            matched = {path for path in paths if re.search(pattern, path)}
-        except re.error as fault:
-            raise UserError(f"frozen: {pattern!r} is no regular expression: {fault}") from None
-        if not matched:
-            raise UserError(
-                f"frozen: {pattern!r} matches no parameter; they are named as language_model.lm_head.weight"
-            )
-        found |= matched
+    found = {path for pattern in patterns for path in matching(paths, pattern, "frozen")}
     if len(found) == len(paths):
         raise UserError("every parameter is frozen: leave one to train")
     return found
 
 
-def state_sharding(state: State, config: MllamaConfig, mesh: Mesh) -> Any:
-    """A tree like ``state``: arrays and moments as the mesh holds their parameters, the rest on every device."""
-    table = parameters(config, "stacked")
+def matching(paths: Collection[str], pattern: str, setting: str) -> set[str]:
+    """The paths in which the regular expression is found.
+
+    Args:
+        paths: of parameters.
+        pattern: searched for, from anywhere in a path.
+        setting: where a user wrote it, for the error.
+
+    Raises:
+        UserError: it is no regular expression, or matches nothing.
+    """
+    try:
+        found = {path for path in paths if re.search(pattern, path)}
+    except re.error as fault:
+        raise UserError(f"{setting}: {pattern!r} is no regular expression: {fault}") from None
+    if not found:
+        name = "language_model.model.layers.0.self_attn.q_proj.weight"
+        raise UserError(f"{setting}: {pattern!r} matches no parameter; they are named as {name}")
+    return found
+
+
+def state_sharding(state: State, table: Mapping[str, Parameter], mesh: Mesh) -> Any:
+    """A tree like ``state``: arrays and moments as the mesh holds them by ``table``, the rest on every device.
+
+    Raises:
+        UserError: the mesh does not divide one.
+    """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = getattr(path[-1], "key", None)
+        name: Any = getattr(path[-1], "key", None)
         return parameter_sharding(table[name], mesh) if name in table else NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, state)
@@ -116,9 +128,12 @@ def losses(
     config: MllamaConfig,
     dtype: Any,
     checkpointing: Checkpointing,
+    lora_scale: float = 1.0,
 ) -> Losses:
-    """The losses of a batch, computed in ``dtype``."""
-    params = nest({path: array.astype(dtype) for path, array in {**trained, **frozen}.items()})
+    """The losses of a batch, computed in ``dtype``; ``lora_b`` of every adapter is multiplied by ``lora_scale``."""
+    arrays = {**trained, **frozen}
+    arrays |= {path: lora_scale * array for path, array in arrays.items() if path.endswith(".lora_b")}
+    params = nest({path: array.astype(dtype) for path, array in arrays.items()})
     each = token_losses(params, config, batch, checkpointing)  # [batch, tokens]
     stages = jax.nn.one_hot(batch["stage"], 1 + len(STAGES)) * batch["loss_mask"][..., None]
     return Losses(jnp.einsum("bt,bts->s", each, stages), jnp.einsum("bts->s", stages))
@@ -126,6 +141,7 @@ def losses(
 
 def make_step(
     config: MllamaConfig,
+    table: Mapping[str, Parameter],
     optimizer: Optimizer,
     state: State,
     *,
@@ -134,6 +150,7 @@ def make_step(
     checkpointing: Checkpointing,
     micro_batches: int = 1,
     clip: float = 0.0,
+    lora_scale: float = 1.0,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """The compiled step: the state after a batch, and what is to be told of it.
 
@@ -142,6 +159,7 @@ def make_step(
 
     Args:
         config: the model's configuration.
+        table: the declarations of all arrays of the state, by their paths.
         optimizer: see there.
         state: the first one, or shapes and dtypes like it.
         mesh: that the arrays lie on; the state after a step lies as ``state_sharding`` says.
@@ -149,12 +167,13 @@ def make_step(
         checkpointing: what of a layer is saved for the backward pass.
         micro_batches: parts that a batch is computed in, one after the other; it must be divisible.
         clip: the global norm that gradients are scaled down to; 0 leaves them as they are.
+        lora_scale: of the adapters, ``LoraSettings.scale``.
 
     Returns:
         A function; its measures are ``loss``, ``gradient_norm``, ``tokens`` (trained ones),
-        ``stage_losses`` and ``stage_tokens`` float32 [1 + stages], and ``finite``.
+        ``stage_losses`` and ``stage_tokens`` float32 [1 + stages], ``finite``, and ``skipped`` as in the state.
     """
-    compute = partial(losses, config=config, dtype=dtype, checkpointing=checkpointing)
+    compute = partial(losses, config=config, dtype=dtype, checkpointing=checkpointing, lora_scale=lora_scale)
 
     def gradients(state: State, batch: Batch) -> tuple[dict[str, jax.Array], Losses]:
         count = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
@@ -194,12 +213,13 @@ def make_step(
             "stage_losses": found.total / jnp.maximum(found.tokens, 1.0),
             "stage_tokens": found.tokens,
             "finite": finite,
+            "skipped": after_step.skipped,
         }
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     # Stated, or the compiler may lay the new state out otherwise than the old one.
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding(state, config, mesh), None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding(state, table, mesh), None))
 
 
 def _in_parts(batch: Batch, parts: int) -> Batch:

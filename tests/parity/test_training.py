@@ -83,12 +83,13 @@ def begin(model: Mllama, frozen=(), settings: OptimizerSettings = SETTINGS) -> t
     optimizer = Optimizer(settings, lambda step: settings.learning_rate, parameters(model.config, "stacked"))
     # Copied: the step donates its state.
     arrays = {path: jnp.array(array) for path, array in flatten(model.params).items()}
-    return State.begin(arrays, frozen, optimizer, settings.dtype), optimizer
+    rest = {path: arrays.pop(path) for path in frozen_paths(arrays, frozen)}
+    return State.begin(arrays, rest, optimizer, settings.dtype), optimizer
 
 
 def step_of(model: Mllama, optimizer: Optimizer, state: State, **more):
     settings = {"mesh": None, "dtype": jnp.float32, "checkpointing": "none"} | more
-    return make_step(model.config, optimizer, state, **settings)
+    return make_step(model.config, parameters(model.config, "stacked"), optimizer, state, **settings)
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,15 @@ def rows(reference) -> dict[str, np.ndarray]:
 def start(config, mesh=None, frozen=(), settings=SETTINGS, **more):
     """A state and its step."""
     model = Mllama(config, rngs=nnx.Rngs(0), layout="stacked")
-    optimizer = Optimizer(settings, lambda step: settings.learning_rate, parameters(config, "stacked"))
-    state = State.begin(flatten(model.params), frozen, optimizer, settings.dtype)
+    table = parameters(config, "stacked")
+    optimizer = Optimizer(settings, lambda step: settings.learning_rate, table)
+    arrays = flatten(model.params)
+    still = frozen_paths(arrays, frozen)
+    rest = {path: arrays.pop(path) for path in still}
+    state = State.begin(arrays, rest, optimizer, settings.dtype)
     if mesh is not None:
-        state = jax.device_put(state, state_sharding(state, config, mesh))
-    return state, make_step(config, optimizer, state, mesh=mesh, dtype=jnp.float32, checkpointing="full", **more)
+        state = jax.device_put(state, state_sharding(state, table, mesh))
+    return state, make_step(config, table, optimizer, state, mesh=mesh, dtype=jnp.float32, checkpointing="full", **more)
 
 
 def train(config, rows, steps, mesh=None, **more) -> tuple[list[float], State]:

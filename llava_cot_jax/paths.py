@@ -1,0 +1,120 @@
+"""Paths on a disk and in a bucket: one way to name them, and one line for what goes wrong there.
+
+A path on a disk is a ``pathlib.Path``. One in a bucket, ``gs://bucket/folder``, is an ``epath.Path``,
+which answers to the same calls.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from etils import epath
+
+from llava_cot_jax.errors import UserError
+
+_SCHEME = re.compile(r"([a-zA-Z][\w+.-]*)://?")  # pathlib makes one slash of two
+_SILENCE = logging.NullHandler()
+
+
+def as_path(text: str | os.PathLike[str]) -> Path:
+    """The path that a user named, on a disk (``~`` is the home folder) or in a bucket (``gs://bucket/folder``).
+
+    Raises:
+        UserError: another scheme than ``gs://``, no bucket, or gcsfs is not installed.
+    """
+    name = os.fspath(text)
+    if not (scheme := _SCHEME.match(name)):
+        return Path(name).expanduser()
+    if scheme[1] != "gs":
+        raise UserError(f"{name}: {scheme[1]}:// is not supported; give a local path or gs://bucket/folder")
+    place = name[scheme.end() :].strip("/")
+    if not place:
+        raise UserError(f"{name} names no bucket: give gs://bucket/folder")
+    # Else gcsfs asks for each bucket's layout, which it can do without, and waits a minute where it gets no answer.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # Else a listing is remembered for ever, though other machines write to the bucket too.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    try:
+        import gcsfs  # noqa: F401
+    except ImportError:
+        raise UserError(f"gs://{place} needs gcsfs: pip install 'llava-cot-jax[gcs]'") from None
+    logging.getLogger("gcsfs").addHandler(_SILENCE)  # it prints the traceback of what it raises
+    found: Path = epath.Path(f"gs://{place}")
+    return found
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is in a bucket."""
+    scheme = _SCHEME.match(os.fspath(path))
+    return scheme is not None and scheme[1] == "gs"
+
+
+def bucket_files() -> Any:
+    """The fsspec file system of buckets, for what ``epath`` lacks."""
+    return fsspec.filesystem("gcs")
+
+
+def files_in(folder: Path) -> set[str]:
+    """The names of the files in ``folder``, not of its folders.
+
+    Raises:
+        UserError: no such folder (a bucket has those only that hold something), or no access to it.
+    """
+    with access(folder):
+        if not is_remote(folder):
+            return {path.name for path in folder.iterdir() if path.is_file()}
+        entries = bucket_files().ls(str(folder), detail=True)
+        return {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
+
+
+def read_range(path: Path, start: int, stop: int) -> bytes:
+    """The bytes of a file in a bucket from ``start`` up to ``stop``, or to its end, by one request.
+
+    Raises:
+        UserError: no such file, or no access to it.
+    """
+    with access(path):
+        content: bytes = bucket_files().cat_file(str(path), start, stop)
+    return content
+
+
+@contextmanager
+def access(path: Path) -> Iterator[None]:
+    """Turns what a disk or a bucket refuses in the block into a ``UserError`` that names ``path``."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist{' (or its bucket does not)' if is_remote(path) else ''}") from None
+    except Exception as fault:
+        if is_remote(path) and (reason := _refusal(fault)):
+            raise UserError(f"{path} {reason}") from fault
+        if isinstance(fault, OSError):
+            raise UserError(f"{path} cannot be read: {fault.strerror or fault}") from None
+        raise
+
+
+def _refusal(fault: Exception) -> str:
+    """Why a bucket cannot be used; nothing if ``fault`` is not of its making."""
+    import aiohttp
+    import requests
+    from gcsfs.retry import HttpError, NonRetryableError
+    from google.auth.exceptions import GoogleAuthError, TransportError
+
+    first_line = (str(fault).splitlines() or [type(fault).__name__])[0]
+    match fault:
+        case (
+            TransportError() | aiohttp.ClientError() | requests.RequestException() | ConnectionError() | TimeoutError()
+        ):
+            return f"cannot be reached, is there a network? ({first_line})"
+        case HttpError(code=401) | GoogleAuthError() | NonRetryableError():
+            return "needs credentials: run `gcloud auth application-default login`"
+        case OSError() if first_line.startswith("Forbidden"):
+            return "is closed to your credentials: ask for the role Storage Object User on the bucket"
+        case OSError() | HttpError():
+            return f"cannot be used: {first_line}"
+    return ""

@@ -1,0 +1,119 @@
+"""Fine-tune Llama-3.2-Vision on staged answers: on every host of a slice alike, or on one machine.
+
+python -m llava_cot_jax.train --config FILE.yaml [dotted overrides]
+"""
+
+import os
+import socket
+from dataclasses import fields
+from typing import Any
+
+import jax
+import jsonargparse
+from rich.console import Console
+
+from llava_cot_jax import cli
+from llava_cot_jax.data.sources import open_rows
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.evaluation.held_out import answer_rows, share
+from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.search.decode import Generator
+from llava_cot_jax.training.export import merged_arrays
+from llava_cot_jax.training.loop import Trained, train
+from llava_cot_jax.training.settings import TrainSettings
+
+SHOWN = 3
+"""Answers that are printed whole."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: a setting, or a file that cannot be used: before anything expensive starts.
+    """
+    settings, hosts = read_arguments(argv)
+    _join_hosts(hosts)
+    if settings.answers and jax.process_count() > 1:
+        raise UserError("answers is set, but only one process can answer yet: set it to 0, and use generate later")
+    first = jax.process_index() == 0
+    console = Console(highlight=False, soft_wrap=True)
+
+    def tell(what: Any) -> None:
+        if first:
+            console.print(what, markup=False)
+
+    trained = train(settings, tell=tell, open_bar=cli.progress_bar if first else cli.no_bar)
+    if settings.answers:
+        _answer(settings, trained, tell)
+    tell(f"export the model: python -m llava_cot_jax.convert {settings.output} FOLDER")
+
+
+def read_arguments(argv: list[str] | None = None) -> tuple[TrainSettings, jsonargparse.Namespace]:
+    """The settings of the run, and which of its hosts this is.
+
+    Raises:
+        UserError: an argument, or a key of a configuration file, that is not known or not of its type.
+    """
+    parser = _parser()
+    options = parser.instantiate(parser.parse_args(argv))
+    return TrainSettings(**{field.name: options[field.name] for field in fields(TrainSettings)}), options.hosts
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser("train", "Fine-tune Llama-3.2-Vision on staged answers.")
+    parser.add_class_arguments(TrainSettings)
+    add = parser.add_argument
+    add("--hosts.coordinator", type=str | None, default=None, help="HOST:PORT of the first process; TPUs know it")
+    add("--hosts.count", type=int | None, default=None, help="how many processes there are; TPUs know it")
+    add("--hosts.index", type=int | None, default=None, help="which of them this is, from 0; TPUs know it")
+    return parser
+
+
+def _join_hosts(hosts: jsonargparse.Namespace) -> None:
+    """Let the processes of the run find each other: by these flags, by what a TPU says, or this one alone.
+
+    Raises:
+        UserError: some of the flags, but not all.
+    """
+    given = {name: value for name, value in vars(hosts).items() if value is not None}
+    if given and len(given) < len(vars(hosts)):
+        missing = " and ".join(f"--hosts.{name}" for name in vars(hosts) if name not in given)
+        raise UserError(f"give {missing} too, or none of the hosts' arguments")
+    if given:
+        jax.distributed.initialize(hosts.coordinator, hosts.count, hosts.index)
+        return
+    try:
+        if os.environ.get("JAX_PLATFORMS") != "cpu":
+            jax.distributed.initialize()
+            return
+    except ValueError:  # no cluster knows this process
+        pass
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    jax.distributed.initialize(f"localhost:{port}", 1, 0)
+
+
+def _answer(settings: TrainSettings, trained: Trained, tell: Any) -> None:
+    """Answer held-out questions, show a few, and count how many captions and conclusions are the rows' own."""
+    origin = trained.origin
+    arrays = merged_arrays(trained.state, settings.lora, settings.dtype)
+    model = Mllama.from_arrays(origin.config, arrays, layout="stacked", mesh=trained.mesh)
+    model.to_layout("unrolled")
+    rows = open_rows(settings.data, "validation")
+    indices = range(min(settings.answers, len(rows)))
+    found = []
+    with cli.progress_bar("answering", "questions") as on_progress:
+        for answered in answer_rows(Generator(model), origin.processor, rows, indices, settings.chat.max_length):
+            found.append(answered)
+            on_progress(len(found), len(indices))
+    for answered in found[:SHOWN]:
+        tell(f"\n{answered.question}\n{answered.answer}\n(the row's own: {answered.expected.splitlines()[-1]})")
+    for stage in ("CAPTION", "CONCLUSION"):
+        part, error = share([answered.agrees(stage) for answered in found])
+        tell(f"{stage.lower()}s that are the row's own: {part:.1%} of {len(found)} (standard error {error:.1%})")
+
+
+if __name__ == "__main__":
+    cli.run(main)

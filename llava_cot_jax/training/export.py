@@ -1,0 +1,136 @@
+"""From a run to a model on its own: what was trained, put into the checkpoint that the run started from."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint import OnProgress, companions, read_config, verified_tensors
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.export import Entry, read_whole, write_checkpoint
+from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.model.parameters import flatten, parameters
+from llava_cot_jax.training.checkpoints import read_arrays, read_run, steps_in, stored_arrays
+from llava_cot_jax.training.lora import LoraSettings, merged
+from llava_cot_jax.training.origin import Origin
+from llava_cot_jax.training.run_folder import CHECKPOINTS, MODEL
+from llava_cot_jax.training.state import State
+
+
+def merged_arrays(state: State, lora: LoraSettings, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """The model of a state by the paths of the stacked layout, its adapters merged, in ``dtype``."""
+    held = {**state.frozen, **state.trained}
+    found: dict[str, jax.Array] = {}
+    for path, array in held.items():
+        a, b = _adapter_paths(path)
+        if a in held:
+            array = merged(array, held[a], held[b], lora.scale)
+        if not path.endswith((".lora_a", ".lora_b")):
+            found[path] = array.astype(dtype)
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is the folder of a run."""
+    return (folder / CHECKPOINTS).is_dir()
+
+
+class RunExport:
+    """The model of a run at one of its steps, as many processes may have written it, one parameter in memory at a time.
+
+    Attributes:
+        config: the model's configuration.
+        step: whose checkpoint is read.
+
+    Args:
+        folder: of the run.
+        step: None is the newest.
+
+    Raises:
+        UserError: no such step, or none at all.
+    """
+
+    def __init__(self, folder: Path, step: int | None = None) -> None:
+        steps = steps_in(folder / CHECKPOINTS)
+        if not steps:
+            raise UserError(f"{folder} has no whole checkpoint yet: let the run reach its first one")
+        self.step = steps[-1] if step is None else step
+        if self.step not in steps:
+            raise UserError(f"{folder} has no checkpoint of step {step}, only of {', '.join(map(str, steps))}")
+        self._companions = folder / MODEL
+        self._checkpoint = folder / CHECKPOINTS / str(self.step)
+        self.config = read_config(self._companions)
+        self._run = read_run(self._checkpoint)
+
+    def write(
+        self,
+        destination: Path,
+        config: MllamaConfig,
+        *,
+        dtype: np.dtype | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """Write a checkpoint in Hugging Face form.
+
+        Args:
+            destination: the folder to make; it must not exist, or be empty.
+            config: what to write as config.json; of the shapes of the run's.
+            dtype: of the weights; None is float32, or bfloat16 where all that was trained is.
+            on_progress: called after each tensor.
+
+        Raises:
+            UserError: what the run started from is gone, or anything that ``write_checkpoint`` refuses.
+        """
+        trained = stored_arrays(self._checkpoint)
+        dtypes = {np.dtype(array.dtype) for array in trained.values()}
+        written = dtype or (dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32))
+        table = parameters(self.config, "stacked")
+        entries = [Entry(name, p.tensor_shape, written) for p in table.values() for name in p.tensors]
+        total = sum(entry.nbytes for entry in entries)
+
+        def values() -> Iterator[np.ndarray]:
+            done = 0
+            for entry, value in zip(entries, self._tensors(set(trained)), strict=True):
+                yield value.astype(written)
+                done += entry.nbytes
+                if on_progress:
+                    on_progress(done, total)
+
+        write_checkpoint(destination, config, entries, values(), extra_files=companions(self._companions))
+
+    def _tensors(self, trained: set[str]) -> Iterator[np.ndarray]:
+        """Every published tensor, in the order of the stacked layout."""
+        table, scale = parameters(self.config, "stacked"), LoraSettings(**self._run["lora"]).scale
+        frozen = self._frozen() if table.keys() - trained else None
+        for path, parameter in table.items():
+            wanted = [name for name in (path, *_adapter_paths(path)) if name in trained]
+            held = read_arrays(self._checkpoint, wanted) if wanted else {}
+            a, b = (held.get(name) for name in _adapter_paths(path))
+            for layer, name in enumerate(parameter.tensors):
+                part = layer if parameter.stacked else ...
+                if path in held:
+                    value = held[path][part]
+                else:
+                    assert frozen is not None
+                    value = frozen(name)
+                yield value if a is None or b is None else merged(value, a[part], b[part], scale)
+
+    def _frozen(self) -> Callable[[str], np.ndarray]:
+        """Reads a published tensor of what the run started from."""
+        origin = Origin(self._run["init_from"], self.config.convention)
+        if origin.folder is None:
+            fresh: dict[str, Any] = flatten(Mllama(self.config, rngs=nnx.Rngs(self._run["seed"])).params)
+            return lambda name: np.asarray(fresh[name])
+        stored = verified_tensors(origin.folder, self.config)
+        return lambda name: read_whole(stored[name], stored[name].dtype)
+
+
+def _adapter_paths(path: str) -> tuple[str, str]:
+    """Of the adapter of a weight."""
+    projection = path.removesuffix("weight")
+    return projection + "lora_a", projection + "lora_b"

@@ -1,0 +1,154 @@
+"""The training loop: from settings to a trained model, top to bottom."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llava_cot_jax.data.loader import Loader
+from llava_cot_jax.data.rows import FirstRows
+from llava_cot_jax.data.sources import open_rows
+from llava_cot_jax.model.sharding import partition
+from llava_cot_jax.paths import as_path
+from llava_cot_jax.stages import STAGES
+from llava_cot_jax.training.checkpoints import Checkpoints
+from llava_cot_jax.training.metrics import Meter, Metrics, by_stage
+from llava_cot_jax.training.origin import Origin
+from llava_cot_jax.training.program import Program, make_program
+from llava_cot_jax.training.report import OpenBar, describe_run, describe_validation
+from llava_cot_jax.training.run_folder import CHECKPOINTS, run_identity, write_run_folder
+from llava_cot_jax.training.settings import TrainSettings
+from llava_cot_jax.training.state import State
+from llava_cot_jax.training.stepper import Stepper
+
+PROFILED = range(5, 8)
+"""Of the steps since a start, those whose trace is written."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves in memory.
+
+    Attributes:
+        origin: what it started from.
+        mesh: that the state lies on.
+        state: the last one.
+    """
+
+    origin: Origin
+    mesh: Mesh
+    state: State
+
+
+def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: OpenBar) -> Trained:
+    """Run ``settings``: from the newest checkpoint in its folder on, where there is one.
+
+    Every process of the run calls this.
+
+    Args:
+        settings: see there.
+        tell: shows a person a line, or a table of rich's.
+        open_bar: see there.
+
+    Raises:
+        UserError: anything in the settings, or in the files that they name, that cannot be used: before
+            the first step; damaged data or a full disk: later.
+    """
+    mesh = settings.mesh.make()
+    origin = Origin(settings.init_from, settings.convention)
+    training, validation = _loaders(settings, origin, mesh, open_bar)
+    steps = settings.steps or settings.epochs * training.batches_per_epoch
+    program = make_program(settings, origin.config, mesh, steps=steps, steps_per_epoch=training.batches_per_epoch)
+    meter = Meter(origin.config, program.trained, program.adapted)
+    folder = as_path(settings.output)
+    identity = run_identity(settings, training.fingerprint)
+    write_run_folder(folder, settings, origin)
+    with Checkpoints(folder / CHECKPOINTS, settings.checkpoints_kept) as checkpoints:
+        checkpoints.check_room(program.state)
+        tell(describe_run(settings, origin.config, mesh, program, training, meter, steps))
+        state = _first_state(settings, origin, mesh, program, checkpoints, identity, open_bar)
+        first = int(state.step)
+        if first:
+            tell(f"going on from step {first}, the newest checkpoint in {folder}")
+        with (
+            Metrics(folder, asdict(settings), settings.wandb, first) as metrics,
+            open_bar("training", "steps", settings.log_every) as bar,
+        ):
+            stepper = Stepper(program, training, range(first, steps), meter, metrics, bar)
+            for done in range(first + 1, steps + 1):
+                if settings.profile and done - first == PROFILED.start:
+                    jax.profiler.start_trace(str(metrics.folder / "profile"))
+                state = stepper.step(state)
+                if settings.profile and done - first == PROFILED.stop:
+                    stepper.finish()
+                    jax.profiler.stop_trace()
+                if done % settings.checkpoint_every == 0 or done == steps:
+                    with stepper.pause("saving_seconds"):
+                        checkpoints.save(state, identity)
+                if validation and (done == steps or (settings.validate_every and done % settings.validate_every == 0)):
+                    with stepper.pause("validation_seconds"):
+                        found = validate(program, state, validation)
+                    metrics.write(done, found)
+                    tell(describe_validation(done, found))
+            stepper.finish()
+    return Trained(origin, mesh, state)
+
+
+def validate(program: Program, state: State, loader: Loader) -> dict[str, float]:
+    """The mean loss over all trained tokens of a loader's rows: ``validation_loss``, and that of each stage."""
+    totals, tokens = np.zeros(1 + len(STAGES)), np.zeros(1 + len(STAGES))
+    for batch in loader.batches(0, loader.batches_per_epoch):
+        found = jax.device_get(program.evaluate(state.trained, state.frozen, batch))
+        totals, tokens = totals + found.total, tokens + found.tokens
+    whole = float(totals.sum() / tokens.sum())
+    return {"validation_loss": whole, **by_stage("validation_loss", totals / np.maximum(tokens, 1), tokens)}
+
+
+def _loaders(settings: TrainSettings, origin: Origin, mesh: Mesh, open_bar: OpenBar) -> tuple[Loader, Loader | None]:
+    """Of the rows to train on, and of those to validate with."""
+    sharding = NamedSharding(mesh, partition(("batch",)))
+
+    def open_loader(split: str, count: int | None) -> Loader:
+        rows = open_rows(settings.data, split)
+        with open_bar(f"counting the tokens of {split}", "rows") as on_progress:
+            return Loader(
+                rows if count is None else FirstRows(rows, count),
+                origin.processor,
+                settings.chat,
+                settings.loader,
+                sharding,
+                shuffle=count is None,
+                on_progress=on_progress,
+            )
+
+    training = open_loader("train", None)
+    return training, open_loader("validation", settings.validation_rows) if settings.validation_rows else None
+
+
+def _first_state(
+    settings: TrainSettings,
+    origin: Origin,
+    mesh: Mesh,
+    program: Program,
+    checkpoints: Checkpoints,
+    identity: dict[str, Any],
+    open_bar: OpenBar,
+) -> State:
+    """The state to go on from.
+
+    1. The parameters of the checkpoint that the run starts from, or fresh ones.
+    2. Where the run was cut off, in place of those that are trained, the newest that it saved.
+    """
+    step = checkpoints.latest
+    arrays: dict[str, jax.Array] = {}
+    if step is None or program.state.frozen:
+        with open_bar("loading weights") as on_progress:
+            arrays = origin.arrays(
+                mesh=mesh, dtype=settings.optimizer.dtype, seed=settings.seed, on_progress=on_progress
+            )
+    if step is None:
+        return program.begin(arrays)
+    return checkpoints.restore(step, replace(program.state, frozen=program.frozen(arrays)), identity)

@@ -1,0 +1,184 @@
+"""What a run tells of itself: rates and MFU, and the files and services that keep them."""
+
+import json
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.hardware import Part, find_chip, training_flops
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.paths import is_remote
+from llava_cot_jax.stages import STAGES
+
+FILE = "metrics.jsonl"
+UPLOAD_SECONDS = 60.0
+
+
+class Meter:
+    """Rates of the steps of a run.
+
+    Args:
+        config: the model's.
+        trained: the parts that are trained (``hardware.parts_of``).
+        adapted: the parts that have adapters.
+    """
+
+    def __init__(self, config: MllamaConfig, trained: frozenset[Part], adapted: frozenset[Part]) -> None:
+        device = jax.devices()[0]
+        chip = find_chip(device.device_kind)
+        self._peak = chip.flops / chip.devices * jax.device_count() if chip else None
+        self._last = time.perf_counter()
+
+        @cache
+        def row_flops(tokens: int) -> int:
+            return sum(training_flops(config, tokens, images=1, trained=trained, adapted=adapted).values())
+
+        self._row_flops = row_flops
+
+    def flops(self, lengths: np.ndarray) -> int:
+        """Useful FLOPs of a step whose rows have so many tokens, padding left out."""
+        return sum(self._row_flops(length) for length in lengths.tolist())
+
+    def begin(self) -> None:
+        """Time from now on: what went before was none of a step's."""
+        self._last = time.perf_counter()
+
+    def lap(self, lengths: np.ndarray) -> dict[str, float | None]:
+        """The rates since the last call, in which one step was finished.
+
+        Args:
+            lengths: int [rows], tokens of the rows of its global batch.
+
+        Returns:
+            ``seconds``, ``samples_per_second`` and ``tokens_per_second`` of all devices together,
+            ``tflops_per_second_per_device``, ``mfu`` (None where the chip is not in ``hardware.CHIPS``).
+        """
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        rate = self.flops(lengths) / seconds
+        return {
+            "seconds": seconds,
+            "samples_per_second": len(lengths) / seconds,
+            "tokens_per_second": int(lengths.sum()) / seconds,
+            "tflops_per_second_per_device": rate / jax.device_count() / 1e12,
+            "mfu": rate / self._peak if self._peak else None,
+        }
+
+
+def peak_memory() -> int:
+    """Bytes: the most that a device of this process held; of a CPU, that the process held."""
+    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in statistics if "peak_bytes_in_use" in found]
+    return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def by_stage(name: str, losses: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """Mean losses of the stages that have tokens, named as in ``loss_summary``.
+
+    Args:
+        name: of the loss.
+        losses: float32 [1 + stages], means.
+        tokens: float32 [1 + stages].
+    """
+    return {f"{name}_{stage.lower()}": float(losses[i]) for i, stage in enumerate(STAGES, 1) if tokens[i]}
+
+
+class Metrics:
+    """Writes each measure to metrics.jsonl, to TensorBoard and, where asked, to Weights & Biases.
+
+    Only the first of several processes writes what others read.
+
+    Attributes:
+        folder: where they are written: the run's or, where that is in a bucket, a temporary one that
+            is copied there now and then. Of other processes, a temporary one.
+
+    Args:
+        folder: of the run.
+        settings: all of the run's, for Weights & Biases.
+        wandb: the project there; None leaves it out.
+        step: the run's first step; lines of later ones, from before it was cut off, are dropped.
+
+    Raises:
+        UserError: Weights & Biases is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], wandb: str | None, step: int) -> None:
+        self._writes = jax.process_index() == 0
+        self._bucket = folder if self._writes and is_remote(folder) else None
+        self._temporary = bool(self._bucket) or not self._writes
+        self.folder = Path(tempfile.mkdtemp()) if self._temporary else Path(folder)
+        if not self._writes:
+            return
+        self._uploaded = time.monotonic()
+        path = self.folder / FILE
+        if self._bucket and (self._bucket / FILE).exists():
+            path.write_bytes((self._bucket / FILE).read_bytes())
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
+        self._lines = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self._wandb = _begin_wandb(wandb, self.folder, settings) if wandb else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writes:
+            self._lines.close()
+            self._board.close()
+            if self._wandb:
+                self._wandb.finish()
+            if self._bucket:
+                self._upload()
+        if self._temporary:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """The measures after ``step`` steps; those that are None are left out."""
+        if not self._writes:
+            return
+        known = {name: value for name, value in values.items() if value is not None}
+        self._lines.write(json.dumps({"step": step, **known}) + "\n")
+        self._lines.flush()
+        for name, value in known.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(known, step=step)
+        if self._bucket and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self._upload()
+
+    def _upload(self) -> None:
+        assert self._bucket is not None
+        for path in self.folder.rglob("*"):
+            if path.is_file():
+                target = self._bucket / str(path.relative_to(self.folder))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+        self._uploaded = time.monotonic()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line that was cut off counts as one of the far future."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _begin_wandb(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb is set, but not installed: pip install 'llava-cot-jax[wandb]'") from None
+    return wandb.init(project=project, config=dict(settings), dir=str(folder))

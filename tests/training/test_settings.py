@@ -1,0 +1,274 @@
+"""Every configuration builds; every field of one changes something; mistakes are named."""
+
+import re
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from llava_cot_jax.data.loader import Loader
+from llava_cot_jax.data.shapes import ShapesRows
+from llava_cot_jax.data.shapes_tokenizer import shapes_config
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.sharding import MESH_AXES, make_mesh, partition
+from llava_cot_jax.train import read_arguments
+from llava_cot_jax.training.origin import Origin
+from llava_cot_jax.training.program import Program, make_program
+from llava_cot_jax.training.settings import MeshSettings, TrainSettings
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+RUNS = [path for path in CONFIGS if "init_from" in path.read_text()]
+MODELS = {
+    "meta-llama/Llama-3.2-11B-Vision-Instruct": MllamaConfig.llama32_11b(),
+    "meta-llama/Llama-3.2-90B-Vision-Instruct": MllamaConfig.llama32_90b(),
+    "shapes": shapes_config(),
+}
+
+
+def abstract_batch(config: MllamaConfig, rows: int, tokens: int, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch as ``Loader`` yields it."""
+    tower = config.vision
+    images = (rows, 1, tower.max_num_tiles)
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "input_ids": ((rows, tokens), jnp.int32),
+        "attention_mask": ((rows, tokens), jnp.int32),
+        "pixel_values": ((*images, tower.num_channels, tower.image_size, tower.image_size), jnp.uint8),
+        "aspect_ratio_ids": (images[:2], jnp.int32),
+        "aspect_ratio_mask": (images, jnp.int32),
+        "cross_attention_mask": ((rows, tokens, *images[1:]), jnp.int32),
+        "loss_mask": ((rows, tokens), jnp.bool_),
+        "stage": ((rows, tokens), jnp.int8),
+        "row": ((rows,), jnp.int32),
+    }
+    sharding = NamedSharding(mesh, partition(("batch",)))
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, (shape, kind) in shapes.items()}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_configuration_builds_its_model_mesh_and_optimizer(path):
+    settings = read_arguments(["--config", str(path)])[0]
+    config = MODELS[settings.init_from]
+    chips = {"64": 64, "16": 8 if "v5p" in path.stem else 16, "128": 64, "8": 8}.get(path.stem.rsplit("_", 1)[1], 1)
+    sizes = settings.mesh.data, settings.mesh.fsdp or chips, settings.mesh.tensor
+    assert np.prod(sizes) == chips
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    program = make_program(settings, config, mesh, steps=100, steps_per_epoch=10)
+    batch = abstract_batch(config, settings.loader.batch, 256, mesh)
+    state, measures = jax.eval_shape(program.step, program.state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), program.state
+    )
+    assert measures["loss"].dtype == jnp.float32
+    losses = jax.eval_shape(program.evaluate, program.state.trained, program.state.frozen, batch)
+    assert losses.total.shape == (5,)
+
+
+BASE = TrainSettings("runs/none", "shapes", "shapes", dtype="float32", mesh=MeshSettings(fsdp=1))
+COMPUTED: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "checkpointing": "dots",
+    "micro_batches": 2,
+    "frozen": ["^vision_model"],
+    "steps": 50,
+    "epochs": 2,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.schedule": "cosine",
+    "optimizer.decay": 0.5,
+    "optimizer.final": 0.5,
+    "optimizer.warmup": 3,
+    "optimizer.b1": 0.5,
+    "optimizer.b2": 0.5,
+    "optimizer.eps": 1e-3,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.clip": 1.0,
+    "optimizer.precision": "bfloat16_nearest",
+    "lora.rank": 4,
+    "lora.alpha": 5.0,
+    "lora.targets": ["q_proj"],
+}
+LOADED: dict[str, Any] = {
+    "data": "elsewhere",
+    "chat.variant": "conclusion",
+    "chat.max_length": 80,
+    "chat.upstream": True,
+    "loader.batch": 16,
+    "loader.buckets": 1,
+    "loader.multiple": 64,
+    "loader.seed": 1,
+}
+STARTED: dict[str, Any] = {"init_from": "elsewhere", "convention": "transformers_5", "seed": 1}
+RUN = {
+    "output",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "validate_every",
+    "validation_rows",
+    "log_every",
+    "answers",
+    "profile",
+    "wandb",
+}
+"""Those that ``test_train.py`` changes in a run."""
+
+READ_AHEAD = {"loader.workers", "loader.threads"}
+"""Those that change no batch: ``test_loader.py`` and ``distributed/test_data.py`` show it."""
+
+
+def names(settings: Any, prefix: str = "") -> set[str]:
+    """The dotted names of all fields."""
+    found: set[str] = set()
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        inner = is_dataclass(value)
+        found |= names(value, f"{prefix}{field.name}.") if inner else {f"{prefix}{field.name}"}
+    return found
+
+
+def changed(settings: TrainSettings, name: str, value: Any) -> TrainSettings:
+    """``settings`` with one field changed; fields that count only with another are given that too."""
+    if name in ("optimizer.final",):
+        settings = replace(settings, optimizer=replace(settings.optimizer, schedule="linear"))
+    if name in ("lora.alpha", "lora.targets"):
+        settings = replace(settings, lora=replace(settings.lora, rank=4))
+    group, _, field = name.rpartition(".")
+    if not group:
+        return replace(settings, **{field: value})
+    return replace(settings, **{group: replace(getattr(settings, group), **{field: value})})
+
+
+def test_no_field_is_forgotten():
+    assert names(BASE) == set(COMPUTED) | set(LOADED) | set(STARTED) | RUN | READ_AHEAD
+
+
+def observe(settings: TrainSettings) -> tuple[Any, ...]:
+    """What a run computes: the traced step and its rates, and how the state lies."""
+    mesh = AbstractMesh(
+        (settings.mesh.data, settings.mesh.fsdp or 1, settings.mesh.tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3
+    )
+    config = shapes_config()
+    steps = settings.steps or settings.epochs * 10
+    program = make_program(settings, config, mesh, steps=steps, steps_per_epoch=10)
+    batch = abstract_batch(config, settings.loader.batch, 64, mesh)
+    traced = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(program.step)(program.state, batch)))
+    layout = jax.tree.map(lambda x: str((x.shape, x.dtype, x.sharding)), program.state)
+    return traced, [float(program.learning_rate(step)) for step in range(steps)], str(layout)
+
+
+@pytest.mark.slow
+def test_each_field_of_the_computation_changes_it():
+    seen: dict[str, tuple[Any, ...]] = {}
+    for name, value in COMPUTED.items():
+        after = changed(BASE, name, value)
+        before = changed(after, name, _get(BASE, name))
+        key = repr(before)
+        if key not in seen:
+            seen[key] = observe(before)
+        assert observe(after) != seen[key], name
+
+
+def _get(settings: Any, name: str) -> Any:
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def test_each_field_of_the_data_changes_it(tmp_path):
+    """And the fingerprint that a run goes on with."""
+    origin = Origin("shapes", None)
+    sharding = NamedSharding(make_mesh(devices=jax.devices()[:1]), partition(("batch",)))
+
+    def fingerprint(settings: TrainSettings) -> str:
+        rows = ShapesRows("train", size=200)
+        return Loader(rows, origin.processor, settings.chat, settings.loader, sharding, cache=tmp_path).fingerprint
+
+    before = fingerprint(BASE)
+    for name, value in LOADED.items():
+        if name != "data":
+            assert fingerprint(changed(BASE, name, value)) != before, name
+
+
+def test_each_field_of_the_start_changes_it(tiny):
+    mesh = make_mesh(devices=jax.devices()[:1])
+
+    def start(convention: Any, seed: int) -> tuple[MllamaConfig, np.ndarray]:
+        origin = Origin("shapes", convention)
+        arrays = origin.arrays(mesh=mesh, dtype=jnp.float32, seed=seed, on_progress=lambda done, total: None)
+        return origin.config, np.asarray(arrays["language_model.lm_head.weight"])
+
+    config, weights = start(None, 0)
+    assert start(STARTED["convention"], 0)[0] != config
+    assert not np.array_equal(start(None, STARTED["seed"])[1], weights)
+    with pytest.raises(UserError, match="elsewhere"):
+        Origin(STARTED["init_from"], None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "epochs is 0; it must be at least 1"),
+        (["--steps", "0"], "steps is 0"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--micro_batches", "3"], "micro_batches is 3; it must divide loader.batch, 32"),
+        (["--lora.rank", "4", "--frozen", '["vision"]'], "leave one of them out"),
+        (["--mesh.fsdp", "0"], "mesh.fsdp is 0"),
+        (["--optimizer.schedule", "exponential"], "schedule"),
+        (["--dtype", "float16"], "dtype"),
+        (["--checkpointing", "some"], "checkpointing"),
+    ],
+)
+def test_a_value_that_means_nothing(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_arguments(["--output", "o", "--init_from", "shapes", "--data", "shapes", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optimizer: {lerning_rate: 0.1}", "optimizer.learning_rate"),
+        ("epoch: 3", "epochs"),
+        ("optimiser: {learning_rate: 0.1}", "optimizer.learning_rate"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_known_one(tmp_path, content, message):
+    (tmp_path / "run.yaml").write_text(f"output: o\ninit_from: shapes\ndata: shapes\n{content}\n")
+    with pytest.raises(UserError, match=rf"did you mean {re.escape(message)}\?$"):
+        read_arguments(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_an_unknown_argument_likewise():
+    with pytest.raises(UserError, match=r"did you mean mesh\.tensor\?$"):
+        read_arguments(["--output", "o", "--init_from", "shapes", "--data", "shapes", "--mesh.tensors", "2"])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshSettings(tensor=16), "takes 16 devices"),
+        (MeshSettings(fsdp=2, tensor=2), "leaves 4 of 8 devices idle"),
+    ],
+)
+def test_a_mesh_that_is_not_all_devices(mesh, message):
+    with pytest.raises(UserError, match=message):
+        mesh.make()
+
+
+def build(**more: Any) -> Program:
+    settings = replace(BASE, mesh=MeshSettings(), **more)
+    return make_program(settings, shapes_config(), settings.mesh.make(), steps=10, steps_per_epoch=10)
+
+
+def test_a_batch_that_the_mesh_does_not_divide():
+    build()
+    with pytest.raises(UserError, match=r"loader\.batch is 12: the mesh does not divide it .* multiple of 8"):
+        build(loader=replace(BASE.loader, batch=12))
+    with pytest.raises(UserError, match=r"8 devices, 8 micro-batches on each\); take a multiple of 64"):
+        build(micro_batches=8)
