@@ -1,8 +1,4 @@
-"""Paths on a disk and in a bucket: one way to name them, and one line for what goes wrong there.
-
-A path on a disk is a ``pathlib.Path``. One in a bucket, ``gs://bucket/folder``, is an ``epath.Path``,
-which answers to the same calls.
-"""
+"""Paths on a disk (of ``pathlib``) and in a bucket (of ``epath``, with the same calls), and what goes wrong there."""
 
 import logging
 import os
@@ -18,7 +14,6 @@ from etils import epath
 from llava_cot_jax.errors import UserError
 
 _SCHEME = re.compile(r"([a-zA-Z][\w+.-]*)://?")  # pathlib makes one slash of two
-_SILENCE = logging.NullHandler()
 
 
 def as_path(text: str | os.PathLike[str]) -> Path:
@@ -34,7 +29,7 @@ def as_path(text: str | os.PathLike[str]) -> Path:
         raise UserError(f"{name}: {scheme[1]}:// is not supported; give a local path or gs://bucket/folder")
     place = name[scheme.end() :].strip("/")
     if not place:
-        raise UserError(f"{name} names no bucket: give gs://bucket/folder")
+        raise UserError(f"{name} names no bucket; give gs://bucket/folder")
     # Else gcsfs asks for each bucket's layout, which it can do without, and waits a minute where it gets no answer.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # Else a listing is remembered for ever, though other machines write to the bucket too.
@@ -43,7 +38,7 @@ def as_path(text: str | os.PathLike[str]) -> Path:
         import gcsfs  # noqa: F401
     except ImportError:
         raise UserError(f"gs://{place} needs gcsfs: pip install 'llava-cot-jax[gcs]'") from None
-    logging.getLogger("gcsfs").addHandler(_SILENCE)  # it prints the traceback of what it raises
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of all that it raises
     found: Path = epath.Path(f"gs://{place}")
     return found
 
@@ -72,17 +67,6 @@ def files_in(folder: Path) -> set[str]:
         return {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
 
 
-def read_range(path: Path, start: int, stop: int) -> bytes:
-    """The bytes of a file in a bucket from ``start`` up to ``stop``, or to its end, by one request.
-
-    Raises:
-        UserError: no such file, or no access to it.
-    """
-    with access(path):
-        content: bytes = bucket_files().cat_file(str(path), start, stop)
-    return content
-
-
 @contextmanager
 def access(path: Path) -> Iterator[None]:
     """Turns what a disk or a bucket refuses in the block into a ``UserError`` that names ``path``."""
@@ -107,9 +91,7 @@ def _refusal(fault: Exception) -> str:
 
     first_line = (str(fault).splitlines() or [type(fault).__name__])[0]
     match fault:
-        case (
-            TransportError() | aiohttp.ClientError() | requests.RequestException() | ConnectionError() | TimeoutError()
-        ):
+        case TransportError() | aiohttp.ClientError() | requests.RequestException():
             return f"cannot be reached, is there a network? ({first_line})"
         case HttpError(code=401) | GoogleAuthError() | NonRetryableError():
             return "needs credentials: run `gcloud auth application-default login`"

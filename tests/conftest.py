@@ -52,3 +52,9 @@ def small() -> MllamaConfig:
 def batch(reference) -> dict[str, np.ndarray]:
     """Three rows: one image, none, two."""
     return {name: reference[name].copy() for name in INPUTS}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of what runs compile and count, for processes of their own."""
+    return tmp_path_factory.mktemp("cache")

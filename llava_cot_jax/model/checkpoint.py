@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.parameters import parameters
-from llava_cot_jax.paths import access, as_path, bucket_files, files_in, is_remote, read_range
+from llava_cot_jax.paths import access, as_path, bucket_files, files_in, is_remote
 
 Box = tuple[tuple[int, int], ...]
 """A part of an array: (start, stop) along each axis."""
@@ -249,7 +249,8 @@ def _read_from_bucket(tensor: StoredTensor, shards: Mapping[Box, np.ndarray]) ->
     row_bytes = math.prod(row_shape) * tensor.dtype.itemsize
 
     def fill(start: int, stop: int, rows: range, boxes: list[Box]) -> int:
-        content = read_range(tensor.file, start, stop)
+        with access(tensor.file):
+            content = _read_range(tensor.file, start, stop)
         if len(content) != stop - start:
             raise UserError(f"{tensor.file} ended early while it was read: fetch it again")
         block = np.empty(len(rows) * row_bytes, np.uint8)
@@ -263,6 +264,12 @@ def _read_from_bucket(tensor: StoredTensor, shards: Mapping[Box, np.ndarray]) ->
 
     with ThreadPoolExecutor(_REQUESTS) as pool:
         return sum(pool.map(lambda request: fill(*request), _requests(tensor, shards)))
+
+
+def _read_range(file: Path, start: int, stop: int) -> bytes:
+    """The bytes of a file in a bucket from ``start`` up to ``stop``, or to its end, by one request."""
+    content: bytes = bucket_files().cat_file(str(file), start, stop)
+    return content
 
 
 def _requests(tensor: StoredTensor, boxes: Iterable[Box]) -> Iterator[tuple[int, int, range, list[Box]]]:
@@ -399,10 +406,10 @@ def _header_on_disk(file: Path) -> tuple[int, dict[str, Any]]:
 def _header_in_bucket(file: Path) -> tuple[int, dict[str, Any]]:
     """``_header_on_disk`` for a file that the library cannot open: with its checks, made here."""
     size = bucket_files().size(str(file))
-    length = int.from_bytes(read_range(file, 0, 8), "little")
+    length = int.from_bytes(_read_range(file, 0, 8), "little")
     if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
-    header = json.loads(read_range(file, 8, 8 + length))
+    header = json.loads(_read_range(file, 8, 8 + length))
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     end = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):

@@ -21,6 +21,7 @@ from llava_cot_jax.model.layers import Checkpointing, Weights
 from llava_cot_jax.model.parameters import Initializer, Layout, Parameter, flatten, initialize, nest, parameters
 from llava_cot_jax.model.sharding import check_mesh, constrain, on_mesh, parameter_sharding
 from llava_cot_jax.model.weights import OnProgress, load_arrays, save_arrays
+from llava_cot_jax.paths import as_path
 
 ArrayLike = jax.Array | np.ndarray
 PARTS = ("vision_model", "multi_modal_projector", "language_model")
@@ -203,7 +204,7 @@ class Mllama(nnx.Module):
         Raises:
             UserError: the folder is not empty, or cannot be written; nothing half-written stays there.
         """
-        save_arrays(flatten(self.params), self.config, Path(path))
+        save_arrays(flatten(self.params), self.config, as_path(path))
 
     @classmethod
     def from_arrays(

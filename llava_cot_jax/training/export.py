@@ -1,6 +1,7 @@
 """From a run to a model on its own: what was trained, put into the checkpoint that the run started from."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from llava_cot_jax.training.lora import LoraSettings, merged
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.run_folder import CHECKPOINTS, MODEL
 from llava_cot_jax.training.state import State
+
+READ_BYTES = 1 << 30
+"""Of a checkpoint, in memory at a time; a larger parameter is there alone."""
 
 
 def merged_arrays(state: State, lora: LoraSettings, dtype: DTypeLike) -> dict[str, jax.Array]:
@@ -41,7 +45,9 @@ def is_run(folder: Path) -> bool:
 
 
 class RunExport:
-    """The model of a run at one of its steps, as many processes may have written it, one parameter in memory at a time.
+    """The model of a run at one of its steps, however many processes wrote it.
+
+    A gigabyte of it, or one parameter, is in memory at a time.
 
     Attributes:
         config: the model's configuration.
@@ -95,7 +101,7 @@ class RunExport:
 
         def values() -> Iterator[np.ndarray]:
             done = 0
-            for entry, value in zip(entries, self._tensors(set(trained)), strict=True):
+            for entry, value in zip(entries, self._tensors(trained), strict=True):
                 yield value.astype(written)
                 done += entry.nbytes
                 if on_progress:
@@ -103,22 +109,22 @@ class RunExport:
 
         write_checkpoint(destination, config, entries, values(), extra_files=companions(self._companions))
 
-    def _tensors(self, trained: set[str]) -> Iterator[np.ndarray]:
+    def _tensors(self, trained: Mapping[str, Any]) -> Iterator[np.ndarray]:
         """Every published tensor, in the order of the stacked layout."""
         table, scale = parameters(self.config, "stacked"), LoraSettings(**self._run["lora"]).scale
-        frozen = self._frozen() if table.keys() - trained else None
-        for path, parameter in table.items():
-            wanted = [name for name in (path, *_adapter_paths(path)) if name in trained]
-            held = read_arrays(self._checkpoint, wanted) if wanted else {}
-            a, b = (held.get(name) for name in _adapter_paths(path))
-            for layer, name in enumerate(parameter.tensors):
-                part = layer if parameter.stacked else ...
-                if path in held:
-                    value = held[path][part]
-                else:
-                    assert frozen is not None
-                    value = frozen(name)
-                yield value if a is None or b is None else merged(value, a[part], b[part], scale)
+        frozen = self._frozen() if table.keys() - trained.keys() else None
+        for group in _groups(table, trained):
+            held = read_arrays(self._checkpoint, wanted) if (wanted := _stored(group, trained)) else {}
+            for path in group:
+                parameter, (a, b) = table[path], (held.get(name) for name in _adapter_paths(path))
+                for layer, name in enumerate(parameter.tensors):
+                    part = layer if parameter.stacked else ...
+                    if path in held:
+                        value = held[path][part]
+                    else:
+                        assert frozen is not None
+                        value = frozen(name)
+                    yield value if a is None or b is None else merged(value, a[part], b[part], scale)
 
     def _frozen(self) -> Callable[[str], np.ndarray]:
         """Reads a published tensor of what the run started from."""
@@ -128,6 +134,25 @@ class RunExport:
             return lambda name: np.asarray(fresh[name])
         stored = verified_tensors(origin.folder, self.config)
         return lambda name: read_whole(stored[name], stored[name].dtype)
+
+
+def _groups(table: Mapping[str, Any], trained: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The paths of ``table``, in order, so many at a time as ``READ_BYTES`` allows: a read has its own cost."""
+    group: list[str] = []
+    room = READ_BYTES
+    for path in table:
+        size = sum(math.prod(trained[name].shape) * trained[name].dtype.itemsize for name in _stored([path], trained))
+        if group and size > room:
+            yield group
+            group, room = [], READ_BYTES
+        group.append(path)
+        room -= size
+    yield group
+
+
+def _stored(paths: list[str], trained: Mapping[str, Any]) -> list[str]:
+    """Of these parameters and their adapters, those that a checkpoint holds."""
+    return [name for path in paths for name in (path, *_adapter_paths(path)) if name in trained]
 
 
 def _adapter_paths(path: str) -> tuple[str, str]:

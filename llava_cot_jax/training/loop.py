@@ -18,7 +18,7 @@ from llava_cot_jax.training.checkpoints import Checkpoints
 from llava_cot_jax.training.metrics import Meter, Metrics, by_stage
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.program import Program, make_program
-from llava_cot_jax.training.report import OpenBar, describe_run, describe_validation
+from llava_cot_jax.training.report import OpenBar, describe_loading, describe_run, describe_validation
 from llava_cot_jax.training.run_folder import CHECKPOINTS, run_identity, write_run_folder
 from llava_cot_jax.training.settings import TrainSettings
 from llava_cot_jax.training.state import State
@@ -69,7 +69,7 @@ def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: Ope
     with Checkpoints(folder / CHECKPOINTS, settings.checkpoints_kept) as checkpoints:
         checkpoints.check_room(program.state)
         tell(describe_run(settings, origin.config, mesh, program, training, meter, steps))
-        state = _first_state(settings, origin, mesh, program, checkpoints, identity, open_bar)
+        state = _first_state(settings, origin, mesh, program, checkpoints, identity, tell, open_bar)
         first = int(state.step)
         if first:
             tell(f"going on from step {first}, the newest checkpoint in {folder}")
@@ -135,6 +135,7 @@ def _first_state(
     program: Program,
     checkpoints: Checkpoints,
     identity: dict[str, Any],
+    tell: Callable[[Any], None],
     open_bar: OpenBar,
 ) -> State:
     """The state to go on from.
@@ -145,10 +146,16 @@ def _first_state(
     step = checkpoints.latest
     arrays: dict[str, jax.Array] = {}
     if step is None or program.state.frozen:
-        with open_bar("loading weights") as on_progress:
-            arrays = origin.arrays(
-                mesh=mesh, dtype=settings.optimizer.dtype, seed=settings.seed, on_progress=on_progress
-            )
+        read = 0
+
+        def count(done: int, total: int) -> None:
+            nonlocal read
+            read = done
+            move(done, total)
+
+        with open_bar("loading weights") as move:
+            arrays = origin.arrays(mesh=mesh, dtype=settings.optimizer.dtype, seed=settings.seed, on_progress=count)
+        tell(describe_loading(settings.init_from, read))
     if step is None:
         return program.begin(arrays)
     return checkpoints.restore(step, replace(program.state, frozen=program.frozen(arrays)), identity)

@@ -1,6 +1,5 @@
 """What a run starts from: a published checkpoint, or the small model of the shapes world with fresh weights."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,5 +69,5 @@ class Origin:
             write_companions(folder, self.config, self.processor.tokenizer, "float32")
             return
         for path in companions(self.folder):
-            shutil.copyfile(path, folder / path.name)
+            (folder / path.name).write_bytes(path.read_bytes())  # one of the two may be in a bucket
         write_json(folder / "config.json", self.config.to_dict("float32"))

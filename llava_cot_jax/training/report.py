@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.table import Table
 
@@ -68,6 +69,19 @@ def describe_run(
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def describe_loading(init_from: str, read: int) -> str:
+    """A line on the bytes that each host read of the weights; every process must call this.
+
+    Args:
+        init_from: what they were read from.
+        read: bytes that this process read.
+    """
+    hosts = multihost_utils.process_allgather(np.float32(read / 1e9)).reshape(-1)  # float32: jax has no int64
+    if not hosts.any():
+        return f"{init_from}: fresh weights"
+    return f"{init_from}: weights read by each host, GB: {', '.join(f'{host:.6g}' for host in hosts)}"
 
 
 def describe_step(measured: Mapping[str, Any]) -> str:

@@ -233,5 +233,5 @@ class TestConversations:
 
     def test_none(self, copy: Path) -> None:
         (copy / "train.turns.jsonl").unlink()
-        with pytest.raises(UserError, match=r"train\.turns\.jsonl cannot be read"):
+        with pytest.raises(UserError, match=r"train\.turns\.jsonl does not exist"):
             PreparedRows(copy, "train").turns(0)

@@ -1,0 +1,300 @@
+"""One training step beside transformers and torch: seconds, FLOPs a second, tokens a second, memory.
+
+    python tests/evidence/step_time.py | tee tests/evidence/step_time.txt
+
+Forward pass, backward pass and AdamW of a Llama-3.2-Vision of 96 million parameters, on the first device that jax
+finds (torch's is CUDA's, if it has it): the same weights and the same two rows of the shapes world, with an image of
+four tiles and one of three. Two thirds of the work are the vision tower's, as for the 11B. Either library has a process
+of its own for each way of activation checkpointing, held to two cores. On a CPU the whole takes about 10 minutes.
+
+glibc is told to keep the memory that is freed. Otherwise XLA on a CPU asks for its temporaries anew at every step,
+and a virtual machine's fresh pages can take longer than the step's arithmetic.
+
+The losses of all runs must agree, at the first step and at the last. ``--dtype bfloat16`` is for an accelerator:
+float32 parameters, computed in bfloat16.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+THREADS = 2
+TOKENS = 384
+"""Of a row, padding included; as many turns are in it as fit."""
+TILES = ((2, 2), (1, 3))
+"""High and wide, of each row's image."""
+LEARNING_RATE = 1e-4
+WARM = 4
+"""Steps before the timed ones; a heap that keeps what is freed has its size by then."""
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
+KINDS = ("ours none", "torch none", "ours full", "torch full")
+"""Library and checkpointing: of a layer, the backward pass finds everything saved, or its input alone."""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Between the losses of two runs, relative."""
+
+Report = dict[str, Any]
+
+
+def prepare(folder: Path) -> Report:
+    """Write the weights and the batch; what is known of a step before it is run."""
+    from flax import nnx
+
+    from llava_cot_jax.data.chat import Chat, ChatSettings
+    from llava_cot_jax.data.processor import Processor
+    from llava_cot_jax.data.shapes import ShapesRows
+    from llava_cot_jax.data.shapes_tokenizer import shapes_config, shapes_tokenizer
+    from llava_cot_jax.hardware import parameter_counts, training_flops
+    from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
+    from llava_cot_jax.model.mllama import Mllama
+    from llava_cot_jax.model.parameters import flatten
+    from llava_cot_jax.model.vision import normalize
+    from llava_cot_jax.model.weights import save_arrays
+
+    small = shapes_config()
+    vision = VisionConfig(
+        hidden_size=384,
+        intermediate_size=1536,
+        attention_heads=6,
+        num_hidden_layers=8,
+        num_global_layers=2,
+        image_size=308,
+        intermediate_layers_indices=(1, 2, 4, 5, 6),
+    )
+    text = TextConfig(
+        vocab_size=16384,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=10,
+        num_attention_heads=10,
+        num_key_value_heads=2,
+        cross_attention_layers=(3, 8),
+        bos_token_id=small.text.bos_token_id,
+        eos_token_ids=small.text.eos_token_ids,
+        pad_token_id=small.text.pad_token_id,
+    )
+    config = MllamaConfig(vision, text, small.image_token_index, convention="transformers_5")
+    arrays = flatten(Mllama(config, rngs=nnx.Rngs(0)).params)
+    # A fresh model's gates are shut: the images would have no part in the loss.
+    arrays = {path: array + 0.5 if "gate" in path.rsplit(".", 1)[-1] else array for path, array in arrays.items()}
+    save_arrays(arrays, config, folder / "model")
+
+    processor = Processor(config, shapes_tokenizer())
+    chat, rows = Chat(processor, ChatSettings(max_length=TOKENS)), ShapesRows("train")
+    turns = [[turn for i in range(10 * row, 10 * row + 10) for turn in rows.turns(i)] for row in range(len(TILES))]
+    talks = [chat.encode(row) for row in turns]
+    side = vision.image_size
+    images = [rows[10 * i].image.resize((wide * side, high * side)) for i, (high, wide) in enumerate(TILES)]
+    batch = processor.collate([talk.ids for talk in talks], [[image] for image in images], length=TOKENS)
+    batch["pixel_values"] = np.asarray(normalize(vision, batch["pixel_values"], batch["aspect_ratio_ids"]))
+    for name, kind in (("loss_mask", bool), ("stage", np.int8)):
+        batch[name] = np.zeros((len(talks), TOKENS), kind)
+        for row, talk in enumerate(talks):
+            batch[name][row, : len(talk.ids)] = getattr(talk, name)
+    np.savez(folder / "batch.npz", **batch)
+
+    lengths = [len(talk.ids) for talk in talks]
+    flops = [training_flops(config, length, images=1) for length in lengths]
+    return {
+        "parameters": sum(parameter_counts(config).values()),
+        "tokens": sum(lengths),
+        "trained": int(batch["loss_mask"].sum()),
+        "flops": sum(sum(row.values()) for row in flops),
+        "tower": sum(row["tower"] + row["tower attention"] for row in flops),
+    }
+
+
+def ours(folder: Path, checkpointing: Any, dtype: str, steps: int) -> Report:
+    """Steps of ``llava_cot_jax.training``."""
+    import jax
+    import jax.numpy as jnp
+
+    from llava_cot_jax.model.checkpoint import read_config
+    from llava_cot_jax.model.parameters import parameters
+    from llava_cot_jax.model.weights import load_arrays
+    from llava_cot_jax.training.optimizer import Optimizer, OptimizerSettings
+    from llava_cot_jax.training.state import State, make_step
+
+    if dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would take fewer digits than torch
+    config = read_config(folder / "model")
+    table = parameters(config, "stacked")
+    optimizer = Optimizer(OptimizerSettings(), lambda step: LEARNING_RATE, table)
+    arrays = load_arrays(folder / "model", config, layout="stacked", dtype=jnp.float32)
+    state = State.begin(arrays, {}, optimizer, jnp.float32)
+    batch = {name: jnp.asarray(x) for name, x in np.load(folder / "batch.npz").items()}
+    step = make_step(config, table, optimizer, state, mesh=None, dtype=jnp.dtype(dtype), checkpointing=checkpointing)
+    start = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+
+    def run() -> float:
+        nonlocal state
+        state, measures = jax.block_until_ready(compiled(state, batch))
+        return float(measures["loss"])
+
+    report = timed(run, steps)
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        report["memory"] = device.memory_stats()["peak_bytes_in_use"]
+    side = 4096 if device.platform == "cpu" else 8192
+    square = jnp.ones((side, side), dtype)
+    product = jax.jit(jnp.matmul)
+    rate = product_rate(lambda: jax.block_until_ready(product(square, square)), side)
+    return report | {"device": device.device_kind, "compile": compile_seconds, "product": rate}
+
+
+def by_torch(folder: Path, checkpointing: str, dtype: str, steps: int) -> Report:
+    """Steps of transformers' model, with its own loss, under torch's AdamW, fused."""
+    import torch
+    from transformers import MllamaForConditionalGeneration
+
+    torch.set_num_threads(THREADS)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    wait = torch.cuda.synchronize if cuda else (lambda: None)
+    model = MllamaForConditionalGeneration.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+    )
+    model = model.to(device).train()
+    if checkpointing == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = {name: torch.tensor(x, device=device) for name, x in np.load(folder / "batch.npz").items()}
+    inputs = {name: x if x.is_floating_point() else x.long() for name, x in batch.items()}
+    del inputs["loss_mask"], inputs["stage"]
+    labels = inputs["input_ids"].where(batch["loss_mask"], -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def run() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        wait()
+        return loss.item()
+
+    report = timed(run, steps)
+    if cuda:
+        report["memory"] = torch.cuda.max_memory_allocated()
+    side = 8192 if cuda else 4096
+    square = torch.ones((side, side), dtype=getattr(torch, dtype), device=device)
+
+    def product() -> None:
+        torch.matmul(square, square)
+        wait()
+
+    name = torch.cuda.get_device_name() if cuda else "cpu"
+    return report | {"device": name, "compile": 0.0, "product": product_rate(product, side)}
+
+
+def timed(run: Callable[[], float], steps: int) -> Report:
+    """``run``, a step that returns its loss: first untimed, then ``steps`` times; memory as Linux counts it."""
+    first, *_ = [run() for _ in range(WARM)]
+    seconds, last = [], first
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    for _ in range(steps):
+        start = time.perf_counter()
+        last = run()
+        seconds.append(time.perf_counter() - start)
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"first": first, "last": last, "seconds": seconds, "memory": peak, "process": max(whole, peak)}
+
+
+def product_rate(product: Callable[[], None], side: int) -> float:
+    """FLOPs a second of a product of two square matrices, the median of five."""
+    product()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(seconds)
+
+
+def in_process(*arguments: object) -> Report:
+    """What this script prints when it is called so."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | KEEP_MEMORY, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(dtype: str, steps: int) -> None:
+    from llava_cot_jax.hardware import find_chip
+
+    versions = "  ".join(f"{package} {version(package)}" for package in ("jax", "torch", "transformers"))
+    print(f"{datetime.date.today()}  Python {platform.python_version()}  {versions}")
+    with tempfile.TemporaryDirectory() as scratch:
+        work = in_process(scratch)
+        reports = {kind: in_process(scratch, *kind.split(), dtype, steps) for kind in KINDS}
+    chip = find_chip(reports[KINDS[0]]["device"])
+    print(f"{platform.system()} {platform.machine()}, {reports[KINDS[0]]['device']}, {THREADS} cores, {dtype}")
+    print(
+        f"{work['parameters'] / 1e6:.1f} M parameters, all trained; {len(TILES)} rows of {TOKENS} tokens: "
+        f"{work['tokens']} that are no padding, {work['trained']} trained\n{work['flops'] / 1e12:.2f} TFLOP a step, "
+        f"{work['tower'] / work['flops']:.0%} of it the vision tower; median of {steps} steps (fastest to slowest)"
+    )
+    medians = {kind: statistics.median(report["seconds"]) for kind, report in reports.items()}
+    for kind, report in reports.items():
+        rate = work["flops"] / medians[kind]
+        mfu = f", MFU {rate / chip.flops:.1%}" if chip else ""
+        print(
+            f"\n{kind.split()[0]}, checkpointing {kind.split()[1]}\n"
+            f"  step        {medians[kind]:.3f} s ({min(report['seconds']):.3f} to {max(report['seconds']):.3f})"
+            + (f", compiled in {report['compile']:.1f} s" if report["compile"] else "")
+            + f"\n  tokens      {work['tokens'] / medians[kind]:.0f} a second\n"
+            f"  work        {rate / 1e9:.0f} GFLOP/s, {rate / report['product']:.0%} of a plain matrix product's rate "
+            f"({report['product'] / 1e9:.0f}){mfu}\n"
+            f"  memory      {report['memory'] / 1e9:.2f} GB at the peak"
+            + (f", {report['process'] / 1e9:.2f} GB with loading and compiling" if not chip else "")
+            + f"\n  loss        {report['first']:.6f} at first, {report['last']:.6f} at step {WARM + steps}"
+        )
+    print()
+    for checkpointing in ("none", "full"):
+        mine, other = f"ours {checkpointing}", f"torch {checkpointing}"
+        print(
+            f"checkpointing {checkpointing}: a step here takes {medians[mine] / medians[other]:.2f} of torch's time "
+            f"and {reports[mine]['memory'] / reports[other]['memory']:.2f} of its memory"
+        )
+    apart = {when: largest_difference([r[when] for r in reports.values()]) for when in ("first", "last")}
+    print(f"losses apart: {apart['first']:.1e} at the first step, {apart['last']:.1e} at the last")
+    if not max(apart.values()) < TOLERANCE[dtype]:
+        sys.exit("the losses do not agree")
+
+
+def largest_difference(values: list[float]) -> float:
+    return (max(values) - min(values)) / min(values)
+
+
+if __name__ == "__main__":
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        folder, *rest = sys.argv[1:]
+        if rest:
+            library, checkpointing, dtype, steps = rest
+            measure = {"ours": ours, "torch": by_torch}[library]
+            print(json.dumps(measure(Path(folder), checkpointing, dtype, int(steps))))
+        else:
+            print(json.dumps(prepare(Path(folder))))
+    else:
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+        parser.add_argument("--steps", type=int, default=12, help="that are timed")
+        main(**vars(parser.parse_args()))

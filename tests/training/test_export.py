@@ -1,0 +1,192 @@
+"""Checkpoints of a run and the models exported from them, for every way to train."""
+
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.training.checkpoints import Checkpoints, steps_in, stored_arrays
+from llava_cot_jax.training.export import RunExport, is_run
+from llava_cot_jax.training.lora import LoraSettings
+from llava_cot_jax.training.optimizer import OptimizerSettings
+from llava_cot_jax.training.origin import Origin
+from llava_cot_jax.training.program import Program, make_program
+from llava_cot_jax.training.run_folder import CHECKPOINTS, run_identity, write_run_folder
+from llava_cot_jax.training.settings import MeshSettings, TrainSettings
+from llava_cot_jax.training.state import State
+from tests.training.small_run import write_small
+
+Run = namedtuple("Run", "settings origin program state")
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small(tmp_path_factory.mktemp("export") / "small")
+
+
+def begin(init_from: Path | str, output: Path, **settings: Any) -> Run:
+    """A run on eight devices before its first step, its trained arrays moved at random as if by some."""
+    given = TrainSettings(str(output), str(init_from), "shapes", dtype="float32", **settings)
+    given = replace(given, mesh=MeshSettings(data=2, fsdp=2, tensor=2))
+    origin = Origin(given.init_from, given.convention)
+    mesh = given.mesh.make()
+    program = make_program(given, origin.config, mesh, steps=4, steps_per_epoch=4)
+    arrays = origin.arrays(mesh=mesh, dtype=given.optimizer.dtype, seed=given.seed, on_progress=lambda d, t: None)
+    state = program.begin(arrays)
+    draw = np.random.default_rng(0)
+
+    def move(x: jax.Array) -> jax.Array:
+        return jax.device_put((np.asarray(x, np.float32) + draw.normal(0, 0.1, x.shape)).astype(x.dtype), x.sharding)
+
+    return Run(given, origin, program, replace(state, trained=jax.tree.map(move, state.trained)))
+
+
+def save(run: Run, output: Path, steps: tuple[int, ...] = (3,)) -> None:
+    write_run_folder(output, run.settings, run.origin)
+    with Checkpoints(output / CHECKPOINTS, keep=2) as checkpoints:
+        for step in steps:
+            state = replace(run.state, step=jax.device_put(np.int32(step), run.state.step.sharding))
+            checkpoints.save(state, run_identity(run.settings, "data"))
+
+
+def exported(output: Path, folder: Path, **more: Any) -> dict[str, np.ndarray]:
+    run = RunExport(output)
+    run.write(folder, run.config, **more)
+    tensors: dict[str, np.ndarray] = load_file(folder / "model.safetensors")
+    return tensors
+
+
+def tensors_of(program: Program, state: State) -> dict[str, np.ndarray]:
+    """Every published tensor of a state, by its name."""
+    found: dict[str, np.ndarray] = {}
+    for path, array in {**state.trained, **state.frozen}.items():
+        parameter = program.table[path]
+        parts = np.asarray(array) if parameter.stacked else [np.asarray(array)]
+        found |= dict(zip(parameter.tensors, parts, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("frozen", [[], ["^vision_model", "embed_tokens"]], ids=["all", "some"])
+def test_trained_and_frozen_tensors_are_exported_as_they_are(small_folder, tmp_path, frozen):
+    run = begin(small_folder, tmp_path / "run", frozen=frozen)
+    save(run, tmp_path / "run")
+    assert is_run(tmp_path / "run") and not is_run(small_folder)
+    held = stored_arrays(tmp_path / "run" / CHECKPOINTS / "3")
+    assert held.keys() == run.state.trained.keys() and (len(held) < len(run.program.table)) == bool(frozen)
+    wanted, got = tensors_of(run.program, run.state), exported(tmp_path / "run", tmp_path / "out")
+    assert wanted.keys() == got.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+    assert {path.name for path in small_folder.iterdir()} == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("init_from", ["checkpoint", pytest.param("shapes", marks=pytest.mark.slow)])
+def test_adapters_are_alone_in_their_checkpoint_and_merged_in_the_export(small_folder, tmp_path, init_from):
+    lora = LoraSettings(rank=3, alpha=6.0, targets=["q_proj", r"mlp\.(fc1|up_proj)"])
+    source = small_folder if init_from == "checkpoint" else "shapes"
+    run = begin(source, tmp_path / "run", lora=lora, seed=4)
+    save(run, tmp_path / "run")
+    held = stored_arrays(tmp_path / "run" / CHECKPOINTS / "3")
+    assert held.keys() == run.state.trained.keys()
+    assert all(path.endswith((".lora_a", ".lora_b")) for path in held)
+    wanted, got = tensors_of(run.program, run.state), exported(tmp_path / "run", tmp_path / "out")
+    assert got.keys() == {name for name in wanted if ".lora_" not in name}
+    adapted = 0
+    for name, tensor in got.items():
+        expected = wanted[name].astype(np.float64)
+        projection = name.removesuffix("weight")
+        if projection + "lora_a" in wanted:
+            adapted += 1
+            expected += 2.0 * wanted[projection + "lora_b"].astype(float) @ wanted[projection + "lora_a"].astype(float)
+        np.testing.assert_allclose(tensor, expected, rtol=1e-6, atol=1e-6, err_msg=name)
+    assert adapted == sum(len(run.program.table[path].tensors) for path in held) // 2
+
+
+def test_another_dtype_and_an_earlier_step(small_folder, tmp_path):
+    run = begin(small_folder, tmp_path / "run")
+    save(run, tmp_path / "run", steps=(1, 3, 4))
+    assert steps_in(tmp_path / "run" / CHECKPOINTS) == [3, 4]
+    assert RunExport(tmp_path / "run").step == 4 and RunExport(tmp_path / "run", 3).step == 3
+    with pytest.raises(UserError, match=r"no checkpoint of step 1, only of 3, 4"):
+        RunExport(tmp_path / "run", 1)
+    got = exported(tmp_path / "run", tmp_path / "out", dtype=np.dtype("bfloat16"))
+    wanted = tensors_of(run.program, run.state)
+    assert all(np.array_equal(got[name], wanted[name].astype("bfloat16")) for name in wanted)
+
+
+def test_what_the_run_started_from_is_gone(small_folder, tmp_path):
+    shutil.copytree(small_folder, tmp_path / "base")
+    run = begin(tmp_path / "base", tmp_path / "run", frozen=["vision"])
+    save(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(UserError, match=r"no such folder: .*base"):
+        exported(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class TestRestoring:
+    def test_onto_another_mesh(self, small_folder, tmp_path):
+        run = begin(small_folder, tmp_path / "run", frozen=["embed_tokens"])
+        save(run, tmp_path / "run")
+        mesh = MeshSettings(fsdp=4, tensor=2).make()
+        program = make_program(run.settings, run.origin.config, mesh, steps=4, steps_per_epoch=4)
+        with Checkpoints(tmp_path / "run" / CHECKPOINTS, keep=2) as checkpoints:
+            like = replace(program.state, frozen=run.state.frozen)
+            state = checkpoints.restore(3, like, run_identity(run.settings, "data"))
+        assert int(state.step) == 3
+        for name in ("trained", "optimizer", "skipped"):
+            held, wanted = getattr(state, name), getattr(run.state, name)
+            jax.tree.map(np.testing.assert_array_equal, held, wanted)
+            like = getattr(program.state, name)
+            assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, held, like))
+
+    @pytest.mark.parametrize(
+        ("changes", "data", "message"),
+        [
+            ({"optimizer": OptimizerSettings(precision="bfloat16_nearest")}, "data", "has dtype float32, not bfloat16"),
+            ({"frozen": ["vision_model"]}, "data", r"of another model: vision_model\.\S+ is only in the checkpoint"),
+            ({"seed": 5}, "data", "of another run: seed differ"),
+            ({}, "other data", "of another run: data differ"),
+        ],
+    )
+    def test_of_another_run(self, small_folder, tmp_path, changes, data, message):
+        run = begin(small_folder, tmp_path / "run")
+        save(run, tmp_path / "run")
+        settings = replace(run.settings, **changes)
+        program = make_program(settings, run.origin.config, settings.mesh.make(), steps=4, steps_per_epoch=4)
+        with (
+            Checkpoints(tmp_path / "run" / CHECKPOINTS, keep=2) as checkpoints,
+            pytest.raises(UserError, match=message),
+        ):
+            checkpoints.restore(3, program.state, run_identity(settings, data))
+
+    def test_of_another_model(self, small_folder, tmp_path):
+        run = begin(small_folder, tmp_path / "run")
+        save(run, tmp_path / "run")
+        config = replace(run.origin.config, text=replace(run.origin.config.text, intermediate_size=128))
+        program = make_program(run.settings, config, run.settings.mesh.make(), steps=4, steps_per_epoch=4)
+        with (
+            Checkpoints(tmp_path / "run" / CHECKPOINTS, keep=2) as checkpoints,
+            pytest.raises(UserError, match=r"of another model: \S+mlp\S+ has shape .*256.*, not .*128"),
+        ):
+            checkpoints.restore(3, program.state, run_identity(run.settings, "data"))
+
+
+def test_no_room(small_folder, tmp_path, monkeypatch):
+    """Before the start: the free bytes are made up; they are counted exactly."""
+    run = begin(small_folder, tmp_path / "run")
+    size = sum(x.nbytes for x in jax.tree.leaves((run.state.trained, run.state.optimizer))) + 8
+    disk = namedtuple("disk", "total used free")
+    with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk(0, 0, 3 * size))
+        checkpoints.check_room(run.program.state)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk(0, 0, 3 * size - 1))
+        with pytest.raises(UserError, match=r"3 checkpoints of 0\.0 GB need 0\.0 GB more"):
+            checkpoints.check_room(run.program.state)
