@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
             console.print(what, markup=False)
 
     trained = train(settings, tell=tell, open_bar=cli.progress_bar if first else cli.no_bar)
+    if not trained.complete:
+        return
     if settings.answers:
         _answer(settings, trained, tell)
     tell(f"export the model: python -m llava_cot_jax.convert {settings.output} FOLDER")

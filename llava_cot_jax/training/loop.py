@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from llava_cot_jax.data.loader import Loader
@@ -36,11 +37,13 @@ class Trained:
         origin: what it started from.
         mesh: that the state lies on.
         state: the last one.
+        complete: whether no step is left; a SIGTERM ends a run before.
     """
 
     origin: Origin
     mesh: Mesh
     state: State
+    complete: bool
 
 
 def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: OpenBar) -> Trained:
@@ -85,16 +88,21 @@ def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: Ope
                 if settings.profile and done - first == PROFILED.stop:
                     stepper.finish()
                     jax.profiler.stop_trace()
-                if done % settings.checkpoint_every == 0 or done == steps:
+                # One host that got a SIGTERM lets all of them stop after the same step.
+                stopped = jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(done)
+                if done % settings.checkpoint_every == 0 or done == steps or stopped:
                     with stepper.pause("saving_seconds"):
                         checkpoints.save(state, identity)
+                if stopped and done < steps:
+                    tell(f"stopped by a SIGTERM after step {done}: the same command goes on from there")
+                    return Trained(origin, mesh, state, complete=False)
                 if validation and (done == steps or (settings.validate_every and done % settings.validate_every == 0)):
                     with stepper.pause("validation_seconds"):
                         found = validate(program, state, validation)
                     metrics.write(done, found)
                     tell(describe_validation(done, found))
             stepper.finish()
-    return Trained(origin, mesh, state)
+    return Trained(origin, mesh, state, complete=True)
 
 
 def validate(program: Program, state: State, loader: Loader) -> dict[str, float]:
