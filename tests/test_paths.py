@@ -6,11 +6,13 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import jax
 import numpy as np
 import pytest
 from gcp_storage_emulator import server as emulator
@@ -29,7 +31,13 @@ from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.model.weights import load_arrays, save_arrays
 from llava_cot_jax.paths import access, as_path, bucket_files, files_in, is_remote
 from llava_cot_jax.prepare import main as prepare
+from llava_cot_jax.training.checkpoints import Checkpoints, steps_in
+from llava_cot_jax.training.export import RunExport
+from llava_cot_jax.training.metrics import Metrics
+from llava_cot_jax.training.run_folder import CHECKPOINTS, run_identity
 from tests.data.raw_set import make_raw_set
+from tests.training.small_run import write_small
+from tests.training.test_export import begin, save, tensors_of
 
 FIXTURE = Path(__file__).parent / "fixtures/mllama_tiny"
 CONFIG = read_config(FIXTURE)
@@ -46,7 +54,7 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture(scope="module", autouse=True)
 def host() -> Iterator[None]:
-    """The emulator, where gcsfs and array_record look for it; it has one bucket, ``bucket``."""
+    """The emulator, where gcsfs, array_record and tensorstore look for it; it has one bucket, ``bucket``."""
     with pytest.MonkeyPatch.context() as patch:
         with pytest.MonkeyPatch.context() as making:
             making.setattr(emulator.server, "HTTPServer", Server)
@@ -55,6 +63,8 @@ def host() -> Iterator[None]:
         address = f"http://localhost:{server._api._httpd.server_port}"
         patch.setenv("STORAGE_EMULATOR_HOST", address)
         patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
         patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
         yield
         server.stop()
@@ -433,3 +443,34 @@ class TestPreparedRows:
         (folder / "train.turns.jsonl").unlink()
         with pytest.raises(UserError, match=rf"^{folder}/train\.turns\.jsonl does not exist"):
             PreparedRows(folder, "train").turns(0)
+
+
+class TestRuns:
+    """What training keeps in a bucket."""
+
+    def test_checkpoints_and_the_model_exported_from_them(self, folder, tmp_path) -> None:
+        start = upload(write_small(tmp_path / "small"), folder / "small")
+        run = begin(start, folder / "run", frozen=["^vision_model"])
+        save(run, folder / "run")
+        assert steps_in(folder / "run" / CHECKPOINTS) == [3]
+        with Checkpoints(folder / "run" / CHECKPOINTS, keep=2) as checkpoints:
+            like = replace(run.program.state, frozen=run.state.frozen)
+            state = checkpoints.restore(3, like, run_identity(run.settings, "data"))
+        jax.tree.map(np.testing.assert_array_equal, state.trained, run.state.trained)
+        jax.tree.map(np.testing.assert_array_equal, state.optimizer, run.state.optimizer)
+        export_run = RunExport(folder / "run")
+        export_run.write(folder / "exported", export_run.config)
+        wanted = tensors_of(run.program, run.state)
+        got = load_arrays(folder / "exported", export_run.config, layout="unrolled")
+        assert wanted.keys() == got.keys()
+        assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
+
+    def test_metrics(self, folder) -> None:
+        for first, last in ((0, 4), (2, 5)):  # cut off after 4, gone on from 2
+            with Metrics(folder, {}, None, first) as metrics:
+                for step in range(first + 1, last + 1):
+                    metrics.write(step, {"loss": step + first / 10, "mfu": None})
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["loss"] for line in lines] == [1.0, 2.0, 3.2, 4.2, 5.2]
+        assert all(line.keys() == {"step", "loss"} for line in lines)
+        assert len(list((folder / "tensorboard").iterdir())) == 2

@@ -12,6 +12,7 @@ import pytest
 
 from llava_cot_jax import cli
 from llava_cot_jax.demo import write_demo
+from tests.training.small_run import environment
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -55,14 +56,14 @@ def test_a_script_is_there(command):
 
 
 @pytest.mark.slow
-def test_the_first_command_answers(tmp_path):
-    """But for the environment, which the tests run in."""
-    line = next(line for line in LINES if "llava_cot_jax.demo" in line)
-    for command in line.split("&&")[2:]:
-        arguments = [sys.executable, *shlex.split(command)[1:]]
-        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+def test_the_first_command_trains_and_answers(tmp_path, cache):
+    """But for the environment, which the tests run in, and for most of its steps."""
+    _, _, train = LINES[0].split("&&")
+    few = ["--steps", "2", "--answers", "2", "--validation_rows", "2", "--output", str(tmp_path / "run")]
+    arguments = [sys.executable, *shlex.split(train)[1:], *few]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment(cache), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "conclusions that are the row's own" in done.stdout
 
 
 def test_the_library_in_ten_lines(tmp_path, monkeypatch, capsys):

@@ -127,7 +127,7 @@ class Metrics:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             path.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
         self._lines = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}")
         self._wandb = _begin_wandb(wandb, self.folder, settings) if wandb else None
 
     def __enter__(self) -> Self:

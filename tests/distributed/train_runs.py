@@ -1,0 +1,63 @@
+"""Starts the command that trains: on one device, and on real processes that together are one run."""
+
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.training.small_run import arguments, command, environment
+
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """A run on several processes.
+
+    Attributes:
+        processes: how many.
+        devices: of each.
+        settings: that differ from those of the run on one device.
+    """
+
+    processes: int
+    devices: int
+    settings: dict[str, Any]
+
+
+TWO = Hosts(2, 2, {"mesh.fsdp": 2, "mesh.tensor": 2})
+FOUR = Hosts(4, 1, {"mesh.data": 2, "mesh.fsdp": 2, "micro_batches": 2})
+
+
+def run_alone(place: Path, name: str, cache: Path, **settings: Any) -> None:
+    """On one device, from the checkpoint ``place / "small"`` into ``place / name``."""
+    done = command("train", *arguments(place / "small", place / name, steps=STEPS, **settings), cache=cache)
+    assert done.returncode == 0, done.stderr
+
+
+def run_on_hosts(place: Path, name: str, cache: Path, hosts: Hosts, **settings: Any) -> list[str]:
+    """What each process prints."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    shared = arguments(place / "small", place / name, **{"steps": STEPS, **hosts.settings, **settings})
+    shared += ["--hosts.coordinator", coordinator, "--hosts.count", str(hosts.processes)]
+    logs = [place / f"{name} {index}.log" for index in range(hosts.processes)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "llava_cot_jax.train", *shared, "--hosts.index", str(index)],
+            env=environment(cache, hosts.devices),
+            stdout=log.open("w"),  # not pipes: all must end together
+            stderr=log.with_suffix(".err").open("w"),
+        )
+        for index, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=900) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(codes), [log.with_suffix(".err").read_text()[-2000:] for log in logs]
+    return [log.read_text() for log in logs]
