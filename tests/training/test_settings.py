@@ -21,33 +21,10 @@ from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.program import Program, make_program
 from llava_cot_jax.training.settings import MeshSettings, TrainSettings
+from tests.training.abstract import MODELS, abstract_batch
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 RUNS = [path for path in CONFIGS if "init_from" in path.read_text()]
-MODELS = {
-    "meta-llama/Llama-3.2-11B-Vision-Instruct": MllamaConfig.llama32_11b(),
-    "meta-llama/Llama-3.2-90B-Vision-Instruct": MllamaConfig.llama32_90b(),
-    "shapes": shapes_config(),
-}
-
-
-def abstract_batch(config: MllamaConfig, rows: int, tokens: int, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch as ``Loader`` yields it."""
-    tower = config.vision
-    images = (rows, 1, tower.max_num_tiles)
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "input_ids": ((rows, tokens), jnp.int32),
-        "attention_mask": ((rows, tokens), jnp.int32),
-        "pixel_values": ((*images, tower.num_channels, tower.image_size, tower.image_size), jnp.uint8),
-        "aspect_ratio_ids": (images[:2], jnp.int32),
-        "aspect_ratio_mask": (images, jnp.int32),
-        "cross_attention_mask": ((rows, tokens, *images[1:]), jnp.int32),
-        "loss_mask": ((rows, tokens), jnp.bool_),
-        "stage": ((rows, tokens), jnp.int8),
-        "row": ((rows,), jnp.int32),
-    }
-    sharding = NamedSharding(mesh, partition(("batch",)))
-    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, (shape, kind) in shapes.items()}
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
