@@ -3,6 +3,7 @@
 python -m llava_cot_jax.train --config FILE.yaml [dotted overrides]
 """
 
+import logging
 import os
 import socket
 from dataclasses import fields
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: a setting, or a file that cannot be used: before anything expensive starts.
     """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of each thread, then raises
     settings, hosts = read_arguments(argv)
     _join_hosts(hosts)
     if settings.answers and jax.process_count() > 1:

@@ -445,6 +445,7 @@ class TestPreparedRows:
             PreparedRows(folder, "train").turns(0)
 
 
+@pytest.mark.slow
 class TestRuns:
     """What training keeps in a bucket."""
 

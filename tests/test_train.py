@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from llava_cot_jax.paths import as_path
 from llava_cot_jax.train import main
 from llava_cot_jax.training.checkpoints import steps_in
 from tests.parity.reference import under
-from tests.training.small_run import arguments, command, losses, metrics, validation_loss, write_small
+from tests.training.small_run import arguments, command, environment, losses, metrics, validation_loss, write_small
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,31 @@ class TestRun:
             tensors = {name: torch.tensor(x) for name, x in inputs.items()}
             theirs = there(**tensors | {"pixel_values": torch.tensor(pixels, dtype=torch.float32)}).logits.numpy()
         np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_during_a_save(place, cache):
+    """A real one, of 4 MB: that it is too small from the start is kept from the command."""
+    script = f"""
+import shutil, sys
+usage = shutil.disk_usage
+shutil.disk_usage = lambda path: usage(path)._replace(free=10**12)
+from llava_cot_jax import cli
+from llava_cot_jax.train import main
+sys.argv[1:] = {arguments(place / "small", place / "full/run", steps=2, validation_rows=0)}
+cli.run(main)
+"""
+    (place / "full").mkdir()
+    mounted = f'mount -t tmpfs -o size=4m tmpfs {place / "full"} && exec "$0" -c "$1"'
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", mounted, sys.executable, script],
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: no room on the disk of {place / 'full/run/checkpoints'}")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ class TrainSettings:
     """A training run.
 
     Attributes:
-        output: the folder of the run; a bucket path works too. It takes the configuration, checkpoints,
-            metrics, and the files that belong to the model.
+        output: the folder of the run, which takes the configuration, checkpoints, metrics, and the
+            files that belong to the model; over several hosts one that all of them see, a bucket say.
         init_from: the checkpoint to start from: a folder in Hugging Face form, an id on the hub, a
             bucket path, or ``shapes``: a small model with fresh weights, for the shapes world.
         data: a directory that ``llava_cot_jax.prepare`` made, or ``shapes``.

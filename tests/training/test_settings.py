@@ -173,7 +173,8 @@ def test_each_field_of_the_data_changes_it(tmp_path):
             assert fingerprint(changed(BASE, name, value)) != before, name
 
 
-def test_each_field_of_the_start_changes_it(tiny):
+@pytest.mark.slow
+def test_each_field_of_the_start_changes_it():
     mesh = make_mesh(devices=jax.devices()[:1])
 
     def start(convention: Any, seed: int) -> tuple[MllamaConfig, np.ndarray]:
