@@ -16,7 +16,7 @@ from llava_cot_jax.model.sharding import partition
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.stages import STAGES
 from llava_cot_jax.training.checkpoints import Checkpoints
-from llava_cot_jax.training.metrics import Meter, Metrics, by_stage
+from llava_cot_jax.training.metrics import Meter, Metrics, by_stage, check_wandb
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.program import Program, make_program
 from llava_cot_jax.training.report import OpenBar, describe_loading, describe_run, describe_validation
@@ -60,6 +60,7 @@ def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: Ope
         UserError: anything in the settings, or in the files that they name, that cannot be used: before
             the first step; damaged data or a full disk: later.
     """
+    check_wandb(settings.wandb)
     mesh = settings.mesh.make()
     origin = Origin(settings.init_from, settings.convention)
     training, validation = _loaders(settings, origin, mesh, open_bar)

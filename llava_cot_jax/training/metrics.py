@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -107,9 +108,6 @@ class Metrics:
         settings: all of the run's, for Weights & Biases.
         wandb: the project there; None leaves it out.
         step: the run's first step; lines of later ones, from before it was cut off, are dropped.
-
-    Raises:
-        UserError: Weights & Biases is asked for and not installed.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], wandb: str | None, step: int) -> None:
@@ -176,9 +174,17 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+def check_wandb(project: str | None) -> None:
+    """Whether Weights & Biases can be logged to, where it is asked for.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if project and find_spec("wandb") is None:
+        raise UserError("wandb is set, but not installed: pip install 'llava-cot-jax[wandb]'")
+
+
 def _begin_wandb(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb is set, but not installed: pip install 'llava-cot-jax[wandb]'") from None
+    import wandb
+
     return wandb.init(project=project, config=dict(settings), dir=str(folder))

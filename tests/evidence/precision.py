@@ -79,7 +79,8 @@ def main() -> None:
             wide = second_moments(outputs["float32"], step)
             for precision in PRECISIONS[1:]:
                 narrow = second_moments(outputs[precision], step)
-                ratios = np.quantile((narrow / wide)[wide > 1e-12], [0.1, 0.5, 0.9])
+                counted = wide > 1e-12
+                ratios = np.quantile(narrow[counted] / wide[counted], [0.1, 0.5, 0.9])
                 print(f"step {step:5} {precision:20}", *(f"{x:8.3f}" for x in (*ratios, narrow.sum() / wide.sum())))
 
 
