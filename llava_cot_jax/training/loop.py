@@ -12,13 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.data.rows import FirstRows
 from llava_cot_jax.data.sources import open_rows
-from llava_cot_jax.model.sharding import partition
+from llava_cot_jax.model.sharding import check_mesh, partition
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.stages import STAGES
 from llava_cot_jax.training.checkpoints import Checkpoints
 from llava_cot_jax.training.metrics import Meter, Metrics, by_stage, check_wandb
 from llava_cot_jax.training.origin import Origin
-from llava_cot_jax.training.program import Program, make_program
+from llava_cot_jax.training.program import Program, check_batch, make_program
 from llava_cot_jax.training.report import OpenBar, describe_loading, describe_run, describe_validation
 from llava_cot_jax.training.run_folder import CHECKPOINTS, run_identity, write_run_folder
 from llava_cot_jax.training.settings import TrainSettings
@@ -63,13 +63,15 @@ def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: Ope
     check_wandb(settings.wandb)
     mesh = settings.mesh.make()
     origin = Origin(settings.init_from, settings.convention)
+    check_batch(settings, mesh)
+    check_mesh(origin.config, mesh)
+    folder = as_path(settings.output)
+    write_run_folder(folder, settings, origin)
     training, validation = _loaders(settings, origin, mesh, open_bar)
     steps = settings.steps or settings.epochs * training.batches_per_epoch
     program = make_program(settings, origin.config, mesh, steps=steps, steps_per_epoch=training.batches_per_epoch)
     meter = Meter(origin.config, program.trained, program.adapted)
-    folder = as_path(settings.output)
     identity = run_identity(settings, training.fingerprint)
-    write_run_folder(folder, settings, origin)
     with Checkpoints(folder / CHECKPOINTS, settings.checkpoints_kept) as checkpoints:
         checkpoints.check_room(program.state)
         tell(describe_run(settings, origin.config, mesh, program, training, meter, steps))

@@ -13,7 +13,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.hardware import Part, parts_of
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter, parameters
-from llava_cot_jax.model.sharding import check_mesh, on_mesh
+from llava_cot_jax.model.sharding import on_mesh
 from llava_cot_jax.training.lora import adapter_table, fresh_adapters
 from llava_cot_jax.training.optimizer import Optimizer, learning_rates
 from llava_cot_jax.training.settings import TrainSettings
@@ -82,11 +82,9 @@ def make_program(
         steps_per_epoch: likewise.
 
     Raises:
-        UserError: the mesh does not divide the model or the batch, or a pattern of ``frozen`` or
-            ``lora.targets`` cannot be meant.
+        UserError: the mesh does not divide a parameter, or a pattern of ``frozen`` or ``lora.targets``
+            cannot be meant.
     """
-    check_mesh(config, mesh)
-    _check_batch(settings, mesh)
     base = parameters(config, "stacked")
     adapters = adapter_table(base, settings.lora)
     trained = set(adapters) if adapters else base.keys() - frozen_paths(base, settings.frozen)
@@ -131,7 +129,12 @@ def make_program(
     return Program(table, state, whole, adapted, learning_rate, step, evaluate, settings, optimizer, mesh)
 
 
-def _check_batch(settings: TrainSettings, mesh: Mesh) -> None:
+def check_batch(settings: TrainSettings, mesh: Mesh) -> None:
+    """Whether each device gets as many rows of a batch as the others, and of each of its parts.
+
+    Raises:
+        UserError: it does not.
+    """
     batch, parts = settings.loader.batch, settings.micro_batches
     over = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (over * parts):

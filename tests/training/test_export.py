@@ -108,7 +108,8 @@ def test_frozen_tensors_are_in_no_checkpoint_and_in_the_export(small_folder, tmp
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("init_from", ["checkpoint", pytest.param("shapes", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("init_from", ["checkpoint", "shapes"])
 def test_adapters_are_alone_in_their_checkpoint_and_merged_in_the_export(small_folder, tmp_path, init_from):
     lora = LoraSettings(rank=3, alpha=6.0, targets=["q_proj", r"mlp\.(fc1|up_proj)"])
     source = small_folder if init_from == "checkpoint" else "shapes"
