@@ -20,8 +20,6 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "replica": ("data",),  # rows, where columns lie over fsdp
-    "columns": ("tensor",),  # of what is gathered, on its way to whole rows
     "embed": ("fsdp",),
     "gathered": ("fsdp", "tensor"),  # widths of tables and of layers used once, gathered where they are used
     "heads": ("tensor",),

@@ -95,7 +95,7 @@ def decode(
         [batch, tokens, hidden] after the last norm, and the cache where there is one. Stacked
         parameters, which are for training, keep none.
     """
-    x = _embed(w["embed_tokens"]["weight"], input_ids)
+    x = w["embed_tokens"]["weight"][input_ids]
     layer = checkpointed(
         functools.partial(
             _layer,
@@ -126,17 +126,6 @@ def decode(
             entries.append(entry)
     keeps = cache is not None or capacity is not None
     return rms_norm(x, w["norm"], config.text.rms_norm_eps), tuple(entries) if keeps else None
-
-
-def _embed(table: jax.Array, input_ids: jax.Array) -> jax.Array:
-    """Rows of ``table`` [tokens of the vocabulary, hidden], [batch, tokens, hidden].
-
-    Each device looks its own columns up, for the rows of all devices that hold others; then columns
-    are exchanged for rows. Left to itself the compiler copies all of them to every device.
-    """
-    x = table[constrain(input_ids, "replica", None)]
-    x = constrain(x, "replica", None, "gathered")
-    return constrain(x, "batch", None, "columns")
 
 
 def _layer(
