@@ -79,7 +79,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 def run(command: list[str], before: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, which first runs the Python code ``before``."""
     code = (
-        f"import os, signal\nfrom llava_cot_jax import cli\nfrom llava_cot_jax.data import preparation, work_folder\n"
+        "import os, signal\n"
+        # A shell's background jobs, and all that they start, ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from llava_cot_jax import cli\nfrom llava_cot_jax.data import preparation, work_folder\n"
         f"vars(preparation).update({SMALL})\n{before}\n"
         "import runpy; runpy.run_module('llava_cot_jax.prepare', run_name='__main__')"
     )
