@@ -22,7 +22,7 @@ from llava_cot_jax.model.checkpoint import read_config, resolve_checkpoint
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import MESH_AXES, Mesh, check_mesh, default_mesh, make_mesh
-from llava_cot_jax.search.decode import Generator, check_request
+from llava_cot_jax.search.generator import Generator, check_request
 from llava_cot_jax.search.sampling import Sampling
 from llava_cot_jax.stages import find_stages, may_be_staged
 

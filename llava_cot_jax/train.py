@@ -18,7 +18,7 @@ from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.held_out import answer_rows, share
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.search.decode import Generator
+from llava_cot_jax.search.generator import Generator
 from llava_cot_jax.training.export import merged_arrays
 from llava_cot_jax.training.loop import Trained, train
 from llava_cot_jax.training.settings import TrainSettings

@@ -6,13 +6,19 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import base64
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from llava_cot_jax.data.processor import Processor
+from llava_cot_jax.data.tokenizer import SPECIAL_TOKENS
 from llava_cot_jax.model.config import MllamaConfig
 
 TINY = Path(__file__).parent / "fixtures" / "mllama_tiny"
@@ -58,3 +64,20 @@ def batch(reference) -> dict[str, np.ndarray]:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of what runs compile and count, for processes of their own."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    """Llama 3's own vocabulary, from Meta's package, with the special tokens of Llama 3.2 Vision."""
+    reason = "the published tokenizer comes with the package llama-models: pip install llama-models==0.3.0"
+    package = Path(pytest.importorskip("llama_models", reason=reason).__file__).parent
+    lines = (package / "llama3" / "tokenizer.model").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+    # 128011 and on, but for the last: the reserved tokens from 3 to 247.
+    special = [*SPECIAL_TOKENS, *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)), "<|image|>"]
+    converter = TikTokenConverter(vocab_file="given", extra_special_tokens=special)
+    converter.load_tiktoken_bpe = lambda _: ranks
+    folder = tmp_path_factory.mktemp("published")
+    PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=SPECIAL_TOKENS[0]).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(MllamaConfig.llama32_11b().to_dict("bfloat16")))
+    return Processor.from_pretrained(folder)

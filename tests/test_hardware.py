@@ -23,12 +23,11 @@ from llava_cot_jax.hardware import (
     training_flops,
     vision_flops,
 )
-from llava_cot_jax.model.cache import KeyValue
+from llava_cot_jax.model.cache import KeyValue, Memory, Prefix
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import hidden_states, logits
 from llava_cot_jax.model.parameters import nest, parameters
-from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE, see
-from llava_cot_jax.search.decode import step
+from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE, append, see
 from llava_cot_jax.training.lora import LoraSettings, adapter_table
 
 ELEVEN, NINETY = MllamaConfig.llama32_11b(), MllamaConfig.llama32_90b()
@@ -213,23 +212,27 @@ def test_shares_of_adapters_are_the_known_ones():
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_decode_flops_are_those_of_the_program(small, images):
-    capacity, rows, text = 64, 3, small.text
+    """A step of three candidates of each of two questions: slots of the prefix and of their own count alike."""
+    shared, own, questions, candidates, text = 48, 16, 2, 3, small.text
     seen = images * (small.vision.image_tokens + -small.vision.image_tokens % IMAGE_TOKEN_MULTIPLE)
+    rows = questions * candidates
 
-    def cache(tokens):
-        entry = abstract(rows, text.num_key_value_heads, tokens, text.head_dim, dtype=jnp.bfloat16)
-        return KeyValue(entry, entry) if tokens else None
+    def layers(rows, slots, cross):
+        entry = abstract(rows, text.num_key_value_heads, slots, text.head_dim, dtype=jnp.bfloat16)
+        return tuple(KeyValue(entry, entry) if is_cross == cross and slots else None for is_cross in text.is_cross)
 
-    entries = tuple(cache(seen if cross else capacity) for cross in text.is_cross)
+    prefix = Prefix(layers(questions, shared, False), abstract(questions))
+    memory = Memory(layers(rows, own, False), abstract(rows), prefix, layers(questions, seen, True))
     tiles = abstract(rows, 1, 1, small.vision.max_num_tiles)
-    sight = jax.eval_shape(lambda tiles: see(small, tiles, None), tiles) if images else None
-    token = abstract(rows)
+    sight = jax.eval_shape(lambda tiles: see(small, tiles), tiles) if images else None
 
-    def decode(flat, token, position, entries, sight):
-        return step(nest(flat), small, token, position, entries, sight)
+    def decode(flat, token, memory, sight):
+        params = nest(flat)
+        hidden, _ = append(params["language_model"]["model"], small, token, memory, sight)
+        return logits(params, hidden)
 
-    real = model_flops(jax.make_jaxpr(decode)(arrays(small, "unrolled"), token, token, entries, sight))
-    assert rows * sum(text_flops(small, 1, seen, prefix=capacity - 1, as_computed=True).values()) == real
+    real = model_flops(jax.make_jaxpr(decode)(arrays(small, "unrolled"), abstract(rows, 1), memory, sight))
+    assert rows * sum(text_flops(small, 1, seen, prefix=shared + own - 1, as_computed=True).values()) == real
 
 
 def test_useful_flops_are_less_than_computed_ones_by_masked_scores_and_fill():

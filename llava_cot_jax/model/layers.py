@@ -4,7 +4,8 @@ Weights are oriented [out, in], as published. Norms, rotations and softmax work 
 give back the dtype of their input.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
@@ -146,6 +147,51 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Ar
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgqs,bksd->bkgqd", weights, v)
+
+
+Part = tuple[jax.Array, jax.Array, jax.Array]
+"""Keys and values [groups, kv_heads, slots, head_dim], and which of them are seen, bool
+[groups, tokens or 1, slots]: a group is as many queries' rows in a row as there are rows to a group."""
+
+
+def attention_in_parts(q: jax.Array, parts: Sequence[Part]) -> jax.Array:
+    """Attention over keys that lie in several places, as if they lay in one.
+
+    Each part's softmax is taken on its own; their log-sum-exps say how to mix them, which is exact.
+
+    Args:
+        q: [rows, heads, tokens, head_dim].
+        parts: where the keys are; of all parts together a query sees at least one.
+
+    Returns:
+        [rows, heads, tokens, head_dim] in the dtype of ``q``.
+    """
+    outs, tops, sums = zip(*(_attend_part(q, *part) for part in parts), strict=True)
+    top = functools.reduce(jnp.maximum, tops)
+    weights = [jnp.exp(t - top) for t in tops]
+    total = sum(w * s for w, s in zip(weights, sums, strict=True))
+    mixed = sum(w * out for w, out in zip(weights, outs, strict=True))
+    return (mixed / total).astype(q.dtype)
+
+
+def _attend_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The values of one part, weighted by exp(score - top) and summed; top; and the sum of the weights.
+
+    float32: [rows, heads, tokens, head_dim], and twice [rows, heads, tokens, 1].
+    """
+    rows, heads, tokens, head_dim = q.shape
+    groups, kv_heads = k.shape[:2]
+    grouped = q.reshape(groups, rows // groups, kv_heads, heads // kv_heads, tokens, head_dim)
+    scores = jnp.einsum("gnkhtd,gksd->gnkhts", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = jnp.where(mask[:, None, None, None], scores, jnp.finfo(jnp.float32).min)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    out = jnp.einsum("gnkhts,gksd->gnkhtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+    def by_row(x: jax.Array) -> jax.Array:
+        return x.reshape(rows, heads, tokens, -1)
+
+    return by_row(out), by_row(top), by_row(weights.sum(axis=-1, keepdims=True))
 
 
 def _in_blocks(x: jax.Array, axis: int) -> jax.Array:

@@ -325,7 +325,7 @@ def hidden_states(
         states = image_states(params, config, inputs, checkpointing)
         sight = text.see(config, inputs["cross_attention_mask"], states)
     decoder = params["language_model"]["model"]
-    return text.decode(decoder, config, ids, positions, causal(present), sight, checkpointing=checkpointing)[0]
+    return text.decode(decoder, config, ids, positions, causal(present), sight, checkpointing)
 
 
 def _all_logits(

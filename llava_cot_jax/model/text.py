@@ -1,18 +1,18 @@
 """The language model: self-attention layers, and cross-attention layers that see the images."""
 
-import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from llava_cot_jax.model.attention import Mask
-from llava_cot_jax.model.cache import Cache, KeyValue
+from llava_cot_jax.model.cache import KeyValue, Layers, Memory
 from llava_cot_jax.model.config import MllamaConfig, TextConfig
 from llava_cot_jax.model.layers import (
     Checkpointing,
     Weights,
     attention,
+    attention_in_parts,
     checkpointed,
     is_stacked,
     join_heads,
@@ -34,28 +34,38 @@ class Sight:
     """What the text sees of the images.
 
     Attributes:
-        states: [batch, image_tokens, hidden], projected; None once their keys and values are cached.
         tokens: bool [batch, tokens, images * tiles + 1], the tiles that a cross layer's attention lets a
             text token see, and, last and never seen, what fills up the image tokens.
-        any: bool [batch, tokens], whether a text token sees an image at all.
+        attends: bool [batch, tokens], whether a cross layer's attention adds anything to a text token.
+        feeds: bool [batch, tokens], whether its MLP does.
+        states: [batch, image_tokens, hidden], projected; None once their keys and values are cached.
     """
 
-    states: jax.Array | None
     tokens: jax.Array
-    any: jax.Array
+    attends: jax.Array
+    feeds: jax.Array
+    states: jax.Array | None = None
+
+    def at(self, index: jax.Array) -> "Sight":
+        """What the tokens at ``index`` int32 [batch, n] see."""
+        tokens = jnp.take_along_axis(self.tokens, index[..., None], axis=1)
+        attends, feeds = (jnp.take_along_axis(x, index, axis=1) for x in (self.attends, self.feeds))
+        return Sight(tokens, attends, feeds)
 
 
-def see(config: MllamaConfig, cross_attention_mask: jax.Array, states: jax.Array | None) -> Sight:
+def see(config: MllamaConfig, cross_attention_mask: jax.Array, states: jax.Array | None = None) -> Sight:
     """What a cross attention mask of 0 and 1 [batch, tokens, images, tiles] makes visible of ``states``.
 
-    A token without an image sees, under the conventions of transformers, every image token.
+    A token without an image gets nothing from a cross layer under ``meta``. Under the conventions of
+    transformers it attends to every image token, and the MLP alone adds nothing.
     """
     tiles = cross_attention_mask.astype(bool)
     visible = tiles.reshape(*tiles.shape[:2], -1)
-    some = visible.any(axis=-1)
+    some = attends = visible.any(axis=-1)
     if config.convention != "meta":
         visible = visible | ~some[..., None]
-    return Sight(states, jnp.pad(visible, ((0, 0), (0, 0), (0, 1))), some)
+        attends = jnp.ones_like(some)
+    return Sight(jnp.pad(visible, ((0, 0), (0, 0), (0, 1))), attends, some, states)
 
 
 def project(w: Weights, features: jax.Array) -> jax.Array:
@@ -66,132 +76,171 @@ def project(w: Weights, features: jax.Array) -> jax.Array:
     return constrain(jnp.pad(states, ((0, 0), (0, fill), (0, 0))), "batch", None, None)
 
 
+def image_keys_values(w: Weights, config: TextConfig, states: jax.Array) -> Layers:
+    """What each cross layer keeps of image tokens [batch, image_tokens, hidden].
+
+    Args:
+        w: the parameters below ``language_model.model``, unrolled.
+        config: the text model's.
+        states: the projected image tokens.
+    """
+    return tuple(
+        _image_keys_values(states, w["layers"][str(i)]["cross_attn"], config) if cross else None
+        for i, cross in enumerate(config.is_cross)
+    )
+
+
 def decode(
     w: Weights,
     config: MllamaConfig,
     input_ids: jax.Array,
     positions: jax.Array,
-    mask: jax.Array | Mask,
+    mask: Mask,
     sight: Sight | None,
-    *,
-    cache: Cache | None = None,
-    capacity: int | None = None,
     checkpointing: Checkpointing = "none",
-) -> tuple[jax.Array, Cache | None]:
-    """Hidden states of the tokens, ready for lm_head.
+) -> jax.Array:
+    """Hidden states of the tokens, ready for lm_head: [batch, tokens, hidden] after the last norm.
 
     Args:
-        w: the parameters below ``language_model.model``.
+        w: the parameters below ``language_model.model``, in either layout.
         config: the model's configuration.
         input_ids: int32 [batch, tokens].
-        positions: int32 [batch, tokens]; with a cache, consecutive in a row: they are its slots.
-        mask: as ``attention`` takes it; the keys are these tokens or, with a cache, its slots.
-        sight: what the tokens see of the images; None skips the cross layers.
-        cache: what came before; the tokens' own keys and values are written into it.
-        capacity: without a cache, start one with room for so many tokens.
+        positions: int32 [batch, tokens].
+        mask: what of each other the tokens see.
+        sight: what they see of the images, whose states it holds; None skips the cross layers.
         checkpointing: what of a layer is saved for the backward pass.
-
-    Returns:
-        [batch, tokens, hidden] after the last norm, and the cache where there is one. Stacked
-        parameters, which are for training, keep none.
     """
+    turn = rotation(positions, config.text)
+
+    def run(x: jax.Array, w: Weights) -> jax.Array:
+        x = constrain(x, "batch", None, None)
+        if "self_attn" in w:
+            q, k, v = _queries_keys_values(x, w, config.text, turn)
+            return _after_self_attention(x, attention(q, k, v, mask), w, config.text)
+        if sight is None:
+            return x
+        assert sight.states is not None
+        return _cross_layer(x, w, _image_keys_values(sight.states, w["cross_attn"], config.text), config, sight)
+
+    layer = checkpointed(run, checkpointing)
     x = w["embed_tokens"]["weight"][input_ids]
-    layer = checkpointed(
-        functools.partial(
-            _layer,
-            config=config,
-            turn=rotation(positions, config.text),
-            mask=mask,
-            sight=sight,
-            start=positions[:, 0],
-            capacity=capacity,
-        ),
-        checkpointing,
-    )
     layers = w["layers"]
-    entries: list[KeyValue | None] = []
     if is_stacked(layers):
-        if cache is not None or capacity is not None:
-            raise ValueError("stacked parameters keep no cache: use the unrolled layout for decoding")
 
         def block(x: jax.Array, slots: Weights) -> tuple[jax.Array, None]:
             for slot in range(config.text.period):
-                x, _ = layer(x, slots[str(slot)], None)
+                x = layer(x, slots[str(slot)])
             return x, None
 
         x, _ = jax.lax.scan(block, x, layers)
     else:
         for i in range(config.text.num_hidden_layers):
-            x, entry = layer(x, layers[str(i)], cache[i] if cache is not None else None)
-            entries.append(entry)
-    keeps = cache is not None or capacity is not None
-    return rms_norm(x, w["norm"], config.text.rms_norm_eps), tuple(entries) if keeps else None
+            x = layer(x, layers[str(i)])
+    return rms_norm(x, w["norm"], config.text.rms_norm_eps)
 
 
-def _layer(
-    x: jax.Array,
-    w: Weights,
-    entry: KeyValue | None,
-    *,
-    config: MllamaConfig,
-    turn: tuple[jax.Array, jax.Array],
-    mask: jax.Array | Mask,
-    sight: Sight | None,
-    start: jax.Array,
-    capacity: int | None,
-) -> tuple[jax.Array, KeyValue | None]:
-    """One layer of either kind, told apart by the weights it has."""
-    x = constrain(x, "batch", None, None)
-    if "self_attn" in w:
-        return _self_layer(x, w, entry, config.text, turn, mask, start, capacity)
-    if sight is None:
-        return x, None
-    return _cross_layer(x, w, entry, config, sight)
+def append(
+    w: Weights, config: MllamaConfig, input_ids: jax.Array, memory: Memory, sight: Sight | None
+) -> tuple[jax.Array, Layers]:
+    """Append tokens to sequences whose keys and values are in ``memory``: the one primitive of decoding.
+
+    Args:
+        w: the parameters below ``language_model.model``, unrolled.
+        config: the model's configuration.
+        input_ids: int32 [rows, tokens].
+        memory: what came before.
+        sight: what the tokens see of the images; None skips the cross layers.
+
+    Returns:
+        Hidden states as from ``decode``, and the rows' own keys and values with the tokens' among them.
+    """
+    tokens = input_ids.shape[1]
+    turn = rotation(memory.positions(tokens), config.text)
+    own: list[KeyValue | None] = []
+    x = w["embed_tokens"]["weight"][input_ids]
+    for i, cross in enumerate(config.text.is_cross):
+        x = constrain(x, "batch", None, None)
+        layer, images, entry = w["layers"][str(i)], memory.images[i], memory.own[i]
+        if cross:
+            if sight is not None and images is not None:
+                x = _cross_layer(x, layer, images, config, sight)
+            own.append(None)
+            continue
+        assert entry is not None
+        q, k, v = _queries_keys_values(x, layer, config.text, turn)
+        entry = entry.write(KeyValue(k, v), memory.start)
+        own.append(entry)
+        x = _after_self_attention(x, _attend(q, entry, memory, i), layer, config.text)
+    return rms_norm(x, w["norm"], config.text.rms_norm_eps), tuple(own)
 
 
-def _self_layer(
-    x: jax.Array,
-    w: Weights,
-    entry: KeyValue | None,
-    config: TextConfig,
-    turn: tuple[jax.Array, jax.Array],
-    mask: jax.Array | Mask,
-    start: jax.Array,
-    capacity: int | None,
-) -> tuple[jax.Array, KeyValue | None]:
+def _attend(q: jax.Array, own: KeyValue, memory: Memory, index: int) -> jax.Array:
+    """Queries [rows, heads, tokens, head_dim] of layer ``index`` to a row's own tokens and to its prefix."""
+    slots = jnp.arange(own.keys.shape[2])
+    mine = slots <= (memory.start[:, None] + jnp.arange(q.shape[2]))[..., None]  # [rows, tokens, slots]
+    parts = [(own.keys, own.values, mine)]
+    if memory.prefix is not None:
+        shared = memory.prefix.layers[index]
+        assert shared is not None
+        before = jnp.arange(shared.keys.shape[2]) < memory.prefix.length[:, None, None]  # [questions, 1, slots]
+        parts.append((shared.keys, shared.values, before))
+    return attention_in_parts(q, parts)
+
+
+def _queries_keys_values(
+    x: jax.Array, w: Weights, config: TextConfig, turn: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of a self-attention layer, [batch, heads or kv_heads, tokens, head_dim], rotated to their positions."""
     h = rms_norm(x, w["input_layernorm"], config.rms_norm_eps)
     q = rotate(_heads(h, w["self_attn"]["q_proj"], config.num_attention_heads, "heads"), *turn)
     k = rotate(_heads(h, w["self_attn"]["k_proj"], config.num_key_value_heads, "kv_heads"), *turn)
-    v = _heads(h, w["self_attn"]["v_proj"], config.num_key_value_heads, "kv_heads")
-    seen = new = KeyValue(k, v)
-    if entry is not None:
-        seen = entry = entry.write(new, start)
-    elif capacity is not None:
-        entry = new.padded(capacity)
-    x = x + linear(join_heads(attention(q, seen.keys, seen.values, mask)), w["self_attn"]["o_proj"])
-    return x + _mlp(rms_norm(x, w["post_attention_layernorm"], config.rms_norm_eps), w["mlp"]), entry
+    return q, k, _heads(h, w["self_attn"]["v_proj"], config.num_key_value_heads, "kv_heads")
 
 
-def _cross_layer(
-    x: jax.Array, w: Weights, entry: KeyValue | None, config: MllamaConfig, sight: Sight
-) -> tuple[jax.Array, KeyValue | None]:
-    """Gated attention to the images; a token that sees none gets what ``config.convention`` says."""
+def _after_self_attention(x: jax.Array, attended: jax.Array, w: Weights, config: TextConfig) -> jax.Array:
+    """The rest of a self-attention layer."""
+    x = x + linear(join_heads(attended), w["self_attn"]["o_proj"])
+    return x + _mlp(rms_norm(x, w["post_attention_layernorm"], config.rms_norm_eps), w["mlp"])
+
+
+def _cross_layer(x: jax.Array, w: Weights, images: KeyValue, config: MllamaConfig, sight: Sight) -> jax.Array:
+    """Gated attention of x [rows, tokens, hidden] to the images of their questions.
+
+    The rows of a question attend as one row of as many queries; a step of decoding has few, whose scores
+    are small, and needs no kernel.
+    """
     text, eps = config.text, config.text.rms_norm_eps
-    if entry is None:
-        assert sight.states is not None
-        entry = _image_keys_values(sight.states, w["cross_attn"], text)
-    sees = sight.any[..., None].astype(x.dtype)  # [batch, tokens, 1]
+    rows, questions = x.shape[0], images.keys.shape[0]
     q = _heads(rms_norm(x, w["input_layernorm"], eps), w["cross_attn"]["q_proj"], text.num_attention_heads, "heads")
     q = rms_norm(q, w["cross_attn"]["q_norm"], eps)
-    tile = jnp.arange(entry.keys.shape[2]) // config.vision.tile_tokens
-    mask = Mask(sight.tokens, jnp.minimum(tile, sight.tokens.shape[-1] - 1)[None])
-    attended = attention(q, entry.keys, entry.values, mask)
+    tile = jnp.arange(images.keys.shape[2]) // config.vision.tile_tokens
+    group = jnp.minimum(tile, sight.tokens.shape[-1] - 1)[None]
+    mask = Mask(sight.tokens.reshape(questions, -1, sight.tokens.shape[-1]), group)
+    queries = _together(q, questions)
+    attended = attention(queries, images.keys, images.values, mask if x.shape[1] > 1 else mask.dense())
+    attended = _apart(attended, rows)
     attended = linear(join_heads(attended), w["cross_attn"]["o_proj"])
-    if config.convention == "meta":
-        attended = attended * sees
-    x = x + jnp.tanh(w["cross_attn_attn_gate"]) * attended
+    attends, feeds = (seen[..., None].astype(x.dtype) for seen in (sight.attends, sight.feeds))
+    x = x + jnp.tanh(w["cross_attn_attn_gate"]) * (attended * attends)
     h = _mlp(rms_norm(x, w["post_attention_layernorm"], eps), w["mlp"])
-    return x + jnp.tanh(w["cross_attn_mlp_gate"]) * (h * sees), entry
+    return x + jnp.tanh(w["cross_attn_mlp_gate"]) * (h * feeds)
+
+
+def _together(q: jax.Array, questions: int) -> jax.Array:
+    """[rows, heads, tokens, head_dim] -> [questions, heads, rows / questions * tokens, head_dim]."""
+    if q.shape[0] == questions:
+        return q
+    _, heads, _, head_dim = q.shape
+    return jnp.swapaxes(q.reshape(questions, -1, *q.shape[1:]), 1, 2).reshape(questions, heads, -1, head_dim)
+
+
+def _apart(x: jax.Array, rows: int) -> jax.Array:
+    """The inverse of ``_together``."""
+    questions, heads, _, head_dim = x.shape
+    if rows == questions:
+        return x
+    x = x.reshape(questions, heads, rows // questions, -1, head_dim)
+    return jnp.swapaxes(x, 1, 2).reshape(rows, heads, -1, head_dim)
 
 
 def _image_keys_values(states: jax.Array, w: Weights, config: TextConfig) -> KeyValue:

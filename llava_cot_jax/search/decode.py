@@ -1,27 +1,29 @@
-"""Answers, token by token: one compiled prefill, then a compiled loop that returns every few steps."""
+"""Reading tokens into sequences and drawing tokens after them, over a cache in two parts.
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+Both are loops around ``model.text.append``. What a loop costs follows the lengths of its rows; what it
+compiles to does not.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text
-from llava_cot_jax.model.cache import Cache
+from llava_cot_jax.model.cache import Layers, Memory
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.layers import Weights
-from llava_cot_jax.model.mllama import Mllama, check_inputs, image_states, logits
-from llava_cot_jax.model.sharding import on_mesh
+from llava_cot_jax.model.mllama import image_states, logits
+from llava_cot_jax.search.pieces import Pieces
 from llava_cot_jax.search.sampling import Sampling, draw
 
 SMALLEST_BUCKET = 64
-CHUNK = 16
-"""Steps of the compiled loop before the host sees the tokens."""
+
+TAG, EOS, BUDGET, UNUSED = range(4)
+"""What ended a row: the string that was looked for, an end-of-sequence token, its budget; or it was never begun."""
+
+ENDS = ("tag", "eos", "budget", "unused")
 
 
 def bucket(length: int) -> int:
@@ -31,248 +33,221 @@ def bucket(length: int) -> int:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
-    """Where the decoding of a batch stands.
+class View:
+    """What sequences see of their question's images.
 
     Attributes:
-        cache: keys and values of every token but the last, and of the images.
-        sight: what the next tokens see of the images: what the last prompt token saw; None without images.
-        token: int32 [batch], the last token drawn, not in the cache yet.
-        position: int32 [batch], its position.
-        done: bool [batch], whether it, or one before it, ended the answer.
-        keys: [batch], random keys; a draw's is folded from its row's and the position it draws for.
+        images: keys and values of the cross-attention layers; None in each without images.
+        sight: of every token of the prompt, [questions, tokens]; None without images.
+        last: int32 [questions], the prompt's last token, after which nothing changes.
     """
 
-    cache: Cache
+    images: Layers
     sight: text.Sight | None
-    token: jax.Array
-    position: jax.Array
-    done: jax.Array
-    keys: jax.Array
+    last: jax.Array
+
+    def at(self, positions: jax.Array, blind: jax.Array | bool = False) -> text.Sight | None:
+        """What the tokens at ``positions`` int32 [rows, n] of sequences that begin as the prompt see.
+
+        Rows are those of the first question first. Where ``blind``, they see nothing: no cross layer adds anything.
+        """
+        if self.sight is None:
+            return None
+        rows, tokens = positions.shape
+        index = positions.reshape(self.last.shape[0], -1)
+        seen = self.sight.at(jnp.minimum(index, self.last[:, None]))
+        attends, feeds = (x.reshape(rows, tokens) & ~jnp.asarray(blind) for x in (seen.attends, seen.feeds))
+        return text.Sight(seen.tokens.reshape(rows, tokens, -1), attends, feeds)
 
 
-def prefill(
-    params: Weights, config: MllamaConfig, inputs: Mapping[str, jax.Array], lengths: jax.Array, capacity: int
-) -> tuple[jax.Array, Cache, text.Sight | None]:
-    """Read the prompts.
+def look(params: Weights, config: MllamaConfig, inputs: Mapping[str, jax.Array], lengths: jax.Array) -> View:
+    """Look at the images of prompts: the one run of the vision tower.
 
     Args:
         params: the model's, unrolled.
         config: the model's.
         inputs: by the names of ``Mllama``'s arguments, padded on the right.
-        lengths: int32 [batch], tokens of each prompt.
-        capacity: room of the cache, in tokens.
-
-    Returns:
-        Logits after each prompt, float32 [batch, vocabulary]; the cache; what the next token sees.
+        lengths: int32 [questions], tokens of each prompt.
     """
-    ids = inputs["input_ids"]
-    batch, tokens = ids.shape
-    positions = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
-    causal = jnp.tri(tokens, dtype=bool)[None]
-    sight = None
-    if "pixel_values" in inputs:
-        sight = text.see(config, inputs["cross_attention_mask"], image_states(params, config, inputs))
+    if "pixel_values" not in inputs:
+        return View((None,) * config.text.num_hidden_layers, None, lengths - 1)
     decoder = params["language_model"]["model"]
-    hidden, cache = text.decode(decoder, config, ids, positions, causal, sight, capacity=capacity)
-    assert cache is not None
-    last = (lengths - 1)[:, None]
-    hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]
-    if sight is not None:
-        seen = jnp.take_along_axis(sight.tokens, last[..., None], axis=1)
-        sight = text.Sight(None, seen, jnp.take_along_axis(sight.any, last, axis=1))
-    return logits(params, hidden), cache, sight
+    images = text.image_keys_values(decoder, config.text, image_states(params, config, inputs))
+    return View(images, text.see(config, inputs["cross_attention_mask"]), lengths - 1)
 
 
-def step(
+def read(
     params: Weights,
     config: MllamaConfig,
-    token: jax.Array,
-    position: jax.Array,
-    cache: Cache,
-    sight: text.Sight | None,
-) -> tuple[jax.Array, Cache]:
-    """Append ``token`` int32 [batch] at ``position`` int32 [batch].
-
-    Returns:
-        Logits of what follows, float32 [batch, vocabulary], and the cache with the token in it.
-    """
-    slots = next(entry for entry, cross in zip(cache, config.text.is_cross, strict=True) if entry and not cross)
-    mask = jnp.arange(slots.keys.shape[2]) <= position[:, None, None]  # [batch, 1, slots]
-    decoder = params["language_model"]["model"]
-    hidden, grown = text.decode(decoder, config, token[:, None], position[:, None], mask, sight, cache=cache)
-    assert grown is not None
-    return logits(params, hidden[:, 0]), grown
-
-
-def _settle(state: State, scores: jax.Array, config: MllamaConfig, sampling: Sampling) -> State:
-    """``state`` after a draw for ``state.position`` from ``scores`` [batch, vocabulary]."""
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.position)
-    token = jnp.where(state.done, config.text.pad_token_id, draw(scores, keys, sampling))
-    ended = jnp.isin(token, jnp.array(config.text.eos_token_ids))
-    return replace(state, token=token, done=state.done | ended)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "capacity", "mesh"))
-def _begin(
-    params: Weights,
-    inputs: Mapping[str, jax.Array],
-    lengths: jax.Array,
-    seeds: jax.Array,
+    pieces: Pieces,
+    memory: Memory,
+    view: View,
     *,
-    config: MllamaConfig,
-    sampling: Sampling,
-    capacity: int,
-    mesh: Mesh | None,
-) -> State:
-    """Read the prompts and draw the first token of each answer."""
-    with on_mesh(mesh):
-        scores, cache, sight = prefill(params, config, inputs, lengths, capacity)
-        keys = jax.vmap(jax.random.key)(seeds)
-        waiting = State(cache, sight, jnp.zeros_like(lengths), lengths, jnp.zeros(lengths.shape, bool), keys)
-        return _settle(waiting, scores, config, sampling)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "steps", "mesh"), donate_argnames="state")
-def _advance(
-    params: Weights,
-    state: State,
-    limit: jax.Array,
-    *,
-    config: MllamaConfig,
-    sampling: Sampling,
-    steps: int,
-    mesh: Mesh | None,
-) -> tuple[State, jax.Array, jax.Array]:
-    """Draw up to ``steps`` more tokens, at most ``limit``, fewer once every answer has ended.
-
-    Returns:
-        The state, the tokens int32 [batch, steps], and how many of them were drawn.
-    """
-
-    def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
-        drawn, state, _ = carry
-        return (drawn < steps) & (drawn < limit) & ~state.done.all()
-
-    def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
-        drawn, state, tokens = carry
-        scores, cache = step(params, config, state.token, state.position, state.cache, state.sight)
-        state = _settle(replace(state, cache=cache, position=state.position + 1), scores, config, sampling)
-        return drawn + 1, state, jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, drawn))
-
-    with on_mesh(mesh):
-        tokens = jnp.full((state.token.shape[0], steps), config.text.pad_token_id, jnp.int32)
-        drawn, state, tokens = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, tokens))
-        return state, tokens, drawn
-
-
-class Generator:
-    """Continues prompts with a model.
-
-    Prompts and answers are padded to buckets, so a second question of similar length compiles nothing.
+    chunk: int,
+    blind: jax.Array | bool = False,
+) -> tuple[Layers, jax.Array]:
+    """Append rows of tokens, ``chunk`` of them at a time, as many times as the longest row needs.
 
     Args:
-        model: in the unrolled layout.
-        sampling: how tokens are drawn.
+        params: the model's, unrolled.
+        config: the model's.
+        pieces: [rows]; the tokens. The memory needs room for a chunk more than a row has.
+        memory: what comes before them.
+        view: what they see.
+        chunk: tokens of a row at a time.
+        blind: whether they see no image.
 
-    Raises:
-        UserError: the model's layers are stacked.
+    Returns:
+        The rows' own keys and values with the tokens' among them, and logits after each row's last token,
+        float32 [rows, vocabulary]: 0 for an empty row.
+    """
+    decoder = params["language_model"]["model"]
+    rows = pieces.length.shape[0]
+    tokens = jnp.pad(pieces.tokens, ((0, 0), (0, -pieces.capacity % chunk)))
+    hidden = jnp.zeros((rows, config.text.hidden_size), decoder["norm"]["weight"].dtype)
+
+    def unread(carry: tuple[jax.Array, Layers, jax.Array]) -> jax.Array:
+        return carry[0] < pieces.length.max()
+
+    def body(carry: tuple[jax.Array, Layers, jax.Array]) -> tuple[jax.Array, Layers, jax.Array]:
+        done, own, hidden = carry
+        here = replace(memory, own=own, start=memory.start + done)
+        some = jax.lax.dynamic_slice(tokens, (0, done), (rows, chunk))
+        out, own = text.append(decoder, config, some, here, view.at(here.positions(chunk), blind))
+        last = (pieces.length - 1 - done)[:, None, None]  # [rows, 1, 1]
+        ends = jnp.take_along_axis(out, jnp.clip(last, 0, chunk - 1), axis=1)[:, 0]
+        hidden = jnp.where((last[:, 0] >= 0) & (last[:, 0] < chunk), ends, hidden)
+        return done + chunk, own, hidden
+
+    _, own, hidden = jax.lax.while_loop(unread, body, (jnp.int32(0), memory.own, hidden))
+    return own, logits(params, hidden)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Written:
+    """What was drawn for each row.
+
+    Attributes:
+        tokens: int32 [rows, capacity], padding after the last.
+        length: int32 [rows], tokens of text: an end-of-sequence token is not one.
+        ended: int32 [rows], one of TAG, EOS, BUDGET, UNUSED.
+        state: int32 [rows], of the reader after the last token.
+        log_probability: float32 [rows], of all tokens drawn together, the end-of-sequence token
+            among them, as the model gives it: before temperature, top_k and top_p.
     """
 
-    def __init__(self, model: Mllama, sampling: Sampling | None = None) -> None:
-        if model.layout != "unrolled":
-            raise UserError("a stacked model keeps no cache: call model.to_layout('unrolled') before decoding")
-        self._params = model.params
-        self._settings: dict[str, Any] = {
-            "config": model.config,
-            "sampling": sampling or Sampling(),
-            "mesh": model.mesh,
-        }
-        self.config = model.config
+    tokens: jax.Array
+    length: jax.Array
+    ended: jax.Array
+    state: jax.Array
+    log_probability: jax.Array
 
-    def stream(
-        self, inputs: Mapping[str, np.ndarray], *, max_new_tokens: int, seeds: Sequence[int] | int = 0
-    ) -> Iterator[np.ndarray]:
-        """The new tokens as they come.
+    @property
+    def text(self) -> Pieces:
+        """The tokens as pieces."""
+        return Pieces(self.tokens, self.length)
 
-        Args:
-            inputs: what a processor returns for prompts, padded on either side.
-            max_new_tokens: the most tokens to draw for each prompt.
-            seeds: of each row's draws, or of every row's.
-
-        Yields:
-            int32 [batch, n], the next n tokens of every row: the first alone, then up to ``CHUNK``.
-            After a token that ends a row's answer the row is padding.
-
-        Raises:
-            UserError: anything that ``check_inputs`` or ``check_request`` refuses.
-        """
-        check_inputs(self.config, inputs)
-        prompts, lengths = _in_bucket(self.config, inputs)
-        check_request(self.config, int(lengths.max()), max_new_tokens, seeds)
-        capacity = prompts["input_ids"].shape[1] + bucket(max_new_tokens)
-        rows = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape)
-        state = _begin(self._params, prompts, lengths, rows, capacity=capacity, **self._settings)
-        token, done = jax.device_get((state.token, state.done))
-        yield token[:, None]
-        left = max_new_tokens - 1
-        while left > 0 and not done.all():
-            limit = np.int32(left)
-            state, tokens, drawn = _advance(self._params, state, limit, steps=CHUNK, **self._settings)
-            tokens, drawn, done = jax.device_get((tokens, drawn, state.done))
-            yield tokens[:, :drawn]
-            left -= int(drawn)
-
-    def generate(
-        self, inputs: Mapping[str, np.ndarray], *, max_new_tokens: int, seeds: Sequence[int] | int = 0
-    ) -> np.ndarray:
-        """All new tokens, int32 [batch, new]; arguments and errors as for ``stream``."""
-        return np.concatenate(list(self.stream(inputs, max_new_tokens=max_new_tokens, seeds=seeds)), axis=1)
+    @property
+    def drawn(self) -> jax.Array:
+        """int32 [rows], tokens drawn."""
+        return self.length + (self.ended == EOS)
 
 
-def check_request(config: MllamaConfig, prompt: int, new: int, seeds: Sequence[int] | int) -> None:
-    """Whether ``new`` tokens can be drawn with these seeds after a prompt of so many tokens.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Limits:
+    """When to stop drawing, and how to draw.
 
-    Raises:
-        UserError: no new tokens, more than the context holds, or a seed that does not fit 32 bits.
+    Attributes:
+        reader: uint8 [states, vocabulary], what ``readers.tabulate`` made for what ends a row; states
+            from ``states`` on end it.
+        budget: int32, the most tokens of a row.
+        temperature: float32.
+        keys: [rows], random keys; a draw's is folded from its row's and its place in the row.
+        used: bool [rows], which rows to draw for at all.
     """
-    context = config.text.max_position_embeddings
-    if new < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {new}")
-    if prompt + new > context:
-        raise UserError(
-            f"the prompt has {prompt} tokens; with {new} new ones that exceeds the context of {context}: "
-            "shorten the question or lower max_new_tokens"
+
+    reader: jax.Array
+    budget: jax.Array
+    temperature: jax.Array
+    keys: jax.Array
+    used: jax.Array
+
+
+def write(
+    params: Weights,
+    config: MllamaConfig,
+    scores: jax.Array,
+    memory: Memory,
+    view: View,
+    limits: Limits,
+    *,
+    capacity: int,
+    sampling: Sampling,
+    blind: jax.Array | bool = False,
+) -> tuple[Layers, Written]:
+    """Draw tokens for rows until each has ended.
+
+    Args:
+        params: the model's, unrolled.
+        config: the model's.
+        scores: logits of the first token, float32 [rows, vocabulary].
+        memory: what comes before it, with room for ``capacity`` tokens more.
+        view: what the tokens see.
+        limits: when to stop, and how to draw.
+        capacity: of the result; no budget is larger.
+        sampling: top_k and top_p; where its temperature is 0, every draw takes the likeliest token.
+        blind: whether the rows see no image.
+
+    Returns:
+        The rows' own keys and values, and what was drawn.
+    """
+    decoder = params["language_model"]["model"]
+    rows = scores.shape[0]
+    states = limits.reader.shape[0]
+    ends = jnp.array(config.text.eos_token_ids, jnp.int32)
+
+    def settle(place: jax.Array, scores: jax.Array, so_far: Written) -> tuple[jax.Array, Written]:
+        """Draw the token at ``place`` of every row that has not ended."""
+        keys = jax.vmap(jax.random.fold_in, (0, None))(limits.keys, place)
+        token = draw(scores, keys, sampling, limits.temperature)
+        going = so_far.ended == BUDGET
+        eos = jnp.isin(token, ends)
+        text_goes_on = going & ~eos
+        state = jnp.where(text_goes_on, limits.reader[so_far.state, token].astype(jnp.int32), so_far.state)
+        ended = jnp.where(going & eos, EOS, jnp.where(text_goes_on & (state >= states), TAG, so_far.ended))
+        kept = jnp.where(text_goes_on, token, config.text.pad_token_id)
+        likely = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scores, axis=-1)
+        return token, Written(
+            tokens=jax.lax.dynamic_update_slice(so_far.tokens, kept[:, None], (0, place)),
+            length=so_far.length + text_goes_on,
+            ended=ended,
+            state=state,
+            log_probability=so_far.log_probability + jnp.where(going, likely, 0),
         )
-    for seed in np.atleast_1d(seeds).tolist():
-        if not 0 <= seed < 2**32:
-            raise UserError(f"a seed must be from 0 to 4294967295, got {seed}")
 
+    Carry = tuple[jax.Array, jax.Array, Layers, Written]
 
-def _in_bucket(config: MllamaConfig, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """``inputs`` padded on the right to their bucket, without an attention mask, and the prompts' lengths [batch].
+    def unfinished(carry: Carry) -> jax.Array:
+        place, _, _, so_far = carry
+        return (place < limits.budget) & (so_far.ended == BUDGET).any()
 
-    Raises:
-        UserError: a row is nothing but padding.
-    """
-    arrays = {name: np.asarray(x) for name, x in inputs.items() if x is not None}
-    ids = arrays["input_ids"].astype(np.int32)
-    present = arrays.pop("attention_mask", np.ones_like(ids)).astype(bool)
-    lengths = present.sum(axis=1, dtype=np.int32)
-    if not lengths.all():
-        raise UserError(f"row {int(lengths.argmin())} of the batch has no tokens to continue")
-    size = bucket(int(lengths.max()))
+    def body(carry: Carry) -> Carry:
+        place, token, own, so_far = carry
+        here = replace(memory, own=own, start=memory.start + place - 1)
+        hidden, own = text.append(decoder, config, token[:, None], here, view.at(here.positions(1), blind))
+        token, so_far = settle(place, logits(params, hidden[:, 0]), so_far)
+        return place + 1, token, own, so_far
 
-    def packed(x: np.ndarray, fill: int) -> np.ndarray:
-        out = np.full((x.shape[0], size, *x.shape[2:]), fill, x.dtype)
-        for row, (length, here) in enumerate(zip(lengths, present, strict=True)):
-            out[row, :length] = x[row, here]
-        return out
-
-    arrays["input_ids"] = packed(ids, config.text.pad_token_id)
-    if "cross_attention_mask" in arrays:
-        arrays["cross_attention_mask"] = packed(arrays["cross_attention_mask"].astype(np.uint8), 0)
-    for name in ("aspect_ratio_ids", "aspect_ratio_mask"):
-        if name in arrays:
-            arrays[name] = arrays[name].astype(np.int32)
-    return arrays, lengths
+    zeros = jnp.zeros(rows, jnp.int32)
+    nothing = Written(
+        tokens=jnp.full((rows, capacity), config.text.pad_token_id, jnp.int32),
+        length=zeros,
+        ended=jnp.where(limits.used, BUDGET, UNUSED),  # what a row that is still going will have ended by
+        state=zeros,
+        log_probability=jnp.zeros(rows, jnp.float32),
+    )
+    token, first = settle(jnp.int32(0), scores, nothing)
+    _, _, own, written = jax.lax.while_loop(unfinished, body, (jnp.int32(1), token, memory.own, first))
+    return own, written

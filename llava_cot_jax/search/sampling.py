@@ -35,17 +35,20 @@ class Sampling:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
-def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+def candidates(
+    logits: jax.Array, sampling: Sampling, temperature: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The tokens that a draw may take.
 
     Args:
         logits: float32 [batch, vocabulary].
         sampling: with a temperature above 0.
+        temperature: float32, in place of ``sampling``'s, likewise above 0.
 
     Returns:
         Scaled logits float32 [batch, k], -inf where top_p shut a token out, and its id int32 [batch, k].
     """
-    scaled = logits / sampling.temperature
+    scaled = logits / (sampling.temperature if temperature is None else temperature)
     vocabulary = logits.shape[-1]
     if sampling.top_k is None and sampling.top_p == 1:
         return scaled, jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32), scaled.shape)
@@ -58,10 +61,23 @@ def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Ar
     return jnp.where(kept, scaled, -jnp.inf), ids
 
 
-def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token of each row: int32 [batch], from logits float32 [batch, vocabulary] and a key a row [batch]."""
+def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling, temperature: jax.Array | None = None) -> jax.Array:
+    """One token of each row.
+
+    Args:
+        logits: float32 [batch, vocabulary].
+        keys: [batch], a key a row.
+        sampling: its settings; at temperature 0 nothing else is compiled than taking the likeliest token.
+        temperature: float32, in place of a temperature of ``sampling`` above 0; 0 takes the likeliest token.
+
+    Returns:
+        int32 [batch].
+    """
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled, ids = candidates(logits, sampling)
+        return likeliest
+    usable = None if temperature is None else jnp.where(temperature > 0, temperature, 1.0)
+    scaled, ids = candidates(logits, sampling, usable)
     choice = jax.vmap(jax.random.categorical)(keys, scaled)
-    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+    drawn = jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+    return drawn if temperature is None else jnp.where(temperature > 0, drawn, likeliest)

@@ -1,6 +1,5 @@
 """The processor: prompts as published, arrays as transformers makes them, mistakes named."""
 
-import base64
 import json
 import pickle
 import shutil
@@ -12,16 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.mllama.processing_mllama import MllamaProcessor
 
 from llava_cot_jax.data.processor import CHAT_TEMPLATE, Processor, user_turn
-from llava_cot_jax.data.tokenizer import SPECIAL_TOKENS
 from llava_cot_jax.demo import write_demo
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.config import MllamaConfig
 
 BOS, EOT = "<|begin_of_text|>", "<|eot_id|>"
 
@@ -446,23 +441,6 @@ PUBLISHED_IDS = {
     "<|eot_id|>": 128009,
     "<|image|>": 128256,
 }
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Processor:
-    """Llama 3's own vocabulary, from Meta's package, with the special tokens of Llama 3.2 Vision."""
-    reason = "the published tokenizer comes with the package llama-models: pip install llama-models==0.3.0"
-    package = Path(pytest.importorskip("llama_models", reason=reason).__file__).parent
-    lines = (package / "llama3" / "tokenizer.model").read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-    # 128011 and on, but for the last: the reserved tokens from 3 to 247.
-    special = [*SPECIAL_TOKENS, *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)), "<|image|>"]
-    converter = TikTokenConverter(vocab_file="given", extra_special_tokens=special)
-    converter.load_tiktoken_bpe = lambda _: ranks
-    folder = tmp_path_factory.mktemp("published")
-    PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=BOS).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(MllamaConfig.llama32_11b().to_dict("bfloat16")))
-    return Processor.from_pretrained(folder)
 
 
 def test_published_ids(published: Processor) -> None:

@@ -31,7 +31,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import nest, parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
-from llava_cot_jax.search.decode import CHUNK, _advance, _begin, bucket
+from llava_cot_jax.search.decode import bucket
+from llava_cot_jax.search.generator import CHUNK, _advance, _begin
 from llava_cot_jax.search.sampling import Sampling
 
 PROMPT, NEW = bucket(200), bucket(2048)

@@ -13,7 +13,7 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
 from llava_cot_jax.model.sharding import default_mesh, make_mesh, partition
-from llava_cot_jax.search.decode import Generator
+from llava_cot_jax.search.generator import Generator
 from tests.conftest import INPUTS
 from tests.model.test_mllama import off
 

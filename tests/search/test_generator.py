@@ -9,8 +9,12 @@ import pytest
 
 from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.search.decode import CHUNK, Generator, bucket, prefill, step
+from llava_cot_jax.model.cache import Memory, empty
+from llava_cot_jax.model.mllama import Mllama, logits
+from llava_cot_jax.model.text import append
+from llava_cot_jax.search.decode import bucket, look, read
+from llava_cot_jax.search.generator import CHUNK, Generator
+from llava_cot_jax.search.pieces import Pieces
 from llava_cot_jax.search.sampling import Sampling
 from tests.model.test_mllama import off
 
@@ -41,21 +45,33 @@ def with_shorter_rows(batch: dict[str, np.ndarray], side: str) -> dict[str, np.n
 
 @pytest.mark.parametrize("convention", ["meta", pytest.param("transformers_5", marks=pytest.mark.slow)])
 def test_every_step_gives_the_logits_of_the_whole_forward_pass(tiny, batch, convention):
-    """Rows of different lengths; the tokens appended are arbitrary."""
+    """Rows of different lengths, read four tokens at a time; the tokens appended are arbitrary."""
     model = Mllama.from_pretrained(tiny, convention=convention)
+    config, params = model.config, model.params
     batch = with_shorter_rows(batch, "right")
     lengths = batch.pop("attention_mask").sum(axis=1).astype(np.int32)
     inputs = {name: jnp.asarray(x) for name, x in batch.items()}
     appended = np.random.default_rng(0).integers(0, 256, (3, NEW)).astype(np.int32)
 
-    logits, cache, sight = jax.jit(prefill, static_argnums=(1, 4))(
-        model.params, model.config, inputs, lengths, PROMPT + NEW
-    )
-    steps = [logits]
-    one = jax.jit(step, static_argnums=1)
+    @jax.jit
+    def prefill(params, inputs, lengths):
+        view = look(params, config, inputs, lengths)
+        own = empty(config.text, len(lengths), PROMPT + 4 + NEW, model.dtype)
+        memory = Memory(own, jnp.zeros_like(lengths), None, view.images)
+        own, scores = read(params, config, Pieces(inputs["input_ids"], lengths), memory, view, chunk=4)
+        return replace(memory, own=own, start=lengths), view, scores
+
+    @jax.jit
+    def step(params, token, memory, view):
+        sight = view.at(memory.positions(1))
+        hidden, own = append(params["language_model"]["model"], config, token[:, None], memory, sight)
+        return logits(params, hidden[:, 0]), replace(memory, own=own, start=memory.start + 1)
+
+    memory, view, scores = prefill(params, inputs, lengths)
+    steps = [scores]
     for i in range(NEW):
-        logits, cache = one(model.params, model.config, appended[:, i], lengths + i, cache, sight)
-        steps.append(logits)
+        scores, memory = step(params, appended[:, i], memory, view)
+        steps.append(scores)
 
     for row, length in enumerate(lengths):
         own = {name: x[row : row + 1] for name, x in batch.items()}

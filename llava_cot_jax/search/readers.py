@@ -1,0 +1,134 @@
+"""Finding strings in what a model writes, on the device, in whatever tokens it writes them.
+
+A tag may begin and end inside tokens: in Llama 3's vocabulary ``</SUMMARY>`` usually ends in a token that
+holds ">" and the blank line after it. So a string is looked for in bytes. An automaton over bytes
+(Aho and Corasick, 1975) is run once through every entry of the vocabulary from each of its states; after
+that a token costs one look-up in a table [state, entry].
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from llava_cot_jax.errors import UserError
+
+Automaton = np.ndarray
+"""int32 [states, 256]: the state after a byte. State 0 is the start; those that accept come last."""
+
+TAILS = 3
+"""A closed tag is followed by: no line break, one, a blank line."""
+
+
+def byte_values() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's ``bytes_to_unicode``)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def vocabulary_bytes(tokenizer: PreTrainedTokenizerFast, size: int) -> list[bytes]:
+    """What each of ``size`` entries adds to a decoded text; special tokens, and entries without a token, nothing.
+
+    Raises:
+        UserError: the tokenizer's vocabulary is not byte-level.
+    """
+    values = byte_values()
+    added = tokenizer.added_tokens_decoder
+    entries = [b""] * size
+    for token, index in tokenizer.get_vocab().items():
+        if index >= size:
+            continue
+        if index in added:
+            entries[index] = b"" if added[index].special else added[index].content.encode()
+        elif all(character in values for character in token):
+            entries[index] = bytes(values[character] for character in token)
+        else:
+            raise UserError(f"the tokenizer is not byte-level: entry {index} is {token!r}; tags cannot be found in it")
+    return entries
+
+
+def find_strings(strings: Sequence[bytes]) -> Automaton:
+    """An automaton for the first of ``strings`` to be complete: it stays in accepting state i for ``strings[i]``.
+
+    Where two are complete at once, the longer one counts. State 0 is the start.
+
+    Raises:
+        UserError: an empty string, or none.
+    """
+    if not strings or not all(strings):
+        raise UserError("a string to look for must not be empty")
+    nodes = sorted({string[:end] for string in strings for end in range(len(string) + 1)}, key=lambda n: (len(n), n))
+    ends = {string: i for i, string in reversed(list(enumerate(strings)))}
+
+    def found(text: bytes) -> int | None:
+        """The longest of the strings that ``text`` ends with."""
+        return next((ends[text[start:]] for start in range(len(text)) if text[start:] in ends), None)
+
+    inner = [node for node in nodes if found(node) is None]
+    index = {node: i for i, node in enumerate(inner)}
+    table = np.zeros((len(inner) + len(strings), 256), np.int32)
+    for node, i in index.items():
+        for byte in range(256):
+            text = node + bytes([byte])
+            if (string := found(text)) is not None:
+                table[i, byte] = len(inner) + string
+            else:
+                table[i, byte] = next(index[text[start:]] for start in range(len(text) + 1) if text[start:] in index)
+    for i in range(len(strings)):
+        table[len(inner) + i] = len(inner) + i
+    return table
+
+
+def find_tag(tag: bytes) -> Automaton:
+    """An automaton for a closing tag. State i has seen i bytes of it; of the last three, which accept, the
+    first is followed by no line break, the second by one, the third by a blank line or more."""
+    table = find_strings([tag])
+    accept = len(table) - 1
+    tails = np.full((TAILS, 256), accept, np.int32)
+    for i in range(TAILS):
+        tails[i, ord("\n")] = accept + min(i + 1, TAILS - 1)
+    return np.concatenate([table[:accept], tails])
+
+
+def ignoring_case(automaton: Automaton) -> Automaton:
+    """The same for strings in lower case, which finds them in upper case too."""
+    table = automaton.copy()
+    table[:, ord("A") : ord("Z") + 1] = table[:, ord("a") : ord("z") + 1]
+    return table
+
+
+def tabulate(automata: Sequence[tuple[Automaton, int]], entries: Sequence[bytes]) -> tuple[np.ndarray, int]:
+    """Tables of automata for a vocabulary.
+
+    Args:
+        automata: each with the number of its accepting states, which are its last.
+        entries: the bytes of each entry of the vocabulary.
+
+    Returns:
+        uint8 [automata, states, entries], the state after an entry; and the state from which on all accept:
+        state ``accept + i`` is the i-th accepting one, whichever the automaton.
+
+    Raises:
+        UserError: more states than eight bits count.
+    """
+    accept = max(len(table) - accepting for table, accepting in automata)
+    if accept + max(accepting for _, accepting in automata) > 256:
+        raise UserError("a tag or phrase to look for is too long")
+    out = np.zeros((len(automata), accept, len(entries)), np.uint8)
+    lengths = np.array([len(entry) for entry in entries])
+    order = np.argsort(-lengths, kind="stable")
+    longest = int(lengths.max(initial=0))
+    matrix = np.zeros((len(entries), longest), np.uint8)
+    for i, entry in enumerate(entries):
+        matrix[i, : len(entry)] = np.frombuffer(entry, np.uint8)
+    matrix = matrix[order]
+    for a, (table, accepting) in enumerate(automata):
+        unfinished = len(table) - accepting
+        states = np.repeat(np.arange(unfinished)[:, None], len(entries), axis=1)
+        for position in range(longest):
+            reach = int((lengths > position).sum())  # the longer entries stand first
+            states[:, :reach] = table[states[:, :reach], matrix[:reach, position]]
+        states = np.where(states >= unfinished, states - unfinished + accept, states)
+        out[a, :unfinished, order] = states.T
+    return out, accept

@@ -1,0 +1,222 @@
+"""What happened in a search, as a person can read it: every candidate, every verdict, and what they cost."""
+
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from llava_cot_jax import hardware
+from llava_cot_jax.data.processor import Processor
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.search.decode import ENDS, TAG, UNUSED, Written
+from llava_cot_jax.search.judge import CHECK, DECISIONS, PAIR, Judgement, Matches, Rows
+from llava_cot_jax.search.program import StageFindings
+from llava_cot_jax.search.prompts import WHOLE
+from llava_cot_jax.search.strategies import Judge, Plan
+from llava_cot_jax.search.tables import closing_text
+
+
+@dataclass(frozen=True)
+class CandidateTrace:
+    """A candidate of a stage.
+
+    Attributes:
+        text: what the model wrote; a stage's opening tag is given and not part of it.
+        ended: "tag", "eos" or "budget".
+        added: the closing tag, or the rest of it, that was put in place of what was not written; "" where it was.
+        tokens: of the text.
+        log_probability: of all that was drawn, natural, before temperature, top_k and top_p.
+        mean_log_probability: the same for each token drawn.
+    """
+
+    text: str
+    ended: str
+    added: str
+    tokens: int
+    log_probability: float
+    mean_log_probability: float
+
+
+@dataclass(frozen=True)
+class VerdictTrace:
+    """What one row of the judge's came to.
+
+    Attributes:
+        first: the candidate shown as response 1; of a check, the one that is checked.
+        second: the one shown as response 2; None in a check.
+        vote: from 1 (response 1, or correct) to -1; 0 is unreadable.
+        outside: of a token verdict, the probability of anything but the two verdicts; else None.
+        reason: what was written; None for a token verdict.
+        readable: whether a verdict was found.
+    """
+
+    first: int
+    second: int | None
+    vote: float
+    outside: float | None
+    reason: str | None
+    readable: bool
+
+
+@dataclass(frozen=True)
+class MatchTrace:
+    """A pair of candidates, of which one went on.
+
+    Attributes:
+        first: a candidate.
+        second: the other one.
+        margin: from 1, for the first, to -1.
+        decision: "judged"; "checked", where only one of them failed its check; or "scored", where the verdicts
+            were even or unreadable and the mean log-probability decided.
+        winner: the one that went on.
+        verdicts: one, or one for each order.
+    """
+
+    first: int
+    second: int
+    margin: float
+    decision: str
+    winner: int
+    verdicts: list[VerdictTrace]
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """A stage.
+
+    Attributes:
+        stage: its tag; "whole" where answers were written whole.
+        candidates: in their order.
+        checks: of each candidate, where the stage's are checked.
+        matches: in the order they were played.
+        winner: the candidate that won.
+    """
+
+    stage: str
+    candidates: list[CandidateTrace]
+    checks: list[VerdictTrace]
+    matches: list[MatchTrace]
+    winner: int
+
+
+@dataclass
+class Trace:
+    """A search.
+
+    Attributes:
+        question: what was asked.
+        seed: of the draws.
+        strategy: its settings.
+        stages: in their order.
+        tower_runs: of the vision tower: one, or none without an image.
+        tokens: by what they were: read of the prompt, of the winners of stages, of the fronts and rows of
+            the judge's prompts; drawn for candidates, and for written reasons.
+        flops: of the model's products, by the same parts, and for the images: ``hardware``'s useful count,
+            in which fill and what was computed for nothing are left out.
+        seconds: of the batch that the question was in.
+    """
+
+    question: str
+    seed: int
+    strategy: str
+    stages: list[StageTrace]
+    tower_runs: int
+    tokens: dict[str, int]
+    flops: dict[str, int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def trace_stage(processor: Processor, plan: Plan, number: int, found: StageFindings) -> StageTrace:
+    """Stage ``number`` of one question, from host arrays without the leading axes of stages and questions."""
+    stage = plan.stages[number] if plan.stages else WHOLE
+    written, judgement = found.candidates, found.judgement
+    candidates = []
+    for i in range(plan.candidates[number]):
+        one: Written = jax.tree.map(lambda x: x[i], written)  # noqa: B023
+        ended = ENDS[int(one.ended)]
+        candidates.append(
+            CandidateTrace(
+                text=processor.decode(np.asarray(one.tokens[: one.length])),
+                ended=ended,
+                added=closing_text(stage, int(one.state)).rstrip("\n") if plan.stages and ended != "tag" else "",
+                tokens=int(one.length),
+                log_probability=float(one.log_probability),
+                mean_log_probability=float(one.log_probability) / max(int(one.drawn), 1),
+            )
+        )
+    checks: list[VerdictTrace] = []
+    matches: list[MatchTrace] = []
+    if judgement is not None and plan.judge is not None:
+        orders, checked = plan.judge.orders, _checks(judgement, plan, number)
+        verdicts = [_trace_verdict(processor, plan.judge, judgement, i, checked) for i in range(int(judgement.asked))]
+        checks = verdicts[:checked]
+        for i in range(plan.candidates[number] - 1):
+            match: Matches = jax.tree.map(lambda x: x[i], judgement.matches)  # noqa: B023
+            judged = verdicts[checked + i * orders : checked + (i + 1) * orders]
+            decision = DECISIONS[int(match.decision)]
+            first, second, winner = (int(x) for x in (match.first, match.second, match.winner))
+            matches.append(MatchTrace(first, second, float(match.margin), decision, winner, judged))
+    return StageTrace(stage, candidates, checks, matches, int(found.winner))
+
+
+def _checks(judgement: Judgement, plan: Plan, number: int) -> int:
+    """How many of the rows asked were checks."""
+    assert plan.judge is not None
+    return int(judgement.asked) - (plan.candidates[number] - 1) * plan.judge.orders
+
+
+def _trace_verdict(processor: Processor, judge: Judge, judgement: Judgement, i: int, checks: int) -> VerdictTrace:
+    row: Rows = jax.tree.map(lambda x: x[i], judgement.rows)
+    first, second, vote = int(row.first), None if i < checks else int(row.second), float(row.vote)
+    if judge.verdict == "token":
+        return VerdictTrace(first, second, vote, float(row.outside), None, True)
+    reason = processor.decode(np.asarray(row.reason.tokens[: row.reason.length]))
+    return VerdictTrace(first, second, vote, None, reason, bool(row.reason.ended == TAG))
+
+
+class Costs:
+    """Tokens and FLOPs of one question, by what they were spent on."""
+
+    def __init__(self, config: MllamaConfig, images: int) -> None:
+        self._config = config
+        self._seen = images * config.vision.image_tokens
+        parts = ("prompt", "winners", "candidates", "judge fronts", "judge rows", "reasons")
+        self.tokens = dict.fromkeys(parts, 0)
+        vision = sum(hardware.vision_flops(config, images).values()) if images else 0
+        self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
+
+    def read(self, part: str, tokens: int, before: int, *, blind: bool = False) -> None:
+        """``tokens`` were read at once after ``before`` others, the last one scored."""
+        self._spend(part, tokens, tokens, before, min(tokens, 1), blind)
+
+    def write(self, part: str, drawn: int, before: int, *, blind: bool = False) -> None:
+        """``drawn`` tokens were drawn after ``before`` others: the first from what was read, the last not read."""
+        self._spend(part, drawn, drawn - 1, before, drawn - 1, blind)
+
+    def _spend(self, part: str, tokens: int, read: int, before: int, scored: int, blind: bool) -> None:
+        self.tokens[part] += tokens
+        seen = 0 if blind else self._seen
+        work = hardware.text_flops(self._config, read, seen, prefix=before, scored=scored)
+        self.flops[part] += sum(work.values())
+
+    def stage(self, plan: Plan, number: int, found: StageFindings, length: int) -> int:
+        """All of a stage, after ``length`` tokens of prefix; the prefix that it leaves."""
+        self.read("winners" if number else "prompt", int(found.read), length)
+        length += int(found.read)
+        for drawn, ended in zip(found.candidates.drawn, found.candidates.ended, strict=True):
+            if ended != UNUSED:
+                self.write("candidates", int(drawn), length)
+        if found.judgement is not None and plan.judge is not None:
+            self._judge(plan.judge, found.judgement, _checks(found.judgement, plan, number))
+        return length
+
+    def _judge(self, judge: Judge, judgement: Judgement, checks: int) -> None:
+        for kind in (PAIR, CHECK):
+            self.read("judge fronts", int(judgement.fronts[kind]), 0, blind=kind == CHECK)
+        for i in range(int(judgement.asked)):
+            row: Rows = jax.tree.map(lambda x: x[i], judgement.rows)  # noqa: B023
+            kind = CHECK if i < checks else PAIR
+            before = int(judgement.fronts[kind])
+            self.read("judge rows", int(row.tokens), before, blind=kind == CHECK)
+            if judge.verdict == "rationale":
+                self.write("reasons", int(row.reason.drawn), before + int(row.tokens), blind=kind == CHECK)

@@ -1,0 +1,279 @@
+"""The search in plain Python: one sequence at a time, the whole forward pass for every token, no cache, no batch.
+
+Written from the rules alone. Of the package it takes the model's forward pass, the processor, and the texts of the
+judge's prompts; tags and verdicts are looked for in decoded text.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.search.prompts import JudgePrompts
+from llava_cot_jax.search.strategies import Judge, LogProbability, MajorityVote
+from llava_cot_jax.stages import find_stages
+
+WIDTH = 64
+"""Sequences are padded to a multiple of this, so that the forward pass is compiled a few times only."""
+
+CANDIDATE, BRACKET, REASON, CHECK = range(4)
+
+
+@dataclass
+class Draws:
+    """What was written after some tokens."""
+
+    ids: list[int]
+    ended: str
+    log_probability: float
+    drawn: int
+    margins: list[float] = field(default_factory=list)  # of each draw, the winner's score over the runner-up's
+
+
+@dataclass
+class Verdict:
+    first: int
+    second: int | None
+    vote: float
+    reason: str | None = None
+
+
+@dataclass
+class Match:
+    first: int
+    second: int
+    margin: float
+    decision: str
+    winner: int
+
+
+@dataclass
+class Stage:
+    candidates: list[Draws]
+    winner: int
+    checks: list[Verdict] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    matches: list[Match] = field(default_factory=list)
+
+
+class Sequence:
+    """A prompt, and what follows it."""
+
+    def __init__(self, model: Mllama, processor: Processor, prompt: list[int], images: list) -> None:
+        self._model = model
+        self._arrays = processor.collate([prompt], [images])
+        self._arrays.pop("attention_mask")
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """After ``ids``, which begin with the prompt."""
+        width = len(ids) + -len(ids) % WIDTH
+        arrays = dict(self._arrays)
+        row = np.zeros((1, width), np.int32)
+        row[0, : len(ids)] = ids
+        if "cross_attention_mask" in arrays:
+            mask = arrays["cross_attention_mask"]
+            more = np.repeat(mask[:, -1:], width - mask.shape[1], axis=1)
+            arrays["cross_attention_mask"] = np.concatenate([mask, more], axis=1)
+        present = (np.arange(width) < len(ids))[None].astype(np.int32)
+        return np.asarray(self._model(**{**arrays, "input_ids": row}, attention_mask=present)[0, len(ids) - 1])
+
+
+def draw(logits: np.ndarray, key: jax.Array, temperature: float, top_k: int | None, top_p: float) -> tuple[int, float]:
+    """A token, and by how much it was ahead."""
+    if temperature == 0:
+        order = np.argsort(-logits, kind="stable")
+        return int(order[0]), float(logits[order[0]] - logits[order[1]])
+    scaled = (logits / np.float32(temperature)).astype(np.float32)
+    ids = np.arange(len(logits))
+    if top_k is not None or top_p < 1:
+        ids = np.argsort(-scaled, kind="stable")[:top_k]
+        scaled = scaled[ids]
+    if top_p < 1:
+        p = np.exp(scaled - scaled.max())
+        p /= p.sum()
+        scaled = np.where((np.cumsum(p) - p < top_p) | (np.arange(len(p)) == 0), scaled, -np.inf)
+    score = scaled + np.asarray(jax.random.gumbel(key, scaled.shape))
+    order = np.argsort(-score, kind="stable")
+    return int(ids[order[0]]), float(score[order[0]] - score[order[1]])
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
+
+
+def search(model: Mllama, processor: Processor, strategy, image, question: str, seed: int, prompts: JudgePrompts):
+    """The stages of an answer."""
+    return Search(model, processor, strategy, image, question, seed, prompts).run()
+
+
+class Search:
+    def __init__(self, model, processor, strategy, image, question, seed, prompts) -> None:
+        self.model, self.processor, self.strategy, self.prompts = model, processor, strategy, prompts
+        self.images = [] if image is None else [image]
+        self.question, self.key = question, jax.random.key(seed)
+        self.plan = strategy.plan()
+        self.won: dict[str, list[int]] = {}
+
+    def ids(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def run(self) -> list[Stage]:
+        plan, stages = self.plan, []
+        prompt = self.ids(self.processor.prompt(user_turn(self.question, len(self.images))))
+        main = Sequence(self.model, self.processor, prompt, self.images)
+        prefix, breaks = list(prompt), 2
+        for number, budget in enumerate(plan.budgets):
+            tag = plan.stages[number] if plan.stages else None
+            closing = f"</{tag or 'CONCLUSION'}>"
+            if tag is not None:
+                prefix += self.ids("\n" * (2 - breaks) + f"<{tag}>")
+            stage_key = jax.random.fold_in(self.key, number)
+            of_candidates = jax.random.fold_in(stage_key, CANDIDATE)
+            candidates = [
+                self.write(
+                    main,
+                    prefix,
+                    jax.random.fold_in(of_candidates, i),
+                    budget,
+                    plan.temperatures[number],
+                    lambda text, closing=closing: closing in text,
+                )
+                for i in range(plan.candidates[number])
+            ]
+            added = [self.missing(c, closing) if tag is not None else "" for c in candidates]
+            texts = [
+                (self.ids(f"<{tag}>") if tag is not None else []) + c.ids + self.ids(a)
+                for c, a in zip(candidates, added, strict=True)
+            ]
+            stage = self.choose(candidates, texts, tag or "whole", stage_key)
+            stages.append(stage)
+            won = candidates[stage.winner]
+            prefix += won.ids + self.ids(added[stage.winner])
+            self.won[tag or "whole"] = texts[stage.winner]
+            tail = "\n\n" if added[stage.winner] else self.text(won.ids).partition(closing)[2]
+            breaks = min(len(tail) - len(tail.rstrip("\n")), 2)
+        return stages
+
+    def text(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
+
+    def write(self, sequence, ids, key, budget, temperature, is_end) -> Draws:
+        """Draw until ``is_end`` of the text, an end-of-sequence token, or the budget."""
+        written, total, margins = [], 0.0, []
+        for place in range(budget):
+            logits = sequence.logits(ids + written)
+            token, margin = draw(
+                logits, jax.random.fold_in(key, place), temperature, self.plan.sampling.top_k, self.plan.sampling.top_p
+            )
+            margins.append(margin)
+            total += log_softmax(logits)[token]
+            if token in self.model.config.text.eos_token_ids:
+                return Draws(written, "eos", total, place + 1, margins)
+            written.append(token)
+            if is_end(self.text(written)):
+                return Draws(written, "tag", total, place + 1, margins)
+        return Draws(written, "budget", total, budget, margins)
+
+    def missing(self, candidate: Draws, closing: str) -> str:
+        """What closes a stage that the model did not close."""
+        if candidate.ended == "tag":
+            return ""
+        text = self.text(candidate.ids)
+        there = max(n for n in range(len(closing)) if text.endswith(closing[:n]))
+        return (closing[there:] if there else " " + closing) + "\n\n"
+
+    def choose(self, candidates: list[Draws], texts: list[list[int]], tag: str, key: jax.Array) -> Stage:
+        means = [c.log_probability / c.drawn for c in candidates]
+        scorer = self.plan.scorer
+        if isinstance(self.strategy, MajorityVote):
+            answers = [find_stages(self.text(c.ids)).get("CONCLUSION", self.text(c.ids)) for c in candidates]
+            votes = [re.sub(r"^\W+|\W+$", "", " ".join(a.lower().split())) for a in answers]
+            counts = Counter(votes)
+            return Stage(candidates, max(range(len(votes)), key=lambda i: (counts[votes[i]], means[i])))
+        if isinstance(scorer, LogProbability):
+            return Stage(candidates, int(np.argmax(means)))
+        if not isinstance(scorer, Judge) or len(candidates) == 1:
+            return Stage(candidates, 0)
+        stage = Stage(candidates, 0)
+        failed = set()
+        if scorer.verdict == "rationale" and tag in self.prompts.checked:
+            stage.checks = [self.check(text, i, tag, key) for i, text in enumerate(texts)]
+            failed = {v.first for v in stage.checks if v.vote < 0}
+        lots = [
+            float(jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, BRACKET), i)))
+            for i in range(len(candidates))
+        ]
+        alive = sorted(range(len(candidates)), key=lambda i: lots[i])
+        while len(alive) > 1:
+            winners = [alive.pop()] if len(alive) % 2 else []
+            for first, second in zip(alive[::2], alive[1::2], strict=True):
+                winners.append(self.play(stage, texts, means, failed, first, second, tag, key))
+            alive = winners
+        stage.winner = alive[0]
+        return stage
+
+    def play(self, stage, texts, means, failed, first, second, tag, key) -> int:
+        votes = []
+        for order in range(self.plan.scorer.orders):
+            one, two = (second, first) if order else (first, second)
+            verdict = self.judge(texts[one], texts[two], one, two, tag, key)
+            stage.verdicts.append(verdict)
+            votes.append(-verdict.vote if order else verdict.vote)
+        margin, decision = float(np.mean(votes)), "judged"
+        if (first in failed) != (second in failed):
+            margin, decision = (-1.0 if first in failed else 1.0), "checked"
+        elif margin == 0:
+            decision = "scored"
+        if margin == 0:
+            winner = first if (means[first], -first) > (means[second], -second) else second
+        else:
+            winner = first if margin > 0 else second
+        stage.matches.append(Match(first, second, margin, decision, winner))
+        return winner
+
+    def prompt_of(self, kind: str, tag: str, texts: list[list[int]], images: int) -> list[int]:
+        stages = self.plan.stages or ("whole",)
+        lead, intro, middle, label, *rest = self.prompts.cut(self.processor, kind, tag, stages, images)
+        if kind == "pair" and self.plan.scorer.verdict == "token":
+            rest[-1] += self.prompts.stem
+        ids = self.ids(lead) + self.ids(intro) + self.ids(self.question) + self.ids(middle)
+        for earlier in self.prompts.shown(tag, stages):
+            ids += self.won[earlier]
+        ids += self.ids(label)
+        for text, after in zip(texts, rest, strict=True):
+            ids += text + self.ids(after)
+        return ids
+
+    def judge(self, one: list[int], two: list[int], first: int, second: int, tag: str, key: jax.Array) -> Verdict:
+        judge = self.plan.scorer
+        ids = self.prompt_of("pair", tag, [one, two], len(self.images))
+        sequence = Sequence(self.model, self.processor, ids, self.images)
+        if judge.verdict == "token":
+            scores = log_softmax(sequence.logits(ids))
+            p1, p2 = (np.exp(scores[self.ids(self.prompts.stem + v)[-1]]) for v in self.prompts.verdicts)
+            return Verdict(first, second, float((p1 - p2) / (p1 + p2)))
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, REASON), first), second)
+        return self.read_verdict("pair", sequence, ids, key, judge.reason_tokens, first, second)
+
+    def check(self, text: list[int], i: int, tag: str, key: jax.Array) -> Verdict:
+        ids = self.prompt_of("check", tag, [text], 0)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, CHECK), i), 0)
+        sequence = Sequence(self.model, self.processor, ids, [])
+        return self.read_verdict("check", sequence, ids, key, self.plan.scorer.check_tokens, i, None)
+
+    def read_verdict(self, kind, sequence, ids, key, budget, first, second) -> Verdict:
+        yes, no = (r.lower() for r in self.prompts.readings[kind])
+        either = re.compile("|".join(re.escape(r) for r in sorted((yes, no), key=len, reverse=True)))
+        judge = self.plan.scorer
+        found = self.write(
+            sequence, ids, key, budget, judge.temperature, lambda text: either.search(text.lower()) is not None
+        )
+        text = self.text(found.ids)
+        match = either.search(text.lower())
+        vote = 0.0 if match is None else 1.0 if match[0] == yes else -1.0
+        return Verdict(first, second, vote, text)

@@ -1,0 +1,64 @@
+"""Models to search with: random ones that write anything, and one trained on the shapes world."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from PIL import Image
+
+from llava_cot_jax.data.processor import Processor
+from llava_cot_jax.data.shapes import ShapesRows
+from llava_cot_jax.data.shapes_tokenizer import shapes_config, shapes_tokenizer
+from llava_cot_jax.model.mllama import Mllama
+
+TRAINED = Path(__file__).parents[1] / "fixtures" / "shapes_model"
+"""What ``configs/shapes_cpu.yaml`` trains, after all its 1000 steps, in bfloat16."""
+
+PROMPTS = """
+pair:
+  text: "{criterion} Question: {question}{earlier} Response 1: {first} Response 2: {second} Which?"
+  stem: "I choose response "
+  verdicts: ["1", "2"]
+  readings: [red, square]
+criteria: {REASONING: "Sound?", whole: "Right?", other: "Good?"}
+earlier: " Seen: "
+shows: {REASONING: [CAPTION], CONCLUSION: [CAPTION, REASONING]}
+check:
+  stages: [REASONING]
+  text: "Check. Question: {question}{earlier} Steps: {first} Right?"
+  readings: [circle, blue]
+"""
+"""A file of prompts for models that know no others: what they write anyway counts as a verdict."""
+
+
+def random_model(seed: int = 0, *, convention="meta", eos: tuple[int, ...] | None = None) -> tuple[Mllama, Processor]:
+    """Three text layers and one tile; ``eos`` are the tokens that end an answer."""
+    config = shapes_config()
+    text = replace(config.text, num_hidden_layers=3, cross_attention_layers=(1,), initializer_range=0.25)
+    if eos is not None:
+        text = replace(text, eos_token_ids=eos)
+    vision = replace(config.vision, num_hidden_layers=2, initializer_range=0.25)
+    config = replace(config, text=text, vision=vision, convention=convention)
+    model = Mllama(config, rngs=nnx.Rngs(seed))
+    open_gates(model)
+    return model, Processor(config, shapes_tokenizer())
+
+
+def open_gates(model: Mllama) -> None:
+    """Let the images count as much as the text does."""
+    for layer in model.language_model.model.layers.values():
+        for gate in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
+            if gate in layer:
+                layer[gate].set_value(jnp.ones_like(layer[gate].get_value()))
+
+
+def trained_model() -> tuple[Mllama, Processor]:
+    """In float32."""
+    return Mllama.from_pretrained(TRAINED, dtype="float32"), Processor.from_pretrained(TRAINED)
+
+
+def scene(index: int) -> tuple[Image.Image, str]:
+    """A held-out picture, and the question about it."""
+    row = ShapesRows("test")[index]
+    return row.image, row.turns[0].question.replace("<image>", "").strip()
