@@ -5,8 +5,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import NoReturn, Protocol
+from threading import Thread
+from typing import NoReturn, Protocol, TypeVar
 
 import jax
 import jsonargparse
@@ -25,6 +27,8 @@ from rich.progress import (
 from rich.text import Text
 
 from llava_cot_jax.errors import UserError
+
+T = TypeVar("T")
 
 UNKNOWN = re.compile(
     r"unrecognized arguments: --([\w.-]+)|[Oo]ption '([\w.]+)' is not accepted"
@@ -53,19 +57,38 @@ class Parser(jsonargparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else ""
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a command: a user's mistake ends it with one line and exit code 2, Ctrl-C with 130."""
+def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> None:
+    """Run a command: a user's mistake ends it with one line and exit code 2, Ctrl-C with 130.
+
+    Args:
+        main: the command.
+        leave: how to end after Ctrl-C; ``os._exit`` waits for no computation that is under way.
+    """
     try:
         main()
     except UserError as mistake:
         print("error:", " ".join(str(mistake).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted", file=sys.stderr, flush=True)
+        leave(130)
     except BrokenPipeError:  # whoever read the output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def heard(function: Callable[[], T]) -> T:
+    """``function``'s result. It runs in a thread, so that Ctrl-C is heard even while something is compiled in it."""
+    with_result: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            with_result.set_result(function())
+        except BaseException as fault:
+            with_result.set_exception(fault)
+
+    Thread(target=work, daemon=True).start()
+    return with_result.result()
 
 
 class RateColumn(ProgressColumn):
@@ -111,6 +134,18 @@ def progress_bar(label: str, unit: str = "bytes", every: int | None = None) -> I
 def no_bar(label: str, unit: str = "bytes", every: int | None = None) -> Iterator[OnProgress]:
     """As ``progress_bar``, for a process that shows nothing."""
     yield lambda done, total, note="": None
+
+
+@contextmanager
+def status(what: str) -> Iterator[None]:
+    """Says on stderr what is being done: turning while it is, where that is a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(what, file=sys.stderr, flush=True)
+        yield
+        return
+    with console.status(what):
+        yield
 
 
 class CompilationCounter:

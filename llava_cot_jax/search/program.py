@@ -127,7 +127,7 @@ def _all_stages(
         prefix, scores = read(params, config, unread, memory, view, chunk=chunk)
         length = length + unread.length
         stage_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        candidates = write_candidates(
+        _, candidates = write_candidates(
             params,
             config,
             plan,
@@ -180,7 +180,7 @@ def write_candidates(
     reader: jax.Array,
     keys: jax.Array,
     number: jax.Array,
-) -> Written:
+) -> tuple[Layers, Written]:
     """Draw the candidates of a stage.
 
     Args:
@@ -196,7 +196,7 @@ def write_candidates(
         number: int32, the stage.
 
     Returns:
-        [questions * candidates].
+        The candidates' own keys and values, and what was drawn, [questions * candidates].
     """
     questions, most = len(keys), max(plan.candidates)
     of_candidates = jax.vmap(jax.random.fold_in, (0, None))(keys, CANDIDATE)
@@ -219,7 +219,7 @@ def write_candidates(
         limits,
         capacity=max(plan.budgets),
         sampling=plan.sampling,
-    )[1]
+    )
 
 
 def _tail(written: Written, accept: int) -> jax.Array:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +110,7 @@ class Reasoner:
         model = self._model
         chunk = CHUNKS.get((model.mesh.devices.flat[0] if model.mesh else jax.devices()[0]).platform, CHUNK)
         static = {"config": model.config, "plan": self._plan, "chunk": chunk, "mesh": model.mesh}
-        found = _fetch(search(model.params, request, self._stages, self._judging, **static))
+        found: StageFindings = jax.device_get(search(model.params, request, self._stages, self._judging, **static))
         seconds = {"prepare": prepared - began, "search": time.perf_counter() - prepared}
         return [self._answer(found, i, questions[i], len(given[i]), rows[i], seconds) for i in range(len(questions))]
 
@@ -206,10 +205,3 @@ def _listed(images: Images) -> list[ImageSource]:
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
-
-
-def _fetch(found: Any) -> Any:
-    """``found`` on the host; waits in small steps, so that Ctrl-C is heard meanwhile."""
-    while not all(x.is_ready() for x in jax.tree.leaves(found)):
-        time.sleep(0.002)
-    return jax.device_get(found)

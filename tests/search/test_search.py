@@ -1,8 +1,15 @@
 """The compiled search against one in plain Python, and what it promises of draws, counts and compilations."""
 
+import jax
+import numpy as np
 import pytest
 
+from llava_cot_jax.cli import CompilationCounter
+from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.model.parameters import flatten, parameters
+from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 from llava_cot_jax.search import reasoner as module
+from llava_cot_jax.search.program import search
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import (
@@ -43,13 +50,12 @@ def trained():
 def tokens_found(monkeypatch):
     """Where the tokens of what a reasoner finds will be."""
     found = []
-    fetch = module._fetch
 
-    def keep(x):
-        found.append(fetch(x))
+    def keep(*arguments, **static):
+        found.append(search(*arguments, **static))
         return found[-1]
 
-    monkeypatch.setattr(module, "_fetch", keep)
+    monkeypatch.setattr(module, "search", keep)
     return found
 
 
@@ -58,7 +64,7 @@ def check_against_brute_force(monkeypatch, model, processor, strategy, prompts, 
     found = tokens_found(monkeypatch)
     answer = Reasoner(model, processor, strategy, prompts).answer(image, question, seed=seed)
     want = brute_force.search(model, processor, strategy, image, question, seed, JudgePrompts.load(prompts))
-    candidates = found[0].candidates
+    candidates = jax.device_get(found[0].candidates)
     assert len(answer.trace.stages) == len(want)
     for number, (stage, expected) in enumerate(zip(answer.trace.stages, want, strict=True)):
         for i, (one, other) in enumerate(zip(stage.candidates, expected.candidates, strict=True)):
@@ -162,3 +168,115 @@ def test_neighbours_and_places_change_nothing(ending, prompts):
     assert first == turned
     assert all(others[i] == first[i] for i in (0, 2))
     assert first[0]["text"] != first[1]["text"]
+
+
+EPSILON = 1e-3
+"""The lead in score, over the runner-up, below which rounding may give a draw to another token."""
+
+
+def on(mesh, model: Mllama) -> Mllama:
+    table = parameters(model.config, "unrolled")
+    arrays = {
+        path: jax.device_put(x, parameter_sharding(table[path], mesh)) for path, x in flatten(model.params).items()
+    }
+    return Mllama.from_arrays(model.config, arrays, layout="unrolled", mesh=mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2), (1, 8, 1), (1, 4, 2)], ids=str)
+def test_other_batch_shapes_and_meshes_draw_the_same(ending, prompts, monkeypatch, mesh):
+    """Against brute force: where the first other token of a question is, its lead was within rounding."""
+    model, processor = ending
+    strategy = StageBeam(3, TOKEN, temperature=0.9, budget=8)
+    found = tokens_found(monkeypatch)
+    spread = model if mesh is None else on(make_mesh(*mesh), model)
+    images, questions = zip(*map(scene, range(2)), strict=True)
+    Reasoner(spread, processor, strategy, prompts).answer_batch(images, questions, seeds=[4, 5])
+    candidates = jax.device_get(found[0].candidates)
+    alike = 0
+    for i in range(2):
+        loaded = JudgePrompts.load(prompts)
+        want = brute_force.search(model, processor, strategy, images[i], questions[i], [4, 5][i], loaded)
+        for number, stage in enumerate(want):
+            for j, one in enumerate(stage.candidates):
+                ids = candidates.tokens[number, i, j, : candidates.length[number, i, j]].tolist()
+                if other := [place for place, pair in enumerate(zip(ids, one.ids, strict=False)) if pair[0] != pair[1]]:
+                    assert one.margins[other[0]] < EPSILON
+                    break
+                alike += 1
+            else:
+                continue
+            break  # what follows another token is another text
+    assert alike > 12
+
+
+@pytest.mark.slow
+def test_more_candidates_begin_with_the_fewer(ending, prompts, monkeypatch):
+    found = tokens_found(monkeypatch)
+    image, question = scene(2)
+    for count in (2, 4):
+        strategy = StageBeam(count, LogProbability(), temperature=1.0, budget=8)
+        Reasoner(*ending, strategy, prompts).answer(image, question, seed=1)
+    two, four = (jax.device_get(x.candidates.tokens[0, 0]) for x in found)
+    np.testing.assert_array_equal(two, four[:2])
+    assert len({tuple(row) for row in four.tolist()}) == 4
+
+
+@pytest.mark.parametrize("name", ["greedy", "best by judge", "stages", "stages by reasons"])
+def test_the_program_sees_the_images_once(ending, prompts, name):
+    """However many candidates and whatever the search: the kernel of the patches is used in one place, in no loop."""
+    model, processor = ending
+    reasoner = Reasoner(model, processor, STRATEGIES[name], prompts)
+    image, question = scene(0)
+    request = reasoner._request([[image]], [question], [0])
+    static = {"config": model.config, "plan": reasoner._plan, "chunk": 64, "mesh": None}
+    program = jax.make_jaxpr(lambda p, r: search(p, r, reasoner._stages, reasoner._judging, **static))(
+        model.params, request
+    )
+    kernel = model.params["vision_model"]["patch_embedding"]["weight"].shape
+    assert uses(program.jaxpr, kernel) == [()]
+
+
+def uses(jaxpr, shape: tuple[int, ...], loops: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The loops around each product that takes an array of a shape."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and shape in [x.aval.shape for x in equation.invars]:
+            found.append(loops)
+        inner = loops + ((equation.primitive.name,) if equation.primitive.name in ("while", "scan") else ())
+        for part in jax.extend.core.jaxprs_in_params(equation.params):
+            found += uses(part, shape, inner)
+    return found
+
+
+@pytest.mark.slow
+def test_counts_of_a_trace_are_those_of_the_texts(trained, prompts):
+    """One tower run and one reading of the prompt, for one candidate and for four; nothing is read twice."""
+    model, processor = trained
+    image, question = scene(5)
+    prompt = processor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}])
+    length = len(processor.tokenizer(prompt + "<SUMMARY>", add_special_tokens=False)["input_ids"])
+    for count in (1, 4):
+        answer = Reasoner(model, processor, StageBeam(count, budget=60, temperature=1.0), prompts).answer(
+            image, question
+        )
+        trace = answer.trace
+        assert (trace.tower_runs, trace.tokens["prompt"]) == (1, length)
+        whole = processor.tokenizer(prompt + answer.text, add_special_tokens=False)["input_ids"]
+        won = trace.stages[-1].candidates[trace.stages[-1].winner].tokens
+        assert trace.tokens["prompt"] + trace.tokens["winners"] == len(whole) - won
+        assert trace.tokens["candidates"] == sum(c.tokens for stage in trace.stages for c in stage.candidates)
+        assert (trace.tokens["judge rows"] > 0) == (trace.tokens["judge fronts"] > 0) == (count > 1)
+        assert trace.flops["vision"] > 0 and (trace.flops["judge rows"] > 0) == (count > 1)
+
+
+@pytest.mark.slow
+def test_fifty_questions_compile_once(ending, prompts):
+    """Of differing lengths, with other images and seeds."""
+    reasoner = Reasoner(*ending, StageBeam(2, RATIONALE, temperature=0.9, budget=4), prompts)
+    image, question = scene(0)
+    reasoner.answer(image, question)
+    compilations = CompilationCounter()
+    texts = {reasoner.answer(scene(i)[0], f"{scene(i)[1]}{' red' * (i % 17)}", seed=i).text for i in range(50)}
+    assert compilations.count == 0
+    assert len(texts) == 50

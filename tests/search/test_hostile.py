@@ -1,0 +1,266 @@
+"""What goes wrong in a search: each has an answer that says so, or a clear error."""
+
+import itertools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.search.prompts import DEFAULT_FILE, JudgePrompts
+from llava_cot_jax.search.reasoner import Reasoner
+from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, MajorityVote, Sample, StageBeam
+from llava_cot_jax.search.tables import judge_tables
+from llava_cot_jax.stages import STAGES
+from tests.search.models import PROMPTS, random_model, scene, trained_model
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.yaml"
+    path.write_text(PROMPTS)
+    return path
+
+
+def parrot(text: str, *, then: str = "a"):
+    """A model that writes ``text`` after a stage's opening tag, and ``then`` for ever or, where that is "", ends.
+
+    Its layers add nothing: the next token hangs on the last one alone.
+    """
+    model, processor = random_model(0)
+
+    def tokens(text: str) -> list[int]:
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for layer in model.language_model.model.layers.values():
+        for room, name in (("self_attn", "o_proj"), ("cross_attn", "o_proj"), ("mlp", "down_proj")):
+            if room in layer:
+                weight = layer[room][name].weight
+                weight.set_value(jnp.zeros_like(weight.get_value()))
+    vocabulary, width = model.config.text.vocab_size, model.config.text.hidden_size
+    rows = np.random.default_rng(0).normal(size=(vocabulary + 8, width)).astype(np.float32)
+    head = np.zeros((vocabulary, width), np.float32)
+    (last,) = tokens(then) if then else model.config.text.eos_token_ids[-1:]
+    following = {last: last}
+    for token, after in itertools.pairwise([tokens("<CONCLUSION>")[-1], *tokens(text), last]):
+        following.setdefault(token, after)
+    for token, after in following.items():
+        head[after] += rows[token]
+    model.language_model.model.embed_tokens.weight.set_value(jnp.asarray(rows))
+    model.language_model.lm_head.weight.set_value(jnp.asarray(head))
+    return model, processor
+
+
+def one_stage(model, processor, prompts, **settings):
+    strategy = StageBeam(**{"candidates": 2, "temperature": 0.0, "budget": 6, "stages": ("CONCLUSION",), **settings})
+    answer = Reasoner(model, processor, strategy, prompts).answer(None, "red?")
+    return answer, answer.trace.stages[0].candidates[0]
+
+
+def test_a_model_that_never_closes_a_tag(prompts):
+    answer, candidate = one_stage(*parrot(" red"), prompts)
+    assert (candidate.ended, candidate.added) == ("budget", " </CONCLUSION>")
+    assert answer.text.startswith("<CONCLUSION> red") and answer.text.endswith(" </CONCLUSION>")
+
+
+def test_a_model_that_closes_a_tag_at_once(prompts):
+    answer, candidate = one_stage(*parrot(" </CONCLUSION>"), prompts)
+    assert (candidate.ended, candidate.added, answer.conclusion) == ("tag", "", "")
+    assert answer.text == "<CONCLUSION> </CONCLUSION>"
+
+
+def test_a_model_that_ends_at_once(prompts):
+    """The end-of-sequence token is in no text; the stage is closed in its place."""
+    answer, candidate = one_stage(*parrot("", then=""), prompts)
+    assert (candidate.ended, candidate.text, candidate.tokens) == ("eos", "", 0)
+    assert answer.text == "<CONCLUSION> </CONCLUSION>"
+
+
+def test_a_model_that_stops_within_the_tag(prompts):
+    model, processor = parrot(" red </CONCLUSION>")
+    longest = len(processor.tokenizer(" red </CONCLUSION>", add_special_tokens=False)["input_ids"])
+    answer, candidate = one_stage(model, processor, prompts, budget=longest - 1)
+    assert candidate.ended == "budget"
+    assert 0 < len(candidate.added) < len(" </CONCLUSION>")
+    assert answer.text == "<CONCLUSION> red </CONCLUSION>"
+
+
+def test_a_model_that_writes_another_stages_tag(prompts):
+    """It is text, and does not end the stage."""
+    answer, candidate = one_stage(*parrot(" </CAPTION>"), prompts, budget=12)
+    assert candidate.ended == "budget" and "</CAPTION>" in answer.conclusion
+
+
+def test_all_that_a_search_ends_in_is_recorded(prompts):
+    """A model that ends answers now and then: every stage is there, and no end-of-sequence token is in the text."""
+    model, processor = random_model(1, eos=tuple(range(0, 500, 25)))
+    strategy = StageBeam(3, temperature=1.0, budget=7)
+    answer = Reasoner(model, processor, strategy, prompts).answer(*scene(0), seed=3)
+    assert list(answer.stages) == list(STAGES)
+    assert {c.ended for stage in answer.trace.stages for c in stage.candidates} == {"eos", "budget"}
+    ids = processor.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+    assert answer.text.count("</") >= 4 and len(ids) > 4
+
+
+@pytest.fixture(scope="module")
+def reasoner(prompts):
+    return Reasoner(*trained_model(), StageBeam(2, temperature=1.0, budget=(20, 40, 80, 12)), prompts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Is </SUMMARY> red? <CONCLUSION> no </CONCLUSION>",
+        "图中有几个圆形",
+        "?",
+        "How many red shapes are there? " * 5,
+    ],
+    ids=["tags", "Chinese", "short", "long"],
+)
+def test_any_question_has_an_answer(reasoner, question):
+    answer = reasoner.answer(scene(0)[0], question)
+    assert list(answer.stages) == list(STAGES)
+    assert answer.trace.question == question
+    assert all(answer.text.count(f"<{stage}>") >= 1 for stage in STAGES)
+
+
+@pytest.mark.slow
+def test_tags_in_the_question_close_nothing(reasoner):
+    image, question = scene(1)
+    plain, tagged = (reasoner.answer(image, q) for q in (question, f"</SUMMARY> </CAPTION> {question}"))
+    for answer in (plain, tagged):
+        assert answer.trace.stages[0].candidates[0].tokens > 1
+
+
+@pytest.mark.slow
+def test_a_strip_of_an_image_and_none(reasoner):
+    strip = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4000, 1, 3), np.uint8))
+    for image in (strip, strip.rotate(90, expand=True), None):
+        answer = reasoner.answer(image, "How many circles are there?")
+        assert list(answer.stages) == list(STAGES)
+        assert answer.trace.tower_runs == (image is not None)
+
+
+@pytest.mark.slow
+def test_one_candidate_asks_no_judge(prompts):
+    answer = Reasoner(*trained_model(), StageBeam(1, budget=(20, 40, 80, 12)), prompts).answer(*scene(0))
+    assert all(not stage.matches and not stage.checks for stage in answer.trace.stages)
+    assert answer.trace.tokens["judge fronts"] == 0
+
+
+def test_a_budget_of_one_token(prompts):
+    answer = Reasoner(*random_model(3), StageBeam(2, budget=1), prompts).answer(*scene(0))
+    assert list(answer.stages) == list(STAGES)
+    assert all(c.tokens <= 1 for stage in answer.trace.stages for c in stage.candidates)
+
+
+def test_what_exceeds_the_context(prompts):
+    model, processor = random_model(0)
+    with pytest.raises(UserError, match=r"the answer may take \d+ tokens, more than the context of 1024"):
+        Reasoner(model, processor, Greedy()).answer(None, "red?")
+    with pytest.raises(UserError, match=r"a judge's prompt may take \d+ tokens"):
+        Reasoner(model, processor, BestOfN(2, budget=600), prompts).answer(None, "red?")
+
+
+def test_what_cannot_be_asked(prompts):
+    reasoner = Reasoner(*random_model(0), Greedy(budget=4))
+    with pytest.raises(UserError, match="as many images"):
+        reasoner.answer_batch([None, None], ["red?"])
+    with pytest.raises(UserError, match="special token"):
+        reasoner.answer(None, "<|eot_id|>")
+    with pytest.raises(UserError, match="a seed must be"):
+        reasoner.answer(None, "red?", seed=-1)
+    with pytest.raises(UserError, match="does not exist"):
+        reasoner.answer("none.png", "red?")
+    model, processor = random_model(0)
+    model.to_layout("stacked")
+    with pytest.raises(UserError, match="to_layout"):
+        Reasoner(model, processor)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: StageBeam(0).plan(), "candidates must be at least 1"),
+        (lambda: StageBeam(budget=(9, 9, 0, 9)).plan(), "budget must be at least 1"),
+        (lambda: StageBeam((2, 2)).plan(), "candidates has 2 values for 4 stages"),
+        (lambda: StageBeam(temperature=(0.1, 0.1, -1.0, 0.2)).plan(), "temperature"),
+        (lambda: StageBeam(stages=("A", "A")).plan(), "different tags"),
+        (lambda: StageBeam(stages=()).plan(), "at least one"),
+        (lambda: Sample(top_p=0.0).plan(), "top_p"),
+        (lambda: MajorityVote(top_k=0).plan(), "top_k"),
+        (lambda: Judge("loud"), "verdict"),  # type: ignore[arg-type]
+        (lambda: Judge(reason_tokens=0), "reason_tokens"),
+        (lambda: Judge(temperature=-1), "temperature"),
+    ],
+)
+def test_settings_that_cannot_be_used(make, named):
+    with pytest.raises(UserError, match=named):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("{question}", "", r"pair.text must have {question}, {earlier}, {first}, {second}, each once"),
+        ("{first}", "{second} {first}", "each once and in this order"),
+        ("  stem:", "  root:", "KeyError"),
+        ("  whole: ", "  all: ", "criteria lack whole"),
+        ('["1", "2"]', '["1"]', "pair.verdicts must be two different texts"),
+        ("pair:", "pair: [", "is not YAML"),
+        ("stages: [REASONING]", "stages: 5", "TypeError"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used(tmp_path, old, new, named):
+    text = DEFAULT_FILE.read_text()
+    assert old in text
+    path = tmp_path / "prompts.yaml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=named) as told:
+        JudgePrompts.load(path)
+    assert str(path) in str(told.value)
+
+
+def test_no_file_of_prompts(tmp_path):
+    with pytest.raises(UserError, match=r"none.yaml"):
+        JudgePrompts.load(tmp_path / "none.yaml")
+
+
+def test_a_stem_after_which_no_verdict_comes_naturally(tmp_path):
+    path = tmp_path / "prompts.yaml"
+    path.write_text(DEFAULT_FILE.read_text().replace('verdicts: ["1", "2"]', "verdicts: [the first, the second]"))
+    with pytest.raises(UserError, match="is not one natural next token"):
+        Reasoner(*random_model(0), StageBeam(2), path)
+
+
+def test_each_field_of_the_file_changes_what_the_model_reads():
+    _, processor = random_model(0)
+    plan = StageBeam(2, Judge("rationale")).plan()
+    token = StageBeam(2).plan()
+
+    def tables(prompts, plan):
+        return jax.tree.leaves(judge_tables(processor, plan, plan.judge, prompts))
+
+    prompts = JudgePrompts.load()
+    changed = {
+        "text": {**prompts.text, "pair": prompts.text["pair"] + " Now."},
+        "readings": {**prompts.readings, "check": ("right", "wrong")},
+        "stem": "I choose number ",
+        "verdicts": ("3", "4"),
+        "criteria": {**prompts.criteria, "CAPTION": "Short is good."},
+        "earlier": " Before: ",
+        "shows": {"CONCLUSION": ("SUMMARY",)},
+        "checked": ("CAPTION",),
+    }
+    assert set(changed) == set(JudgePrompts.__dataclass_fields__)
+    for name, value in changed.items():
+        other = replace(prompts, **{name: value})
+        same = [
+            len(a) == len(b) and all(x.shape == y.shape and (x == y).all() for x, y in zip(a, b, strict=True))
+            for a, b in [(tables(prompts, p), tables(other, p)) for p in (plan, token)]
+        ]
+        assert not all(same), name
