@@ -30,6 +30,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import MESH_AXES, Mesh, check_mesh, default_mesh, make_mesh
 from llava_cot_jax.paths import access
 from llava_cot_jax.search.generator import Generator, check_request
+from llava_cot_jax.search.preparation import Preparation
 from llava_cot_jax.search.prompts import DEFAULT_FILE
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.sampling import Sampling
@@ -74,9 +75,12 @@ def main(argv: list[str] | None = None) -> None:
     processor = Processor.from_pretrained(folder)
     questions = _pair(options.question, options.image or [])
     inputs = [_inputs(processor, question, image) for question, image in questions]
-    longest = 1 if strategy else NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
-    for arrays in inputs:
-        check_request(config, arrays["input_ids"].shape[1], longest, options.seed)
+    longest = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
+    for (question, image), arrays in zip(questions, inputs, strict=True):
+        if strategy:
+            Preparation(processor, strategy, options.judge_prompts).request([image], [question], [options.seed])
+        else:
+            check_request(config, arrays["input_ids"].shape[1], longest, options.seed)
     if options.trace:
         _check_writable(Path(options.trace))
 

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,9 @@ from llava_cot_jax import cli
 from llava_cot_jax.data.processor import Processor, user_turn
 from llava_cot_jax.demo import write_demo
 from llava_cot_jax.generate import Screen, main
+from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.search.reasoner import Reasoner
+from llava_cot_jax.search.strategies import StageBeam
 from tests.parity.reference import under
 
 QUESTION = "How many shapes are red?"
@@ -131,6 +136,10 @@ def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
     assert one["image"] is None
 
 
+SEARCH = ["", "--search"]
+"""What a mistaken search begins with: it has no --max-new-tokens."""
+
+
 def without_a_tensor(demo: Path, folder: Path) -> Path:
     shutil.copytree(demo, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -158,14 +167,28 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: ["--temperature", "hot"], "temperature"),
         (lambda d, t: ["--temperature", "-1"], "temperature"),
         (lambda d, t: ["--convention", "mine"], "convention"),
-        (lambda d, t: ["--candidates", "4"], "--candidates"),
+        (lambda d, t: ["--candidates", "4"], "--candidates is of a search"),
+        (lambda d, t: ["--trace", str(t / "x.json")], "--trace is of a search"),
+        (lambda d, t: ["--temperature", "[0.1, 0.2]"], "--search stage_beam"),
+        (lambda d, t: ["--search", "beam"], "search"),
+        (lambda d, t: ["--search", "greedy", "--max-new-tokens", "9"], "--max-new-tokens is of an answer without"),
+        (lambda d, t: [*SEARCH, "greedy", "--candidates", "4"], "--candidates has no meaning for --search greedy"),
+        (lambda d, t: [*SEARCH, "majority_vote", "--judge", "token"], "--judge has no meaning"),
+        (lambda d, t: [*SEARCH, "best_of_n", "--candidates", "[4, 2]"], "--candidates takes one value"),
+        (lambda d, t: [*SEARCH, "stage_beam", "--candidates", "[4, 2]"], "2 values for 4 stages"),
+        (lambda d, t: [*SEARCH, "stage_beam", "--budget", "0"], "budget must be at least 1"),
+        (lambda d, t: [*SEARCH, "stage_beam", "--budget", "200000"], "context of 131072"),
+        (lambda d, t: [*SEARCH, "stage_beam", "--judge-prompts", str(t / "none.yaml")], "none.yaml"),
+        (lambda d, t: [*SEARCH, "greedy", "--trace", str(t / "none" / "x.json")], "x.json cannot be written"),
         (lambda d, t: ["--image", "a.png", "b.png", "c.png"], "3 images for 1 questions"),
         (lambda d, t: ["--config", str(t / "none.yaml")], "none.yaml"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_code_2(demo, tmp_path, monkeypatch, capsys, mistake, named):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    code, out, err = run(monkeypatch, capsys, *arguments(demo, "--max-new-tokens", "8"), *mistake(demo, tmp_path))
+    given = mistake(demo, tmp_path)
+    given = given[1:] if given[0] == "" else ["--max-new-tokens", "8", *given]
+    code, out, err = run(monkeypatch, capsys, *arguments(demo), *given)
     assert code == 2
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1, err
@@ -224,3 +247,49 @@ def test_the_conclusion_comes_as_it_is_written(capsys):
     assert sum(map(bool, seen)) > 5
     assert "".join(seen) == "It is 2 < 3."
     assert not np.any(["CONCL" in s for s in seen])
+
+
+@pytest.mark.slow
+def test_a_search_with_its_trace(demo, monkeypatch, capsys, tmp_path):
+    """What is printed is what the library answers; the trace has it all, for every question."""
+    trace = tmp_path / "trace.json"
+    search = ["--search", "stage_beam", "--candidates", "[3, 1, 2, 2]", "--budget", "8", "--temperature", "0.9"]
+    given = ["--checkpoint", str(demo), "--question", QUESTION, "Which?", "--image", str(demo / "picture.png"), *search]
+    given += ["--mesh.fsdp", "1"]
+    code, out, err = run(monkeypatch, capsys, *given, "--seed", "4", "--json", "--trace", str(trace))
+    assert code == 0, err
+    answers, traces = [json.loads(line) for line in out.splitlines()], json.loads(trace.read_text())
+    assert [t["question"] for t in traces] == [QUESTION, "Which?"]
+    strategy = StageBeam((3, 1, 2, 2), budget=8, temperature=0.9)
+    reasoner = Reasoner(Mllama.from_pretrained(demo), Processor.from_pretrained(demo), strategy)
+    for answer, told, question in zip(answers, traces, (QUESTION, "Which?"), strict=True):
+        own = reasoner.answer(demo / "picture.png", question, seed=4)
+        assert (answer["text"], answer["stages"], answer["tokens"]) == (own.text, own.stages, own.trace.tokens)
+        del told["seconds"]
+        assert told == json.loads(json.dumps({k: v for k, v in asdict(own.trace).items() if k != "seconds"}))
+        assert [len(stage["candidates"]) for stage in told["stages"]] == [3, 1, 2, 2]
+        assert [len(stage["matches"]) for stage in told["stages"]] == [2, 0, 1, 1]
+    assert answers[0]["compilations"] > answers[1]["compilations"] == 0
+    assert not list(tmp_path.glob(".trace*"))
+    shown = run(monkeypatch, capsys, *given, "--seed", "4")
+    assert shown[1] == "".join(a["stages"]["CONCLUSION"] + "\n" for a in answers)
+    assert shown[2] == "searching\n" * 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_heard_while_a_search_compiles_or_runs(demo):
+    code = (  # a shell's background jobs, and all that they start, ignore the signal
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('llava_cot_jax.generate', run_name='__main__')"
+    )
+    given = ["--checkpoint", str(demo), "--question", QUESTION, "--search", "stage_beam", "--budget", "20000"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+    assert process.stderr.readline() == b"searching\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)  # the search would take hours
+    assert (process.returncode, out, err) == (130, b"", b"interrupted\n")

@@ -67,7 +67,7 @@ def main() -> None:
             continue
         print(f"\nthe whole search on {name}, {memory / GB:.1f} GB a chip; of each chip")
         for candidates, verdict in ((10, "token"), (10, "rationale"), (4, "token")):
-            most(mesh, candidates, verdict, memory)
+            most(mesh, candidates, verdict, memory if name == "v6e" and verdict == "token" else None)
 
 
 def candidate_loop(mesh: Mesh, questions: int, candidates: int) -> None:
@@ -109,15 +109,15 @@ def image_view(questions: int, tokens: int) -> View:
     return View(layers, see(CONFIG, mask), jnp.zeros(questions, jnp.int32))
 
 
-def most(mesh: Mesh, candidates: int, verdict: str, memory: float) -> None:
-    """One question at a time; and how many at most: told from two, then tried, and one more."""
+def most(mesh: Mesh, candidates: int, verdict: str, memory: float | None) -> None:
+    """One question at a time; and, with a memory to fill, how many at most: told from two, then tried, and one more."""
 
     def tried(questions: int) -> float | None:
         print(f"{candidates} candidates, {verdict} verdict, {questions} at a time", flush=True)
         return whole(mesh, questions, candidates, verdict)
 
     one = tried(1)
-    if one is None or verdict == "rationale":
+    if one is None or memory is None:
         return
     two = tried(2)
     if two is None:

@@ -4,9 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llava_cot_jax.model.config import RopeScaling, TextConfig
-from llava_cot_jax.model.layers import QUERY_BLOCK, attention, rope_frequencies, rotate, rotation
+from llava_cot_jax.model.layers import (
+    QUERY_BLOCK,
+    attention,
+    attention_in_parts,
+    rope_frequencies,
+    rotate,
+    rotation,
+)
 
 
 def attention_by_hand(q, k, v, mask):
@@ -75,3 +84,36 @@ def test_rotation_turns_halves_and_tells_far_positions_apart():
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
     bf16 = rotate(jnp.asarray(x, jnp.bfloat16), *rotation(jnp.asarray(positions), config))
     np.testing.assert_allclose(np.asarray(bf16, np.float32), got, atol=0.03)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    questions=st.integers(1, 3),
+    candidates=st.integers(1, 4),
+    kv_heads=st.sampled_from([1, 2]),
+    group=st.sampled_from([1, 3]),
+    tokens=st.sampled_from([1, 5]),
+    seed=st.integers(0, 2**31),
+)
+def test_attention_in_two_parts_is_attention_over_the_joined_cache(
+    questions, candidates, kv_heads, group, tokens, seed
+):
+    """A prefix of each question, a suffix of each candidate, any lengths; scores up to some hundreds."""
+    rng = np.random.default_rng(seed)
+    rows, slots, room, dim = questions * candidates, 17, 9, 8
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape, scale=rng.choice([0.5, 8.0])).astype(np.float32))
+
+    q = normal(rows, kv_heads * group, tokens, dim)
+    shared = normal(questions, kv_heads, slots, dim), normal(questions, kv_heads, slots, dim)
+    own = normal(rows, kv_heads, room, dim), normal(rows, kv_heads, room, dim)
+    before = np.arange(slots) < rng.integers(1, slots + 1, (questions, 1, 1))  # [questions, 1, slots]
+    start = rng.integers(0, room - tokens + 1, (rows, 1, 1))
+    mine = np.arange(room) <= start + np.arange(tokens)[:, None]  # [rows, tokens, room]
+    got = attention_in_parts(q, [(*own, jnp.asarray(mine)), (*shared, jnp.asarray(before))])
+
+    k, v = (jnp.concatenate([jnp.repeat(x, candidates, axis=0), y], axis=2) for x, y in zip(shared, own, strict=True))
+    both = np.concatenate([np.broadcast_to(before.repeat(candidates, 0), (rows, tokens, slots)), mine], axis=-1)
+    want = attention(q, k, v, jnp.asarray(both))
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(v).max()))

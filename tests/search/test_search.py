@@ -9,6 +9,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 from llava_cot_jax.search import reasoner as module
+from llava_cot_jax.search.preparation import Preparation
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
@@ -226,13 +227,11 @@ def test_more_candidates_begin_with_the_fewer(ending, prompts, monkeypatch):
 def test_the_program_sees_the_images_once(ending, prompts, name):
     """However many candidates and whatever the search: the kernel of the patches is used in one place, in no loop."""
     model, processor = ending
-    reasoner = Reasoner(model, processor, STRATEGIES[name], prompts)
+    tables = Preparation(processor, STRATEGIES[name], prompts)
     image, question = scene(0)
-    request = reasoner._request([[image]], [question], [0])
-    static = {"config": model.config, "plan": reasoner._plan, "chunk": 64, "mesh": None}
-    program = jax.make_jaxpr(lambda p, r: search(p, r, reasoner._stages, reasoner._judging, **static))(
-        model.params, request
-    )
+    request = tables.request([image], [question], [0])
+    static = {"config": model.config, "plan": tables.plan, "chunk": 64, "mesh": None}
+    program = jax.make_jaxpr(lambda p, r: search(p, r, tables.stages, tables.judging, **static))(model.params, request)
     kernel = model.params["vision_model"]["patch_embedding"]["weight"].shape
     assert uses(program.jaxpr, kernel) == [()]
 
