@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llava_cot_jax.model.config import RopeScaling, TextConfig
 from llava_cot_jax.model.layers import (
@@ -86,34 +84,35 @@ def test_rotation_turns_halves_and_tells_far_positions_apart():
     np.testing.assert_allclose(np.asarray(bf16, np.float32), got, atol=0.03)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    questions=st.integers(1, 3),
-    candidates=st.integers(1, 4),
-    kv_heads=st.sampled_from([1, 2]),
-    group=st.sampled_from([1, 3]),
-    tokens=st.sampled_from([1, 5]),
-    seed=st.integers(0, 2**31),
+@pytest.mark.parametrize(
+    ("questions", "candidates", "kv_heads", "group", "tokens"),
+    [(1, 1, 1, 1, 1), (2, 3, 2, 3, 1), (3, 2, 1, 2, 5), (2, 1, 2, 1, 4), (1, 4, 2, 2, 3)],
 )
-def test_attention_in_two_parts_is_attention_over_the_joined_cache(
-    questions, candidates, kv_heads, group, tokens, seed
-):
+def test_attention_in_two_parts_is_attention_over_the_joined_cache(questions, candidates, kv_heads, group, tokens):
     """A prefix of each question, a suffix of each candidate, any lengths; scores up to some hundreds."""
-    rng = np.random.default_rng(seed)
     rows, slots, room, dim = questions * candidates, 17, 9, 8
 
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape, scale=rng.choice([0.5, 8.0])).astype(np.float32))
+    @jax.jit
+    def both_ways(q, shared, own, before, mine):
+        k, v = (
+            jnp.concatenate([jnp.repeat(x, candidates, axis=0), y], axis=2) for x, y in zip(shared, own, strict=True)
+        )
+        before_all = jnp.broadcast_to(before.repeat(candidates, 0), (rows, tokens, slots))
+        joined = attention(q, k, v, jnp.concatenate([before_all, mine], axis=-1))
+        return attention_in_parts(q, [(*own, mine), (*shared, before)]), joined
 
-    q = normal(rows, kv_heads * group, tokens, dim)
-    shared = normal(questions, kv_heads, slots, dim), normal(questions, kv_heads, slots, dim)
-    own = normal(rows, kv_heads, room, dim), normal(rows, kv_heads, room, dim)
-    before = np.arange(slots) < rng.integers(1, slots + 1, (questions, 1, 1))  # [questions, 1, slots]
-    start = rng.integers(0, room - tokens + 1, (rows, 1, 1))
-    mine = np.arange(room) <= start + np.arange(tokens)[:, None]  # [rows, tokens, room]
-    got = attention_in_parts(q, [(*own, jnp.asarray(mine)), (*shared, jnp.asarray(before))])
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
 
-    k, v = (jnp.concatenate([jnp.repeat(x, candidates, axis=0), y], axis=2) for x, y in zip(shared, own, strict=True))
-    both = np.concatenate([np.broadcast_to(before.repeat(candidates, 0), (rows, tokens, slots)), mine], axis=-1)
-    want = attention(q, k, v, jnp.asarray(both))
-    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(v).max()))
+        def normal(*shape, rng=rng):
+            return rng.normal(size=shape, scale=rng.choice([0.5, 8.0])).astype(np.float32)
+
+        q = normal(rows, kv_heads * group, tokens, dim)
+        shared = normal(questions, kv_heads, slots, dim), normal(questions, kv_heads, slots, dim)
+        own = normal(rows, kv_heads, room, dim), normal(rows, kv_heads, room, dim)
+        before = np.arange(slots) < rng.integers(1, slots + 1, (questions, 1, 1))  # [questions, 1, slots]
+        start = rng.integers(0, room - tokens + 1, (rows, 1, 1))
+        mine = np.arange(room) <= start + np.arange(tokens)[:, None]  # [rows, tokens, room]
+        got, want = both_ways(q, shared, own, before, mine)
+        largest = max(np.abs(shared[1]).max(), np.abs(own[1]).max())
+        np.testing.assert_allclose(got, want, atol=1e-5 * largest)

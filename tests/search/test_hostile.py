@@ -94,6 +94,7 @@ def test_a_model_that_writes_another_stages_tag(prompts):
     assert candidate.ended == "budget" and "</CAPTION>" in answer.conclusion
 
 
+@pytest.mark.slow
 def test_all_that_a_search_ends_in_is_recorded(prompts):
     """A model that ends answers now and then: every stage is there, and no end-of-sequence token is in the text."""
     model, processor = random_model(1, eos=tuple(range(0, 500, 25)))
@@ -152,6 +153,7 @@ def test_one_candidate_asks_no_judge(prompts):
     assert answer.trace.tokens["judge fronts"] == 0
 
 
+@pytest.mark.slow
 def test_a_budget_of_one_token(prompts):
     answer = Reasoner(*random_model(3), StageBeam(2, budget=1), prompts).answer(*scene(0))
     assert list(answer.stages) == list(STAGES)

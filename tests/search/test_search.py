@@ -97,7 +97,7 @@ STRATEGIES = {
     "stages by likelihood": StageBeam(2, LogProbability(), temperature=0.9, budget=9, stages=("PLAN", "CONCLUSION")),
     "greedy stages": StageBeam(2, TOKEN, temperature=0.0, budget=7),
 }
-QUICK = ("stages", "best by reasons")
+QUICK = ("stages",)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,8 @@ def test_the_trained_model_searches_as_brute_force_does(trained, prompts, monkey
         assert (answer.text, answer.stages) == (whole.text.strip(), whole.stages)  # the tags were the natural ones
 
 
-@pytest.mark.parametrize("convention", ["meta", pytest.param("transformers_4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("convention", ["meta", "transformers_4"])
 def test_without_an_image(prompts, monkeypatch, convention):
     model, processor = random_model(2, convention=convention)
     strategy = StageBeam(2, RATIONALE, temperature=0.9, budget=6)
@@ -152,6 +153,7 @@ def plain(answer) -> dict:
     return vars(answer) | {"trace": vars(answer.trace)}
 
 
+@pytest.mark.slow
 def test_neighbours_and_places_change_nothing(ending, prompts):
     """Four questions, one of them without an image, in two orders and beside others: bit for bit."""
     reasoner = Reasoner(*ending, StageBeam(3, RATIONALE, temperature=0.9, budget=6), prompts)
