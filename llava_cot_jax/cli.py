@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 from typing import NoReturn, Protocol, TypeVar
 
@@ -75,6 +76,17 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> 
     except BrokenPipeError:  # whoever read the output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def keep_compilations() -> None:
+    """Keep what XLA compiles for the next process, in the user's cache folder.
+
+    ``JAX_COMPILATION_CACHE_DIR`` names another place, a bucket too; ``JAX_ENABLE_COMPILATION_CACHE=false``
+    keeps nothing.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "llava_cot_jax" / "compilations"))
 
 
 def heard(function: Callable[[], T]) -> T:

@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of each thread, then raises
     settings, hosts = read_arguments(argv)
+    cli.keep_compilations()
     _join_hosts(hosts)
     if settings.answers and jax.process_count() > 1:
         raise UserError("answers is set, but only one process can answer yet: set it to 0, and use generate later")

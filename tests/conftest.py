@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import base64
 import json

@@ -43,12 +43,21 @@ def linear(x: jax.Array, w: Weights) -> jax.Array:
     """x [..., in] through ``weight`` [out, in], and what else there is of an adapter and a bias.
 
     An adapter is ``lora_a`` [rank, in] and ``lora_b`` [out, rank]: it adds x A^T B^T, which is little
-    work as long as B A is never made (Hu et al., arXiv 2106.09685). ``bias`` is [out].
+    work as long as B A is never made (Hu et al., arXiv 2106.09685). ``bias`` is [out]. With a ``scale`` [out]
+    the weight is int8 (``quantization``).
     """
+    if "scale" in w:
+        return scaled_product(x, w).astype(x.dtype)
     y = jnp.einsum("...i,oi->...o", x, w["weight"])
     if "lora_a" in w:
         y = y + jnp.einsum("...r,or->...o", jnp.einsum("...i,ri->...r", x, w["lora_a"]), w["lora_b"])
     return y + w["bias"] if "bias" in w else y
+
+
+def scaled_product(x: jax.Array, w: Weights) -> jax.Array:
+    """x [..., in] through an int8 ``weight`` [out, in] with its ``scale`` [out]: float32 [..., out]."""
+    weight = w["weight"].astype(x.dtype)
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32) * w["scale"]
 
 
 def rms_norm(x: jax.Array, w: Weights, eps: float) -> jax.Array:

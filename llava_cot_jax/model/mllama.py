@@ -17,8 +17,9 @@ from llava_cot_jax.model import text, vision
 from llava_cot_jax.model.attention import causal
 from llava_cot_jax.model.checkpoint import read_config, resolve_checkpoint
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.model.layers import Checkpointing, Weights
+from llava_cot_jax.model.layers import Checkpointing, Weights, scaled_product
 from llava_cot_jax.model.parameters import Initializer, Layout, Parameter, flatten, initialize, nest, parameters
+from llava_cot_jax.model.quantization import quantized
 from llava_cot_jax.model.sharding import check_mesh, constrain, on_mesh, parameter_sharding
 from llava_cot_jax.model.weights import OnProgress, load_arrays, save_arrays
 from llava_cot_jax.paths import as_path
@@ -137,13 +138,33 @@ class Mllama(nnx.Module):
 
     @property
     def dtype(self) -> Any:
-        """Of the weights."""
-        return self.language_model.lm_head.weight.dtype
+        """Of the weights, and so of the activations."""
+        return self.language_model.model.norm.weight.dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the text layers' projections are in int8."""
+        return "scale" in self.language_model.lm_head
+
+    def quantize(self) -> None:
+        """Turn the text layers' projections and lm_head into int8 in place, for decoding (``quantization``).
+
+        Raises:
+            UserError: the layers are stacked.
+        """
+        if self.layout != "unrolled":
+            raise UserError("stacked weights are for training: call to_layout('unrolled') before quantize()")
+        if not self.is_quantized:
+            held = flatten(self.params)
+            self._hold({})  # ``held`` alone keeps the arrays now
+            self._hold(quantized(held))
 
     def to_layout(self, layout: Layout) -> None:
         """Change the layout in place, one parameter at a time: never are there two copies of the model."""
         if layout == self.layout:
             return
+        if self.is_quantized:
+            raise UserError("int8 weights are for decoding: load the model anew to train it")
         old, new = parameters(self.config, self.layout), parameters(self.config, layout)
         held = flatten(self.params)
         self._hold({})  # ``held`` alone keeps the arrays now, so that each is freed once its parts stand
@@ -202,8 +223,11 @@ class Mllama(nnx.Module):
         Under several processes all must call this; the first writes, one gathered tensor at a time.
 
         Raises:
-            UserError: the folder is not empty, or cannot be written; nothing half-written stays there.
+            UserError: the weights are in int8, or the folder is not empty, or cannot be written; nothing
+                half-written stays there.
         """
+        if self.is_quantized:
+            raise UserError("int8 weights are not written: save the model before quantize()")
         save_arrays(flatten(self.params), self.config, as_path(path))
 
     @classmethod
@@ -286,8 +310,10 @@ def image_states(
 
 def logits(params: Weights, hidden: jax.Array) -> jax.Array:
     """Logits, float32 [..., vocabulary], of hidden states [..., hidden]."""
-    head = params["language_model"]["lm_head"]["weight"]
-    return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=jnp.float32)
+    head = params["language_model"]["lm_head"]
+    if "scale" in head:
+        return scaled_product(hidden, head)
+    return jnp.einsum("...h,vh->...v", hidden, head["weight"], preferred_element_type=jnp.float32)
 
 
 def _features(

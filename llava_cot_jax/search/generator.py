@@ -72,7 +72,7 @@ def _begin(
     with on_mesh(mesh):
         prompts = Pieces(inputs["input_ids"], lengths)
         view = look(params, config, inputs, lengths)
-        dtype = params["language_model"]["lm_head"]["weight"].dtype
+        dtype = params["language_model"]["model"]["norm"]["weight"].dtype
         nothing = jnp.zeros_like(lengths)
         memory = Memory(empty(config.text, len(lengths), capacity, dtype), nothing, None, view.images)
         own, scores = read(params, config, prompts, memory, view, chunk=min(PREFILL_CHUNK, prompts.capacity))

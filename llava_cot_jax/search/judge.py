@@ -166,7 +166,7 @@ def decide(
     side = -(-candidates // 2)  # rows of a sub-batch
     pairs = candidates // 2  # of the first round
     written = max(judge.reason_tokens, judge.check_tokens) if judge.verdict == "rationale" else 1
-    dtype = params["language_model"]["lm_head"]["weight"].dtype
+    dtype = params["language_model"]["model"]["norm"]["weight"].dtype
 
     shown = [case.earlier[i] for i in range(case.earlier.length.shape[0])]
     front_room = sum(p.capacity for p in (case.leads, tables.intro, case.question, tables.middle, tables.label))

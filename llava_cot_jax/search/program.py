@@ -111,7 +111,7 @@ def _all_stages(
     chunk: int,
 ) -> StageFindings:
     questions, count = len(request.lengths), len(plan.budgets)
-    dtype = params["language_model"]["lm_head"]["weight"].dtype
+    dtype = params["language_model"]["model"]["norm"]["weight"].dtype
     prompt = Pieces(request.inputs["input_ids"], request.lengths)
     capacity, closing, opening = max(plan.budgets), stages.closings.capacity, stages.openings.capacity
     unread_room = max(prompt.capacity, capacity + closing) + opening

@@ -20,10 +20,11 @@ from llava_cot_jax.search.strategies import MajorityVote, StageBeam, Strategy
 from llava_cot_jax.search.trace import Costs, StageTrace, Trace, trace_stage
 from llava_cot_jax.stages import find_stages
 
-CHUNKS = {"cpu": 64}
-"""Tokens of a question that are read at a time: on an accelerator as many as hide the reading of the weights."""
 
-CHUNK = 256
+def chunk_of(model: Mllama) -> int:
+    """Tokens of a question to read at a time: on an accelerator as many as hide the reading of the weights."""
+    device = model.mesh.devices.flat[0] if model.mesh else jax.devices()[0]
+    return 64 if device.platform == "cpu" else 256
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,7 @@ class Reasoner:
         request = self._prepared.request(images, questions, rows)
         prepared = time.perf_counter()
         model, tables = self._model, self._prepared
-        chunk = CHUNKS.get((model.mesh.devices.flat[0] if model.mesh else jax.devices()[0]).platform, CHUNK)
-        static = {"config": model.config, "plan": tables.plan, "chunk": chunk, "mesh": model.mesh}
+        static = {"config": model.config, "plan": tables.plan, "chunk": chunk_of(model), "mesh": model.mesh}
         found: StageFindings = jax.device_get(search(model.params, request, tables.stages, tables.judging, **static))
         seconds = {"prepare": prepared - began, "search": time.perf_counter() - prepared}
         return [

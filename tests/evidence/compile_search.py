@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llava_cot_jax.model.cache import Prefix, empty
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import nest, parameters
+from llava_cot_jax.model.quantization import is_quantized
 from llava_cot_jax.model.sharding import make_mesh, on_mesh, parameter_sharding, partition
 from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE, see
 from llava_cot_jax.search.decode import View
@@ -56,8 +57,9 @@ def main() -> None:
         "v6e": ("v6e:1x1", {"chips_per_host_bounds": [1, 1, 1]}, 1, 31.25 * 2**30),
         "v5p": ("v5p:1x1x1", {"chips_per_host_bounds": [1, 1, 1]}, 1, 95 * 2**30),
         "v5e x 4": ("v5e:2x2", {}, 4, 15.75 * 2**30),
+        "v5e int8": ("v5e:1x1", {"chips_per_host_bounds": [1, 1, 1]}, 1, 15.75 * 2**30),
     }
-    wanted = sys.argv[1:] or ["loop", "v6e", "v5p", "v5e x 4"]
+    wanted = sys.argv[1:] or ["loop", *chips]
     for name, (topology, options, tensor, memory) in chips.items():
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
         mesh = make_mesh(tensor=tensor, devices=devices[:tensor])
@@ -66,8 +68,11 @@ def main() -> None:
         if name not in wanted:
             continue
         print(f"\nthe whole search on {name}, {memory / GB:.1f} GB a chip; of each chip")
-        for candidates, verdict in ((10, "token"), (10, "rationale"), (4, "token")):
-            most(mesh, candidates, verdict, memory if name == "v6e" and verdict == "token" else None)
+        for candidates, verdict in (
+            ((10, "token"), (10, "rationale"), (4, "token")) if name == "v6e" else ((10, "token"),)
+        ):
+            fill = memory if name == "v6e" and verdict == "token" else None
+            most(mesh, candidates, verdict, fill, int8="int8" in name)
 
 
 def candidate_loop(mesh: Mesh, questions: int, candidates: int) -> None:
@@ -109,12 +114,12 @@ def image_view(questions: int, tokens: int) -> View:
     return View(layers, see(CONFIG, mask), jnp.zeros(questions, jnp.int32))
 
 
-def most(mesh: Mesh, candidates: int, verdict: str, memory: float | None) -> None:
+def most(mesh: Mesh, candidates: int, verdict: str, memory: float | None, int8: bool) -> None:
     """One question at a time; and, with a memory to fill, how many at most: told from two, then tried, and one more."""
 
     def tried(questions: int) -> float | None:
         print(f"{candidates} candidates, {verdict} verdict, {questions} at a time", flush=True)
-        return whole(mesh, questions, candidates, verdict)
+        return whole(mesh, questions, candidates, verdict, int8)
 
     one = tried(1)
     if one is None or memory is None:
@@ -127,13 +132,14 @@ def most(mesh: Mesh, candidates: int, verdict: str, memory: float | None) -> Non
         tried(questions)
 
 
-def whole(mesh: Mesh, questions: int, candidates: int, verdict: str) -> float | None:
+def whole(mesh: Mesh, questions: int, candidates: int, verdict: str, int8: bool) -> float | None:
     """Compile the whole search: its bytes on a chip, None where it does not fit."""
     plan = StageBeam(candidates, Judge(verdict), budget=BUDGET).plan()  # type: ignore[arg-type]
     everywhere = NamedSharding(mesh, PartitionSpec())
     given = jax.eval_shape(lambda: arguments(questions, len(plan.budgets)))
     given = jax.tree.map(lambda x: placed(x, everywhere), given)
-    lowered = search.lower(abstract_params(mesh), *given, config=CONFIG, plan=plan, chunk=CHUNK, mesh=mesh)
+    params = abstract_params(mesh, int8)
+    lowered = search.lower(params, *given, config=CONFIG, plan=plan, chunk=CHUNK, mesh=mesh)
     return report(lowered)[1]
 
 
@@ -172,14 +178,17 @@ def arguments(questions: int, stages: int) -> tuple[Request, StageTables, JudgeT
     return request, tables, judging
 
 
-def abstract_params(mesh: Mesh) -> Any:
-    table = parameters(CONFIG, "unrolled")
-    return nest(
-        {
-            path: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=parameter_sharding(p, mesh))
-            for path, p in table.items()
-        }
-    )
+def abstract_params(mesh: Mesh, int8: bool = False) -> Any:
+    arrays = {}
+    for path, p in parameters(CONFIG, "unrolled").items():
+        sharding = parameter_sharding(p, mesh)
+        dtype = jnp.int8 if int8 and is_quantized(path) else jnp.bfloat16
+        arrays[path] = jax.ShapeDtypeStruct(p.shape, dtype, sharding=sharding)
+        if dtype == jnp.int8:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            scale = jax.ShapeDtypeStruct(p.shape[:1], jnp.float32, sharding=everywhere)
+            arrays[path.removesuffix("weight") + "scale"] = scale
+    return nest(arrays)
 
 
 def placed(x: Any, everywhere: NamedSharding) -> jax.ShapeDtypeStruct:

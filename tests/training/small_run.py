@@ -67,6 +67,7 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/without_torch'}",
         "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XDG_CACHE_HOME": str(cache),
     }

@@ -1,0 +1,95 @@
+"""Timing, and what a device does at best: the two that every figure of a benchmark is made of."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llava_cot_jax.hardware import find_chip
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a program.
+
+    Attributes:
+        compiling: until its first result, compilation included, less a later run.
+        median: of the runs after the first.
+        least: of those.
+        most: of those.
+        runs: how many they were.
+    """
+
+    compiling: float
+    median: float
+    least: float
+    most: float
+    runs: int
+
+
+def timed(program: Callable[[], Any], runs: int) -> Timing:
+    """Run ``program`` once to compile it, and ``runs`` times to time it."""
+    began = time.perf_counter()
+    jax.block_until_ready(program())
+    first = time.perf_counter() - began
+    seconds = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        jax.block_until_ready(program())
+        seconds.append(time.perf_counter() - began)
+    middle = statistics.median(seconds)
+    return Timing(max(first - middle, 0.0), middle, min(seconds), max(seconds), runs)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        source: "nominal", from the vendor's data sheet, or "measured", here.
+        flops: of matrix products in the model's dtype.
+        bytes: read from memory and written to it.
+    """
+
+    source: str
+    flops: float
+    bytes: float
+
+    def floor(self, flops: float, read: float) -> float:
+        """Seconds that so many FLOPs and bytes take at least, each alone."""
+        return max(flops / self.flops, read / self.bytes)
+
+
+def rates(dtype: Any) -> list[Rates]:
+    """The device's, measured by a large product and a large copy, and nominal where its chip is known."""
+    device = jax.devices()[0]
+    small = device.platform == "cpu"
+    side, length = (2048, 2**26) if small else (8192, 2**30)
+    x = jnp.ones((side, side), dtype)
+    product = timed(lambda: _product(x), 5).least
+    data = jnp.ones(length, jnp.uint8)
+    copy = timed(lambda: _copy(data), 10).least
+    found = [Rates("measured", 2 * side**3 / product, 2 * length / copy)]
+    if chip := find_chip(device.device_kind):
+        found.append(Rates("nominal", chip.flops / chip.devices, chip.bandwidth / chip.devices))
+    return found
+
+
+@jax.jit
+def _product(x: jax.Array) -> jax.Array:
+    return x @ x
+
+
+@jax.jit
+def _copy(x: jax.Array) -> jax.Array:
+    return x + 1
+
+
+def peak_memory() -> int | None:
+    """Bytes, on the device that took the most; None where it does not tell."""
+    known = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats())]
+    return max(known) if known else None

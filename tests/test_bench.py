@@ -1,0 +1,138 @@
+"""The benchmark: what it counts, what it prints, and how it fails."""
+
+import json
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import yaml
+
+from llava_cot_jax import bench, cli, hardware
+from llava_cot_jax.benchmark import workload as workloads
+from llava_cot_jax.benchmark.baseline import Baseline
+from llava_cot_jax.benchmark.measure import Rates
+from llava_cot_jax.benchmark.parts import Bench
+from llava_cot_jax.benchmark.workload import Workload
+from llava_cot_jax.search.program import search
+from llava_cot_jax.search.strategies import Judge, StageBeam
+from tests.search.models import random_model
+from tests.training.small_run import ROOT
+
+WORK = Workload(prompt=9, tiles=1, stages=(3, 4, 5, 2), reason=3, check=2, judge_words=8, candidates=(1, 2))
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    code = 0
+    try:
+        cli.run(bench.main)
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_standard_workload_is_the_default():
+    assert Workload.load(ROOT / "configs" / "bench_standard.yaml") == Workload()
+
+
+def test_the_model_of_100_million_parameters():
+    config = workloads.config_100m()
+    assert 95e6 < sum(hardware.parameter_counts(config).values()) < 105e6
+    assert (config.text.vocab_size, config.vision.image_tokens) == (128256, 6404)
+
+
+@pytest.mark.slow
+def test_all_lengths_are_forced():
+    """Every candidate runs into its budget, and every reason into its own."""
+    model, _ = random_model(0, eos=tuple(range(0, 500, 3)))  # would end soon
+    timed = Bench(model, WORK, runs=1)
+    judge = Judge("rationale", both_orders=False, reason_tokens=3, check_tokens=2)
+    plan = StageBeam(2, judge, budget=WORK.stages).plan()
+    stages, judging = workloads.tables(timed.config, WORK, plan)
+    found = bench_search(timed, plan, stages, judging)
+    lengths = np.asarray(found.candidates.length)[:, 0]  # [stages, candidates]
+    np.testing.assert_array_equal(lengths, np.repeat(np.array(WORK.stages)[:, None], 2, axis=1))
+    reasons = np.asarray(found.judgement.rows.reason.length)[:, 0]
+    asked = np.asarray(found.judgement.asked)[:, 0]
+    assert asked.tolist() == [1, 1, 3, 1]
+    assert [row[:n].tolist() for row, n in zip(reasons, asked, strict=True)] == [[3], [3], [2, 2, 3], [3]]
+
+
+def bench_search(timed, plan, stages, judging):
+    static = {"config": timed.config, "plan": plan, "chunk": 64, "mesh": None}
+    return search(timed.params, timed.request, stages, judging, **static)
+
+
+@pytest.mark.slow
+def test_the_report(monkeypatch, capsys, tmp_path):
+    """For machines on stdout, for people on stderr; with transformers beside it."""
+    work = tmp_path / "work.yaml"
+    lengths = {**asdict(WORK), "stages": list(WORK.stages), "candidates": list(WORK.candidates)}
+    work.write_text(yaml.safe_dump(lengths))
+    monkeypatch.setitem(workloads.RANDOM, "100m", lambda: random_model(0, convention="transformers_5")[0].config)
+    given = ["--random", "100m", "--dtype", "float32", "--workload", str(work), "--runs", "2", "--json"]
+    code, out, err = run(monkeypatch, capsys, *given, "--baseline", "transformers")
+    assert code == 0, err
+    report = json.loads(out)
+    names = [part["name"] for part in report["parts"]]
+    assert names[:4] == ["vision tower", "prefill", "decode, N = 1", "decode, N = 2"]
+    assert "stage beam, rationale, N = 2" in names and "greedy" in names
+    assert all(p["timing"]["median"] > 0 and p["flops"] > 0 for p in report["parts"])
+    assert report["recompilations"] == 0
+    calls = {row["way"]: row["calls"] for row in report["baseline"]}
+    assert calls == {"one call after another": 10 * 2 - 6, "batched sampling, no judge": 4}
+    assert "differ from transformers' by at most" in err and "times as long as ours" in err
+
+
+def test_logits_are_those_of_transformers():
+    """So the baseline has the same weights, and the same question."""
+    model, _ = random_model(0, convention="transformers_5")
+    off, largest = Baseline(model, WORK, Bench(model, WORK, runs=1).request).parity()
+    assert off < 1e-4 * largest
+
+
+def test_a_floor_is_the_larger_of_two():
+    rates = Rates("measured", flops=100.0, bytes=10.0)
+    assert (rates.floor(1000, 10), rates.floor(10, 1000)) == (10, 100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "either --checkpoint or --random"),
+        (["--random", "100m", "--checkpoint", "x"], "either --checkpoint or --random"),
+        (["--random", "7b"], "random"),
+        (["--checkpoint", "none/at/all"], "none/at/all"),
+        (["--random", "100m", "--runs", "0"], "runs must be at least 1"),
+        (["--random", "100m", "--workload", "none.yaml"], "none.yaml"),
+        (["--random", "100m", "--baseline", "vllm"], "baseline"),
+        (["--random", "100m", "--quantize", "int8", "--baseline", "transformers"], "without --quantize"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_code_2(monkeypatch, capsys, arguments, named):
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert named in err
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("prompts: 3", "does not know prompts"),
+        ("prompt: 0", "prompt must be at least 1"),
+        ("prompt: [3]", "prompt must be a whole number"),
+        ("stages: 3", "stages must be a list"),
+        ("stages: []", "stages must be a list of at least one"),
+        ("stages: [1, 0]", "stages must be at least 1"),
+        ("tiles: -1", "tiles must be at least 0"),
+        ("judge_words: 2", "judge_words must be at least 5"),
+        ("3", "must be fields and values"),
+    ],
+)
+def test_a_workload_that_cannot_be_used(tmp_path, text, named):
+    (tmp_path / "work.yaml").write_text(text)
+    with pytest.raises(bench.UserError, match=named):
+        Workload.load(tmp_path / "work.yaml")
