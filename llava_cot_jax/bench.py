@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         f"compiled again when run again: {report['recompilations']}; "
         f"peak memory: {'not told by this device' if memory is None else f'{memory / 1e9:.1f} GB'}"
     )
+    report["judge_share"] = _judge_shares(report["parts"], work)
+    console.print("the judge's share of a search:", ", ".join(f"{n} {s:.0%}" for n, s in report["judge_share"].items()))
     if options.baseline:
         report["baseline"] = [
             asdict(row) for row in _against(Baseline(model, work, bench.request), report, work, console)
@@ -160,6 +162,18 @@ def _add(table: Table, part: Part, found: list[Rates]) -> None:
     table.add_row(
         part.name, f"{t.median:.3f}", f"{t.least:.3f} to {t.most:.3f}", f"{t.compiling:.1f} s", speed, *floors, bare
     )
+
+
+def _judge_shares(parts: list[dict[str, Any]], work: Workload) -> dict[str, float]:
+    """Of the time of each judged search, what the same search without a judge does not take."""
+    seconds = {part["name"]: part["timing"]["median"] for part in parts}
+    return {
+        f"{verdict}, N = {count}": 1
+        - seconds[f"stage beam, likelihood, N = {count}"] / seconds[f"stage beam, {verdict}, N = {count}"]
+        for count in work.candidates
+        if count > 1
+        for verdict in ("token", "rationale")
+    }
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def test_the_report(monkeypatch, capsys, tmp_path):
     assert "stage beam, rationale, N = 2" in names and "greedy" in names
     assert all(p["timing"]["median"] > 0 and p["flops"] > 0 for p in report["parts"])
     assert report["recompilations"] == 0
+    assert set(report["judge_share"]) == {"token, N = 2", "rationale, N = 2"}
     calls = {row["way"]: row["calls"] for row in report["baseline"]}
     assert calls == {"one call after another": 10 * 2 - 6, "batched sampling, no judge": 4}
     assert "differ from transformers' by at most" in err and "times as long as ours" in err

@@ -1,9 +1,11 @@
 """The model as judge of its own candidates, in knockout rounds, inside the compiled search.
 
-A stage's candidates are drawn into a random bracket. All pairs of a round are judged side by side, in
-sub-batches of half as many rows as there are candidates: a row holds two of them, so the rows take the room
-that the candidates' own had. Where their number is odd, one goes through to the next round, and is drawn
-first there. (Upstream puts the winner back among the rest and draws again.)
+A stage's candidates are drawn into a random bracket, and all pairs of a round are judged before the next.
+Written reasons are drawn side by side, in sub-batches of half as many rows as there are candidates: a row
+holds two of them, so the rows take the room that the candidates' own had. A verdict's token needs only
+reading, which gains nothing from more rows: its sub-batches are a pair, so that none is filled up. Where the
+number of candidates is odd, one goes through to the next round, and is drawn first there. (Upstream puts the
+winner back among the rest and draws again.)
 """
 
 from dataclasses import dataclass, replace
@@ -163,7 +165,7 @@ def decide(
     """
     questions, candidates = case.texts.length.shape
     orders = judge.orders
-    side = -(-candidates // 2)  # rows of a sub-batch
+    side = -(-candidates // 2) if judge.verdict == "rationale" else judge.orders  # rows of a sub-batch
     pairs = candidates // 2  # of the first round
     written = max(judge.reason_tokens, judge.check_tokens) if judge.verdict == "rationale" else 1
     dtype = params["language_model"]["model"]["norm"]["weight"].dtype
@@ -281,7 +283,8 @@ def decide(
         )
         return now._replace(**kept, asked=now.asked + wanted, checking=jnp.bool_(False))
 
-    room = candidates + (candidates - 1) * orders + side
+    # All checks and verdicts, and what a last sub-batch writes, or a last round looks at, beyond them.
+    room = candidates + (candidates - 1) * orders + max(side, pairs * orders)
     zeros = jnp.zeros((questions, room), jnp.int32)
     reasons = jax.tree.map(lambda x: jnp.zeros((questions, room, *x.shape[1:]), x.dtype), _nothing_written(1, written))
     votes = jnp.zeros((questions, room), jnp.float32)

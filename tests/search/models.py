@@ -20,14 +20,14 @@ pair:
   text: "{criterion} Question: {question}{earlier} Response 1: {first} Response 2: {second} Which?"
   stem: "I choose response "
   verdicts: ["1", "2"]
-  readings: [red, square]
+  readings: [e, a]
 criteria: {REASONING: "Sound?", whole: "Right?", other: "Good?"}
 earlier: " Seen: "
 shows: {REASONING: [CAPTION], CONCLUSION: [CAPTION, REASONING]}
 check:
   stages: [REASONING]
   text: "Check. Question: {question}{earlier} Steps: {first} Right?"
-  readings: [circle, blue]
+  readings: [o, i]
 """
 """A file of prompts for models that know no others: what they write anyway counts as a verdict."""
 

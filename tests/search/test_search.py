@@ -27,6 +27,7 @@ from tests.search.models import PROMPTS, random_model, scene, trained_model
 
 TOKEN = Judge("token")
 RATIONALE = Judge("rationale", reason_tokens=12, check_tokens=9, temperature=0.9)
+SHORT = Judge("rationale", reason_tokens=6, check_tokens=5, temperature=1.2)
 ONE_ORDER = Judge("rationale", both_orders=False, reason_tokens=9, check_tokens=12, temperature=1.1)
 
 
@@ -96,6 +97,7 @@ STRATEGIES = {
     "stages, some alone": StageBeam((2, 1, 4, 3), ONE_ORDER, temperature=0.8, budget=8, top_k=None, top_p=0.8),
     "stages by likelihood": StageBeam(2, LogProbability(), temperature=0.9, budget=9, stages=("PLAN", "CONCLUSION")),
     "greedy stages": StageBeam(2, TOKEN, temperature=0.0, budget=7),
+    "many by reasons": StageBeam(6, SHORT, temperature=1.2, budget=4, stages=("CAPTION", "REASONING")),
 }
 QUICK = ("stages",)
 

@@ -1,0 +1,48 @@
+"""What the kept compilations save: the same search in two processes, one after the other.
+
+python tests/evidence/warm_start.py | tee tests/evidence/warm_start.txt
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+TRAINED = Path(__file__).parents[1] / "fixtures" / "shapes_model"
+SEARCHES = {
+    "streamed, to the first token": [],
+    "stage beam, to the answer": ["--search", "stage_beam", "--budget", "[20, 40, 60, 10]"],
+}
+
+
+def main() -> None:
+    print(f"{datetime.date.today()}; jax {version('jax')}; the shapes model on this CPU; seconds")
+    for name, search in SEARCHES.items():
+        with tempfile.TemporaryDirectory() as cache:
+            for which in ("first", "second"):
+                own, whole = once(search, cache)
+                print(f"{name}, {which} process: {own:.1f} from the question on, {whole:.1f} from its start")
+
+
+def once(search: list[str], cache: str) -> tuple[float, float]:
+    given = ["--checkpoint", str(TRAINED), "--dtype", "float32", "--question", "How many circles are there?", "--json"]
+    began = time.perf_counter()
+    environment = {**os.environ, "XDG_CACHE_HOME": cache, "XLA_FLAGS": ""}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    out = subprocess.run(
+        [sys.executable, "-m", "llava_cot_jax.generate", *given, *search],
+        env=environment,
+        capture_output=True,
+        check=True,
+    ).stdout
+    seconds = json.loads(out)["seconds"]
+    return seconds.get("first_token", seconds.get("search", 0.0)), time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
