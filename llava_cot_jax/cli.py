@@ -91,16 +91,16 @@ def keep_compilations() -> None:
 
 def heard(function: Callable[[], T]) -> T:
     """``function``'s result. It runs in a thread, so that Ctrl-C is heard even while something is compiled in it."""
-    with_result: Future[T] = Future()
+    outcome: Future[T] = Future()
 
     def work() -> None:
         try:
-            with_result.set_result(function())
+            outcome.set_result(function())
         except BaseException as fault:
-            with_result.set_exception(fault)
+            outcome.set_exception(fault)
 
     Thread(target=work, daemon=True).start()
-    return with_result.result()
+    return outcome.result()
 
 
 class RateColumn(ProgressColumn):
