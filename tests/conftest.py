@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -86,3 +87,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=SPECIAL_TOKENS[0]).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(MllamaConfig.llama32_11b().to_dict("bfloat16")))
     return Processor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_let_go():
+    """After each file: some thousand of them in one process are more memory mappings than Linux allows."""
+    yield
+    jax.clear_caches()
