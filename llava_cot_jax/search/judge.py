@@ -163,85 +163,200 @@ def decide(
         sampling: top_k and top_p of written reasons.
         chunk: tokens of a question's rows that are read at a time.
     """
-    questions, candidates = case.texts.length.shape
-    orders = judge.orders
-    side = -(-candidates // 2) if judge.verdict == "rationale" else judge.orders  # rows of a sub-batch
-    pairs = candidates // 2  # of the first round
-    written = max(judge.reason_tokens, judge.check_tokens) if judge.verdict == "rationale" else 1
-    dtype = params["language_model"]["model"]["norm"]["weight"].dtype
+    knockout = _Knockout(params, config, judge, case, tables, view, sampling, chunk)
+    end = jax.lax.while_loop(lambda now: now.alive > 1, knockout.play, knockout.start())
+    asked = jnp.broadcast_to(end.asked, knockout.questions)
+    return Judgement(end.bracket[:, 0], end.rows, end.matches, asked, end.fronts)
 
-    shown = [case.earlier[i] for i in range(case.earlier.length.shape[0])]
-    front_room = sum(p.capacity for p in (case.leads, tables.intro, case.question, tables.middle, tables.label))
-    front_room += sum(piece.capacity for piece in shown[:-1])
-    row_room = 2 * case.texts.capacity + tables.between.capacity + tables.ending.capacity
-    row_chunk = max(1, chunk // side)
 
-    def front_of(kind: jax.Array) -> Pieces:
-        """[questions]"""
-        at = (kind, case.stage)
-        earlier = [piece.where(tables.shows[kind, case.stage, i]) for i, piece in enumerate(shown[:-1])]
+@dataclass(frozen=True)
+class _Knockout:
+    """The rounds of a stage; attributes as for ``decide``."""
+
+    params: Weights
+    config: MllamaConfig
+    judge: Judge
+    case: Case
+    tables: JudgeTables
+    view: View
+    sampling: Sampling
+    chunk: int
+
+    @property
+    def questions(self) -> int:
+        return self.case.texts.length.shape[0]
+
+    @property
+    def candidates(self) -> int:
+        return self.case.texts.length.shape[1]
+
+    @property
+    def pairs(self) -> int:
+        """Of the first round."""
+        return self.candidates // 2
+
+    @property
+    def side(self) -> int:
+        """A question's rows in a sub-batch."""
+        return -(-self.candidates // 2) if self.judge.verdict == "rationale" else self.judge.orders
+
+    @property
+    def row_chunk(self) -> int:
+        """Tokens of a row that are read at a time."""
+        return max(1, self.chunk // self.side)
+
+    @property
+    def written(self) -> int:
+        """The most tokens that a row writes."""
+        judge = self.judge
+        return max(judge.reason_tokens, judge.check_tokens) if judge.verdict == "rationale" else 1
+
+    @property
+    def front_room(self) -> int:
+        """The most tokens of a prompt's front."""
+        t, earlier = self.tables, self.case.earlier
+        fixed = (self.case.leads, t.intro, self.case.question, t.middle, t.label)
+        return sum(piece.capacity for piece in fixed) + (earlier.length.shape[0] - 1) * earlier.capacity
+
+    @property
+    def row_room(self) -> int:
+        """The most tokens of a row's own part of a prompt."""
+        return 2 * self.case.texts.capacity + self.tables.between.capacity + self.tables.ending.capacity
+
+    def start(self) -> Round:
+        """Before the first round."""
+        questions, candidates, orders, text = self.questions, self.candidates, self.judge.orders, self.config.text
+        dtype = self.params["language_model"]["model"]["norm"]["weight"].dtype
+        # All checks and verdicts, and what a last sub-batch writes, or a last round looks at, beyond them.
+        room = candidates + (candidates - 1) * orders + max(self.side, self.pairs * orders)
+        blank = _nothing_written(1, self.written)
+        reasons = jax.tree.map(lambda x: jnp.zeros((questions, room, *x.shape[1:]), x.dtype), blank)
+        zeros, votes = jnp.zeros((questions, room), jnp.int32), jnp.zeros((questions, room), jnp.float32)
+        none = jnp.zeros((questions, candidates - 1 + self.pairs), jnp.int32)
+        return Round(
+            checking=self.tables.checked[self.case.stage],
+            bracket=_bracket(self.case.keys, self.case.count, candidates),
+            alive=self.case.count,
+            played=jnp.int32(0),
+            asked=jnp.int32(0),
+            front=empty(text, questions, self.front_room + self.chunk, dtype),
+            front_length=jnp.zeros(questions, jnp.int32),
+            read_for=jnp.int32(-1),
+            fronts=jnp.zeros((questions, 2), jnp.int32),
+            own=empty(text, questions * self.side, self.row_room + self.row_chunk + self.written, dtype),
+            rows=Rows(zeros, zeros, zeros, votes, votes, reasons),
+            matches=Matches(none, none, none.astype(jnp.float32), none, none),
+        )
+
+    def play(self, now: Round) -> Round:
+        """One round: the checks, or all pairs of those still in."""
+        kind = jnp.where(now.checking, CHECK, PAIR)
+        now = self._read_front(now, kind)
+        wanted = jnp.where(now.checking, self.case.count, now.alive // 2 * self.judge.orders)
+        batches = -(-wanted // self.side)
+        now = jax.lax.fori_loop(0, batches, lambda batch, now: self._ask(batch, kind, wanted, now), now)
+        settled = self._settle(now)
+        small = ("bracket", "alive", "played", "matches")
+        kept = jax.tree.map(
+            lambda old, new: jnp.where(kind == CHECK, old, new),
+            {name: getattr(now, name) for name in small},
+            {name: getattr(settled, name) for name in small},
+        )
+        return now._replace(**kept, asked=now.asked + wanted, checking=jnp.bool_(False))
+
+    def _read_front(self, now: Round, kind: jax.Array) -> Round:
+        """Read the front of the round's prompts, where the one that was read last is of another kind."""
+        needed = now.read_for != kind
+        front = self._front(kind).where(needed)
+        memory = Memory(now.front, jnp.zeros(self.questions, jnp.int32), None, self.view.images)
+        layers, _ = read(self.params, self.config, front, memory, self.view, chunk=self.chunk, blind=kind == CHECK)
+        return now._replace(
+            front=layers,
+            front_length=jnp.where(needed, front.length, now.front_length),
+            fronts=now.fronts.at[:, kind].add(front.length),
+            read_for=kind,
+        )
+
+    def _front(self, kind: jax.Array) -> Pieces:
+        """What all prompts of a kind begin with, [questions]."""
+        case, tables, at = self.case, self.tables, (kind, self.case.stage)
+        before = range(case.earlier.length.shape[0] - 1)
+        earlier = [case.earlier[i].where(tables.shows[kind, case.stage, i]) for i in before]
         fixed = (tables.intro[at], case.question, tables.middle[at], *earlier, tables.label[at])
-        return join((case.leads[kind], *fixed), front_room)
+        return join((case.leads[kind], *fixed), self.front_room)
 
-    def ask(batch: jax.Array, kind: jax.Array, wanted: jax.Array, now: Round) -> Round:
+    def _ask(self, batch: jax.Array, kind: jax.Array, wanted: jax.Array, now: Round) -> Round:
         """One sub-batch of the ``wanted`` rows of a round."""
-        row = batch * side + jnp.arange(side)  # [side]
-        match, turned = row // orders, row % orders == 1
-        left, right = (now.bracket[:, jnp.clip(2 * match + i, 0, candidates - 1)] for i in (0, 1))
+        row = batch * self.side + jnp.arange(self.side)  # [side]
+        match, turned = row // self.judge.orders, row % self.judge.orders == 1
+        left, right = (now.bracket[:, jnp.clip(2 * match + i, 0, self.candidates - 1)] for i in (0, 1))
         pair = kind == PAIR
-        checked = jnp.clip(row, 0, candidates - 1)
+        checked = jnp.clip(row, 0, self.candidates - 1)
         first = jnp.where(pair, jnp.where(turned, right, left), checked)  # [questions, side]
         second = jnp.where(pair, jnp.where(turned, left, right), 0)
         live = jnp.broadcast_to(row < wanted, first.shape)
 
-        at = (kind, case.stage)
-        texts = join(
-            (_pick(case.texts, first), tables.between[at], _pick(case.texts, second).where(pair), tables.ending[at]),
-            row_room,
-        ).where(live)
-        flat = Pieces(texts.tokens.reshape(-1, row_room), texts.length.reshape(-1))
-        nothing = jnp.zeros_like(flat.length)
-        memory = Memory(now.own, nothing, Prefix(now.front, now.front_length), view.images)
-        own, scores = read(params, config, flat, memory, view, chunk=row_chunk, blind=~pair)
-        said = scores[:, tables.verdicts]  # [questions * side, 2]
-        vote = jnp.tanh((said[:, 0] - said[:, 1]) / 2)  # the difference of the two's shares of their sum
-        outside = 1 - jnp.exp(said - jax.nn.logsumexp(scores, axis=-1, keepdims=True)).sum(axis=-1)
-        reason = _nothing_written(len(vote), written)
-        if judge.verdict == "rationale":
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, jnp.where(pair, REASON, CHECKING)))(case.keys)
-            limits = Limits(
-                reader=tables.readers[kind],
-                budget=jnp.where(pair, judge.reason_tokens, judge.check_tokens),
-                temperature=jnp.float32(judge.temperature),
-                keys=jax.vmap(_fold_each)(keys, first, second).reshape(-1),
-                used=live.reshape(-1),
-            )
-            drawn = replace(sampling, temperature=judge.temperature)
-            begun = Memory(own, flat.length, memory.prefix, view.images)
-            own, reason = write(
-                params, config, scores, begun, view, limits, capacity=written, sampling=drawn, blind=~pair
-            )
-            reading = reason.state - tables.readers.shape[1]  # 0 or 1
-            vote = jnp.where(reason.ended == TAG, 1.0 - 2.0 * reading, 0.0)
-            outside = jnp.zeros_like(vote)
+        case, tables, at = self.case, self.tables, (kind, self.case.stage)
+        shown = (_pick(case.texts, first), tables.between[at], _pick(case.texts, second).where(pair), tables.ending[at])
+        texts = join(shown, self.row_room).where(live)
+        flat = Pieces(texts.tokens.reshape(-1, self.row_room), texts.length.reshape(-1))
+        prefix = Prefix(now.front, now.front_length)
+        memory = Memory(now.own, jnp.zeros_like(flat.length), prefix, self.view.images)
+        own, scores = read(self.params, self.config, flat, memory, self.view, chunk=self.row_chunk, blind=kind == CHECK)
+        vote, outside = self._verdicts(scores)
+        reason = _nothing_written(len(vote), self.written)
+        if self.judge.verdict == "rationale":
+            begun = replace(memory, own=own, start=flat.length)
+            own, reason = self._reason(kind, scores, begun, first, second, live)
+            vote, outside = self._conclusions(reason), jnp.zeros_like(vote)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.reshape(questions, side, *old.shape[2:])
-            return jax.lax.dynamic_update_slice_in_dim(old, new, now.asked + batch * side, axis=1)
+            new = new.reshape(self.questions, self.side, *old.shape[2:])
+            return jax.lax.dynamic_update_slice_in_dim(old, new, now.asked + batch * self.side, axis=1)
 
         rows = Rows(first, second, texts.length, vote, outside, reason)
         return now._replace(own=own, rows=jax.tree.map(put, now.rows, rows))
 
-    def settle(now: Round) -> Round:
+    def _verdicts(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Votes by the next token, and the probability of any but the two, [rows], of logits [rows, vocabulary]."""
+        said = scores[:, self.tables.verdicts]  # [rows, 2]
+        vote = jnp.tanh((said[:, 0] - said[:, 1]) / 2)  # the difference of the two's shares of their sum
+        return vote, 1 - jnp.exp(said - jax.nn.logsumexp(scores, axis=-1, keepdims=True)).sum(axis=-1)
+
+    def _reason(
+        self, kind: jax.Array, scores: jax.Array, memory: Memory, first: jax.Array, second: jax.Array, live: jax.Array
+    ) -> tuple[Layers, Written]:
+        """Reasons drawn after prompts with these ``scores``; ``first``, ``second`` and ``live`` [questions, side]."""
+        judge, pair = self.judge, kind == PAIR
+        drawn_for = jnp.where(pair, REASON, CHECKING)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self.case.keys, drawn_for)
+        limits = Limits(
+            reader=self.tables.readers[kind],
+            budget=jnp.where(pair, judge.reason_tokens, judge.check_tokens),
+            temperature=jnp.float32(judge.temperature),
+            keys=jax.vmap(_fold_each)(keys, first, second).reshape(-1),
+            used=live.reshape(-1),
+        )
+        sampling = replace(self.sampling, temperature=judge.temperature)
+        given = (self.params, self.config, scores, memory, self.view, limits)
+        return write(*given, capacity=self.written, sampling=sampling, blind=kind == CHECK)
+
+    def _conclusions(self, reason: Written) -> jax.Array:
+        """Votes [rows] that written reasons end in; 0 where there is none to be read."""
+        reading = reason.state - self.tables.readers.shape[1]  # 0 or 1
+        return jnp.where(reason.ended == TAG, 1.0 - 2.0 * reading, 0.0)
+
+    def _settle(self, now: Round) -> Round:
         """The matches of a round whose rows have been asked: the winners go on."""
+        questions, candidates, pairs, orders = self.questions, self.candidates, self.pairs, self.judge.orders
         votes = jax.lax.dynamic_slice_in_dim(now.rows.vote, now.asked, pairs * orders, axis=1)
         votes = votes.reshape(questions, pairs, orders) * jnp.array([1.0, -1.0][:orders])
         left, right = now.bracket[:, 0 : 2 * pairs : 2], now.bracket[:, 1 : 2 * pairs : 2]  # [questions, pairs]
-        failed = (now.rows.vote[:, :candidates] < 0) & tables.checked[case.stage]
+        failed = (now.rows.vote[:, :candidates] < 0) & self.tables.checked[self.case.stage]
         left_failed, right_failed = (jnp.take_along_axis(failed, x, axis=1) for x in (left, right))
         checked = left_failed != right_failed
         margin = jnp.where(checked, jnp.where(left_failed, -1.0, 1.0), votes.mean(axis=-1))
-        left_score, right_score = (jnp.take_along_axis(case.scores, x, axis=1) for x in (left, right))
+        left_score, right_score = (jnp.take_along_axis(self.case.scores, x, axis=1) for x in (left, right))
         better = (left_score > right_score) | ((left_score == right_score) & (left < right))
         winner = jnp.where((margin > 0) | ((margin == 0) & better), left, right)
         decision = jnp.where(checked, CHECKED, jnp.where(margin == 0, SCORED, JUDGED))
@@ -257,55 +372,6 @@ def decide(
         bracket = jnp.where((place == 0) & (bye == 1), passed, winner[:, jnp.clip(place - bye, 0, pairs - 1)])
         matches = jax.tree.map(put, now.matches, new)
         return now._replace(bracket=bracket, alive=here + bye, played=now.played + here, matches=matches)
-
-    def play(now: Round) -> Round:
-        """One round: the checks, or all pairs of those still in."""
-        kind = jnp.where(now.checking, CHECK, PAIR)
-        needed = now.read_for != kind
-        front = front_of(kind).where(needed)
-        memory = Memory(now.front, jnp.zeros(questions, jnp.int32), None, view.images)
-        layers, _ = read(params, config, front, memory, view, chunk=chunk, blind=kind == CHECK)
-        now = now._replace(
-            front=layers,
-            front_length=jnp.where(needed, front.length, now.front_length),
-            fronts=now.fronts.at[:, kind].add(front.length),
-            read_for=kind,
-        )
-        wanted = jnp.where(now.checking, case.count, now.alive // 2 * orders)
-        batches = -(-wanted // side)
-        now = jax.lax.fori_loop(0, batches, lambda batch, now: ask(batch, kind, wanted, now), now)
-        settled = settle(now)
-        small = ("bracket", "alive", "played", "matches")
-        kept = jax.tree.map(
-            lambda old, new: jnp.where(kind == CHECK, old, new),
-            {name: getattr(now, name) for name in small},
-            {name: getattr(settled, name) for name in small},
-        )
-        return now._replace(**kept, asked=now.asked + wanted, checking=jnp.bool_(False))
-
-    # All checks and verdicts, and what a last sub-batch writes, or a last round looks at, beyond them.
-    room = candidates + (candidates - 1) * orders + max(side, pairs * orders)
-    zeros = jnp.zeros((questions, room), jnp.int32)
-    reasons = jax.tree.map(lambda x: jnp.zeros((questions, room, *x.shape[1:]), x.dtype), _nothing_written(1, written))
-    votes = jnp.zeros((questions, room), jnp.float32)
-    none = jnp.zeros((questions, candidates - 1 + pairs), jnp.int32)
-    start = Round(
-        checking=tables.checked[case.stage],
-        bracket=_bracket(case.keys, case.count, candidates),
-        alive=case.count,
-        played=jnp.int32(0),
-        asked=jnp.int32(0),
-        front=empty(config.text, questions, front_room + chunk, dtype),
-        front_length=jnp.zeros(questions, jnp.int32),
-        read_for=jnp.int32(-1),
-        fronts=jnp.zeros((questions, 2), jnp.int32),
-        own=empty(config.text, questions * side, row_room + row_chunk + written, dtype),
-        rows=Rows(zeros, zeros, zeros, votes, votes, reasons),
-        matches=Matches(none, none, none.astype(jnp.float32), none, none),
-    )
-    end = jax.lax.while_loop(lambda now: now.alive > 1, play, start)
-    asked = jnp.broadcast_to(end.asked, questions)
-    return Judgement(end.bracket[:, 0], end.rows, end.matches, asked, end.fronts)
 
 
 def _bracket(keys: jax.Array, count: jax.Array, candidates: int) -> jax.Array:

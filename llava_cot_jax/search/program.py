@@ -145,16 +145,9 @@ def _all_stages(
         texts = join((stages.openings[number, BLANK_LINE], candidates.text, closings), text_room)
         likelihood = candidates.log_probability / jnp.maximum(candidates.drawn, 1)
         likelihood = jnp.where(candidates.ended == UNUSED, -jnp.inf, likelihood)
-        judgement = None
-        if judging is not None and plan.judge is not None:
-            used = jnp.array(plan.candidates)[number]
-            case = Case(number, texts, likelihood, used, request.leads, request.question, earlier, stage_keys)
-            judgement = decide(params, config, plan.judge, case, judging, view, plan.sampling, chunk)
-            winner = judgement.winner
-        elif isinstance(plan.scorer, LogProbability):
-            winner = jnp.argmax(likelihood, axis=-1).astype(jnp.int32)
-        else:
-            winner = jnp.zeros(questions, jnp.int32)
+        used = jnp.array(plan.candidates)[number]
+        case = Case(number, texts, likelihood, used, request.leads, request.question, earlier, stage_keys)
+        winner, judgement = _choose(params, config, plan, case, judging, view, chunk)
 
         won = jax.tree.map(lambda x: x[jnp.arange(questions), winner], (candidates, closings, texts))
         following = stages.openings[jnp.minimum(number + 1, count - 1)][_tail(won[0], stages.accept)]
@@ -167,6 +160,24 @@ def _all_stages(
     zeros = jnp.zeros(questions, jnp.int32)
     start = (empty(config.text, questions, prefix_room + chunk, dtype), zeros, begun, nothing)
     return jax.lax.scan(stage, start, jnp.arange(count))[1]
+
+
+def _choose(
+    params: Weights,
+    config: MllamaConfig,
+    plan: Plan,
+    case: Case,
+    judging: JudgeTables | None,
+    view: View,
+    chunk: int,
+) -> tuple[jax.Array, Judgement | None]:
+    """The candidate that wins a stage, int32 [questions], and what the judge said, where the plan has one."""
+    if judging is not None and plan.judge is not None:
+        judgement = decide(params, config, plan.judge, case, judging, view, plan.sampling, chunk)
+        return judgement.winner, judgement
+    if isinstance(plan.scorer, LogProbability):
+        return jnp.argmax(case.scores, axis=-1).astype(jnp.int32), None
+    return jnp.zeros(len(case.keys), jnp.int32), None
 
 
 def write_candidates(

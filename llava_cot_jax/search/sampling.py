@@ -73,11 +73,11 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling, temperature: ja
     Returns:
         int32 [batch].
     """
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sampling.temperature == 0:
-        return likeliest
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     usable = None if temperature is None else jnp.where(temperature > 0, temperature, 1.0)
     scaled, ids = candidates(logits, sampling, usable)
     choice = jax.vmap(jax.random.categorical)(keys, scaled)
-    drawn = jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
-    return drawn if temperature is None else jnp.where(temperature > 0, drawn, likeliest)
+    if temperature is not None:
+        choice = jnp.where(temperature > 0, choice, jnp.argmax(scaled, axis=-1))
+    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
