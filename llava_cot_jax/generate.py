@@ -7,19 +7,18 @@ Without ``--search`` the text streams as it comes; with it, the answer is search
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
 import jax
 import jsonargparse
 import numpy as np
-from rich.console import Console
 
 from llava_cot_jax import cli
 from llava_cot_jax.data.processor import Processor, user_turn
@@ -29,10 +28,11 @@ from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import MESH_AXES, Mesh, check_mesh, default_mesh, make_mesh
 from llava_cot_jax.paths import access
+from llava_cot_jax.screen import Screen
 from llava_cot_jax.search.generator import Generator, check_request
-from llava_cot_jax.search.preparation import Preparation
+from llava_cot_jax.search.preparation import Preparation, Questions
 from llava_cot_jax.search.prompts import DEFAULT_FILE
-from llava_cot_jax.search.reasoner import Reasoner
+from llava_cot_jax.search.reasoner import answer_prepared
 from llava_cot_jax.search.sampling import Sampling
 from llava_cot_jax.search.strategies import (
     BestOfN,
@@ -45,7 +45,7 @@ from llava_cot_jax.search.strategies import (
     Strategy,
 )
 from llava_cot_jax.search.trace import Trace
-from llava_cot_jax.stages import find_stages, may_be_staged
+from llava_cot_jax.stages import find_stages
 
 STRATEGIES: dict[str, type[Any]] = {
     "greedy": Greedy,
@@ -68,20 +68,14 @@ def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     cli.keep_compilations()
     compilations = cli.CompilationCounter()
-    strategy = _strategy(options)
-    sampling = None if strategy else Sampling(options.temperature or 0.0, options.top_k, options.top_p or 1.0)
+    how = _how(options)
     folder = resolve_checkpoint(options.checkpoint)
     config = read_config(folder, options.convention)
     mesh = _mesh(options.mesh, config)
     processor = Processor.from_pretrained(folder)
     questions = _pair(options.question, options.image or [])
-    inputs = [_inputs(processor, question, image) for question, image in questions]
-    longest = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
-    for (question, image), arrays in zip(questions, inputs, strict=True):
-        if strategy:
-            Preparation(processor, strategy, options.judge_prompts).request([image], [question], [options.seed])
-        else:
-            check_request(config, arrays["input_ids"].shape[1], longest, options.seed)
+    way = _Streamed(processor, how, options) if isinstance(how, Sampling) else _Searched(processor, how, options)
+    asked = [way.prepare(question, image) for question, image in questions]
     if options.trace:
         _check_writable(Path(options.trace))
 
@@ -93,23 +87,13 @@ def main(argv: list[str] | None = None) -> None:
         if options.quantize:
             model.quantize()
     loading = time.perf_counter() - began
-    reasoner = Reasoner(model, processor, strategy, options.judge_prompts) if strategy else None
-    generator = Generator(model, sampling)
-    traces: list[Trace] = []
-    for (question, image), arrays in zip(questions, inputs, strict=True):
+    for (question, image), ask in zip(questions, asked, strict=True):
         before = compilations.count
-        if reasoner:
-            answer, trace = _search(reasoner, question, image, options)
-            traces.append(trace)
-        else:
-            with contextlib.nullcontext() if options.json else Screen(options.show_reasoning) as screen:
-                answer = _answer(generator, processor, arrays, longest, options.seed, screen)
+        answer = ask(model)
         if options.json:
             extra = {"question": question, "image": image, "compilations": compilations.count - before}
             answer.seconds["load"] = loading
             print(json.dumps({**extra, **asdict(answer), "device": jax.devices()[0].device_kind}), flush=True)
-        if options.trace:
-            _write_traces(Path(options.trace), traces)
 
 
 def _parser() -> cli.Parser:
@@ -175,8 +159,8 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def _strategy(options: jsonargparse.Namespace) -> Strategy | None:
-    """What ``--search`` and the arguments that go with it come to."""
+def _how(options: jsonargparse.Namespace) -> Strategy | Sampling:
+    """What ``--search`` and the arguments that go with it come to; without it, how tokens are drawn."""
     given = {
         name: options[name]
         for name in ("candidates", "budget", "judge", "temperature", "top_k", "top_p")
@@ -188,7 +172,7 @@ def _strategy(options: jsonargparse.Namespace) -> Strategy | None:
             raise UserError(f"--{min(searching)} is of a search: give --search too ({', '.join(STRATEGIES)})")
         if isinstance(options.temperature, tuple):
             raise UserError("several temperatures are those of stages: give --search stage_beam too")
-        return None
+        return Sampling(**given)
     if options.max_new_tokens is not None:
         raise UserError("--max-new-tokens is of an answer without a search: give --budget instead")
     made = STRATEGIES[options.search]
@@ -221,11 +205,6 @@ def _pair(questions: list[str], images: list[str]) -> list[tuple[str, str | None
     return [(question, own[i % len(own)]) for i, question in enumerate(questions)]
 
 
-def _inputs(processor: Processor, question: str, image: str | None) -> dict[str, np.ndarray]:
-    images = [] if image is None else [image]
-    return processor([processor.prompt(user_turn(question, len(images)))], [images])
-
-
 @dataclass
 class Answer:
     """What came of a question.
@@ -245,17 +224,63 @@ class Answer:
     seconds: dict[str, float]
 
 
-def _search(
-    reasoner: Reasoner, question: str, image: str | None, options: jsonargparse.Namespace
-) -> tuple[Answer, Trace]:
-    """Search for an answer; a person is shown it."""
-    with contextlib.nullcontext() if options.json else cli.status("searching"):
-        found = cli.heard(lambda: reasoner.answer(image, question, seed=options.seed))
-    if not options.json:
-        print(found.text if options.show_reasoning else found.conclusion, flush=True)
-    trace, last = found.trace, found.trace.stages[-1]
-    ended = last.candidates[last.winner].ended
-    return Answer(found.text, found.stages, ended, trace.tokens, trace.seconds), trace
+class _Searched:
+    """Questions answered by a search."""
+
+    def __init__(self, processor: Processor, strategy: Strategy, options: jsonargparse.Namespace) -> None:
+        self._preparation = Preparation(processor, strategy, options.judge_prompts)
+        self._options = options
+        self._traces: list[Trace] = []
+
+    def prepare(self, question: str, image: str | None) -> Callable[[Mllama], Answer]:
+        """What answers a question; it is refused here if it cannot be."""
+        return functools.partial(self._answer, self._preparation.prepare([image], [question], self._options.seed))
+
+    def _answer(self, questions: Questions, model: Mllama) -> Answer:
+        options = self._options
+        with contextlib.nullcontext() if options.json else cli.status("searching"):
+            (found,) = cli.heard(lambda: answer_prepared(model, self._preparation, questions))
+        if not options.json:
+            print(found.text if options.show_reasoning else found.conclusion, flush=True)
+        trace, last = found.trace, found.trace.stages[-1]
+        self._traces.append(trace)
+        if options.trace:
+            _write_traces(Path(options.trace), self._traces)
+        ended = last.candidates[last.winner].ended
+        return Answer(found.text, found.stages, ended, trace.tokens, trace.seconds)
+
+
+class _Streamed:
+    """Questions answered without a search, each token shown as it comes."""
+
+    def __init__(self, processor: Processor, sampling: Sampling, options: jsonargparse.Namespace) -> None:
+        self._processor, self._sampling, self._options = processor, sampling, options
+        self._longest = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
+
+    def prepare(self, question: str, image: str | None) -> Callable[[Mllama], Answer]:
+        """What answers a question; it is refused here if it cannot be."""
+        processor, images = self._processor, [] if image is None else [image]
+        inputs = processor([processor.prompt(user_turn(question, len(images)))], [images])
+        check_request(processor.config, inputs["input_ids"].shape[1], self._longest, self._options.seed)
+        return functools.partial(self._answer, inputs)
+
+    def _answer(self, inputs: dict[str, np.ndarray], model: Mllama) -> Answer:
+        began, first, text = time.perf_counter(), None, ""
+        ids: list[int] = []
+        stream = Generator(model, self._sampling).stream(inputs, max_new_tokens=self._longest, seeds=self._options.seed)
+        with contextlib.nullcontext() if self._options.json else Screen(self._options.show_reasoning) as screen:
+            for tokens in stream:
+                first = first or time.perf_counter() - began
+                ids += tokens[0].tolist()
+                text = self._processor.decode(ids)
+                if screen:
+                    screen.show(text.rstrip("\ufffd"))  # a character whose last bytes are still to come
+            if screen:
+                screen.finish(text)
+        ended = "eos" if ids[-1] in model.config.text.eos_token_ids else "max_new_tokens"
+        counts = {"prompt": int(inputs["attention_mask"].sum()), "new": len(ids)}
+        seconds = {"first_token": first or 0.0, "total": time.perf_counter() - began}
+        return Answer(text, find_stages(text), ended, counts, seconds)
 
 
 def _check_writable(path: Path) -> None:
@@ -272,87 +297,6 @@ def _write_traces(path: Path, traces: Sequence[Trace]) -> None:
             json.dumps([asdict(trace) for trace in traces], indent=1, ensure_ascii=False), encoding="utf-8"
         )
         beside.replace(path)
-
-
-def _answer(
-    generator: Generator,
-    processor: Processor,
-    inputs: dict[str, np.ndarray],
-    max_new_tokens: int,
-    seed: int,
-    screen: "Screen | None",
-) -> Answer:
-    began, first, text = time.perf_counter(), None, ""
-    ids: list[int] = []
-    for tokens in generator.stream(inputs, max_new_tokens=max_new_tokens, seeds=seed):
-        first = first or time.perf_counter() - began
-        ids += tokens[0].tolist()
-        text = processor.decode(ids)
-        if screen:
-            screen.show(text.rstrip("\ufffd"))  # a character whose last bytes are still to come
-    if screen:
-        screen.finish(text)
-    ended = "eos" if ids[-1] in generator.config.text.eos_token_ids else "max_new_tokens"
-    counts = {"prompt": int(inputs["attention_mask"].sum()), "new": len(ids)}
-    seconds = {"first_token": first or 0.0, "total": time.perf_counter() - began}
-    return Answer(text, find_stages(text), ended, counts, seconds)
-
-
-class Screen:
-    """Shows a person an answer as it grows: the stage being worked on, then the conclusion.
-
-    With ``show_reasoning``, and where the answer has no stages, the whole text.
-    """
-
-    def __init__(self, show_reasoning: bool) -> None:
-        self._whole = show_reasoning
-        self._shown = ""
-        self._stage = ""
-        self._console = Console(stderr=True)
-        self._status = self._console.status("reading the question")
-
-    def __enter__(self) -> Self:
-        if not self._whole:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._status.stop()  # gives the terminal its cursor back, after Ctrl-C too
-
-    def show(self, text: str) -> None:
-        """The answer so far."""
-        stages = find_stages(text)
-        if self._whole or not (stages or may_be_staged(text)):
-            self._print(text)
-        elif stages:
-            stage, body = list(stages.items())[-1]
-            if stage == "CONCLUSION":
-                self._print(_without_partial_tag(body))
-            elif stage != self._stage:
-                self._stage = stage
-                self._tell(f"writing the {stage.lower()}")
-
-    def finish(self, text: str) -> None:
-        """The whole answer: what of it was held back is shown."""
-        conclusion = find_stages(text).get("CONCLUSION")
-        self._print(text if self._whole or conclusion is None else conclusion)
-        print(flush=True)
-
-    def _tell(self, what: str) -> None:
-        self._status.update(what)
-        if not self._console.is_terminal:
-            print(what, file=sys.stderr, flush=True)
-
-    def _print(self, text: str) -> None:
-        self._status.stop()
-        print(text.removeprefix(self._shown), end="", flush=True)
-        self._shown = text
-
-
-def _without_partial_tag(body: str) -> str:
-    """``body`` without the beginning of a closing tag at its end."""
-    start = body.rfind("<")
-    return body[:start].rstrip() if start >= 0 and "</CONCLUSION>".startswith(body[start:]) else body
 
 
 if __name__ == "__main__":

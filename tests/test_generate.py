@@ -20,8 +20,9 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from llava_cot_jax import cli
 from llava_cot_jax.data.processor import Processor, user_turn
 from llava_cot_jax.demo import write_demo
-from llava_cot_jax.generate import Screen, main
+from llava_cot_jax.generate import main
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.screen import Screen
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import StageBeam
 from tests.parity.reference import under
@@ -166,6 +167,7 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: ["--question", "<|eot_id|>"], "<|eot_id|>"),
         (lambda d, t: ["--temperature", "hot"], "temperature"),
         (lambda d, t: ["--temperature", "-1"], "temperature"),
+        (lambda d, t: ["--temperature", "1", "--top-p", "0"], "top_p must be above 0"),
         (lambda d, t: ["--convention", "mine"], "convention"),
         (lambda d, t: ["--candidates", "4"], "--candidates is of a search"),
         (lambda d, t: ["--trace", str(t / "x.json")], "--trace is of a search"),

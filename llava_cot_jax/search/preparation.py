@@ -1,6 +1,8 @@
 """From images and questions to what the compiled search takes. Works on the host alone, without the weights."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,6 +23,25 @@ Images = ImageSource | Sequence[ImageSource] | None
 """Of a question: one, several, or none."""
 
 
+@dataclass(frozen=True)
+class Questions:
+    """A batch of questions, prepared.
+
+    Attributes:
+        request: what the compiled search takes.
+        asked: the questions.
+        images: how many each has.
+        seeds: of each one's draws.
+        seconds: that preparing them took.
+    """
+
+    request: Request
+    asked: list[str]
+    images: list[int]
+    seeds: list[int]
+    seconds: float
+
+
 class Preparation:
     """Prepares questions for a search.
 
@@ -30,7 +51,9 @@ class Preparation:
         judge_prompts: a file to use in place of ``search/judge_prompts.yaml``.
 
     Attributes:
-        plan: what the strategy comes to.
+        processor: of the checkpoint.
+        strategy: how to search.
+        plan: what it comes to.
         stages: tables of its stages.
         judging: tables of its judge; None where it has none.
 
@@ -39,28 +62,30 @@ class Preparation:
     """
 
     def __init__(self, processor: Processor, strategy: Strategy, judge_prompts: str | Path = DEFAULT_FILE) -> None:
-        self._processor = processor
+        self.processor = processor
         self._prompts = JudgePrompts.load(judge_prompts)
+        self.strategy = strategy
         self.plan = plan = strategy.plan()
         self.stages = stage_tables(processor, plan)
         self.judging = None if plan.judge is None else judge_tables(processor, plan, plan.judge, self._prompts)
 
-    def request(self, images: Sequence[Images], questions: Sequence[str], seeds: Sequence[int]) -> Request:
-        """The request for a batch of questions.
+    def prepare(self, images: Sequence[Images], questions: Sequence[str], seeds: Sequence[int] | int = 0) -> Questions:
+        """Prepare a batch of questions.
 
         Args:
-            images: of each question.
+            images: of each question: one, several, or None.
             questions: as many.
-            seeds: of each question's draws.
+            seeds: of each question's draws, or of every one's.
 
         Raises:
             UserError: images and questions that do not match, a special token in a question, an image that
                 cannot be read, a seed out of range, or a search that may exceed the model's context.
         """
+        began = time.perf_counter()
         if isinstance(questions, str) or not questions or len(images) != len(questions):
             raise UserError("give a list of questions, and as many images, None where there is none")
         check_seeds(seeds)
-        processor, given = self._processor, [listed(own) for own in images]
+        processor, given = self.processor, [_listed(own) for own in images]
         prompts = [processor.prompt(user_turn(q, len(own))) for q, own in zip(questions, given, strict=True)]
         inputs, lengths = in_bucket(processor.config, processor(prompts, given))
         asked = [tokens_of(processor, question) for question in questions]
@@ -71,17 +96,20 @@ class Preparation:
             for kind in KINDS
             for own in given
         ]
-        return Request(
+        own_seeds = np.broadcast_to(np.asarray(seeds, np.uint32), len(questions))
+        request = Request(
             inputs={name: jnp.asarray(x) for name, x in inputs.items()},
             lengths=jnp.asarray(lengths),
-            seeds=jnp.asarray(np.asarray(seeds, np.uint32)),
+            seeds=jnp.asarray(own_seeds),
             question=pack(asked, capacity=bucket(max(map(len, asked)))),
             leads=pack(lead, (len(KINDS), len(given))),
         )
+        counts = [len(own) for own in given]
+        return Questions(request, list(questions), counts, own_seeds.tolist(), time.perf_counter() - began)
 
     def _check_context(self, prompt: int, question: int) -> None:
         """Whether the longest sequences that the search can come to fit the model's context."""
-        plan, context = self.plan, self._processor.config.text.max_position_embeddings
+        plan, context = self.plan, self.processor.config.text.max_position_embeddings
         tags = self.stages.openings.capacity + self.stages.closings.capacity
         longest = {"the answer": prompt + sum(budget + tags for budget in plan.budgets)}
         if self.judging is not None and plan.judge is not None:
@@ -98,7 +126,7 @@ class Preparation:
                 )
 
 
-def listed(images: Images) -> list[ImageSource]:
+def _listed(images: Images) -> list[ImageSource]:
     """The images of a question as a list."""
     if images is None:
         return []

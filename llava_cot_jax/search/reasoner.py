@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.search.preparation import Images, Preparation, listed
+from llava_cot_jax.search.preparation import Images, Preparation, Questions
 from llava_cot_jax.search.program import StageFindings, search
 from llava_cot_jax.search.prompts import DEFAULT_FILE
 from llava_cot_jax.search.strategies import MajorityVote, StageBeam, Strategy
@@ -68,66 +67,70 @@ class Reasoner:
     ) -> None:
         if model.layout != "unrolled":
             raise UserError("a stacked model keeps no cache: call model.to_layout('unrolled') before decoding")
-        self.search: Strategy = search or StageBeam()
         self._model = model
-        self._processor = processor
-        self._prepared = Preparation(processor, self.search, judge_prompts)
+        self._preparation = Preparation(processor, search or StageBeam(), judge_prompts)
 
     def answer(self, image: Images, question: str, *, seed: int = 0) -> Answer:
         """Answer a question about an image, about several, or, with None, about none; errors as ``answer_batch``."""
-        return self.answer_batch([image], [question], seeds=[seed])[0]
+        return self.answer_batch([image], [question], seeds=seed)[0]
 
     def answer_batch(
         self, images: Sequence[Images], questions: Sequence[str], *, seeds: Sequence[int] | int = 0
     ) -> list[Answer]:
         """Answer questions side by side; each number of them compiles a program of its own.
 
-        Args:
-            images: of each question: one, several, or None.
-            questions: as many.
-            seeds: of each question's draws, or of every one's.
-
-        Raises:
-            UserError: images and questions that do not match, a special token in a question, an image that
-                cannot be read, a seed out of range, or a search that may exceed the model's context.
+        Arguments and errors as for ``Preparation.prepare``.
         """
-        began = time.perf_counter()
-        rows = np.broadcast_to(np.asarray(seeds), len(questions)).tolist()
-        request = self._prepared.request(images, questions, rows)
-        prepared = time.perf_counter()
-        model, tables = self._model, self._prepared
-        static = {"config": model.config, "plan": tables.plan, "chunk": chunk_of(model), "mesh": model.mesh}
-        found: StageFindings = jax.device_get(search(model.params, request, tables.stages, tables.judging, **static))
-        seconds = {"prepare": prepared - began, "search": time.perf_counter() - prepared}
-        return [
-            self._answer(found, i, question, len(listed(images[i])), rows[i], seconds)
-            for i, question in enumerate(questions)
-        ]
+        return answer_prepared(self._model, self._preparation, self._preparation.prepare(images, questions, seeds))
 
-    def _answer(
-        self, found: StageFindings, i: int, question: str, images: int, seed: int, seconds: dict[str, float]
-    ) -> Answer:
-        processor, plan = self._processor, self._prepared.plan
-        costs, length, stages = Costs(self._model.config, images), 0, []
-        for number in range(len(plan.budgets)):
-            here: StageFindings = jax.tree.map(lambda x: x[number, i], found)  # noqa: B023
-            stages.append(trace_stage(processor, plan, number, here))
-            length = costs.stage(plan, number, here, length)
-        if isinstance(self.search, MajorityVote):
-            stages = [_voted(stages[0])]
+
+def answer_prepared(model: Mllama, preparation: Preparation, questions: Questions) -> list[Answer]:
+    """The answers to questions that ``preparation`` has prepared, by its search."""
+    began = time.perf_counter()
+    plan, stages, judging = preparation.plan, preparation.stages, preparation.judging
+    static = {"config": model.config, "plan": plan, "chunk": chunk_of(model), "mesh": model.mesh}
+    found: StageFindings = jax.device_get(search(model.params, questions.request, stages, judging, **static))
+    seconds = {"prepare": questions.seconds, "search": time.perf_counter() - began}
+    answers = []
+    for i, question in enumerate(questions.asked):
+        own: StageFindings = jax.tree.map(lambda x: x[:, i], found)  # noqa: B023
+        traces = [
+            trace_stage(preparation.processor, plan, number, jax.tree.map(lambda x: x[number], own))  # noqa: B023
+            for number in range(len(plan.budgets))
+        ]
+        if isinstance(preparation.strategy, MajorityVote):
+            traces = [_voted(traces[0])]
+        costs = Costs(model.config, plan, own, questions.images[i])
         trace = Trace(
-            question, seed, repr(self.search), stages, min(images, 1), costs.tokens, costs.flops, dict(seconds)
+            question=question,
+            seed=questions.seeds[i],
+            strategy=repr(preparation.strategy),
+            stages=traces,
+            tower_runs=min(questions.images[i], 1),
+            tokens=costs.tokens,
+            flops=costs.flops,
+            seconds=dict(seconds),
         )
-        if not plan.stages:
-            text = stages[0].candidates[stages[0].winner].text
-            return Answer(text, find_stages(text), conclusion(text), trace)
-        parts, bodies = [], {}
-        for stage in stages:
-            won = stage.candidates[stage.winner]
-            body, _, _ = (won.text + won.added).partition(f"</{stage.stage}>")
-            bodies[stage.stage] = body.strip()
-            parts.append((f"<{stage.stage}>" + won.text + won.added).strip())
-        return Answer("\n\n".join(parts), bodies, bodies[plan.stages[-1]], trace)
+        answers.append(_answer(trace) if plan.stages else _whole_answer(trace))
+    return answers
+
+
+def _whole_answer(trace: Trace) -> Answer:
+    """Of a search whose candidates are whole answers."""
+    stage = trace.stages[0]
+    text = stage.candidates[stage.winner].text
+    return Answer(text, find_stages(text), conclusion(text), trace)
+
+
+def _answer(trace: Trace) -> Answer:
+    """Of a search by stages."""
+    parts, bodies, body = [], {}, ""
+    for stage in trace.stages:
+        won = stage.candidates[stage.winner]
+        body = (won.text + won.added).partition(f"</{stage.stage}>")[0].strip()
+        bodies[stage.stage] = body
+        parts.append((f"<{stage.stage}>" + won.text + won.added).strip())
+    return Answer("\n\n".join(parts), bodies, body, trace)
 
 
 def conclusion(text: str) -> str:

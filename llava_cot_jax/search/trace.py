@@ -1,6 +1,8 @@
 """What happened in a search, as a person can read it: every candidate, every verdict, and what they cost."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -123,7 +125,7 @@ class Trace:
     tower_runs: int
     tokens: dict[str, int]
     flops: dict[str, int]
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
 
 
 def trace_stage(processor: Processor, plan: Plan, number: int, found: StageFindings) -> StageTrace:
@@ -174,49 +176,84 @@ def _trace_verdict(processor: Processor, judge: Judge, judgement: Judgement, i: 
     return VerdictTrace(first, second, vote, None, reason, bool(row.reason.ended == TAG))
 
 
-class Costs:
-    """Tokens and FLOPs of one question, by what they were spent on."""
+class Batch(NamedTuple):
+    """Rows that were written side by side.
 
-    def __init__(self, config: MllamaConfig, images: int) -> None:
+    Attributes:
+        rows: how many.
+        steps: of the loop, of which each reads the weights once.
+        prefix: tokens before the rows, which they share.
+        own: tokens of each row before what is written, on average.
+        blind: whether they see no image.
+    """
+
+    rows: int
+    steps: int
+    prefix: int
+    own: int
+    blind: bool
+
+
+class Costs:
+    """Tokens and FLOPs of the search for one question's answer, by what they were spent on.
+
+    Args:
+        config: the model's.
+        plan: of the search.
+        found: host arrays [stages, ...] of one question.
+        images: of the question.
+
+    Attributes:
+        tokens: as in ``Trace``.
+        flops: likewise.
+        batches: what was written, as if no row had to wait for another of its stage and kind.
+    """
+
+    def __init__(self, config: MllamaConfig, plan: Plan, found: StageFindings, images: int) -> None:
         self._config = config
         self._seen = images * config.vision.image_tokens
         parts = ("prompt", "winners", "candidates", "judge fronts", "judge rows", "reasons")
         self.tokens = dict.fromkeys(parts, 0)
         vision = sum(hardware.vision_flops(config, images).values()) if images else 0
         self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
+        self.batches: list[Batch] = []
+        length = 0
+        for number in range(len(plan.budgets)):
+            here: StageFindings = jax.tree.map(lambda x: x[number], found)  # noqa: B023
+            self._read("winners" if number else "prompt", int(here.read), length)
+            length += int(here.read)
+            drawn = here.candidates.drawn[here.candidates.ended != UNUSED].tolist()
+            self._write("candidates", drawn, length, [0] * len(drawn))
+            if here.judgement is not None and plan.judge is not None:
+                self._judge(plan.judge, here.judgement, _checks(here.judgement, plan, number))
 
-    def read(self, part: str, tokens: int, before: int, *, blind: bool = False) -> None:
+    def _judge(self, judge: Judge, judgement: Judgement, checks: int) -> None:
+        rows: Rows = jax.tree.map(lambda x: x[: int(judgement.asked)], judgement.rows)
+        for kind, part in ((CHECK, slice(checks)), (PAIR, slice(checks, None))):
+            front, blind = int(judgement.fronts[kind]), kind == CHECK
+            self._read("judge fronts", front, 0, blind)
+            own = rows.tokens[part].tolist()
+            for tokens in own:
+                self._read("judge rows", tokens, front, blind)
+            if judge.verdict == "rationale":
+                self._write("reasons", rows.reason.drawn[part].tolist(), front, own, blind)
+
+    def _read(self, part: str, tokens: int, before: int, blind: bool = False) -> None:
         """``tokens`` were read at once after ``before`` others, the last one scored."""
         self._spend(part, tokens, tokens, before, min(tokens, 1), blind)
 
-    def write(self, part: str, drawn: int, before: int, *, blind: bool = False) -> None:
-        """``drawn`` tokens were drawn after ``before`` others: the first from what was read, the last not read."""
-        self._spend(part, drawn, drawn - 1, before, drawn - 1, blind)
+    def _write(self, part: str, drawn: Sequence[int], prefix: int, own: Sequence[int], blind: bool = False) -> None:
+        """Rows of ``drawn`` tokens were drawn, each after the prefix and its ``own``.
+
+        The first token of a row is drawn from what was read; the last is not read.
+        """
+        for tokens, before in zip(drawn, own, strict=True):
+            self._spend(part, tokens, tokens - 1, prefix + before, tokens - 1, blind)
+        if drawn:
+            self.batches.append(Batch(len(drawn), max(drawn) - 1, prefix, sum(own) // len(own), blind))
 
     def _spend(self, part: str, tokens: int, read: int, before: int, scored: int, blind: bool) -> None:
         self.tokens[part] += tokens
         seen = 0 if blind else self._seen
         work = hardware.text_flops(self._config, read, seen, prefix=before, scored=scored)
         self.flops[part] += sum(work.values())
-
-    def stage(self, plan: Plan, number: int, found: StageFindings, length: int) -> int:
-        """All of a stage, after ``length`` tokens of prefix; the prefix that it leaves."""
-        self.read("winners" if number else "prompt", int(found.read), length)
-        length += int(found.read)
-        for drawn, ended in zip(found.candidates.drawn, found.candidates.ended, strict=True):
-            if ended != UNUSED:
-                self.write("candidates", int(drawn), length)
-        if found.judgement is not None and plan.judge is not None:
-            self._judge(plan.judge, found.judgement, _checks(found.judgement, plan, number))
-        return length
-
-    def _judge(self, judge: Judge, judgement: Judgement, checks: int) -> None:
-        for kind in (PAIR, CHECK):
-            self.read("judge fronts", int(judgement.fronts[kind]), 0, blind=kind == CHECK)
-        for i in range(int(judgement.asked)):
-            row: Rows = jax.tree.map(lambda x: x[i], judgement.rows)  # noqa: B023
-            kind = CHECK if i < checks else PAIR
-            before = int(judgement.fronts[kind])
-            self.read("judge rows", int(row.tokens), before, blind=kind == CHECK)
-            if judge.verdict == "rationale":
-                self.write("reasons", int(row.reason.drawn), before + int(row.tokens), blind=kind == CHECK)

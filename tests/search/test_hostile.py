@@ -15,14 +15,7 @@ from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, MajorityVote, Sample, StageBeam
 from llava_cot_jax.search.tables import judge_tables
 from llava_cot_jax.stages import STAGES
-from tests.search.models import PROMPTS, random_model, scene, trained_model
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.yaml"
-    path.write_text(PROMPTS)
-    return path
+from tests.search.models import random_model, scene, trained_model
 
 
 def parrot(text: str, *, then: str = "a"):

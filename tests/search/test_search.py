@@ -23,19 +23,12 @@ from llava_cot_jax.search.strategies import (
     StageBeam,
 )
 from tests.search import brute_force
-from tests.search.models import PROMPTS, random_model, scene, trained_model
+from tests.search.models import random_model, scene, trained_model
 
 TOKEN = Judge("token")
 RATIONALE = Judge("rationale", reason_tokens=12, check_tokens=9, temperature=0.9)
 SHORT = Judge("rationale", reason_tokens=6, check_tokens=5, temperature=1.2)
 ONE_ORDER = Judge("rationale", both_orders=False, reason_tokens=9, check_tokens=12, temperature=1.1)
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.yaml"
-    path.write_text(PROMPTS)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +226,7 @@ def test_the_program_sees_the_images_once(ending, prompts, name):
     model, processor = ending
     tables = Preparation(processor, STRATEGIES[name], prompts)
     image, question = scene(0)
-    request = tables.request([image], [question], [0])
+    request = tables.prepare([image], [question]).request
     static = {"config": model.config, "plan": tables.plan, "chunk": 64, "mesh": None}
     program = jax.make_jaxpr(lambda p, r: search(p, r, tables.stages, tables.judging, **static))(model.params, request)
     kernel = model.params["vision_model"]["patch_embedding"]["weight"].shape
