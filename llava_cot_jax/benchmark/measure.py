@@ -4,12 +4,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.hardware import find_chip
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Timing:
         least: of those.
         most: of those.
         runs: how many they were.
+        compiled_again: programs that they compiled, where they should have compiled none.
     """
 
     compiling: float
@@ -29,20 +33,24 @@ class Timing:
     least: float
     most: float
     runs: int
+    compiled_again: int
 
 
-def timed(program: Callable[[], Any], runs: int) -> Timing:
-    """Run ``program`` once to compile it, and ``runs`` times to time it."""
+_compilations = CompilationCounter()
+
+
+def timed(program: Callable[[], T], runs: int) -> tuple[Timing, T]:
+    """Run ``program`` once to compile it, and ``runs`` times to time it; its last result, too."""
     began = time.perf_counter()
     jax.block_until_ready(program())
     first = time.perf_counter() - began
-    seconds = []
+    seconds, before = [], _compilations.count
     for _ in range(runs):
         began = time.perf_counter()
-        jax.block_until_ready(program())
+        result = jax.block_until_ready(program())
         seconds.append(time.perf_counter() - began)
-    middle = statistics.median(seconds)
-    return Timing(max(first - middle, 0.0), middle, min(seconds), max(seconds), runs)
+    middle, again = statistics.median(seconds), _compilations.count - before
+    return Timing(max(first - middle, 0.0), middle, min(seconds), max(seconds), runs, again), result
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,9 @@ def rates(dtype: Any) -> list[Rates]:
     small = device.platform == "cpu"
     side, length = (2048, 2**26) if small else (8192, 2**30)
     x = jnp.ones((side, side), dtype)
-    product = timed(lambda: _product(x), 5).least
+    product = timed(lambda: _product(x), 5)[0].least
     data = jnp.ones(length, jnp.uint8)
-    copy = timed(lambda: _copy(data), 10).least
+    copy = timed(lambda: _copy(data), 10)[0].least
     found = [Rates("measured", 2 * side**3 / product, 2 * length / copy)]
     if chip := find_chip(device.device_kind):
         found.append(Rates("nominal", chip.flops / chip.devices, chip.bandwidth / chip.devices))

@@ -3,17 +3,16 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from llava_cot_jax import hardware
 from llava_cot_jax.benchmark.measure import Timing, timed
-from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload, request, tables
-from llava_cot_jax.model.cache import Memory, Prefix, empty
-from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.benchmark.workload import Workload, endless, request, tables
+from llava_cot_jax.model.cache import Layers, Memory, Prefix, empty
 from llava_cot_jax.model.layers import Weights, linear
 from llava_cot_jax.model.mllama import Mllama, logits
 from llava_cot_jax.model.sharding import on_mesh
@@ -22,7 +21,10 @@ from llava_cot_jax.search.decode import View, look, read
 from llava_cot_jax.search.pieces import Pieces
 from llava_cot_jax.search.program import search, write_candidates
 from llava_cot_jax.search.reasoner import chunk_of
-from llava_cot_jax.search.strategies import Plan, StageBeam, Strategy
+from llava_cot_jax.search.strategies import StageBeam, Strategy
+from llava_cot_jax.search.trace import Batch, Costs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Part:
         count: how many of ``unit`` it is.
         unit: "image", "token", "step", "question".
         flops: of the whole part, by ``hardware``'s useful count.
-        bytes: that it must read, likewise; 0 where arithmetic binds by far.
+        bytes: that it must read from memory: the weights once, or at each step of decoding, and then caches too.
+            Of a whole search, those of its decoding steps alone: reading prompts is bound by arithmetic.
         bare: seconds of the same matrix products alone, with nothing between them; None where not taken.
     """
 
@@ -59,7 +62,7 @@ class Bench:
 
     def __init__(self, model: Mllama, work: Workload, runs: int) -> None:
         self.model, self.work, self.runs = model, work, runs
-        self.config: MllamaConfig = replace(model.config, text=replace(model.config.text, eos_token_ids=()))
+        self.config = endless(model.config)
         self.request = request(self.config, work)
         self.params = model.params
         self.weight_bytes = _bytes_a_weight(self.params)
@@ -68,35 +71,42 @@ class Bench:
 
     def parts(self) -> Iterator[Part]:
         """Each in turn: the tower, the prompt, and the steps by number of candidates."""
+        view = look(self.params, self.config, {}, self.request.lengths)
         if self.image_tokens:
-            yield self._tower()
-        yield self._prefill()
-        view, prefix, scores = self._begun()
+            tower, view = self._tower()
+            yield tower
+        prefill, (layers, scores) = self._prefill(view)
+        yield prefill
+        # Where the longest stage begins; what the stages before it would have left there is empty.
+        before = sum(self.work.stages[: self.work.stages.index(max(self.work.stages))])
+        prefix = Prefix(layers, self.request.lengths + before)
         for count in self.work.candidates:
             yield self._steps(count, view, prefix, scores)
 
-    def _run(self, function: Callable[..., Any], *arguments: Any) -> Timing:
+    def _run(self, function: Callable[..., T], *arguments: Any) -> tuple[Timing, T]:
+        """Time ``function`` of the parameters and ``arguments``, compiled; its result, too."""
+
         @jax.jit
-        def program(params: Weights, arguments: Any) -> Any:
+        def program(params: Weights, arguments: Any) -> T:
             with on_mesh(self.model.mesh):
                 return function(params, *arguments)
 
         return timed(lambda: program(self.params, arguments), self.runs)
 
-    def _tower(self) -> Part:
+    def _tower(self) -> tuple[Part, View]:
         work = sum(hardware.vision_flops(self.config, 1).values())
-        timing = self._run(lambda p, r: look(p, self.config, r.inputs, r.lengths).images, self.request)
+        timing, view = self._run(lambda p, r: look(p, self.config, r.inputs, r.lengths), self.request)
         counts = hardware.parameter_counts(self.config)
         read_bytes = (counts["tower"] + counts["projector"]) * self.cache_bytes
-        return Part("vision tower", timing, 1, "image", work, read_bytes, self._run(self._bare_tower).median)
+        bare = self._run(self._bare_tower)[0].median
+        return Part("vision tower", timing, 1, "image", work, read_bytes, bare), view
 
-    def _prefill(self) -> Part:
+    def _prefill(self, view: View) -> tuple[Part, tuple[Layers, jax.Array]]:
         tokens = self.work.prompt
-        view = self._looked()
-        timing = self._run(self._read_prompt, self.request, view)
+        timing, begun = self._run(self._read_prompt, self.request, view)
         work = sum(hardware.text_flops(self.config, tokens, self.image_tokens, scored=1).values())
-        bare = self._run(lambda p: self._bare_text(p, tokens, 1)).median
-        return Part("prefill", timing, tokens, "token", work, self._step_bytes(1, 0, 0)["weights"], bare)
+        bare = self._run(lambda p: self._bare_text(p, tokens, 1))[0].median
+        return Part("prefill", timing, tokens, "token", work, self._step_bytes(1, 0, 0)["weights"], bare), begun
 
     def _steps(self, count: int, view: View, prefix: Prefix, scores: jax.Array) -> Part:
         """The longest stage, with the prefix that the prompt and the stages before it leave."""
@@ -112,11 +122,11 @@ class Bench:
             return written.tokens, written.log_probability
 
         keys = jax.vmap(jax.random.key)(self.request.seeds)
-        timing = self._run(draw, scores, prefix, view, stages.readers[0], keys)
+        timing, _ = self._run(draw, scores, prefix, view, stages.readers[0], keys)
         length = int(prefix.length[0])
-        read_bytes = sum(self._step_bytes(count, length, steps // 2).values()) * (steps - 1)
+        read_bytes = self._written_bytes(Batch(count, steps - 1, length, 0, blind=False))
         one = hardware.text_flops(self.config, 1, self.image_tokens, prefix=length + steps // 2)
-        bare = self._run(lambda p: self._bare_text(p, count, count)).median * (steps - 1)
+        bare = self._run(lambda p: self._bare_text(p, count, count))[0].median * (steps - 1)
         name = f"decode, N = {count}"
         return Part(name, timing, steps - 1, "step", count * sum(one.values()) * (steps - 1), read_bytes, bare)
 
@@ -125,64 +135,29 @@ class Bench:
         plan = strategy.plan()
         stages, judging = tables(self.config, self.work, plan)
         static = {"config": self.config, "plan": plan, "chunk": chunk_of(self.model), "mesh": self.model.mesh}
-        timing = timed(lambda: search(self.params, self.request, stages, judging, **static), self.runs)
-        flops, read_bytes = self._floor_of(plan)
-        return Part(name, timing, 1, "question", flops, read_bytes)
+        timing, found = timed(lambda: search(self.params, self.request, stages, judging, **static), self.runs)
+        one = jax.tree.map(lambda x: x[:, 0], jax.device_get(found))
+        costs = Costs(self.config, plan, one, images=1 if self.image_tokens else 0)
+        read_bytes = sum(map(self._written_bytes, costs.batches))
+        return Part(name, timing, 1, "question", sum(costs.flops.values()), read_bytes)
 
-    def _floor_of(self, plan: Plan) -> tuple[int, int]:
-        """FLOPs of a whole search, and the bytes that its decoding steps read."""
-        config, seen, judge = self.config, self.image_tokens, plan.judge
-        flops = sum(hardware.vision_flops(config, 1).values()) if seen else 0
-        read_bytes, length = 0, 0
+    def _written_bytes(self, batch: Batch) -> int:
+        """Read from memory while rows are written side by side; each is half as long as it gets, on average."""
+        one = self._step_bytes(batch.rows, batch.prefix, batch.own + batch.steps // 2, batch.blind)
+        return batch.steps * sum(one.values())
 
-        def reads(tokens: int, before: int, sees: int = seen) -> int:
-            return sum(hardware.text_flops(config, tokens, sees, prefix=before, scored=1).values())
-
-        def steps(rows: int, count: int, before: int, sees: int = seen) -> tuple[int, int]:
-            one = hardware.text_flops(config, 1, sees, prefix=before + count // 2)
-            loaded = sum(self._step_bytes(rows, before, count // 2).values())
-            return rows * (count - 1) * sum(one.values()), (count - 1) * loaded
-
-        tag = TAG_TOKENS if plan.stages else 0
-        for number, (count, budget) in enumerate(zip(plan.candidates, plan.budgets, strict=True)):
-            unread = self.work.prompt + tag if number == 0 else plan.budgets[number - 1] + 2 * tag
-            flops += reads(unread, length)
-            length += unread
-            drawn = steps(count, budget, length)
-            flops, read_bytes = flops + drawn[0], read_bytes + drawn[1]
-            if judge is None or count == 1:
-                continue
-            text = budget + 2 * tag
-            shown = sum(plan.budgets[1:number]) if number > 1 else 0
-            front = self.work.prompt + int(0.4 * self.work.judge_words) + shown
-            row = 2 * text + int(0.6 * self.work.judge_words)
-            pairs = (count - 1) * judge.orders
-            flops += reads(front, 0) + pairs * reads(row, front)
-            if judge.verdict == "rationale":
-                written = steps(pairs, judge.reason_tokens, front + row)
-                flops, read_bytes = flops + written[0], read_bytes + written[1]
-                if number == 2:
-                    flops += reads(front, 0, 0) + count * reads(row - text, front, 0)
-                    written = steps(count, judge.check_tokens, front + row - text, 0)
-                    flops, read_bytes = flops + written[0], read_bytes + written[1]
-        return flops, read_bytes
-
-    def _step_bytes(self, candidates: int, prefix: int, suffix: int) -> dict[str, int]:
+    def _step_bytes(self, candidates: int, prefix: int, suffix: int, blind: bool = False) -> dict[str, int]:
         parts = hardware.bytes_per_step(
             self.config,
             questions=1,
             candidates=candidates,
             prefix=prefix,
             suffix=suffix,
-            image_tokens=self.image_tokens,
+            image_tokens=0 if blind else self.image_tokens,
             weight_bytes=1,
             cache_bytes=self.cache_bytes,
         )
         return parts | {"weights": int(parts["weights"] * self.weight_bytes)}
-
-    @functools.cache  # noqa: B019
-    def _looked(self) -> View:
-        return jax.jit(lambda p, r: look(p, self.config, r.inputs, r.lengths))(self.params, self.request)
 
     def _read_prompt(self, params: Weights, request: Any, view: View) -> tuple[Any, jax.Array]:
         chunk = chunk_of(self.model)
@@ -191,13 +166,6 @@ class Bench:
         own = empty(self.config.text, len(request.lengths), room, self.model.dtype)
         memory = Memory(own, jnp.zeros_like(request.lengths), None, view.images)
         return read(params, self.config, prompt, memory, view, chunk=chunk)
-
-    def _begun(self) -> tuple[View, Prefix, jax.Array]:
-        """The state in which the longest stage begins; what the stages before it would have left is empty."""
-        view = self._looked()
-        layers, scores = jax.jit(self._read_prompt)(self.params, self.request, view)
-        before = sum(self.work.stages[: self.work.stages.index(max(self.work.stages))])
-        return view, Prefix(layers, self.request.lengths + before), scores
 
     def _bare_text(self, params: Weights, rows: int, scored: int) -> jax.Array:
         """The products of the text layers and lm_head with ``rows`` rows, and nothing else."""

@@ -1,19 +1,16 @@
 """What a benchmark works on: forced lengths, a model of real or random weights, and a question of noise."""
 
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from flax import nnx
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.paths import access
 from llava_cot_jax.search.decode import bucket
 from llava_cot_jax.search.pieces import Pieces, pack
 from llava_cot_jax.search.program import Request
@@ -28,10 +25,19 @@ TAG_TOKENS = 4
 
 @dataclass(frozen=True)
 class Workload:
-    """Lengths in tokens; ``configs/bench_standard.yaml`` explains each.
+    """What a question comes to, in tokens. Random weights never close a tag, so all lengths are forced.
+
+    Attributes:
+        prompt: of the question, with all that stands around it.
+        tiles: of its one image; 0 is a question without an image.
+        stages: of a candidate of each stage.
+        reason: of a judge's written reason.
+        check: of a judge's check of a reasoning.
+        judge_words: of the judge's prompt, besides the question and the candidates.
+        candidates: no tokens: the numbers of candidates to try.
 
     Raises:
-        UserError: a length below 1, or not as many as there must be.
+        UserError: a length below 1, or none where there must be some.
     """
 
     prompt: int = 128
@@ -52,28 +58,6 @@ class Workload:
                 raise UserError(f"a workload's {field.name} must be at least {least}, got {value}")
         if self.judge_words < 5:
             raise UserError(f"a workload's judge_words must be at least 5, got {self.judge_words}")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Workload":
-        """Read a YAML file.
-
-        Raises:
-            UserError: no such file, an unknown field, or a value of another type.
-        """
-        with access(Path(path)):
-            said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        known = {field.name: field for field in fields(cls)}
-        if not isinstance(said, dict) or (unknown := said.keys() - known.keys()):
-            what = f"does not know {min(unknown)}" if isinstance(said, dict) else "must be fields and values"
-            raise UserError(f"{path}: a workload {what}; it has {', '.join(known)}")
-        given: dict[str, Any] = {}
-        for name, value in said.items():
-            wanted = get_args(known[name].type) or isinstance(getattr(cls, name), tuple)
-            values = value if isinstance(value, list) else [value]
-            if bool(wanted) != isinstance(value, list) or not all(type(x) is int for x in values):
-                raise UserError(f"{path}: {name} must be {'a list of whole numbers' if wanted else 'a whole number'}")
-            given[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**given)
 
 
 def config_100m() -> MllamaConfig:

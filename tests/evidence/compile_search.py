@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llava_cot_jax.benchmark.workload import Workload, request, tables
 from llava_cot_jax.model.cache import Prefix, empty
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import nest, parameters
@@ -36,15 +37,12 @@ from llava_cot_jax.model.quantization import is_quantized
 from llava_cot_jax.model.sharding import make_mesh, on_mesh, parameter_sharding, partition
 from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE, see
 from llava_cot_jax.search.decode import View
-from llava_cot_jax.search.pieces import Pieces
-from llava_cot_jax.search.program import Request, search, write_candidates
+from llava_cot_jax.search.program import search, write_candidates
 from llava_cot_jax.search.strategies import Judge, StageBeam
-from llava_cot_jax.search.tables import JudgeTables, StageTables
 
 CONFIG = MllamaConfig.llama32_11b()
-PROMPT, BUDGET, CHUNK = 256, 1024, 256
-STATES, TAILS, OPENING, CLOSING, FIXED = 13, 3, 8, 8, 96
-"""Sizes of the tables that Llama 3's tokenizer and the shipped prompts make, or a little more."""
+BUDGET, CHUNK = 1024, 256
+WORK = Workload(prompt=256, stages=(BUDGET,) * 4, judge_words=200)
 
 GB = 1e9
 
@@ -92,7 +90,7 @@ def candidate_loop(mesh: Mesh, questions: int, candidates: int) -> None:
             "prefix": Prefix(cache(questions, 2048), jnp.zeros(questions, jnp.int32)),
             "own": cache(questions * candidates, BUDGET),
             "view": image_view(questions, 2048),
-            "reader": jnp.zeros((STATES, CONFIG.text.vocab_size), jnp.uint8),
+            "reader": jnp.zeros((13, CONFIG.text.vocab_size), jnp.uint8),
             "keys": jax.vmap(jax.random.key)(jnp.zeros(questions, jnp.uint32)),
             "number": jnp.int32(0),
         }
@@ -136,46 +134,11 @@ def whole(mesh: Mesh, questions: int, candidates: int, verdict: str, int8: bool)
     """Compile the whole search: its bytes on a chip, None where it does not fit."""
     plan = StageBeam(candidates, Judge(verdict), budget=BUDGET).plan()  # type: ignore[arg-type]
     everywhere = NamedSharding(mesh, PartitionSpec())
-    given = jax.eval_shape(lambda: arguments(questions, len(plan.budgets)))
+    given = jax.eval_shape(lambda: (request(CONFIG, WORK, questions), *tables(CONFIG, WORK, plan)))
     given = jax.tree.map(lambda x: placed(x, everywhere), given)
     params = abstract_params(mesh, int8)
     lowered = search.lower(params, *given, config=CONFIG, plan=plan, chunk=CHUNK, mesh=mesh)
     return report(lowered)[1]
-
-
-def arguments(questions: int, stages: int) -> tuple[Request, StageTables, JudgeTables]:
-    tiles, size, vocabulary = CONFIG.vision.max_num_tiles, CONFIG.vision.image_size, CONFIG.text.vocab_size
-
-    def pieces(*shape: int, capacity: int) -> Pieces:
-        return Pieces(jnp.zeros((*shape, capacity), jnp.int32), jnp.zeros(shape, jnp.int32))
-
-    request = Request(
-        inputs={
-            "input_ids": jnp.zeros((questions, PROMPT), jnp.int32),
-            "pixel_values": jnp.zeros((questions, 1, tiles, 3, size, size), jnp.uint8),
-            "aspect_ratio_ids": jnp.zeros((questions, 1), jnp.int32),
-            "aspect_ratio_mask": jnp.zeros((questions, 1, tiles), jnp.int32),
-            "cross_attention_mask": jnp.zeros((questions, PROMPT, 1, tiles), jnp.uint8),
-        },
-        lengths=jnp.zeros(questions, jnp.int32),
-        seeds=jnp.zeros(questions, jnp.uint32),
-        question=pieces(questions, capacity=PROMPT),
-        leads=pieces(2, questions, capacity=32),
-    )
-    tables = StageTables(
-        openings=pieces(stages, TAILS, capacity=OPENING),
-        closings=pieces(stages, STATES + TAILS, capacity=CLOSING),
-        readers=jnp.zeros((stages, STATES, vocabulary), jnp.uint8),
-    )
-    fixed = pieces(2, stages, capacity=FIXED)
-    judging = JudgeTables(
-        *[fixed] * 5,
-        shows=jnp.zeros((2, stages, stages), bool),
-        checked=jnp.zeros(stages, bool),
-        verdicts=jnp.zeros(2, jnp.int32),
-        readers=jnp.zeros((2, 20, vocabulary), jnp.uint8),
-    )
-    return request, tables, judging
 
 
 def abstract_params(mesh: Mesh, int8: bool = False) -> Any:
