@@ -34,7 +34,8 @@ class State:
             stacked layout, adapters, or both.
         frozen: the other parameters of the model.
         optimizer: the moments of the trained ones.
-        skipped: int32, steps whose loss or gradient was not finite, and which changed nothing.
+        skipped: int32, steps whose loss or gradient was not finite: of all that follows, the schedule of the
+            learning rate too, only ``step`` knows that they were.
     """
 
     step: jax.Array
@@ -202,7 +203,7 @@ def make_step(
             scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        after = optimizer.update(grads, state.optimizer, state.trained, state.step)
+        after = optimizer.update(grads, state.optimizer, state.trained, state.step - state.skipped)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, (state.trained, state.optimizer))
         trained, moments = kept
         after_step = State(state.step + 1, trained, state.frozen, moments, state.skipped + ~finite)

@@ -98,6 +98,7 @@ def test_what_is_frozen_stays_and_has_no_moments(small, rows):
 
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing(small, rows):
+    """Nor do the steps after it know of it: all is as without its batch, bit for bit."""
     state, step = start(small)
     state, _ = step(state, rows)
     before = jax.tree.map(np.asarray, (state.trained, state.optimizer))
@@ -106,7 +107,11 @@ def test_a_step_that_is_not_finite_changes_nothing(small, rows):
     assert not measures["finite"] and int(state.skipped) == 1 and int(state.step) == 2
     jax.tree.map(np.testing.assert_array_equal, (state.trained, state.optimizer), before)
     state, measures = step(state, rows)
-    assert measures["finite"] and int(state.skipped) == 1
+    assert measures["finite"] and int(state.skipped) == 1 and int(state.step) == 3
+    without, step = start(small)
+    for _ in range(2):
+        without, _ = step(without, rows)
+    jax.tree.map(np.testing.assert_array_equal, (state.trained, state.optimizer), (without.trained, without.optimizer))
 
 
 @pytest.mark.slow
