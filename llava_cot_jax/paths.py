@@ -67,6 +67,18 @@ def files_in(folder: Path) -> set[str]:
         return {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
 
 
+def move(folder: Path, destination: Path) -> None:
+    """Give ``folder`` another name, on the same disk, or in the same bucket, which has names of files alone."""
+    if is_remote(folder):
+        files, place = bucket_files(), str(folder).removeprefix("gs://")
+        for name in files.find(place):
+            files.cp_file(name, f"{destination}{name.removeprefix(place)}")
+            files.rm_file(name)
+    else:
+        destination.parent.mkdir(exist_ok=True)
+        folder.rename(destination)
+
+
 @contextmanager
 def access(path: Path) -> Iterator[None]:
     """Turns what a disk or a bucket refuses in the block into a ``UserError`` that names ``path``."""

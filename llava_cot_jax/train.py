@@ -34,9 +34,9 @@ def main(argv: list[str] | None = None) -> None:
         UserError: a setting, or a file that cannot be used: before anything expensive starts.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of each thread, then raises
-    settings, hosts = read_arguments(argv)
+    settings, told = read_arguments(argv)
     cli.keep_compilations()
-    _join_hosts(hosts)
+    _join_hosts(told.hosts)
     if settings.answers and jax.process_count() > 1:
         raise UserError("answers is set, but only one process can answer yet: set it to 0, and use generate later")
     first = jax.process_index() == 0
@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         if first:
             console.print(what, markup=False)
 
-    trained = train(settings, tell=tell, open_bar=cli.progress_bar if first else cli.no_bar)
+    trained = train(
+        settings, tell=tell, open_bar=cli.progress_bar if first else cli.no_bar, accept_changes=told.accept_changes
+    )
     if not trained.complete:
         return
     if settings.answers:
@@ -55,20 +57,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_arguments(argv: list[str] | None = None) -> tuple[TrainSettings, jsonargparse.Namespace]:
-    """The settings of the run, and which of its hosts this is.
+    """The settings of the run; and what is said of this start of it alone: ``hosts`` and ``accept_changes``.
 
     Raises:
         UserError: an argument, or a key of a configuration file, that is not known or not of its type.
     """
     parser = _parser()
     options = parser.instantiate(parser.parse_args(argv))
-    return TrainSettings(**{field.name: options[field.name] for field in fields(TrainSettings)}), options.hosts
+    return TrainSettings(**{field.name: options[field.name] for field in fields(TrainSettings)}), options
 
 
 def _parser() -> cli.Parser:
     parser = cli.Parser("train", "Fine-tune Llama-3.2-Vision on staged answers.")
     parser.add_class_arguments(TrainSettings)
     add = parser.add_argument
+    add("--accept_changes", type=bool, default=False, help="go on from a checkpoint of other settings or other data")
     add("--hosts.coordinator", type=str | None, default=None, help="HOST:PORT of the first process; TPUs know it")
     add("--hosts.count", type=int | None, default=None, help="how many processes there are; TPUs know it")
     add("--hosts.index", type=int | None, default=None, help="which of them this is, from 0; TPUs know it")

@@ -31,13 +31,15 @@ from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.model.weights import load_arrays, save_arrays
 from llava_cot_jax.paths import access, as_path, bucket_files, files_in, is_remote
 from llava_cot_jax.prepare import main as prepare
-from llava_cot_jax.training.checkpoints import Checkpoints, steps_in
+from llava_cot_jax.training import run_lock
+from llava_cot_jax.training.checkpoints import Checkpoints, newest_whole, steps_in
 from llava_cot_jax.training.export import RunExport
 from llava_cot_jax.training.metrics import Metrics
-from llava_cot_jax.training.run_folder import CHECKPOINTS, run_identity
+from llava_cot_jax.training.run_folder import CHECKPOINTS
+from llava_cot_jax.training.run_lock import RunLock
 from tests.data.raw_set import make_raw_set
 from tests.training.small_run import write_small
-from tests.training.test_export import begin, save, tensors_of
+from tests.training.test_export import KEPT, begin, save, tensors_of
 
 FIXTURE = Path(__file__).parent / "fixtures/mllama_tiny"
 CONFIG = read_config(FIXTURE)
@@ -454,9 +456,9 @@ class TestRuns:
         run = begin(start, folder / "run", frozen=["^vision_model"])
         save(run, folder / "run")
         assert steps_in(folder / "run" / CHECKPOINTS) == [3]
-        with Checkpoints(folder / "run" / CHECKPOINTS, keep=2) as checkpoints:
+        with Checkpoints(folder / "run" / CHECKPOINTS, KEPT) as checkpoints:
             like = replace(run.program.state, frozen=run.state.frozen)
-            state = checkpoints.restore(3, like, run_identity(run.settings, "data"))
+            state = checkpoints.restore(3, like)
         jax.tree.map(np.testing.assert_array_equal, state.trained, run.state.trained)
         jax.tree.map(np.testing.assert_array_equal, state.optimizer, run.state.optimizer)
         export_run = RunExport(folder / "run")
@@ -465,6 +467,33 @@ class TestRuns:
         got = load_arrays(folder / "exported", export_run.config, layout="unrolled")
         assert wanted.keys() == got.keys()
         assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
+
+    def test_a_damaged_one_is_set_aside(self, folder, tmp_path) -> None:
+        start = upload(write_small(tmp_path / "small"), folder / "small")
+        save(begin(start, folder / "run"), folder / "run", steps=(3, 4))
+        checkpoints, told = folder / "run" / CHECKPOINTS, []
+        assert newest_whole(checkpoints, told.append) == 4 and not told
+        path = max((checkpoints / "4/model/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().length)
+        content = bytearray(path.read_bytes())
+        content[1000] ^= 1
+        path.write_bytes(content)
+        assert newest_whole(checkpoints, told.append) == 3
+        assert len(told) == 1 and "its checksum differs; moved to" in told[0]
+        assert (folder / "run/damaged/4/checksums.json").exists() and steps_in(checkpoints) == [3]
+
+    def test_one_run_at_a_time(self, folder, monkeypatch) -> None:
+        """The bucket's lock is a file that is renewed: who finds one waits to see whether it is."""
+        monkeypatch.setattr(run_lock, "RENEWED_SECONDS", 0.2)
+        (folder / "config.yaml").write_text("")
+        file = folder / run_lock.FILE
+        with RunLock(folder):
+            with pytest.raises(UserError, match=r"a run is under way there \(process"), RunLock(folder):
+                pass
+            left = file.read_text()
+        assert not file.exists()
+        file.write_text(left)  # as a run leaves it that was killed
+        with RunLock(folder):
+            assert file.read_text() != left
 
     def test_metrics(self, folder) -> None:
         for first, last in ((0, 4), (2, 5)):  # cut off after 4, gone on from 2

@@ -49,7 +49,9 @@ def whole(place: Path, cache: Path) -> str:
         "whole",
         steps=9,
         checkpoint_every=2,
-        checkpoints_kept=3,
+        checkpoints_kept=2,
+        checkpoints_kept_every=4,
+        checkpoints_kept_best=1,
         validate_every=4,
         log_every=3,
         answers=3,
@@ -87,7 +89,7 @@ class TestRun:
 
     def test_what_is_kept(self, place, cache, whole):
         folder = place / "whole"
-        assert steps_in(as_path(folder / "checkpoints")) == [6, 8, 9]
+        assert steps_in(as_path(folder / "checkpoints")) == [4, 8, 9]
         board = b"".join(path.read_bytes() for path in (folder / "tensorboard").iterdir())
         assert b"gradient_norm" in board and b"validation_loss_caption" in board
         assert list((folder / "profile").rglob("*.xplane.pb"))
@@ -99,7 +101,7 @@ class TestRun:
         shutil.copytree(place / "whole", place / "cut")
         for step in (8, 9):
             shutil.rmtree(place / "cut/checkpoints" / str(step))
-        assert "going on from step 6" in train(place, cache, "cut", steps=9, optimizer__clip=1.0)
+        assert "going on from step 4" in train(place, cache, "cut", steps=9, optimizer__clip=1.0)
         assert losses(place / "cut") == losses(place / "whole")
         assert validation_loss(place / "cut") == validation_loss(place / "whole")
 

@@ -98,6 +98,7 @@ class Loader:
         cache: Path | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
+        self._rows = rows
         self._settings = settings
         self._sharding = sharding
         self._mine = _rows_of_this_process(sharding, settings.batch)
@@ -146,6 +147,11 @@ class Loader:
         """The tokens of each row of a batch, without padding: int32 [rows], fillers left out."""
         rows = self._plan[index].rows
         return self.index.lengths[rows[rows != FILLER]]
+
+    def row_ids(self, index: int) -> list[str]:
+        """The ids of the rows of a batch."""
+        rows = self._plan[index].rows
+        return [self._rows[int(row)].id for row in rows[rows != FILLER]]
 
     def padding(self, epoch: int = 0) -> float:
         """The share of an epoch's tokens that are padding."""

@@ -1,25 +1,73 @@
 """Checkpoints of a run: Orbax, one folder a step, written while training goes on.
 
 A checkpoint has three parts, which can be read apart: ``model`` (the trained arrays by path, stacked
-layout), ``progress`` (step, moments, skipped) and ``run`` (what else must agree for a run to go on).
-Frozen parameters are not in it: they are those of the checkpoint that the run started from.
+layout), ``progress`` (step, moments, skipped) and ``run`` (settings, data, versions). Frozen parameters
+are not in it: they are those of the checkpoint that the run started from. Before a checkpoint becomes
+visible, each of its files is read once more for a checksum; one whose files are not those is set aside.
 """
 
+import itertools
+import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import is_remote
+from llava_cot_jax.paths import is_remote, move
+from llava_cot_jax.training.agreement import first_said
+from llava_cot_jax.training.checksums import find_damage, write_checksums
 from llava_cot_jax.training.state import State
 
 MODEL, PROGRESS, RUN = "model", "progress", "run"
+
+JSON = "json"
+"""The one entry of ``run``: orbax keeps neither an empty list nor None."""
+
+METRIC = "validation_loss"
+"""By which checkpoints are the best."""
+
+ASIDE = "damaged"
+"""Beside the folder of checkpoints: those that were found damaged."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which checkpoints of a run are kept.
+
+    Attributes:
+        newest: so many.
+        every: those of steps that are multiples of it, too; 0 is none.
+        best: so many of the lowest validation loss, too.
+    """
+
+    newest: int
+    every: int = 0
+    best: int = 0
+
+    def policy(self) -> ocp.training.preservation_policies.PreservationPolicy:
+        """The same in orbax's terms."""
+        policies = ocp.training.preservation_policies
+        chosen: list[Any] = [policies.LatestN(self.newest)]
+        if self.every:
+            chosen.append(policies.EveryNSteps(self.every))
+        if self.best:
+            chosen.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    reverse=True,
+                    n=self.best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        return policies.AnyPreservationPolicy(chosen)
 
 
 class Checkpoints:
@@ -27,14 +75,22 @@ class Checkpoints:
 
     Args:
         folder: made where there is none.
-        keep: so many of the newest.
+        kept: which are.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, kept: Kept) -> None:
         self._folder = folder
-        self._keep = keep
-        newest = ocp.training.preservation_policies.LatestN(keep)
-        self._orbax = ocp.training.Checkpointer(folder, preservation_policy=newest)
+        self._kept = kept
+        self._saving = 0
+        context = ocp.Context()
+        # A function of its own: orbax copies its options deeply, and a method's object with them.
+        context.asynchronous.post_finalization_callback = lambda: self._seal()
+        self._orbax = ocp.training.Checkpointer(
+            folder,
+            context=context,
+            preservation_policy=kept.policy(),
+            cleanup_tmp_directories=True,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -44,13 +100,18 @@ class Checkpoints:
             self.wait()
         self._orbax.close()
 
-    @property
-    def latest(self) -> int | None:
-        """The newest step there is."""
-        return newest.step if (newest := self._orbax.latest) else None
+    def _seal(self) -> None:
+        """Write the checksums of the checkpoint whose files are all there, but which is not visible yet.
+
+        On a disk it becomes visible by a rename, in a bucket by one file more.
+        """
+        unseen = list(self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+        write_checksums(unseen[0] if unseen else self._folder / str(self._saving))
 
     def check_room(self, state: State) -> None:
         """Whether the disk holds the checkpoints of a run: one more than are kept, while the oldest goes.
+
+        Those that are kept ``every`` so many steps come on top.
 
         Raises:
             UserError: it does not.
@@ -58,23 +119,31 @@ class Checkpoints:
         if is_remote(self._folder):
             return
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_parts(state)))
-        needed = size * max(self._keep + 1 - len(self._orbax.checkpoints), 1)
+        most = self._kept.newest + self._kept.best + 1
+        needed = size * max(most - len(self._orbax.checkpoints), 1)
         if needed > (free := shutil.disk_usage(self._folder).free):
             raise UserError(
-                f"{self._folder} has {free / 1e9:.1f} GB free; {self._keep + 1} checkpoints of {size / 1e9:.1f} GB "
+                f"{self._folder} has {free / 1e9:.1f} GB free; {most} checkpoints of {size / 1e9:.1f} GB "
                 f"need {needed / 1e9:.1f} GB more: free some, name another output, or lower checkpoints_kept"
             )
 
-    def save(self, state: State, run: Mapping[str, Any]) -> None:
+    def save(self, state: State, run: Mapping[str, Any], validation_loss: float | None = None) -> None:
         """Begin to write a checkpoint of ``state``; it may be donated once this returns.
+
+        Args:
+            state: of the run.
+            run: what ``read_run`` gives back.
+            validation_loss: of the state, where it is known.
 
         Raises:
             UserError: the one before could not be written, or this one cannot be begun.
         """
         self.wait()
-        parts = {**_parts(state), RUN: dict(run)}
+        self._saving = int(state.step)
+        parts = {**_parts(state), RUN: {JSON: json.dumps(run)}}
+        metrics = None if validation_loss is None else {METRIC: validation_loss}
         with _named(self._folder):
-            self._orbax.save_checkpointables_async(int(state.step), parts, force=True)
+            self._orbax.save_checkpointables_async(self._saving, parts, force=True, metrics=metrics)
 
     def wait(self) -> None:
         """Wait until what was begun is written.
@@ -85,23 +154,56 @@ class Checkpoints:
         with _named(self._folder):
             self._orbax.wait()
 
-    def restore(self, step: int, like: State, run: Mapping[str, Any]) -> State:
+    def restore(self, step: int, like: State) -> State:
         """The state of a step, laid out as ``like`` says, with its frozen arrays.
 
         Raises:
-            UserError: it is the checkpoint of another model or another run.
+            UserError: it is the checkpoint of another model.
         """
-        place = self._folder / str(step)
-        found = read_run(place)
-        if changed := [name for name, value in run.items() if found.get(name) != value]:
-            raise UserError(
-                f"{place} is of another run: {', '.join(changed)} differ; name another output to start anew"
-            )
         parts = _parts(like)
-        _check_shapes(place, self._orbax.checkpointables_metadata(step).metadata[MODEL], parts[MODEL])
+        found = self._orbax.checkpointables_metadata(step).metadata[MODEL]
+        _check_shapes(self._folder / str(step), found, parts[MODEL])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
         loaded = self._orbax.load_checkpointables(step, abstract)
         return State(trained=loaded[MODEL], frozen=like.frozen, **loaded[PROGRESS])
+
+
+def newest_whole(folder: Path, tell: Callable[[str], None]) -> int | None:
+    """The newest step in a folder whose files are what was written; None without any. Damaged ones are set aside.
+
+    Every process of the run calls this; each reads its share of the files.
+
+    Args:
+        folder: of checkpoints.
+        tell: shows a person what was found damaged.
+    """
+    for step in reversed(steps_in(folder)):
+        place = folder / str(step)
+        damage = first_said(find_damage(place, share=(jax.process_index(), jax.process_count())))
+        if not damage:
+            return step
+        aside = _free(folder.parent / ASIDE, step)
+        if jax.process_index() == 0:
+            move(place, aside)
+        multihost_utils.sync_global_devices("set aside")
+        tell(f"the checkpoint of step {step} is damaged: {damage}; moved to {aside}, and the one before is taken")
+    return None
+
+
+def _free(folder: Path, step: int) -> Path:
+    """A name for what is set aside that is not taken."""
+    names = (str(step) if i == 0 else f"{step}-{i + 1}" for i in itertools.count())
+    return next(path for name in names if not (path := folder / name).exists())
+
+
+def check_whole(folder: Path) -> None:
+    """Whether what ``read_arrays`` and ``read_run`` read of a step is what was written.
+
+    Raises:
+        UserError: it is not.
+    """
+    if damage := find_damage(folder, (MODEL, RUN)):
+        raise UserError(f"{folder} is damaged: {damage}")
 
 
 def read_arrays(folder: Path, paths: list[str]) -> dict[str, np.ndarray]:
@@ -122,7 +224,7 @@ def read_arrays(folder: Path, paths: list[str]) -> dict[str, np.ndarray]:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What was saved of a step beside arrays: the ``run`` of ``Checkpoints.save``."""
-    found: dict[str, Any] = ocp.load_checkpointables(folder, {RUN: None})[RUN]
+    found: dict[str, Any] = json.loads(ocp.load_checkpointables(folder, {RUN: None})[RUN][JSON])
     return found
 
 

@@ -16,7 +16,7 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.export import Entry, read_whole, write_checkpoint
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
-from llava_cot_jax.training.checkpoints import read_arrays, read_run, steps_in, stored_arrays
+from llava_cot_jax.training.checkpoints import check_whole, read_arrays, read_run, steps_in, stored_arrays
 from llava_cot_jax.training.lora import LoraSettings, merged
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.run_folder import CHECKPOINTS, MODEL
@@ -58,7 +58,7 @@ class RunExport:
         step: None is the newest.
 
     Raises:
-        UserError: no such step, or none at all.
+        UserError: no such step, or none at all, or it is damaged.
     """
 
     def __init__(self, folder: Path, step: int | None = None) -> None:
@@ -71,7 +71,8 @@ class RunExport:
         self._companions = folder / MODEL
         self._checkpoint = folder / CHECKPOINTS / str(self.step)
         self.config = read_config(self._companions)
-        self._run = read_run(self._checkpoint)
+        check_whole(self._checkpoint)
+        self._settings = read_run(self._checkpoint)["settings"]
 
     def write(
         self,
@@ -111,7 +112,7 @@ class RunExport:
 
     def _tensors(self, trained: Mapping[str, Any]) -> Iterator[np.ndarray]:
         """Every published tensor, in the order of the stacked layout."""
-        table, scale = parameters(self.config, "stacked"), LoraSettings(**self._run["lora"]).scale
+        table, scale = parameters(self.config, "stacked"), LoraSettings(**self._settings["lora"]).scale
         frozen = self._frozen() if table.keys() - trained.keys() else None
         for group in _groups(table, trained):
             held = read_arrays(self._checkpoint, wanted) if (wanted := _stored(group, trained)) else {}
@@ -128,9 +129,9 @@ class RunExport:
 
     def _frozen(self) -> Callable[[str], np.ndarray]:
         """Reads a published tensor of what the run started from."""
-        origin = Origin(self._run["init_from"], self.config.convention)
+        origin = Origin(self._settings["init_from"], self.config.convention)
         if origin.folder is None:
-            fresh: dict[str, Any] = flatten(Mllama(self.config, rngs=nnx.Rngs(self._run["seed"])).params)
+            fresh: dict[str, Any] = flatten(Mllama(self.config, rngs=nnx.Rngs(self._settings["seed"])).params)
             return lambda name: np.asarray(fresh[name])
         stored = verified_tensors(origin.folder, self.config)
         return lambda name: read_whole(stored[name], stored[name].dtype)

@@ -1,7 +1,8 @@
 """The training loop: from settings to a trained model, top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,15 +13,24 @@ from jax.sharding import Mesh, NamedSharding
 from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.data.rows import FirstRows
 from llava_cot_jax.data.sources import open_rows
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.sharding import check_mesh, partition
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.stages import STAGES
-from llava_cot_jax.training.checkpoints import Checkpoints
+from llava_cot_jax.training.checkpoints import Checkpoints, Kept, newest_whole, read_run
 from llava_cot_jax.training.metrics import Meter, Metrics, by_stage, check_wandb
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.program import Program, check_batch, make_program
 from llava_cot_jax.training.report import OpenBar, describe_loading, describe_run, describe_validation
-from llava_cot_jax.training.run_folder import CHECKPOINTS, run_identity, write_run_folder
+from llava_cot_jax.training.run_folder import (
+    CHECKPOINTS,
+    describe,
+    differences,
+    make_run_folder,
+    other_versions,
+    write_run_folder,
+)
+from llava_cot_jax.training.run_lock import RunLock
 from llava_cot_jax.training.settings import TrainSettings
 from llava_cot_jax.training.state import State
 from llava_cot_jax.training.stepper import Stepper
@@ -46,7 +56,9 @@ class Trained:
     complete: bool
 
 
-def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: OpenBar) -> Trained:
+def train(
+    settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: OpenBar, accept_changes: bool = False
+) -> Trained:
     """Run ``settings``: from the newest checkpoint in its folder on, where there is one.
 
     Every process of the run calls this.
@@ -55,10 +67,12 @@ def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: Ope
         settings: see there.
         tell: shows a person a line, or a table of rich's.
         open_bar: see there.
+        accept_changes: go on from a checkpoint of other settings, or other data.
 
     Raises:
-        UserError: anything in the settings, or in the files that they name, that cannot be used: before
-            the first step; damaged data or a full disk: later.
+        UserError: anything in the settings, or in the files that they name, that cannot be used, or another
+            run in the folder: before the first step; damaged data, a full disk, or several steps in a row
+            whose loss or gradient is not finite: later.
     """
     check_wandb(settings.wandb)
     mesh = settings.mesh.make()
@@ -66,16 +80,34 @@ def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: Ope
     check_batch(settings, mesh)
     check_mesh(origin.config, mesh)
     folder = as_path(settings.output)
-    write_run_folder(folder, settings, origin)
+    make_run_folder(folder)
+    with RunLock(folder):
+        return _train(settings, origin, mesh, folder, tell, open_bar, accept_changes)
+
+
+def _train(
+    settings: TrainSettings,
+    origin: Origin,
+    mesh: Mesh,
+    folder: Path,
+    tell: Callable[[Any], None],
+    open_bar: OpenBar,
+    accept_changes: bool,
+) -> Trained:
+    newest = newest_whole(folder / CHECKPOINTS, tell)
     training, validation = _loaders(settings, origin, mesh, open_bar)
+    description = describe(settings, training.fingerprint)
+    if newest is not None:
+        _check_unchanged(read_run(folder / CHECKPOINTS / str(newest)), description, tell, accept_changes)
+    write_run_folder(folder, settings, origin)
     steps = settings.steps or settings.epochs * training.batches_per_epoch
     program = make_program(settings, origin.config, mesh, steps=steps, steps_per_epoch=training.batches_per_epoch)
     meter = Meter(origin.config, program.trained, program.adapted)
-    identity = run_identity(settings, training.fingerprint)
-    with Checkpoints(folder / CHECKPOINTS, settings.checkpoints_kept) as checkpoints:
+    kept = Kept(settings.checkpoints_kept, settings.checkpoints_kept_every, settings.checkpoints_kept_best)
+    with Checkpoints(folder / CHECKPOINTS, kept) as checkpoints:
         checkpoints.check_room(program.state)
         tell(describe_run(settings, origin.config, mesh, program, training, meter, steps))
-        state = _first_state(settings, origin, mesh, program, checkpoints, identity, tell, open_bar)
+        state = _first_state(settings, origin, mesh, program, checkpoints, newest, tell, open_bar)
         first = int(state.step)
         if first:
             tell(f"going on from step {first}, the newest checkpoint in {folder}")
@@ -83,7 +115,7 @@ def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: Ope
             Metrics(folder, asdict(settings), settings.wandb, first) as metrics,
             open_bar("training", "steps", settings.log_every) as bar,
         ):
-            stepper = Stepper(program, training, range(first, steps), meter, metrics, bar)
+            stepper = Stepper(program, training, range(first, steps), meter, metrics, bar, settings.skipped_in_a_row)
             for done in range(first + 1, steps + 1):
                 if settings.profile and done - first == PROFILED.start:
                     jax.profiler.start_trace(str(metrics.folder / "profile"))
@@ -93,19 +125,41 @@ def train(settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: Ope
                     jax.profiler.stop_trace()
                 # One host that got a SIGTERM lets all of them stop after the same step.
                 stopped = jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(done)
-                if done % settings.checkpoint_every == 0 or done == steps or stopped:
-                    with stepper.pause("saving_seconds"):
-                        checkpoints.save(state, identity)
-                if stopped and done < steps:
-                    tell(f"stopped by a SIGTERM after step {done}: the same command goes on from there")
-                    return Trained(origin, mesh, state, complete=False)
-                if validation and (done == steps or (settings.validate_every and done % settings.validate_every == 0)):
+                found: dict[str, float] = {}
+                due = settings.validate_every and done % settings.validate_every == 0
+                if validation and (done == steps or (due and not stopped)):
                     with stepper.pause("validation_seconds"):
                         found = validate(program, state, validation)
                     metrics.write(done, found)
                     tell(describe_validation(done, found))
+                if done % settings.checkpoint_every == 0 or done == steps or stopped:
+                    with stepper.pause("saving_seconds"):
+                        checkpoints.save(state, description, found.get("validation_loss"))
+                if stopped and done < steps:
+                    checkpoints.wait()
+                    tell(f"stopped by a SIGTERM after step {done}: the same command goes on from there")
+                    return Trained(origin, mesh, state, complete=False)
             stepper.finish()
     return Trained(origin, mesh, state, complete=True)
+
+
+def _check_unchanged(
+    before: Mapping[str, Any], now: Mapping[str, Any], tell: Callable[[Any], None], accept_changes: bool
+) -> None:
+    """Whether a run goes on as it was begun.
+
+    Raises:
+        UserError: it does not, and nobody said that it may.
+    """
+    if versions := other_versions(before, now):
+        tell(f"the newest checkpoint was written with other versions: {'; '.join(versions)}")
+    if changed := differences(before, now):
+        if not accept_changes:
+            raise UserError(
+                f"the run was begun otherwise: {'; '.join(changed)}. Take that back, name another output, or go on "
+                "with it by --accept_changes true"
+            )
+        tell(f"going on with changes: {'; '.join(changed)}")
 
 
 def validate(program: Program, state: State, loader: Loader) -> dict[str, float]:
@@ -145,16 +199,15 @@ def _first_state(
     mesh: Mesh,
     program: Program,
     checkpoints: Checkpoints,
-    identity: dict[str, Any],
+    step: int | None,
     tell: Callable[[Any], None],
     open_bar: OpenBar,
 ) -> State:
     """The state to go on from.
 
     1. The parameters of the checkpoint that the run starts from, or fresh ones.
-    2. Where the run was cut off, in place of those that are trained, the newest that it saved.
+    2. Where the run was cut off, in place of those that are trained, those that it saved after ``step``.
     """
-    step = checkpoints.latest
     arrays: dict[str, jax.Array] = {}
     if step is None or program.state.frozen:
         read = 0
@@ -169,4 +222,4 @@ def _first_state(
         tell(describe_loading(settings.init_from, read))
     if step is None:
         return program.begin(arrays)
-    return checkpoints.restore(step, replace(program.state, frozen=program.frozen(arrays)), identity)
+    return checkpoints.restore(step, replace(program.state, frozen=program.frozen(arrays)))

@@ -1,6 +1,7 @@
 """What a run tells of itself: rates and MFU, and the files and services that keep them."""
 
 import json
+import math
 import resource
 import shutil
 import tempfile
@@ -22,6 +23,10 @@ from llava_cot_jax.paths import is_remote
 from llava_cot_jax.stages import STAGES
 
 FILE = "metrics.jsonl"
+
+SKIPPED = "skipped.jsonl"
+"""A line for each step that was skipped, with the ids of its rows."""
+
 UPLOAD_SECONDS = 60.0
 
 
@@ -118,13 +123,14 @@ class Metrics:
         if not self._writes:
             return
         self._uploaded = time.monotonic()
-        path = self.folder / FILE
-        if self._bucket and (self._bucket / FILE).exists():
-            path.write_bytes((self._bucket / FILE).read_bytes())
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
-        self._lines = path.open("a", encoding="utf-8")
+        for name in (FILE, SKIPPED):
+            path = self.folder / name
+            if self._bucket and (self._bucket / name).exists():
+                path.write_bytes((self._bucket / name).read_bytes())
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                path.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
+        self._lines = (self.folder / FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}")
         self._wandb = _begin_wandb(wandb, self.folder, settings) if wandb else None
 
@@ -143,10 +149,10 @@ class Metrics:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """The measures after ``step`` steps; those that are None are left out."""
+        """The measures after ``step`` steps; those that are None or not finite are left out."""
         if not self._writes:
             return
-        known = {name: value for name, value in values.items() if value is not None}
+        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         self._lines.write(json.dumps({"step": step, **known}) + "\n")
         self._lines.flush()
         for name, value in known.items():
@@ -155,6 +161,12 @@ class Metrics:
             self._wandb.log(known, step=step)
         if self._bucket and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
             self._upload()
+
+    def note_skipped(self, step: int, what: Mapping[str, Any]) -> None:
+        """Write down that ``step`` was skipped, and ``what`` is known of it."""
+        if self._writes:
+            with (self.folder / SKIPPED).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": step, **what}) + "\n")
 
     def _upload(self) -> None:
         assert self._bucket is not None

@@ -1,6 +1,10 @@
 """The folder of a run: its configuration, the files of its model, checkpoints and metrics."""
 
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +25,95 @@ MODEL = "model"
 """What lies beside the weights of an exported model."""
 
 
-def run_identity(settings: TrainSettings, data: str) -> dict[str, Any]:
-    """What must agree for a run to go on from its checkpoints, beside the shapes of what is trained.
+RUNNING = (
+    "output",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "checkpoints_kept_every",
+    "checkpoints_kept_best",
+    "validate_every",
+    "validation_rows",
+    "log_every",
+    "answers",
+    "profile",
+    "wandb",
+    "skipped_in_a_row",
+    "mesh.",
+    "micro_batches",
+    "checkpointing",
+    "loader.workers",
+    "loader.threads",
+)
+"""Settings of how a run runs, not of what comes out, but for rounding: they may change while it goes on."""
+
+PACKAGES = ("llava_cot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def describe(settings: TrainSettings, data: str) -> dict[str, Any]:
+    """What is kept of a run in each checkpoint beside its arrays.
 
     Args:
         settings: of the run.
-        data: the fingerprint of its batches.
+        data: the fingerprint of its batches; the index of the next one is the step.
     """
-    return {"data": data, "init_from": settings.init_from, "seed": settings.seed, "lora": asdict(settings.lora)}
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"settings": asdict(settings), "data": data, "versions": versions}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What comes out otherwise in two descriptions of a run: "optimizer.learning_rate was 0.003, now 0.001"."""
+    old, new = ({**_flat(found["settings"]), "the data's batches": found["data"]} for found in (before, now))
+    names = sorted(name for name in old.keys() | new.keys() if not name.startswith(RUNNING))
+    return [
+        f"{name} was {old.get(name, 'not known')}, now {new.get(name, 'not known')}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The libraries whose versions differ in two descriptions of a run, likewise."""
+    old, new = before["versions"], now["versions"]
+    return [f"{name} was {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted names; lists and tuples alike."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make the folder. Only the first process does.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if jax.process_index() == 0:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_run_folder(folder: Path, settings: TrainSettings, origin: Origin) -> None:
-    """Make the folder and write what is known before the first step. Only the first process writes.
+    """Write what is known before the first step. Only the first process writes.
 
     Raises:
         UserError: it cannot be written.
     """
-    if jax.process_index() != 0:
-        return
+    if jax.process_index() == 0:
+        with _writing(folder):
+            (folder / CONFIGURATION).write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
+            origin.write_companions(folder / MODEL)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        content = yaml.safe_dump(asdict(settings), sort_keys=False)
-        (folder / CONFIGURATION).write_text(content)
-        origin.write_companions(folder / MODEL)
+        yield
     except OSError as fault:
         raise UserError(f"the run cannot be written to {folder}: {fault.strerror or fault}") from fault

@@ -80,6 +80,9 @@ class TrainSettings:
             those of stacked layers: ``layers.3`` stands for layers 3, 8, 13 and so on of the 11B.
         checkpoint_every: steps between checkpoints; the last step is always kept.
         checkpoints_kept: so many of the newest.
+        checkpoints_kept_every: those of steps that are multiples of it, too; 0 is none.
+        checkpoints_kept_best: so many of the lowest validation loss, too, of the steps that are validated.
+        skipped_in_a_row: so many steps in a row whose loss or gradient is not finite end the run.
         validate_every: steps between validations; 0 is none but the one at the end.
         validation_rows: of the validation split, the first so many; 0 leaves validation out.
         log_every: steps between the lines that are printed where no progress bar can be.
@@ -110,6 +113,9 @@ class TrainSettings:
     frozen: list[str] = field(default_factory=list)
     checkpoint_every: int = 1000
     checkpoints_kept: int = 2
+    checkpoints_kept_every: int = 0
+    checkpoints_kept_best: int = 0
+    skipped_in_a_row: int = 5
     validate_every: int = 1000
     validation_rows: int = 1000
     log_every: int = 10
@@ -123,10 +129,12 @@ class TrainSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "micro_batches", "checkpoint_every", "checkpoints_kept", "log_every"):
+        counts = ("epochs", "micro_batches", "checkpoint_every", "checkpoints_kept", "skipped_in_a_row", "log_every")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("seed", "validate_every", "validation_rows", "answers"):
+        kept = ("checkpoints_kept_every", "checkpoints_kept_best")
+        for name in ("seed", *kept, "validate_every", "validation_rows", "answers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.steps is not None and self.steps < 1:
@@ -134,6 +142,8 @@ class TrainSettings:
         for name, kind in (("dtype", Compute), ("checkpointing", Checkpointing)):
             if getattr(self, name) not in get_args(kind):
                 raise UserError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(get_args(kind))}")
+        if self.checkpoints_kept_best and not self.validation_rows:
+            raise UserError("checkpoints_kept_best is set, but validation_rows is 0: nothing tells which are best")
         if self.loader.batch % self.micro_batches:
             raise UserError(f"micro_batches is {self.micro_batches}; it must divide loader.batch, {self.loader.batch}")
         if self.lora.rank and self.frozen:

@@ -4,11 +4,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
 from llava_cot_jax.data.loader import Loader
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.training.metrics import Meter, Metrics, by_stage, peak_memory
 from llava_cot_jax.training.program import Program
 from llava_cot_jax.training.report import Bar, describe_step
@@ -42,15 +44,25 @@ class Stepper:
         meter: of their rates.
         metrics: takes what was measured.
         bar: is moved.
+        skipped_in_a_row: so many steps that are not finite end the run.
     """
 
     def __init__(
-        self, program: Program, loader: Loader, steps: range, meter: Meter, metrics: Metrics, bar: Bar
+        self,
+        program: Program,
+        loader: Loader,
+        steps: range,
+        meter: Meter,
+        metrics: Metrics,
+        bar: Bar,
+        skipped_in_a_row: int,
     ) -> None:
         self._program, self._loader, self._meter, self._metrics, self._bar = program, loader, meter, metrics, bar
         self._batches = enumerate(loader.batches(steps.start, steps.stop), steps.start)
         self._total = steps.stop
         self._under_way: _UnderWay | None = None
+        self._most_skipped = skipped_in_a_row
+        self._skipped: list[tuple[int, list[str]]] = []  # steps in a row, and the ids of their rows
         self._lengths_seen: set[int] = set()
         meter.begin()
 
@@ -58,7 +70,7 @@ class Stepper:
         """The state after the next batch; ``state`` is donated.
 
         Raises:
-            UserError: damaged data.
+            UserError: damaged data, or too many steps in a row whose loss or gradient is not finite.
         """
         began = time.perf_counter()
         index, batch = next(self._batches)
@@ -96,10 +108,11 @@ class Stepper:
         if step.compiled:
             rates = {"compiling_seconds": rates["seconds"]}
         self._done = step.index + 1
+        updates = step.index - int(found["skipped"]) + int(not found["finite"])  # before this step
         measured = {
             "loss": float(found["loss"]),
             **by_stage("loss", found["stage_losses"], found["stage_tokens"]),
-            "learning_rate": float(self._program.learning_rate(np.int32(step.index))),
+            "learning_rate": float(self._program.learning_rate(np.int32(updates))),
             "gradient_norm": float(found["gradient_norm"]),
             "trained_tokens": int(found["tokens"]),
             "skipped": int(found["skipped"]),
@@ -110,3 +123,24 @@ class Stepper:
         }
         self._metrics.write(self._done, measured)
         self._bar(self._done, self._total, describe_step(measured))
+        self._watch(step.index, bool(found["finite"]), measured)
+
+    def _watch(self, index: int, finite: bool, measured: dict[str, Any]) -> None:
+        """Keep the rows of a step that is not finite.
+
+        Raises:
+            UserError: it is one too many in a row.
+        """
+        if finite:
+            self._skipped.clear()
+            return
+        rows = self._loader.row_ids(index)
+        self._skipped.append((index + 1, rows))
+        what = {"loss": str(measured["loss"]), "gradient_norm": str(measured["gradient_norm"]), "rows": rows}
+        self._metrics.note_skipped(index + 1, what)
+        if len(self._skipped) >= self._most_skipped:
+            told = "; ".join(f"step {done}: rows {', '.join(ids)}" for done, ids in self._skipped)
+            raise UserError(
+                f"{len(self._skipped)} steps in a row had a loss or gradient that is not finite, and changed nothing: "
+                f"mend their rows, or lower the learning rate, and start again from the newest checkpoint. {told}"
+            )

@@ -37,15 +37,15 @@ def run_alone(place: Path, name: str, cache: Path, **settings: Any) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run_on_hosts(place: Path, name: str, cache: Path, hosts: Hosts, **settings: Any) -> list[str]:
-    """What each process prints."""
+def start_on_hosts(place: Path, name: str, cache: Path, hosts: Hosts, **settings: Any) -> list[subprocess.Popen[bytes]]:
+    """The processes of a run, which write what they print to ``log_of`` each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"
     shared = arguments(place / "small", place / name, **{"steps": STEPS, **hosts.settings, **settings})
     shared += ["--hosts.coordinator", coordinator, "--hosts.count", str(hosts.processes)]
-    logs = [place / f"{name} {index}.log" for index in range(hosts.processes)]
-    started = [
+    logs = [log_of(place, name, index) for index in range(hosts.processes)]
+    return [
         subprocess.Popen(
             [sys.executable, "-m", "llava_cot_jax.train", *shared, "--hosts.index", str(index)],
             env=environment(cache, hosts.devices),
@@ -54,10 +54,25 @@ def run_on_hosts(place: Path, name: str, cache: Path, hosts: Hosts, **settings: 
         )
         for index, log in enumerate(logs)
     ]
+
+
+def log_of(place: Path, name: str, index: int) -> Path:
+    """What process ``index`` of a run prints; beside it, with ``.err``, its errors."""
+    return place / f"{name} {index}.log"
+
+
+def ended(started: list[subprocess.Popen[bytes]]) -> list[int]:
+    """The exit codes of processes; none is left after it."""
     try:
-        codes = [process.wait(timeout=900) for process in started]
+        return [process.wait(timeout=900) for process in started]
     finally:
         for process in started:
             process.kill()
+
+
+def run_on_hosts(place: Path, name: str, cache: Path, hosts: Hosts, **settings: Any) -> list[str]:
+    """What each process prints."""
+    codes = ended(start_on_hosts(place, name, cache, hosts, **settings))
+    logs = [log_of(place, name, index) for index in range(hosts.processes)]
     assert not any(codes), [log.with_suffix(".err").read_text()[-2000:] for log in logs]
     return [log.read_text() for log in logs]

@@ -113,7 +113,7 @@ def image_view(questions: int, tokens: int) -> View:
 
 
 def most(mesh: Mesh, candidates: int, verdict: str, memory: float | None, int8: bool) -> None:
-    """One question at a time; and, with a memory to fill, how many at most: told from two, then tried, and one more."""
+    """One question at a time; and, with a memory to fill, how many at most: told from two, then tried, one by one."""
 
     def tried(questions: int) -> float | None:
         print(f"{candidates} candidates, {verdict} verdict, {questions} at a time", flush=True)
@@ -125,9 +125,13 @@ def most(mesh: Mesh, candidates: int, verdict: str, memory: float | None, int8: 
     two = tried(2)
     if two is None:
         return
-    told = 1 + int((memory - one) / (two - one))
-    for questions in range(max(told, 3), told + 2):
-        tried(questions)
+    questions = max(3, 1 + int((memory - one) / (two - one)))
+    if tried(questions) is None:
+        while questions > 3 and tried(questions - 1) is None:
+            questions -= 1
+        return
+    while tried(questions + 1) is not None:
+        questions += 1
 
 
 def whole(mesh: Mesh, questions: int, candidates: int, verdict: str, int8: bool) -> float | None:

@@ -1,0 +1,121 @@
+"""What a run survives: many signals to real processes, at random moments; after each, is it the undisturbed run?
+
+    python tests/evidence/survival.py | tee tests/evidence/survival.txt
+
+Losses after going on are compared bit for bit with those of an undisturbed run on as many processes; from four
+processes to two relatively, with the rows of every batch. About ten minutes on two cores.
+"""
+
+import datetime
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from llava_cot_jax.training.checkpoints import steps_in
+from tests.distributed.train_runs import FOUR, TWO, Hosts, ended, log_of, run_on_hosts, start_on_hosts
+from tests.test_survival import DURING_A_SAVE, DURING_COMPILATION, EVERY, TWICE, end_by_sigterm, losses_of
+from tests.training.small_run import losses, metrics, write_small
+
+STEPS = 40
+ONE = Hosts(1, 1, {})
+
+
+def main() -> None:
+    print(f"{datetime.date.today()}; jax {version('jax')}, orbax {version('orbax-checkpoint')}; CPU processes")
+    with tempfile.TemporaryDirectory() as folder:
+        place, cache = Path(folder), Path(folder) / "cache"
+        write_small(place / "small")
+        for hosts in (ONE, TWO):
+            kills(place, cache, hosts)
+        one_of_two(place, cache)
+        four_to_two(place, cache)
+        undisturbed = losses_of(place, cache, "undisturbed")
+        for name, disturb in (
+            ("the first compilation", DURING_COMPILATION),
+            ("a save", DURING_A_SAVE),
+            ("both", TWICE),
+        ):
+            step = end_by_sigterm(place, cache, name, disturb, undisturbed)
+            print(f"SIGTERM during {name}: exit code 0 after step {step}; gone on, all losses are those undisturbed")
+
+
+def kills(place: Path, cache: Path, hosts: Hosts) -> None:
+    """Five SIGKILLs at random steps of one run."""
+    name, draw = f"{hosts.processes} killed", random.Random(hosts.processes)
+    run_on_hosts(place, f"{hosts.processes} whole", cache, hosts, steps=STEPS, **EVERY)
+    moments = sorted(draw.sample(range(2, STEPS - 2), 5))
+    for moment in moments:
+        started = start_on_hosts(place, name, cache, hosts, steps=STEPS, **EVERY)
+        wait_for(place / name, moment, started[0])
+        for process in started:
+            process.send_signal(signal.SIGKILL)
+        assert ended(started) == [-signal.SIGKILL] * hosts.processes
+        print(f"  killed after step {last(place / name)}; whole checkpoints: {steps_in(place / name / 'checkpoints')}")
+    run_on_hosts(place, name, cache, hosts, steps=STEPS, **EVERY)
+    same = losses(place / name) == losses(place / f"{hosts.processes} whole")
+    print(f"{hosts.processes} processes, SIGKILL five times: {STEPS} losses bit for bit those undisturbed: {same}")
+    assert same
+
+
+def one_of_two(place: Path, cache: Path) -> None:
+    """A SIGTERM to the second of two processes."""
+    started = start_on_hosts(place, "stopped", cache, TWO, steps=STEPS, **EVERY)
+    wait_for(place / "stopped", 3, started[0])
+    started[1].send_signal(signal.SIGTERM)
+    codes = ended(started)
+    step = steps_in(place / "stopped/checkpoints")[-1]
+    told = f"stopped by a SIGTERM after step {step}" in log_of(place, "stopped", 0).read_text()
+    run_on_hosts(place, "stopped", cache, TWO, steps=STEPS, **EVERY)
+    same = losses(place / "stopped") == losses(place / "2 whole")
+    print(f"SIGTERM to one of two: exit codes {codes}, both saved step {step}, told: {told}; gone on, same: {same}")
+    assert codes == [0, 0] and told and same
+
+
+def four_to_two(place: Path, cache: Path) -> None:
+    """Begun on four processes, killed, gone on with on two: the same batches, and losses but for rounding."""
+    run_on_hosts(place, "4 whole", cache, FOUR, steps=STEPS, **EVERY)
+    started = start_on_hosts(place, "4 to 2", cache, FOUR, steps=STEPS, **EVERY)
+    wait_for(place / "4 to 2", STEPS // 2, started[0])
+    for process in started:
+        process.send_signal(signal.SIGKILL)
+    ended(started)
+    at = steps_in(place / "4 to 2/checkpoints")[-1]
+    run_on_hosts(place, "4 to 2", cache, TWO, steps=STEPS, **EVERY)
+    found, expected = (np.array(losses(place / name)) for name in ("4 to 2", "4 whole"))
+    off = float(np.abs(found / expected - 1).max())
+    tokens = [[line["trained_tokens"] for line in metrics(place / n) if "loss" in line] for n in ("4 to 2", "4 whole")]
+    print(
+        f"four processes to two at step {at}: losses within {off:.1e}; trained tokens of every batch the same: ", end=""
+    )
+    print(tokens[0] == tokens[1])
+    assert off < 1e-6 and tokens[0] == tokens[1]
+
+
+def wait_for(output: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Until a run has written ``step`` down."""
+    while process.poll() is None:
+        if last(output) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"it ended too soon, after step {last(output)}")
+
+
+def last(output: Path) -> int:
+    """The last step that was written down."""
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Which checkpoints are kept, and what happens to one that a disk has spoilt."""
+
+import os
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.training.checkpoints import Checkpoints, Kept, newest_whole, read_run, steps_in
+from llava_cot_jax.training.checksums import FILE, find_damage
+from llava_cot_jax.training.export import RunExport
+from llava_cot_jax.training.run_folder import CHECKPOINTS, describe, differences, other_versions
+from llava_cot_jax.training.settings import TrainSettings
+from tests.training.small_run import write_small
+from tests.training.test_export import Run, begin, save
+from tests.training.test_settings import BASE, COMPUTED, LOADED, READ_AHEAD, RUN, STARTED, changed
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    return begin(write_small(folder / "small"), folder / "out", frozen=["vision_model"])
+
+
+@pytest.fixture
+def output(run: Run, tmp_path: Path) -> Path:
+    """A run that saved steps 3 and 4."""
+    save(run, tmp_path / "run", steps=(3, 4))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("kept", "steps"),
+    [
+        (Kept(newest=1), [6]),
+        (Kept(newest=2), [5, 6]),
+        (Kept(newest=1, every=2), [2, 4, 6]),
+        (Kept(newest=1, best=1), [3, 6]),
+        (Kept(newest=1, best=2), [1, 3, 6]),  # step 2 has the lowest of those that were not validated: none
+        (Kept(newest=1, every=5, best=1), [3, 5, 6]),
+    ],
+)
+def test_what_is_kept(run, tmp_path, kept, steps):
+    losses = {1: 2.0, 3: 1.0, 5: 3.0}
+    with Checkpoints(tmp_path / "run", kept) as checkpoints:
+        for step in range(1, 7):
+            state = replace(run.state, step=jax.device_put(np.int32(step), run.state.step.sharding))
+            checkpoints.save(state, {}, losses.get(step))
+    assert steps_in(tmp_path / "run") == steps
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(step: Path) -> str:
+    path = largest(step / "model")
+    os.truncate(path, path.stat().st_size // 2)
+    return f"{path.name} has .* bytes instead of"
+
+
+def delete(step: Path) -> str:
+    path = largest(step / "progress")
+    path.unlink()
+    return f"{path.name} is missing"
+
+
+def flip(step: Path) -> str:
+    """64 bytes in the middle of an array: orbax alone reads them without a word."""
+    path = largest(step / "model")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle : middle + 64])
+    path.write_bytes(content)
+    return f"{path.name} is not what was written"
+
+
+def delete_checksums(step: Path) -> str:
+    (step / FILE).unlink()
+    return f"{FILE} is missing"
+
+
+def truncate_checksums(step: Path) -> str:
+    os.truncate(step / FILE, 100)
+    return f"{FILE} is damaged"
+
+
+SPOILING = [truncate, delete, flip, delete_checksums, truncate_checksums]
+
+
+class TestDamage:
+    @pytest.mark.parametrize("spoil", SPOILING)
+    def test_it_is_named_and_the_one_before_is_taken(self, run, output, spoil):
+        folder, told = output / CHECKPOINTS, []
+        whole = {path.name: path.read_bytes() for path in (folder / "3").rglob("*") if path.is_file()}
+        named = spoil(folder / "4")
+        spoilt = {path.name for path in (folder / "4").rglob("*")}
+        assert newest_whole(folder, told.append) == 3
+        (line,) = told
+        assert line.startswith("the checkpoint of step 4 is damaged: ")
+        assert re.search(named, line)
+        assert {path.name for path in (output / "damaged/4").rglob("*")} == spoilt  # nothing of it is lost
+        assert {path.name: path.read_bytes() for path in (folder / "3").rglob("*") if path.is_file()} == whole
+        with Checkpoints(folder, Kept(2)) as checkpoints:
+            state = checkpoints.restore(3, replace(run.program.state, frozen=run.state.frozen))
+            jax.tree.map(np.testing.assert_array_equal, state.trained, run.state.trained)
+            checkpoints.save(replace(state, step=state.step + 1), {})  # step 4 again
+        assert newest_whole(folder, told.append) == 4
+
+    def test_all_are_damaged(self, output):
+        told: list[str] = []
+        for step in ("3", "4"):
+            flip(output / CHECKPOINTS / step)
+        assert newest_whole(output / CHECKPOINTS, told.append) is None
+        assert len(told) == 2 and steps_in(output / CHECKPOINTS) == []
+
+    def test_each_process_reads_its_share(self, output):
+        """Every file is in exactly one of three shares."""
+        step = output / CHECKPOINTS / "4"
+        files = [path for path in step.rglob("*") if path.is_file() and path.stat().st_size]
+        found = []
+        for path in files:
+            content = path.read_bytes()
+            path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+            found.append([bool(find_damage(step, share=(i, 3))) for i in range(3)])
+            path.write_bytes(content)
+        known = [shares for path, shares in zip(files, found, strict=True) if path.name not in unverified(path)]
+        assert len(known) > 15 and {sum(shares) for shares in known} == {1}
+
+    def test_parameters_are_exported_without_the_rest(self, output, tmp_path):
+        """Not a byte of the optimizer is read; the parameters are, and must be whole."""
+        step = output / CHECKPOINTS / "4"
+        for path in sorted((step / "progress").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        export = RunExport(output)
+        export.write(tmp_path / "model", export.config)
+        flip(step)
+        with pytest.raises(UserError, match=r"4 is damaged: model/\S+ is not what was written"):
+            RunExport(output)
+        assert RunExport(output, 3).step == 3
+
+
+def unverified(path: Path) -> set[str]:
+    """The checksums themselves, and what orbax changes once more after they are taken."""
+    outer = {"commit_success.txt"} if path.parent.name.isdigit() else set()
+    return {FILE, "_CHECKPOINT_METADATA", *outer}
+
+
+class TestDescription:
+    def test_a_checkpoint_holds_it(self, run, output):
+        held = read_run(output / CHECKPOINTS / "4")
+        now = describe(run.settings, "data")
+        assert differences(held, now) == [] and other_versions(held, now) == []
+        assert held["settings"]["frozen"] == ["vision_model"] and held["settings"]["convention"] is None
+        assert {"jax", "orbax-checkpoint", "python"} <= held["versions"].keys()
+
+    @pytest.mark.parametrize("name", sorted({*COMPUTED, *LOADED, *STARTED} - {"mesh.data", "mesh.fsdp", "mesh.tensor"}))
+    def test_what_changes_the_outcome_is_told(self, name):
+        value = {**COMPUTED, **LOADED, **STARTED}[name]
+        found = differences(describe(BASE, "data"), describe(changed(BASE, name, value), "data"))
+        if name in ("micro_batches", "checkpointing"):  # but for rounding
+            assert found == []
+        else:
+            (told,) = (line for line in found if line.startswith(f"{name} was "))
+            assert told.endswith(f", now {value}")
+
+    def test_what_does_not_is_free(self):
+        other: dict[str, Any] = {
+            "output": "x",
+            "checkpoint_every": 7,
+            "checkpoints_kept": 7,
+            "checkpoints_kept_every": 7,
+            "checkpoints_kept_best": 7,
+            "skipped_in_a_row": 7,
+            "validate_every": 7,
+            "validation_rows": 7,
+            "log_every": 7,
+            "answers": 7,
+            "profile": True,
+            "wandb": "x",
+            "mesh.fsdp": 8,
+            "loader.workers": 7,
+            "loader.threads": 7,
+        }
+        assert {*RUN, *READ_AHEAD, "mesh.fsdp"} == other.keys()
+        settings: TrainSettings = BASE
+        for name, value in other.items():
+            settings = changed(settings, name, value)
+        assert asdict(settings) != asdict(BASE)
+        assert differences(describe(BASE, "data"), describe(settings, "data")) == []
+
+    def test_other_data_and_versions_are_told(self):
+        before, now = describe(BASE, "some"), describe(BASE, "other")
+        assert differences(before, now) == ["the data's batches was some, now other"]
+        before["versions"]["jax"] = "0.1"
+        assert other_versions(before, now) == [f"jax was 0.1, now {jax.__version__}"]
