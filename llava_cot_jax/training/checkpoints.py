@@ -8,6 +8,7 @@ visible, each of its files is read once more for a checksum; one whose files are
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -141,7 +142,8 @@ class Checkpoints:
         self.wait()
         self._saving = int(state.step)
         parts = {**_parts(state), RUN: {JSON: json.dumps(run)}}
-        metrics = None if validation_loss is None else {METRIC: validation_loss}
+        known = validation_loss is not None and math.isfinite(validation_loss)
+        metrics = {METRIC: validation_loss} if known else None
         with _named(self._folder):
             self._orbax.save_checkpointables_async(self._saving, parts, force=True, metrics=metrics)
 
@@ -194,16 +196,6 @@ def _free(folder: Path, step: int) -> Path:
     """A name for what is set aside that is not taken."""
     names = (str(step) if i == 0 else f"{step}-{i + 1}" for i in itertools.count())
     return next(path for name in names if not (path := folder / name).exists())
-
-
-def check_whole(folder: Path) -> None:
-    """Whether what ``read_arrays`` and ``read_run`` read of a step is what was written.
-
-    Raises:
-        UserError: it is not.
-    """
-    if damage := find_damage(folder, (MODEL, RUN)):
-        raise UserError(f"{folder} is damaged: {damage}")
 
 
 def read_arrays(folder: Path, paths: list[str]) -> dict[str, np.ndarray]:

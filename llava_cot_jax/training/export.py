@@ -16,7 +16,9 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.export import Entry, read_whole, write_checkpoint
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
-from llava_cot_jax.training.checkpoints import check_whole, read_arrays, read_run, steps_in, stored_arrays
+from llava_cot_jax.training import checkpoints
+from llava_cot_jax.training.checkpoints import read_arrays, read_run, steps_in, stored_arrays
+from llava_cot_jax.training.checksums import find_damage
 from llava_cot_jax.training.lora import LoraSettings, merged
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.run_folder import CHECKPOINTS, MODEL
@@ -71,7 +73,9 @@ class RunExport:
         self._companions = folder / MODEL
         self._checkpoint = folder / CHECKPOINTS / str(self.step)
         self.config = read_config(self._companions)
-        check_whole(self._checkpoint)
+        if damage := find_damage(self._checkpoint, (checkpoints.MODEL, checkpoints.RUN)):
+            others = ", ".join(str(other) for other in steps if other != self.step) or "none"
+            raise UserError(f"{self._checkpoint} is damaged: {damage}; take another one by --step: {others}")
         self._settings = read_run(self._checkpoint)["settings"]
 
     def write(

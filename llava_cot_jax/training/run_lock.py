@@ -4,6 +4,7 @@ On a disk the operating system holds the lock, and lets go of it when the proces
 no locks: there the run renews a small file, and one that finds such a file waits to see whether it is renewed.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -111,7 +112,8 @@ class _BucketLock:
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEWED_SECONDS):
-            self._write()
+            with contextlib.suppress(Exception):  # a bucket that cannot be reached now may be the next time
+                self._write()
 
     def _read(self) -> dict[str, str] | None:
         try:
