@@ -7,10 +7,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  echo "error: Python 3.11 or later is needed; this is $(python3 --version)" >&2
-  exit 2
-}
-python3 -m venv .venv
+if [ ! -x .venv/bin/pip ]; then
+  if python3 -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    python3 -m venv --clear .venv
+  else # Ubuntu 22.04 has Python 3.10: uv fetches a later one
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+    python3 -m uv venv --quiet --clear --seed --python 3.12 .venv
+  fi
+fi
 .venv/bin/pip install --quiet -e '.[tpu]'
 .venv/bin/python -c 'import jax; print(f"{jax.device_count()} devices: {jax.devices()[0].device_kind}")'

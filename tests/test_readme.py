@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
-OURS = [shlex.split(command) for command in COMMANDS if "llava_cot_jax." in command]
+WORDS = [shlex.split(command) for command in COMMANDS if "llava_cot_jax." in command]
+OURS = [words[words.index("-m") - 1 :] for words in WORDS]  # a launch script may stand before them
 
 
 def test_the_commands_of_the_package_are_all_there():

