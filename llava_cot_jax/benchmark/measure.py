@@ -73,23 +73,30 @@ class Rates:
 
 
 def rates(dtype: Any) -> list[Rates]:
-    """The device's, measured by a large product and a large copy, and nominal where its chip is known."""
+    """The device's, measured, and nominal where its chip is known.
+
+    Measured: FLOPs by a large product; bytes by a large copy, or by a large product with a vector, which reads alone,
+    as a step of decoding does, whichever moves more of them.
+    """
     device = jax.devices()[0]
     small = device.platform == "cpu"
-    side, length = (2048, 2**26) if small else (8192, 2**30)
+    side, length = (2048, 2**26) if small else (8192, 2**29)
     x = jnp.ones((side, side), dtype)
-    product = timed(lambda: _product(x), 5)[0].least
-    data = jnp.ones(length, jnp.uint8)
+    product = timed(lambda: _product(x, x), 5)[0].least
+    data = jnp.ones(length, dtype)
     copy = timed(lambda: _copy(data), 10)[0].least
-    found = [Rates("measured", 2 * side**3 / product, 2 * length / copy)]
+    matrix, vector = data.reshape(-1, 4096), jnp.ones(4096, dtype)
+    reading = timed(lambda: _product(matrix, vector), 10)[0].least
+    moved = max(2 * data.nbytes / copy, data.nbytes / reading)
+    found = [Rates("measured", 2 * side**3 / product, moved)]
     if chip := find_chip(device.device_kind):
         found.append(Rates("nominal", chip.flops / chip.devices, chip.bandwidth / chip.devices))
     return found
 
 
 @jax.jit
-def _product(x: jax.Array) -> jax.Array:
-    return x @ x
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return x @ y
 
 
 @jax.jit
