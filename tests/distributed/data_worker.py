@@ -1,6 +1,6 @@
 """One process of several that stream the same batches; writes what its devices got as JSON.
 
-python data_worker.py PROCESS PROCESSES PORT SCRATCH
+python data_worker.py PROCESS PROCESSES PORT SCRATCH MOST_WORKERS
 """
 
 import hashlib
@@ -19,7 +19,6 @@ from tests.data.rows import Noise, demo_processor
 
 DEVICES = 4
 BATCH = 8
-WORKERS = (0, 1, 2)
 RANGES = [(0, 24), (7, 15)]  # two epochs of 12 batches; the second from the middle of one into the next
 ORDERS = {"in order": [0, 1, 2, 3], "interleaved": [0, 2, 1, 3]}
 
@@ -50,13 +49,13 @@ def main() -> None:
     if processes > 1:
         jax.distributed.initialize(f"localhost:{port}", processes, process)
     assert jax.device_count() == DEVICES and jax.local_device_count() == DEVICES // processes
-    scratch = Path(sys.argv[4])
+    scratch, all_workers = Path(sys.argv[4]), range(int(sys.argv[5]) + 1)
     found: dict[str, Any] = {}
     for order, places in ORDERS.items():
         devices = np.array(jax.devices())[places].reshape(2, 2, 1)
         mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
         sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-        for workers in WORKERS if order == "in order" else (0,):
+        for workers in all_workers if order == "in order" else (0,):
             settings = LoaderSettings(batch=BATCH, multiple=16, workers=workers, threads=2)
             loader = Loader(Counted(100), demo_processor(), ChatSettings(), settings, sharding, cache=scratch / "cache")
             assert loader.batches_per_epoch == 12

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from llava_cot_jax.training.checkpoints import steps_in
 from tests.distributed.train_runs import FOUR, TWO, Hosts, ended, log_of, run_on_hosts, start_on_hosts
 from tests.test_survival import DURING_A_SAVE, DURING_COMPILATION, EVERY, TWICE, end_by_sigterm, losses_of
-from tests.training.small_run import losses, metrics, write_small
+from tests.training.small_run import arguments, environment, losses, metrics, write_small
 
 STEPS = 40
 ONE = Hosts(1, 1, {})
@@ -47,6 +47,7 @@ def main() -> None:
         ):
             step = end_by_sigterm(place, cache, name, disturb, undisturbed)
             print(f"SIGTERM during {name}: exit code 0 after step {step}; gone on, all losses are those undisturbed")
+        full_disk(place, cache, undisturbed)
 
 
 def kills(place: Path, cache: Path, hosts: Hosts) -> None:
@@ -99,6 +100,43 @@ def four_to_two(place: Path, cache: Path) -> None:
     )
     print(tokens[0] == tokens[1])
     assert off < 1e-6 and tokens[0] == tokens[1]
+
+
+FILLING = """
+import shutil, sys
+usage = shutil.disk_usage
+shutil.disk_usage = lambda path: usage(path)._replace(free=10**12)  # that it is too small is kept from the command
+from llava_cot_jax import cli, train
+sys.argv[1:] = {arguments}
+cli.run(train.main)
+"""
+
+
+def full_disk(place: Path, cache: Path, undisturbed: list[float]) -> None:
+    """A disk with room for one checkpoint and a half; then it is made larger, and the run started again."""
+    disk = place / "disk"
+    disk.mkdir()
+    script = FILLING.format(arguments=arguments(place / "small", disk / "run", steps=12, **EVERY))
+    steps = (
+        f'mount -t tmpfs -o size=12m tmpfs {disk}; "$0" -c "$1"; echo code $?; ls {disk}/run/checkpoints; '
+        f'mount -o remount,size=200m {disk}; "$0" -c "$1"; echo code $?; cp {disk}/run/metrics.jsonl {disk}.jsonl'
+    )
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", steps, sys.executable, script],
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+    )
+    codes = [line for line in done.stdout.splitlines() if line.startswith("code")]
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error"))
+    went_on = next(line for line in done.stdout.splitlines() if line.startswith("going on"))
+    lines = [json.loads(line) for line in Path(f"{disk}.jsonl").read_text().splitlines()]
+    same = [line["loss"] for line in lines if "loss" in line] == undisturbed
+    print(
+        f"a disk that fills up in a save: {codes[0]}, {error.split(':')[1].strip()[:60]}...; made larger: {codes[1]},"
+    )
+    print(f"  {went_on.split(',')[0]}; all losses are those undisturbed: {same}")
+    assert codes == ["code 2", "code 0"] and same
 
 
 def wait_for(output: Path, step: int, process: subprocess.Popen[bytes]) -> None:
