@@ -12,13 +12,14 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from llava_cot_jax.errors import UserError
@@ -34,6 +35,9 @@ JSON = "json"
 
 METRIC = "validation_loss"
 """By which checkpoints are the best."""
+
+TIMEOUT_SECONDS = 2 * 3600
+"""For a checkpoint to be written and summed up in the background."""
 
 ASIDE = "damaged"
 """Beside the folder of checkpoints: those that were found damaged."""
@@ -71,6 +75,24 @@ class Kept:
         return policies.AnyPreservationPolicy(chosen)
 
 
+@dataclass(kw_only=True)
+class _AsyncOptions(ocp.options.AsyncOptions):
+    """Orbax's, with what each of several processes does once its own files are written."""
+
+    before_barrier: Callable[[], None]
+
+    def v0(self) -> Any:
+        """What orbax builds from; its barriers have names."""
+        wait = multihost.get_barrier_sync_fn()
+
+        def barrier(*, key: str, timeout_ms: int) -> None:
+            if "async_write_complete" in key:
+                self.before_barrier()
+            wait(key=key, timeout_ms=timeout_ms)
+
+        return replace(super().v0(), barrier_sync_fn=barrier)
+
+
 class Checkpoints:
     """The checkpoints in a folder; a context manager that waits for the last one to be written.
 
@@ -83,12 +105,15 @@ class Checkpoints:
         self._folder = folder
         self._kept = kept
         self._saving = 0
-        context = ocp.Context()
-        # A function of its own: orbax copies its options deeply, and a method's object with them.
-        context.asynchronous.post_finalization_callback = lambda: self._seal()
+        # Functions of their own: orbax copies its options deeply, and a method's object with them.
+        options = _AsyncOptions(
+            timeout_secs=TIMEOUT_SECONDS,
+            post_finalization_callback=lambda: self._sum_up(None),
+            before_barrier=lambda: self._sum_up(jax.process_index()),
+        )
         self._orbax = ocp.training.Checkpointer(
             folder,
-            context=context,
+            context=ocp.Context(async_options=options),
             preservation_policy=kept.policy(),
             cleanup_tmp_directories=True,
         )
@@ -101,13 +126,13 @@ class Checkpoints:
             self.wait()
         self._orbax.close()
 
-    def _seal(self) -> None:
-        """Write the checksums of the checkpoint whose files are all there, but which is not visible yet.
+    def _sum_up(self, process: int | None) -> None:
+        """Write the checksums of the checkpoint that is being written, but is not visible yet.
 
         On a disk it becomes visible by a rename, in a bucket by one file more.
         """
         unseen = list(self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
-        write_checksums(unseen[0] if unseen else self._folder / str(self._saving))
+        write_checksums(unseen[0] if unseen else self._folder / str(self._saving), process)
 
     def check_room(self, state: State) -> None:
         """Whether the disk holds the checkpoints of a run: one more than are kept, while the oldest goes.
