@@ -195,12 +195,26 @@ def _attend_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> t
     scores = jnp.where(mask[:, None, None, None], scores, jnp.finfo(jnp.float32).min)
     top = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
-    out = jnp.einsum("gnkhts,gksd->gnkhtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = _weighted(weights.astype(v.dtype), v)
 
     def by_row(x: jax.Array) -> jax.Array:
         return x.reshape(rows, heads, tokens, -1)
 
     return by_row(out), by_row(top), by_row(weights.sum(axis=-1, keepdims=True))
+
+
+def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """``v`` [groups, kv_heads, slots, head_dim] by weights [groups, n, kv_heads, heads, tokens, slots], in float32."""
+
+    def product(weights: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.einsum("gnkhts,gksd->gnkhtd", weights, v, preferred_element_type=jnp.float32)
+
+    def wide(weights: jax.Array, v: jax.Array) -> jax.Array:
+        return product(weights.astype(jnp.float32), v.astype(jnp.float32))
+
+    # XLA's CPU backend has no product of this form that takes bfloat16 and gives float32.
+    out: jax.Array = jax.lax.platform_dependent(weights, v, cpu=wide, default=product)
+    return out
 
 
 def _in_blocks(x: jax.Array, axis: int) -> jax.Array:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from llava_cot_jax.cli import CompilationCounter
+from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
@@ -22,8 +23,9 @@ from llava_cot_jax.search.strategies import (
     Sample,
     StageBeam,
 )
+from llava_cot_jax.stages import STAGES
 from tests.search import brute_force
-from tests.search.models import random_model, scene, trained_model
+from tests.search.models import TRAINED, random_model, scene, trained_model
 
 TOKEN = Judge("token")
 RATIONALE = Judge("rationale", reason_tokens=12, check_tokens=9, temperature=0.9)
@@ -231,6 +233,17 @@ def test_the_program_sees_the_images_once(ending, prompts, name):
     program = jax.make_jaxpr(lambda p, r: search(p, r, tables.stages, tables.judging, **static))(model.params, request)
     kernel = model.params["vision_model"]["patch_embedding"]["weight"].shape
     assert uses(program.jaxpr, kernel) == [()]
+
+
+@pytest.mark.slow
+def test_a_search_in_bfloat16(prompts):
+    """As most checkpoints are: candidates, rows of the judge and reasons, of two questions at once."""
+    model = Mllama.from_pretrained(TRAINED, dtype="bfloat16")
+    reasoner = Reasoner(model, Processor.from_pretrained(TRAINED), TRAINED_STRATEGIES["stages by reasons"], prompts)
+    for answer in reasoner.answer_batch(*zip(scene(0), scene(1), strict=True)):
+        assert [stage.stage for stage in answer.trace.stages] == list(STAGES)
+        scores = [c.mean_log_probability for stage in answer.trace.stages for c in stage.candidates]
+        assert min(scores) > -10 and max(scores) < 0
 
 
 def uses(jaxpr, shape: tuple[int, ...], loops: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
