@@ -15,7 +15,7 @@ from pathlib import Path
 
 TRAINED = Path(__file__).parents[1] / "fixtures" / "shapes_model"
 SEARCHES = {
-    "streamed, to the first token": [],
+    "streamed, to the first token": ["--max-new-tokens", "64"],
     "stage beam, to the answer": ["--search", "stage_beam", "--budget", "[20, 40, 60, 10]"],
 }
 
