@@ -4,9 +4,11 @@ import json
 import sys
 from dataclasses import asdict
 
+import jax
 import numpy as np
 import pytest
 import yaml
+from jax.experimental.compilation_cache import compilation_cache
 
 from llava_cot_jax import bench, cli, hardware
 from llava_cot_jax.benchmark import workload as workloads
@@ -73,8 +75,19 @@ def bench_search(timed, plan, stages, judging):
     return search(timed.params, timed.request, stages, judging, **static)
 
 
+@pytest.fixture
+def kept_compilations():
+    """As outside of tests: what was compiled is kept."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
 @pytest.mark.slow
-def test_the_report(monkeypatch, capsys, tmp_path):
+def test_the_report(monkeypatch, capsys, tmp_path, kept_compilations):
     """For machines on stdout, for people on stderr; with transformers beside it."""
     work = tmp_path / "work.yaml"
     lengths = {**asdict(WORK), "stages": list(WORK.stages), "candidates": list(WORK.candidates)}
@@ -85,7 +98,9 @@ def test_the_report(monkeypatch, capsys, tmp_path):
     assert code == 0, err
     report = json.loads(out)
     names = [part["name"] for part in report["parts"]]
-    assert names[:4] == ["vision tower", "prefill", "decode, N = 1", "decode, N = 2"]
+    assert names[:5] == ["vision tower", "prefill", "decode, N = 1", "decode, N = 2", "judge, a pair"]
+    assert [part["rows"] for part in report["parts"][2:4]] == [1, 2]
+    assert all(part["timing"]["warm"] < part["timing"]["cold"] for part in report["parts"][2:4])
     assert "stage beam, rationale, N = 2" in names and "greedy" in names
     assert all(p["timing"]["median"] > 0 and p["flops"] > 0 for p in report["parts"])
     assert report["recompilations"] == 0

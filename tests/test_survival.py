@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,15 +73,6 @@ def disturbed(
         text=True,
         timeout=600,
     )
-
-
-def wait_for_step(output: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    """Until a run has written so many steps down."""
-    while process.poll() is None:
-        if (output / "metrics.jsonl").exists() and len((output / "metrics.jsonl").read_text().splitlines()) >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError("it ended too soon")
 
 
 SLOWLY = 'before(stepper.Stepper, "step", lambda: time.sleep(0.5))'
@@ -157,26 +147,6 @@ def test_a_changed_configuration_is_refused_unless_told(place, cache, undisturbe
     assert done.returncode == 0, done.stderr
     assert "going on with changes: optimizer.b2 was 0.98" in done.stdout.replace("\n", " ")
     assert f"going on from step {STEPS}" in done.stdout and len(losses(place / "changed")) == STEPS + 1
-
-
-@pytest.mark.slow
-def test_a_second_run_in_the_same_folder_is_refused(place, cache, undisturbed):
-    given = arguments(place / "small", place / "both", steps=500, **EVERY)
-    first = subprocess.Popen(
-        [sys.executable, "-m", "llava_cot_jax.train", *given],
-        env=environment(cache),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        wait_for_step(place / "both", 2, first)
-        second = command("train", *given, cache=cache)
-        assert (second.returncode, second.stderr.count("\n")) == (2, 1)
-        assert f"a run is under way there (process {first.pid} on" in second.stderr
-        assert first.poll() is None
-    finally:
-        first.kill()
-        first.wait()
 
 
 NOT_FINITE = """

@@ -21,6 +21,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.train import main
 from llava_cot_jax.training.checkpoints import steps_in
+from llava_cot_jax.training.run_lock import RunLock
 from tests.parity.reference import under
 from tests.training.small_run import arguments, command, environment, losses, metrics, validation_loss, write_small
 
@@ -176,6 +177,15 @@ def test_a_mistake_ends_in_one_line_and_code_2(place, cache, monkeypatch, capsys
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
+
+
+def test_a_second_run_in_the_same_folder_is_refused(place, cache, monkeypatch):
+    """Before it reads or writes anything there."""
+    monkeypatch.setattr("llava_cot_jax.train._join_hosts", lambda hosts: None)  # this process has done it
+    (place / "both").mkdir()
+    with RunLock(place / "both"), pytest.raises(UserError, match=r"both: a run is under way there \(process \d+ on"):
+        main(arguments(place / "small", place / "both"))
+    assert [path.name for path in (place / "both").iterdir()] == [".running"]
 
 
 def test_hosts_are_given_whole_or_not_at_all():

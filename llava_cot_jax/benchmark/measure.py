@@ -20,15 +20,17 @@ class Timing:
     """Seconds of a program.
 
     Attributes:
-        compiling: until its first result, compilation included, less a later run.
-        median: of the runs after the first.
+        cold: of compiling it: until its first result, less a later run.
+        warm: likewise, once more, with what XLA compiled kept on disk, as a second process finds it.
+        median: of the runs after these.
         least: of those.
         most: of those.
         runs: how many they were.
         compiled_again: programs that they compiled, where they should have compiled none.
     """
 
-    compiling: float
+    cold: float
+    warm: float
     median: float
     least: float
     most: float
@@ -40,17 +42,22 @@ _compilations = CompilationCounter()
 
 
 def timed(program: Callable[[], T], runs: int) -> tuple[Timing, T]:
-    """Run ``program`` once to compile it, and ``runs`` times to time it; its last result, too."""
-    began = time.perf_counter()
-    jax.block_until_ready(program())
-    first = time.perf_counter() - began
-    seconds, before = [], _compilations.count
-    for _ in range(runs):
+    """Compile and run ``program``, twice, and then run it ``runs`` times to time it; its last result, too."""
+
+    def once() -> tuple[float, T]:
         began = time.perf_counter()
         result = jax.block_until_ready(program())
-        seconds.append(time.perf_counter() - began)
-    middle, again = statistics.median(seconds), _compilations.count - before
-    return Timing(max(first - middle, 0.0), middle, min(seconds), max(seconds), runs, again), result
+        return time.perf_counter() - began, result
+
+    cold, _ = once()
+    jax.clear_caches()
+    warm, result = once()
+    before, each = _compilations.count, []
+    for _ in range(runs):
+        seconds, result = once()
+        each.append(seconds)
+    middle, again = statistics.median(each), _compilations.count - before
+    return Timing(max(cold - middle, 0.0), max(warm - middle, 0.0), middle, min(each), max(each), runs, again), result
 
 
 @dataclass(frozen=True)

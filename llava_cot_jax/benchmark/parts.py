@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llava_cot_jax import hardware
 from llava_cot_jax.benchmark.measure import Timing, timed
-from llava_cot_jax.benchmark.workload import Workload, endless, request, tables
+from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload, endless, request, tables
 from llava_cot_jax.model.cache import Layers, Memory, Prefix, empty
 from llava_cot_jax.model.layers import Weights, linear
 from llava_cot_jax.model.mllama import Mllama, logits
@@ -21,7 +21,7 @@ from llava_cot_jax.search.decode import View, look, read
 from llava_cot_jax.search.pieces import Pieces
 from llava_cot_jax.search.program import search, write_candidates
 from llava_cot_jax.search.reasoner import chunk_of
-from llava_cot_jax.search.strategies import StageBeam, Strategy
+from llava_cot_jax.search.strategies import Judge, StageBeam, Strategy
 from llava_cot_jax.search.trace import Batch, Costs
 
 T = TypeVar("T")
@@ -35,11 +35,12 @@ class Part:
         name: what it is.
         timing: of the whole part.
         count: how many of ``unit`` it is.
-        unit: "image", "token", "step", "question".
+        unit: "image", "token", "step", "pair", "question".
         flops: of the whole part, by ``hardware``'s useful count.
         bytes: that it must read from memory: the weights once, or at each step of decoding, and then caches too.
             Of a whole search, those of its decoding steps alone: reading prompts is bound by arithmetic.
         bare: seconds of the same matrix products alone, with nothing between them; None where not taken.
+        rows: sequences that a step of decoding brings on by a token.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Part:
     flops: int
     bytes: int
     bare: float | None = None
+    rows: int = 1
 
 
 class Bench:
@@ -82,6 +84,8 @@ class Bench:
         prefix = Prefix(layers, self.request.lengths + before)
         for count in self.work.candidates:
             yield self._steps(count, view, prefix, scores)
+        if max(self.work.candidates) > 1:
+            yield self._pair(view)
 
     def _run(self, function: Callable[..., T], *arguments: Any) -> tuple[Timing, T]:
         """Time ``function`` of the parameters and ``arguments``, compiled; its result, too."""
@@ -128,7 +132,26 @@ class Bench:
         one = hardware.text_flops(self.config, 1, self.image_tokens, prefix=length + steps // 2)
         bare = self._run(lambda p: self._bare_text(p, count, count))[0].median * (steps - 1)
         name = f"decode, N = {count}"
-        return Part(name, timing, steps - 1, "step", count * sum(one.values()) * (steps - 1), read_bytes, bare)
+        return Part(name, timing, steps - 1, "step", count * sum(one.values()) * (steps - 1), read_bytes, bare, count)
+
+    def _pair(self, view: View) -> Part:
+        """What a token verdict on two candidates of the longest stage takes: both orders are read after the front."""
+        orders, chunk = Judge().orders, chunk_of(self.model)
+        own = 2 * (max(self.work.stages) + 2 * TAG_TOKENS) + round(0.64 * self.work.judge_words)
+        front = self.work.prompt + round(0.36 * self.work.judge_words)
+        texts = Pieces(jnp.ones((orders, own), jnp.int32), jnp.full(orders, own, jnp.int32))
+        cache = functools.partial(empty, self.config.text, dtype=self.model.dtype)
+
+        def verdict(params: Weights, view: View, texts: Pieces) -> jax.Array:
+            prefix = Prefix(cache(1, front), jnp.full(1, front, jnp.int32))
+            memory = Memory(cache(orders, own + chunk), jnp.zeros(orders, jnp.int32), prefix, view.images)
+            return read(params, self.config, texts, memory, view, chunk=max(1, chunk // orders))[1]
+
+        timing, _ = self._run(verdict, view, texts)
+        one = hardware.text_flops(self.config, own, self.image_tokens, prefix=front, scored=1)
+        bare = self._run(lambda p: self._bare_text(p, orders * own, orders))[0].median
+        read_bytes = self._step_bytes(1, 0, 0)["weights"]
+        return Part("judge, a pair", timing, 1, "pair", orders * sum(one.values()), read_bytes, bare)
 
     def whole(self, name: str, strategy: Strategy) -> Part:
         """A whole search; its floor is that of its decoding steps and of what it reads."""

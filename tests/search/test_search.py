@@ -239,7 +239,7 @@ def test_the_program_sees_the_images_once(ending, prompts, name):
 def test_a_search_in_bfloat16(prompts):
     """As most checkpoints are: candidates, rows of the judge and reasons, of two questions at once."""
     model = Mllama.from_pretrained(TRAINED, dtype="bfloat16")
-    reasoner = Reasoner(model, Processor.from_pretrained(TRAINED), TRAINED_STRATEGIES["stages by reasons"], prompts)
+    reasoner = Reasoner(model, Processor.from_pretrained(TRAINED), StageBeam(2, SHORT, budget=6), prompts)
     for answer in reasoner.answer_batch(*zip(scene(0), scene(1), strict=True)):
         assert [stage.stage for stage in answer.trace.stages] == list(STAGES)
         scores = [c.mean_log_probability for stage in answer.trace.stages for c in stage.candidates]
