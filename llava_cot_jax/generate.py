@@ -6,7 +6,6 @@ Without ``--search`` the text streams as it comes; with it, the answer is search
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jsonargparse
@@ -30,30 +29,14 @@ from llava_cot_jax.model.sharding import MESH_AXES, Mesh, check_mesh, default_me
 from llava_cot_jax.paths import access
 from llava_cot_jax.screen import Screen
 from llava_cot_jax.search.generator import Generator, check_request
+from llava_cot_jax.search.options import STRATEGIES, add_arguments, chosen
 from llava_cot_jax.search.preparation import Preparation, Questions
 from llava_cot_jax.search.prompts import DEFAULT_FILE
 from llava_cot_jax.search.reasoner import answer_prepared
 from llava_cot_jax.search.sampling import Sampling
-from llava_cot_jax.search.strategies import (
-    BestOfN,
-    Greedy,
-    Judge,
-    LogProbability,
-    MajorityVote,
-    Sample,
-    StageBeam,
-    Strategy,
-)
+from llava_cot_jax.search.strategies import Strategy
 from llava_cot_jax.search.trace import Trace
 from llava_cot_jax.stages import find_stages
-
-STRATEGIES: dict[str, type[Any]] = {
-    "greedy": Greedy,
-    "sample": Sample,
-    "majority_vote": MajorityVote,
-    "best_of_n": BestOfN,
-    "stage_beam": StageBeam,
-}
 
 NEW_TOKENS = 2048
 """The longest answer without a search, by default."""
@@ -108,39 +91,8 @@ def _parser() -> cli.Parser:
         default=None,
         help=f"the longest answer without a search, in tokens; default: {NEW_TOKENS}",
     )
-    add(
-        "--temperature",
-        type=float | tuple[float, ...] | None,
-        default=None,
-        help="0 takes the likeliest token; default: 0, and in a search 0.6, as LLaVA-CoT samples",
-    )
-    add("--top-k", type=int | None, default=None, help="sample among so many of the likeliest tokens; in a search 50")
-    add(
-        "--top-p",
-        type=float | None,
-        default=None,
-        help="sample among the likeliest of this probability; in a search 0.9",
-    )
     add("--seed", type=int, default=0, help="of the draws")
-    add("--search", choices=list(STRATEGIES), help="search for the answer; stage_beam is LLaVA-CoT's method")
-    add(
-        "--candidates",
-        type=int | tuple[int, ...] | None,
-        default=None,
-        help="of a search; like --temperature and --budget, of stage_beam one number or a list of one for each stage",
-    )
-    add(
-        "--budget",
-        type=int | tuple[int, ...] | None,
-        default=None,
-        help="of a search: the longest answer in tokens, or the longest stage",
-    )
-    add(
-        "--judge",
-        choices=["token", "rationale", "log_probability"],
-        help="what chooses among candidates: the model by the probability of its verdict (default) or by a written "
-        "reason, or the candidates' own mean log-probability",
-    )
+    add_arguments(parser)
     add("--judge-prompts", type=str, default=str(DEFAULT_FILE), help="a file of the judge's prompts")
     add("--trace", type=str, help="write all candidates, verdicts and counts of a search to this JSON file")
     add(
@@ -160,33 +112,13 @@ def _parser() -> cli.Parser:
 
 
 def _how(options: jsonargparse.Namespace) -> Strategy | Sampling:
-    """What ``--search`` and the arguments that go with it come to; without it, how tokens are drawn."""
-    given = {
-        name: options[name]
-        for name in ("candidates", "budget", "judge", "temperature", "top_k", "top_p")
-        if options[name] is not None
-    }
-    if options.search is None:
-        searching = {"candidates", "budget", "judge"} & given.keys() or {"trace"} & {k for k, v in options.items() if v}
-        if searching:
-            raise UserError(f"--{min(searching)} is of a search: give --search too ({', '.join(STRATEGIES)})")
-        if isinstance(options.temperature, tuple):
-            raise UserError("several temperatures are those of stages: give --search stage_beam too")
-        return Sampling(**given)
-    if options.max_new_tokens is not None:
+    """A search, or how tokens are drawn without one."""
+    how = chosen(options)
+    if options.search is None and options.trace:
+        raise UserError(f"--trace is of a search: give --search too ({', '.join(STRATEGIES)})")
+    if options.search is not None and options.max_new_tokens is not None:
         raise UserError("--max-new-tokens is of an answer without a search: give --budget instead")
-    made = STRATEGIES[options.search]
-    if judge := given.pop("judge", None):
-        given["scorer"] = LogProbability() if judge == "log_probability" else Judge(judge)
-    for name, value in given.items():
-        if name not in {field.name for field in dataclasses.fields(made)}:
-            spoken = "judge" if name == "scorer" else name.replace("_", "-")
-            raise UserError(f"--{spoken} has no meaning for --search {options.search}")
-        if isinstance(value, tuple) and made is not StageBeam:
-            raise UserError(f"--{name} takes one value, except for --search stage_beam")
-    strategy: Strategy = made(**given)
-    strategy.plan()  # refuses what cannot be used
-    return strategy
+    return how
 
 
 def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:

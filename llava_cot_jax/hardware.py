@@ -21,7 +21,7 @@ from typing import Any, Literal
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.layers import QUERY_BLOCK
+from llava_cot_jax.model.layers import QUERY_BLOCK, Checkpointing
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE
 from llava_cot_jax.model.vision import TOKEN_MULTIPLE
@@ -41,6 +41,9 @@ class Chip:
         flops: bfloat16 FLOPs a second, dense.
         int8_ops: int8 operations a second; None where the vendor states none.
         devices: the jax devices that one chip is; its figures are those of all of them together.
+        links: bytes a second that it sends to its neighbours, over all its links; None where there are none,
+            or the topology is not known here.
+        network: bytes a second that it sends over the data centre's network, between slices; likewise.
     """
 
     name: str
@@ -50,13 +53,15 @@ class Chip:
     flops: float
     int8_ops: float | None
     devices: int = 1
+    links: float | None = None
+    network: float | None = None
 
 
 CHIPS = (
     Chip("TPU v4", ("TPU v4",), 32 * GIB, 1228e9, 275e12, 275e12),
-    Chip("TPU v5e", ("TPU v5 lite", "TPU v5e"), 16 * GIB, 819e9, 197e12, 394e12),
-    Chip("TPU v5p", ("TPU v5", "TPU v5p"), 95 * GIB, 2765e9, 459e12, 918e12),
-    Chip("TPU v6e", ("TPU v6 lite", "TPU v6e"), 32 * GIB, 1638e9, 918e12, 1836e12),
+    Chip("TPU v5e", ("TPU v5 lite", "TPU v5e"), 16 * GIB, 819e9, 197e12, 394e12, links=200e9, network=3.125e9),
+    Chip("TPU v5p", ("TPU v5", "TPU v5p"), 95 * GIB, 2765e9, 459e12, 918e12, links=600e9, network=6.25e9),
+    Chip("TPU v6e", ("TPU v6 lite", "TPU v6e"), 32 * GIB, 1638e9, 918e12, 1836e12, links=400e9, network=12.5e9),
     Chip("TPU v7", ("TPU7x",), 192 * GIB, 7380e9, 2307e12, None, devices=2),
     Chip("A100 40 GB", ("NVIDIA A100-SXM4-40GB",), 40 * GIB, 1555e9, 312e12, 624e12),
     Chip("A100 80 GB", ("NVIDIA A100-SXM4-80GB",), 80 * GIB, 2039e9, 312e12, 624e12),
@@ -296,6 +301,46 @@ def training_flops(
     seen = images * config.vision.image_tokens
     text = text_flops(config, tokens, seen, scored=scored, trained=trained, adapted=adapted, as_computed=as_computed)
     return vision | text
+
+
+def recomputed_flops(config: MllamaConfig, tokens: int, images: int, *, checkpointing: Checkpointing) -> dict[str, int]:
+    """FLOPs that a training step computes a second time for one row, where all is trained, as computed in plain JAX.
+
+    The logits always are; so are the scores of long queries, which attend in blocks. With ``dots`` so is all of
+    attention, whose products are not kept; with ``full`` each layer, but for its last product, which no gradient
+    needs unless a gate is behind it.
+
+    Args:
+        config: the model's.
+        tokens: of the row, as many as a whole number of the loss's chunks has.
+        images: of the row.
+        checkpointing: what of a layer is saved.
+
+    Returns:
+        By the kinds of ``training_flops``.
+    """
+    once = training_flops(config, tokens, images, trained=(), as_computed=True)
+    again = dict.fromkeys(once, 0)
+    again["head"] = once["head"]
+    tower, text = config.vision, config.text
+    queries = {
+        "tower attention": tower.max_num_tiles * _filled(tower.tile_tokens, TOKEN_MULTIPLE),
+        "text attention": tokens,
+        "cross attention": tokens,
+    }
+    for kind, count in queries.items():
+        again[kind] = (once[kind] // 2 if count > 2 * QUERY_BLOCK else 0) + (
+            once[kind] if checkpointing != "none" else 0
+        )
+    if checkpointing == "full":
+        last = images * queries["tower attention"] * tower.intermediate_size * tower.hidden_size
+        patches = images * tower.max_num_tiles * tower.patches * tower.hidden_size
+        outside = 2 * patches * tower.num_channels * tower.patch_size**2
+        down = 2 * tokens * text.hidden_size * text.intermediate_size
+        again["tower"] = once["tower"] - outside - 2 * tower.num_hidden_layers * last
+        again["cross keys and values"] = once["cross keys and values"]
+        again["text"] = once["text"] - (text.num_hidden_layers - sum(text.is_cross)) * down
+    return again
 
 
 def _images_learn(trained: Collection[Part], adapted: Collection[Part]) -> bool:

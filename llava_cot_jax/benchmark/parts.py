@@ -20,7 +20,7 @@ from llava_cot_jax.model.vision import TOKEN_MULTIPLE
 from llava_cot_jax.search.decode import View, look, read
 from llava_cot_jax.search.pieces import Pieces
 from llava_cot_jax.search.program import search, write_candidates
-from llava_cot_jax.search.reasoner import chunk_of
+from llava_cot_jax.search.reasoner import chunk_for
 from llava_cot_jax.search.strategies import Judge, StageBeam, Strategy
 from llava_cot_jax.search.trace import Batch, Costs
 
@@ -136,7 +136,7 @@ class Bench:
 
     def _pair(self, view: View) -> Part:
         """What a token verdict on two candidates of the longest stage takes: both orders are read after the front."""
-        orders, chunk = Judge().orders, chunk_of(self.model)
+        orders, chunk = Judge().orders, chunk_for(self.model.mesh)
         own = 2 * (max(self.work.stages) + 2 * TAG_TOKENS) + round(0.64 * self.work.judge_words)
         front = self.work.prompt + round(0.36 * self.work.judge_words)
         texts = Pieces(jnp.ones((orders, own), jnp.int32), jnp.full(orders, own, jnp.int32))
@@ -157,7 +157,7 @@ class Bench:
         """A whole search; its floor is that of its decoding steps and of what it reads."""
         plan = strategy.plan()
         stages, judging = tables(self.config, self.work, plan)
-        static = {"config": self.config, "plan": plan, "chunk": chunk_of(self.model), "mesh": self.model.mesh}
+        static = {"config": self.config, "plan": plan, "chunk": chunk_for(self.model.mesh), "mesh": self.model.mesh}
         timing, found = timed(lambda: search(self.params, self.request, stages, judging, **static), self.runs)
         one = jax.tree.map(lambda x: x[:, 0], jax.device_get(found))
         costs = Costs(self.config, plan, one, images=1 if self.image_tokens else 0)
@@ -183,7 +183,7 @@ class Bench:
         return parts | {"weights": int(parts["weights"] * self.weight_bytes)}
 
     def _read_prompt(self, params: Weights, request: Any, view: View) -> tuple[Any, jax.Array]:
-        chunk = chunk_of(self.model)
+        chunk = chunk_for(self.model.mesh)
         prompt = Pieces(request.inputs["input_ids"], request.lengths)
         room = prompt.capacity + sum(self.work.stages) + chunk
         own = empty(self.config.text, len(request.lengths), room, self.model.dtype)

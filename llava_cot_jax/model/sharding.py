@@ -8,9 +8,19 @@ A mesh has three axes. ``data`` repeats the model, ``fsdp`` cuts parameters and 
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, use_abstract_mesh
+from jax.experimental import mesh_utils
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    get_abstract_mesh,
+    use_abstract_mesh,
+)
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
@@ -33,8 +43,10 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of ``data`` x ``fsdp`` x ``tensor`` devices, the first of those there are unless given.
 
+    Of several TPU slices only ``data`` runs over the slow network between them: each holds whole copies of the model.
+
     Raises:
-        UserError: an axis below 1, or fewer devices than the mesh takes.
+        UserError: an axis below 1, fewer devices than the mesh takes, or slices that ``data`` does not divide over.
     """
     shape = (data, fsdp, tensor)
     if min(shape) < 1:
@@ -45,7 +57,20 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
         raise UserError(
             f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} takes {count} devices; there are {len(available)}"
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=available[:count])
+    axes = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in available[:count]})
+    if slices == 1 or available[0].platform != "tpu":
+        return jax.make_mesh(shape, MESH_AXES, axis_types=axes, devices=available[:count])
+    if data % slices:
+        raise UserError(f"data={data} does not divide over {slices} slices: make it a multiple of {slices}")
+    within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, available[:count]), MESH_AXES, axis_types=axes)
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of no devices: enough to trace a program, and to know the shapes of all its shards."""
+    mesh: Any = AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return mesh  # jax lets it stand where no device is asked for
 
 
 def partition(axes: Iterable[str | None]) -> PartitionSpec:
@@ -113,6 +138,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         for size, axis in zip(x.shape, axes, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, partition(whole))
+
+
+def on_each_device(size: int, axis: str) -> int:
+    """How many of ``size`` along a logical axis each device of ``on_mesh`` has, as ``constrain`` lays them out."""
+    mesh = get_abstract_mesh()
+    pieces = 1 if mesh.empty else math.prod(mesh.shape[m] for m in RULES[axis])
+    return size if size % pieces else size // pieces
 
 
 def default_mesh(config: MllamaConfig) -> Mesh | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.errors import UserError
@@ -19,11 +20,14 @@ from llava_cot_jax.search.strategies import MajorityVote, StageBeam, Strategy
 from llava_cot_jax.search.trace import Costs, StageTrace, Trace, trace_stage
 from llava_cot_jax.stages import find_stages
 
+ACCELERATOR_CHUNK, CPU_CHUNK = 256, 64
+"""Tokens of a question that are read at a time."""
 
-def chunk_of(model: Mllama) -> int:
+
+def chunk_for(mesh: Mesh | None) -> int:
     """Tokens of a question to read at a time: on an accelerator as many as hide the reading of the weights."""
-    device = model.mesh.devices.flat[0] if model.mesh else jax.devices()[0]
-    return 64 if device.platform == "cpu" else 256
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    return CPU_CHUNK if device.platform == "cpu" else ACCELERATOR_CHUNK
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def answer_prepared(model: Mllama, preparation: Preparation, questions: Question
     """The answers to questions that ``preparation`` has prepared, by its search."""
     began = time.perf_counter()
     plan, stages, judging = preparation.plan, preparation.stages, preparation.judging
-    static = {"config": model.config, "plan": plan, "chunk": chunk_of(model), "mesh": model.mesh}
+    static = {"config": model.config, "plan": plan, "chunk": chunk_for(model.mesh), "mesh": model.mesh}
     found: StageFindings = jax.device_get(search(model.params, questions.request, stages, judging, **static))
     seconds = {"prepare": questions.seconds, "search": time.perf_counter() - began}
     answers = []

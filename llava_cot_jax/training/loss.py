@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.layers import Checkpointing, Weights
 from llava_cot_jax.model.mllama import hidden_states, logits
-from llava_cot_jax.model.sharding import constrain
+from llava_cot_jax.model.sharding import constrain, on_each_device
 
-CHUNK = 256
-"""Tokens of a row whose logits stand at a time: all logits of 2048 tokens would take 1.05 GB a row."""
+LOGITS = 1024
+"""Tokens on a device whose logits stand at a time, 0.5 GB in float32 with the published vocabulary. Where lm_head is
+cut over devices it is gathered for each such part of a batch: few tokens at a time would cost more than memory."""
 
 
 def token_losses(
@@ -32,7 +33,7 @@ def token_losses(
 
     @jax.checkpoint  # the logits are made again in the backward pass
     def chunk_losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden, targets = part  # [batch, CHUNK, hidden], [batch, CHUNK]
+        hidden, targets = part  # [batch, size, hidden], [batch, size]
         scores = constrain(logits(params, hidden), "batch", None, "vocab")
         # Not a gather, which would bring a vocabulary that is cut over devices together.
         places = jax.lax.broadcasted_iota(targets.dtype, scores.shape, 2) == targets[..., None]
@@ -40,14 +41,15 @@ def token_losses(
         return jax.nn.logsumexp(scores, axis=-1) - chosen
 
     tokens = targets.shape[1]
-    parts = jax.tree.map(_in_chunks, (hidden, targets))
-    losses = jnp.moveaxis(jax.lax.map(chunk_losses, parts), 0, 1)  # [batch, chunks, CHUNK]
+    count = -(-tokens * on_each_device(len(targets), "batch") // LOGITS)
+    size = -(-tokens // count)  # chunks of one size, so that little is filled up
+    parts = jax.tree.map(lambda x: _in_chunks(x, size), (hidden, targets))
+    losses = jnp.moveaxis(jax.lax.map(chunk_losses, parts), 0, 1)  # [batch, chunks, size]
     losses = losses.reshape(targets.shape[0], -1)[:, : tokens - 1]
     return jnp.pad(losses, ((0, 0), (1, 0)))
 
 
-def _in_chunks(x: jax.Array) -> jax.Array:
-    """[batch, tokens, ...] -> [chunks, batch, CHUNK, ...]; a short row is one chunk."""
-    size = min(CHUNK, x.shape[1])
+def _in_chunks(x: jax.Array, size: int) -> jax.Array:
+    """[batch, tokens, ...] -> [chunks, batch, size, ...]."""
     x = jnp.pad(x, [(0, -x.shape[1] % size if axis == 1 else 0) for axis in range(x.ndim)])
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

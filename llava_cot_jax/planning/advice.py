@@ -1,0 +1,102 @@
+"""What to change where a run does not fit, and which slice to take."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.planning.slices import GENERATIONS, Slice
+from llava_cot_jax.planning.training import Data, TrainingPlan, best_mesh, plan_training
+from llava_cot_jax.training.lora import LoraSettings
+from llava_cot_jax.training.settings import TrainSettings
+
+MARGIN = 0.03
+"""The share of a device's memory that a prediction should leave over before it is taken for a fit."""
+
+RANK = 32
+
+
+def fits(plan: TrainingPlan) -> bool:
+    """Whether a prediction leaves a margin."""
+    return plan.room >= MARGIN * plan.slice.generation.usable
+
+
+def smallest_change(plan: TrainingPlan, config: MllamaConfig, data: Data) -> tuple[str, TrainingPlan] | None:
+    """The first change that makes a run fit, in words and as a plan; None where none does.
+
+    In the order of what they cost: first those that leave the arithmetic as it is, then the precision of the
+    optimizer's state, then the recipe, each also together with those before it, and last the slice.
+    """
+    settings = plan.settings
+    words: dict[str, str] = {}  # by the option, of which the last counts
+    for what, changed in _changes(settings):
+        option = what.split()[0]
+        settings, words = changed(settings), words | {option: what}
+        for names, tried in (([what], changed(plan.settings)), (words.values(), settings)):
+            found = _planned(tried, config, plan.slice, data)
+            if found is not None and fits(found):
+                return " ".join(names), found
+    return _larger(plan, config, data)
+
+
+Change = Callable[[TrainSettings], TrainSettings]
+
+
+def _changes(settings: TrainSettings) -> Iterator[tuple[str, Change]]:
+    """Changes in their order, each in the words of the command line."""
+    sizes, batch = settings.mesh, settings.loader.batch
+    over = sizes.data * (sizes.fsdp or 1)
+    if settings.checkpointing != "full":
+        yield "--checkpointing full", lambda old: replace(old, checkpointing="full")
+    for parts in range(settings.micro_batches + 1, batch // over + 1):
+        if batch // over % parts == 0:
+            yield f"--micro_batches {parts}", _in_parts(parts)
+    if settings.optimizer.precision == "float32" and not settings.lora.rank:
+        yield "--optimizer.precision bfloat16_stochastic", _rounded
+    if batch > over:
+        yield f"--loader.batch {over}", lambda old: replace(_in_parts(1)(old), loader=replace(old.loader, batch=over))
+    if not settings.lora.rank:
+        lora = LoraSettings(rank=RANK, alpha=2.0 * RANK)
+        yield f"--lora.rank {RANK} --lora.alpha {2 * RANK}", lambda old: replace(old, lora=lora, frozen=[])
+
+
+def _in_parts(parts: int) -> Change:
+    return lambda old: replace(old, micro_batches=parts)
+
+
+def _rounded(old: TrainSettings) -> TrainSettings:
+    return replace(old, optimizer=replace(old.optimizer, precision="bfloat16_stochastic"))
+
+
+def _planned(settings: TrainSettings, config: MllamaConfig, slice_: Slice, data: Data) -> TrainingPlan | None:
+    try:
+        return plan_training(settings, config, slice_, data)
+    except UserError:  # the change does not divide the batch, or the model
+        return None
+
+
+def _larger(plan: TrainingPlan, config: MllamaConfig, data: Data) -> tuple[str, TrainingPlan] | None:
+    """The smallest larger slice of the same chips that holds the run as it is."""
+    generation = plan.slice.generation
+    for shape in generation.shapes:
+        slice_ = replace(plan.slice, shape=shape)
+        if slice_.chips > plan.slice.chips:
+            found = best_mesh(plan.settings, config, slice_, data)
+            if found is not None and fits(found):
+                return f"--topology {slice_.name}", found
+    return None
+
+
+def finalists(settings: TrainSettings, config: MllamaConfig, data: Data) -> list[TrainingPlan]:
+    """Of each generation of chips the smallest slice that holds a run, on its best mesh: the best first.
+
+    The best is that which loses least of its chips' arithmetic to moving bytes; of two, the one of fewer chips.
+    """
+    found = []
+    for generation in GENERATIONS.values():
+        for shape in generation.shapes:
+            plan = best_mesh(settings, config, Slice(generation, shape), data)
+            if plan is not None and fits(plan):
+                found.append(plan)
+                break
+    return sorted(found, key=lambda plan: (plan.floors.step / plan.floors.seconds["compute"], plan.slice.chips))

@@ -1,0 +1,187 @@
+"""What a compiled program sends between devices, read from its text: kind, mesh axis, bytes, and how often."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*?)\), ")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|async_computation|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)\}?")
+_ARRAY = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
+_CONSTANT = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
+_COMPARISON = re.compile(r"ROOT .* compare\(%?([\w.-]+), %?([\w.-]+)\), direction=LT")
+_PLACE = re.compile(r"get-tuple-element\(.*\), index=(\d+)")
+_RESULTS = re.compile(r" tuple\((.*?)\)(?:,|$)")
+_ADDITION = re.compile(r" add\(.*, %?([\w.-]+)\)")
+_BITS = re.compile(r"\d+$")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """An exchange between devices.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        axes: of the mesh, along which devices take part, joined by "+"; "" where it could not be told.
+        result: bytes of what a device has of it in the end.
+        sent: bytes that a device sends each time, and as many that it receives.
+        times: how often a run of the program does it.
+        source: what of the model it comes from, as the program names it.
+    """
+
+    kind: str
+    axes: str
+    result: int
+    sent: float
+    times: int
+    source: str
+
+
+def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """The collectives of a compiled program, those in loops as often as they run.
+
+    Args:
+        text: of the program, as ``compiled.as_text()`` gives it.
+        mesh: devices along each axis, the slowest first, in the order of the program's devices.
+
+    Raises:
+        ValueError: a loop with a collective whose trips cannot be told.
+    """
+    computations, entry = _computations(text)
+    times = _times(computations, entry)
+    found: dict[str, Collective] = {}
+    for name, lines in computations.items():
+        for line in lines if times.get(name) else ():
+            if not (match := _COLLECTIVE.search(line)):
+                continue
+            # A pipelined collective is written once for each of its steps, always with the same channel.
+            channel = re.search(r"channel_id=(\d+)", line)
+            key = f"{match[2]} {channel[1]}" if channel else line
+            if key not in found:
+                scattered = "all-reduce-scatter" in name or "reduce-scatter" in line.split(" = ")[0]
+                found[key] = _collective(match, line, mesh, times[name], scattered)
+    return list(found.values())
+
+
+def sent_by_axis(found: Iterable[Collective]) -> dict[str, float]:
+    """Bytes that a device sends in a run of the program, by mesh axis."""
+    sums: dict[str, float] = {}
+    for each in found:
+        sums[each.axes] = sums.get(each.axes, 0.0) + each.sent * each.times
+    return sums
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The instructions of each computation by its name, and the name of the first that runs."""
+    found: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            lines = found.setdefault(start[2], [])
+            entry = start[2] if start[1] else entry
+        elif line.startswith(" "):
+            lines.append(line)
+    return found, entry
+
+
+def _times(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs when the program runs once, by what calls it."""
+    times = {entry: 1}
+    waiting = [entry]
+    while waiting:
+        name = waiting.pop()
+        for called, count in _calls(computations, name):
+            if times.get(called, 0) < times[name] * count:
+                times[called] = times[name] * count
+                waiting.append(called)
+    return times
+
+
+def _calls(computations: Mapping[str, list[str]], name: str) -> Iterator[tuple[str, int]]:
+    for line in computations.get(name, ()):
+        if loop := _WHILE.search(line):
+            trips = _trips(computations[loop[1]], computations[loop[2]])
+            if trips is None:
+                if _exchanges(computations, loop[2]):
+                    raise ValueError(f"how often {loop[2]} runs cannot be told, and it holds a collective")
+                trips = 1
+            yield loop[2], trips
+        for group in _CALLED.findall(line):
+            for called in re.split(r",\s*", group):
+                yield called.lstrip("%"), 1
+
+
+def _trips(condition: list[str], body: list[str]) -> int | None:
+    """How often a loop runs that counts from 0 up to a constant; loops that XLA unrolled count by more than one."""
+    constants = {match[1]: int(match[2]) for line in condition + body if (match := _CONSTANT.search(line))}
+    compared = next((match for line in condition if (match := _COMPARISON.search(line))), None)
+    if compared is None or compared[2] not in constants:
+        return None
+    place = next((_PLACE.search(line) for line in condition if line.startswith(f"  %{compared[1]} = ")), None)
+    after = next((_RESULTS.search(line) for line in body if line.startswith("  ROOT")), None)
+    by = 1
+    if place and after:
+        counter = after[1].split(", ")[int(place[1])].strip()
+        counting = next((_ADDITION.search(line) for line in body if line.startswith(f"  {counter} = ")), None)
+        by = constants.get(counting[1], 1) if counting else 1
+    return -(-constants[compared[2]] // by)
+
+
+def _exchanges(computations: Mapping[str, list[str]], name: str) -> bool:
+    """Whether a computation, or one that it calls, holds a collective."""
+    if any(_COLLECTIVE.search(line) for line in computations.get(name, ())):
+        return True
+    return any(_exchanges(computations, called) for called, _ in _calls(computations, name))
+
+
+def _collective(match: re.Match[str], line: str, mesh: Mapping[str, int], times: int, scattered: bool) -> Collective:
+    kind = "reduce-scatter" if match[2] == "all-reduce" and scattered else match[2]
+    arrays = [_bytes(*array) for array in _ARRAY.findall(match[1])]
+    # The results of a start are its operands, its results, and numbers of its own.
+    result = max(arrays) if match[3] else sum(arrays)
+    groups = _groups(line, math.prod(mesh.values()))
+    size = groups.shape[1]
+    share = (size - 1) / size if size > 1 else 0.0
+    if kind == "collective-permute":
+        moving = groups[groups[:, 0] != groups[:, 1]]
+        axes, sent = _axes(moving, mesh), result * len(moving) / math.prod(mesh.values())
+    else:
+        # What is reduced and scattered is written as an all-reduce of the whole.
+        whole = result * size if match[2] == "reduce-scatter" else result
+        axes, sent = _axes(groups, mesh), whole * share * (2 if kind == "all-reduce" else 1)
+    source = re.search(r'op_name="([^"]*)"', line)
+    return Collective(kind, axes, result, sent, times, source[1] if source else "")
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    bits = _BITS.search(dtype)
+    assert bits is not None
+    return math.prod(int(size) for size in shape.split(",") if size) * max(int(bits[0]), 8) // 8
+
+
+def _groups(line: str, devices: int) -> np.ndarray:
+    """The devices that exchange with one another, [groups, size]; of a permutation, [pairs, 2]."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line + "}"):
+        return np.array(re.findall(r"\{(\d+),(\d+)", pairs[0]), int)
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        ids = np.arange(devices).reshape([int(n) for n in iota[3].split(",")])
+        if iota[4]:
+            ids = ids.transpose([int(n) for n in iota[4].split(",")])
+        return ids.reshape(int(iota[1]), int(iota[2]))
+    listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+    if listed is None:
+        return np.arange(devices)[None]
+    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+
+
+def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> str:
+    """The mesh axes along which the devices of a group differ."""
+    places = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # [axes, groups, size]
+    varying = (places != places[:, :, :1]).any(axis=(1, 2))
+    return "+".join(axis for axis, varies in zip(mesh, varying, strict=True) if varies)
