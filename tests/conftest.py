@@ -40,14 +40,6 @@ INPUTS = (
 )
 
 
-LONGEST = ("test_search.py", "test_readme.py", "test_survival.py", "test_train.py", "test_loading.py", "test_bench.py")
-"""Files that take minutes: they go first, so that no process is left with one of them at the end."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     return TINY
