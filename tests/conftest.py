@@ -2,18 +2,16 @@
 
 import os
 
+from tests.processes import WITHOUT_TORCH, xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Hundreds of small programs are compiled and run once or twice: LLVM's slower passes would not pay.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +36,14 @@ INPUTS = (
     "cross_attention_mask",
     "attention_mask",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes_start_without_torch() -> Iterator[None]:
+    """Those that tests start, not those that run the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", WITHOUT_TORCH)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from llava_cot_jax.benchmark.parts import Bench
 from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.strategies import Judge, StageBeam
+from tests.processes import ROOT
 from tests.search.models import random_model
-from tests.training.small_run import ROOT
 
 WORK = Workload(prompt=9, tiles=1, stages=(3, 4, 5, 2), reason=3, check=2, judge_words=8, candidates=(1, 2))
 
