@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import base64
+import gc
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -36,6 +37,12 @@ INPUTS = (
     "cross_attention_mask",
     "attention_mask",
 )
+
+
+def pytest_collection_finish() -> None:
+    """Fewer and shorter collections: what is imported by then is no garbage, and tracing makes little of it."""
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="session", autouse=True)
