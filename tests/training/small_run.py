@@ -60,10 +60,10 @@ def arguments(init_from: Path | str, output: Path | str, **settings: Any) -> lis
     return command
 
 
-def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """Of a process that sees so many devices, without torch; what it compiles is kept in ``cache``."""
+def environment(cache: Path, devices: int = 1, *, quick: bool = True) -> dict[str, str]:
+    """Of a process that sees so many devices, without torch; what it compiles, ``quick`` or not, is in ``cache``."""
     return os.environ | {
-        "XLA_FLAGS": xla_flags(devices),
+        "XLA_FLAGS": xla_flags(devices, quick=quick),
         "PYTHONPATH": WITHOUT_TORCH,
         "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
         "JAX_ENABLE_COMPILATION_CACHE": "true",
@@ -72,12 +72,12 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
     }
 
 
-def command(*arguments: str, cache: Path, devices: int = 1) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, cache: Path, devices: int = 1, quick: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a command of the package in a process of its own, with ``arguments`` from its name on."""
     name, *rest = arguments
     return subprocess.run(
         [sys.executable, "-m", f"llava_cot_jax.{name}", *rest],
-        env=environment(cache, devices),
+        env=environment(cache, devices, quick=quick),
         capture_output=True,
         text=True,
         timeout=600,
