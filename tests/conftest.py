@@ -2,18 +2,17 @@
 
 import os
 
+from tests.processes import WITHOUT_TORCH, xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Hundreds of small programs are compiled and run once or twice: LLVM's slower passes would not pay.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import base64
+import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,12 +39,18 @@ INPUTS = (
 )
 
 
-LONGEST = ("test_search.py", "test_readme.py", "test_survival.py", "test_train.py", "test_loading.py", "test_bench.py")
-"""Files that take minutes: they go first, so that no process is left with one of them at the end."""
+def pytest_collection_finish() -> None:
+    """Fewer and shorter collections: what is imported by then is no garbage, and tracing makes little of it."""
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+@pytest.fixture(scope="session", autouse=True)
+def _processes_start_without_torch() -> Iterator[None]:
+    """Those that tests start, not those that run the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", WITHOUT_TORCH)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from llava_cot_jax.screen import Screen
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import StageBeam
 from tests.parity.reference import under
+from tests.processes import xla_flags
 
 QUESTION = "How many shapes are red?"
 
@@ -47,7 +48,7 @@ def start(*arguments: str) -> subprocess.Popen:
         [sys.executable, "-m", "llava_cot_jax.generate", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": xla_flags(devices=1)},
     )
 
 
@@ -289,7 +290,7 @@ def test_ctrl_c_is_heard_while_a_search_compiles_or_runs(demo):
         [sys.executable, "-c", code, *given],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": xla_flags(devices=1)},
     )
     assert process.stderr.readline() == b"searching\n"
     process.send_signal(signal.SIGINT)

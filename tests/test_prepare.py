@@ -39,16 +39,6 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> RawSet:
     return raw
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Processes that start here do not see torch, which no user needs: they would spend most of their time on it."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SMALL.items():

@@ -168,21 +168,16 @@ stepper.Stepper.step = planted
 
 
 @pytest.mark.slow
-class TestNotFinite:
-    def test_a_batch_is_skipped_as_if_it_had_not_been(self, place, cache, undisturbed):
-        """All else goes on as it would have: the losses before it and, of the rows after it, are finite."""
-        done = disturbed(place, cache, "planted", NOT_FINITE.format(steps={3}))
-        assert done.returncode == 0, done.stderr
-        lines = [line for line in metrics(place / "planted") if "learning_rate" in line]
-        assert [line["skipped"] for line in lines] == [0] * 3 + [1] * (STEPS - 3)
-        assert losses(place / "planted")[:3] == undisturbed[:3] and len(losses(place / "planted")) == STEPS - 1
-        assert lines[4]["learning_rate"] == lines[3]["learning_rate"]  # that of the step that was not made
-        (skipped,) = (json.loads(line) for line in (place / "planted/skipped.jsonl").read_text().splitlines())
-        assert skipped["step"] == 4 and len(skipped["rows"]) == 8
-
-    def test_several_in_a_row_end_the_run_with_their_rows(self, place, cache):
-        done = disturbed(place, cache, "spoilt", NOT_FINITE.format(steps=set(range(2, 20))), skipped_in_a_row=3)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr
-        rows = [json.loads(line)["rows"] for line in (place / "spoilt/skipped.jsonl").read_text().splitlines()]
-        assert len(rows) == 3 and all(f"rows {', '.join(ids)}" in done.stderr for ids in rows)
+def test_batches_that_are_not_finite_are_skipped_until_there_are_several_in_a_row(place, cache, undisturbed):
+    """The fourth alone, as if it had not been; from the eighth on, they end the run and their rows are told."""
+    spoilt = {3, *range(7, 20)}
+    done = disturbed(place, cache, "spoilt", NOT_FINITE.format(steps=spoilt), skipped_in_a_row=3)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr
+    lines = [line for line in metrics(place / "spoilt") if "learning_rate" in line]
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 2, 3, 4]
+    assert losses(place / "spoilt")[:3] == undisturbed[:3] and len(losses(place / "spoilt")) == 6
+    assert lines[4]["learning_rate"] == lines[3]["learning_rate"]  # that of the step that was not made
+    told = [json.loads(line) for line in (place / "spoilt/skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told] == [4, 8, 9, 10] and {len(line["rows"]) for line in told} == {8}
+    assert all(f"rows {', '.join(line['rows'])}" in done.stderr for line in told[1:])

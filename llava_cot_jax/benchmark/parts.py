@@ -136,9 +136,16 @@ class Bench:
 
     def _pair(self, view: View) -> Part:
         """What a token verdict on two candidates of the longest stage takes: both orders are read after the front."""
-        orders, chunk = Judge().orders, chunk_for(self.model.mesh)
-        own = 2 * (max(self.work.stages) + 2 * TAG_TOKENS) + round(0.64 * self.work.judge_words)
-        front = self.work.prompt + round(0.36 * self.work.judge_words)
+        judge, chunk = Judge(), chunk_for(self.model.mesh)
+        _, judging = tables(self.config, self.work, StageBeam(2, judge, stages=("A",)).plan())
+        assert judging is not None
+        orders = judge.orders
+
+        def words(*pieces: Pieces) -> int:
+            return sum(int(piece.length.max()) for piece in pieces)
+
+        own = 2 * (max(self.work.stages) + 2 * TAG_TOKENS) + words(judging.between, judging.ending)
+        front = self.work.prompt + words(judging.intro, judging.middle, judging.label)
         texts = Pieces(jnp.ones((orders, own), jnp.int32), jnp.full(orders, own, jnp.int32))
         cache = functools.partial(empty, self.config.text, dtype=self.model.dtype)
 

@@ -5,13 +5,10 @@ from dataclasses import replace
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.planning.slices import GENERATIONS, Slice
+from llava_cot_jax.planning.slices import GENERATIONS, MARGIN, Slice
 from llava_cot_jax.planning.training import Data, TrainingPlan, best_mesh, plan_training
 from llava_cot_jax.training.lora import LoraSettings
 from llava_cot_jax.training.settings import TrainSettings
-
-MARGIN = 0.03
-"""The share of a device's memory that a prediction should leave over before it is taken for a fit."""
 
 RANK = 32
 

@@ -46,12 +46,11 @@ class Collective:
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     """The collectives of a compiled program, those in loops as often as they run.
 
+    A loop whose trips depend on data, as those of a search, counts once.
+
     Args:
         text: of the program, as ``compiled.as_text()`` gives it.
         mesh: devices along each axis, the slowest first, in the order of the program's devices.
-
-    Raises:
-        ValueError: a loop with a collective whose trips cannot be told.
     """
     computations, entry = _computations(text)
     times = _times(computations, entry)
@@ -107,11 +106,7 @@ def _calls(computations: Mapping[str, list[str]], name: str) -> Iterator[tuple[s
     for line in computations.get(name, ()):
         if loop := _WHILE.search(line):
             trips = _trips(computations[loop[1]], computations[loop[2]])
-            if trips is None:
-                if _exchanges(computations, loop[2]):
-                    raise ValueError(f"how often {loop[2]} runs cannot be told, and it holds a collective")
-                trips = 1
-            yield loop[2], trips
+            yield loop[2], trips or 1
         for group in _CALLED.findall(line):
             for called in re.split(r",\s*", group):
                 yield called.lstrip("%"), 1
@@ -131,13 +126,6 @@ def _trips(condition: list[str], body: list[str]) -> int | None:
         counting = next((_ADDITION.search(line) for line in body if line.startswith(f"  {counter} = ")), None)
         by = constants.get(counting[1], 1) if counting else 1
     return -(-constants[compared[2]] // by)
-
-
-def _exchanges(computations: Mapping[str, list[str]], name: str) -> bool:
-    """Whether a computation, or one that it calls, holds a collective."""
-    if any(_COLLECTIVE.search(line) for line in computations.get(name, ())):
-        return True
-    return any(_exchanges(computations, called) for called, _ in _calls(computations, name))
 
 
 def _collective(match: re.Match[str], line: str, mesh: Mapping[str, int], times: int, scattered: bool) -> Collective:

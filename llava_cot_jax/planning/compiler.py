@@ -55,6 +55,10 @@ class Compiled:
         """Of a device's memory, but for the program's code."""
         return self.arguments + self.results - self.aliased + self.temporaries
 
+    def room(self, slice_: Slice) -> int:
+        """Bytes of a device's memory that are left over, the program's code counted; below 0 where it does not fit."""
+        return -1 if self.fault else slice_.generation.usable - self.bytes - self.code
+
 
 def versions() -> dict[str, str]:
     """Of the packages that a compiled program depends on."""

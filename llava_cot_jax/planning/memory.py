@@ -38,7 +38,8 @@ def _needed(step: Step) -> Parts:
     When the logits are made, activations of all layers are kept; in the backward pass of a text layer, and then of a
     block of the tower, all gradients after it are there too.
     """
-    width = FLOAT32 if step.settings.micro_batches > 1 else step.width
+    # Parts of a batch are summed in float32, beside the gradients of one part.
+    width = step.width + FLOAT32 * (step.settings.micro_batches > 1)
     gradients = {path: shard_size(leaf) * width for path, leaf in step.program.state.trained.items()}
     of_tower = sum(size for path, size in gradients.items() if part_of(step.config, path) in ("tower", "projector"))
     saved = Saved.of(step)
@@ -103,7 +104,7 @@ def _text_layer(step: Step) -> int:
     text, tensor = step.config.text, step.mesh["tensor"]
     weights = _largest_layer(step, ("self", "cross")) * step.width
     tokens = step.rows * step.tokens
-    inner = tokens * text.intermediate_size // tensor * (3 * FLOAT32 + 2 * step.width)
+    inner = tokens * text.intermediate_size // tensor * (5 * FLOAT32 + 2 * step.width)
     images = 0
     if step.flows("projector"):
         images = 3 * step.rows * step.image_tokens * text.hidden_size * step.width

@@ -18,10 +18,13 @@ from llava_cot_jax.planning.compiler import Compiled, compile_for
 from llava_cot_jax.planning.floors import Floors
 from llava_cot_jax.planning.memory import Parts
 from llava_cot_jax.planning.programs import Weight, abstract_weights, lowered_search
-from llava_cot_jax.planning.slices import Slice
+from llava_cot_jax.planning.slices import GENERATIONS, MARGIN, Slice
 from llava_cot_jax.planning.traffic import shard_bytes
 from llava_cot_jax.search.reasoner import ACCELERATOR_CHUNK
 from llava_cot_jax.search.strategies import Plan
+
+USUAL = Workload(prompt=256, judge_words=200)
+"""Lengths that are planned with: stages as long as the standard ones of ``bench``, prompts a little longer."""
 
 CACHE_BYTES = 2
 """Of a number in a cache: bfloat16, whatever the weights are in."""
@@ -65,7 +68,7 @@ def plan_search(
     *,
     questions: int = 1,
     dtype: Weight = "bfloat16",
-    work: Workload | None = None,
+    work: Workload = USUAL,
 ) -> SearchPlan:
     """Work out a search by arithmetic alone.
 
@@ -76,14 +79,13 @@ def plan_search(
         mesh: devices along each axis; None cuts heads over all chips, as ``generate`` does.
         questions: answered at a time.
         dtype: of the weights.
-        work: how long prompts and stages are; the standard ones of ``bench`` unless given.
+        work: how long prompts and stages are; for memory, stages are as long as their budgets.
 
     Raises:
         UserError: the mesh does not divide the model, or is not the slice's.
     """
     if slice_.count > 1:
         raise UserError("a search runs on one slice: give a topology of one")
-    work = work or Workload()
     sizes = dict(mesh) if mesh else _by_heads(config, slice_)
     if math.prod(sizes.values()) != slice_.chips:
         raise UserError(f"a mesh of {sizes} is not {slice_.name}'s {slice_.chips} chips")
@@ -96,14 +98,14 @@ def plan_search(
     return SearchPlan(plan, questions, dtype, slice_, sizes, memory, step, seconds)
 
 
-def compile_search(plan: SearchPlan, config: MllamaConfig, work: Workload | None = None) -> Compiled:
+def compile_search(plan: SearchPlan, config: MllamaConfig, work: Workload = USUAL) -> Compiled:
     """What the TPU compiler makes of a plan's search.
 
     Raises:
         UserError: the compiler is not installed.
     """
     mesh = make_mesh(**plan.mesh, devices=plan.slice.devices())
-    work = replace(work or Workload(), stages=plan.plan.budgets)
+    work = replace(work, stages=plan.plan.budgets)
 
     def lower() -> jax.stages.Lowered:
         return lowered_search(config, plan.plan, work, plan.questions, plan.dtype, mesh)
@@ -111,7 +113,7 @@ def compile_search(plan: SearchPlan, config: MllamaConfig, work: Workload | None
     return compile_for(plan.slice, plan.mesh, lower, "the search")
 
 
-def most_questions(plan: SearchPlan, config: MllamaConfig, work: Workload | None = None) -> int:
+def most_questions(plan: SearchPlan, config: MllamaConfig, work: Workload = USUAL) -> int:
     """How many questions at a time a plan's slice should hold; 0 where not even one."""
     count = 0
     while (
@@ -119,6 +121,20 @@ def most_questions(plan: SearchPlan, config: MllamaConfig, work: Workload | None
     ):
         count += 1
     return count
+
+
+def smallest_for_search(
+    plan: Plan, config: MllamaConfig, *, questions: int = 1, dtype: Weight = "bfloat16"
+) -> list[SearchPlan]:
+    """Of each generation of chips the smallest slice that holds a search: that with the lowest floor a chip first."""
+    found = []
+    for generation in GENERATIONS.values():
+        for shape in generation.shapes:
+            each = plan_search(plan, config, Slice(generation, shape), questions=questions, dtype=dtype)
+            if each.room >= MARGIN * generation.usable:
+                found.append(each)
+                break
+    return sorted(found, key=lambda each: each.seconds * each.slice.chips)
 
 
 def _by_heads(config: MllamaConfig, slice_: Slice) -> dict[str, int]:

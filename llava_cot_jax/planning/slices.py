@@ -12,6 +12,9 @@ import jax
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.hardware import CHIPS, GIB, Chip
 
+MARGIN = 0.03
+"""The share of a device's memory that a prediction must leave over before it is taken for a fit."""
+
 
 @dataclass(frozen=True)
 class Generation:

@@ -25,7 +25,7 @@ MODEL = "model"
 """What lies beside the weights of an exported model."""
 
 
-RUNNING = (
+RUNNING = {
     "output",
     "checkpoint_every",
     "checkpoints_kept",
@@ -38,12 +38,14 @@ RUNNING = (
     "profile",
     "wandb",
     "skipped_in_a_row",
-    "mesh.",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
     "micro_batches",
     "checkpointing",
     "loader.workers",
     "loader.threads",
-)
+}
 """Settings of how a run runs, not of what comes out, but for rounding: they may change while it goes on."""
 
 PACKAGES = ("llava_cot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -63,7 +65,7 @@ def describe(settings: TrainSettings, data: str) -> dict[str, Any]:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What comes out otherwise in two descriptions of a run: "optimizer.learning_rate was 0.003, now 0.001"."""
     old, new = ({**_flat(found["settings"]), "the data's batches": found["data"]} for found in (before, now))
-    names = sorted(name for name in old.keys() | new.keys() if not name.startswith(RUNNING))
+    names = sorted((old.keys() | new.keys()) - RUNNING)
     return [
         f"{name} was {old.get(name, 'not known')}, now {new.get(name, 'not known')}"
         for name in names

@@ -238,11 +238,8 @@ def test_wrong_settings(make, settings, message):
 @contextmanager
 def stream(*arguments: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
     """A process that streams from two workers, and the ids of these."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/without_torch'}"}
     command = [sys.executable, "-m", "tests.data.stream", *arguments]
-    with subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             workers = [int(pid) for pid in process.stdout.readline().split()]
             assert len(workers) == 2

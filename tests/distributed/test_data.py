@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.data_worker import BATCH, RANGES
+from tests.processes import WITHOUT_TORCH, xla_flags
 
 WORKER = Path(__file__).with_name("data_worker.py")
 HOSTS = (1, 2)
@@ -25,9 +26,7 @@ def run(processes: int, scratch: Path, most_workers: int) -> list[dict[str, Any]
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}"}
-    root = Path(__file__).parents[2]
-    environment["PYTHONPATH"] = f"{root}{os.pathsep}{root / 'tests/without_torch'}"
+    environment = os.environ | {"XLA_FLAGS": xla_flags(4 // processes), "PYTHONPATH": WITHOUT_TORCH}
     started = [
         subprocess.Popen(
             [sys.executable, WORKER, str(process), str(processes), str(port), scratch, str(most_workers)],

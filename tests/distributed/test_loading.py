@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.processes import xla_flags
+
 FIXTURE = Path(__file__).parents[1] / "fixtures/mllama_tiny"
 WORKER = Path(__file__).with_name("loading_worker.py")
 BYTES = 2_024_492  # of the fixture's tensors
@@ -28,8 +30,7 @@ def found(scratch: Path) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices=4)}
     workers = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(process), "2", str(port), str(FIXTURE), str(scratch)],

@@ -1,4 +1,7 @@
-"""Starts the command that trains: on one device, and on real processes that together are one run."""
+"""Starts the command that trains: on one device, and on real processes that together are one run.
+
+They compile as a user's would: over many steps, the rounding of quickly compiled programs adds up.
+"""
 
 import socket
 import subprocess
@@ -33,7 +36,8 @@ FOUR = Hosts(4, 1, {"mesh.data": 2, "mesh.fsdp": 2, "micro_batches": 2})
 
 def run_alone(place: Path, name: str, cache: Path, **settings: Any) -> None:
     """On one device, from the checkpoint ``place / "small"`` into ``place / name``."""
-    done = command("train", *arguments(place / "small", place / name, steps=STEPS, **settings), cache=cache)
+    given = arguments(place / "small", place / name, steps=STEPS, **settings)
+    done = command("train", *given, cache=cache, quick=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -48,7 +52,7 @@ def start_on_hosts(place: Path, name: str, cache: Path, hosts: Hosts, **settings
     return [
         subprocess.Popen(
             [sys.executable, "-m", "llava_cot_jax.train", *shared, "--hosts.index", str(index)],
-            env=environment(cache, hosts.devices),
+            env=environment(cache, hosts.devices, quick=False),
             stdout=log.open("w"),  # not pipes: all must end together
             stderr=log.with_suffix(".err").open("w"),
         )

@@ -15,8 +15,7 @@ from llava_cot_jax.data.companions import write_companions
 from llava_cot_jax.data.shapes_tokenizer import shapes_config, shapes_tokenizer
 from llava_cot_jax.demo import random_weights
 from llava_cot_jax.model.config import MllamaConfig
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import WITHOUT_TORCH, xla_flags
 
 
 def small_config() -> MllamaConfig:
@@ -61,11 +60,11 @@ def arguments(init_from: Path | str, output: Path | str, **settings: Any) -> lis
     return command
 
 
-def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """Of a process that sees so many devices, without torch; what it compiles is kept in ``cache``."""
+def environment(cache: Path, devices: int = 1, *, quick: bool = True) -> dict[str, str]:
+    """Of a process that sees so many devices, without torch; what it compiles, ``quick`` or not, is in ``cache``."""
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/without_torch'}",
+        "XLA_FLAGS": xla_flags(devices, quick=quick),
+        "PYTHONPATH": WITHOUT_TORCH,
         "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -73,12 +72,12 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
     }
 
 
-def command(*arguments: str, cache: Path, devices: int = 1) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, cache: Path, devices: int = 1, quick: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a command of the package in a process of its own, with ``arguments`` from its name on."""
     name, *rest = arguments
     return subprocess.run(
         [sys.executable, "-m", f"llava_cot_jax.{name}", *rest],
-        env=environment(cache, devices),
+        env=environment(cache, devices, quick=quick),
         capture_output=True,
         text=True,
         timeout=600,

@@ -14,11 +14,13 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.training.checkpoints import Checkpoints, Kept, newest_whole, read_run, steps_in
 from llava_cot_jax.training.checksums import FILE, find_damage
 from llava_cot_jax.training.export import RunExport
-from llava_cot_jax.training.run_folder import CHECKPOINTS, describe, differences, other_versions
+from llava_cot_jax.training.run_folder import CHECKPOINTS, RUNNING, describe, differences, other_versions
 from llava_cot_jax.training.settings import TrainSettings
 from tests.training.small_run import write_small
 from tests.training.test_export import Run, begin, save
 from tests.training.test_settings import BASE, COMPUTED, LOADED, READ_AHEAD, RUN, STARTED, changed
+
+MESH = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,7 @@ class TestDescription:
         assert held["settings"]["frozen"] == ["vision_model"] and held["settings"]["convention"] is None
         assert {"jax", "orbax-checkpoint", "python"} <= held["versions"].keys()
 
-    @pytest.mark.parametrize("name", sorted({*COMPUTED, *LOADED, *STARTED} - {"mesh.data", "mesh.fsdp", "mesh.tensor"}))
+    @pytest.mark.parametrize("name", sorted({*COMPUTED, *LOADED, *STARTED} - MESH))
     def test_what_changes_the_outcome_is_told(self, name):
         value = {**COMPUTED, **LOADED, **STARTED}[name]
         found = differences(describe(BASE, "data"), describe(changed(BASE, name, value), "data"))
@@ -183,16 +185,24 @@ class TestDescription:
             "answers": 7,
             "profile": True,
             "wandb": "x",
+            "mesh.data": 2,
             "mesh.fsdp": 8,
+            "mesh.tensor": 2,
             "loader.workers": 7,
             "loader.threads": 7,
         }
-        assert {*RUN, *READ_AHEAD, "mesh.fsdp"} == other.keys()
+        assert {*RUN, *READ_AHEAD, *MESH} == other.keys() == RUNNING - {"micro_batches", "checkpointing"}
         settings: TrainSettings = BASE
         for name, value in other.items():
             settings = changed(settings, name, value)
         assert asdict(settings) != asdict(BASE)
         assert differences(describe(BASE, "data"), describe(settings, "data")) == []
+
+    @pytest.mark.parametrize("name", ["output_dtype", "mesh_order", "profiles", "loader.threads_order"])
+    def test_a_name_that_begins_like_one_of_those_is_told(self, name):
+        before, now = describe(BASE, "data"), describe(BASE, "data")
+        now["settings"][name] = 1
+        assert differences(before, now) == [f"{name} was not known, now 1"]
 
     def test_other_data_and_versions_are_told(self):
         before, now = describe(BASE, "some"), describe(BASE, "other")

@@ -89,11 +89,17 @@ def test_loss_and_gradients_are_those_that_the_merged_weights_imply(small, rows)
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 def test_hidden_states_are_those_of_the_merged_weights_and_at_first_those_of_the_base(small, rows, layout):
     base, adapters = weights(small, layout), drawn(small, layout)
-    run = jax.jit(lambda arrays: hidden_states(nest(arrays), small, {name: rows[name] for name in INPUTS}))
+    inputs = {name: jnp.asarray(rows[name]) for name in INPUTS}
+
+    def forward(arrays):
+        return hidden_states(nest(arrays), small, inputs)
+
+    run = jax.jit(forward)
     of_base, want = np.asarray(run(base)), np.asarray(run(merge(base, adapters, 1.0)))
     np.testing.assert_allclose(run(base | adapters), want, atol=1e-4 * np.abs(want).max())
     assert np.abs(want - of_base).max() > 0.1 * np.abs(of_base).max()
-    np.testing.assert_array_equal(run(base | fresh(small, layout)), of_base)
+    # One operation after another, not compiled: XLA may round two programs differently.
+    np.testing.assert_array_equal(forward(base | fresh(small, layout)), forward(base))
 
 
 def test_every_weight_of_linear_can_carry_an_adapter_and_no_other(small, rows, monkeypatch):
