@@ -16,6 +16,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|async_computation|branch_computations)=
 _ARRAY = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
 _CONSTANT = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _COMPARISON = re.compile(r"ROOT .* compare\(%?([\w.-]+), %?([\w.-]+)\), direction=LT")
+_NAMED = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
+_SAME = re.compile(r"channel_id=\d+|replica_groups=\S+|source_target_pairs=\S+|op_name=\S+")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _PLACE = re.compile(r"get-tuple-element\(.*\), index=(\d+)")
 _RESULTS = re.compile(r" tuple\((.*?)\)(?:,|$)")
 _ADDITION = re.compile(r" add\(.*, %?([\w.-]+)\)")
@@ -60,8 +63,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             if not (match := _COLLECTIVE.search(line)):
                 continue
             # A pipelined collective is written once for each of its steps, always with the same channel.
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = f"{match[2]} {channel[1]}" if channel else line
+            key = str(_SAME.findall(line) + _ARRAY.findall(match[1])) if "channel_id=" in line else line
             if key not in found:
                 scattered = "all-reduce-scatter" in name or "reduce-scatter" in line.split(" = ")[0]
                 found[key] = _collective(match, line, mesh, times[name], scattered)
@@ -105,7 +107,8 @@ def _times(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
 def _calls(computations: Mapping[str, list[str]], name: str) -> Iterator[tuple[str, int]]:
     for line in computations.get(name, ()):
         if loop := _WHILE.search(line):
-            trips = _trips(computations[loop[1]], computations[loop[2]])
+            known = _KNOWN.search(line)
+            trips = int(known[1]) if known else _trips(computations[loop[1]], computations[loop[2]])
             yield loop[2], trips or 1
         for group in _CALLED.findall(line):
             for called in re.split(r",\s*", group):
@@ -162,10 +165,28 @@ def _groups(line: str, devices: int) -> np.ndarray:
         if iota[4]:
             ids = ids.transpose([int(n) for n in iota[4].split(",")])
         return ids.reshape(int(iota[1]), int(iota[2]))
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
+        return _named_groups(named[1], named[2])
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
     if listed is None:
         return np.arange(devices)[None]
     return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+
+
+def _named_groups(mesh: str, along: str) -> np.ndarray:
+    """Groups that are told by a mesh, ``'a'=2,'b'=4``, and its axes, ``'b'``, or parts of them, ``'b':(2)2``.
+
+    A part of an axis, (before)size, is the one that is left when the axis is cut into before x size x the rest.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    taken = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _NAMED.findall(along)}
+    shape, moved = [], []
+    for name, size in sizes.items():
+        before, part = taken.get(name, (size, 1))
+        moved.append(len(shape) + 1)
+        shape += [before, part, size // (before * part)]
+    ids = np.arange(math.prod(sizes.values())).reshape(shape)
+    return np.moveaxis(ids, moved, range(-len(moved), 0)).reshape(-1, math.prod(part for _, part in taken.values()))
 
 
 def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> str:

@@ -1,6 +1,5 @@
 """Programs compiled for TPUs on a machine without one: what they hold, what they send, and whether they fit."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -37,7 +36,7 @@ class Compiled:
         temporaries: at the worst moment, besides these.
         code: of the program itself.
         seconds: that compiling it took.
-        exchanges: its collectives.
+        exchanges: its collectives; None where the compiler cannot print the program.
         fault: why it could not be compiled, in the compiler's words; None where it was. All else is 0 then.
     """
 
@@ -47,7 +46,7 @@ class Compiled:
     temporaries: int = 0
     code: int = 0
     seconds: float = 0.0
-    exchanges: tuple[Collective, ...] = ()
+    exchanges: tuple[Collective, ...] | None = None
     fault: str | None = None
 
     @property
@@ -104,8 +103,16 @@ def _compile(lowered: jax.stages.Lowered, mesh: Mapping[str, int]) -> Compiled:
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         seconds=seconds,
-        exchanges=tuple(collectives(compiled.as_text() or "", mesh)),
+        exchanges=_exchanges(compiled, mesh),
     )
+
+
+def _exchanges(compiled: jax.stages.Compiled, mesh: Mapping[str, int]) -> tuple[Collective, ...] | None:
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # some programs for v5p: libtpu 0.0.52 writes what jaxlib 0.10.2 does not read
+        return None
+    return tuple(collectives(text or "", mesh))
 
 
 def _in_short(fault: str) -> str:
@@ -115,8 +122,8 @@ def _in_short(fault: str) -> str:
 
 
 def _from_json(kept: dict[str, Any]) -> Compiled:
-    exchanges = tuple(Collective(**each) for each in kept.pop("exchanges"))
-    return dataclasses.replace(Compiled(**kept), exchanges=exchanges)
+    exchanges = kept.pop("exchanges")
+    return Compiled(**kept, exchanges=exchanges and tuple(Collective(**each) for each in exchanges))
 
 
 def _folder() -> Path:

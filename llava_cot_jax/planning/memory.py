@@ -35,8 +35,9 @@ def training_memory(step: Step, batch: dict[str, jax.ShapeDtypeStruct]) -> Parts
 def _needed(step: Step) -> Parts:
     """Beyond the arguments: the largest of three moments, each with what is kept across it.
 
-    When the logits are made, activations of all layers are kept; in the backward pass of a text layer, and then of a
-    block of the tower, all gradients after it are there too.
+    When the logits are made, activations of all layers are kept. In the backward pass of the text layers their
+    gradients are there too, all of them, for a scan has room for its results from its beginning; then, in that of
+    the tower's blocks, all gradients, while nothing of the text is kept.
     """
     # Parts of a batch are summed in float32, beside the gradients of one part.
     width = step.width + FLOAT32 * (step.settings.micro_batches > 1)
@@ -45,7 +46,7 @@ def _needed(step: Step) -> Parts:
     saved = Saved.of(step)
     moments = {
         "logits": (0, saved.text + saved.tower, _logits(step)),
-        "text": (sum(gradients.values()) - of_tower, saved.text // 2 + saved.tower, _text_layer(step)),
+        "text": (sum(gradients.values()) - of_tower, saved.text + saved.tower, _text_layer(step)),
         "tower": (sum(gradients.values()), saved.tower if step.flows("tower") else 0, _tower_block(step)),
     }
     taken = max(moments.values(), key=sum)

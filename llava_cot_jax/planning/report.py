@@ -35,7 +35,7 @@ def training_table(plan: TrainingPlan, compiled: Compiled | None, mfu: float) ->
         f"{plan.flops / 1e12:,.4g} TFLOP counted, {plan.again / 1e12:,.4g} computed a second time",
     )
     _add_floors(table, plan.floors, plan.slice)
-    if compiled is not None and compiled.fault is None:
+    if compiled is not None and compiled.exchanges is not None:
         found = {axis or "unknown": size for axis, size in sent_by_axis(compiled.exchanges).items() if size}
         table.add_row("sent by a chip in a step of the longest rows, compiled, GB", _gigabytes(found))
     hours = plan.hours(mfu)
