@@ -25,36 +25,39 @@ def smallest_change(plan: TrainingPlan, config: MllamaConfig, data: Data) -> tup
     optimizer's state, then the recipe, each also together with those before it, and last the slice.
     """
     settings = plan.settings
-    words: dict[str, str] = {}  # by the option, of which the last counts
-    for what, changed in _changes(settings):
-        option = what.split()[0]
-        settings, words = changed(settings), words | {option: what}
-        for names, tried in (([what], changed(plan.settings)), (words.values(), settings)):
+    words: dict[str, str] = {}
+    unchanged = ("micro_batches", str(settings.micro_batches))
+    for options, changed in _changes(settings):
+        settings, words = changed(settings), words | options
+        for told, tried in ((options, changed(plan.settings)), (words, settings)):
             found = _planned(tried, config, plan.slice, data)
             if found is not None and fits(found):
-                return " ".join(names), found
+                told = {name: value for name, value in told.items() if (name, value) != unchanged}
+                return " ".join(f"--{name} {value}" for name, value in told.items()), found
     return _larger(plan, config, data)
 
 
 Change = Callable[[TrainSettings], TrainSettings]
 
 
-def _changes(settings: TrainSettings) -> Iterator[tuple[str, Change]]:
-    """Changes in their order, each in the words of the command line."""
+def _changes(settings: TrainSettings) -> Iterator[tuple[dict[str, str], Change]]:
+    """Changes in their order, each with its options on the command line."""
     sizes, batch = settings.mesh, settings.loader.batch
     over = sizes.data * (sizes.fsdp or 1)
     if settings.checkpointing != "full":
-        yield "--checkpointing full", lambda old: replace(old, checkpointing="full")
+        yield {"checkpointing": "full"}, lambda old: replace(old, checkpointing="full")
     for parts in range(settings.micro_batches + 1, batch // over + 1):
         if batch // over % parts == 0:
-            yield f"--micro_batches {parts}", _in_parts(parts)
+            yield {"micro_batches": str(parts)}, _in_parts(parts)
     if settings.optimizer.precision == "float32" and not settings.lora.rank:
-        yield "--optimizer.precision bfloat16_stochastic", _rounded
+        yield {"optimizer.precision": "bfloat16_stochastic"}, _rounded
     if batch > over:
-        yield f"--loader.batch {over}", lambda old: replace(_in_parts(1)(old), loader=replace(old.loader, batch=over))
+        options = {"micro_batches": "1", "loader.batch": str(over)}
+        yield options, lambda old: replace(_in_parts(1)(old), loader=replace(old.loader, batch=over))
     if not settings.lora.rank:
         lora = LoraSettings(rank=RANK, alpha=2.0 * RANK)
-        yield f"--lora.rank {RANK} --lora.alpha {2 * RANK}", lambda old: replace(old, lora=lora, frozen=[])
+        options = {"lora.rank": str(RANK), "lora.alpha": str(2 * RANK)}
+        yield options, lambda old: replace(old, lora=lora, frozen=[])
 
 
 def _in_parts(parts: int) -> Change:

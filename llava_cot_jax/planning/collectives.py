@@ -180,7 +180,8 @@ def _named_groups(mesh: str, along: str) -> np.ndarray:
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     taken = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _NAMED.findall(along)}
-    shape, moved = [], []
+    shape: list[int] = []
+    moved: list[int] = []
     for name, size in sizes.items():
         before, part = taken.get(name, (size, 1))
         moved.append(len(shape) + 1)

@@ -21,7 +21,7 @@ def training_table(plan: TrainingPlan, compiled: Compiled | None, mfu: float) ->
     settings = plan.settings
     precision = settings.optimizer.precision.replace("_", ", rounded ")
     what = "all parameters" if not settings.lora.rank else f"adapters of rank {settings.lora.rank}"
-    table = _table(f"training on {_slice(plan.slice)}: computed and compiled, not measured")
+    table = _table("training", plan.slice, compiled)
     table.add_row("mesh", _mesh(plan.mesh))
     table.add_row("trains", f"{what} in {precision}; computed in {settings.dtype}")
     table.add_row(
@@ -49,7 +49,7 @@ def training_table(plan: TrainingPlan, compiled: Compiled | None, mfu: float) ->
 
 def search_table(plan: SearchPlan, compiled: Compiled | None, most: int) -> Table:
     """A search on a slice."""
-    table = _table(f"search on {_slice(plan.slice)}: computed and compiled, not measured")
+    table = _table("search", plan.slice, compiled)
     counts, budgets = sorted(set(plan.plan.candidates)), sorted(set(plan.plan.budgets))
     table.add_row("mesh", _mesh(plan.mesh))
     table.add_row(
@@ -64,8 +64,10 @@ def search_table(plan: SearchPlan, compiled: Compiled | None, most: int) -> Tabl
     return table
 
 
-def _table(title: str) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left")
+def _table(what: str, slice_: Slice, compiled: Compiled | None) -> Table:
+    chips = f"{slice_.accelerator_type}, {slice_.chips} chip{'s' if slice_.chips > 1 else ''}"
+    source = "computed" if compiled is None else "computed and compiled"
+    table = Table(title=f"{what} on {slice_.name} ({chips}): {source}, not measured", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
     return table
@@ -109,10 +111,6 @@ def _add_floors(table: Table, floors: Floors, slice_: Slice, of: str = "a step")
     ]
     table.add_row(f"floors of {of}, computed for {chip.name}", "; ".join(parts))
     table.add_row("binds", floors.binds)
-
-
-def _slice(slice_: Slice) -> str:
-    return f"{slice_.name} ({slice_.accelerator_type}, {slice_.chips} chip{'s' if slice_.chips > 1 else ''})"
 
 
 def _mesh(mesh: dict[str, int]) -> str:

@@ -115,12 +115,10 @@ def compile_search(plan: SearchPlan, config: MllamaConfig, work: Workload = USUA
 
 def most_questions(plan: SearchPlan, config: MllamaConfig, work: Workload = USUAL) -> int:
     """How many questions at a time a plan's slice should hold; 0 where not even one."""
-    count = 0
-    while (
-        plan_search(plan.plan, config, plan.slice, plan.mesh, questions=count + 1, dtype=plan.dtype, work=work).room > 0
-    ):
-        count += 1
-    return count
+    over = plan.mesh["data"] * plan.mesh["fsdp"]  # questions are cut over these, where they divide them
+    many = plan_search(plan.plan, config, plan.slice, plan.mesh, questions=over, dtype=plan.dtype, work=work)
+    caches = many.memory["caches"]
+    return max(0, (many.room + caches) // caches) * over or int(plan.questions == 1 and plan.room >= 0)
 
 
 def smallest_for_search(
@@ -155,7 +153,7 @@ def _needed(
     Candidates' caches and the judge's are never needed at once.
     """
     work = replace(work, stages=plan.budgets)
-    asked, _, judging = jax.eval_shape(lambda: (request(config, work, questions), *tables(config, work, plan)))
+    asked, _, judging = jax.eval_shape(lambda: (request(config, work), *tables(config, work, plan)))
     tags = 2 * (len(plan.stages) > 0) * 4
     budget, count = max(plan.budgets), len(plan.budgets)
     prompt = asked.inputs["input_ids"].shape[1]
@@ -192,7 +190,9 @@ def _floors(
 ) -> tuple[Floors, float]:
     """Of a step of decoding, and seconds of the whole search."""
     width = jnp.dtype(dtype).itemsize
-    chips, seen = slice_.chips, config.vision.image_tokens if work.tiles else 0
+    seen = config.vision.image_tokens if work.tiles else 0
+    tensor, gathered = mesh["tensor"], 1 - 1 / mesh["fsdp"]  # what fsdp cuts of the weights is fetched at each step
+    alike = tensor * math.gcd(questions, mesh["data"] * mesh["fsdp"])
     if len(work.stages) != len(plan.budgets):
         work = replace(work, stages=(sum(work.stages),))
 
@@ -210,18 +210,20 @@ def _floors(
             cache_bytes=CACHE_BYTES,
         )
         flops = rows * sum(hardware.text_flops(config, 1, seen, prefix=before + own).values())
-        return Floors.of(slice_, flops=flops / chips, memory=sum(read.values()) / chips, sent=_sent(config, rows, mesh))
+        weights = read.pop("weights") / tensor
+        sent = {"fsdp": gathered * weights, "tensor": _summed(config, rows, tensor)}
+        return Floors.of(slice_, flops=flops / alike, memory=weights + sum(read.values()) / alike, sent=sent)
 
     def reading(rows: int, tokens: int, before: int) -> float:
         """Of rows of a question that are read: of all questions, in chunks, each of which reads the weights."""
         flops = questions * rows * sum(hardware.text_flops(config, tokens, seen, prefix=before, scored=1).values())
-        weights = hardware.parameters_per_step(config, images=seen > 0) * width
         times = -(-rows * tokens // ACCELERATOR_CHUNK)
-        sent = _sent(config, questions * rows * tokens, mesh)
-        return Floors.of(slice_, flops=flops / chips, memory=weights * times / chips, sent=sent).step
+        weights = hardware.parameters_per_step(config, images=seen > 0) * width * times / tensor
+        sent = {"fsdp": gathered * weights, "tensor": _summed(config, questions * rows * tokens, tensor)}
+        return Floors.of(slice_, flops=flops / alike, memory=weights, sent=sent).step
 
     looking = questions * sum(hardware.vision_flops(config, 1).values()) if work.tiles else 0
-    total = looking / chips / slice_.generation.chip.flops + reading(1, work.prompt, 0)
+    total = looking / alike / slice_.generation.chip.flops + reading(1, work.prompt, 0)
     before = work.prompt
     for stage, tokens in enumerate(work.stages):
         total += tokens * decoding(stage, tokens // 2).step
@@ -238,8 +240,7 @@ def _floors(
     return decoding(longest, work.stages[longest] // 2), total
 
 
-def _sent(config: MllamaConfig, rows: int, mesh: Mapping[str, int]) -> dict[str, float]:
-    """What a device sends for so many tokens: two sums of activations a layer, and the embedding's."""
-    n = mesh["tensor"]
+def _summed(config: MllamaConfig, rows: int, tensor: int) -> float:
+    """What a device sends to sum up the activations of so many tokens: twice a layer, and the embedding's."""
     sums = (2 * config.text.num_hidden_layers + 1) * rows * config.text.hidden_size
-    return {"tensor": 2 * (n - 1) / n * sums * CACHE_BYTES}
+    return 2 * (tensor - 1) / tensor * sums * CACHE_BYTES

@@ -3,7 +3,8 @@
 What a device sends in a gather of an array over n devices is (n - 1) / n of it, and so in a reduction that leaves
 each device its part; a reduction whose whole result all devices get costs twice that. As the layers are scanned,
 ``fsdp`` gathers a layer's weights where they are used, once forwards and once backwards, and scatters their
-gradients; ``tensor`` sums what its devices found of a layer's activations; ``data`` sums gradients.
+gradients; ``tensor`` sums what its devices found of a layer's activations; ``data`` sums gradients. This is the least
+that can be sent: the TPU compiler hands weights on in rings while it multiplies, which takes up to (n + 1) / n.
 """
 
 import math

@@ -130,7 +130,7 @@ def test_advice_names_the_smallest_change_first():
     assert plan is not None and not fits(plan)
     change = smallest_change(plan, ELEVEN, DATA)
     assert change is not None and fits(change[1])
-    assert change[0].startswith("--micro_batches") and "--optimizer.precision bfloat16_stochastic" in change[0]
+    assert "--optimizer.precision bfloat16_stochastic" in change[0] and "--lora" not in change[0]
 
     roomy = best_mesh(run(checkpointing="none"), ELEVEN, parse("v5p-16"), DATA)
     assert roomy is not None

@@ -1,0 +1,104 @@
+"""Plans of a search against what the TPU compiler said of the whole program, and against its own counts."""
+
+import pytest
+
+from llava_cot_jax import hardware
+from llava_cot_jax.benchmark.workload import Workload
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.planning.searching import most_questions, plan_search, smallest_for_search
+from llava_cot_jax.planning.slices import parse
+from llava_cot_jax.search.strategies import Greedy, Judge, StageBeam
+
+ELEVEN = MllamaConfig.llama32_11b()
+
+
+def planned(candidates=10, slice_="v6e-1", judge="token", budget=1024, **how):
+    plan = StageBeam(candidates, Judge(judge), budget=budget).plan()
+    return plan_search(plan, ELEVEN, parse(slice_), **how)
+
+
+COMPILED = [
+    # tests/evidence/compile_search.txt: gigabytes of a chip
+    ({}, 24.27),
+    ({"questions": 2}, 26.08),
+    ({"questions": 5}, 31.99),
+    ({"judge": "rationale"}, 25.26),
+    ({"candidates": 4}, 24.26),
+    ({"candidates": 4, "questions": 5}, 31.84),
+    ({"slice_": "v5p:1x1x1"}, 24.16),
+    ({"slice_": "v5e-4"}, 6.27),
+    ({"slice_": "v5e-1", "dtype": "int8"}, 14.64),
+]
+
+
+@pytest.mark.parametrize(("how", "compiled"), COMPILED, ids=[str(how) for how, _ in COMPILED])
+def test_memory_is_within_a_tenth_of_what_the_compiler_said(how, compiled):
+    plan = planned(**how)
+    assert sum(plan.memory.values()) / 1e9 == pytest.approx(compiled, rel=0.1)
+    assert plan.room > 0
+
+
+def test_as_many_questions_fit_as_the_compiler_found():
+    """It compiled 5 at a time, and refused 6."""
+    assert most_questions(planned(), ELEVEN) == 5
+    assert most_questions(planned(slice_="v5e-1"), ELEVEN) == 0  # bfloat16: not even the weights
+
+
+def test_weights_are_counted_to_the_byte():
+    count = sum(hardware.parameter_counts(ELEVEN).values())
+    assert planned().memory["weights"] == 2 * count
+    # Cut over four chips, but for norms, gates and the like, which are everywhere.
+    assert 0 < planned(slice_="v5e-4").memory["weights"] - count / 2 < 0.001 * count
+
+
+def test_the_floor_of_a_step_is_what_it_must_read():
+    work = Workload(prompt=256, stages=(60, 100, 200, 30))
+    plan = planned(slice_="v5e-4", work=work)
+    read = hardware.bytes_per_step(
+        ELEVEN,
+        questions=1,
+        candidates=10,
+        prefix=256 + 160,
+        suffix=100,
+        image_tokens=ELEVEN.vision.image_tokens,
+    )
+    assert plan.step.memory == pytest.approx(sum(read.values()) / 4)
+    assert plan.step.binds == "memory"
+    assert plan.step.step == pytest.approx(sum(read.values()) / 4 / 819e9)
+
+
+def test_what_is_cut_by_fsdp_is_fetched_at_each_step():
+    halves, one = planned(mesh={"data": 1, "fsdp": 2, "tensor": 2}, slice_="v5e-4"), planned(slice_="v5e-4")
+    assert sum(one.memory.values()) == pytest.approx(sum(halves.memory.values()), rel=0.15)
+    assert halves.step.sent["fsdp"] == pytest.approx(hardware.parameters_per_step(ELEVEN, images=True) * 2 / 2 / 2)
+    assert one.step.sent["fsdp"] == 0 and halves.step.step > 1.9 * one.step.step
+
+
+def test_more_to_do_takes_longer():
+    base = planned().seconds
+    assert planned(judge="rationale").seconds > base > planned(candidates=4).seconds > planned(candidates=1).seconds
+    assert planned(questions=3).seconds > base
+    assert planned(dtype="int8").seconds < base
+    assert planned(work=Workload(stages=(60, 100, 400, 30))).seconds > base
+    assert plan_search(Greedy().plan(), ELEVEN, parse("v6e-1")).seconds < base
+
+
+def test_the_smallest_slices_that_hold_a_search():
+    names = [plan.slice.name for plan in smallest_for_search(StageBeam(10).plan(), ELEVEN)]
+    assert sorted(names) == ["v5e:2x2", "v5p:1x1x1", "v6e:1x1"]
+    int8 = [plan.slice.name for plan in smallest_for_search(StageBeam(10).plan(), ELEVEN, dtype="int8")]
+    assert sorted(int8) == ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"]
+
+
+@pytest.mark.parametrize(
+    ("slice_", "mesh", "message"),
+    [
+        ("2*v5e:2x2", None, "runs on one slice"),
+        ("v5e-4", {"data": 1, "fsdp": 1, "tensor": 2}, "is not v5e:2x2's 4 chips"),
+        ("v5e-16", {"data": 1, "fsdp": 1, "tensor": 16}, "does not divide the 8 text key and value heads"),
+    ],
+)
+def test_a_slice_or_mesh_that_cannot_be_is_refused(slice_, mesh, message):
+    with pytest.raises(UserError, match=message):
+        plan_search(StageBeam(2).plan(), ELEVEN, parse(slice_), mesh)
