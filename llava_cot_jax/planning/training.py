@@ -118,7 +118,9 @@ def compile_training(plan: TrainingPlan, config: MllamaConfig) -> Compiled:
     """
     settings = plan.settings
     mesh = make_mesh(**plan.mesh, devices=plan.slice.devices())
-    program = make_program(settings, config, mesh, steps=plan.steps, steps_per_epoch=plan.steps)
+    # Scheduled over the usual data, whatever the plan's, so that one program is found again for all.
+    steps = settings.steps or settings.epochs * max(1, Data.rows // settings.loader.batch)
+    program = make_program(settings, config, mesh, steps=steps, steps_per_epoch=steps)
     return compile_for(
         plan.slice, plan.mesh, lambda: lowered_step(program, settings, config, mesh), "the training step"
     )

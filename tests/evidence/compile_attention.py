@@ -7,15 +7,6 @@ figures come from the compiler: nothing here was run on a TPU. Temporaries are t
 the compiler finds room for in the chip's 128 MB of VMEM (the scores of half the text's heads) is not among them.
 """
 
-import os
-
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 import datetime
 import importlib.metadata
 import time
@@ -30,6 +21,7 @@ from llava_cot_jax.model.attention import Implementation, Mask, attending_with, 
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.layers import attention
 from llava_cot_jax.model.sharding import make_mesh, on_mesh, partition
+from llava_cot_jax.planning import slices
 
 CONFIG = MllamaConfig.llama32_11b()
 TEXT, TOWER, IMAGE = 1024, 4 * 1608, 6528
@@ -46,6 +38,7 @@ def cross(sees: jax.Array) -> Mask:
 
 
 def main() -> None:
+    slices.prepare()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     print(f"{datetime.date.today()}; {versions}; compiled for TPUs, run on none")
     chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=[1, 1, 1])

@@ -7,15 +7,6 @@ nor a weight (temporaries are small, every cache is aliased), that prefill, visi
 that over four chips no weight is gathered (the largest array that a collective moves is small).
 """
 
-import os
-
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 import datetime
 import importlib.metadata
 import math
@@ -31,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import nest, parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
+from llava_cot_jax.planning import slices
 from llava_cot_jax.search.decode import bucket
 from llava_cot_jax.search.generator import CHUNK, _advance, _begin
 from llava_cot_jax.search.sampling import Sampling
@@ -41,6 +33,7 @@ CONFIG = MllamaConfig.llama32_11b()
 
 
 def main() -> None:
+    slices.prepare()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     print(f"{datetime.date.today()}; {versions}; compiled for TPUs, run on none")
     print(f"11B, bfloat16; one image of 4 tiles, a prompt of up to {PROMPT} tokens, up to {NEW} new ones, {SAMPLING}")

@@ -7,15 +7,6 @@ keeps beyond its arguments is small, and every cache is aliased. Then the whole 
 as ``Reasoner`` compiles it: whether it fits, and for how many questions at a time.
 """
 
-import os
-
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 import datetime
 import functools
 import importlib.metadata
@@ -26,51 +17,53 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_cot_jax.benchmark.workload import Workload, request, tables
+from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.model.cache import Prefix, empty
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.parameters import nest, parameters
-from llava_cot_jax.model.quantization import is_quantized
-from llava_cot_jax.model.sharding import make_mesh, on_mesh, parameter_sharding, partition
+from llava_cot_jax.model.parameters import nest
+from llava_cot_jax.model.sharding import make_mesh, on_mesh, partition
 from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE, see
+from llava_cot_jax.planning import slices
+from llava_cot_jax.planning.programs import abstract_weights, lowered_search
 from llava_cot_jax.search.decode import View
-from llava_cot_jax.search.program import search, write_candidates
+from llava_cot_jax.search.program import write_candidates
 from llava_cot_jax.search.strategies import Judge, StageBeam
 
 CONFIG = MllamaConfig.llama32_11b()
-BUDGET, CHUNK = 1024, 256
+BUDGET = 1024
 WORK = Workload(prompt=256, stages=(BUDGET,) * 4, judge_words=200)
 
 GB = 1e9
 
 
 def main() -> None:
+    slices.prepare()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     print(f"{datetime.date.today()}; {versions}; compiled for TPUs, run on none")
     print(f"11B, bfloat16, one image of 4 tiles a question, {BUDGET} tokens a stage, top_k 50, top_p 0.9\n")
     chips = {
-        "v6e": ("v6e:1x1", {"chips_per_host_bounds": [1, 1, 1]}, 1, 31.25 * 2**30),
-        "v5p": ("v5p:1x1x1", {"chips_per_host_bounds": [1, 1, 1]}, 1, 95 * 2**30),
-        "v5e x 4": ("v5e:2x2", {}, 4, 15.75 * 2**30),
-        "v5e int8": ("v5e:1x1", {"chips_per_host_bounds": [1, 1, 1]}, 1, 15.75 * 2**30),
+        "v6e": ("v6e-1", "bfloat16"),
+        "v5p": ("v5p:1x1x1", "bfloat16"),
+        "v5e x 4": ("v5e-4", "bfloat16"),
+        "v5e int8": ("v5e-1", "int8"),
     }
     wanted = sys.argv[1:] or ["loop", *chips]
-    for name, (topology, options, tensor, memory) in chips.items():
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-        mesh = make_mesh(tensor=tensor, devices=devices[:tensor])
+    for name, (topology, dtype) in chips.items():
+        slice_ = slices.parse(topology)
+        mesh = make_mesh(tensor=slice_.chips, devices=slice_.devices())
         if name == "v6e" and "loop" in wanted:
             candidate_loop(mesh, questions=4, candidates=10)
         if name not in wanted:
             continue
+        memory = slice_.generation.usable
         print(f"\nthe whole search on {name}, {memory / GB:.1f} GB a chip; of each chip")
         for candidates, verdict in (
             ((10, "token"), (10, "rationale"), (4, "token")) if name == "v6e" else ((10, "token"),)
         ):
             fill = memory if name == "v6e" and verdict == "token" else None
-            most(mesh, candidates, verdict, fill, int8="int8" in name)
+            most(mesh, candidates, verdict, fill, dtype)
 
 
 def candidate_loop(mesh: Mesh, questions: int, candidates: int) -> None:
@@ -96,7 +89,11 @@ def candidate_loop(mesh: Mesh, questions: int, candidates: int) -> None:
         }
     )
     print(f"the loop that draws candidates, on v6e, {questions} questions of {candidates}, 2048 tokens of prompt")
-    compiled, _ = report(loop.lower(abstract_params(mesh), **jax.tree.map(lambda x: placed(x, everywhere), shapes)))
+    compiled, _ = report(
+        loop.lower(
+            nest(abstract_weights(CONFIG, "bfloat16", mesh)), **jax.tree.map(lambda x: placed(x, everywhere), shapes)
+        )
+    )
     caches = 2 * sum(entry is not None for entry in shapes["own"])
     aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", compiled.as_text(), re.DOTALL)
     print(f"  {len(re.findall('may-alias|must-alias', aliased[1])) if aliased else 0} of {caches} caches aliased")
@@ -112,12 +109,12 @@ def image_view(questions: int, tokens: int) -> View:
     return View(layers, see(CONFIG, mask), jnp.zeros(questions, jnp.int32))
 
 
-def most(mesh: Mesh, candidates: int, verdict: str, memory: float | None, int8: bool) -> None:
+def most(mesh: Mesh, candidates: int, verdict: str, memory: float | None, dtype: Any) -> None:
     """One question at a time; and, with a memory to fill, how many at most: told from two, then tried, one by one."""
 
     def tried(questions: int) -> float | None:
         print(f"{candidates} candidates, {verdict} verdict, {questions} at a time", flush=True)
-        return whole(mesh, questions, candidates, verdict, int8)
+        return whole(mesh, questions, candidates, verdict, dtype)
 
     one = tried(1)
     if one is None or memory is None:
@@ -134,28 +131,10 @@ def most(mesh: Mesh, candidates: int, verdict: str, memory: float | None, int8: 
         questions += 1
 
 
-def whole(mesh: Mesh, questions: int, candidates: int, verdict: str, int8: bool) -> float | None:
+def whole(mesh: Mesh, questions: int, candidates: int, verdict: str, dtype: Any) -> float | None:
     """Compile the whole search: its bytes on a chip, None where it does not fit."""
     plan = StageBeam(candidates, Judge(verdict), budget=BUDGET).plan()  # type: ignore[arg-type]
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    given = jax.eval_shape(lambda: (request(CONFIG, WORK, questions), *tables(CONFIG, WORK, plan)))
-    given = jax.tree.map(lambda x: placed(x, everywhere), given)
-    params = abstract_params(mesh, int8)
-    lowered = search.lower(params, *given, config=CONFIG, plan=plan, chunk=CHUNK, mesh=mesh)
-    return report(lowered)[1]
-
-
-def abstract_params(mesh: Mesh, int8: bool = False) -> Any:
-    arrays = {}
-    for path, p in parameters(CONFIG, "unrolled").items():
-        sharding = parameter_sharding(p, mesh)
-        dtype = jnp.int8 if int8 and is_quantized(path) else jnp.bfloat16
-        arrays[path] = jax.ShapeDtypeStruct(p.shape, dtype, sharding=sharding)
-        if dtype == jnp.int8:
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            scale = jax.ShapeDtypeStruct(p.shape[:1], jnp.float32, sharding=everywhere)
-            arrays[path.removesuffix("weight") + "scale"] = scale
-    return nest(arrays)
+    return report(lowered_search(CONFIG, plan, WORK, questions, dtype, mesh))[1]
 
 
 def placed(x: Any, everywhere: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -17,11 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from llava_cot_jax.planning import slices  # noqa: E402
-
-slices.prepare()
-
 from llava_cot_jax.model.config import MllamaConfig  # noqa: E402
+from llava_cot_jax.planning import slices  # noqa: E402
 from llava_cot_jax.planning.collectives import sent_by_axis  # noqa: E402
 from llava_cot_jax.planning.compiler import Compiled, versions  # noqa: E402
 from llava_cot_jax.planning.models import sizes_of  # noqa: E402
@@ -34,25 +31,21 @@ from llava_cot_jax.train import read_arguments  # noqa: E402
 
 GB, MFU = 1e9, 0.4
 
-FULL, LORA, NINETY = "llava_cot_11b_v5e_64", "llava_cot_11b_lora_v5e_8", "llava_cot_90b_v5p_128"
+FULL, LORA = "llava_cot_11b_v5e_64", "llava_cot_11b_lora_v5e_8"
 OPEN = ["--mesh.fsdp", "null"]
 HALF = ["--optimizer.precision", "bfloat16_stochastic"]
 
 TRAINING: dict[str, tuple[str, str, list[str]]] = {
-    "11B v5e-8": ("v5e-8", FULL, [*OPEN, *HALF, "--mesh.tensor", "1", "--loader.batch", "8"]),
-    "11B v5e-16": ("v5e-16", FULL, [*OPEN, "--mesh.tensor", "1", "--loader.batch", "16"]),
+    "11B v5e-8": ("v5e-8", "llava_cot_11b_v5e_8", []),
+    "11B v5e-16": ("v5e-16", "llava_cot_11b_v5e_16", []),
     "11B v5e-64": ("v5e-64", FULL, []),
     "11B v6e-4": ("v6e-4", FULL, [*OPEN, *HALF, "--mesh.tensor", "1", "--loader.batch", "4"]),
     "11B v6e-8": ("v6e-8", FULL, [*OPEN, "--mesh.tensor", "1"]),
     "11B v5p-8": ("v5p-8", FULL, [*OPEN, "--mesh.tensor", "1"]),
     "11B LoRA v5e-4": ("v5e-4", LORA, [*OPEN, "--mesh.tensor", "2"]),
     "11B LoRA v6e-1": ("v6e-1", LORA, [*OPEN, "--micro_batches", "16"]),
-    "90B v5p-32": ("v5p-32", NINETY, [*OPEN, *HALF, "--mesh.tensor", "2"]),
-    "90B LoRA v6e-8": (
-        "v6e-8",
-        LORA,
-        [*OPEN, "--init_from", "Llama-3.2-90B-Vision", "--mesh.tensor", "2", "--micro_batches", "8"],
-    ),
+    "90B v5p-32": ("v5p-32", "llava_cot_90b_v5p_32", []),
+    "90B LoRA v6e-8": ("v6e-8", "llava_cot_90b_lora_v6e_8", []),
 }
 """The slice, the configuration, and what is changed of it."""
 
@@ -121,6 +114,7 @@ def memory(compiled: Compiled, predicted: int, usable: int) -> None:
 
 
 def main() -> None:
+    slices.prepare()
     print(f"{datetime.date.today()}; {', '.join(f'{n} {v}' for n, v in versions().items())}; compiled, run on no TPU")
     rows: dict[str, Callable[[str], None]] = dict.fromkeys(TRAINING, train) | dict.fromkeys(SEARCH, search)
     for name in sys.argv[1:] or rows:

@@ -17,11 +17,13 @@ from llava_cot_jax.data.shapes_tokenizer import shapes_config
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.sharding import MESH_AXES, make_mesh, partition
+from llava_cot_jax.planning.models import sizes_of
+from llava_cot_jax.planning.programs import abstract_batch
+from llava_cot_jax.planning.slices import parse
 from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.program import check_batch, make_program
 from llava_cot_jax.training.settings import MeshSettings, TrainSettings
-from tests.training.abstract import MODELS, abstract_batch
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 QUICK = ("shapes_cpu", "llava_cot_11b_v5e_64")
@@ -34,8 +36,9 @@ RUNS = [path for path in CONFIGS if "init_from" in path.read_text()]
 )
 def test_a_configuration_builds_its_model_mesh_and_optimizer(path):
     settings = read_arguments(["--config", str(path)])[0]
-    config = MODELS[settings.init_from]
-    chips = {"64": 64, "16": 8 if "v5p" in path.stem else 16, "128": 64, "8": 8}.get(path.stem.rsplit("_", 1)[1], 1)
+    config = sizes_of(settings.init_from)
+    slice_ = re.search(r"(v\d[ep])_(\d+)$", path.stem)
+    chips = parse(f"{slice_[1]}-{slice_[2]}").chips if slice_ else 1
     sizes = settings.mesh.data, settings.mesh.fsdp or chips, settings.mesh.tensor
     assert np.prod(sizes) == chips
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
