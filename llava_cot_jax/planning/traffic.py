@@ -128,9 +128,12 @@ def _of_activations(step: Step) -> float:
     state = step.tokens * text.hidden_size
     again = 1 if step.settings.checkpointing == "full" else 0  # what a layer computes a second time
     text_flows, tower_flows = step.flows("self"), step.flows("tower")
-    sums = text.num_hidden_layers * state * (2 + text_flows * (2 + again))
+    layers, cross = text.num_hidden_layers, sum(text.is_cross)
+    # Backwards, the gradients of what enters attention and MLP; with adapters each projection's are summed apart.
+    backwards = 5 * (layers - cross) + 3 * cross if step.program.adapted else 2 * layers
+    sums = state * (2 * layers + text_flows * (backwards + again * layers))
     sums += state * (1 + text_flows)  # the embedding, and what the head gives back
-    sums += sum(text.is_cross) * step.image_tokens * text.hidden_size * step.flows("projector")
+    sums += cross * step.image_tokens * text.hidden_size * step.flows("projector")
     blocks = tower.num_hidden_layers + tower.num_global_layers
     sums += blocks * step.tower_tokens * tower.hidden_size * (2 + tower_flows * (2 + again))
     return 2 * (n - 1) / n * step.rows * sums * step.width
