@@ -70,9 +70,9 @@ def test_the_mesh_that_is_recommended_for_8_devices_runs_on_8_and_takes_the_byte
     program = make_program(plan.settings, config, mesh, steps=10, steps_per_epoch=5)
     lowered = lowered_step(program, plan.settings, config, mesh)
     compiled = lowered.compile()
-    scalars = 2 * 4  # the steps, and those skipped
     predicted = sum(plan.memory[part] for part in ("parameters", "optimizer", "batch"))
-    assert compiled.memory_analysis().argument_size_in_bytes == predicted + scalars
+    found = compiled.memory_analysis().argument_size_in_bytes
+    assert found == pytest.approx(predicted, abs=32)  # counters, and the rows' ids, which a step does not read
 
     rng = np.random.default_rng(0)
     shapes = abstract_batch(config, 8, 64, mesh)
