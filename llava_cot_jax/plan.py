@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -159,23 +159,24 @@ def _is_search(argv: Sequence[str]) -> bool:
         return True
     if known.config is None or not Path(known.config).is_file():
         return False
-    content = yaml.safe_load(Path(known.config).read_text())
+    try:
+        content = yaml.safe_load(Path(known.config).read_text())
+    except (OSError, ValueError, yaml.YAMLError):  # the parser will say so
+        return False
     return isinstance(content, dict) and "search" in content
 
 
 def _told(plan: TrainingPlan | SearchPlan, compiled: Compiled | None) -> dict[str, Any]:
     """A plan for a machine to read; what is compiled stands apart."""
-    chip = plan.slice.generation
-    floors: Callable[[Any], dict[str, Any]] = asdict
     told: dict[str, Any] = {
         "slice": plan.slice.name,
         "accelerator_type": plan.slice.accelerator_type,
         "chips": plan.slice.chips,
         "mesh": plan.mesh,
-        "usable_bytes": chip.usable,
+        "usable_bytes": plan.slice.generation.usable,
         "computed": {
             "bytes": plan.memory,
-            "floors": floors(plan.floors if isinstance(plan, TrainingPlan) else plan.step),
+            "floors": asdict(plan.floors if isinstance(plan, TrainingPlan) else plan.step),
         },
         "compiled": None,
     }

@@ -112,6 +112,13 @@ def test_a_mistake_is_one_line_before_anything_is_compiled(arguments, message):
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize("content", ["topology: [", "search: nonsense", "- 1"])
+def test_a_configuration_that_is_none_is_a_mistake_too(tmp_path, content):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(UserError):
+        main(["--config", str(tmp_path / "run.yaml"), "--topology", "v5e-4"])
+
+
 @pytest.mark.slow
 def test_the_compiler_is_asked_once_and_then_remembered(tmp_path):
     """The shapes world's own step for a TPU, by the real compiler, in processes of their own."""

@@ -7,7 +7,12 @@ import pytest
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.hardware import GIB
 from llava_cot_jax.model.sharding import make_mesh
-from llava_cot_jax.planning.slices import GENERATIONS, parse
+from llava_cot_jax.planning.slices import GENERATIONS, parse, prepare
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiler():
+    prepare()
 
 
 @pytest.mark.parametrize(
