@@ -150,8 +150,10 @@ def on_each_device(size: int, axis: str) -> int:
 def default_mesh(config: MllamaConfig) -> Mesh | None:
     """All devices: heads cut as far as they go, parameters over the rest; None where there is one device."""
     count = jax.device_count()
-    if count == 1:
-        return None
-    heads = math.gcd(config.text.num_key_value_heads, config.vision.attention_heads)
-    tensor = math.gcd(count, heads)
-    return make_mesh(fsdp=count // tensor, tensor=tensor)
+    return None if count == 1 else make_mesh(**default_sizes(config, count), devices=jax.devices())
+
+
+def default_sizes(config: MllamaConfig, count: int) -> dict[str, int]:
+    """The axes of ``default_mesh`` over ``count`` devices."""
+    tensor = math.gcd(count, config.text.num_key_value_heads, config.vision.attention_heads)
+    return {"data": 1, "fsdp": count // tensor, "tensor": tensor}

@@ -12,7 +12,7 @@ from llava_cot_jax.benchmark.workload import Workload, request, tables
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.hardware import cache_values
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.sharding import abstract_mesh, check_mesh, make_mesh
+from llava_cot_jax.model.sharding import abstract_mesh, check_mesh, default_sizes, make_mesh
 from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE
 from llava_cot_jax.planning.compiler import Compiled, compile_for
 from llava_cot_jax.planning.floors import Floors
@@ -86,7 +86,7 @@ def plan_search(
     """
     if slice_.count > 1:
         raise UserError("a search runs on one slice: give a topology of one")
-    sizes = dict(mesh) if mesh else _by_heads(config, slice_)
+    sizes = dict(mesh) if mesh else default_sizes(config, slice_.chips)
     if math.prod(sizes.values()) != slice_.chips:
         raise UserError(f"a mesh of {sizes} is not {slice_.name}'s {slice_.chips} chips")
     abstract = abstract_mesh(**sizes)
@@ -133,11 +133,6 @@ def smallest_for_search(
                 found.append(each)
                 break
     return sorted(found, key=lambda each: each.seconds * each.slice.chips)
-
-
-def _by_heads(config: MllamaConfig, slice_: Slice) -> dict[str, int]:
-    tensor = math.gcd(slice_.chips, config.text.num_key_value_heads, config.vision.attention_heads)
-    return {"data": 1, "fsdp": slice_.chips // tensor, "tensor": tensor}
 
 
 def _needed(
