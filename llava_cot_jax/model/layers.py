@@ -14,6 +14,7 @@ import numpy as np
 
 from llava_cot_jax.model.attention import Mask, kernel_for
 from llava_cot_jax.model.config import TextConfig
+from llava_cot_jax.model.sharding import constrain
 
 Weights = Mapping[str, Any]
 """The parameters of a module: a nest of dicts that ends in arrays, named as published."""
@@ -37,6 +38,18 @@ def checkpointed(layer: Callable[P, R], checkpointing: Checkpointing) -> Callabl
 def is_stacked(layers: Weights) -> bool:
     """Whether the arrays of these layers carry a leading ``layers`` axis."""
     return layers["0"]["input_layernorm"]["weight"].ndim == 2
+
+
+def lookup(ids: jax.Array, w: Weights) -> jax.Array:
+    """The rows of a table, ``weight`` [rows, width], at int ids [batch, ...]: [batch, ..., width].
+
+    Each device finds the columns that it holds, for every id of its replica. Of these it hands on to each
+    neighbour along ``fsdp`` what that one's batch needs, and those along ``tensor`` put the width together.
+    Left to itself, the partitioner gathers the rows of the whole batch on every device.
+    """
+    within = [None] * (ids.ndim - 1)
+    found = constrain(w["weight"][ids], "replica", *within, "columns")
+    return constrain(constrain(found, "batch", *within, "part"), "batch", *within, None)
 
 
 def linear(x: jax.Array, w: Weights) -> jax.Array:

@@ -133,11 +133,11 @@ def _vision_tensors(config: VisionConfig) -> Iterator[Parameter]:
     yield declare(f"{positions}.gate", (1,), (None,), "gate")
     yield declare(f"{positions}.embedding", (config.tile_tokens, width), (None, "gathered"))
     tiles = (ratios, config.image_tokens * width)  # (ratios, tiles, tokens, width) flattened
-    yield declare(f"{positions}.tile_embedding.weight", tiles, (None, "gathered"))
+    yield declare(f"{positions}.tile_embedding.weight", tiles, (None, "columns"))
     for place in ("pre", "post"):
         tile = f"{place}_tile_positional_embedding"
         yield declare(f"{tile}.gate", (1,), (None,), "gate")
-        yield declare(f"{tile}.embedding.weight", (ratios, config.max_num_tiles * width), (None, "gathered"))
+        yield declare(f"{tile}.embedding.weight", (ratios, config.max_num_tiles * width), (None, "columns"))
         yield declare(f"layernorm_{place}.weight", (width,), (None,), "ones")
         yield declare(f"layernorm_{place}.bias", (width,), (None,), "zeros")
     for i in range(config.num_hidden_layers):
@@ -165,7 +165,7 @@ def _vision_block(declare: _Declare, config: VisionConfig, gated: bool) -> Itera
 
 def _text_tensors(config: TextConfig) -> Iterator[Parameter]:
     declare, hidden = _Declare("language_model", config.initializer_range), config.hidden_size
-    yield declare("model.embed_tokens.weight", (config.vocab_size + EXTRA_EMBEDDINGS, hidden), (None, "gathered"))
+    yield declare("model.embed_tokens.weight", (config.vocab_size + EXTRA_EMBEDDINGS, hidden), (None, "columns"))
     for i, cross in enumerate(config.is_cross):
         yield from _text_layer(_Declare(f"{TEXT_LAYERS}.{i}", declare.std), config, cross)
     yield declare("model.norm.weight", (hidden,), (None,), "ones")

@@ -31,7 +31,10 @@ MESH_AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
-    "gathered": ("fsdp", "tensor"),  # widths of tables and of layers used once, gathered where they are used
+    "gathered": ("fsdp", "tensor"),  # widths of layers used once, gathered where they are used
+    "columns": ("tensor", "fsdp"),  # of tables; the next two are on the way of what is looked up in them
+    "replica": ("data",),
+    "part": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),

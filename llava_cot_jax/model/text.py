@@ -17,6 +17,7 @@ from llava_cot_jax.model.layers import (
     is_stacked,
     join_heads,
     linear,
+    lookup,
     rms_norm,
     rotate,
     rotation,
@@ -123,7 +124,7 @@ def decode(
         return _cross_layer(x, w, _image_keys_values(sight.states, w["cross_attn"], config.text), config, sight)
 
     layer = checkpointed(run, checkpointing)
-    x = w["embed_tokens"]["weight"][input_ids]
+    x = lookup(input_ids, w["embed_tokens"])
     layers = w["layers"]
     if is_stacked(layers):
 
@@ -157,7 +158,7 @@ def append(
     tokens = input_ids.shape[1]
     turn = rotation(memory.positions(tokens), config.text)
     own: list[KeyValue | None] = []
-    x = w["embed_tokens"]["weight"][input_ids]
+    x = lookup(input_ids, w["embed_tokens"])
     for i, cross in enumerate(config.text.is_cross):
         x = constrain(x, "batch", None, None)
         layer, images, entry = w["layers"][str(i)], memory.images[i], memory.own[i]

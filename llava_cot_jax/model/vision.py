@@ -22,6 +22,7 @@ from llava_cot_jax.model.layers import (
     join_heads,
     layer_norm,
     linear,
+    lookup,
     split_heads,
 )
 from llava_cot_jax.model.sharding import constrain
@@ -113,14 +114,14 @@ def _embed(w: Weights, config: VisionConfig, pixel_values: jax.Array, aspect_rat
     x = jnp.concatenate([start, x], axis=2)  # [N, T, P + 1, D]
     positions = w["gated_positional_embedding"]
     gate = jnp.tanh(positions["gate"])
-    in_tile = positions["tile_embedding"]["weight"][aspect_ratio_ids].reshape(x.shape)
+    in_tile = lookup(aspect_ratio_ids, positions["tile_embedding"]).reshape(x.shape)
     x = x + (1 - gate) * positions["embedding"] + gate * in_tile
     return layer_norm(x, w["layernorm_pre"], OUTER_NORM_EPS)
 
 
 def _tile_embedding(w: Weights, config: VisionConfig, aspect_ratio_ids: jax.Array) -> jax.Array:
     """What every token of a tile is told of the tile's place: [N, T, 1, D]."""
-    embedding = w["embedding"]["weight"][aspect_ratio_ids]
+    embedding = lookup(aspect_ratio_ids, w["embedding"])
     return jnp.tanh(w["gate"]) * embedding.reshape(-1, config.max_num_tiles, 1, config.hidden_size)
 
 

@@ -99,26 +99,30 @@ def training_traffic(step: Step) -> dict[str, float]:
 
 
 def _of_a_parameter(step: Step, path: str, parameter: Parameter) -> dict[str, float]:
-    part, mesh = part_of(step.config, path), step.mesh
-    learns = path in step.program.state.trained
-    uses = (1 + step.flows(part)) * step.settings.micro_batches
-    scatters = learns * step.settings.micro_batches
-    width = step.width
-    gradient = width
+    part, copies = part_of(step.config, path), step.mesh["data"]
+    learns, parts = path in step.program.state.trained, step.settings.micro_batches
+    over = {axis: pieces(parameter, step.mesh, (axis,)) for axis in ("fsdp", "tensor")}
+    size = math.prod(parameter.shape)
+    left = size / (over["fsdp"] * over["tensor"])
+    sent = {"data": learns * 2 * (copies - 1) / copies * left * step.width * parts}
+    if "columns" in parameter.axes:
+        return sent | _of_a_table(step, part, parameter, learns)
+    uses, scatters, gradient = (1 + step.flows(part)) * parts, learns * parts, step.width
     if part == "head":  # gathered for each part of the logits, whose products are float32
         uses, scatters, gradient = uses * step.chunks, scatters * step.chunks, FLOAT32
-    size = math.prod(parameter.shape)
-    if part == "embedding":
-        size, uses, scatters = 0, 0, 0  # rows are looked up where they lie, and activations sent
-    over = {axis: pieces(parameter, mesh, (axis,)) for axis in ("fsdp", "tensor")}
-    whole = size / (1 if "gathered" in parameter.axes else over["tensor"])
-    fsdp = (over["fsdp"] - 1) / over["fsdp"] * whole * (uses * width + scatters * gradient)
-    copies = mesh["data"]
-    left = math.prod(parameter.shape) / (over["fsdp"] * over["tensor"])
-    data = learns * 2 * (copies - 1) / copies * left * width * step.settings.micro_batches
-    tables = "gathered" in parameter.axes and over["tensor"] > 1
-    tensor = (over["tensor"] - 1) / over["tensor"] * whole * (uses * width + scatters * gradient) if tables else 0.0
-    return {"fsdp": fsdp, "data": data, "tensor": tensor}
+    gathered = "gathered" in parameter.axes
+    whole = (uses * step.width + scatters * gradient) * size / (1 if gathered else over["tensor"])
+    if gathered:
+        sent["tensor"] = (over["tensor"] - 1) / over["tensor"] * whole
+    return sent | {"fsdp": (over["fsdp"] - 1) / over["fsdp"] * whole}
+
+
+def _of_a_table(step: Step, part: Part, table: Parameter, learns: bool) -> dict[str, float]:
+    """Of what is looked up: along ``fsdp`` a device's own columns, and their gradients; along ``tensor`` the others."""
+    fsdp, tensor = step.mesh["fsdp"], step.mesh["tensor"]
+    lookups = step.settings.micro_batches * step.rows * (step.tokens if part == "embedding" else 1)
+    found = lookups * table.shape[-1] * step.width
+    return {"fsdp": (fsdp - 1) / fsdp * found / tensor * (1 + learns), "tensor": (tensor - 1) / tensor * found}
 
 
 def _of_activations(step: Step) -> float:
@@ -132,7 +136,7 @@ def _of_activations(step: Step) -> float:
     # Backwards, the gradients of what enters attention and MLP; with adapters each projection's are summed apart.
     backwards = 5 * (layers - cross) + 3 * cross if step.program.adapted else 2 * layers
     sums = state * (2 * layers + text_flows * (backwards + again * layers))
-    sums += state * (1 + text_flows)  # the embedding, and what the head gives back
+    sums += state * text_flows  # what the head gives back
     sums += cross * step.image_tokens * text.hidden_size * step.flows("projector")
     blocks = tower.num_hidden_layers + tower.num_global_layers
     sums += blocks * step.tower_tokens * tower.hidden_size * (2 + tower_flows * (2 + again))

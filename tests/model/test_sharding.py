@@ -7,12 +7,15 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.layers import lookup
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
-from llava_cot_jax.model.sharding import default_mesh, make_mesh, partition
+from llava_cot_jax.model.sharding import default_mesh, make_mesh, on_mesh, partition
+from llava_cot_jax.planning.collectives import collectives
 from llava_cot_jax.search.generator import Generator
 from tests.conftest import INPUTS
 from tests.model.test_mllama import off
@@ -101,6 +104,33 @@ def test_activations_are_spread(tiny, alone):
     """The logits of a batch that the mesh divides are cut by row and by vocabulary."""
     model = Mllama.from_pretrained(tiny, mesh=make_mesh(2, 2, 2))
     assert model(**alone.eight).addressable_shards[0].data.shape == (2, 10, 128)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 8, 1), (1, 1, 8), (8, 1, 1)])
+def test_what_is_looked_up_never_stands_whole_on_a_device(shape):
+    """Rows and gradients of a cut table are numpy's; no exchange brings a device more than its own batch's rows."""
+    rng = np.random.default_rng(0)
+    table, ids = rng.normal(size=(4096, 64)).astype(np.float32), rng.integers(0, 4096, (8, 16))
+    weight = rng.normal(size=(8, 16, 64)).astype(np.float32)
+    mesh = make_mesh(*shape)
+    cut = NamedSharding(mesh, partition((None, "columns")))
+    rows = NamedSharding(mesh, partition(("batch",)))
+
+    def loss(table, ids, weight):
+        with on_mesh(mesh):
+            found = lookup(ids, {"weight": table})
+            return (found * weight).sum(), found
+
+    given = jax.device_put(table, cut), jax.device_put(ids, rows), jax.device_put(weight, rows)
+    step = jax.jit(jax.grad(loss, has_aux=True), out_shardings=(cut, rows)).lower(*given).compile()
+    gradient, found = step(*given)
+    expected = np.zeros_like(table)
+    np.add.at(expected, ids, weight)
+    np.testing.assert_array_equal(found, table[ids])
+    np.testing.assert_allclose(gradient, expected, atol=1e-5)
+    own = table[ids].nbytes // (mesh.shape["data"] * mesh.shape["fsdp"])
+    exchanged = [each for each in collectives(step.as_text(), dict(mesh.shape)) if "all-reduce" not in each.kind]
+    assert max((each.result for each in exchanged), default=0) <= own
 
 
 @pytest.mark.parametrize(
