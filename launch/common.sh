@@ -7,6 +7,7 @@ LC_ALL=C # ranges such as [a-z] mean ASCII
 checkout=llava_cot_jax # on the hosts, in the home folder
 
 usage="" zone=${CLOUDSDK_COMPUTE_ZONE:-} project="" dry_run="" yes=""
+place="zone project" # the options that say where, of all scripts that call gcloud
 name="" words=() command=() create_flags=()
 
 # One line, whatever is in it.
@@ -29,7 +30,7 @@ say() { echo "[$(date +%H:%M:%S)] $*"; }
 # parse_arguments "OPTIONS" "FLAGS" ARGUMENTS...: an option, which takes a value, and a flag, which becomes "yes", set
 # the variable of their name, with underscores. Other words go to `words`, all that follows -- to `command`.
 parse_arguments() {
-  local options=" zone project $1 " flags=" dry-run $2 " given option value
+  local options=" $place $1 " flags=" dry-run $2 " given option value
   shift 2
   while [ $# -gt 0 ]; do
     given=$1
@@ -74,12 +75,16 @@ check_place() {
   [ -z "$project" ] || check --project "$project" '[a-z][-a-z0-9.:]*[a-z0-9]' my-project
 }
 
-# One word, the TPU's name; the place; and no command, but for the scripts that take one.
-check_target() { # [command]
+check_name() { # [LONGEST]
   [ ${#words[@]} -gt 0 ] || mistake "a name is missing (see --help)"
   [ ${#words[@]} -eq 1 ] || mistake "one name is expected, and a command comes after -- (see --help)"
   name=${words[0]}
-  check "the name" "$name" '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' "my-tpu (small letters, digits, dashes)"
+  check "the name" "$name" "[a-z]([-a-z0-9]{0,$((${1:-63} - 2))}[a-z0-9])?" "my-tpu (small letters, digits, dashes)"
+}
+
+# One word, the TPU's name; the place; and no command, but for the scripts that take one.
+check_target() { # [command]
+  check_name
   check_place
   if [ "${1:-}" = command ]; then
     check_command
@@ -116,6 +121,18 @@ check_command() {
   for word in "${command[@]}"; do
     case $word in gs:* | -*=gs:*) check_bucket "${word#-*=}" ;; esac
   done
+}
+
+# The command writes to a bucket: what is on a machine goes with it.
+check_output() {
+  local output="" i
+  for i in "${!command[@]}"; do
+    case ${command[i]} in
+      --output) output=${command[i + 1]:-} ;;
+      --output=*) output=${command[i]#--output=} ;;
+    esac
+  done
+  [[ $output == gs://* ]] || mistake "the command needs --output gs://bucket/folder: what is on a taken machine is gone"
 }
 
 # Before anything is deleted, the name is typed by whoever is there, or --yes is given.

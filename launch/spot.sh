@@ -28,20 +28,12 @@ the same call takes up what is there, and asks first.
 accelerator_type="" runtime_version="" attempts=3 keep=""
 parse_arguments "accelerator-type runtime-version attempts create-flag" "keep yes" "$@"
 check_target command
+check_output
 runtime=$(runtime_of "$accelerator_type" "$runtime_version")
 check --attempts "$attempts" '[1-9][0-9]{0,2}' 3
 poll=${LAUNCH_POLL:-60} patience=${LAUNCH_PATIENCE:-10}
 check LAUNCH_POLL "$poll" '[0-9]{1,5}([.][0-9]{1,3})?' 60
 check LAUNCH_PATIENCE "$patience" '[1-9][0-9]{0,4}' 10
-
-output=""
-for ((i = 0; i < ${#command[@]}; i++)); do
-  case ${command[i]} in
-    --output) output=${command[i + 1]:-} ;;
-    --output=*) output=${command[i]#--output=} ;;
-  esac
-done
-[[ $output == gs://* ]] || mistake "the command needs --output gs://bucket/folder: what is on a taken machine is gone"
 
 # With several hosts gcloud refuses a key that is not in the agent, which would show only after the capacity is there.
 key=$HOME/.ssh/google_compute_engine

@@ -29,7 +29,7 @@ def test_shellcheck_finds_nothing():
 VERBS = ["create", "install", "run", "logs", "stop", "fetch", "delete", "spot"]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, "gke"])
 def test_the_help_fits_a_screen(laptop, verb):
     done = laptop.run(verb, "--help")
     lines = done.stdout.splitlines()
@@ -47,6 +47,7 @@ NEEDED = {
     "run": ["--", "true"],
     "spot": [TYPE, "--", *TRAIN],
 }
+GKE, RUN = "--topology=v5e:8x8 --image=a/b:1", "train --output=gs://bucket/run"
 BAD_NAMES = ["my tpu", "tpu;reboot", "$(reboot)", "`reboot`", "tpu&", "tpu'", 'tpu"', "tpu*", "tpu\nother", "Tpu"]
 BAD_NAMES += ["tpu-", "1tpu", "tpu_1", "../tpu", "tpü", "t" * 64, ""]
 
@@ -104,6 +105,19 @@ def test_every_script_checks_name_and_place(laptop, verb):
         (f"spot tpu {ZONE} {TYPE} -- train --output gs://BUCKET/run", "a bucket path"),
         (f"spot tpu {ZONE} {TYPE} --attempts=0 -- train --output=gs://bucket/run", "--attempts: 0 is not like 3"),
         (f"spot tpu {ZONE} -- train --output=gs://bucket/run", "--accelerator-type is missing"),
+        (f"gke tpu {GKE}", "a command is missing"),
+        (f"gke 'my tpu' {GKE} -- {RUN}", "the name"),
+        (f"gke {'t' * 41} {GKE} -- {RUN}", "the name"),
+        (f"gke tpu {GKE} {ZONE} -- {RUN}", "unknown option --zone"),
+        (f"gke tpu {GKE} -- train --output runs/one", "the command needs --output gs://"),
+        (f"gke tpu {GKE} --restarts=many -- {RUN}", "--restarts: many is not like 20"),
+        (f"gke tpu {GKE} --namespace='a b' -- {RUN}", "--namespace"),
+        (f"gke tpu {GKE} --image='a;reboot' -- {RUN}", "--image"),
+        (f"gke tpu {GKE} -- {RUN} 'two\nlines'", "a line break or control character"),
+        (f"gke tpu --topology=v5e:8x8 -- {RUN}", "--image is missing"),
+        (f"gke tpu {GKE} --topology=v5e-64 -- {RUN}", "--topology: v5e-64 is not like v5e:8x8"),
+        (f"gke tpu {GKE} --topology=v5e:3x3 -- {RUN}", "no such shape: 3x3"),
+        (f"gke tpu {GKE} --topology=v5p:1x1x1 -- {RUN}", "hosts of v5p have 4 chips"),
         (f"delete tpu {ZONE}", "there is no terminal to ask on before a deletion: give --yes"),
     ],
 )
