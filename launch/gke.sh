@@ -61,7 +61,8 @@ spec:
   failurePolicy:
     maxRestarts: $restarts
     rules:
-      - action: FailJobSet
+      - name: mistake
+        action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice

@@ -109,5 +109,5 @@ def test_a_mistake_of_the_user_is_not_repeated(cluster):
     assert rule == {"action": "FailJob", "onExitCodes": {"containerName": container, "operator": "In", "values": [2]}}
     assert pod_of(manifest)["restartPolicy"] == "Never"
     assert yaml.safe_load(manifest)["spec"]["failurePolicy"]["rules"] == [
-        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+        {"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     ]
