@@ -20,10 +20,9 @@ from rich.console import Console
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.sharding import MESH_AXES
 from llava_cot_jax.planning import slices
-from llava_cot_jax.planning.advice import finalists, smallest_change
+from llava_cot_jax.planning.advice import finalists, smallest_change, smallest_change_of_search
 from llava_cot_jax.planning.compiler import Compiled
 from llava_cot_jax.planning.models import sizes_of
 from llava_cot_jax.planning.report import search_table, training_table
@@ -85,19 +84,20 @@ def _plan_training(argv: Sequence[str], console: Console) -> None:
             console.print_json(json.dumps(_told(plan, compiled) | {"hours": plan.hours(options.mfu)}))
         else:
             console.print(training_table(plan, compiled, options.mfu), markup=False)
-            _advise(plan, compiled, config, data, console)
+            if _lacks_room(plan, compiled):
+                _advise(smallest_change(plan, config, data), console)
     if options.topology == AUTO and not options.json:
         best, mesh = plans[0], plans[0].mesh
         arguments = " ".join(f"--mesh.{axis} {size}" for axis, size in mesh.items())
         console.print(f"recommended: {best.slice.name} ({best.slice.accelerator_type}), {arguments}")
 
 
-def _advise(plan: TrainingPlan, compiled: Compiled | None, config: MllamaConfig, data: Data, console: Console) -> None:
-    """Where a run does not fit, say what would make it fit."""
-    room = plan.room if compiled is None else compiled.room(plan.slice)
-    if room >= 0:
-        return
-    change = smallest_change(plan, config, data)
+def _lacks_room(plan: TrainingPlan | SearchPlan, compiled: Compiled | None) -> bool:
+    return (plan.room if compiled is None else compiled.room(plan.slice)) < 0
+
+
+def _advise(change: tuple[str, TrainingPlan | SearchPlan] | None, console: Console) -> None:
+    """Say what would make fit what does not."""
     if change is None:
         console.print("no change of it fits this generation of chips up to 256 of them: --topology auto tries others")
     else:
@@ -137,6 +137,8 @@ def _plan_search(argv: Sequence[str], console: Console) -> None:
             console.print_json(json.dumps(_told(each, compiled)))
         else:
             console.print(search_table(each, compiled, most_questions(each, config)), markup=False)
+            if _lacks_room(each, compiled):
+                _advise(smallest_change_of_search(each, config), console)
     if options.topology == AUTO and not options.json:
         console.print(f"recommended: {plans[0].slice.name} ({plans[0].slice.accelerator_type})")
 

@@ -6,6 +6,7 @@ from llava_cot_jax import hardware
 from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.planning.advice import fits, smallest_change_of_search
 from llava_cot_jax.planning.searching import most_questions, plan_search, smallest_for_search
 from llava_cot_jax.planning.slices import parse
 from llava_cot_jax.search.strategies import Greedy, Judge, StageBeam
@@ -89,6 +90,25 @@ def test_the_smallest_slices_that_hold_a_search():
     assert sorted(names) == ["v5e:2x2", "v5p:1x1x1", "v6e:1x1"]
     int8 = [plan.slice.name for plan in smallest_for_search(StageBeam(10).plan(), ELEVEN, dtype="int8")]
     assert sorted(int8) == ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"]
+
+
+ADVICE = [
+    ({"slice_": "v6e-1", "questions": 8}, "--questions 4"),
+    ({"slice_": "v5e-4", "mesh": {"data": 4, "fsdp": 1, "tensor": 1}}, "--mesh.data 1 --mesh.fsdp 1 --mesh.tensor 4"),
+    ({"slice_": "v6e-1", "dtype": "float32"}, "--dtype bfloat16"),
+    ({"slice_": "v5e-1"}, "--quantize int8"),
+    ({"slice_": "v5e-1", "dtype": "float16", "questions": 9}, "--questions 1 --quantize int8"),
+    ({"slice_": "v5e-1", "budget": 4096, "dtype": "int8"}, "--topology v5e:2x2"),
+    ({"slice_": "v6e-1"}, "--quantize int8"),  # predicted to fit; the compiler may have said otherwise
+]
+
+
+@pytest.mark.parametrize(("how", "words"), ADVICE, ids=[str(how) for how, _ in ADVICE])
+def test_advice_names_the_smallest_change_that_makes_a_search_fit(how, words):
+    plan = planned(**how)
+    change = smallest_change_of_search(plan, ELEVEN)
+    assert change is not None and fits(change[1]) and change[1].room > plan.room
+    assert change[0] == words
 
 
 @pytest.mark.parametrize(

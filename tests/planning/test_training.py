@@ -138,6 +138,16 @@ def test_advice_names_the_smallest_change_first():
     assert change is not None and change[0] == "--checkpointing full"
 
 
+def test_advice_is_another_mesh_where_that_is_enough():
+    settings = run(loader=LoaderSettings(batch=64))
+    plan = plan_training(replace(settings, mesh=MeshSettings(data=8, fsdp=8)), ELEVEN, parse("v5e-64"), DATA)
+    assert not fits(plan)
+    change = smallest_change(plan, ELEVEN, DATA)
+    assert change is not None and fits(change[1])
+    assert change[0] == " ".join(f"--mesh.{axis} {size}" for axis, size in change[1].mesh.items())
+    assert change[1].settings == replace(settings, mesh=change[1].settings.mesh)
+
+
 def test_where_nothing_else_helps_adapters_are_advised_and_then_a_larger_slice():
     plan = best_mesh(run(), ELEVEN, parse("v5e-4"), DATA)
     assert plan is not None
