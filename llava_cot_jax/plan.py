@@ -23,6 +23,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.sharding import MESH_AXES
 from llava_cot_jax.planning import slices
 from llava_cot_jax.planning.advice import finalists, smallest_change, smallest_change_of_search
+from llava_cot_jax.planning.collectives import sent_by_axis
 from llava_cot_jax.planning.compiler import Compiled
 from llava_cot_jax.planning.models import sizes_of
 from llava_cot_jax.planning.report import search_table, training_table
@@ -188,6 +189,7 @@ def _told(plan: TrainingPlan | SearchPlan, compiled: Compiled | None) -> dict[st
         told["computed"] |= {"seconds": plan.seconds}
     if compiled is not None:
         told["compiled"] = {name: value for name, value in asdict(compiled).items() if name != "exchanges"}
+        told["compiled"]["sent"] = compiled.exchanges and sent_by_axis(compiled.exchanges)
     return told
 
 

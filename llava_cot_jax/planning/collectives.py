@@ -11,6 +11,10 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*?)\), ")
+_BETWEEN_SLICES = re.compile(
+    r' = \((.*?), .* send\(.*_xla_megascale_target="(.*?)".*_xla_megascale_transfer_type="(\w+)"'
+)
+_TRANSFERS = {kind.upper().replace("-", "_"): kind for kind in KINDS} | {"ONE_TO_ONE": "collective-permute"}
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|async_computation|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)\}?")
 _ARRAY = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
@@ -47,7 +51,7 @@ class Collective:
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """The collectives of a compiled program, those in loops as often as they run.
+    """The collectives of a compiled program, those in loops as often as they run, and the transfers between slices.
 
     A loop whose trips depend on data, as those of a search, counts once.
 
@@ -60,6 +64,8 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     found: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines if times.get(name) else ():
+            if transfer := _BETWEEN_SLICES.search(line):
+                found[line] = _transfer(transfer, line, times[name])
             if not (match := _COLLECTIVE.search(line)):
                 continue
             # A pipelined collective is written once for each of its steps, always with the same channel.
@@ -146,8 +152,23 @@ def _collective(match: re.Match[str], line: str, mesh: Mapping[str, int], times:
         # What is reduced and scattered is written as an all-reduce of the whole.
         whole = result * size if match[2] == "reduce-scatter" else result
         axes, sent = _axes(groups, mesh), whole * share * (2 if kind == "all-reduce" else 1)
-    source = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, axes, result, sent, times, source[1] if source else "")
+    return Collective(kind, axes, result, sent, times, _source(line))
+
+
+def _transfer(match: re.Match[str], line: str, times: int) -> Collective:
+    """What the hosts exchange between slices, over which ``data`` alone runs."""
+    kind = _TRANSFERS[match[3]]
+    given = sum(_bytes(*array) for array in _ARRAY.findall(match[1]))
+    slices = len(re.findall(r"\d+", match[2].split("x")[0]))  # as {1,2}x{0:3}: two, of four chips
+    share = (slices - 1) / slices
+    sent = {"all-reduce": 2 * share, "all-gather": slices - 1.0, "collective-permute": 1.0}.get(kind, share) * given
+    result = {"all-gather": given * slices, "reduce-scatter": given // slices}.get(kind, given)
+    return Collective(kind, "data", result, sent, times, _source(line))
+
+
+def _source(line: str) -> str:
+    found = re.search(r'op_name="([^"]*)"', line)
+    return found[1] if found else ""
 
 
 def _bytes(dtype: str, shape: str) -> int:

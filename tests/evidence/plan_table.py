@@ -32,6 +32,7 @@ from llava_cot_jax.train import read_arguments  # noqa: E402
 GB, MFU = 1e9, 0.4
 
 FULL, LORA = "llava_cot_11b_v5e_64", "llava_cot_11b_lora_v5e_8"
+TWO_SLICES = "llava_cot_11b_v5e_16"
 NINETY, NINETY_LORA = "llava_cot_90b_v5p_32", "llava_cot_90b_lora_v6e_8"
 OPEN = ["--mesh.fsdp", "null"]
 HALF = ["--optimizer.precision", "bfloat16_stochastic"]
@@ -40,6 +41,7 @@ TRAINING: dict[str, tuple[str, str, list[str]]] = {
     "11B v5e-8": ("v5e-8", "llava_cot_11b_v5e_8", []),
     "11B v5e-16": ("v5e-16", "llava_cot_11b_v5e_16", []),
     "11B v5e-64": ("v5e-64", FULL, []),
+    "11B 2 x v5e-16": ("2*v5e-16", TWO_SLICES, ["--mesh.data", "2", "--loader.batch", "32"]),
     "11B v6e-4": ("v6e-4", FULL, [*OPEN, *HALF, "--mesh.tensor", "1", "--loader.batch", "4"]),
     "11B v6e-8": ("v6e-8", FULL, [*OPEN, "--mesh.tensor", "1"]),
     "11B v5p-8": ("v5p-8", FULL, [*OPEN, "--mesh.tensor", "1"]),

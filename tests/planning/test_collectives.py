@@ -130,3 +130,31 @@ def test_every_way_in_which_groups_are_written(groups, axes, share):
     line = f"  ROOT %g = f32[16]{{0}} all-gather(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}"
     text = "HloModule m\nENTRY %main (x: f32[4]) -> f32[16] {\n  %x = f32[4]{0} parameter(0)\n" + line + "\n}\n"
     assert sent_by_axis(collectives(text, {"fsdp": 2, "tensor": 2})) == {axes: 64 * share}
+
+
+@pytest.mark.parametrize(
+    ("transfer", "slices", "result", "sent"),
+    [
+        ("ALL_REDUCE", 2, 64, 64),
+        ("ALL_REDUCE", 4, 64, 96),
+        ("ALL_GATHER", 2, 128, 64),
+        ("REDUCE_SCATTER", 4, 16, 48),
+        ("ALL_TO_ALL", 2, 64, 32),
+        ("ONE_TO_ONE", 2, 64, 64),
+    ],
+)
+def test_a_transfer_between_slices(transfer, slices, result, sent):
+    """As the TPU compiler leaves it to the hosts: a send of 16 numbers and a receipt, over all chips of some slices."""
+    target = f"{{{','.join(str(i + 1) for i in range(slices))}}}x{{0:3}}"
+    if transfer == "ONE_TO_ONE":
+        target = "{{200000->100001},{100002->200003}}"
+    about = f'_xla_megascale_target="{target}",_xla_megascale_transfer_type="{transfer}"'
+    lines = [
+        "ENTRY %main (x: f32[16]) -> f32[16] {",
+        "  %x = f32[16]{0} parameter(0)",
+        f"  %s = (f32[16]{{0}}, u32[], token[]) send(%x, %a), channel_id=4, frontend_attributes={{{about}}}",
+        f"  %r = (f32[{result // 4}]{{0}}, u32[], token[]) recv(%a), channel_id=3, frontend_attributes={{{about}}}",
+        "}",
+    ]
+    (found,) = collectives("\n".join(lines), {"data": slices, "fsdp": 4})
+    assert (found.axes, found.result, found.sent, found.times) == ("data", result, sent, 1)
