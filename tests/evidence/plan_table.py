@@ -48,13 +48,12 @@ TRAINING: dict[str, tuple[str, str, list[str]]] = {
     "11B LoRA v5e-4": ("v5e-4", LORA, [*OPEN, "--mesh.tensor", "2"]),
     "11B LoRA v6e-1": ("v6e-1", LORA, [*OPEN, "--micro_batches", "16"]),
     "90B v5e-64": ("v5e-64", NINETY, [*OPEN, "--mesh.tensor", "8", "--loader.batch", "8"]),
-    "90B v5e-128": ("v5e:8x16", NINETY, [*OPEN, "--mesh.tensor", "8"]),
     "90B v6e-32": ("v6e-32", NINETY, [*OPEN, "--mesh.tensor", "1"]),
     "90B v5p-16": ("v5p-16", NINETY, [*OPEN, "--loader.batch", "8"]),
     "90B v5p-32": ("v5p-32", NINETY, []),
     "90B LoRA v5e-32": ("v5e-32", NINETY_LORA, [*OPEN, "--micro_batches", "4"]),
     "90B LoRA v6e-8": ("v6e-8", NINETY_LORA, []),
-    "90B LoRA v5p-8": ("v5p-8", NINETY_LORA, [*OPEN, "--mesh.tensor", "4", "--micro_batches", "4"]),
+    "90B LoRA v5p-8": ("v5p-8", NINETY_LORA, [*OPEN, "--mesh.tensor", "4"]),
 }
 """The slice, the configuration, and what is changed of it."""
 
