@@ -71,9 +71,9 @@ class TrainingPlan:
         return self.slice.generation.usable - sum(self.memory.values())
 
     def hours(self, mfu: float) -> float:
-        """Of the run, where each step reaches a share of the peak."""
+        """Of the run, where each step reaches a share of the peak, but never less than its floor."""
         chip = self.slice.generation.chip
-        return self.steps * self.flops / (self.slice.chips * chip.flops * mfu) / 3600
+        return self.steps * max(self.flops / (self.slice.chips * chip.flops * mfu), self.floors.step) / 3600
 
 
 def plan_training(settings: TrainSettings, config: MllamaConfig, slice_: Slice, data: Data) -> TrainingPlan:

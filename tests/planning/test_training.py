@@ -202,6 +202,9 @@ def test_hours_follow_from_the_counted_flops():
     row = sum(hardware.training_flops(ELEVEN, 500, 1).values())
     assert plan.steps == 200
     assert plan.hours(0.5) == pytest.approx(2 * 3200 * row / (64 * 197e12 * 0.5) / 3600)
+    # A share that the links do not let it reach:
+    assert plan.floors.step > 3200 * row / 100 / (64 * 197e12)
+    assert plan.hours(1.0) == plan.steps * plan.floors.step / 3600
 
 
 @pytest.mark.parametrize(
