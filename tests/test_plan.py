@@ -122,9 +122,9 @@ def test_a_configuration_that_is_none_is_a_mistake_too(tmp_path, content):
 @pytest.mark.slow
 def test_the_compiler_is_asked_once_and_then_remembered(tmp_path):
     """The shapes world's own step for two slices of TPUs, by the real compiler, in processes of their own."""
-    arguments = ["--output", "o", "--init_from", "shapes", "--data", "shapes", "--topology", "2*v5e-4", "--steps", "10"]
-    arguments += ["--mesh.data", "2", "--mesh.fsdp", "4"]
-    sizes = ["--loader.batch", "8", "--chat.max_length", "64", "--checkpointing", "none", "--json"]
+    arguments = ["--output", "o", "--init_from", "shapes", "--data", "shapes", "--topology", "2*v5e-1", "--steps", "10"]
+    arguments += ["--mesh.data", "2", "--mesh.fsdp", "1"]
+    sizes = ["--loader.batch", "4", "--chat.max_length", "64", "--checkpointing", "none", "--json"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""}  # it takes no CPU's flags
     runs = []
     for _ in range(2):
@@ -141,5 +141,6 @@ def test_the_compiler_is_asked_once_and_then_remembered(tmp_path):
     assert waited and not waited_again and first == second
     assert first["compiled"]["fault"] is None and first["compiled"]["arguments"] > 0
     assert first["usable_bytes"] > first["compiled"]["temporaries"] > 0
-    # Gradients go between the slices; so small, many are filled up to a tile of 8 x 128 numbers.
-    assert first["compiled"]["sent"]["data"] > first["computed"]["floors"]["sent"]["data"] > 0
+    # Gradients alone go between the slices, small ones filled up to a tile of 8 x 128 numbers.
+    predicted = first["computed"]["floors"]["sent"]["data"]
+    assert predicted < first["compiled"]["sent"]["data"] < 1.15 * predicted
