@@ -189,7 +189,7 @@ def _told(plan: TrainingPlan | SearchPlan, compiled: Compiled | None) -> dict[st
         told["computed"] |= {"seconds": plan.seconds}
     if compiled is not None:
         told["compiled"] = {name: value for name, value in asdict(compiled).items() if name != "exchanges"}
-        told["compiled"]["sent"] = compiled.exchanges and sent_by_axis(compiled.exchanges)
+        told["compiled"]["sent"] = None if compiled.exchanges is None else sent_by_axis(compiled.exchanges)
     return told
 
 
