@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Thread
 from typing import NoReturn, Protocol, TypeVar
 
@@ -28,6 +27,7 @@ from rich.progress import (
 from rich.text import Text
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import as_path, cache_folder
 
 T = TypeVar("T")
 
@@ -84,9 +84,8 @@ def keep_compilations() -> None:
     ``JAX_COMPILATION_CACHE_DIR`` names another place, a bucket too; ``JAX_ENABLE_COMPILATION_CACHE=false``
     keeps nothing.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "llava_cot_jax" / "compilations"))
+    place = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "compilations"
+    jax.config.update("jax_compilation_cache_dir", str(as_path(place)))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # by default a second: small models gain
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import FORMAT_DTYPES, read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint import FORMAT_DTYPES, checkpoint_path, read_config, resolve_checkpoint
 from llava_cot_jax.model.config import Convention
 from llava_cot_jax.model.export import convert_checkpoint
 from llava_cot_jax.paths import as_path
@@ -47,13 +47,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(options: jsonargparse.Namespace) -> RunExport | None:
     """The training run that the source is, if it is one."""
-    folder = as_path(options.source)
+    folder = checkpoint_path(options.source)
     if is_run(folder):
         if options.convention:
             raise UserError("--convention is for checkpoints that do not say it; a run does: leave it out")
-        return RunExport(folder, options.step)
-    if options.step is not None:
-        raise UserError(f"--step is for the folder of a training run, which {options.source} is not: leave it out")
+        return RunExport(folder, options.step, options.base)
+    for name in ("step", "base"):
+        if options[name] is not None:
+            raise UserError(f"--{name} is for the folder of a training run, which {folder} is not: leave it out")
     return None
 
 
@@ -68,6 +69,7 @@ def _parser() -> cli.Parser:
         help="lower the vision taps by one, so that transformers 4.56 and later compute the right features",
     )
     add("--step", type=int | None, default=None, help="of a training run; default: its newest checkpoint")
+    add("--base", type=str, help="of a run of adapters: where the checkpoint that it started from is now")
     add("--dtype", choices=[dtype.name for dtype in FORMAT_DTYPES.values()], help="default: each tensor's own")
     add(
         "--convention",

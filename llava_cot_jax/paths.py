@@ -17,14 +17,18 @@ _SCHEME = re.compile(r"([a-zA-Z][\w+.-]*)://?")  # pathlib makes one slash of tw
 
 
 def as_path(text: str | os.PathLike[str]) -> Path:
-    """The path that a user named, on a disk (``~`` is the home folder) or in a bucket (``gs://bucket/folder``).
+    """The absolute path that a user named, on a disk or in a bucket (``gs://bucket/folder``).
+
+    A relative path is taken from the working directory, and ``~`` is the home folder. The result means the same
+    after a change of the working directory, and Orbax, which refuses relative paths, takes it.
 
     Raises:
-        UserError: another scheme than ``gs://``, no bucket, or gcsfs is not installed.
+        UserError: an empty path, an unknown user after ``~``, no working directory, another scheme than ``gs://``,
+            no bucket, or gcsfs is not installed.
     """
     name = os.fspath(text)
     if not (scheme := _SCHEME.match(name)):
-        return Path(name).expanduser()
+        return _absolute(name)
     if scheme[1] != "gs":
         raise UserError(f"{name}: {scheme[1]}:// is not supported; give a local path or gs://bucket/folder")
     place = name[scheme.end() :].strip("/")
@@ -41,6 +45,25 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of all that it raises
     found: Path = epath.Path(f"gs://{place}")
     return found
+
+
+def _absolute(name: str) -> Path:
+    if not name.strip():
+        raise UserError("a path is empty: name a file or a folder")
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}: there is no such user's home folder") from None
+    try:
+        # What lies above a symbolic link is not what its name says: only the disk can tell where ``..`` leads.
+        return Path(os.path.realpath(path)) if ".." in path.parts else path.absolute()
+    except FileNotFoundError:
+        raise UserError(f"{name} is relative, but the working directory no longer exists: change to another") from None
+
+
+def cache_folder() -> Path:
+    """The folder of the user's cache that is this package's: below ``XDG_CACHE_HOME``, or below ``~/.cache``."""
+    return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llava_cot_jax"
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -5,7 +5,6 @@ python -m llava_cot_jax.prepare --show DIR --rows 4
 """
 
 import os
-from pathlib import Path
 
 import jsonargparse
 from rich.console import Console
@@ -16,6 +15,7 @@ from llava_cot_jax.data.preparation import Request, TooManyLeftOut, find_prepare
 from llava_cot_jax.data.show import describe, draw_sheet, processor_to_look_with
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import as_path
 
 TO_PREPARE = ("annotations", "images", "output")
 
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _prepare(options: jsonargparse.Namespace) -> None:
     request = Request(
-        annotations=Path(options.annotations),
-        images=Path(options.images),
-        output=Path(options.output),
+        annotations=as_path(options.annotations),
+        images=as_path(options.images),
+        output=as_path(options.output),
         max_side=options.max_side,
         limit=options.limit,
         validation_share=options.validation_share,
@@ -72,14 +72,12 @@ def _show(options: jsonargparse.Namespace) -> None:
         except LeftOut as reason:
             console.print(f"row {index} ({row.id}) is left out: {reason}", markup=False)
     if rows:
-        sheet = draw_sheet(rows, processor.config.vision)
+        sheet, path = draw_sheet(rows, processor.config.vision), as_path(options.sheet)
         try:
-            sheet.save(options.sheet, "PNG")
+            sheet.save(path, "PNG")
         except OSError as fault:
-            raise UserError(
-                f"the picture of the tiles cannot be written to {options.sheet}: {fault.strerror}"
-            ) from None
-        print(f"wrote the tiles to {options.sheet}")
+            raise UserError(f"the picture of the tiles cannot be written to {path}: {fault.strerror}") from None
+        print(f"wrote the tiles to {path}")
 
 
 def _parser() -> cli.Parser:

@@ -19,12 +19,12 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from llava_cot_jax import cli
 from llava_cot_jax.data.processor import Processor, user_turn
-from llava_cot_jax.demo import write_demo
 from llava_cot_jax.generate import main
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.screen import Screen
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import StageBeam
+from tests.demo import write_demo
 from tests.parity.reference import under
 from tests.processes import xla_flags
 

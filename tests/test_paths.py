@@ -22,7 +22,6 @@ from llava_cot_jax.convert import main as convert
 from llava_cot_jax.data import preparation
 from llava_cot_jax.data.prepared import PreparedRows
 from llava_cot_jax.data.sources import open_rows
-from llava_cot_jax.demo import write_demo
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import checkpoint, export
 from llava_cot_jax.model.checkpoint import StoredTensor, read_config, read_shards, resolve_checkpoint, verified_tensors
@@ -38,6 +37,7 @@ from llava_cot_jax.training.metrics import Metrics
 from llava_cot_jax.training.run_folder import CHECKPOINTS
 from llava_cot_jax.training.run_lock import RunLock
 from tests.data.raw_set import make_raw_set
+from tests.demo import write_demo
 from tests.training.small_run import write_small
 from tests.training.test_export import KEPT, begin, save, tensors_of
 

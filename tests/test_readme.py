@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_cot_jax import cli
-from llava_cot_jax.demo import write_demo
+from tests.demo import write_demo
 from tests.training.small_run import environment
 
 ROOT = Path(__file__).parents[1]

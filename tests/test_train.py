@@ -158,7 +158,7 @@ cli.run(main)
     ("mistake", "message"),
     [
         (["--data", "nowhere"], "nowhere is no prepared data set"),
-        (["--init_from", "nowhere"], "no such folder: nowhere"),
+        (["--init_from", "nowhere"], f"no such folder: {Path.cwd() / 'nowhere'}"),
         (["--output", "/proc/none"], "cannot be written to /proc/none"),
         (["--loader.batch", "12"], "the mesh does not divide it"),
         (["--mesh.tensor", "3"], "devices idle"),

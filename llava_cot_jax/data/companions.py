@@ -1,6 +1,7 @@
 """The files that lie beside a model's weights: configuration, tokenizer, image and generation settings."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
 
 
-def write_companions(folder: Path, config: MllamaConfig, tokenizer: PreTrainedTokenizerFast, dtype: str) -> None:
+def write_companions(
+    folder: Path,
+    config: MllamaConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: str,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
     """Write what a published checkpoint has beside its weights, config.json included.
 
     Args:
@@ -18,11 +25,12 @@ def write_companions(folder: Path, config: MllamaConfig, tokenizer: PreTrainedTo
         config: the model's.
         tokenizer: its own.
         dtype: of the weights, for config.json.
+        generation: what generation_config.json says besides the token ids and LLaVA-CoT's sampling.
     """
     # The template goes into tokenizer_config.json, where published checkpoints have it.
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     write_json(folder / "config.json", config.to_dict(dtype))
-    write_json(folder / "generation_config.json", _generation_settings(config.text))
+    write_json(folder / "generation_config.json", _generation_settings(config.text) | dict(generation or {}))
     write_json(folder / "preprocessor_config.json", _image_settings(config.vision))
 
 

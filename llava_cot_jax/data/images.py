@@ -23,6 +23,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import VisionConfig
+from llava_cot_jax.paths import as_path
 
 ImageSource = str | Path | bytes | Image.Image
 """A local path, the bytes of an image file, or an image that Pillow has opened."""
@@ -140,7 +141,7 @@ def _open_file(source: str | Path | bytes, name: str) -> BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:
-        return Path(source).open("rb")
+        return as_path(source).open("rb")
     except FileNotFoundError:
         raise UserError(f"{name} does not exist") from None
     except (OSError, ValueError) as fault:  # ValueError: a path with a null character

@@ -15,6 +15,7 @@ from llava_cot_jax.data.chat import Chat, ChatSettings
 from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Rows
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import cache_folder
 
 CHUNK = 512
 """Rows that are tokenised at once, on all cores: the tokenizer spreads them over its own threads."""
@@ -105,7 +106,7 @@ class Index:
 
 def default_cache() -> Path:
     """Where indices are kept if nothing else is said."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_cot_jax" / "index"
+    return cache_folder() / "index"
 
 
 def _fingerprint(rows: Rows, processor: Processor, settings: ChatSettings) -> str:

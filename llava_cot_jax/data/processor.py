@@ -17,8 +17,9 @@ from transformers.models.mllama.processing_mllama import (
 
 from llava_cot_jax.data.images import ImageSource, batch_images, check_vision
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint import find_checkpoint
 from llava_cot_jax.model.config import MllamaConfig, VisionConfig, image_settings, read_json
-from llava_cot_jax.paths import access, as_path, files_in, is_remote
+from llava_cot_jax.paths import access, files_in, is_remote
 
 Message = Mapping[str, Any]
 """{"role": ..., "content": a text, or a list of {"type": "image"} and {"type": "text", "text": ...}}"""
@@ -101,12 +102,15 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
-        """Read the tokenizer, chat template and image settings of a checkpoint's folder, on a disk or in a bucket.
+        """Read the tokenizer, chat template and image settings of a checkpoint.
+
+        Args:
+            path: its folder, on a disk or in a bucket, its id on the hub, or ``"shapes"``.
 
         Raises:
             UserError: a file is missing or broken, or two of them contradict each other.
         """
-        folder = as_path(path)
+        folder = find_checkpoint(path)
         config = MllamaConfig.from_pretrained(folder)
         _check_image_settings(folder, config.vision)
         return cls(config, _load_tokenizer(folder))

@@ -1,18 +1,15 @@
-"""A tokenizer for the shapes world, shipped with the package, and a small model that fits both.
+"""The tokenizer of the shapes world, and the small model that fits it.
 
-``python -m llava_cot_jax.data.shapes_tokenizer`` writes the shipped files anew.
+Both come with the package, the model with trained weights: ``tests/evidence/shapes_model.py`` makes them.
 """
-
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from llava_cot_jax import cli
 from llava_cot_jax.data.shapes import CELL, GROUND, SIDE, ShapesRows
 from llava_cot_jax.data.tokenizer import make_tokenizer
+from llava_cot_jax.model.checkpoint import EMBEDDED_FOLDER
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
 
-FOLDER = Path(__file__).parent / "shapes_tokenizer_files"
 VOCAB_SIZE = 512
 SAMPLES = 512
 """Rows of the training split that the merges are learned from: they have every word of the world."""
@@ -36,7 +33,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 def shapes_tokenizer() -> PreTrainedTokenizerFast:
     """The shipped tokenizer, of 512 entries, with Llama 3's pieces, special tokens and chat format."""
-    return PreTrainedTokenizerFast.from_pretrained(FOLDER, local_files_only=True)
+    return PreTrainedTokenizerFast.from_pretrained(EMBEDDED_FOLDER, local_files_only=True)
 
 
 def shapes_config() -> MllamaConfig:
@@ -79,13 +76,3 @@ def shapes_config() -> MllamaConfig:
         pad_token_id=tokenizer.pad_token_id,
     )
     return MllamaConfig(vision=vision, text=text, image_token_index=VOCAB_SIZE)
-
-
-def main() -> None:
-    """Write the files into the package."""
-    train_tokenizer().save_pretrained(FOLDER, save_jinja_files=False)
-    print(f"wrote the tokenizer of the shapes world to {FOLDER}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

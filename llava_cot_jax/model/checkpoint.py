@@ -73,26 +73,62 @@ _NEWER_NAMES = {
 }
 
 
+EMBEDDED = "shapes"
+"""Names the small trained model of the shapes world, which comes with the package."""
+
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "shapes_model"
+
+
+def checkpoint_path(name: str | Path) -> Path:
+    """The absolute path of a checkpoint's folder: of the package's own model, or what ``as_path`` makes of ``name``.
+
+    Raises:
+        UserError: as for ``as_path``.
+    """
+    return EMBEDDED_FOLDER if name == EMBEDDED else as_path(name)
+
+
+def absolute_name(name: str) -> str:
+    """``name`` with a path in it made absolute; the package's own model, or an id on the hub, stays what it is."""
+    path = as_path(name)
+    is_id = _looks_like_hub_id(name) and not path.exists()
+    return name if name == EMBEDDED or is_id else str(path)
+
+
+def find_checkpoint(path_or_hub_id: str | Path) -> Path:
+    """The folder that ``resolve_checkpoint`` takes, whatever it holds.
+
+    Raises:
+        UserError: no such folder; a bucket or repository that is unknown, closed or out of reach.
+    """
+    folder = checkpoint_path(path_or_hub_id)
+    if is_remote(folder) or folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder that holds it and its config.json")
+    if not isinstance(path_or_hub_id, str) or not _looks_like_hub_id(path_or_hub_id):
+        raise UserError(f"no such folder: {folder}")
+    return _fetch(path_or_hub_id)
+
+
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
     """The folder of a checkpoint, fetched from the Hugging Face hub where it is named by its id there.
 
     Args:
         path_or_hub_id: a folder with config.json and safetensors files, on a disk or in a bucket, or
-            ``"organisation/name"``. Without network the hub's local cache serves.
+            ``"organisation/name"``, or ``"shapes"``. Without network the hub's local cache serves.
 
     Raises:
-        UserError: no such folder; a bucket or repository that is unknown, closed or out of reach; or a
-            folder without config.json or safetensors files.
+        UserError: what ``find_checkpoint`` refuses, or a folder without config.json or safetensors files.
     """
-    folder = as_path(path_or_hub_id)
-    if not is_remote(folder) and not folder.is_dir():
-        if folder.is_file():
-            raise UserError(f"{folder} is a file; give the folder that holds it and its config.json")
-        if not isinstance(path_or_hub_id, str) or not _looks_like_hub_id(path_or_hub_id):
-            raise UserError(f"no such folder: {path_or_hub_id}")
-        folder = _fetch(path_or_hub_id)
+    folder = find_checkpoint(path_or_hub_id)
     names = files_in(folder)
     if "config.json" not in names:
+        if not is_remote(folder) and (folder / "checkpoints").is_dir():
+            raise UserError(
+                f"{folder} is the folder of a training run: make a checkpoint of it with "
+                "`python -m llava_cot_jax.convert RUN FOLDER`"
+            )
         raise UserError(f"{folder} holds no config.json; is it the folder of a Hugging Face checkpoint?")
     if not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{folder} holds no *.safetensors files; other formats of weights are not read")

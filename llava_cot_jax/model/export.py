@@ -158,7 +158,7 @@ def _index(names: Sequence[str], groups: Sequence[Sequence[Entry]]) -> dict[str,
 @contextlib.contextmanager
 def _on_disk(folder: Path, nbytes: int) -> Iterator[Path]:
     """A hidden folder beside ``folder`` that takes its place when the block ends well, and else is deleted."""
-    folder = folder.expanduser().resolve()
+    folder = folder.resolve()  # a symbolic link that is named stays one
     partial = folder.with_name(f".{folder.name}.partial")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty: name another folder, or remove it")

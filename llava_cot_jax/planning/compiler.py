@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from llava_cot_jax import cli
+from llava_cot_jax.paths import cache_folder
 from llava_cot_jax.planning.collectives import Collective, collectives
 from llava_cot_jax.planning.slices import Slice
 
@@ -127,5 +128,4 @@ def _from_json(kept: dict[str, Any]) -> Compiled:
 
 
 def _folder() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "llava_cot_jax" / "plans"
+    return cache_folder() / "plans"

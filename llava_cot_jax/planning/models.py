@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 
-from llava_cot_jax.data.shapes_tokenizer import shapes_config
-from llava_cot_jax.data.sources import SHAPES
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import read_config
+from llava_cot_jax.model.checkpoint import checkpoint_path, read_config
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.paths import as_path, is_remote
+from llava_cot_jax.paths import is_remote
 
 PUBLISHED = {
     "Llama-3.2-11B-Vision": MllamaConfig.llama32_11b,
@@ -15,21 +13,20 @@ PUBLISHED = {
     "Llama-3.2V-11B-cot": MllamaConfig.llama32_11b,
     "Llama-3.2-90B-Vision": MllamaConfig.llama32_90b,
     "Llama-3.2-90B-Vision-Instruct": MllamaConfig.llama32_90b,
-    SHAPES: shapes_config,
 }
 """By the last part of an id on the hub."""
 
 
 def sizes_of(name: str, convention: Convention | None = None) -> MllamaConfig:
-    """The configuration of a checkpoint: a folder, a bucket path, or an id on the hub of ``PUBLISHED``.
+    """The configuration of a checkpoint: a folder, a bucket path, ``"shapes"``, or an id on the hub of ``PUBLISHED``.
 
     Raises:
         UserError: it is none of them.
     """
-    folder = as_path(name)
+    folder = checkpoint_path(name)
     if is_remote(folder) or folder.is_dir():
         return read_config(folder, convention)
     known = PUBLISHED.get(name.rsplit("/", 1)[-1])
     if known is None:
-        raise UserError(f"{name} is no folder with a config.json, and none of {', '.join(PUBLISHED)}")
+        raise UserError(f"{name} is no folder with a config.json, and none of shapes, {', '.join(PUBLISHED)}")
     return known() if convention is None else replace(known(), convention=convention)

@@ -16,7 +16,7 @@ import yaml
 
 from llava_cot_jax.data.processor import Processor, user_turn
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import access
+from llava_cot_jax.paths import access, as_path
 
 DEFAULT_FILE = Path(__file__).with_name("judge_prompts.yaml")
 
@@ -67,7 +67,7 @@ class JudgePrompts:
         Raises:
             UserError: no such file, no YAML, or something in it that is missing or cannot be used.
         """
-        path = Path(path)
+        path = as_path(path)
         with access(path):
             content = path.read_text(encoding="utf-8")
         try:

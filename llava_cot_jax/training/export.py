@@ -11,7 +11,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import OnProgress, companions, read_config, verified_tensors
+from llava_cot_jax.model.checkpoint import (
+    OnProgress,
+    companions,
+    read_config,
+    resolve_checkpoint,
+    verified_tensors,
+)
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.export import Entry, read_whole, write_checkpoint
 from llava_cot_jax.model.mllama import Mllama
@@ -20,8 +26,7 @@ from llava_cot_jax.training import checkpoints
 from llava_cot_jax.training.checkpoints import read_arrays, read_run, steps_in, stored_arrays
 from llava_cot_jax.training.checksums import find_damage
 from llava_cot_jax.training.lora import LoraSettings, merged
-from llava_cot_jax.training.origin import Origin
-from llava_cot_jax.training.run_folder import CHECKPOINTS, MODEL
+from llava_cot_jax.training.run_folder import CHECKPOINTS, MODEL, relocated
 from llava_cot_jax.training.state import State
 
 READ_BYTES = 1 << 30
@@ -58,12 +63,14 @@ class RunExport:
     Args:
         folder: of the run.
         step: None is the newest.
+        base: the checkpoint that the run started from, where it is no longer where the run found it; None is
+            what the run stored.
 
     Raises:
         UserError: no such step, or none at all, or it is damaged.
     """
 
-    def __init__(self, folder: Path, step: int | None = None) -> None:
+    def __init__(self, folder: Path, step: int | None = None, base: str | None = None) -> None:
         steps = steps_in(folder / CHECKPOINTS)
         if not steps:
             raise UserError(f"{folder} has no whole checkpoint yet: let the run reach its first one")
@@ -76,7 +83,8 @@ class RunExport:
         if damage := find_damage(self._checkpoint, (checkpoints.MODEL, checkpoints.RUN)):
             others = ", ".join(str(other) for other in steps if other != self.step) or "none"
             raise UserError(f"{self._checkpoint} is damaged: {damage}; take another one by --step: {others}")
-        self._settings = read_run(self._checkpoint)["settings"]
+        self._settings = relocated(read_run(self._checkpoint)["settings"], folder)
+        self._base = base
 
     def write(
         self,
@@ -133,11 +141,15 @@ class RunExport:
 
     def _frozen(self) -> Callable[[str], np.ndarray]:
         """Reads a published tensor of what the run started from."""
-        origin = Origin(self._settings["init_from"], self.config.convention)
-        if origin.folder is None:
+        if self._settings.get("random_init"):
             fresh: dict[str, Any] = flatten(Mllama(self.config, rngs=nnx.Rngs(self._settings["seed"])).params)
             return lambda name: np.asarray(fresh[name])
-        stored = verified_tensors(origin.folder, self.config)
+        base = self._base or self._settings["init_from"]
+        try:
+            folder = resolve_checkpoint(base)
+        except UserError as fault:
+            raise UserError(f"what the run started from is needed too: {fault}; say where it is by --base") from None
+        stored = verified_tensors(folder, self.config)
         return lambda name: read_whole(stored[name], stored[name].dtype)
 
 

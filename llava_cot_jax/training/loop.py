@@ -28,6 +28,7 @@ from llava_cot_jax.training.run_folder import (
     differences,
     make_run_folder,
     other_versions,
+    relocated,
     write_run_folder,
 )
 from llava_cot_jax.training.run_lock import RunLock
@@ -74,9 +75,10 @@ def train(
             run in the folder: before the first step; damaged data, a full disk, or several steps in a row
             whose loss or gradient is not finite: later.
     """
+    settings = settings.with_absolute_paths()
     check_wandb(settings.wandb)
     mesh = settings.mesh.make()
-    origin = Origin(settings.init_from, settings.convention)
+    origin = Origin(settings.init_from, settings.convention, settings.random_init)
     check_batch(settings, mesh)
     check_mesh(origin.config, mesh)
     folder = as_path(settings.output)
@@ -98,7 +100,9 @@ def _train(
     training, validation = _loaders(settings, origin, mesh, open_bar)
     description = describe(settings, training.fingerprint)
     if newest is not None:
-        _check_unchanged(read_run(folder / CHECKPOINTS / str(newest)), description, tell, accept_changes)
+        before = read_run(folder / CHECKPOINTS / str(newest))
+        before["settings"] = relocated(before["settings"], folder)
+        _check_unchanged(before, description, tell, accept_changes)
     write_run_folder(folder, settings, origin)
     steps = settings.steps or settings.epochs * training.batches_per_epoch
     program = make_program(settings, origin.config, mesh, steps=steps, steps_per_epoch=training.batches_per_epoch)

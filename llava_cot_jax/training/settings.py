@@ -1,6 +1,6 @@
 """What a training run is: every field of its configuration file."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import jax
@@ -8,10 +8,13 @@ from jax.sharding import Mesh
 
 from llava_cot_jax.data.chat import ChatSettings
 from llava_cot_jax.data.loader import LoaderSettings
+from llava_cot_jax.data.sources import SHAPES
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint import absolute_name
 from llava_cot_jax.model.config import Convention
 from llava_cot_jax.model.layers import Checkpointing
 from llava_cot_jax.model.sharding import make_mesh
+from llava_cot_jax.paths import as_path
 from llava_cot_jax.training.lora import LoraSettings
 from llava_cot_jax.training.optimizer import OptimizerSettings
 
@@ -66,7 +69,9 @@ class TrainSettings:
         output: the folder of the run, which takes the configuration, checkpoints, metrics, and the
             files that belong to the model; over several hosts one that all of them see, a bucket say.
         init_from: the checkpoint to start from: a folder in Hugging Face form, an id on the hub, a
-            bucket path, or ``shapes``: a small model with fresh weights, for the shapes world.
+            bucket path, or ``shapes``: the small trained model that comes with the package.
+        random_init: start from random weights in place of those of ``init_from``, of which the configuration,
+            the tokenizer and the image settings are used.
         data: a directory that ``llava_cot_jax.prepare`` made, or ``shapes``.
         convention: what the weights were trained with, where their config.json does not say so.
         epochs: how often each row is seen.
@@ -103,6 +108,7 @@ class TrainSettings:
     output: str
     init_from: str
     data: str
+    random_init: bool = False
     convention: Convention | None = None
     epochs: int = 3
     steps: int | None = None
@@ -148,3 +154,12 @@ class TrainSettings:
             raise UserError(f"micro_batches is {self.micro_batches}; it must divide loader.batch, {self.loader.batch}")
         if self.lora.rank and self.frozen:
             raise UserError("frozen is set, and lora.rank: with adapters, all else is frozen; leave one of them out")
+
+    def with_absolute_paths(self) -> "TrainSettings":
+        """The same settings, with paths that mean the same from any working directory.
+
+        Raises:
+            UserError: a path that ``as_path`` refuses.
+        """
+        data = self.data if self.data == SHAPES else str(as_path(self.data))
+        return replace(self, output=str(as_path(self.output)), data=data, init_from=absolute_name(self.init_from))

@@ -10,7 +10,7 @@ from PIL import Image
 from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Row, Turn
 from llava_cot_jax.data.tokenizer import make_tokenizer
-from llava_cot_jax.demo import CORPUS, VOCAB_SIZE, demo_config
+from tests.demo import CORPUS, VOCAB_SIZE, demo_config
 
 
 @cache

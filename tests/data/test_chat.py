@@ -9,9 +9,9 @@ from llava_cot_jax.data.chat import Chat, ChatSettings, LeftOut
 from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.data.tokenizer import make_tokenizer
-from llava_cot_jax.demo import CORPUS, VOCAB_SIZE, demo_config
 from llava_cot_jax.errors import UserError
 from tests.data.rows import demo_processor, staged
+from tests.demo import CORPUS, VOCAB_SIZE, demo_config
 
 TOKENIZER = demo_processor().tokenizer
 

@@ -12,9 +12,9 @@ from llava_cot_jax.data.index import Index
 from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.data.tokenizer import make_tokenizer
-from llava_cot_jax.demo import CORPUS, VOCAB_SIZE, demo_config
 from llava_cot_jax.errors import UserError
 from tests.data.rows import Noise, demo_processor
+from tests.demo import CORPUS, VOCAB_SIZE, demo_config
 
 SETTINGS = ChatSettings(max_length=150)
 

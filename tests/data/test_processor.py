@@ -15,8 +15,8 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.mllama.processing_mllama import MllamaProcessor
 
 from llava_cot_jax.data.processor import CHAT_TEMPLATE, Processor, user_turn
-from llava_cot_jax.demo import write_demo
 from llava_cot_jax.errors import UserError
+from tests.demo import write_demo
 
 BOS, EOT = "<|begin_of_text|>", "<|eot_id|>"
 

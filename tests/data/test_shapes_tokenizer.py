@@ -1,5 +1,6 @@
 """The shipped tokenizer: made from the package alone, one token a word, Llama 3's pieces and chat format."""
 
+import json
 import math
 import pickle
 import re
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llava_cot_jax.data import shapes_tokenizer as module
+from llava_cot_jax.data.companions import write_companions
 from llava_cot_jax.data.processor import Processor, user_turn
 from llava_cot_jax.data.shapes import ShapesRows
-from llava_cot_jax.data.shapes_tokenizer import VOCAB_SIZE, shapes_config, shapes_tokenizer
+from llava_cot_jax.data.shapes_tokenizer import VOCAB_SIZE, shapes_config, shapes_tokenizer, train_tokenizer
+from llava_cot_jax.model.checkpoint import EMBEDDED_FOLDER
+from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.stages import STAGES
@@ -32,15 +35,20 @@ def processor() -> Processor:
     return Processor(shapes_config(), shapes_tokenizer())
 
 
-def test_the_shipped_files_are_those_that_the_script_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shipped = {path.name: path.read_bytes() for path in module.FOLDER.iterdir()}
-    assert set(shipped) == {"tokenizer.json", "tokenizer_config.json"}
-    monkeypatch.setattr(module, "FOLDER", tmp_path)
-    module.main()
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == shipped
-    assert capsys.readouterr().out == f"wrote the tokenizer of the shapes world to {tmp_path}\n"
+def test_the_shipped_files_are_those_that_the_code_makes(tmp_path: Path) -> None:
+    """All but the weights, which ``tests/evidence/shapes_model.py`` makes."""
+    write_companions(tmp_path, shapes_config(), train_tokenizer(), "float32", generation={"max_new_tokens": 128})
+    made, shipped = (
+        {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+        for folder in (tmp_path, EMBEDDED_FOLDER)
+    )
+    assert {path.name for path in EMBEDDED_FOLDER.iterdir()} == {*made, "model.safetensors"}
+    # Each version of transformers writes more or less of its own into this file.
+    theirs, ours = made.pop("tokenizer_config.json"), shipped.pop("tokenizer_config.json")
+    for name in ("bos_token", "eos_token", "pad_token", "chat_template", "clean_up_tokenization_spaces"):
+        assert theirs[name] == ours[name]
+    assert made == shipped
+    assert MllamaConfig.from_pretrained(EMBEDDED_FOLDER) == shapes_config()
 
 
 def test_layout_of_the_vocabulary() -> None:

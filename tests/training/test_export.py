@@ -38,7 +38,7 @@ def begin(init_from: Path | str, output: Path, **settings: Any) -> Run:
     """A run on eight devices before its first step, its trained arrays moved at random as if by some."""
     given = TrainSettings(str(output), str(init_from), "shapes", dtype="float32", **settings)
     given = replace(given, mesh=MeshSettings(data=2, fsdp=2, tensor=2))
-    origin = Origin(given.init_from, given.convention)
+    origin = Origin(given.init_from, given.convention, given.random_init)
     mesh = given.mesh.make()
     program = make_program(given, origin.config, mesh, steps=4, steps_per_epoch=4)
     arrays = origin.arrays(mesh=mesh, dtype=given.optimizer.dtype, seed=given.seed, on_progress=lambda d, t: None)

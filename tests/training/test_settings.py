@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from safetensors.numpy import load_file
 
 from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.data.shapes import ShapesRows
 from llava_cot_jax.data.shapes_tokenizer import shapes_config
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint import EMBEDDED_FOLDER
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.sharding import MESH_AXES, make_mesh, partition
 from llava_cot_jax.planning.models import sizes_of
@@ -89,7 +91,7 @@ LOADED: dict[str, Any] = {
     "loader.multiple": 64,
     "loader.seed": 1,
 }
-STARTED: dict[str, Any] = {"init_from": "elsewhere", "convention": "transformers_5", "seed": 1}
+STARTED: dict[str, Any] = {"init_from": "elsewhere", "random_init": True, "convention": "transformers_5", "seed": 1}
 RUN = {
     "output",
     "checkpoint_every",
@@ -187,14 +189,16 @@ def test_each_field_of_the_data_changes_it(tmp_path):
 def test_each_field_of_the_start_changes_it():
     mesh = make_mesh(devices=jax.devices()[:1])
 
-    def start(convention: Any, seed: int) -> tuple[MllamaConfig, np.ndarray]:
-        origin = Origin("shapes", convention)
+    def start(convention: Any, seed: int, random_init: bool = True) -> tuple[MllamaConfig, np.ndarray]:
+        origin = Origin("shapes", convention, random_init)
         arrays = origin.arrays(mesh=mesh, dtype=jnp.float32, seed=seed, on_progress=lambda done, total: None)
         return origin.config, np.asarray(arrays["language_model.lm_head.weight"])
 
     config, weights = start(None, 0)
     assert start(STARTED["convention"], 0)[0] != config
     assert not np.array_equal(start(None, STARTED["seed"])[1], weights)
+    trained = load_file(EMBEDDED_FOLDER / "model.safetensors")["language_model.lm_head.weight"]
+    np.testing.assert_array_equal(start(None, 0, random_init=False)[1], trained)
     with pytest.raises(UserError, match="elsewhere"):
         Origin(STARTED["init_from"], None)
 

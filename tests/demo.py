@@ -1,8 +1,4 @@
-"""``python -m llava_cot_jax.demo DIR``: write a small random Llama-3.2-Vision checkpoint to try things on.
-
-It has every file that a published one has, made here without a download, and a picture to ask about.
-Its answers are noise: it shows that things run, and what they print.
-"""
+"""A small random Llama-3.2-Vision checkpoint with every file that a published one has, and a picture to ask about."""
 
 from pathlib import Path
 
@@ -11,21 +7,14 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import save
 from transformers import PreTrainedTokenizerFast
 
-from llava_cot_jax import cli
 from llava_cot_jax.data.companions import write_companions
 from llava_cot_jax.data.tokenizer import make_tokenizer
-from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
 from llava_cot_jax.model.parameters import GATE, parameters
 
 VOCAB_SIZE = 640
 STD = 0.1
 """Standard deviation of the weights: at the usual 0.02 so small a model hardly reacts to its input."""
-
-README = """# A random Llama-3.2-Vision checkpoint
-
-Written by `python -m llava_cot_jax.demo`, which may replace its files. Untrained: its answers are noise.
-"""
 
 CORPUS = (
     "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
@@ -109,45 +98,10 @@ def draw_picture() -> Image.Image:
 
 
 def write_demo(folder: Path, seed: int = 0) -> None:
-    """Write the checkpoint and ``picture.png`` into ``folder``. The same seed gives the same bytes.
-
-    Raises:
-        UserError: ``folder`` is a file, or holds anything that is not an earlier demo.
-    """
-    _claim(folder)
+    """Write the checkpoint and ``picture.png`` into ``folder``. The same seed gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(CORPUS, VOCAB_SIZE)
     config = demo_config(tokenizer)
-    # Not save_file: it makes a file that only its owner can read.
     (folder / "model.safetensors").write_bytes(save(random_weights(config, seed), metadata={"format": "pt"}))
     write_companions(folder, config, tokenizer, "float32")
     draw_picture().save(folder / "picture.png")
-
-
-def _claim(folder: Path) -> None:
-    """Make the folder, and mark it as a demo before anything else is in it, so that a broken-off run can be redone."""
-    readme = folder / "README.md"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: name a new folder for the demo")
-    is_demo = readme.is_file() and readme.read_bytes() == README.encode()
-    if folder.is_dir() and any(folder.iterdir()) and not is_demo:
-        raise UserError(f"{folder} is not empty, and not an earlier demo: name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    readme.write_text(README, encoding="utf-8")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command.
-
-    Raises:
-        UserError: as for ``write_demo``.
-    """
-    parser = cli.Parser("demo", "Write a small random checkpoint, and a picture to ask about.")
-    parser.add_argument("folder", type=str, help="a new folder, or an earlier demo to replace")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    options = parser.parse_args(argv)
-    write_demo(Path(options.folder), options.seed)
-    print(f"wrote a random checkpoint and picture.png to {options.folder}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

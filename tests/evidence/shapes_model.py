@@ -1,0 +1,155 @@
+"""The model that comes with the package, made again: its training, its accuracy, and whether the two are equivalent.
+
+    python tests/evidence/shapes_model.py [--install]
+
+trains configs/shapes_cpu.yaml as a new user does, with nothing cached, exports the run, and holds the result to the
+shipped model: answers to 1000 pictures of the test split, greedy, by type of question. It then compares logits on 16
+held-out rows with those of transformers. With ``--install`` the result takes the place of the shipped model.
+"""
+
+import argparse
+import datetime
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from transformers import MllamaForConditionalGeneration
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from llava_cot_jax.data.chat import Chat, ChatSettings  # noqa: E402
+from llava_cot_jax.data.companions import write_companions  # noqa: E402
+from llava_cot_jax.data.processor import Processor  # noqa: E402
+from llava_cot_jax.data.shapes import KINDS, ShapesRows  # noqa: E402
+from llava_cot_jax.data.shapes_tokenizer import shapes_config, train_tokenizer  # noqa: E402
+from llava_cot_jax.evaluation.held_out import answer_rows, share  # noqa: E402
+from llava_cot_jax.model.checkpoint import EMBEDDED_FOLDER  # noqa: E402
+from llava_cot_jax.model.mllama import Mllama  # noqa: E402
+from llava_cot_jax.search.generator import Generator  # noqa: E402
+from tests.parity.reference import under  # noqa: E402
+from tests.training.small_run import losses, metrics  # noqa: E402
+
+ROWS = 16
+QUESTIONS = 1000
+LONGEST = 128
+"""Tokens of an answer: ``max_new_tokens`` of the shipped generation_config.json."""
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """What a command of the package prints, in a process with an empty cache."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+def make(scratch: Path) -> Path:
+    """Train and export the model; its checkpoint's folder."""
+    began = time.perf_counter()
+    print(run(scratch, "llava_cot_jax.train", "--config", "configs/shapes_cpu.yaml", "--output", str(scratch / "run")))
+    print(f"{time.perf_counter() - began:.0f} s in all")
+    curve = losses(scratch / "run")
+    for step in range(100, len(curve) + 1, 100):
+        print(f"step {step}: loss {np.mean(curve[step - 100 : step]):.4f}, mean of the last 100")
+    steps = [line for line in metrics(scratch / "run") if "seconds" in line]
+    print(f"a step: {np.median([line['seconds'] for line in steps]):.3f} s, the median;", end=" ")
+    print(f"waited for data: {sum(line['waiting_seconds'] for line in steps):.1f} s in all\n")
+    run(scratch, "llava_cot_jax.convert", str(scratch / "run"), str(scratch / "made"))
+    # The files beside the weights are the shipped ones, carried along; they are made anew from the code as well.
+    (scratch / "beside").mkdir()
+    write_companions(
+        scratch / "beside", shapes_config(), train_tokenizer(), "float32", generation={"max_new_tokens": LONGEST}
+    )
+    for path in (scratch / "beside").iterdir():
+        same = path.read_bytes() == (scratch / "made" / path.name).read_bytes()
+        print(f"{path.name}: {'as the code makes it' if same else 'NOT as the code makes it'}")
+    return scratch / "made"
+
+
+def right_answers(checkpoint: Path) -> tuple[np.ndarray, list[str]]:
+    """Whether the conclusion to each question is right, bool [questions], and the answers."""
+    processor = Processor.from_pretrained(checkpoint)
+    generator = Generator(Mllama.from_pretrained(checkpoint, dtype="float32"))
+    found = list(answer_rows(generator, processor, ShapesRows("test"), range(QUESTIONS), LONGEST))
+    return np.array([answered.agrees("CONCLUSION") for answered in found]), [answered.answer for answered in found]
+
+
+def tell_accuracy(name: str, right: np.ndarray) -> None:
+    """Print the share of right conclusions by type of question, with standard errors."""
+    parts = {kind: right[k :: len(KINDS)] for k, kind in enumerate(KINDS)} | {"all": right}
+    shares = {kind: share(list(part)) for kind, part in parts.items()}
+    told = ", ".join(f"{kind.replace('_', ' ')} {p:.1%} ({error:.1%})" for kind, (p, error) in shares.items())
+    print(f"{name}: right conclusions of {len(right)}, with standard errors: {told}")
+
+
+def compare(made: Path) -> None:
+    """Hold the model that was made to the shipped one."""
+    (first, answers), (second, others) = right_answers(EMBEDDED_FOLDER), right_answers(made)
+    tell_accuracy("shipped", first)
+    tell_accuracy("made now", second)
+    paired = second.astype(float) - first
+    error = paired.std() / math.sqrt(len(paired))
+    print(f"difference, paired: {paired.mean():+.1%} (standard error {error:.1%});", end=" ")
+    same = np.mean([a == b for a, b in zip(answers, others, strict=True)])
+    print(f"answers that are word for word the same: {same:.1%}")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (EMBEDDED_FOLDER, made))
+    equal = ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    print(f"weights are {'the same bit for bit' if equal else 'not the same bit for bit'}")
+
+
+def logits_there(folder: Path, inputs: dict[str, np.ndarray], processor: Processor) -> np.ndarray:
+    """transformers', of the same tiles, normalised."""
+    vision = processor.config.vision
+    mean, std = (np.reshape(x, (3, 1, 1)) for x in (vision.image_mean, vision.image_std))
+    model = MllamaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad(), under(processor.config.convention, model):
+        tensors = {name: torch.tensor(x) for name, x in inputs.items()}
+        pixels = torch.tensor((inputs["pixel_values"] / 255 - mean) / std, dtype=torch.float32)
+        return model(**tensors | {"pixel_values": pixels}).logits.numpy()
+
+
+def hold_to_transformers(folder: Path) -> None:
+    """Compare logits on held-out rows."""
+    processor = Processor.from_pretrained(folder)
+    rows = [ShapesRows("validation")[i] for i in range(ROWS)]
+    chat = Chat(processor, ChatSettings())
+    inputs = processor.collate([chat.encode(row.turns).ids for row in rows], [[row.image] for row in rows])
+    present = inputs["attention_mask"].astype(bool)
+    ours = np.asarray(Mllama.from_pretrained(folder)(**inputs))[present]
+    theirs = logits_there(folder, inputs, processor)[present]
+    print(f"exported, {ROWS} rows: logits up to {np.abs(theirs).max():.1f} in transformers;", end=" ")
+    print(f"they differ from ours by at most {np.abs(ours - theirs).max():.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--install", action="store_true", help="put the result in the place of the shipped model")
+    install = parser.parse_args().install
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "transformers", "torch"))
+    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {versions}\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        made = make(Path(scratch))
+        compare(made)
+        hold_to_transformers(made)
+        if install:
+            for path in made.iterdir():
+                shutil.copyfile(path, EMBEDDED_FOLDER / path.name)
+            print(f"installed in {EMBEDDED_FOLDER.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
