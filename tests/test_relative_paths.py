@@ -1,0 +1,202 @@
+"""Paths as a user types them: relative, below ``~``, with a space and an umlaut; and runs that were moved."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import as_path, cache_folder
+from llava_cot_jax.training.run_folder import relocated
+from tests.data.raw_set import make_raw_set
+from tests.training.small_run import arguments, environment, losses, write_small
+
+PLACE = "my files für mich"
+"""A folder whose name a shell and a careless program stumble over."""
+
+
+class TestAsPath:
+    def test_relative_to_the_working_directory(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert as_path("runs/größer als") == tmp_path / "runs/größer als"
+        monkeypatch.chdir("/")
+        assert as_path("runs") == Path("/runs")
+
+    def test_home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert as_path("~/x") == tmp_path / "x"
+        with pytest.raises(UserError, match="~nobody-at-all/x: there is no such user"):
+            as_path("~nobody-at-all/x")
+
+    def test_above_a_symbolic_link_is_above_what_it_points_to(self, tmp_path, monkeypatch):
+        (tmp_path / "far/away").mkdir(parents=True)
+        (tmp_path / "near").mkdir()
+        (tmp_path / "near/link").symlink_to(tmp_path / "far/away")
+        monkeypatch.chdir(tmp_path / "near")
+        (tmp_path / "far/file").write_text("there")
+        assert as_path("link/../file").read_text() == "there"
+        assert as_path("link/x") == tmp_path / "near/link/x"  # a link that a user names stays in the name
+
+    @pytest.mark.parametrize("nothing", ["", "  "])
+    def test_empty(self, nothing):
+        with pytest.raises(UserError, match="a path is empty"):
+            as_path(nothing)
+
+    def test_no_working_directory(self, tmp_path, monkeypatch):
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(UserError, match="the working directory no longer exists"):
+            as_path("runs")
+
+    def test_the_cache(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", "kept here")
+        assert cache_folder() == tmp_path / "kept here/llava_cot_jax"
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert cache_folder() == tmp_path / ".cache/llava_cot_jax"
+
+
+class TestRelocated:
+    def settings(self, root: Path) -> dict[str, str]:
+        return {"output": f"{root}/runs/one", "data": f"{root}/data", "init_from": f"{root}/base"}
+
+    def test_what_moved_with_the_run_is_found(self, tmp_path):
+        (tmp_path / "new/base").mkdir(parents=True)
+        found = relocated(self.settings(tmp_path / "old"), tmp_path / "new/runs/one")
+        assert found["init_from"] == str(tmp_path / "new/base")
+        assert found["data"] == f"{tmp_path}/old/data"  # which is nowhere: named as it was stored
+
+    def test_what_is_still_there_is_not_looked_for(self, tmp_path):
+        for root in ("old", "new"):
+            (tmp_path / root / "base").mkdir(parents=True)
+        found = relocated(self.settings(tmp_path / "old"), tmp_path / "new/runs/one")
+        assert found["init_from"] == f"{tmp_path}/old/base"
+
+    def test_names_stay(self, tmp_path):
+        given = {"output": "/gone/run", "data": "shapes", "init_from": "meta-llama/Llama-3.2-11B-Vision-Instruct"}
+        assert relocated(given, tmp_path) == given
+
+
+class Shell:
+    """Runs commands of the package from a working directory, with the paths that it is given.
+
+    Attributes:
+        place: the working directory.
+    """
+
+    def __init__(self, place: Path, cache: Path) -> None:
+        self.place, self._cache = place, cache
+
+    def __call__(self, name: str, *given: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", f"llava_cot_jax.{name}", *given],
+            cwd=self.place,
+            env=environment(self._cache) | {"HOME": str(self.place)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == code, done.stderr
+        return done.stderr if code else done.stdout
+
+
+@pytest.fixture
+def shell(tmp_path, cache) -> Shell:
+    (tmp_path / PLACE).mkdir()
+    return Shell(tmp_path / PLACE, cache)
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_path):
+    """Its folder, its base and its data are named relatively, and move together to another place."""
+    write_small(shell.place / "die Basis")
+    few = {"validation_rows": 0, "checkpoint_every": 2, "lora.rank": 2}
+    name = "Läufe/der erste"
+    shell("train", *arguments("die Basis", name, steps=2, **few))
+    assert (shell.place / name / "checkpoints/2").is_dir()
+
+    # The same run, from another working directory and from its own configuration file.
+    elsewhere = Shell(tmp_path, cache)
+    printed = elsewhere("train", "--config", f"{PLACE}/{name}/config.yaml", "--steps", "4", "--accept_changes", "true")
+    assert "going on from step 2" in printed and len(losses(shell.place / name)) == 4
+
+    (tmp_path / "new home").mkdir()
+    moved = Shell(shell.place.rename(tmp_path / "new home/ganz woanders"), cache)
+    printed = moved("train", "--config", f"{name}/config.yaml", "--steps", "6", "--accept_changes", "true")
+    assert "going on from step 4" in printed and "init_from" not in printed
+    assert len(losses(moved.place / name)) == 6 and not shell.place.exists()
+
+    # The base lies where it lay beside the run; then it has gone, and --base says where.
+    moved("convert", name, "exportiert/das Modell")
+    (moved.place / "die Basis").rename(moved.place / "anderswo")
+    error = moved("convert", name, "noch einmal", code=2)
+    assert "die Basis" in error and "--base" in error and error.count("\n") == 1
+    moved("convert", name, "~/noch einmal", "--base", "anderswo")
+    one, other = (load_file(moved.place / f / "model.safetensors") for f in ("exportiert/das Modell", "noch einmal"))
+    assert all((one[tensor] == other[tensor]).all() for tensor in one)
+
+    # A run that is named where a checkpoint is wanted.
+    assert "llava_cot_jax.convert" in moved("generate", "--checkpoint", name, "--question", "What?", code=2)
+
+
+@pytest.mark.slow
+def test_data_is_prepared_looked_at_trained_on_and_moved(shell):
+    raw = make_raw_set(shell.place / "roh für alle")
+    raw.write_zip(shell.place / "roh für alle/alle Bilder.zip")
+    given = ["--annotations", f"roh für alle/{raw.annotations.name}", "--images", "roh für alle/alle Bilder.zip"]
+    given += ["--allow-missing", str(len(raw.left_out)), "--validation-share", "0.1", "--workers", "0"]
+    shell("prepare", *given, "--output", "~/Daten/fertig gemacht")
+    assert (shell.place / "Daten/fertig gemacht/prepared.json").is_file()
+    shell("prepare", "--show", "Daten/fertig gemacht", "--rows", "1", "--sheet", "ein Blatt.png")
+    assert (shell.place / "ein Blatt.png").is_file()
+
+    few = {"steps": 2, "validation_rows": 0, "chat.max_length": 256, "loader.batch": 2}
+    shell("train", *arguments("shapes", "Lauf", **few), "--data", "Daten/fertig gemacht")
+    (shell.place / "Daten").rename(shell.place / "Daten neu")
+    again = [*arguments("shapes", "Lauf", **few), "--data", "./Daten neu/fertig gemacht", "--steps", "3"]
+    assert "going on from step 2" in shell("train", *again, "--accept_changes", "true")
+
+
+@pytest.mark.slow
+def test_answers_searches_and_benchmarks(shell):
+    shutil.copytree(Path(__file__).parents[1] / "llava_cot_jax/shapes_model", shell.place / "Modell für mich")
+    shell("prepare", "--show", "shapes", "--rows", "1", "--sheet", "~/Bild & Blatt.png")
+    prompts = Path(__file__).parents[1] / "llava_cot_jax/search/judge_prompts.yaml"
+    shutil.copy(prompts, shell.place / "Fragen des Richters.yaml")
+    given = ["--checkpoint", "Modell für mich", "--image", "~/Bild & Blatt.png", "--question", "What is at a1?", "--json"]
+    search = ["--search", "stage_beam", "--candidates", "2", "--budget", "24", "--judge-prompts"]
+    search += ["Fragen des Richters.yaml", "--trace", "Spuren/eine Spur.json"]
+    answer = json.loads(shell("generate", *given, *search))
+    (trace,) = json.loads((shell.place / "Spuren/eine Spur.json").read_text(encoding="utf-8"))
+    assert trace["stages"][3]["stage"] == "CONCLUSION" and answer["stages"]
+
+    (shell.place / "kurze Arbeit.yaml").write_text("{prompt: 9, tiles: 1, stages: [3, 2], candidates: [1, 2]}")
+    few = ["--dtype", "float32", "--runs", "1", "--workload", "kurze Arbeit.yaml", "--json"]
+    assert json.loads(shell("bench", "--checkpoint", "Modell für mich", *few))["parts"]
+
+    (shell.place / "ein Plan.yaml").write_text("{output: Lauf, init_from: ./Modell für mich, data: ./nirgends}")
+    planned = shell("plan", "--config", "ein Plan.yaml", "--topology", "v5e-1", "--compile", "false", "--json")
+    assert json.loads(planned)["chips"] == 1
+
+
+@pytest.mark.slow
+def test_caches_may_be_named_relatively(shell, tmp_path):
+    given = ["--question", "How many stars are there?", "--max-new-tokens", "4"]
+    names = {"XDG_CACHE_HOME": "ein Cache", "JAX_COMPILATION_CACHE_DIR": "~/kompiliert für später"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_cot_jax.generate", "--checkpoint", "shapes", *given],
+        cwd=shell.place,
+        env=environment(tmp_path) | names | {"HOME": str(shell.place)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert any((shell.place / "kompiliert für später").iterdir())
+    assert not os.path.lexists(shell.place / "~")
