@@ -11,7 +11,6 @@ from pathlib import Path
 from threading import Thread
 from typing import NoReturn, Protocol, TypeVar
 
-import jax
 import jsonargparse
 from rich.console import Console
 from rich.progress import (
@@ -84,6 +83,8 @@ def keep_compilations() -> None:
     ``JAX_COMPILATION_CACHE_DIR`` names another place, a bucket too; ``JAX_ENABLE_COMPILATION_CACHE=false``
     keeps nothing.
     """
+    import jax
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "llava_cot_jax" / "compilations"))
@@ -166,6 +167,8 @@ class CompilationCounter:
     """Counts the programs that XLA compiles from its making on."""
 
     def __init__(self) -> None:
+        import jax
+
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._see)
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer, GenerationConfig, MllamaForConditionalGeneration
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.data.messages import user_turn
+from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.tokenizer import make_tokenizer
 from llava_cot_jax.demo import CORPUS, VOCAB_SIZE, main, write_demo
 from llava_cot_jax.errors import UserError

@@ -2,12 +2,18 @@
 
 from dataclasses import replace
 
-from llava_cot_jax.data.shapes_tokenizer import shapes_config
 from llava_cot_jax.data.sources import SHAPES
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import read_config
 from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.finding import read_config
 from llava_cot_jax.paths import as_path, is_remote
+
+
+def _shapes() -> MllamaConfig:
+    from llava_cot_jax.data.shapes_tokenizer import shapes_config
+
+    return shapes_config()
+
 
 PUBLISHED = {
     "Llama-3.2-11B-Vision": MllamaConfig.llama32_11b,
@@ -15,7 +21,7 @@ PUBLISHED = {
     "Llama-3.2V-11B-cot": MllamaConfig.llama32_11b,
     "Llama-3.2-90B-Vision": MllamaConfig.llama32_90b,
     "Llama-3.2-90B-Vision-Instruct": MllamaConfig.llama32_90b,
-    SHAPES: shapes_config,
+    SHAPES: _shapes,
 }
 """By the last part of an id on the hub."""
 

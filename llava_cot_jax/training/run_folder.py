@@ -12,18 +12,9 @@ import jax
 import yaml
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.training.layout import CONFIGURATION, MODEL
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.settings import TrainSettings
-
-CONFIGURATION = "config.yaml"
-"""All settings of the run; ``train --config`` takes it."""
-
-CHECKPOINTS = "checkpoints"
-"""A folder for each step."""
-
-MODEL = "model"
-"""What lies beside the weights of an exported model."""
-
 
 RUNNING = {
     "output",

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from llava_cot_jax.data import shapes_tokenizer as module
-from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.data.messages import user_turn
+from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.shapes import ShapesRows
 from llava_cot_jax.data.shapes_tokenizer import VOCAB_SIZE, shapes_config, shapes_tokenizer
 from llava_cot_jax.model.mllama import Mllama

@@ -23,8 +23,9 @@ from transformers import MllamaForConditionalGeneration
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from llava_cot_jax.data.chat import Chat, ChatSettings  # noqa: E402
+from llava_cot_jax.data.chat import Chat  # noqa: E402
 from llava_cot_jax.data.processor import Processor  # noqa: E402
+from llava_cot_jax.data.settings import ChatSettings  # noqa: E402
 from llava_cot_jax.data.shapes import ShapesRows  # noqa: E402
 from llava_cot_jax.model.mllama import Mllama  # noqa: E402
 from tests.parity.reference import under  # noqa: E402
