@@ -1,15 +1,31 @@
-"""Llama-3.2-Vision in JAX, and LLaVA-CoT's staged answers from it."""
+"""Llama-3.2-Vision in JAX, and LLaVA-CoT's staged answers from it.
 
-from llava_cot_jax.data.processor import Processor, user_turn
-from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
-from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.sharding import make_mesh
-from llava_cot_jax.search.generator import Generator
-from llava_cot_jax.search.reasoner import Answer, Reasoner
-from llava_cot_jax.search.sampling import Sampling
-from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
-from llava_cot_jax.stages import find_stages
+Names are imported when they are first used: ``import llava_cot_jax`` alone imports no jax.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_cot_jax.data.messages import user_turn
+    from llava_cot_jax.data.processor import Processor
+    from llava_cot_jax.errors import UserError
+    from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
+    from llava_cot_jax.model.mllama import Mllama
+    from llava_cot_jax.model.sharding import make_mesh
+    from llava_cot_jax.search.generator import Generator
+    from llava_cot_jax.search.reasoner import Answer, Reasoner
+    from llava_cot_jax.search.strategies import (
+        BestOfN,
+        Greedy,
+        Judge,
+        LogProbability,
+        MajorityVote,
+        Sample,
+        Sampling,
+        StageBeam,
+    )
+    from llava_cot_jax.stages import find_stages
 
 __all__ = [
     "Answer",
@@ -33,3 +49,37 @@ __all__ = [
     "make_mesh",
     "user_turn",
 ]
+
+_MODULES = {
+    "data.messages": ("user_turn",),
+    "data.processor": ("Processor",),
+    "errors": ("UserError",),
+    "model.config": ("MllamaConfig", "TextConfig", "VisionConfig"),
+    "model.mllama": ("Mllama",),
+    "model.sharding": ("make_mesh",),
+    "search.generator": ("Generator",),
+    "search.reasoner": ("Answer", "Reasoner"),
+    "search.strategies": (
+        "BestOfN",
+        "Greedy",
+        "Judge",
+        "LogProbability",
+        "MajorityVote",
+        "Sample",
+        "Sampling",
+        "StageBeam",
+    ),
+    "stages": ("find_stages",),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

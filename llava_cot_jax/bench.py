@@ -3,30 +3,21 @@
 python -m llava_cot_jax.bench --random 100m --dtype float32
 """
 
-import datetime
 import json
-import platform
 import tempfile
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 import jsonargparse
 from rich.console import Console
-from rich.table import Table
 
 from llava_cot_jax import cli
-from llava_cot_jax.benchmark.baseline import Baseline
-from llava_cot_jax.benchmark.measure import Rates, peak_memory, rates
-from llava_cot_jax.benchmark.parts import Bench, Part
-from llava_cot_jax.benchmark.workload import RANDOM, Workload, random_model
+from llava_cot_jax.benchmark.workload import RANDOM, Workload
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.hardware import parameter_counts
-from llava_cot_jax.model.checkpoint import read_config, resolve_checkpoint
-from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.sharding import check_mesh, default_mesh
-from llava_cot_jax.search.strategies import Greedy, Judge, LogProbability, MajorityVote, StageBeam, Strategy
+from llava_cot_jax.model.finding import read_config, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from llava_cot_jax.model.mllama import Mllama
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,52 +34,26 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("transformers has no such int8: give --baseline without --quantize")
     if options.runs < 1:
         raise UserError(f"runs must be at least 1, got {options.runs}")
+    folder = resolve_checkpoint(options.checkpoint) if options.checkpoint else None
+
+    import jax
+
     with tempfile.TemporaryDirectory() as kept:
         jax.config.update("jax_compilation_cache_dir", kept)  # its own, so that what is called cold is
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        _bench(options)
+        _bench(options, folder)
 
 
-def _bench(options: jsonargparse.Namespace) -> None:
-    work: Workload = options.workload
+def _bench(options: jsonargparse.Namespace, folder: Path | None) -> None:
+    from llava_cot_jax.benchmark.report import measure
+
     console = Console(stderr=options.json)
     if not console.is_terminal:
         console.width = 150
-    model = _model(options)
+    model = _model(options, folder)
     if options.quantize:
         model.quantize()
-    console.print(_head(model, work))
-    bench = Bench(model, work, options.runs)
-    found = rates(model.dtype)
-    table = _table(found)
-    report: dict[str, Any] = {
-        "date": str(datetime.date.today()),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "transformers")},
-        "device": jax.devices()[0].device_kind,
-        "workload": asdict(work),
-        "rates": [asdict(rate) for rate in found],
-        "parts": [],
-    }
-    wholes = (bench.whole(name, strategy) for name, strategy in _searches(work))
-    for parts in (bench.parts(), wholes):
-        for part in parts:
-            report["parts"].append(asdict(part))
-            with cli.status(f"{part.name}: {part.timing.median:.3f} s"):
-                _add(table, part, found)
-    report["recompilations"] = sum(part["timing"]["compiled_again"] for part in report["parts"])
-    report["peak_memory"] = peak_memory()
-    console.print(table)
-    memory = report["peak_memory"]
-    console.print(
-        f"compiled again when run again: {report['recompilations']}; "
-        f"peak memory: {'not told by this device' if memory is None else f'{memory / 1e9:.1f} GB'}"
-    )
-    report["judge_share"] = _judge_shares(report["parts"], work)
-    console.print("the judge's share of a search:", ", ".join(f"{n} {s:.0%}" for n, s in report["judge_share"].items()))
-    if options.baseline:
-        report["baseline"] = [
-            asdict(row) for row in _against(Baseline(model, work, bench.request), report, work, console)
-        ]
+    report = measure(model, options.workload, options.runs, console, baseline=bool(options.baseline))
     if options.json:
         print(json.dumps(report), flush=True)
 
@@ -107,127 +72,20 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def _model(options: jsonargparse.Namespace) -> Mllama:
-    if options.random:
+def _model(options: jsonargparse.Namespace, folder: Path | None) -> "Mllama":
+    from llava_cot_jax.benchmark.inputs import random_model
+    from llava_cot_jax.model.mllama import Mllama
+    from llava_cot_jax.model.sharding import check_mesh, default_mesh
+
+    if folder is None:
         mesh = default_mesh(RANDOM[options.random]())
         with cli.status("making weights"):
             return random_model(options.random, options.dtype, mesh)
-    folder = resolve_checkpoint(options.checkpoint)
     mesh = default_mesh(config := read_config(folder))
     if mesh is not None:
         check_mesh(config, mesh)
     with cli.status("loading weights"):
         return Mllama.from_pretrained(folder, dtype=options.dtype, mesh=mesh)
-
-
-def _head(model: Mllama, work: Workload) -> str:
-    count = sum(parameter_counts(model.config).values())
-    device, quantized = jax.devices()[0], ", text in int8" if model.is_quantized else ""
-    return (
-        f"{datetime.date.today()}; jax {version('jax')}; {jax.device_count()} x {device.device_kind} "
-        f"({platform.machine()}); {count / 1e6:,.1f}M parameters, {model.dtype}{quantized}\n{work}"
-    )
-
-
-def _searches(work: Workload) -> list[tuple[str, Strategy]]:
-    """Every strategy at every number of candidates."""
-    whole, most = sum(work.stages), max(work.candidates)
-    reasons = Judge("rationale", both_orders=False, reason_tokens=work.reason, check_tokens=work.check)
-    found: list[tuple[str, Strategy]] = [
-        ("greedy", Greedy(whole)),
-        (f"majority vote, N = {most}", MajorityVote(most, budget=whole)),
-    ]
-    for count in work.candidates:
-        for name, scorer in (("likelihood", LogProbability()), ("token", Judge()), ("rationale", reasons)):
-            if count > 1 or name == "likelihood":
-                stages = tuple(f"S{i}" for i in range(len(work.stages)))
-                found.append(
-                    (f"stage beam, {name}, N = {count}", StageBeam(count, scorer, budget=work.stages, stages=stages))
-                )
-    return found
-
-
-def _table(found: list[Rates]) -> Table:
-    table = Table(title="median of the runs, and the share of each floor that it reached")
-    for name in ("part", "s", "least to most", "compiled, and kept", "a second"):
-        table.add_column(name, justify="left" if name == "part" else "right")
-    for rate in found:
-        table.add_column(
-            f"{rate.source}: {rate.flops / 1e12:.3g} TFLOP/s, {rate.bytes / 1e9:.3g} GB/s", justify="right"
-        )
-    table.add_column("bare products", justify="right")
-    return table
-
-
-def _add(table: Table, part: Part, found: list[Rates]) -> None:
-    t = part.timing
-    floors = [f"{rate.floor(part.flops, part.bytes) / t.median:.0%}" for rate in found]
-    bare = "" if part.bare is None else f"{part.bare / t.median:.0%}"
-    speed = f"{part.count / t.median:.3g} {part.unit}s"
-    if part.unit == "step":
-        speed += f", {part.rows * part.count / t.median:.3g} tokens"
-    table.add_row(
-        part.name,
-        f"{t.median:.3f}",
-        f"{t.least:.3f} to {t.most:.3f}",
-        f"{t.cold:.1f} s, {t.warm:.1f} s",
-        speed,
-        *floors,
-        bare,
-    )
-
-
-def _judge_shares(parts: list[dict[str, Any]], work: Workload) -> dict[str, float]:
-    """Of the time of each judged search, what the same search without a judge does not take."""
-    seconds = {part["name"]: part["timing"]["median"] for part in parts}
-    return {
-        f"{verdict}, N = {count}": 1
-        - seconds[f"stage beam, likelihood, N = {count}"] / seconds[f"stage beam, {verdict}, N = {count}"]
-        for count in work.candidates
-        if count > 1
-        for verdict in ("token", "rationale")
-    }
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A way of transformers beside ours.
-
-    Attributes:
-        way: which.
-        candidates: N.
-        seconds: transformers'.
-        calls: of ``generate``.
-        ours: seconds of our search of the same name, by its name.
-    """
-
-    way: str
-    candidates: int
-    seconds: float
-    calls: int
-    ours: dict[str, float]
-
-
-def _against(baseline: Baseline, report: dict[str, Any], work: Workload, console: Console) -> list[Ratio]:
-    """Time transformers at every N above 1."""
-    off, largest = baseline.parity()
-    console.print(f"logits after the prompt differ from transformers' by at most {off:.2g} of {largest:.3g}")
-    seconds = {part["name"]: part["timing"]["median"] for part in report["parts"]}
-    rows = []
-    for count in (n for n in work.candidates if n > 1):
-        for way, run, names in (
-            ("one call after another", baseline.sequential, ("rationale", "token")),
-            ("batched sampling, no judge", baseline.batched, ("likelihood",)),
-        ):
-            with cli.status(f"transformers, {way}, N = {count}"):
-                took, calls = run(count)
-            ours = {name: seconds[f"stage beam, {name}, N = {count}"] for name in names}
-            rows.append(Ratio(way, count, took, calls, ours))
-            beside = ", ".join(
-                f"{took / s:.1f} times as long as ours by {name} ({s:.1f} s)" for name, s in ours.items()
-            )
-            console.print(f"transformers, {way}, N = {count}: {took:.1f} s in {calls} calls: {beside}")
-    return rows
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from threading import Thread
 from typing import NoReturn, Protocol, TypeVar
 
-import jax
 import jsonargparse
 from rich.console import Console
 from rich.progress import (
@@ -84,6 +83,8 @@ def keep_compilations() -> None:
     ``JAX_COMPILATION_CACHE_DIR`` names another place, a bucket too; ``JAX_ENABLE_COMPILATION_CACHE=false``
     keeps nothing.
     """
+    import jax
+
     place = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "compilations"
     jax.config.update("jax_compilation_cache_dir", str(as_path(place)))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -165,6 +166,8 @@ class CompilationCounter:
     """Counts the programs that XLA compiles from its making on."""
 
     def __init__(self) -> None:
+        import jax
+
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._see)
 

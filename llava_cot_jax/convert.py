@@ -3,18 +3,20 @@
 python -m llava_cot_jax.convert SRC DST [--for transformers] [--dtype bfloat16] [--convention transformers_4]
 """
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import jsonargparse
-import numpy as np
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import FORMAT_DTYPES, checkpoint_path, read_config, resolve_checkpoint
+from llava_cot_jax.model.choices import Dtype
 from llava_cot_jax.model.config import Convention
-from llava_cot_jax.model.export import convert_checkpoint
+from llava_cot_jax.model.finding import checkpoint_path, read_config, resolve_checkpoint
 from llava_cot_jax.paths import as_path
-from llava_cot_jax.training.export import RunExport, is_run
+from llava_cot_jax.training.layout import is_run
 
 _STILL_DIFFERENT = """\
 transformers now computes the same vision features. One difference stays: these weights were trained under the
@@ -29,29 +31,40 @@ def main(argv: list[str] | None = None) -> None:
         UserError: an argument, or anything that finding, reading or writing a checkpoint refuses.
     """
     options = _parser().parse_args(argv)
+    run, step = _run(options), ""
+    write: Callable[..., None]
+    if run:
+        from llava_cot_jax.training.export import RunExport
+
+        source = RunExport(run, options.step)
+        config, write, step = source.config, source.write, f"step {source.step} of {options.source}, "
+    else:
+        folder = resolve_checkpoint(options.source)
+        config = read_config(folder, options.convention)
+
+        from llava_cot_jax.model.export import convert_checkpoint
+
+        write = partial(convert_checkpoint, folder)
+
+    import numpy as np
+
     for_transformers = options["for"] == "transformers"
-    source = _run(options) or resolve_checkpoint(options.source)
-    config = source.config if isinstance(source, RunExport) else read_config(source, options.convention)
     written = config.for_transformers() if for_transformers else config
     destination, dtype = as_path(options.destination), np.dtype(options.dtype) if options.dtype else None
     with cli.progress_bar("converting") as on_progress:
-        if isinstance(source, RunExport):
-            source.write(destination, written, dtype=dtype, on_progress=on_progress)
-        else:
-            convert_checkpoint(source, destination, written, dtype=dtype, on_progress=on_progress)
+        write(destination, written, dtype=dtype, on_progress=on_progress)
     if for_transformers and config.convention == "meta":
         print(_STILL_DIFFERENT)
-    of_step = f"step {source.step} of {options.source}, " if isinstance(source, RunExport) else ""
-    print(f"{destination}: {of_step}convention {written.convention!r}")
+    print(f"{destination}: {step}convention {written.convention!r}")
 
 
-def _run(options: jsonargparse.Namespace) -> RunExport | None:
-    """The training run that the source is, if it is one."""
+def _run(options: jsonargparse.Namespace) -> Path | None:
+    """The folder of the training run that the source is, if it is one."""
     folder = checkpoint_path(options.source)
     if is_run(folder):
         if options.convention:
             raise UserError("--convention is for checkpoints that do not say it; a run does: leave it out")
-        return RunExport(folder, options.step, options.base)
+        return folder
     for name in ("step", "base"):
         if options[name] is not None:
             raise UserError(f"--{name} is for the folder of a training run, which {folder} is not: leave it out")
@@ -70,7 +83,7 @@ def _parser() -> cli.Parser:
     )
     add("--step", type=int | None, default=None, help="of a training run; default: its newest checkpoint")
     add("--base", type=str, help="of a run of adapters: where the checkpoint that it started from is now")
-    add("--dtype", choices=[dtype.name for dtype in FORMAT_DTYPES.values()], help="default: each tensor's own")
+    add("--dtype", choices=get_args(Dtype), help="default: each tensor's own")
     add(
         "--convention",
         choices=get_args(Convention),

@@ -5,6 +5,8 @@ python -m llava_cot_jax.generate --checkpoint DIR_OR_HUB_ID --image FILE --quest
 Without ``--search`` the text streams as it comes; with it, the answer is searched for in one compiled call.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import json
@@ -13,30 +15,30 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-import jax
 import jsonargparse
-import numpy as np
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.data.messages import user_turn
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import read_config, resolve_checkpoint
+from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.sharding import MESH_AXES, Mesh, check_mesh, default_mesh, make_mesh
+from llava_cot_jax.model.finding import read_config, resolve_checkpoint
 from llava_cot_jax.paths import access
-from llava_cot_jax.screen import Screen
-from llava_cot_jax.search.generator import Generator, check_request
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, chosen
-from llava_cot_jax.search.preparation import Preparation, Questions
-from llava_cot_jax.search.prompts import DEFAULT_FILE
-from llava_cot_jax.search.reasoner import answer_prepared
-from llava_cot_jax.search.sampling import Sampling
-from llava_cot_jax.search.strategies import Strategy
-from llava_cot_jax.search.trace import Trace
+from llava_cot_jax.search.prompts import DEFAULT_FILE, JudgePrompts
+from llava_cot_jax.search.strategies import Sampling, Strategy
 from llava_cot_jax.stages import find_stages
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from llava_cot_jax.data.processor import Processor
+    from llava_cot_jax.model.mllama import Mllama
+    from llava_cot_jax.search.preparation import Questions
+    from llava_cot_jax.search.trace import Trace
 
 NEW_TOKENS = 2048
 """The longest answer without a search, by default."""
@@ -49,18 +51,26 @@ def main(argv: list[str] | None = None) -> None:
         UserError: an argument, a file or a checkpoint that cannot be used, before anything expensive starts.
     """
     options = _parser().parse_args(argv)
-    cli.keep_compilations()
-    compilations = cli.CompilationCounter()
     how = _how(options)
     folder = resolve_checkpoint(options.checkpoint)
     config = read_config(folder, options.convention)
-    mesh = _mesh(options.mesh, config)
-    processor = Processor.from_pretrained(folder)
     questions = _pair(options.question, options.image or [])
+    _check_files(options)
+
+    # The rest takes longer to import than it takes to say what is wrong with what is given.
+    from llava_cot_jax.data.processor import Processor
+
+    processor = Processor.from_pretrained(folder)
+
+    import jax
+
+    from llava_cot_jax.model.mllama import Mllama
+
+    cli.keep_compilations()
+    compilations = cli.CompilationCounter()
+    mesh = _mesh(options.mesh, config)
     way = _Streamed(processor, how, options) if isinstance(how, Sampling) else _Searched(processor, how, options)
     asked = [way.prepare(question, image) for question, image in questions]
-    if options.trace:
-        _check_writable(Path(options.trace))
 
     began = time.perf_counter()
     with cli.progress_bar("loading weights") as on_progress:
@@ -100,7 +110,7 @@ def _parser() -> cli.Parser:
         choices=get_args(Convention),
         help="what the weights were trained with",
     )
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: the checkpoint's own")
+    add("--dtype", choices=get_args(Dtype), help="of the weights; default: the checkpoint's own")
     add(
         "--quantize", choices=["int8"], help="decode with the text layers' weights in int8: half the memory of bfloat16"
     )
@@ -121,7 +131,21 @@ def _how(options: jsonargparse.Namespace) -> Strategy | Sampling:
     return how
 
 
+def _check_files(options: jsonargparse.Namespace) -> None:
+    """Whether what is to be read is there, and what is to be written can be: before anything slow is imported."""
+    from llava_cot_jax.data.images import check_image
+
+    for image in options.image or []:
+        check_image(image)
+    if options.search:
+        JudgePrompts.load(options.judge_prompts)
+    if options.trace:
+        _check_writable(Path(options.trace))
+
+
 def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:
+    from llava_cot_jax.model.sharding import check_mesh, default_mesh, make_mesh
+
     given = {axis: size for axis, size in vars(sizes).items() if size is not None}
     mesh = make_mesh(**given) if given else default_mesh(config)
     if mesh is not None:
@@ -160,6 +184,8 @@ class _Searched:
     """Questions answered by a search."""
 
     def __init__(self, processor: Processor, strategy: Strategy, options: jsonargparse.Namespace) -> None:
+        from llava_cot_jax.search.preparation import Preparation
+
         self._preparation = Preparation(processor, strategy, options.judge_prompts)
         self._options = options
         self._traces: list[Trace] = []
@@ -169,6 +195,8 @@ class _Searched:
         return functools.partial(self._answer, self._preparation.prepare([image], [question], self._options.seed))
 
     def _answer(self, questions: Questions, model: Mllama) -> Answer:
+        from llava_cot_jax.search.reasoner import answer_prepared
+
         options = self._options
         with contextlib.nullcontext() if options.json else cli.status("searching"):
             (found,) = cli.heard(lambda: answer_prepared(model, self._preparation, questions))
@@ -191,12 +219,17 @@ class _Streamed:
 
     def prepare(self, question: str, image: str | None) -> Callable[[Mllama], Answer]:
         """What answers a question; it is refused here if it cannot be."""
+        from llava_cot_jax.search.generator import check_request
+
         processor, images = self._processor, [] if image is None else [image]
         inputs = processor([processor.prompt(user_turn(question, len(images)))], [images])
         check_request(processor.config, inputs["input_ids"].shape[1], self._longest, self._options.seed)
         return functools.partial(self._answer, inputs)
 
     def _answer(self, inputs: dict[str, np.ndarray], model: Mllama) -> Answer:
+        from llava_cot_jax.screen import Screen
+        from llava_cot_jax.search.generator import Generator
+
         began, first, text = time.perf_counter(), None, ""
         ids: list[int] = []
         stream = Generator(model, self._sampling).stream(inputs, max_new_tokens=self._longest, seeds=self._options.seed)

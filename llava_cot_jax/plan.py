@@ -7,42 +7,27 @@ from the model's own arithmetic, and from the TPU compiler, which works on any L
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import yaml
 from rich.console import Console
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.sharding import MESH_AXES
+from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.planning import slices
-from llava_cot_jax.planning.advice import finalists, smallest_change, smallest_change_of_search
-from llava_cot_jax.planning.collectives import sent_by_axis
-from llava_cot_jax.planning.compiler import Compiled
 from llava_cot_jax.planning.models import sizes_of
-from llava_cot_jax.planning.report import search_table, training_table
-from llava_cot_jax.planning.searching import (
-    SearchPlan,
-    compile_search,
-    most_questions,
-    plan_search,
-    smallest_for_search,
-)
-from llava_cot_jax.planning.training import Data, TrainingPlan, best_mesh, compile_training, plan_training
+from llava_cot_jax.planning.settings import Data
 from llava_cot_jax.search.options import add_arguments, chosen
-from llava_cot_jax.search.sampling import Sampling
+from llava_cot_jax.search.strategies import Sampling
 from llava_cot_jax.training.settings import TrainSettings
 
 AUTO = "auto"
-
-FINALISTS = 3
-"""Slices that are compiled for, at most."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +36,6 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: an argument or a configuration that cannot be used; before anything is compiled.
     """
-    slices.prepare()
     given = sys.argv[1:] if argv is None else argv
     console = Console(highlight=False, soft_wrap=True)
     (_plan_search if _is_search(given) else _plan_training)(given, console)
@@ -69,48 +53,30 @@ def _plan_training(argv: Sequence[str], console: Console) -> None:
     settings = TrainSettings(**{field.name: options[field.name] for field in fields(TrainSettings)})
     if not 0 < options.mfu <= 1:
         raise UserError(f"mfu is {options.mfu}; it is a share: above 0, at most 1")
-    config, data = sizes_of(settings.init_from, settings.convention), Data(options.rows, options.tokens)
+    data, slice_ = Data(options.rows, options.tokens), _slice(options.topology)
+    config = sizes_of(settings.init_from, settings.convention)
 
-    if options.topology == AUTO:
-        plans = finalists(settings, config, data)[:FINALISTS]
-        if not plans:
-            raise UserError("no slice of up to 256 chips holds this run: train adapters (--lora.rank 32)")
-    else:
-        slice_ = slices.parse(options.topology)
-        plan = best_mesh(settings, config, slice_, data) if options.any_mesh else None
-        plans = [plan or plan_training(settings, config, slice_, data)]
-    for plan in plans:
-        compiled = compile_training(plan, config) if options.compile else None
-        if options.json:
-            console.print_json(json.dumps(_told(plan, compiled) | {"hours": plan.hours(options.mfu)}))
-        else:
-            console.print(training_table(plan, compiled, options.mfu), markup=False)
-            if _lacks_room(plan, compiled):
-                _advise(smallest_change(plan, config, data), console)
-    if options.topology == AUTO and not options.json:
-        best, mesh = plans[0], plans[0].mesh
-        arguments = " ".join(f"--mesh.{axis} {size}" for axis, size in mesh.items())
-        console.print(f"recommended: {best.slice.name} ({best.slice.accelerator_type}), {arguments}")
+    slices.prepare()
+    from llava_cot_jax.planning.answer import answer_training
 
-
-def _lacks_room(plan: TrainingPlan | SearchPlan, compiled: Compiled | None) -> bool:
-    return (plan.room if compiled is None else compiled.room(plan.slice)) < 0
-
-
-def _advise(change: tuple[str, TrainingPlan | SearchPlan] | None, console: Console) -> None:
-    """Say what would make fit what does not."""
-    if change is None:
-        console.print("no change of it fits this generation of chips up to 256 of them: --topology auto tries others")
-    else:
-        words, fitting = change
-        console.print(f"would fit, computed: {words} ({sum(fitting.memory.values()) / 1e9:.2f} GB of a chip)")
+    answer_training(
+        settings,
+        config,
+        data,
+        slice_,
+        console,
+        any_mesh=options.any_mesh,
+        mfu=options.mfu,
+        ask_compiler=options.compile,
+        for_machine=options.json,
+    )
 
 
 def _plan_search(argv: Sequence[str], console: Console) -> None:
     parser = _parser()
     add = parser.add_argument
     add("--checkpoint", type=str, default="Llama-3.2-11B-Vision-Instruct", help="a folder, or a published model's name")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the weights")
+    add("--dtype", choices=get_args(Dtype), default="bfloat16", help="of the weights")
     add("--quantize", choices=["int8"], help="the text layers' weights")
     add("--questions", type=int, default=1, help="answered at a time")
     for axis in MESH_AXES:
@@ -121,27 +87,28 @@ def _plan_search(argv: Sequence[str], console: Console) -> None:
     assert not isinstance(strategy, Sampling)  # there is a search
     if options.questions < 1:
         raise UserError(f"questions is {options.questions}; it must be at least 1")
-    config, plan = sizes_of(options.checkpoint), strategy.plan()
-    how: dict[str, Any] = {"questions": options.questions, "dtype": options.quantize or options.dtype}
+    slice_, config = _slice(options.topology), sizes_of(options.checkpoint)
     sizes = {axis: size for axis, size in vars(options.mesh).items() if size is not None}
-    mesh = {axis: sizes.get(axis, 1) for axis in MESH_AXES} if sizes else None
 
-    if options.topology == AUTO:
-        plans = smallest_for_search(plan, config, **how)[:FINALISTS]
-        if not plans:
-            raise UserError("no slice of up to 256 chips holds this search: --quantize int8, or fewer --questions")
-    else:
-        plans = [plan_search(plan, config, slices.parse(options.topology), mesh, **how)]
-    for each in plans:
-        compiled = compile_search(each, config) if options.compile else None
-        if options.json:
-            console.print_json(json.dumps(_told(each, compiled)))
-        else:
-            console.print(search_table(each, compiled, most_questions(each, config)), markup=False)
-            if _lacks_room(each, compiled):
-                _advise(smallest_change_of_search(each, config), console)
-    if options.topology == AUTO and not options.json:
-        console.print(f"recommended: {plans[0].slice.name} ({plans[0].slice.accelerator_type})")
+    slices.prepare()
+    from llava_cot_jax.planning.answer import answer_search
+
+    answer_search(
+        strategy.plan(),
+        config,
+        slice_,
+        console,
+        mesh={axis: sizes.get(axis, 1) for axis in MESH_AXES} if sizes else None,
+        questions=options.questions,
+        dtype=options.quantize or options.dtype,
+        ask_compiler=options.compile,
+        for_machine=options.json,
+    )
+
+
+def _slice(topology: str) -> slices.Slice | None:
+    """The slice that is named; None where one is to be chosen."""
+    return None if topology == AUTO else slices.parse(topology)
 
 
 def _parser() -> cli.Parser:
@@ -167,30 +134,6 @@ def _is_search(argv: Sequence[str]) -> bool:
     except (OSError, ValueError, yaml.YAMLError):  # the parser will say so
         return False
     return isinstance(content, dict) and "search" in content
-
-
-def _told(plan: TrainingPlan | SearchPlan, compiled: Compiled | None) -> dict[str, Any]:
-    """A plan for a machine to read; what is compiled stands apart."""
-    told: dict[str, Any] = {
-        "slice": plan.slice.name,
-        "accelerator_type": plan.slice.accelerator_type,
-        "chips": plan.slice.chips,
-        "mesh": plan.mesh,
-        "usable_bytes": plan.slice.generation.usable,
-        "computed": {
-            "bytes": plan.memory,
-            "floors": asdict(plan.floors if isinstance(plan, TrainingPlan) else plan.step),
-        },
-        "compiled": None,
-    }
-    if isinstance(plan, TrainingPlan):
-        told["computed"] |= {"flops": plan.flops, "flops_again": plan.again, "steps": plan.steps}
-    else:
-        told["computed"] |= {"seconds": plan.seconds}
-    if compiled is not None:
-        told["compiled"] = {name: value for name, value in asdict(compiled).items() if name != "exchanges"}
-        told["compiled"]["sent"] = None if compiled.exchanges is None else sent_by_axis(compiled.exchanges)
-    return told
 
 
 if __name__ == "__main__":

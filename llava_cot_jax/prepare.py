@@ -10,9 +10,7 @@ import jsonargparse
 from rich.console import Console
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.chat import Chat, ChatSettings, LeftOut
-from llava_cot_jax.data.preparation import Request, TooManyLeftOut, find_prepared, prepare
-from llava_cot_jax.data.show import describe, draw_sheet, processor_to_look_with
+from llava_cot_jax.data.settings import ChatSettings, Request
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import as_path
@@ -47,6 +45,15 @@ def _prepare(options: jsonargparse.Namespace) -> None:
         limit=options.limit,
         validation_share=options.validation_share,
     )
+    # What is missing is told before libraries are imported that take seconds.
+    from llava_cot_jax.data.annotations import open_annotations
+    from llava_cot_jax.data.raw_images import open_images
+
+    open_images(request.images)
+    open_annotations(request.annotations).close()
+
+    from llava_cot_jax.data.preparation import TooManyLeftOut, find_prepared, prepare
+
     if summary := find_prepared(request):
         print(f"{request.output} was prepared before")
     else:
@@ -62,6 +69,14 @@ def _prepare(options: jsonargparse.Namespace) -> None:
 
 def _show(options: jsonargparse.Namespace) -> None:
     data = open_rows(options.show, options.split)
+    if options.checkpoint:
+        from llava_cot_jax.data.processor import check_tokenizer
+
+        check_tokenizer(as_path(options.checkpoint))
+
+    from llava_cot_jax.data.chat import Chat, LeftOut
+    from llava_cot_jax.data.show import describe, draw_sheet, processor_to_look_with
+
     processor = processor_to_look_with(options.show, options.checkpoint)
     chat = Chat(processor, options.chat)
     console = Console(highlight=False, soft_wrap=True)

@@ -3,25 +3,25 @@
 python -m llava_cot_jax.train --config FILE.yaml [dotted overrides]
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import socket
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import jsonargparse
 from rich.console import Console
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.sources import open_rows
+from llava_cot_jax.data.sources import SHAPES, open_rows
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.evaluation.held_out import answer_rows, share
-from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.search.generator import Generator
-from llava_cot_jax.training.export import merged_arrays
-from llava_cot_jax.training.loop import Trained, train
+from llava_cot_jax.model.finding import named_folder, resolve_checkpoint
 from llava_cot_jax.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from llava_cot_jax.training.loop import Trained
 
 SHOWN = 3
 """Answers that are printed whole."""
@@ -33,8 +33,15 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: a setting, or a file that cannot be used: before anything expensive starts.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of each thread, then raises
     settings, told = read_arguments(argv)
+    _check_hosts(told.hosts)
+    _check_files(settings)
+
+    import jax
+
+    from llava_cot_jax.training.loop import train
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of each thread, then raises
     cli.keep_compilations()
     _join_hosts(told.hosts)
     if settings.answers and jax.process_count() > 1:
@@ -78,17 +85,36 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def _join_hosts(hosts: jsonargparse.Namespace) -> None:
-    """Let the processes of the run find each other: by these flags, by what a TPU says, or this one alone.
+def _check_files(settings: TrainSettings) -> None:
+    """Whether the data and the checkpoint are there, before anything slow is imported or fetched.
 
     Raises:
-        UserError: some of the flags, but not all.
+        UserError: a folder is missing, or a file in it.
     """
-    given = {name: value for name, value in vars(hosts).items() if value is not None}
-    if given and len(given) < len(vars(hosts)):
-        missing = " and ".join(f"--hosts.{name}" for name in vars(hosts) if name not in given)
-        raise UserError(f"give {missing} too, or none of the hosts' arguments")
-    if given:
+    from llava_cot_jax.data.processor import check_tokenizer
+
+    open_rows(settings.data, "train")
+    folder = None if settings.init_from == SHAPES else named_folder(settings.init_from)
+    if folder:
+        check_tokenizer(resolve_checkpoint(folder))
+
+
+def _check_hosts(hosts: jsonargparse.Namespace) -> None:
+    """Whether all of the hosts' arguments are given, or none.
+
+    Raises:
+        UserError: some of them.
+    """
+    missing = [f"--hosts.{name}" for name, value in vars(hosts).items() if value is None]
+    if 0 < len(missing) < len(vars(hosts)):
+        raise UserError(f"give {' and '.join(missing)} too, or none of the hosts' arguments")
+
+
+def _join_hosts(hosts: jsonargparse.Namespace) -> None:
+    """Let the processes of the run find each other: by these arguments, by what a TPU says, or this one alone."""
+    import jax
+
+    if hosts.coordinator is not None:
         jax.distributed.initialize(hosts.coordinator, hosts.count, hosts.index)
         return
     try:
@@ -105,6 +131,11 @@ def _join_hosts(hosts: jsonargparse.Namespace) -> None:
 
 def _answer(settings: TrainSettings, trained: Trained, tell: Any) -> None:
     """Answer held-out questions, show a few, and count how many captions and conclusions are the rows' own."""
+    from llava_cot_jax.evaluation.held_out import answer_rows, share
+    from llava_cot_jax.model.mllama import Mllama
+    from llava_cot_jax.search.generator import Generator
+    from llava_cot_jax.training.export import merged_arrays
+
     origin = trained.origin
     arrays = merged_arrays(trained.state, settings.lora, settings.dtype)
     model = Mllama.from_arrays(origin.config, arrays, layout="stacked", mesh=trained.mesh)

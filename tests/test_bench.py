@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from llava_cot_jax import bench, cli, hardware
 from llava_cot_jax.benchmark import workload as workloads
 from llava_cot_jax.benchmark.baseline import Baseline
+from llava_cot_jax.benchmark.inputs import tables
 from llava_cot_jax.benchmark.measure import Rates
 from llava_cot_jax.benchmark.parts import Bench
 from llava_cot_jax.benchmark.workload import Workload
@@ -61,7 +62,7 @@ def test_all_lengths_are_forced():
     timed = Bench(model, WORK, runs=1)
     judge = Judge("rationale", both_orders=False, reason_tokens=3, check_tokens=2)
     plan = StageBeam(2, judge, budget=WORK.stages).plan()
-    stages, judging = workloads.tables(timed.config, WORK, plan)
+    stages, judging = tables(timed.config, WORK, plan)
     found = bench_search(timed, plan, stages, judging)
     lengths = np.asarray(found.candidates.length)[:, 0]  # [stages, candidates]
     np.testing.assert_array_equal(lengths, np.repeat(np.array(WORK.stages)[:, None], 2, axis=1))

@@ -18,7 +18,8 @@ from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.data.messages import user_turn
+from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.generate import main
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.screen import Screen

@@ -13,22 +13,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 
 from llava_cot_jax import hardware
-from llava_cot_jax.hardware import (
-    PARTS,
-    Part,
-    count_flops,
-    find_chip,
-    part_of,
-    text_flops,
-    training_flops,
-    vision_flops,
-)
+from llava_cot_jax.chips import CHIPS, find_chip
+from llava_cot_jax.hardware import PARTS, Part, count_flops, part_of, text_flops, training_flops, vision_flops
 from llava_cot_jax.model.cache import KeyValue, Memory, Prefix
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import hidden_states, logits
 from llava_cot_jax.model.parameters import nest, parameters
 from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE, append, see
-from llava_cot_jax.training.lora import LoraSettings, adapter_table
+from llava_cot_jax.training.lora import adapter_table
+from llava_cot_jax.training.settings import LoraSettings
 
 ELEVEN, NINETY = MllamaConfig.llama32_11b(), MllamaConfig.llama32_90b()
 
@@ -322,7 +315,7 @@ def test_chips_have_the_figures_that_jax_has_of_them(kind, version):
 
 
 def test_a_chip_is_found_by_each_of_its_kinds_and_a_cpu_is_none():
-    kinds = [kind for chip in hardware.CHIPS for kind in chip.kinds]
+    kinds = [kind for chip in CHIPS for kind in chip.kinds]
     assert len(set(kinds)) == len(kinds)
     assert find_chip("TPU v5e") is find_chip("TPU v5 lite") is not find_chip("TPU v5")
     assert find_chip(jax.devices()[0].device_kind) is None

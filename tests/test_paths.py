@@ -21,10 +21,12 @@ from llava_cot_jax import Mllama, Processor
 from llava_cot_jax.convert import main as convert
 from llava_cot_jax.data import preparation
 from llava_cot_jax.data.prepared import PreparedRows
+from llava_cot_jax.data.settings import Request
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import checkpoint, export
-from llava_cot_jax.model.checkpoint import StoredTensor, read_config, read_shards, resolve_checkpoint, verified_tensors
+from llava_cot_jax.model.checkpoint import StoredTensor, read_shards, verified_tensors
+from llava_cot_jax.model.finding import read_config, resolve_checkpoint
 from llava_cot_jax.model.parameters import Layout, flatten
 from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.model.weights import load_arrays, save_arrays
@@ -33,8 +35,8 @@ from llava_cot_jax.prepare import main as prepare
 from llava_cot_jax.training import run_lock
 from llava_cot_jax.training.checkpoints import Checkpoints, newest_whole, steps_in
 from llava_cot_jax.training.export import RunExport
+from llava_cot_jax.training.layout import CHECKPOINTS
 from llava_cot_jax.training.metrics import Metrics
-from llava_cot_jax.training.run_folder import CHECKPOINTS
 from llava_cot_jax.training.run_lock import RunLock
 from tests.data.raw_set import make_raw_set
 from tests.demo import write_demo
@@ -413,7 +415,7 @@ class TestPreparedRows:
         raw = make_raw_set(root, faults=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(preparation, "SHARD_ROWS", 30)
-            preparation.prepare(preparation.Request(raw.annotations, raw.write_folder(root / "images"), root / "out"))
+            preparation.prepare(Request(raw.annotations, raw.write_folder(root / "images"), root / "out"))
         return root / "out"
 
     @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_cot_jax import plan
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.plan import main
+from llava_cot_jax.planning import answer
 from llava_cot_jax.planning.compiler import Compiled
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +123,7 @@ def test_a_configuration_that_is_none_is_a_mistake_too(tmp_path, content):
 
 @pytest.mark.parametrize(("exchanges", "sent"), [(None, None), ((), {})], ids=["not readable", "none"])
 def test_a_program_that_sends_nothing_is_told_from_one_that_cannot_be_read(capsys, monkeypatch, exchanges, sent):
-    monkeypatch.setattr(plan, "compile_training", lambda *_: Compiled(exchanges=exchanges))
+    monkeypatch.setattr(answer, "compile_training", lambda *_: Compiled(exchanges=exchanges))
     (told_,) = told(capsys, *FULL, "--topology", "v5e-64", "--compile", "true")
     assert told_["compiled"]["sent"] == sent
 

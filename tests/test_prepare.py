@@ -17,8 +17,9 @@ import tensorflow_datasets as tfds
 
 from llava_cot_jax import cli
 from llava_cot_jax.data import preparation
-from llava_cot_jax.data.preparation import Request, prepare
+from llava_cot_jax.data.preparation import prepare
 from llava_cot_jax.data.prepared import PreparedRows
+from llava_cot_jax.data.settings import Request
 from llava_cot_jax.data.work_folder import WorkFolder
 from llava_cot_jax.data.workers import parallel
 from llava_cot_jax.errors import UserError
@@ -207,7 +208,7 @@ class TestAgain:
         main(arguments(raw, tmp_path / "out"))
         table, before = capsys.readouterr().out, tree(tmp_path / "out")
         (tmp_path / "out.preparing").mkdir()  # as a kill after the last step leaves it
-        monkeypatch.setattr("llava_cot_jax.prepare.prepare", None)
+        monkeypatch.setattr(preparation, "prepare", None)
         main(arguments(raw, tmp_path / "out", "--allow-missing", "0"))
         assert capsys.readouterr().out == f"{tmp_path / 'out'} was prepared before\n{table}"
         assert tree(tmp_path / "out") == before

@@ -170,7 +170,15 @@ def test_answers_searches_and_benchmarks(shell):
     shell("prepare", "--show", "shapes", "--rows", "1", "--sheet", "~/Bild & Blatt.png")
     prompts = Path(__file__).parents[1] / "llava_cot_jax/search/judge_prompts.yaml"
     shutil.copy(prompts, shell.place / "Fragen des Richters.yaml")
-    given = ["--checkpoint", "Modell für mich", "--image", "~/Bild & Blatt.png", "--question", "What is at a1?", "--json"]
+    given = [
+        "--checkpoint",
+        "Modell für mich",
+        "--image",
+        "~/Bild & Blatt.png",
+        "--question",
+        "What is at a1?",
+        "--json",
+    ]
     search = ["--search", "stage_beam", "--candidates", "2", "--budget", "24", "--judge-prompts"]
     search += ["Fragen des Richters.yaml", "--trace", "Spuren/eine Spur.json"]
     answer = json.loads(shell("generate", *given, *search))

@@ -13,8 +13,9 @@ import torch
 from transformers import MllamaForConditionalGeneration
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.chat import Chat, ChatSettings
+from llava_cot_jax.data.chat import Chat
 from llava_cot_jax.data.processor import Processor
+from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.data.shapes import ShapesRows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from llava_cot_jax import hardware
+from llava_cot_jax.benchmark.inputs import endless, request, tables
 from llava_cot_jax.benchmark.measure import Timing, timed
-from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload, endless, request, tables
+from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload
 from llava_cot_jax.model.cache import Layers, Memory, Prefix, empty
 from llava_cot_jax.model.layers import Weights, linear
 from llava_cot_jax.model.mllama import Mllama, logits

@@ -8,9 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_cot_jax.data.chat import MARKER
 from llava_cot_jax.data.raw_images import Member, RawImages, shortest
-from llava_cot_jax.data.rows import Turn
+from llava_cot_jax.data.rows import MARKER, Turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.stages import is_staged
 

@@ -7,20 +7,15 @@ that ends each; nothing is ever cut inside an answer.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
-from llava_cot_jax.data.processor import Message, Processor, user_turn
-from llava_cot_jax.data.rows import Turn
+from llava_cot_jax.data.messages import Message, user_turn
+from llava_cot_jax.data.processor import Processor
+from llava_cot_jax.data.rows import MARKER, Turn
+from llava_cot_jax.data.settings import ChatSettings, Variant
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.stages import STAGES, locate_stages
-
-Variant = Literal["staged", "untagged", "conclusion"]
-"""What of a staged answer is trained: all of it, all of it without the tags, or the conclusion alone."""
-
-MARKER = "<image>"
-"""Where a raw question says that the picture stands."""
 
 EOT = "<|eot_id|>"
 HEADER = "<|start_header_id|>assistant<|end_header_id|>"
@@ -36,33 +31,6 @@ NOT_TRAINED, NO_STAGE = -1, 0
 
 class LeftOut(Exception):
     """A conversation that cannot be trained on; the message says why."""
-
-
-@dataclass(frozen=True)
-class ChatSettings:
-    """How turns become tokens.
-
-    Attributes:
-        variant: what of a staged answer is kept (the ablations of the LLaVA-CoT paper, table 3). An
-            answer without tags is kept whole in each.
-        max_length: tokens of a conversation, the image's one included. A longer one loses whole
-            turns from its end; one whose first answer does not fit is left out.
-        upstream: as PKU-YuanGroup/LLaVA-CoT trains: a second BOS, and the blank line after an
-            assistant's header is trained on too.
-
-    Raises:
-        UserError: an unknown variant, or a length that holds nothing.
-    """
-
-    variant: Variant = "staged"
-    max_length: int = 2048
-    upstream: bool = False
-
-    def __post_init__(self) -> None:
-        if self.variant not in get_args(Variant):
-            raise UserError(f"variant is {self.variant!r}; it is one of {', '.join(get_args(Variant))}")
-        if self.max_length < 1:
-            raise UserError(f"max_length is {self.max_length}; it must be at least 1")
 
 
 @dataclass(frozen=True)

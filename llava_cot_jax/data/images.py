@@ -15,11 +15,6 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from transformers.models.mllama.image_processing_pil_mllama import (
-    get_all_supported_aspect_ratios,
-    get_image_size_fit_to_canvas,
-    get_optimal_tiled_canvas,
-)
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import VisionConfig
@@ -49,6 +44,17 @@ def open_image(source: ImageSource) -> Image.Image:
         return _decode(_identify(file, name), name)
 
 
+def check_image(source: str | Path) -> None:
+    """Whether there is an image, by the beginning of its file alone: quick, so that a wrong name is told at once.
+
+    Raises:
+        UserError: no such file, or no image.
+    """
+    name = _name(source)
+    with _open_file(source, name) as file:
+        _identify(file, name)
+
+
 def check_vision(vision: VisionConfig) -> None:
     """Check that ``cut`` can serve the configuration.
 
@@ -58,7 +64,7 @@ def check_vision(vision: VisionConfig) -> None:
     """
     if vision.num_channels != 3:
         raise UserError(f"vision num_channels is {vision.num_channels}, but images are RGB: 3 is needed")
-    canvases = get_all_supported_aspect_ratios(vision.max_num_tiles)
+    canvases = _canvases(vision.max_num_tiles)
     if list(vision.supported_aspect_ratios) != canvases:
         raise UserError(f"vision supported_aspect_ratios must be {canvases} for {vision.max_num_tiles} tiles")
 
@@ -76,7 +82,7 @@ def cut(image: Image.Image, vision: VisionConfig, out: np.ndarray) -> tuple[int,
         The canvas: tiles high, tiles wide.
     """
     size = vision.image_size
-    canvas, (height, width) = _fit(image.height, image.width, vision.max_num_tiles, size)
+    canvas, (height, width) = fit(image.height, image.width, vision.max_num_tiles, size)
     fitted = image.size == (width, height)  # Pillow would make a copy
     resized = image if fitted else image.resize((width, height), Image.Resampling.BILINEAR)
     for channel, name in enumerate("RGB"):
@@ -117,12 +123,26 @@ def batch_images(rows: Sequence[Sequence[ImageSource]], vision: VisionConfig) ->
     return {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
 
 
-@lru_cache(maxsize=10_000)  # NumPy on single numbers takes a twentieth of a small image's time
-def _fit(height: int, width: int, max_num_tiles: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The canvas (tiles high, tiles wide) of an image, and the (height, width) that it is resized to."""
-    canvas = get_optimal_tiled_canvas(height, width, max_num_tiles, size)
-    fitted = get_image_size_fit_to_canvas(height, width, *canvas, size)
-    return (int(canvas[0]) // size, int(canvas[1]) // size), (int(fitted[0]), int(fitted[1]))
+def _canvases(tiles: int) -> list[tuple[int, int]]:
+    """All rectangles of at most so many tiles, as (tiles high, tiles wide), in the order of ``aspect_ratio_ids``."""
+    return [(high, wide) for high in range(1, tiles + 1) for wide in range(1, tiles // high + 1)]
+
+
+@lru_cache(maxsize=10_000)
+def fit(height: int, width: int, max_num_tiles: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The canvas (tiles high, tiles wide) of an image, and the (height, width) that it is resized to.
+
+    The canvas is the one that enlarges the image least, or where none is large enough the one that shrinks it least;
+    of several alike the smallest. On it the image keeps its proportions, and is not enlarged beyond one tile's side.
+    """
+    scales = {(high, wide): min(high * size / height, wide * size / width) for high, wide in _canvases(max_num_tiles)}
+    best = min((scale for scale in scales.values() if scale >= 1), default=max(scales.values()))
+    canvas = min((canvas for canvas, scale in scales.items() if scale == best), key=math.prod)
+    tallest, widest = (min(max(side, size), tiles * size) for side, tiles in zip((height, width), canvas, strict=True))
+    tall, wide = tallest / height, widest / width
+    if wide < tall:
+        return canvas, (min(max(math.floor(height * wide), 1), tallest), widest)
+    return canvas, (tallest, min(max(math.floor(width * tall), 1), widest))
 
 
 def _name(source: ImageSource) -> str:

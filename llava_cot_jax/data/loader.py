@@ -8,7 +8,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,46 +18,17 @@ import numpy as np
 from absl import flags
 
 from llava_cot_jax.data.batching import FILLER, Plan, choose_buckets
-from llava_cot_jax.data.chat import Chat, ChatSettings, Conversation, LeftOut
+from llava_cot_jax.data.chat import Chat, Conversation, LeftOut
 from llava_cot_jax.data.images import open_image
 from llava_cot_jax.data.index import Index, default_cache
 from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Row, Rows
+from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from llava_cot_jax.data.workers import die_with_parent
 from llava_cot_jax.errors import UserError
 
 READY = 2
 """Batches that wait on the devices for their turn."""
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """How rows become batches.
-
-    Attributes:
-        batch: rows of a global batch.
-        buckets: how many lengths batches may have; a step is compiled for each.
-        multiple: each of these lengths is a multiple of it, in tokens.
-        seed: of the order of rows and batches.
-        workers: processes that decode; with 0, threads of this process do.
-        threads: that work at once, each on a batch of its own, in this process or in each worker.
-
-    Raises:
-        UserError: a number that is too small.
-    """
-
-    batch: int = 32
-    buckets: int = 6
-    multiple: int = 128
-    seed: int = 42
-    workers: int = 0
-    threads: int = 8
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            least = 0 if name in ("seed", "workers") else 1
-            if value < least:
-                raise UserError(f"{name} is {value}; it must be at least {least}")
 
 
 class Loader:

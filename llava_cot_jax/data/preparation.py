@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava_cot_jax.data.annotations import Annotations, Entry, LeftOut, Reason, in_validation, read_annotations
+from llava_cot_jax.data.description import DESCRIPTION, read_description, turns_name
 from llava_cot_jax.data.images import open_image
 from llava_cot_jax.data.llava_cot_100k import (
     LlavaCot100k,
@@ -27,13 +28,12 @@ from llava_cot_jax.data.llava_cot_100k import (
     cut_into_shards,
     shard_name,
 )
-from llava_cot_jax.data.prepared import DESCRIPTION, read_description, turns_name
 from llava_cot_jax.data.raw_images import RawImages, open_images
+from llava_cot_jax.data.settings import Request
 from llava_cot_jax.data.summary import SPLITS, Summary, summarise
 from llava_cot_jax.data.work_folder import WorkFolder, disk_faults, whole_file, write_json
 from llava_cot_jax.data.workers import parallel
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import is_remote
 
 SHARD_BYTES = 256 << 20
 SHARD_ROWS = 8192
@@ -48,42 +48,6 @@ LEFT_OUT = "left_out.jsonl"
 OnProgress = Callable[[int, int], None]
 Progress = Callable[[str, str], AbstractContextManager[OnProgress]]
 """Called with what is being done and what is counted; gives a function for how many of how many are done."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to prepare of what. Not part of it: how many rows may be left out, and the workers.
-
-    Attributes:
-        annotations: a JSON Lines file in LLaVA's format.
-        images: a folder, a zip, or what stands for the parts of a split zip.
-        output: the directory to make, on a disk.
-        max_side: pixels; larger images are shrunk to so many on their longest side.
-        limit: use so many lines only, from the first.
-        validation_share: of the images, drawn by a hash of their paths; rows follow their image.
-
-    Raises:
-        UserError: a number that means nothing, or an output in a bucket.
-    """
-
-    annotations: Path
-    images: Path
-    output: Path
-    max_side: int | None = None
-    limit: int | None = None
-    validation_share: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name in ("max_side", "limit"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
-        if not 0 <= self.validation_share < 1:
-            raise UserError(f"validation_share is {self.validation_share}; it must be at least 0 and less than 1")
-        if is_remote(self.output):
-            raise UserError(
-                "output is in a bucket, and data is prepared on a disk: name a local folder, then copy it by "
-                "`gcloud storage cp -r FOLDER gs://BUCKET`"
-            )
 
 
 class TooManyLeftOut(UserError):

@@ -9,48 +9,19 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from llava_cot_jax.data.annotations import make_turns
+from llava_cot_jax.data.description import read_description, turns_name
 from llava_cot_jax.data.index import default_cache
 from llava_cot_jax.data.rows import Row, Turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import access, as_path, bucket_files, is_remote
 
-DESCRIPTION = "prepared.json"
-"""The file that says what a prepared directory holds, and of what it was made."""
-
-CONTENT = {"fingerprint", "settings", "splits", "sources", "unnamed_images"}
-
-
-def turns_name(split: str) -> str:
-    """The file of a split's conversations: a line of JSON for each record, in their order."""
-    return f"{split}.turns.jsonl"
-
-
-def read_description(directory: Path) -> dict[str, Any]:
-    """What DESCRIPTION says.
-
-    Raises:
-        UserError: there is none, or none that can be read.
-    """
-    path = directory / DESCRIPTION
-    with access(path):
-        if not path.exists():
-            raise UserError(
-                f"{directory} is no prepared data set (there is no {DESCRIPTION}): make one with llava_cot_jax.prepare"
-            )
-        text = path.read_bytes()
-    try:
-        description: dict[str, Any] = json.loads(text)
-    except ValueError as fault:
-        raise UserError(f"{path} cannot be read, it may be damaged: {fault}") from fault
-    if not isinstance(description, dict) or not description.keys() >= CONTENT:
-        raise UserError(f"{path} does not describe a prepared data set: prepare the data anew")
-    return description
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 
 class PreparedRows:
@@ -138,11 +109,13 @@ class PreparedRows:
         return self._directory / turns_name(self._split)
 
     @cached_property
-    def _info(self) -> tfds.core.SplitInfo:
+    def _info(self) -> "tfds.core.SplitInfo":
         return self._builder.info.splits[self._split]
 
     @cached_property
-    def _builder(self) -> tfds.core.DatasetBuilder:
+    def _builder(self) -> "tfds.core.DatasetBuilder":
+        import tensorflow_datasets as tfds
+
         try:
             with access(self._directory):
                 return tfds.builder_from_directory(self._directory)
@@ -155,6 +128,8 @@ class PreparedRows:
 
     @cached_property
     def _source(self) -> Sequence[dict[str, Any]]:
+        import tensorflow_datasets as tfds
+
         source: Sequence[dict[str, Any]] = self._builder.as_data_source(
             self._split, decoders={"image": tfds.decode.SkipDecoding()}
         )

@@ -1,75 +1,26 @@
 """From messages and images to the arrays that the model takes, and from tokens back to text."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerFast
-from transformers.models.mllama.processing_mllama import (
-    convert_sparse_cross_attention_mask_to_dense,
-    get_cross_attention_token_mask,
-)
 
 from llava_cot_jax.data.images import ImageSource, batch_images, check_vision
+from llava_cot_jax.data.messages import CHAT_TEMPLATE, IMAGE_TOKEN, PROMPT_DATE, Message
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import find_checkpoint
 from llava_cot_jax.model.config import MllamaConfig, VisionConfig, image_settings, read_json
+from llava_cot_jax.model.finding import find_checkpoint
 from llava_cot_jax.paths import access, files_in, is_remote
 
-Message = Mapping[str, Any]
-"""{"role": ..., "content": a text, or a list of {"type": "image"} and {"type": "text", "text": ...}}"""
-
-IMAGE_TOKEN = "<|image|>"
-
-PROMPT_DATE = "26 Jul 2024"
-"""The date that a prompt without an image names: pinned, or answers would change with the day."""
-
-CHAT_TEMPLATE = r"""
-{%- macro body(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for part in content -%}
-            {{- '<|image|>' if part.type == 'image' else part.text -}}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- macro turn(role, text) -%}
-    {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + text + '<|eot_id|>' -}}
-{%- endmacro -%}
-{%- set seen = namespace(image=false) -%}
-{%- for message in messages if message.content is not string -%}
-    {%- for part in message.content if part.type == 'image' -%}
-        {%- set seen.image = true -%}
-    {%- endfor -%}
-{%- endfor -%}
-{%- set system = body(messages[0].content) | trim if messages[0].role == 'system' else '' -%}
-{%- if seen.image and system -%}
-    {{- raise_exception('a system message cannot go with an image; put its text into the user message') -}}
-{%- endif -%}
-{{- bos_token -}}
-{%- if not seen.image -%}
-    {%- set date = date_string if date_string is defined else 'PROMPT_DATE' -%}
-    {{- turn('system', 'Cutting Knowledge Date: December 2023\nToday Date: ' + date + '\n\n' + system) -}}
-{%- endif -%}
-{%- for message in (messages[1:] if messages[0].role == 'system' else messages) -%}
-    {{- turn(message.role, body(message.content)) -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
-{%- endif -%}
-""".replace("PROMPT_DATE", PROMPT_DATE)
-"""Llama 3.2's prompt format, for a checkpoint that brings no template (the base models bring none)."""
-
-
-def user_turn(question: str, images: int = 0) -> list[Message]:
-    """The messages that ask ``question`` about so many images, which stand before the text."""
-    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class Processor:
@@ -189,15 +140,8 @@ class Processor:
         inputs = self._pad(rows, width)
         pictures = batch_images(images, self.config.vision)
         if pictures:
-            used = pictures["aspect_ratio_mask"].sum(-1).tolist()
-            dense = convert_sparse_cross_attention_mask_to_dense(
-                [get_cross_attention_token_mask(row, self.config.image_token_index) for row in rows],
-                num_tiles=[tiles[: len(row)] for tiles, row in zip(used, images, strict=True)],
-                max_num_tiles=self.config.vision.max_num_tiles,
-                length=width,
-            )
-            # A lone image is taken to be seen until the end of the batch, padding too.
-            inputs["cross_attention_mask"] = dense.astype(np.int32) * inputs["attention_mask"][:, :, None, None]
+            seen = _seen_images(rows, self.config.image_token_index, pictures["aspect_ratio_ids"].shape[1], width)
+            inputs["cross_attention_mask"] = seen[..., None] * pictures["aspect_ratio_mask"][:, None]
         return inputs | pictures
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -241,6 +185,23 @@ class Processor:
         return {"input_ids": ids, "attention_mask": mask}
 
 
+def _seen_images(rows: Sequence[list[int]], image_token: int, images: int, width: int) -> np.ndarray:
+    """int32 [batch, width, images], 1 where a token sees an image: from the image's own token until the next image.
+
+    Images whose tokens follow one another are seen together, until the image after them or the end of the row.
+    """
+    seen = np.zeros((len(rows), width, images), np.int32)
+    for i, ids in enumerate(rows):
+        stop = following = len(ids)
+        places = [place for place, token in enumerate(ids) if token == image_token]
+        for image, place in reversed(list(enumerate(places))):
+            if place + 1 < following:
+                stop = following
+            seen[i, place:stop, image] = 1
+            following = place
+    return seen
+
+
 def _is_image(part: Any, role: str) -> bool:
     match part:
         case {"type": "image"}:
@@ -250,11 +211,21 @@ def _is_image(part: Any, role: str) -> bool:
     raise UserError(f'the content of a {role} message must be a text, {{"type": "image"}} or {{"type": "text", ...}}')
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    names = files_in(folder)
-    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if name not in names]
-    if missing:
+def check_tokenizer(folder: Path) -> None:
+    """Whether the files of a tokenizer are in a checkpoint's folder.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if missing := sorted({"tokenizer.json", "tokenizer_config.json"} - files_in(folder)):
         raise UserError(f"{folder} lacks {' and '.join(missing)}: copy the tokenizer of the checkpoint there")
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    check_tokenizer(folder)
+    from transformers import PreTrainedTokenizerFast
+
+    names = files_in(folder)
     try:
         with _on_disk(folder, names) as copy:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(copy, local_files_only=True)

@@ -5,6 +5,9 @@ from typing import Protocol
 
 from llava_cot_jax.data.images import ImageSource
 
+MARKER = "<image>"
+"""Where a raw question says that the picture stands."""
+
 
 @dataclass(frozen=True)
 class Turn:

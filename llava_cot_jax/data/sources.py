@@ -1,16 +1,16 @@
 """Where a data set is named: a prepared directory, or the shapes world."""
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from llava_cot_jax.data.prepared import PreparedRows
-from llava_cot_jax.data.rows import Rows
-from llava_cot_jax.data.shapes import ShapesRows, Split
+if TYPE_CHECKING:
+    from llava_cot_jax.data.rows import Rows
+    from llava_cot_jax.data.shapes import Split
 
 SHAPES = "shapes"
 """Names the embedded data, which needs no files."""
 
 
-def open_rows(data: str, split: str) -> Rows:
+def open_rows(data: str, split: str) -> "Rows":
     """The rows of a data set.
 
     Args:
@@ -19,4 +19,10 @@ def open_rows(data: str, split: str) -> Rows:
     Raises:
         UserError: no such data set, or no such split of it.
     """
-    return ShapesRows(cast(Split, split)) if data == SHAPES else PreparedRows(data, split)
+    if data == SHAPES:
+        from llava_cot_jax.data.shapes import ShapesRows
+
+        return ShapesRows(cast("Split", split))
+    from llava_cot_jax.data.prepared import PreparedRows
+
+    return PreparedRows(data, split)

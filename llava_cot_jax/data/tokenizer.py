@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llava_cot_jax.data.processor import CHAT_TEMPLATE, IMAGE_TOKEN
+from llava_cot_jax.data.messages import CHAT_TEMPLATE, IMAGE_TOKEN
 from llava_cot_jax.errors import UserError
 
 LLAMA3_PATTERN = (

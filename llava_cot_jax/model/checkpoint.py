@@ -1,6 +1,7 @@
-"""A published checkpoint on disk or in a bucket: finding it, holding its headers against the declarations, reading it.
+"""A published checkpoint on disk or in a bucket: holding its headers against the declarations, reading it.
 
-Nothing here knows of devices; ``weights.py`` makes arrays of what this reads, ``export.py`` writes.
+``finding.py`` finds it. Nothing here knows of devices; ``weights.py`` makes arrays of what this reads, ``export.py``
+writes.
 """
 
 import json
@@ -9,27 +10,19 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import ml_dtypes
 import numpy as np
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    IncompleteSnapshotError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.finding import weight_files
 from llava_cot_jax.model.parameters import parameters
-from llava_cot_jax.paths import access, as_path, bucket_files, files_in, is_remote
+from llava_cot_jax.paths import access, bucket_files, is_remote
 
 Box = tuple[tuple[int, int], ...]
 """A part of an array: (start, stop) along each axis."""
@@ -37,12 +30,8 @@ Box = tuple[tuple[int, int], ...]
 OnProgress = Callable[[int, int], None]
 """Called after each parameter with the bytes of tensors done so far and those to do in all."""
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPE_TENSOR = "language_model.lm_head.weight"
 """The tensor whose dtype stands for the checkpoint's."""
-
-COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.txt", "LICENSE*", "USE_POLICY*")
-"""What lies beside the weights and belongs to them: tokenizer, processor, template, licence."""
 
 FORMAT_DTYPES = {
     "F32": np.dtype(np.float32),
@@ -71,118 +60,6 @@ _NEWER_NAMES = {
     "model.vision_model.": "vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
 }
-
-
-EMBEDDED = "shapes"
-"""Names the small trained model of the shapes world, which comes with the package."""
-
-EMBEDDED_FOLDER = Path(__file__).parents[1] / "shapes_model"
-
-
-def checkpoint_path(name: str | Path) -> Path:
-    """The absolute path of a checkpoint's folder: of the package's own model, or what ``as_path`` makes of ``name``.
-
-    Raises:
-        UserError: as for ``as_path``.
-    """
-    return EMBEDDED_FOLDER if name == EMBEDDED else as_path(name)
-
-
-def absolute_name(name: str) -> str:
-    """``name`` with a path in it made absolute; the package's own model, or an id on the hub, stays what it is."""
-    path = as_path(name)
-    is_id = _looks_like_hub_id(name) and not path.exists()
-    return name if name == EMBEDDED or is_id else str(path)
-
-
-def find_checkpoint(path_or_hub_id: str | Path) -> Path:
-    """The folder that ``resolve_checkpoint`` takes, whatever it holds.
-
-    Raises:
-        UserError: no such folder; a bucket or repository that is unknown, closed or out of reach.
-    """
-    folder = checkpoint_path(path_or_hub_id)
-    if is_remote(folder) or folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; give the folder that holds it and its config.json")
-    if not isinstance(path_or_hub_id, str) or not _looks_like_hub_id(path_or_hub_id):
-        raise UserError(f"no such folder: {folder}")
-    return _fetch(path_or_hub_id)
-
-
-def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
-    """The folder of a checkpoint, fetched from the Hugging Face hub where it is named by its id there.
-
-    Args:
-        path_or_hub_id: a folder with config.json and safetensors files, on a disk or in a bucket, or
-            ``"organisation/name"``, or ``"shapes"``. Without network the hub's local cache serves.
-
-    Raises:
-        UserError: what ``find_checkpoint`` refuses, or a folder without config.json or safetensors files.
-    """
-    folder = find_checkpoint(path_or_hub_id)
-    names = files_in(folder)
-    if "config.json" not in names:
-        if not is_remote(folder) and (folder / "checkpoints").is_dir():
-            raise UserError(
-                f"{folder} is the folder of a training run: make a checkpoint of it with "
-                "`python -m llava_cot_jax.convert RUN FOLDER`"
-            )
-        raise UserError(f"{folder} holds no config.json; is it the folder of a Hugging Face checkpoint?")
-    if not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{folder} holds no *.safetensors files; other formats of weights are not read")
-    return folder
-
-
-def read_config(folder: Path, convention: Convention | None = None) -> MllamaConfig:
-    """The configuration of the checkpoint in ``folder``.
-
-    Args:
-        folder: with a config.json.
-        convention: what the weights were trained with, whatever config.json says; None is what it
-            says, and ``"meta"`` where it says nothing.
-
-    Raises:
-        UserError: config.json is nothing that ``MllamaConfig`` reads.
-    """
-    config = MllamaConfig.from_pretrained(folder)
-    return config if convention is None else replace(config, convention=convention)
-
-
-def companions(folder: Path) -> list[Path]:
-    """The files of ``folder`` that belong to its weights and are neither weights nor their configuration."""
-    kept = files_in(folder) - {"config.json", INDEX_FILE}
-    return [folder / name for name in sorted(kept) if any(fnmatchcase(name, pattern) for pattern in COMPANIONS)]
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    organisation, slash, rest = name.partition("/")
-    named = bool(organisation and slash and rest) and "/" not in rest and name[0] not in ".~"
-    return named and not Path(organisation).exists()
-
-
-def _fetch(hub_id: str) -> Path:
-    """The snapshot of a repository of the hub, from the local cache where the network is off."""
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=["*.safetensors", *COMPANIONS]))
-    except IncompleteSnapshotError as fault:
-        # A cache filled by another program may lack a licence text and still hold all that is read here.
-        return Path(fault.snapshot_path)
-    except GatedRepoError:
-        raise UserError(
-            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then run `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"the hub has no {hub_id}, or it is private: check the name, or run `hf auth login`") from None
-    except HFValidationError:
-        raise UserError(f"no such folder, nor a valid name of the hub: {hub_id}") from None
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{hub_id} is not in the local cache and the hub cannot be reached: give a local folder, or go online"
-        ) from None
-    except OSError as fault:  # the hub's HTTP errors are of this kind too
-        raise UserError(f"cannot fetch {hub_id} from the hub: {str(fault).splitlines()[0]}") from None
 
 
 @dataclass(frozen=True)
@@ -362,7 +239,7 @@ def verified_tensors(folder: Path, config: MllamaConfig) -> dict[str, StoredTens
             than float32, float16 or bfloat16 (the first 20 of them, and a count of the rest).
     """
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        stored = [tensor for tensors in pool.map(_read_header, _weight_files(folder)) for tensor in tensors]
+        stored = [tensor for tensors in pool.map(_read_header, weight_files(folder)) for tensor in tensors]
     expected = {name: parameter.shape for name, parameter in parameters(config, "unrolled").items()}
     if faults := list(_faults(stored, expected)):
         more = f"; and {len(faults) - _FAULTS_NAMED} more" if len(faults) > _FAULTS_NAMED else ""
@@ -385,30 +262,6 @@ def _faults(stored: list[StoredTensor], expected: Mapping[str, tuple[int, ...]])
             yield f"{tensor.name} is {list(tensor.shape)}, should be {list(shape)}"
         if tensor.format_dtype not in FORMAT_DTYPES:
             yield f"{tensor.name} is of dtype {tensor.format_dtype}"
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, else all there are."""
-    index, there = folder / INDEX_FILE, files_in(folder)
-    if INDEX_FILE not in there:
-        names = sorted(name for name in there if name.endswith(".safetensors"))
-        if SINGLE_FILE in names and len(names) > 1:
-            raise UserError(f"{folder} holds {SINGLE_FILE} and other *.safetensors files: keep only one checkpoint's")
-        if not names:
-            raise UserError(f"{folder} holds no *.safetensors files")
-        return [folder / name for name in names]
-    with access(index):
-        text = index.read_bytes()
-    try:
-        names = sorted(set(json.loads(text)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is not the index of a checkpoint: fetch it again") from None
-    if SINGLE_FILE in there and SINGLE_FILE not in names:
-        raise UserError(f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}: keep only one checkpoint's files")
-    for name in names:
-        if name not in there:
-            raise UserError(f"{folder / name} does not exist, though {INDEX_FILE} names it: fetch it again")
-    return [folder / name for name in names]
 
 
 def _read_header(file: Path) -> list[StoredTensor]:

@@ -16,15 +16,13 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint import (
     DTYPE_TENSOR,
     FORMAT_DTYPES,
-    INDEX_FILE,
-    SINGLE_FILE,
     OnProgress,
     StoredTensor,
-    companions,
     read_shards,
     verified_tensors,
 )
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.finding import INDEX_FILE, SINGLE_FILE, companions
 from llava_cot_jax.paths import access, bucket_files, is_remote
 
 MAX_FILE_BYTES = 5_000_000_000

@@ -6,21 +6,19 @@ give back the dtype of their input.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llava_cot_jax.model.attention import Mask, kernel_for
+from llava_cot_jax.model.choices import Checkpointing
 from llava_cot_jax.model.config import TextConfig
 from llava_cot_jax.model.sharding import constrain
 
 Weights = Mapping[str, Any]
 """The parameters of a module: a nest of dicts that ends in arrays, named as published."""
-
-Checkpointing = Literal["none", "dots", "full"]
-"""What the backward pass finds saved of a layer: everything, its matrix products, or its input alone."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

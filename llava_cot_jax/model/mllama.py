@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text, vision
 from llava_cot_jax.model.attention import causal
-from llava_cot_jax.model.checkpoint import read_config, resolve_checkpoint
+from llava_cot_jax.model.choices import Checkpointing
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.model.layers import Checkpointing, Weights, scaled_product
+from llava_cot_jax.model.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.layers import Weights, scaled_product
 from llava_cot_jax.model.parameters import Initializer, Layout, Parameter, flatten, initialize, nest, parameters
 from llava_cot_jax.model.quantization import quantized
 from llava_cot_jax.model.sharding import check_mesh, constrain, on_mesh, parameter_sharding

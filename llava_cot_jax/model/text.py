@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from llava_cot_jax.model.attention import Mask
 from llava_cot_jax.model.cache import KeyValue, Layers, Memory
+from llava_cot_jax.model.choices import Checkpointing
 from llava_cot_jax.model.config import MllamaConfig, TextConfig
 from llava_cot_jax.model.layers import (
-    Checkpointing,
     Weights,
     attention,
     attention_in_parts,

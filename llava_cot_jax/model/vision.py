@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_cot_jax.model.attention import Mask
+from llava_cot_jax.model.choices import Checkpointing
 from llava_cot_jax.model.config import VisionConfig
 from llava_cot_jax.model.layers import (
-    Checkpointing,
     Weights,
     attention,
     checkpointed,

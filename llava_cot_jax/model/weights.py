@@ -43,7 +43,7 @@ def load_arrays(
     mesh: Mesh | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, jax.Array]:
-    """The weights in ``folder`` (``checkpoint.resolve_checkpoint``) as arrays by path, laid out on a mesh.
+    """The weights in ``folder`` (``finding.resolve_checkpoint``) as arrays by path, laid out on a mesh.
 
     Each process reads only the bytes of the shards that its devices hold, replicas once; of narrow shards
     in a bucket more (``checkpoint.read_shards``).
@@ -132,7 +132,7 @@ def save_arrays(
         config: what they belong to.
         folder: where, on a disk or in a bucket; it must not exist, or be empty.
         max_file_bytes: as for ``write_checkpoint``.
-        extra_files: files to copy along (``checkpoint.companions`` of the checkpoint it came from).
+        extra_files: files to copy along (``finding.companions`` of the checkpoint it came from).
 
     Raises:
         UserError: anything that ``write_checkpoint`` refuses, in every process.

@@ -9,10 +9,10 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.sharding import default_sizes
 from llava_cot_jax.planning.programs import Weight
 from llava_cot_jax.planning.searching import SearchPlan, plan_search
+from llava_cot_jax.planning.settings import Data
 from llava_cot_jax.planning.slices import GENERATIONS, MARGIN, Slice
-from llava_cot_jax.planning.training import Data, TrainingPlan, best_mesh, plan_training
-from llava_cot_jax.training.lora import LoraSettings
-from llava_cot_jax.training.settings import TrainSettings
+from llava_cot_jax.planning.training import TrainingPlan, best_mesh, plan_training
+from llava_cot_jax.training.settings import LoraSettings, TrainSettings
 
 RANK = 32
 

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import checkpoint_path, read_config
 from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.finding import checkpoint_path, read_config
 from llava_cot_jax.paths import is_remote
 
 PUBLISHED = {

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_cot_jax.benchmark.workload import Workload, request, tables
+from llava_cot_jax.benchmark.inputs import request, tables
+from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import nest, parameters
 from llava_cot_jax.model.quantization import is_quantized

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from llava_cot_jax import hardware
-from llava_cot_jax.benchmark.workload import Workload, request, tables
+from llava_cot_jax.benchmark.inputs import request, tables
+from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.hardware import cache_values
 from llava_cot_jax.model.config import MllamaConfig

@@ -6,11 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-import jax
-
+from llava_cot_jax.chips import CHIPS, GIB, Chip
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.hardware import CHIPS, GIB, Chip
+
+if TYPE_CHECKING:
+    import jax
 
 MARGIN = 0.03
 """The share of a device's memory that a prediction must leave over before it is taken for a fit."""
@@ -78,7 +80,7 @@ class Slice:
         each = math.prod(self.shape) * (2 if self.generation.counts_cores else 1)
         return f"{f'{self.count}*' if self.count > 1 else ''}{self.generation.name}-{each}"
 
-    def devices(self) -> Sequence[jax.Device]:
+    def devices(self) -> "Sequence[jax.Device]":
         """The chips, as a program can be compiled for them; the process must have called ``prepare``.
 
         Raises:
@@ -88,6 +90,7 @@ class Slice:
             raise UserError(
                 "compiling for a TPU takes its compiler: pip install 'llava_cot_jax[plan]', or --compile false"
             )
+        import jax
         from jax.experimental import topologies  # loads the compiler
 
         alone = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(self.shape) == 1 else {}
@@ -131,4 +134,6 @@ def prepare() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    jax.config.update("jax_platforms", "cpu")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # where jax has been imported before

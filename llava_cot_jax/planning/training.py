@@ -6,36 +6,18 @@ from dataclasses import dataclass, replace
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.hardware import recomputed_flops, training_flops
+from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.sharding import MESH_AXES, abstract_mesh, check_mesh, make_mesh
+from llava_cot_jax.model.sharding import abstract_mesh, check_mesh, make_mesh
 from llava_cot_jax.planning.compiler import Compiled, compile_for
 from llava_cot_jax.planning.floors import Floors
 from llava_cot_jax.planning.memory import Parts, training_memory
 from llava_cot_jax.planning.programs import abstract_batch, lowered_step
+from llava_cot_jax.planning.settings import Data
 from llava_cot_jax.planning.slices import Slice
 from llava_cot_jax.planning.traffic import Step, training_bytes, training_traffic
 from llava_cot_jax.training.program import check_batch, make_program
 from llava_cot_jax.training.settings import MeshSettings, TrainSettings
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data set, as far as it decides how long a run takes; the defaults are LLaVA-CoT-100k's.
-
-    Attributes:
-        rows: of an epoch.
-        tokens: of a row, on average.
-
-    Raises:
-        UserError: a number below 1.
-    """
-
-    rows: int = 98_446
-    tokens: int = 596
-
-    def __post_init__(self) -> None:
-        if min(self.rows, self.tokens) < 1:
-            raise UserError("data.rows and data.tokens must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.layers import Weights
 from llava_cot_jax.model.mllama import image_states, logits
 from llava_cot_jax.search.pieces import Pieces
-from llava_cot_jax.search.sampling import Sampling, draw
+from llava_cot_jax.search.sampling import draw
+from llava_cot_jax.search.strategies import Sampling
 
 SMALLEST_BUCKET = 64
 

@@ -19,7 +19,8 @@ from llava_cot_jax.model.mllama import Mllama, check_inputs, logits
 from llava_cot_jax.model.sharding import on_mesh
 from llava_cot_jax.search.decode import View, bucket, look, read
 from llava_cot_jax.search.pieces import Pieces
-from llava_cot_jax.search.sampling import Sampling, draw
+from llava_cot_jax.search.sampling import draw
+from llava_cot_jax.search.strategies import Sampling
 
 CHUNK = 16
 """Steps of the compiled loop before the host sees the tokens."""

@@ -19,8 +19,7 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.layers import Weights
 from llava_cot_jax.search.decode import TAG, Limits, View, Written, read, write
 from llava_cot_jax.search.pieces import Pieces, join
-from llava_cot_jax.search.sampling import Sampling
-from llava_cot_jax.search.strategies import Judge
+from llava_cot_jax.search.strategies import Judge, Sampling
 from llava_cot_jax.search.tables import JudgeTables
 
 PAIR, CHECK = 0, 1

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.search.sampling import Sampling
 from llava_cot_jax.search.strategies import (
     BestOfN,
     Greedy,
@@ -12,6 +11,7 @@ from llava_cot_jax.search.strategies import (
     LogProbability,
     MajorityVote,
     Sample,
+    Sampling,
     StageBeam,
     Strategy,
 )

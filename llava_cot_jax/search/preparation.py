@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_cot_jax.data.images import ImageSource
-from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.data.messages import user_turn
+from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.search.decode import bucket
 from llava_cot_jax.search.generator import check_seeds, in_bucket

@@ -10,13 +10,16 @@ for all rows of a stage; a row is the rest:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.data.messages import user_turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import access, as_path
+
+if TYPE_CHECKING:
+    from llava_cot_jax.data.processor import Processor
 
 DEFAULT_FILE = Path(__file__).with_name("judge_prompts.yaml")
 
@@ -102,7 +105,7 @@ class JudgePrompts:
         before = stages[: stages.index(stage)] if stage in stages else ()
         return [earlier for earlier in before if earlier in self.shows.get(stage, ())]
 
-    def cut(self, processor: Processor, kind: Kind, stage: str, stages: Sequence[str], images: int) -> list[str]:
+    def cut(self, processor: "Processor", kind: Kind, stage: str, stages: Sequence[str], images: int) -> list[str]:
         """The texts between the holes of a prompt in the model's chat format, from the lead on: one more than holes.
 
         What comes first, up to the user's words, is a text of its own.

@@ -11,22 +11,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import (
-    OnProgress,
-    companions,
-    read_config,
-    resolve_checkpoint,
-    verified_tensors,
-)
+from llava_cot_jax.model.checkpoint import OnProgress, verified_tensors
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.export import Entry, read_whole, write_checkpoint
+from llava_cot_jax.model.finding import companions, read_config, resolve_checkpoint
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
 from llava_cot_jax.training import checkpoints
 from llava_cot_jax.training.checkpoints import read_arrays, read_run, steps_in, stored_arrays
 from llava_cot_jax.training.checksums import find_damage
-from llava_cot_jax.training.lora import LoraSettings, merged
-from llava_cot_jax.training.run_folder import CHECKPOINTS, MODEL, relocated
+from llava_cot_jax.training.layout import CHECKPOINTS, MODEL
+from llava_cot_jax.training.lora import merged
+from llava_cot_jax.training.run_folder import relocated
+from llava_cot_jax.training.settings import LoraSettings
 from llava_cot_jax.training.state import State
 
 READ_BYTES = 1 << 30
@@ -44,11 +41,6 @@ def merged_arrays(state: State, lora: LoraSettings, dtype: DTypeLike) -> dict[st
         if not path.endswith((".lora_a", ".lora_b")):
             found[path] = array.astype(dtype)
     return found
-
-
-def is_run(folder: Path) -> bool:
-    """Whether this is the folder of a run."""
-    return (folder / CHECKPOINTS).is_dir()
 
 
 class RunExport:

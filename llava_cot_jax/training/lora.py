@@ -7,7 +7,6 @@ parameters like others, named after the weight that they stand beside: ``...q_pr
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
@@ -17,46 +16,13 @@ from jax.sharding import Mesh
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import fresh
 from llava_cot_jax.model.parameters import Parameter
+from llava_cot_jax.training.settings import LoraSettings
 from llava_cot_jax.training.state import matching
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 
 PROJECTION = re.compile(r"(_proj|\.fc[12]|projector)\.weight$")
 """What the weights that go through ``layers.linear`` are named."""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Which weights get adapters, and how large.
-
-    Attributes:
-        rank: of every adapter; 0 is none: whole parameters are trained.
-        alpha: over the rank, what adapters are multiplied by, so that another rank needs no other
-            learning rate.
-        targets: regular expressions; projections in whose names one is found get an adapter. By
-            default all of the language model, which it takes to reach what training every weight
-            reaches (Dettmers et al., arXiv 2305.14314).
-
-    Raises:
-        UserError: a value that means nothing.
-    """
-
-    rank: int = 0
-    alpha: float = 16.0
-    targets: list[str] = field(default_factory=lambda: ["language_model.*_proj"])
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise UserError(f"lora.rank is {self.rank}; it must not be negative (0 is no LoRA)")
-        if self.alpha <= 0:
-            raise UserError(f"lora.alpha is {self.alpha}; it must be above 0")
-        if not self.targets:
-            raise UserError("lora.targets is empty: name the projections that are to get an adapter")
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank; 1 where there are no adapters."""
-        return self.alpha / self.rank if self.rank else 1.0
 
 
 def adapter_table(table: Mapping[str, Parameter], settings: LoraSettings) -> dict[str, Parameter]:

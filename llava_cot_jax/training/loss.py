@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from llava_cot_jax.model.choices import Checkpointing
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.layers import Checkpointing, Weights
+from llava_cot_jax.model.layers import Weights
 from llava_cot_jax.model.mllama import hidden_states, logits
 from llava_cot_jax.model.sharding import constrain, on_each_device
 

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from llava_cot_jax.chips import find_chip
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.hardware import Part, find_chip, training_flops
+from llava_cot_jax.hardware import Part, training_flops
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import is_remote
 from llava_cot_jax.stages import STAGES
@@ -67,7 +68,7 @@ class Meter:
 
         Returns:
             ``seconds``, ``samples_per_second`` and ``tokens_per_second`` of all devices together,
-            ``tflops_per_second_per_device``, ``mfu`` (None where the chip is not in ``hardware.CHIPS``).
+            ``tflops_per_second_per_device``, ``mfu`` (None where the chip is not in ``chips.CHIPS``).
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now

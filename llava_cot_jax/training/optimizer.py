@@ -1,75 +1,16 @@
 """AdamW with its schedules, and the precisions in which parameters and moments are kept."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.parameters import Parameter
+from llava_cot_jax.training.settings import OptimizerSettings
 
 Arrays = Mapping[str, jax.Array]
-Schedule = Literal["step", "cosine", "linear"]
-Precision = Literal["float32", "bfloat16_stochastic", "bfloat16_nearest"]
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); the defaults are LLaVA-CoT's own recipe.
-
-    Attributes:
-        learning_rate: at its highest.
-        schedule: ``step`` multiplies it by ``decay`` after each epoch; ``cosine`` and ``linear`` bring
-            it down to ``final`` of itself over all steps.
-        decay: of ``step``.
-        final: of ``cosine`` and ``linear``, a share.
-        warmup: steps over which it rises from 0 first.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: a step, times the learning rate; of matrices alone, not of norms, gates and biases.
-        clip: the global norm that gradients are scaled down to; 0 leaves them as they are.
-        precision: of parameters and moments between steps. ``bfloat16_stochastic`` halves the memory
-            and is right on average; ``bfloat16_nearest`` is what upstream trained with, for
-            comparison: with it a second moment hardly decays (b2 = 0.999 is less than half a unit in
-            the last place), and an update of 1e-5 is rounded away for most weights.
-
-    Raises:
-        UserError: a value that means nothing.
-    """
-
-    learning_rate: float = 1e-5
-    schedule: Schedule = "step"
-    decay: float = 0.85
-    final: float = 0.0
-    warmup: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 0.0
-    precision: Precision = "float32"
-
-    def __post_init__(self) -> None:
-        for name, known in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
-        for name in ("learning_rate", "decay", "final", "warmup", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if self.eps <= 0:
-            raise UserError(f"eps is {self.eps}; it must be above 0")
-
-    @property
-    def dtype(self) -> Any:
-        """In which parameters and moments are kept."""
-        return jnp.float32 if self.precision == "float32" else jnp.bfloat16
 
 
 def learning_rates(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> Callable[[Any], Any]:

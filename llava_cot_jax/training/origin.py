@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from llava_cot_jax.data.companions import write_json
 from llava_cot_jax.data.processor import Processor
-from llava_cot_jax.model.checkpoint import companions, read_config, resolve_checkpoint
 from llava_cot_jax.model.config import Convention
+from llava_cot_jax.model.finding import companions, read_config, resolve_checkpoint
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten
 from llava_cot_jax.model.weights import OnProgress, load_arrays

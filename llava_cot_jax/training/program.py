@@ -13,10 +13,10 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.hardware import Part, parts_of
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter, parameters
-from llava_cot_jax.model.sharding import on_mesh
+from llava_cot_jax.model.sharding import make_mesh, on_mesh
 from llava_cot_jax.training.lora import adapter_table, fresh_adapters
 from llava_cot_jax.training.optimizer import Optimizer, learning_rates
-from llava_cot_jax.training.settings import TrainSettings
+from llava_cot_jax.training.settings import MeshSettings, TrainSettings
 from llava_cot_jax.training.state import Batch, Losses, State, frozen_paths, losses, make_step, state_sharding
 
 
@@ -127,6 +127,24 @@ def make_program(
     parts = parts_of(config, trained)
     whole, adapted = (frozenset[Part](), parts) if adapters else (parts, frozenset[Part]())
     return Program(table, state, whole, adapted, learning_rate, step, evaluate, settings, optimizer, mesh)
+
+
+def run_mesh(settings: MeshSettings) -> Mesh:
+    """The mesh over all devices of all hosts.
+
+    Raises:
+        UserError: it takes more devices than there are, or leaves some out.
+    """
+    count = jax.device_count()
+    rest = settings.data * settings.tensor
+    fsdp = max(count // rest, 1) if settings.fsdp is None else settings.fsdp
+    mesh = make_mesh(settings.data, fsdp, settings.tensor)
+    if mesh.size != count:
+        raise UserError(
+            f"a mesh of data={settings.data} x fsdp={fsdp} x tensor={settings.tensor} leaves {count - mesh.size} of "
+            f"{count} devices idle: change one of its axes"
+        )
+    return mesh
 
 
 def check_batch(settings: TrainSettings, mesh: Mesh) -> None:

@@ -14,18 +14,9 @@ import yaml
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import is_remote
+from llava_cot_jax.training.layout import CONFIGURATION, MODEL
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.settings import TrainSettings
-
-CONFIGURATION = "config.yaml"
-"""All settings of the run but its folder, which is where this file lies; ``train --config`` takes it."""
-
-CHECKPOINTS = "checkpoints"
-"""A folder for each step."""
-
-MODEL = "model"
-"""What lies beside the weights of an exported model."""
-
 
 RUNNING = {
     "output",
@@ -93,12 +84,6 @@ def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             moved = Path(os.path.normpath(folder / os.path.relpath(path, before)))
             found[name] = str(moved if moved.exists() else path)
     return found
-
-
-def folder_of(configuration: Path) -> Path | None:
-    """The run whose CONFIGURATION this file is; None if it is another file."""
-    folder = configuration.parent
-    return folder if configuration.name == CONFIGURATION and (folder / CHECKPOINTS).is_dir() else None
 
 
 def other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -3,21 +3,16 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-import jax
-from jax.sharding import Mesh
-
-from llava_cot_jax.data.chat import ChatSettings
-from llava_cot_jax.data.loader import LoaderSettings
+from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from llava_cot_jax.data.sources import SHAPES
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import absolute_name
+from llava_cot_jax.model.choices import MESH_AXES, Checkpointing, Dtype
 from llava_cot_jax.model.config import Convention
-from llava_cot_jax.model.layers import Checkpointing
-from llava_cot_jax.model.sharding import make_mesh
+from llava_cot_jax.model.finding import absolute_name
 from llava_cot_jax.paths import as_path
-from llava_cot_jax.training.lora import LoraSettings
-from llava_cot_jax.training.optimizer import OptimizerSettings
 
+Schedule = Literal["step", "cosine", "linear"]
+Precision = Literal["float32", "bfloat16_stochastic", "bfloat16_nearest"]
 Compute = Literal["bfloat16", "float32"]
 
 
@@ -39,26 +34,99 @@ class MeshSettings:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("data", "fsdp", "tensor"):
+        for axis in MESH_AXES:
             if (size := getattr(self, axis)) is not None and size < 1:
                 raise UserError(f"mesh.{axis} is {size}; it must be at least 1")
 
-    def make(self) -> Mesh:
-        """The mesh over all devices of all hosts.
 
-        Raises:
-            UserError: it takes more devices than there are, or leaves some out.
-        """
-        count = jax.device_count()
-        rest = self.data * self.tensor
-        fsdp = max(count // rest, 1) if self.fsdp is None else self.fsdp
-        mesh = make_mesh(self.data, fsdp, self.tensor)
-        if mesh.size != count:
-            raise UserError(
-                f"a mesh of data={self.data} x fsdp={fsdp} x tensor={self.tensor} leaves {count - mesh.size} of "
-                f"{count} devices idle: change one of its axes"
-            )
-        return mesh
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); the defaults are LLaVA-CoT's own recipe.
+
+    Attributes:
+        learning_rate: at its highest.
+        schedule: ``step`` multiplies it by ``decay`` after each epoch; ``cosine`` and ``linear`` bring
+            it down to ``final`` of itself over all steps.
+        decay: of ``step``.
+        final: of ``cosine`` and ``linear``, a share.
+        warmup: steps over which it rises from 0 first.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: a step, times the learning rate; of matrices alone, not of norms, gates and biases.
+        clip: the global norm that gradients are scaled down to; 0 leaves them as they are.
+        precision: of parameters and moments between steps. ``bfloat16_stochastic`` halves the memory
+            and is right on average; ``bfloat16_nearest`` is what upstream trained with, for
+            comparison: with it a second moment hardly decays (b2 = 0.999 is less than half a unit in
+            the last place), and an update of 1e-5 is rounded away for most weights.
+
+    Raises:
+        UserError: a value that means nothing.
+    """
+
+    learning_rate: float = 1e-5
+    schedule: Schedule = "step"
+    decay: float = 0.85
+    final: float = 0.0
+    warmup: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        for name, known in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
+        for name in ("learning_rate", "decay", "final", "warmup", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.eps <= 0:
+            raise UserError(f"eps is {self.eps}; it must be above 0")
+
+    @property
+    def dtype(self) -> Dtype:
+        """In which parameters and moments are kept."""
+        return "float32" if self.precision == "float32" else "bfloat16"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Which weights get adapters, and how large.
+
+    Attributes:
+        rank: of every adapter; 0 is none: whole parameters are trained.
+        alpha: over the rank, what adapters are multiplied by, so that another rank needs no other
+            learning rate.
+        targets: regular expressions; projections in whose names one is found get an adapter. By
+            default all of the language model, which it takes to reach what training every weight
+            reaches (Dettmers et al., arXiv 2305.14314).
+
+    Raises:
+        UserError: a value that means nothing.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["language_model.*_proj"])
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError(f"lora.rank is {self.rank}; it must not be negative (0 is no LoRA)")
+        if self.alpha <= 0:
+            raise UserError(f"lora.alpha is {self.alpha}; it must be above 0")
+        if not self.targets:
+            raise UserError("lora.targets is empty: name the projections that are to get an adapter")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank; 1 where there are no adapters."""
+        return self.alpha / self.rank if self.rank else 1.0
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.choices import Checkpointing
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.layers import Checkpointing
 from llava_cot_jax.model.parameters import Parameter, nest
 from llava_cot_jax.model.sharding import on_mesh, parameter_sharding
 from llava_cot_jax.stages import STAGES

@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.chat import ChatSettings
-from llava_cot_jax.data.loader import Loader, LoaderSettings
+from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.data.prepared import PreparedRows
 from llava_cot_jax.data.rows import Rows
+from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from tests.data.rows import Noise, demo_processor
 
 

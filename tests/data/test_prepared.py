@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from llava_cot_jax.data import preparation
-from llava_cot_jax.data.preparation import Request, prepare
+from llava_cot_jax.data.preparation import prepare
 from llava_cot_jax.data.prepared import PreparedRows
 from llava_cot_jax.data.rows import Row, Rows, Turn
+from llava_cot_jax.data.settings import Request
 from llava_cot_jax.errors import UserError
 from tests.data.raw_set import RawSet, make_raw_set
 

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.mllama.processing_mllama import MllamaProcessor
 
-from llava_cot_jax.data.processor import CHAT_TEMPLATE, Processor, user_turn
+from llava_cot_jax.data.messages import CHAT_TEMPLATE, user_turn
+from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.errors import UserError
 from tests.demo import write_demo
 
@@ -410,7 +411,8 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = sys.modules["torchvision"] = None
 import numpy as np
-from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.data.messages import user_turn
+from llava_cot_jax.data.processor import Processor
 demo, out = sys.argv[1:]
 processor = Processor.from_pretrained(demo)
 np.savez(out, **processor([processor.prompt(user_turn("What is it?", 1))], [[demo + "/picture.png"]]))

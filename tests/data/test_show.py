@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_cot_jax.data.chat import Chat, ChatSettings
+from llava_cot_jax.data.chat import Chat
 from llava_cot_jax.data.rows import Row, Turn
+from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.data.show import GAP, SIDE, describe, draw_sheet, processor_to_look_with
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import VisionConfig

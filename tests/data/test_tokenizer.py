@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, GenerationConfig, MllamaForConditionalGeneration
 
-from llava_cot_jax.data.processor import Processor, user_turn
+from llava_cot_jax.data.messages import user_turn
+from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.tokenizer import make_tokenizer
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import CLIP_MEAN, CLIP_STD, MllamaConfig

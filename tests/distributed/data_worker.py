@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llava_cot_jax.data.chat import ChatSettings
-from llava_cot_jax.data.loader import Loader, LoaderSettings
+from llava_cot_jax.data.loader import Loader
+from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from tests.data.rows import Noise, demo_processor
 
 DEVICES = 4

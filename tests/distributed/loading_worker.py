@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import read_config
+from llava_cot_jax.model.finding import read_config
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import Layout, parameters
 from llava_cot_jax.model.sharding import make_mesh

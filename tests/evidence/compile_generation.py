@@ -25,7 +25,7 @@ from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 from llava_cot_jax.planning import slices
 from llava_cot_jax.search.decode import bucket
 from llava_cot_jax.search.generator import CHUNK, _advance, _begin
-from llava_cot_jax.search.sampling import Sampling
+from llava_cot_jax.search.strategies import Sampling
 
 PROMPT, NEW = bucket(200), bucket(2048)
 SAMPLING = Sampling(temperature=0.6, top_k=50, top_p=0.9)

@@ -123,10 +123,10 @@ def transformers(files: list[bytes]) -> None:
 def pipeline(folder: Path, workers: int) -> Callable[[], None]:
     import jax
 
-    from llava_cot_jax.data.chat import ChatSettings
-    from llava_cot_jax.data.loader import Loader, LoaderSettings
+    from llava_cot_jax.data.loader import Loader
     from llava_cot_jax.data.prepared import PreparedRows
     from llava_cot_jax.data.processor import Processor
+    from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
     from llava_cot_jax.data.shapes_tokenizer import shapes_config, shapes_tokenizer
     from llava_cot_jax.model.config import MllamaConfig, VisionConfig
 

@@ -84,7 +84,7 @@ def measure(folder: Path, what: str) -> dict[str, float]:
     """Seconds; for a load also the peak of resident memory in bytes, beyond the arrays and what was there before."""
     import jax
 
-    from llava_cot_jax.model.checkpoint import read_config
+    from llava_cot_jax.model.finding import read_config
     from llava_cot_jax.model.sharding import make_mesh
     from llava_cot_jax.model.weights import load_arrays
 

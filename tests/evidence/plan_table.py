@@ -24,8 +24,9 @@ from llava_cot_jax.planning.compiler import Compiled, versions  # noqa: E402
 from llava_cot_jax.planning.models import sizes_of  # noqa: E402
 from llava_cot_jax.planning.report import fit  # noqa: E402
 from llava_cot_jax.planning.searching import compile_search, plan_search  # noqa: E402
+from llava_cot_jax.planning.settings import Data  # noqa: E402
 from llava_cot_jax.planning.slices import parse  # noqa: E402
-from llava_cot_jax.planning.training import Data, compile_training, plan_training  # noqa: E402
+from llava_cot_jax.planning.training import compile_training, plan_training  # noqa: E402
 from llava_cot_jax.search.strategies import StageBeam  # noqa: E402
 from llava_cot_jax.train import read_arguments  # noqa: E402
 

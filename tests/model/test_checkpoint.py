@@ -15,13 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import checkpoint
-from llava_cot_jax.model.checkpoint import (
-    StoredTensor,
-    read_config,
-    read_shards,
-    resolve_checkpoint,
-    verified_tensors,
-)
+from llava_cot_jax.model.checkpoint import StoredTensor, read_shards, verified_tensors
+from llava_cot_jax.model.finding import read_config, resolve_checkpoint
 from llava_cot_jax.paths import as_path
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/mllama_tiny"

@@ -20,7 +20,7 @@ from transformers import MllamaForConditionalGeneration
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import checkpoint, export
-from llava_cot_jax.model.checkpoint import read_config
+from llava_cot_jax.model.finding import read_config
 from llava_cot_jax.model.parameters import Layout, parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 from llava_cot_jax.model.weights import load_arrays, save_arrays

@@ -11,7 +11,8 @@ import torch
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
-from llava_cot_jax.training.optimizer import Optimizer, OptimizerSettings
+from llava_cot_jax.training.optimizer import Optimizer
+from llava_cot_jax.training.settings import OptimizerSettings
 from llava_cot_jax.training.state import State, frozen_paths, losses, make_step
 from tests.parity.reference import Sizes, batch_of_rows, published_weights, random_model, under
 from tests.parity.test_transformers import CONVENTIONS, ours

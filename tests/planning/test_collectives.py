@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from llava_cot_jax.model.sharding import MESH_AXES, make_mesh
+from llava_cot_jax.model.choices import MESH_AXES
+from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.planning.collectives import Collective, collectives, sent_by_axis
 
 ROWS, WIDTH, TRIPS = 8, 64, 5

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from llava_cot_jax.chips import GIB
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.hardware import GIB
 from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.planning.slices import GENERATIONS, parse, prepare
 

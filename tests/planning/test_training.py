@@ -10,20 +10,19 @@ import pytest
 
 from llava_cot_jax import hardware
 from llava_cot_jax.benchmark.workload import config_100m
-from llava_cot_jax.data.loader import LoaderSettings
+from llava_cot_jax.data.settings import LoaderSettings
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.sharding import abstract_mesh, make_mesh
 from llava_cot_jax.planning.advice import finalists, fits, smallest_change
 from llava_cot_jax.planning.collectives import collectives, sent_by_axis
 from llava_cot_jax.planning.programs import abstract_batch, lowered_step
+from llava_cot_jax.planning.settings import Data
 from llava_cot_jax.planning.slices import parse
-from llava_cot_jax.planning.training import Data, best_mesh, plan_training
+from llava_cot_jax.planning.training import best_mesh, plan_training
 from llava_cot_jax.train import read_arguments
-from llava_cot_jax.training.lora import LoraSettings
-from llava_cot_jax.training.optimizer import OptimizerSettings
 from llava_cot_jax.training.program import make_program
-from llava_cot_jax.training.settings import MeshSettings, TrainSettings
+from llava_cot_jax.training.settings import LoraSettings, MeshSettings, OptimizerSettings, TrainSettings
 from tests.test_hardware import model_flops
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from llava_cot_jax.model.text import append
 from llava_cot_jax.search.decode import bucket, look, read
 from llava_cot_jax.search.generator import CHUNK, Generator
 from llava_cot_jax.search.pieces import Pieces
-from llava_cot_jax.search.sampling import Sampling
+from llava_cot_jax.search.strategies import Sampling
 from tests.model.test_mllama import off
 
 PROMPT, NEW = 10, 12

@@ -8,7 +8,8 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.search.sampling import Sampling, candidates, draw
+from llava_cot_jax.search.sampling import candidates, draw
+from llava_cot_jax.search.strategies import Sampling
 
 SETTINGS = [
     Sampling(0.6),

@@ -14,7 +14,8 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.training.checkpoints import Checkpoints, Kept, newest_whole, read_run, steps_in
 from llava_cot_jax.training.checksums import FILE, find_damage
 from llava_cot_jax.training.export import RunExport
-from llava_cot_jax.training.run_folder import CHECKPOINTS, RUNNING, describe, differences, other_versions
+from llava_cot_jax.training.layout import CHECKPOINTS
+from llava_cot_jax.training.run_folder import RUNNING, describe, differences, other_versions
 from llava_cot_jax.training.settings import TrainSettings
 from tests.training.small_run import write_small
 from tests.training.test_export import Run, begin, save

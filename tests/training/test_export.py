@@ -13,13 +13,12 @@ from safetensors.numpy import load_file
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.training.checkpoints import Checkpoints, Kept, steps_in, stored_arrays
-from llava_cot_jax.training.export import RunExport, is_run
-from llava_cot_jax.training.lora import LoraSettings
-from llava_cot_jax.training.optimizer import OptimizerSettings
+from llava_cot_jax.training.export import RunExport
+from llava_cot_jax.training.layout import CHECKPOINTS, is_run
 from llava_cot_jax.training.origin import Origin
-from llava_cot_jax.training.program import Program, make_program
-from llava_cot_jax.training.run_folder import CHECKPOINTS, describe, make_run_folder, write_run_folder
-from llava_cot_jax.training.settings import MeshSettings, TrainSettings
+from llava_cot_jax.training.program import Program, make_program, run_mesh
+from llava_cot_jax.training.run_folder import describe, make_run_folder, write_run_folder
+from llava_cot_jax.training.settings import LoraSettings, MeshSettings, OptimizerSettings, TrainSettings
 from llava_cot_jax.training.state import State
 from tests.training.small_run import write_small
 
@@ -39,7 +38,7 @@ def begin(init_from: Path | str, output: Path, **settings: Any) -> Run:
     given = TrainSettings(str(output), str(init_from), "shapes", dtype="float32", **settings)
     given = replace(given, mesh=MeshSettings(data=2, fsdp=2, tensor=2))
     origin = Origin(given.init_from, given.convention, given.random_init)
-    mesh = given.mesh.make()
+    mesh = run_mesh(given.mesh)
     program = make_program(given, origin.config, mesh, steps=4, steps_per_epoch=4)
     arrays = origin.arrays(mesh=mesh, dtype=given.optimizer.dtype, seed=given.seed, on_progress=lambda d, t: None)
     state = program.begin(arrays)
@@ -169,14 +168,14 @@ class TestRestoring:
     def test_of_other_arrays(self, saved, changes, message):
         run, output = saved
         settings = replace(run.settings, **changes)
-        program = make_program(settings, run.origin.config, settings.mesh.make(), steps=4, steps_per_epoch=4)
+        program = make_program(settings, run.origin.config, run_mesh(settings.mesh), steps=4, steps_per_epoch=4)
         with Checkpoints(output / CHECKPOINTS, KEPT) as checkpoints, pytest.raises(UserError, match=message):
             checkpoints.restore(3, program.state)
 
     def test_of_another_model(self, saved):
         run, output = saved
         config = replace(run.origin.config, text=replace(run.origin.config.text, intermediate_size=128))
-        program = make_program(run.settings, config, run.settings.mesh.make(), steps=4, steps_per_epoch=4)
+        program = make_program(run.settings, config, run_mesh(run.settings.mesh), steps=4, steps_per_epoch=4)
         message = r"of another model: \S+mlp\S+ has shape .*240.*, not .*128"
         with Checkpoints(output / CHECKPOINTS, KEPT) as checkpoints, pytest.raises(UserError, match=message):
             checkpoints.restore(3, program.state)

@@ -15,8 +15,9 @@ from llava_cot_jax.model.layers import linear
 from llava_cot_jax.model.mllama import Mllama, hidden_states
 from llava_cot_jax.model.parameters import flatten, nest, parameters
 from llava_cot_jax.model.sharding import make_mesh, partition
-from llava_cot_jax.training.lora import LoraSettings, adapter_table, fresh_adapters, merged
-from llava_cot_jax.training.optimizer import Optimizer, OptimizerSettings
+from llava_cot_jax.training.lora import adapter_table, fresh_adapters, merged
+from llava_cot_jax.training.optimizer import Optimizer
+from llava_cot_jax.training.settings import LoraSettings, OptimizerSettings
 from llava_cot_jax.training.state import State, losses, make_step, state_sharding
 from tests.conftest import INPUTS
 

@@ -10,7 +10,8 @@ import pytest
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.parameters import Parameter
-from llava_cot_jax.training.optimizer import Optimizer, OptimizerSettings, learning_rates, stochastically_rounded
+from llava_cot_jax.training.optimizer import Optimizer, learning_rates, stochastically_rounded
+from llava_cot_jax.training.settings import OptimizerSettings
 
 
 def test_a_rounding_is_one_of_the_two_neighbours_and_right_on_average():

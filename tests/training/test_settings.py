@@ -16,15 +16,16 @@ from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.data.shapes import ShapesRows
 from llava_cot_jax.data.shapes_tokenizer import shapes_config
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import EMBEDDED_FOLDER
+from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.sharding import MESH_AXES, make_mesh, partition
+from llava_cot_jax.model.finding import EMBEDDED_FOLDER
+from llava_cot_jax.model.sharding import make_mesh, partition
 from llava_cot_jax.planning.models import sizes_of
 from llava_cot_jax.planning.programs import abstract_batch
 from llava_cot_jax.planning.slices import parse
 from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.origin import Origin
-from llava_cot_jax.training.program import check_batch, make_program
+from llava_cot_jax.training.program import check_batch, make_program, run_mesh
 from llava_cot_jax.training.settings import MeshSettings, TrainSettings
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -250,12 +251,12 @@ def test_an_unknown_argument_likewise():
 )
 def test_a_mesh_that_is_not_all_devices(mesh, message):
     with pytest.raises(UserError, match=message):
-        mesh.make()
+        run_mesh(mesh)
 
 
 def check(**more: Any) -> None:
     settings = replace(BASE, mesh=MeshSettings(), **more)
-    check_batch(settings, settings.mesh.make())
+    check_batch(settings, run_mesh(settings.mesh))
 
 
 def test_a_batch_that_the_mesh_does_not_divide():

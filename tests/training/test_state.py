@@ -13,7 +13,8 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
 from llava_cot_jax.model.sharding import make_mesh, partition
-from llava_cot_jax.training.optimizer import Optimizer, OptimizerSettings
+from llava_cot_jax.training.optimizer import Optimizer
+from llava_cot_jax.training.settings import OptimizerSettings
 from llava_cot_jax.training.state import State, frozen_paths, make_step, state_sharding
 
 SETTINGS = OptimizerSettings(learning_rate=2e-3)

@@ -1,0 +1,99 @@
+"""A benchmark's models of random weights, and its questions of noise."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llava_cot_jax.benchmark.workload import RANDOM, TAG_TOKENS, Workload
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.search.decode import bucket
+from llava_cot_jax.search.pieces import Pieces, pack
+from llava_cot_jax.search.program import Request
+from llava_cot_jax.search.prompts import KINDS
+from llava_cot_jax.search.readers import TAILS
+from llava_cot_jax.search.strategies import Plan
+from llava_cot_jax.search.tables import JudgeTables, StageTables
+
+
+def random_model(name: str, dtype: Any, mesh: jax.sharding.Mesh | None) -> Mllama:
+    """A model of ``RANDOM`` with random weights and open gates."""
+    model = Mllama(RANDOM[name](), rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)
+    for layer in model.language_model.model.layers.values():
+        for gate in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
+            if gate in layer:
+                layer[gate].set_value(layer[gate].get_value() + jnp.asarray(0.5, dtype))
+    return model
+
+
+def endless(config: MllamaConfig) -> MllamaConfig:
+    """The same model, whose answers no token ends."""
+    return replace(config, text=replace(config.text, eos_token_ids=()))
+
+
+def request(config: MllamaConfig, work: Workload, questions: int = 1) -> Request:
+    """Questions of random tokens and pixels."""
+    rng, tower = np.random.default_rng(0), config.vision
+    room = bucket(work.prompt)
+    inputs: dict[str, np.ndarray] = {"input_ids": rng.integers(0, config.text.vocab_size, (questions, room), np.int32)}
+    if work.tiles:
+        shape = next((i + 1 for i, (h, w) in enumerate(tower.supported_aspect_ratios) if h * w == work.tiles), None)
+        if shape is None:
+            raise UserError(f"the model has no image of {work.tiles} tiles")
+        size = tower.image_size
+        pixels = rng.integers(0, 255, (questions, 1, tower.max_num_tiles, tower.num_channels, size, size), np.uint8)
+        used = (np.arange(tower.max_num_tiles) < work.tiles).astype(np.int32)
+        inputs |= {
+            "pixel_values": pixels,
+            "aspect_ratio_ids": np.full((questions, 1), shape, np.int32),
+            "aspect_ratio_mask": np.broadcast_to(used, (questions, 1, tower.max_num_tiles)),
+            "cross_attention_mask": np.broadcast_to(used.astype(np.uint8), (questions, room, 1, tower.max_num_tiles)),
+        }
+    lead = [[1] * TAG_TOKENS] * questions
+    return Request(
+        inputs={name: jnp.asarray(x) for name, x in inputs.items()},
+        lengths=jnp.full(questions, work.prompt, jnp.int32),
+        seeds=jnp.arange(questions, dtype=jnp.uint32),
+        question=pack([[2] * (work.prompt - TAG_TOKENS)] * questions, capacity=room),
+        leads=pack(lead * len(KINDS), (len(KINDS), questions)),
+    )
+
+
+def tables(config: MllamaConfig, work: Workload, plan: Plan) -> tuple[StageTables, JudgeTables | None]:
+    """Tables by which nothing is ever found, so that budgets alone end what is written."""
+    count, states = len(plan.budgets), 2
+    tag = [[3] * TAG_TOKENS] if plan.stages else [[]]
+    stages = StageTables(
+        openings=pack(tag * (count * TAILS), (count, TAILS)),
+        closings=pack(tag * (count * (states + TAILS)), (count, states + TAILS)),
+        readers=jnp.zeros((count, states, config.text.vocab_size), jnp.uint8),
+    )
+    judge = plan.judge
+    if judge is None:
+        return stages, None
+
+    def part(share: float) -> Pieces:
+        return pack([[4] * max(1, round(share * work.judge_words))] * (len(KINDS) * count), (len(KINDS), count))
+
+    # Captions are shown to the judge of reasonings, both to that of conclusions, as in the shipped prompts.
+    shows = np.zeros((len(KINDS), count, count), bool)
+    if count > 2:
+        shows[:, 2, 1] = shows[:, -1, 1:-1] = True
+    checked = np.arange(count) == 2 if judge.verdict == "rationale" else np.zeros(count, bool)
+    judging = JudgeTables(
+        intro=part(0.3),
+        middle=part(0.02),
+        label=part(0.04),
+        between=part(0.04),
+        ending=part(0.6),
+        shows=jnp.asarray(shows),
+        checked=jnp.asarray(checked),
+        verdicts=jnp.arange(2),
+        readers=jnp.zeros((len(KINDS), states, config.text.vocab_size), jnp.uint8),
+    )
+    return stages, judging
