@@ -1,12 +1,14 @@
 """The one way a command reads its arguments, shows progress, counts compilations, and fails."""
 
+import argparse
 import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 from typing import NoReturn, Protocol, TypeVar
 
@@ -55,6 +57,17 @@ class Parser(jsonargparse.ArgumentParser):
         known = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
         near = difflib.get_close_matches(".".join(filter(None, unknown.groups())), known, n=1)
         return f"; did you mean {near[0]}?" if near else ""
+
+
+def configuration_in(arguments: Sequence[str]) -> Path | None:
+    """The file that ``--config`` names among the arguments of a command: the last one; None without any."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    try:
+        known, _ = parser.parse_known_args(list(arguments))
+    except SystemExit:  # it lacks its value: the command's own parser will say so
+        return None
+    return None if known.config is None else as_path(known.config)
 
 
 def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> None:

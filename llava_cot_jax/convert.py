@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     if run:
         from llava_cot_jax.training.export import RunExport
 
-        source = RunExport(run, options.step)
+        source = RunExport(run, options.step, options.base)
         config, write, step = source.config, source.write, f"step {source.step} of {options.source}, "
     else:
         folder = resolve_checkpoint(options.source)

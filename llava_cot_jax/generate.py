@@ -2,7 +2,8 @@
 
 python -m llava_cot_jax.generate --checkpoint DIR_OR_HUB_ID --image FILE --question TEXT
 
-Without ``--search`` the text streams as it comes; with it, the answer is searched for in one compiled call.
+Without ``--search`` the text streams as it comes; with it, the answer is searched for in one compiled call. Without
+``--checkpoint`` the small model of the package answers, and without a question it is asked about pictures drawn here.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import jsonargparse
+from rich.console import Console
 
 from llava_cot_jax import cli
 from llava_cot_jax.data.messages import user_turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.model.finding import read_config, resolve_checkpoint
-from llava_cot_jax.paths import access
+from llava_cot_jax.model.finding import EMBEDDED, read_config, resolve_checkpoint, stated_max_new_tokens
+from llava_cot_jax.paths import access, as_path
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, chosen
 from llava_cot_jax.search.prompts import DEFAULT_FILE, JudgePrompts
 from llava_cot_jax.search.strategies import Sampling, Strategy
@@ -38,10 +40,16 @@ if TYPE_CHECKING:
     from llava_cot_jax.data.processor import Processor
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.search.preparation import Questions
+    from llava_cot_jax.search.reasoner import Answer as Found
     from llava_cot_jax.search.trace import Trace
 
 NEW_TOKENS = 2048
 """The longest answer without a search, by default."""
+
+NOTE = (
+    "No --checkpoint was given: the small model that comes with the package answers. It knows pictures of coloured "
+    "shapes on a grid, such as it draws itself, and nothing else."
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,11 +59,14 @@ def main(argv: list[str] | None = None) -> None:
         UserError: an argument, a file or a checkpoint that cannot be used, before anything expensive starts.
     """
     options = _parser().parse_args(argv)
-    how = _how(options)
+    _how(options)
+    if is_default := options.checkpoint is None:
+        options.checkpoint = EMBEDDED
     folder = resolve_checkpoint(options.checkpoint)
     config = read_config(folder, options.convention)
-    questions = _pair(options.question, options.image or [])
+    _take_stated_length(options, folder)
     _check_files(options)
+    questions = _questions(options)
 
     # The rest takes longer to import than it takes to say what is wrong with what is given.
     from llava_cot_jax.data.processor import Processor
@@ -69,8 +80,11 @@ def main(argv: list[str] | None = None) -> None:
     cli.keep_compilations()
     compilations = cli.CompilationCounter()
     mesh = _mesh(options.mesh, config)
+    how = _how(options)
     way = _Streamed(processor, how, options) if isinstance(how, Sampling) else _Searched(processor, how, options)
-    asked = [way.prepare(question, image) for question, image in questions]
+    prepared = [way.prepare(asked) for asked in questions]
+    if is_default:
+        Console(stderr=True).print(NOTE, style="bold yellow")
 
     began = time.perf_counter()
     with cli.progress_bar("loading weights") as on_progress:
@@ -80,31 +94,55 @@ def main(argv: list[str] | None = None) -> None:
         if options.quantize:
             model.quantize()
     loading = time.perf_counter() - began
-    for (question, image), ask in zip(questions, asked, strict=True):
+    for asked, answer_it in zip(questions, prepared, strict=True):
         before = compilations.count
-        answer = ask(model)
+        if asked.right_answer and not options.json and not options.show_search:
+            print(f"{asked.question} ({asked.image})", flush=True)
+        answer = answer_it(model)
         if options.json:
-            extra = {"question": question, "image": image, "compilations": compilations.count - before}
+            extra = {**asdict(asked), "compilations": compilations.count - before}
             answer.seconds["load"] = loading
             print(json.dumps({**extra, **asdict(answer), "device": jax.devices()[0].device_kind}), flush=True)
+        elif asked.right_answer and not options.show_search:
+            print(f"(the right answer: {asked.right_answer})", flush=True)
 
 
 def _parser() -> cli.Parser:
     parser = cli.Parser("generate", "Answer questions about images.")
     add = parser.add_argument
-    add("--checkpoint", type=str, required=True, help="a folder in Hugging Face form, or an id on the hub")
-    add("--question", type=str, nargs="+", required=True, help="one question, or several asked in turn")
+    add(
+        "--checkpoint",
+        type=str,
+        help="a folder in Hugging Face form, an id on the hub, or shapes (the default): the small model that comes "
+        "with the package",
+    )
+    add(
+        "--question",
+        type=str,
+        nargs="+",
+        help="one question, or several asked in turn; without any, pictures are drawn and asked about",
+    )
     add("--image", type=str, nargs="*", help="an image for all questions, or one for each; none asks without an image")
+    add(
+        "--draw",
+        type=int | None,
+        default=None,
+        help="draw this number of pictures of coloured shapes, and ask a question about each (default: 1)",
+    )
+    add("--draw-to", type=str, default="runs/pictures", help="the folder that takes the drawn pictures")
     add(
         "--max-new-tokens",
         type=int | None,
         default=None,
-        help=f"the longest answer without a search, in tokens; default: {NEW_TOKENS}",
+        help="the longest answer without a search, in tokens; default: max_new_tokens of the checkpoint's "
+        f"generation_config.json where it has one, else {NEW_TOKENS}",
     )
-    add("--seed", type=int, default=0, help="of the draws")
+    add("--seed", type=int, default=0, help="the seed of sampled tokens, and of drawn pictures")
     add_arguments(parser)
     add("--judge-prompts", type=str, default=str(DEFAULT_FILE), help="a file of the judge's prompts")
     add("--trace", type=str, help="write all candidates, verdicts and counts of a search to this JSON file")
+    add("--page", type=str, help="write all candidates, scores and verdicts of a search to this HTML file")
+    add("--show-search", action="store_true", help="print all candidates, scores and verdicts of a search")
     add(
         "--convention",
         choices=get_args(Convention),
@@ -124,11 +162,22 @@ def _parser() -> cli.Parser:
 def _how(options: jsonargparse.Namespace) -> Strategy | Sampling:
     """A search, or how tokens are drawn without one."""
     how = chosen(options)
-    if options.search is None and options.trace:
-        raise UserError(f"--trace is of a search: give --search too ({', '.join(STRATEGIES)})")
+    if options.search is None:
+        for name in ("trace", "page", "show_search"):
+            if options[name]:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is of a search: give --search too ({', '.join(STRATEGIES)})"
+                )
     if options.search is not None and options.max_new_tokens is not None:
         raise UserError("--max-new-tokens is of an answer without a search: give --budget instead")
     return how
+
+
+def _take_stated_length(options: jsonargparse.Namespace, folder: Path) -> None:
+    """Let the checkpoint say how long an answer, or a stage, may be, where the user does not."""
+    name = "max_new_tokens" if options.search is None else "budget"
+    if options[name] is None:
+        options[name] = stated_max_new_tokens(folder)
 
 
 def _check_files(options: jsonargparse.Namespace) -> None:
@@ -139,8 +188,9 @@ def _check_files(options: jsonargparse.Namespace) -> None:
         check_image(image)
     if options.search:
         JudgePrompts.load(options.judge_prompts)
-    if options.trace:
-        _check_writable(Path(options.trace))
+    for name in ("trace", "page"):
+        if options[name]:
+            _check_writable(as_path(options[name]))
 
 
 def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:
@@ -153,12 +203,38 @@ def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:
     return mesh
 
 
-def _pair(questions: list[str], images: list[str]) -> list[tuple[str, str | None]]:
-    """Each question with its image."""
-    if len(images) not in (0, 1, len(questions)):
-        raise UserError(f"{len(images)} images for {len(questions)} questions: give none, one, or one for each")
+@dataclass(frozen=True)
+class Asked:
+    """A question to answer.
+
+    Attributes:
+        question: what is asked.
+        image: the path of the image that it is about, if it is about one.
+        right_answer: the right answer where it is known, as it is of drawn pictures.
+    """
+
+    question: str
+    image: str | None
+    right_answer: str | None = None
+
+
+def _questions(options: jsonargparse.Namespace) -> list[Asked]:
+    """The questions that the user asks, each with its image; those about drawn pictures where there are none."""
+    images: list[str] = options.image or []
+    if not options.question:
+        if images:
+            raise UserError("give --question: what is to be answered about the image")
+        from llava_cot_jax.data.drawn import draw_questions
+
+        folder, count = options.draw_to, 1 if options.draw is None else options.draw
+        drawn = draw_questions(as_path(folder), count, options.seed)
+        return [Asked(each.question, str(Path(folder) / each.image.name), each.answer) for each in drawn]
+    if options.draw is not None:
+        raise UserError("--draw asks its own questions: leave out --question, or --draw")
+    if len(images) not in (0, 1, len(options.question)):
+        raise UserError(f"{len(images)} images for {len(options.question)} questions: give none, one, or one for each")
     own: list[str | None] = [*images] or [None]
-    return [(question, own[i % len(own)]) for i, question in enumerate(questions)]
+    return [Asked(question, own[i % len(own)]) for i, question in enumerate(options.question)]
 
 
 @dataclass
@@ -188,26 +264,37 @@ class _Searched:
 
         self._preparation = Preparation(processor, strategy, options.judge_prompts)
         self._options = options
-        self._traces: list[Trace] = []
+        self._done: list[tuple[Asked, Trace]] = []
 
-    def prepare(self, question: str, image: str | None) -> Callable[[Mllama], Answer]:
+    def prepare(self, asked: Asked) -> Callable[[Mllama], Answer]:
         """What answers a question; it is refused here if it cannot be."""
-        return functools.partial(self._answer, self._preparation.prepare([image], [question], self._options.seed))
+        prepared = self._preparation.prepare([asked.image], [asked.question], self._options.seed)
+        return functools.partial(self._answer, asked, prepared)
 
-    def _answer(self, questions: Questions, model: Mllama) -> Answer:
+    def _answer(self, asked: Asked, questions: Questions, model: Mllama) -> Answer:
         from llava_cot_jax.search.reasoner import answer_prepared
 
         options = self._options
         with contextlib.nullcontext() if options.json else cli.status("searching"):
             (found,) = cli.heard(lambda: answer_prepared(model, self._preparation, questions))
-        if not options.json:
-            print(found.text if options.show_reasoning else found.conclusion, flush=True)
         trace, last = found.trace, found.trace.stages[-1]
-        self._traces.append(trace)
+        self._done.append((asked, trace))
         if options.trace:
-            _write_traces(Path(options.trace), self._traces)
+            _write_traces(as_path(options.trace), [trace for _, trace in self._done])
+        if options.page:
+            self._write_page(model)
+        if not options.json:
+            self._print(found, asked.right_answer)
         ended = last.candidates[last.winner].ended
         return Answer(found.text, found.stages, ended, trace.tokens, trace.seconds)
+
+    def _print(self, found: Found, right_answer: str | None) -> None:
+        if self._options.show_search:
+            from llava_cot_jax.search.show import describe_search
+
+            Console(highlight=False).print(describe_search(found.trace, right_answer))
+        else:
+            print(found.text if self._options.show_reasoning else found.conclusion, flush=True)
 
 
 class _Streamed:
@@ -217,12 +304,12 @@ class _Streamed:
         self._processor, self._sampling, self._options = processor, sampling, options
         self._longest = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
 
-    def prepare(self, question: str, image: str | None) -> Callable[[Mllama], Answer]:
+    def prepare(self, asked: Asked) -> Callable[[Mllama], Answer]:
         """What answers a question; it is refused here if it cannot be."""
         from llava_cot_jax.search.generator import check_request
 
-        processor, images = self._processor, [] if image is None else [image]
-        inputs = processor([processor.prompt(user_turn(question, len(images)))], [images])
+        processor, images = self._processor, [] if asked.image is None else [asked.image]
+        inputs = processor([processor.prompt(user_turn(asked.question, len(images)))], [images])
         check_request(processor.config, inputs["input_ids"].shape[1], self._longest, self._options.seed)
         return functools.partial(self._answer, inputs)
 
@@ -249,9 +336,13 @@ class _Streamed:
 
 
 def _check_writable(path: Path) -> None:
-    with access(path):
-        if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"{path} cannot be written: name a file in a folder that exists")
+    """Make the folder of a file that is to be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UserError(f"{path} cannot be written: {fault.strerror or fault}") from None
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder; name a file")
 
 
 def _write_traces(path: Path, traces: Sequence[Trace]) -> None:

@@ -6,12 +6,10 @@ FILE.yaml is a configuration of ``train``, or of ``generate`` with ``search``. N
 from the model's own arithmetic, and from the TPU compiler, which works on any Linux machine.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import get_args
 
 import yaml
@@ -122,15 +120,13 @@ def _parser() -> cli.Parser:
 
 def _is_search(argv: Sequence[str]) -> bool:
     """Whether the arguments, or a configuration file among them, say ``search``."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    known, rest = parser.parse_known_args(list(argv))
-    if any(argument.split("=")[0] == "--search" for argument in rest):
+    if any(argument.split("=")[0] == "--search" for argument in argv):
         return True
-    if known.config is None or not Path(known.config).is_file():
+    configuration = cli.configuration_in(argv)
+    if configuration is None or not configuration.is_file():
         return False
     try:
-        content = yaml.safe_load(Path(known.config).read_text())
+        content = yaml.safe_load(configuration.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):  # the parser will say so
         return False
     return isinstance(content, dict) and "search" in content

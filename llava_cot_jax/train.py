@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import socket
-from dataclasses import fields
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import jsonargparse
+import yaml
 from rich.console import Console
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.sources import SHAPES, open_rows
+from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.finding import named_folder, resolve_checkpoint
+from llava_cot_jax.training.layout import CONFIGURATION, is_run, relocated
 from llava_cot_jax.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if settings.answers:
         _answer(settings, trained, tell)
-    tell(f"export the model: python -m llava_cot_jax.convert {settings.output} FOLDER")
+    tell(f"export the model: python -m llava_cot_jax.convert {shlex.quote(settings.output)} FOLDER")
 
 
 def read_arguments(argv: list[str] | None = None) -> tuple[TrainSettings, jsonargparse.Namespace]:
@@ -69,9 +74,28 @@ def read_arguments(argv: list[str] | None = None) -> tuple[TrainSettings, jsonar
     Raises:
         UserError: an argument, or a key of a configuration file, that is not known or not of its type.
     """
+    given = sys.argv[1:] if argv is None else argv
     parser = _parser()
-    options = parser.instantiate(parser.parse_args(argv))
-    return TrainSettings(**{field.name: options[field.name] for field in fields(TrainSettings)}), options
+    options = parser.instantiate(parser.parse_args(list(given)))
+    settings = TrainSettings(**{field.name: options[field.name] for field in fields(TrainSettings)})
+    return _where_the_run_lies(settings, given), options
+
+
+def _where_the_run_lies(settings: TrainSettings, given: Sequence[str]) -> TrainSettings:
+    """``settings``, with the paths as they are now where they come from the configuration file of a run that was moved.
+
+    Args:
+        settings: what the arguments come to.
+        given: the arguments.
+    """
+    configuration = cli.configuration_in(given)
+    if configuration is None or configuration.name != CONFIGURATION or not is_run(configuration.parent):
+        return settings
+    folder = configuration.parent
+    if settings.output != yaml.safe_load(configuration.read_text(encoding="utf-8")).get("output"):
+        return settings  # the user names another folder
+    now = relocated(asdict(settings), folder)
+    return replace(settings, output=str(folder), data=now["data"], init_from=now["init_from"])
 
 
 def _parser() -> cli.Parser:
@@ -94,8 +118,7 @@ def _check_files(settings: TrainSettings) -> None:
     from llava_cot_jax.data.processor import check_tokenizer
 
     open_rows(settings.data, "train")
-    folder = None if settings.init_from == SHAPES else named_folder(settings.init_from)
-    if folder:
+    if folder := named_folder(settings.init_from):
         check_tokenizer(resolve_checkpoint(folder))
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import as_path, cache_folder
-from llava_cot_jax.training.run_folder import relocated
+from llava_cot_jax.training.layout import relocated
 from tests.data.raw_set import make_raw_set
 from tests.training.small_run import arguments, environment, losses, write_small
 
@@ -148,6 +148,7 @@ def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_
 
 @pytest.mark.slow
 def test_data_is_prepared_looked_at_trained_on_and_moved(shell):
+    (shell.place / "roh für alle").mkdir()
     raw = make_raw_set(shell.place / "roh für alle")
     raw.write_zip(shell.place / "roh für alle/alle Bilder.zip")
     given = ["--annotations", f"roh für alle/{raw.annotations.name}", "--images", "roh für alle/alle Bilder.zip"]

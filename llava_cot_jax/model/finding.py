@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.config import Convention, MllamaConfig, read_json
 from llava_cot_jax.paths import access, as_path, files_in, is_remote
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -126,6 +126,20 @@ def read_config(folder: Path, convention: Convention | None = None) -> MllamaCon
     """
     config = MllamaConfig.from_pretrained(folder)
     return config if convention is None else replace(config, convention=convention)
+
+
+def stated_max_new_tokens(folder: Path) -> int | None:
+    """The longest answer, in tokens, that the checkpoint's generation_config.json asks for; None where it does not.
+
+    Raises:
+        UserError: the file is no JSON, or the number is none.
+    """
+    if "generation_config.json" not in files_in(folder):
+        return None
+    stated = read_json(folder / "generation_config.json").get("max_new_tokens")
+    if stated is not None and (not isinstance(stated, int) or stated < 1):
+        raise UserError(f"{folder / 'generation_config.json'}: max_new_tokens is {stated!r}, which is no count")
+    return stated
 
 
 def companions(folder: Path) -> list[Path]:

@@ -57,7 +57,8 @@ def add_arguments(parser: Any) -> None:
         "--budget",
         type=int | tuple[int, ...] | None,
         default=None,
-        help="of a search: the longest answer in tokens, or the longest stage",
+        help="of a search: the longest answer in tokens, or the longest stage; default: max_new_tokens of the "
+        "checkpoint's generation_config.json where it has one, else 2048 for an answer and 1024 for a stage",
     )
     add(
         "--judge",

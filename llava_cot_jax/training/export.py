@@ -20,9 +20,8 @@ from llava_cot_jax.model.parameters import flatten, parameters
 from llava_cot_jax.training import checkpoints
 from llava_cot_jax.training.checkpoints import read_arrays, read_run, steps_in, stored_arrays
 from llava_cot_jax.training.checksums import find_damage
-from llava_cot_jax.training.layout import CHECKPOINTS, MODEL
+from llava_cot_jax.training.layout import CHECKPOINTS, MODEL, relocated
 from llava_cot_jax.training.lora import merged
-from llava_cot_jax.training.run_folder import relocated
 from llava_cot_jax.training.settings import LoraSettings
 from llava_cot_jax.training.state import State
 

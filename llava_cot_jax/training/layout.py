@@ -1,6 +1,11 @@
-"""Where things lie in the folder of a run."""
+"""Where things lie in the folder of a run, and where they are after it was moved."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from llava_cot_jax.paths import is_remote
 
 CONFIGURATION = "config.yaml"
 """All settings of the run; ``train --config`` takes it."""
@@ -15,3 +20,22 @@ MODEL = "model"
 def is_run(folder: Path) -> bool:
     """Whether this is the folder of a run."""
     return (folder / CHECKPOINTS).is_dir()
+
+
+def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings that a run stored, with its paths as they are now that ``folder`` is the folder of the run.
+
+    A path that is no longer there is looked for where it lay as seen from the run's folder, so that a run that was
+    moved together with its data or with the checkpoint it started from finds them.
+
+    Args:
+        settings: all of a run's.
+        folder: of the run, absolute.
+    """
+    found, before = dict(settings), Path(settings["output"])
+    for name in ("data", "init_from"):
+        path = Path(settings[name])
+        if path.is_absolute() and before.is_absolute() and not path.exists() and not is_remote(folder):
+            moved = Path(os.path.normpath(folder / os.path.relpath(path, before)))
+            found[name] = str(moved if moved.exists() else path)
+    return found

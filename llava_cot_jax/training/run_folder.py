@@ -1,6 +1,5 @@
 """The folder of a run: its configuration, the files of its model, checkpoints and metrics."""
 
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ import jax
 import yaml
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import is_remote
 from llava_cot_jax.training.layout import CONFIGURATION, MODEL
 from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.settings import TrainSettings
@@ -67,25 +65,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings that a run stored, with its paths as they are now that ``folder`` is the folder of the run.
-
-    A path that is no longer there is looked for where it lay as seen from the run's folder, so that a run that was
-    moved together with its data or with the checkpoint it started from finds them.
-
-    Args:
-        settings: what ``describe`` has of a run.
-        folder: of the run, absolute.
-    """
-    found, before = dict(settings), Path(settings["output"])
-    for name in ("data", "init_from"):
-        path = Path(settings[name])
-        if path.is_absolute() and before.is_absolute() and not path.exists() and not is_remote(folder):
-            moved = Path(os.path.normpath(folder / os.path.relpath(path, before)))
-            found[name] = str(moved if moved.exists() else path)
-    return found
-
-
 def other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The libraries whose versions differ in two descriptions of a run, likewise."""
     old, new = before["versions"], now["versions"]
@@ -122,8 +101,7 @@ def write_run_folder(folder: Path, settings: TrainSettings, origin: Origin) -> N
     """
     if jax.process_index() == 0:
         with _writing(folder):
-            content = {name: value for name, value in asdict(settings).items() if name != "output"}
-            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
             (folder / CONFIGURATION).write_text(text, encoding="utf-8")
             origin.write_companions(folder / MODEL)
 
