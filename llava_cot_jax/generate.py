@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = resolve_checkpoint(options.checkpoint)
     config = read_config(folder, options.convention)
     _take_stated_length(options, folder)
-    _check_files(options)
     questions = _questions(options)
+    _check_files(options)
 
     # The rest takes longer to import than it takes to say what is wrong with what is given.
     from llava_cot_jax.data.processor import Processor

@@ -20,6 +20,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from llava_cot_jax import cli
 from llava_cot_jax.data.messages import user_turn
 from llava_cot_jax.data.processor import Processor
+from llava_cot_jax.data.shapes import ShapesRows
 from llava_cot_jax.generate import main
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.screen import Screen
@@ -183,7 +184,12 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: [*SEARCH, "stage_beam", "--budget", "0"], "budget must be at least 1"),
         (lambda d, t: [*SEARCH, "stage_beam", "--budget", "200000"], "context of 131072"),
         (lambda d, t: [*SEARCH, "stage_beam", "--judge-prompts", str(t / "none.yaml")], "none.yaml"),
-        (lambda d, t: [*SEARCH, "greedy", "--trace", str(t / "none" / "x.json")], "x.json cannot be written"),
+        (lambda d, t: [*SEARCH, "greedy", "--trace", str(d / "config.json" / "x.json")], "x.json cannot be written"),
+        (lambda d, t: [*SEARCH, "greedy", "--trace", str(d)], "it is a folder; name a file"),
+        (lambda d, t: [*SEARCH, "greedy", "--page", str(d)], "it is a folder; name a file"),
+        (lambda d, t: ["--page", str(t / "x.html")], "--page is of a search"),
+        (lambda d, t: ["--show-search"], "--show-search is of a search"),
+        (lambda d, t: ["--draw", "2"], "--draw asks its own questions"),
         (lambda d, t: ["--image", "a.png", "b.png", "c.png"], "3 images for 1 questions"),
         (lambda d, t: ["--config", str(t / "none.yaml")], "none.yaml"),
     ],
@@ -297,3 +303,52 @@ def test_ctrl_c_is_heard_while_a_search_compiles_or_runs(demo):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)  # the search would take hours
     assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
+
+
+class TestWithoutACheckpoint:
+    """The small model of the package, and the pictures that it is asked about."""
+
+    def test_it_is_named_and_asked_about_a_drawn_picture(self, monkeypatch, capsys, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        code, out, err = run(monkeypatch, capsys)
+        assert code == 0
+        told = " ".join(err.split())
+        assert "No --checkpoint was given: the small model that comes with the package answers" in told
+        row = ShapesRows("test", seed=0, size=1)[0]
+        asked = row.turns[0].question
+        question, answer, right = out.splitlines()
+        assert question == f"{asked} (runs/pictures/shapes-0-0.png)"
+        assert right == f"(the right answer: {ShapesRows('test').answer(0)})" and answer
+        saved = Image.open(tmp_path / "runs/pictures/shapes-0-0.png")
+        assert np.array_equal(np.asarray(saved), np.asarray(row.image))
+        # The picture on the disk is the one that was asked about.
+        given = ["--checkpoint", "shapes", "--image", "runs/pictures/shapes-0-0.png", "--question", asked]
+        again = run(monkeypatch, capsys, *given)
+        assert again[:2] == (0, f"{answer}\n") and "No --checkpoint" not in again[2]
+
+    @pytest.mark.slow
+    def test_most_answers_are_right(self, monkeypatch, capsys, tmp_path):
+        """Five in six are; half of the 40 would be more than four standard errors off."""
+        given = ["--checkpoint", "shapes", "--draw", "40", "--draw-to", str(tmp_path), "--seed", "7", "--json"]
+        answers = [json.loads(line) for line in run(monkeypatch, capsys, *given)[1].splitlines()]
+        right = [answer["stages"]["CONCLUSION"] == answer["right_answer"] for answer in answers]
+        assert len(right) == 40 and sum(right) > 20
+        assert {Path(answer["image"]).name for answer in answers} == {f"shapes-7-{i}.png" for i in range(40)}
+
+    @pytest.mark.parametrize("search", [[], ["--search", "greedy"]])
+    def test_its_own_length_is_the_default(self, monkeypatch, capsys, tmp_path, search):
+        """Its context holds no 2048 tokens."""
+        given = ["--checkpoint", "shapes", "--draw-to", str(tmp_path), "--json", *search]
+        assert json.loads(run(monkeypatch, capsys, *given)[1])["ended"] in ("eos", "tag")  # not cut off
+
+    def test_an_image_without_a_question(self, demo, monkeypatch, capsys):
+        code, _, err = run(monkeypatch, capsys, "--image", str(demo / "picture.png"))
+        assert (code, err) == (2, "error: give --question: what is to be answered about the image\n")
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [(["--draw", "0"], "draw is 0"), (["--seed", "-1"], "seed is -1"), (["--draw-to", "/proc/x"], "to /proc/x")],
+    )
+    def test_what_cannot_be_drawn(self, monkeypatch, capsys, given, message):
+        code, _, err = run(monkeypatch, capsys, *given)
+        assert code == 2 and message in err and err.count("\n") == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_cot_jax import cli
-from tests.demo import write_demo
+from llava_cot_jax.data.drawn import draw_questions
 from tests.training.small_run import environment
 
 ROOT = Path(__file__).parents[1]
@@ -69,13 +69,14 @@ def test_the_first_command_trains_and_answers(tmp_path, cache):
 
 def test_the_library_in_ten_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_demo(Path("demo"))
+    draw_questions(Path("runs/pictures"), 4, seed=0)  # as the README has done by then
     code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL).group(1)
     assert len([line for line in code.splitlines() if line]) <= 10
     Path("snippet.py").write_text(code)
     runpy.run_path("snippet.py")
-    assert capsys.readouterr().out == "['SUMMARY', 'CAPTION', 'REASONING', 'CONCLUSION'] True\n"
-    assert (tmp_path / "copy" / "model.safetensors").exists()
+    conclusion, log_prob = capsys.readouterr().out.split()
+    assert conclusion == "two" and float(log_prob) <= 0
+    assert (tmp_path / "runs/copy/model.safetensors").exists()
 
 
 def test_the_figures_name_scripts_that_are_there():
