@@ -9,12 +9,14 @@ Without ``--search`` the text streams as it comes; with it, the answer is search
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -24,10 +26,11 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.data.messages import user_turn
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.files import write_text
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.finding import EMBEDDED, read_config, resolve_checkpoint, stated_max_new_tokens
-from llava_cot_jax.paths import access, as_path
+from llava_cot_jax.paths import as_path
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, chosen
 from llava_cot_jax.search.prompts import DEFAULT_FILE, JudgePrompts
 from llava_cot_jax.search.strategies import Sampling, Strategy
@@ -280,13 +283,33 @@ class _Searched:
         trace, last = found.trace, found.trace.stages[-1]
         self._done.append((asked, trace))
         if options.trace:
-            _write_traces(as_path(options.trace), [trace for _, trace in self._done])
+            traces = [asdict(trace) for _, trace in self._done]
+            write_text(as_path(options.trace), json.dumps(traces, indent=1, ensure_ascii=False))
         if options.page:
             self._write_page(model)
         if not options.json:
             self._print(found, asked.right_answer)
         ended = last.candidates[last.winner].ended
         return Answer(found.text, found.stages, ended, trace.tokens, trace.seconds)
+
+    def _write_page(self, model: Mllama) -> None:
+        """Write all searches so far."""
+        import jax
+
+        from llava_cot_jax.search.page import Entry, write_page
+
+        facts = {
+            "checkpoint": self._options.checkpoint,
+            "convention": model.config.convention,
+            "weights": f"{model.dtype}{', text in int8' if model.is_quantized else ''}",
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "date": datetime.date.today(),
+            **{name: version(name) for name in ("llava_cot_jax", "jax")},
+        }
+        entries = [
+            Entry(trace, [asked.image] if asked.image else [], asked.right_answer) for asked, trace in self._done
+        ]
+        write_page(as_path(self._options.page), entries, facts)
 
     def _print(self, found: Found, right_answer: str | None) -> None:
         if self._options.show_search:
@@ -343,16 +366,6 @@ def _check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: {fault.strerror or fault}") from None
     if path.is_dir():
         raise UserError(f"{path} cannot be written: it is a folder; name a file")
-
-
-def _write_traces(path: Path, traces: Sequence[Trace]) -> None:
-    """All traces so far, beside the file and then in its place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with access(path):
-        beside.write_text(
-            json.dumps([asdict(trace) for trace in traces], indent=1, ensure_ascii=False), encoding="utf-8"
-        )
-        beside.replace(path)
 
 
 if __name__ == "__main__":

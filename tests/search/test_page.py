@@ -1,0 +1,245 @@
+"""A search as a person is shown it: on a page of its own, and as text."""
+
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from llava_cot_jax.data.shapes import ShapesRows
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.files import write_text
+from llava_cot_jax.search import wording
+from llava_cot_jax.search.page import Entry, render_page, write_page
+from llava_cot_jax.search.reasoner import Reasoner
+from llava_cot_jax.search.show import describe_search
+from llava_cot_jax.search.strategies import StageBeam
+from tests.search import traces
+from tests.search.models import scene, trained_model
+
+ALL = {
+    "token": traces.token_trace(),
+    "ten": traces.token_trace(10),
+    "rationale": traces.rationale_trace(),
+    "scored": traces.scored_trace(),
+    "vote": traces.whole_trace(),
+    "greedy": traces.whole_trace("Greedy(budget=2048)", 1),
+    "untagged": traces.untagged_trace(),
+}
+every_trace = pytest.mark.parametrize("trace", ALL.values(), ids=ALL)
+
+VOID = {"meta", "link", "img", "path", "circle"}
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: the text under each class, in order, and all attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._open: list[tuple[str, set[str]]] = []
+        self._texts: list[tuple[set[str], list[str]]] = []
+        self.feed(html)
+        self.close()
+        assert not self._open, "each element is closed"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag in VOID:
+            return
+        classes = set((dict(attrs).get("class") or "").split()) | {tag}
+        self._open.append((tag, classes))
+        self._texts.append((classes, []))
+        self._open[-1] = (tag, classes | {f"#{len(self._texts) - 1}"})
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        opened, _ = self._open.pop()
+        assert opened == tag
+
+    def handle_data(self, data):
+        for _, classes in self._open:
+            place = next(int(name[1:]) for name in classes if name.startswith("#"))
+            self._texts[place][1].append(data)
+
+    def texts(self, *classes: str) -> list[str]:
+        """What stands in each element that has these classes, one of which may be its tag."""
+        return ["".join(parts) for has, parts in self._texts if has >= set(classes)]
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def printed(trace, width: int = 80, **known) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width).print(describe_search(trace, **known))
+    return file.getvalue()
+
+
+@every_trace
+def test_a_page_shows_every_candidate_and_which_won(trace):
+    page = Page(render_page([Entry(trace)], {}))
+    candidates = [one for stage in trace.stages for one in stage.candidates]
+    shown = [text for text in page.texts("div", "text")]
+    assert [text.removeprefix("(empty)") for text in shown] == [
+        wording.printable(one.text).strip() for one in candidates
+    ]
+    cards = page.texts("li", "candidate")
+    for card, one in zip(cards, candidates, strict=True):
+        assert f"{one.tokens} token" in card and wording.ENDINGS[one.ended] in card
+        assert one.added in card
+        assert wording.log_prob(one.mean_log_probability).replace("-", "\N{MINUS SIGN}") in card
+    winners = [f"Candidate {stage.winner + 1}" for stage in trace.stages if len(stage.candidates) > 1]
+    assert [re.match(r"\s*(Candidate \d+)", card)[1] for card in page.texts("candidate", "won")] == winners
+
+
+@every_trace
+def test_a_page_shows_every_match_and_verdict(trace):
+    page = Page(render_page([Entry(trace)], {}))
+    matches = [match for stage in trace.stages for match in stage.matches]
+    for text, match in zip(page.texts("div", "match"), matches, strict=True):
+        assert f"{match.first + 1} against {match.second + 1} \N{RIGHTWARDS ARROW} {match.winner + 1} wins" in text
+        assert wording.DECIDED_BY[match.decision] in text
+        assert text.count("shown before") == len(match.verdicts)
+        for verdict in match.verdicts:
+            assert wording.verdict_result(verdict).replace("-", "\N{MINUS SIGN}") in text
+            assert verdict.outside is None or f"{verdict.outside:.1%} on neither" in text
+    checks = [check for stage in trace.stages for check in stage.checks]
+    written = checks + [verdict for match in matches for verdict in match.verdicts]
+    reasons = [verdict.reason for verdict in written if verdict.reason is not None]
+    assert sorted(page.texts("blockquote")) == sorted(wording.printable(reason) for reason in reasons)
+    assert len(page.texts("div", "check")) == len(checks)
+
+
+@every_trace
+def test_a_page_needs_nothing_but_itself(trace):
+    """Nothing is loaded, nothing runs, and no text of the model becomes an element."""
+    image = Image.effect_mandelbrot((300, 200), (-2, -1.2, 1, 1.2), 20)
+    html = render_page([Entry(trace, [image, ShapesRows("test")[0].image], traces.HOSTILE)], {traces.HOSTILE: "<b>"})
+    page = Page(html)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "iframe", "object", "embed", "base", "form", "b", "i", "is", "all")
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "#").startswith(("data:", "#"))
+    assert "url(" not in html and "@import" not in html and "http" not in html.replace("http-equiv", "")
+    assert "\x1b" not in html and "\x00" not in html
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert [one["class"] for one in images] == ["photo", "pixels"]
+    assert all(one["alt"] for one in images)
+    assert images[1]["width"] == "240"
+
+
+def test_a_page_tells_right_from_wrong():
+    four = traces.whole_trace()  # its answer
+    entries = [
+        Entry(four, right_answer="Four."),
+        Entry(four, right_answer="4"),
+        Entry(four, right_answer="4", correct=True),
+    ]
+    page = Page(render_page([*entries, Entry(four)], {"Model": "small", "Date": "2026-11-25"}))
+    assert page.texts("p", "tally") == ["4 questions; 2 of 3 conclusions agree with the right answer"]
+    assert [words(text) for text in page.texts("div", "right")] == [
+        "Right answer Four. agrees",
+        "Right answer 4 does not agree",
+        "Right answer 4 agrees",
+    ]
+    assert page.texts("p", "answer") == ["four"] * 4
+    assert [words(text) for text in page.texts("dl", "facts")] == ["Modelsmall Date2026-11-25"]
+    assert "7,590" in page.texts("dl", "stats")[0] and "65 T" in page.texts("dl", "stats")[0]
+
+
+def test_a_page_holds_a_real_search(tmp_path):
+    model, processor = trained_model()
+    image, question = scene(1)
+    answer = Reasoner(model, processor, search=StageBeam(candidates=2, budget=48)).answer(image, question)
+    path = tmp_path / "folder" / "page.html"
+    write_page(path, [Entry(answer.trace, [image], "two")], {"Model": "shapes"})
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.texts("p", "answer") == [answer.conclusion]
+    assert len(page.texts("li", "candidate")) == 8
+    assert len(page.texts("div", "match")) == 4
+    assert answer.conclusion in printed(answer.trace)
+
+
+def test_a_page_that_cannot_be_written_is_a_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"page\.html cannot be written: "):
+        write_page(tmp_path / "file" / "page.html", [], {})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder cannot be written: "):
+        write_page(tmp_path / "folder", [], {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert path.read_text() == "old"
+    write_text(path, "n\N{LATIN SMALL LETTER E WITH ACUTE}w")
+    assert path.read_bytes() == b"n\xc3\xa9w"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@every_trace
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_text_loses_nothing(trace, width):
+    text = printed(trace, width, right_answer="four")
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "\x1b" not in text and not any(line != line.rstrip() for line in lines)
+    flat = words(text)
+    for stage in trace.stages:
+        for number, one in enumerate(stage.candidates, start=1):
+            assert words(wording.printable(one.text)) in flat
+            name = f"{number} winner" if number == stage.winner + 1 else f"{number}"
+            mean = wording.log_prob(one.mean_log_probability)
+            assert f"{name}: mean log-probability {mean} a token, {wording.counted(one.tokens, 'token')}" in flat
+        for match in stage.matches:
+            assert wording.match_result(match) in flat
+        for verdict in stage.checks + [verdict for match in stage.matches for verdict in match.verdicts]:
+            assert wording.verdict_result(verdict) in flat
+            assert words(wording.printable(verdict.reason or "")) in flat
+            assert wording.neither(verdict) in flat
+    assert f"Answer {words(wording.printable(wording.conclusion_of(trace)))}" in flat
+    assert "Right answer (agrees)" in flat or "Right answer (does not agree)" in flat
+
+
+def test_a_word_longer_than_the_line_is_broken():
+    word = "x" * 300
+    trace = traces.make_trace([traces.StageTrace("whole", [traces.candidate(word)], [], [], 0)])
+    assert printed(trace, 40).replace("\n", "").replace(" ", "").count(word) == 2  # the candidate, and the answer
+
+
+def test_a_match_reads_as_one_line():
+    match = traces.token_match(0, 2, -0.21)
+    assert wording.match_result(match) == "1 against 3 -> 3 wins, margin -0.21"
+    assert wording.verdict_result(match.verdicts[0]) == "1 shown before 3: for 3, vote -0.01"
+    assert wording.verdict_result(match.verdicts[1]) == "3 shown before 1: for 3, vote +0.41"
+    assert wording.neither(match.verdicts[0]) == "3.1% on neither verdict"
+
+
+def test_what_chose_a_winner_is_said():
+    def chosen(name: str) -> str:
+        trace = ALL[name]
+        return wording.how_chosen(trace.stages[0], trace.strategy)
+
+    assert chosen("token") == "4 candidates, 2 wins its matches"
+    assert chosen("scored") == "3 candidates, 3 has the highest mean log-probability"
+    assert chosen("vote") == "3 candidates, 2 has the most common conclusion"
+    assert chosen("greedy") == "one candidate"
+
+
+def test_rounds_are_those_of_the_knockout():
+    stage = traces.token_trace(10).stages[0]
+    rounds = wording.rounds_of(stage)
+    assert [len(matches) for matches, _ in rounds] == [5, 2, 1, 1]
+    assert [len(through) for _, through in rounds] == [0, 1, 1, 0]
+    assert rounds[-1][0][0].winner == stage.winner
+    assert wording.rounds_of(traces.scored_trace().stages[0]) == []

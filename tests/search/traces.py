@@ -1,0 +1,134 @@
+"""Searches made up by hand that hold every variant of what a trace can say."""
+
+import itertools
+
+from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace
+from llava_cot_jax.stages import STAGES
+
+HOSTILE = 'if a < b && c > d: "x" <script>alert(1)</script> [bold red]not markup[/] &amp; \x1b[31mred\x00 {{ 7 * 7 }}'
+"""What must reach a person as it is, but for the two control characters."""
+
+LONG = (
+    "The chart has four bars, one for each quarter; I read their heights from the axis on the left.\n"
+    "Step 1: the first quarter is at 12.5 and the second at 17.0, so 12.5 < 17.0.\n"
+    "Step 2: R&D takes <i>about</i> a third of each bar, the rest is sales & support.\n"
+    "Step 3: the sum of the four bars is 12.5 + 17.0 + 9.5 + 21.0 = 60.0 million.\n\n"
+    "Averaged over the year that is 60.0 / 4 = 15.0 million for each quarter, which lies > 12.5 and < 17.0. "
+    "The third quarter is the lowest by far, and the caption of the chart says why: two plants were closed for repair."
+)
+
+
+def candidate(text: str, mean: float = -0.25, ended: str = "tag", added: str = "") -> CandidateTrace:
+    tokens = max(len(text.split()), 1)
+    return CandidateTrace(text, ended, added, tokens, mean * tokens, mean)
+
+
+def token_match(first: int, second: int, margin: float, decision: str = "judged") -> MatchTrace:
+    """Judged in both orders, with a liking for the first place."""
+    votes = (margin + 0.2, 0.2 - margin)
+    pairs = ((first, second), (second, first))
+    verdicts = [VerdictTrace(*pair, vote, 0.031, None, True) for pair, vote in zip(pairs, votes, strict=True)]
+    return MatchTrace(first, second, margin, decision, first if margin > 0 else second, verdicts)
+
+
+def written_match(first: int, second: int, votes: tuple[float, ...], decision: str = "judged") -> MatchTrace:
+    pairs = ((first, second), (second, first))
+    verdicts = [
+        VerdictTrace(*pair, vote, None, f"Response {1 if vote > 0 else 2} counts <all> bars. {HOSTILE}", vote != 0)
+        for pair, vote in zip(pairs, votes, strict=False)
+    ]
+    margin = (votes[0] - votes[-1]) / 2 if len(votes) > 1 else votes[0]
+    return MatchTrace(first, second, margin, decision, first if margin >= 0 else second, verdicts)
+
+
+def knockout(count: int) -> tuple[list[MatchTrace], int]:
+    """Token matches of ``count`` candidates, an odd one going through, and the winner."""
+    alive, matches, margins = list(range(count)), [], itertools.cycle((-0.21, 0.64, 0.08, -0.93))
+    while len(alive) > 1:
+        pairs = [(alive[i], alive[i + 1]) for i in range(0, len(alive) - 1, 2)]
+        played = [token_match(*pair, next(margins)) for pair in pairs]
+        matches += played
+        alive = alive[len(alive) - len(alive) % 2 :] + [match.winner for match in played]
+    return matches, alive[0]
+
+
+def make_trace(stages: list[StageTrace], strategy: str = "StageBeam(candidates=4)", question: str = HOSTILE) -> Trace:
+    return Trace(
+        question=question,
+        seed=7,
+        strategy=strategy,
+        stages=stages,
+        tower_runs=1,
+        tokens={
+            "prompt": 1650,
+            "winners": 210,
+            "candidates": 1830,
+            "judge fronts": 800,
+            "judge rows": 3100,
+            "reasons": 0,
+        },
+        flops={"vision": 3 * 10**12, "prompt": 27 * 10**12, "winners": 4 * 10**12, "candidates": 31 * 10**12},
+        seconds={"prepare": 0.12, "search": 9.4},
+    )
+
+
+def token_trace(count: int = 4) -> Trace:
+    """Four stages judged by the probabilities of two tokens."""
+    stages = []
+    for stage in STAGES:
+        matches, winner = knockout(count)
+        texts = [f" {stage.lower()} number {i + 1}: {LONG if i % 2 else HOSTILE} </{stage}>" for i in range(count)]
+        candidates = [candidate(text, -0.05 - 0.13 * i) for i, text in enumerate(texts)]
+        if stage == "CONCLUSION":
+            candidates = [candidate(f" {15 + i}.0 million </CONCLUSION>", -0.02 * i) for i in range(count)]
+        stages.append(StageTrace(stage, candidates, [], matches, winner))
+    return make_trace(
+        stages, question="How many million is the average of a quarter, if R&D < sales?\nGive one number."
+    )
+
+
+def rationale_trace() -> Trace:
+    """Reasons are written, each reasoning is checked, and every kind of decision and ending occurs."""
+    matches = [
+        written_match(0, 2, (-1.0, 1.0)),
+        written_match(3, 1, (0.0, 0.0), "scored"),
+        written_match(2, 3, (1.0, 1.0), "checked"),
+    ]
+    checks = [
+        VerdictTrace(i, None, vote, None, f"Step {i + 1} <is> fine. {HOSTILE}", vote != 0)
+        for i, vote in enumerate((1.0, -1.0, 1.0, 0.0))
+    ]
+    candidates = [
+        candidate(f" First. {LONG} </REASONING>", -0.11),
+        candidate(f" Second. {HOSTILE}", -0.52, "budget", "</REASONING>"),
+        candidate(" Third. No way to tell. </REASONING>", -1.9),
+        candidate("", -3.2, "eos", "</REASONING>"),
+    ]
+    reasoning = StageTrace("REASONING", candidates, checks, matches, 2)
+    last = StageTrace("CONCLUSION", [candidate(" B </CONCLUSION>", -0.01)], [], [], 0)
+    return make_trace([reasoning, last], "StageBeam(scorer=Judge(verdict='rationale'))")
+
+
+def scored_trace() -> Trace:
+    """Stages whose winner has the highest mean log-probability: no judge."""
+    stages = [
+        StageTrace(stage, [candidate(f"{stage} {i} </{stage}>", -0.5 + 0.1 * i) for i in range(3)], [], [], 2)
+        for stage in STAGES
+    ]
+    return make_trace(stages, "StageBeam(scorer=LogProbability())")
+
+
+def whole_trace(strategy: str = "MajorityVote(candidates=3)", count: int = 3) -> Trace:
+    """Whole answers: a majority vote, or, with one candidate, a greedy answer."""
+    texts = [
+        f"<SUMMARY> Plan {i}. </SUMMARY>\n\n<CAPTION> {HOSTILE} </CAPTION>\n\n<REASONING> So. </REASONING>\n\n"
+        f"<CONCLUSION> {'four' if i else 'five'} </CONCLUSION>"
+        for i in range(count)
+    ]
+    candidates = [candidate(text, -0.3 + 0.1 * i, "eos") for i, text in enumerate(texts)]
+    return make_trace([StageTrace("whole", candidates, [], [], min(1, count - 1))], strategy)
+
+
+def untagged_trace() -> Trace:
+    """An answer without stages."""
+    return make_trace([StageTrace("whole", [candidate("Just four.", ended="budget")], [], [], 0)], "Greedy(budget=3)")
