@@ -13,6 +13,7 @@ import datetime
 import functools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -108,6 +109,9 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps({**extra, **asdict(answer), "device": jax.devices()[0].device_kind}), flush=True)
         elif asked.right_answer and not options.show_search:
             print(f"(the right answer: {asked.right_answer})", flush=True)
+    for name in ("trace", "page"):
+        if options[name]:
+            print(f"wrote the {name} of the search to {options[name]}", file=sys.stderr)
 
 
 def _parser() -> cli.Parser:

@@ -66,6 +66,10 @@ def _describe_candidate(number: int, candidate: CandidateTrace, stage: StageTrac
     )
     name = Text(f"{number + 1} winner" if won else f"{number + 1}", style=WINNER if won else "")
     yield _line(Text.assemble(name, ": ", facts))
+    texts = [each.text for each in stage.candidates]
+    if (first := texts.index(candidate.text)) < number:
+        yield _Indented(Text(f"the same text as {first + 1}", style=MINOR), 5)
+        return
     text = Text()
     for part, is_tag in wording.split_tags(candidate.text, stage.stage):
         text.append(part, style=MINOR if is_tag else "")
