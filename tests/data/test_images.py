@@ -15,10 +15,12 @@ from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import (
     MllamaImageProcessorPil,
     get_all_supported_aspect_ratios,
+    get_image_size_fit_to_canvas,
+    get_optimal_tiled_canvas,
 )
 
 from llava_cot_jax.data import images
-from llava_cot_jax.data.images import batch_images, check_vision, open_image
+from llava_cot_jax.data.images import batch_images, check_image, check_vision, fit, open_image
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import VisionConfig
 from llava_cot_jax.model.vision import normalize
@@ -312,6 +314,25 @@ def test_tiles_of_other_configurations(height: int, width: int, side: int, tiles
     vision = VisionConfig(image_size=side, max_num_tiles=tiles, supported_aspect_ratios=canvases)
     check_vision(vision)
     check_bytes(vision, noise(height, width))
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True)
+@given(st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from((56, 448, 560)), st.sampled_from((1, 4, 6, 12)))
+def test_canvases_of_all_sizes(height: int, width: int, side: int, tiles: int) -> None:
+    canvas = get_optimal_tiled_canvas(height, width, tiles, side)
+    fitted = get_image_size_fit_to_canvas(height, width, *canvas, side)
+    assert fit(height, width, tiles, side) == ((canvas[0] // side, canvas[1] // side), fitted)
+
+
+def test_an_image_is_checked_by_its_beginning(tmp_path: Path) -> None:
+    content = encode(noise(200, 200))
+    (tmp_path / "cut.png").write_bytes(content[:100])
+    check_image(tmp_path / "cut.png")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(UserError, match="is not an image that can be read"):
+        check_image(tmp_path / "text.png")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        check_image(str(tmp_path / "nowhere"))
 
 
 def test_rows_of_unlike_length() -> None:

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-from transformers.models.mllama.processing_mllama import MllamaProcessor
+from transformers.models.mllama.processing_mllama import (
+    MllamaProcessor,
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
 
 from llava_cot_jax.data.messages import CHAT_TEMPLATE, user_turn
 from llava_cot_jax.data.processor import Processor
@@ -250,6 +256,23 @@ def test_what_a_token_sees(processor: Processor) -> None:
     expected[0, 4:6, 2] = tiles["tall"]
     expected[1, 0:2, 0] = tiles["wide"]
     np.testing.assert_array_equal(batch["cross_attention_mask"], expected)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.booleans(), max_size=12), min_size=1, max_size=4).filter(lambda rows: any(map(any, rows))))
+def test_what_tokens_see_is_what_transformers_lets_them_see(processor: Processor, rows: list[list[bool]]) -> None:
+    """Rows of any length with images anywhere in them, none too."""
+    image = processor.config.image_token_index
+    ids = [[image if pictured else 5 for pictured in row] for row in rows]
+    batch = processor.collate(ids, [[IMAGES["wide"]] * sum(row) for row in rows], length=12)
+    reference = convert_sparse_cross_attention_mask_to_dense(
+        [get_cross_attention_token_mask(row, image) for row in ids],
+        num_tiles=[[2] * sum(row) for row in rows],
+        max_num_tiles=4,
+        length=12,
+    )
+    # transformers lets a lone image be seen from the padding, too.
+    np.testing.assert_array_equal(batch["cross_attention_mask"], reference * batch["attention_mask"][:, :, None, None])
 
 
 @pytest.mark.parametrize("images", [None, [[], []]])

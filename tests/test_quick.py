@@ -1,0 +1,184 @@
+"""What is told at once imports nothing slow, and nothing that answers imports torch.
+
+Seconds are not measured, as they are the machine's: what is imported is looked at.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import llava_cot_jax
+from tests.processes import ROOT, xla_flags
+
+SLOW = ("flax", "grain", "jax", "optax", "orbax", "tensorflow_datasets", "torch", "transformers")
+"""Packages of which each takes between a third of a second and some seconds to import."""
+
+WATCHED = """
+import runpy, sys
+slow, module = sys.argv[1].split(), sys.argv[2]
+del sys.argv[1:3]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+finally:
+    print("imported:", *(name for name in slow if name in sys.modules), file=sys.stderr)
+"""
+
+COMMANDS = ("bench", "convert", "generate", "plan", "prepare", "train")
+
+MODEL = ROOT / "tests" / "fixtures" / "shapes_model"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended.
+
+    Attributes:
+        code: its exit code.
+        out: what it printed.
+        error: what it printed on stderr.
+        imported: which of ``SLOW`` it imported.
+    """
+
+    code: int
+    out: str
+    error: str
+    imported: set[str]
+
+
+WITH_TORCH = os.environ | {"PYTHONPATH": str(ROOT)}
+"""Of a user who has installed it."""
+
+
+def run(command: str, *arguments: str, **environment: str) -> Ended:
+    """Run a command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, " ".join(SLOW), f"llava_cot_jax.{command}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=WITH_TORCH | environment,
+    )
+    error, _, imported = done.stderr.rpartition("imported:")
+    return Ended(done.returncode, done.stdout, error, set(imported.split()))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str) -> None:
+    ended = run(command, "--help")
+    assert ended.code == 0 and ended.out.startswith("usage:")
+    assert not ended.imported
+
+
+ASKED = ["--checkpoint", str(MODEL), "--question", "x"]
+RUN = ["--output", "o", "--init_from", "shapes", "--data", "shapes"]
+RAW = ["--annotations", "no", "--images", "no", "--output", "o"]
+
+WRONG = [
+    *((command, ["--nonsense", "3"], "unrecognized arguments") for command in COMMANDS),
+    ("bench", ["--random", "100m", "--runs", "0"], "runs must be at least 1"),
+    ("bench", ["--random", "100m", "--workload.prompt", "0"], "prompt must be at least 1"),
+    ("convert", ["a", "b", "--dtype", "float8"], "float8"),
+    ("convert", [str(MODEL), "b", "--step", "3"], "--step is for the folder of a training run"),
+    ("generate", [*ASKED, "--temperature", "-1"], "temperature must not be negative"),
+    ("generate", [*ASKED, "--search", "stage_beam", "--candidates", "0"], "candidates must be at least 1"),
+    ("plan", [*RUN, "--topology", "v9-8"], "is no slice"),
+    ("plan", [*RUN, "--topology", "v5e-8", "--lora.rank", "-1"], "lora.rank is -1"),
+    ("prepare", [*RAW, "--max-side", "0"], "max_side is 0"),
+    ("train", [*RUN, "--optimizer.b1", "2"], "b1 is 2"),
+    ("train", [*RUN, "--hosts.count", "2"], "give --hosts.coordinator and --hosts.index too"),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments", "message"), WRONG, ids=[f"{c} {a[-2:]}" for c, a, _ in WRONG])
+def test_a_wrong_argument(command: str, arguments: list[str], message: str) -> None:
+    ended = run(command, *arguments)
+    assert ended.code == 2 and message in ended.error
+    assert not ended.imported
+
+
+MISSING = [
+    ("bench", ["--checkpoint", "./nowhere"], "no such folder: ./nowhere"),
+    ("bench", ["--random", "100m", "--workload", "nowhere.yaml"], "nowhere.yaml"),
+    ("convert", ["nowhere", "out"], "no such folder: nowhere"),
+    ("convert", ["{folder}/shards", "out"], "b.safetensors does not exist"),
+    ("generate", ["--checkpoint", "nowhere", "--question", "x"], "no such folder: nowhere"),
+    ("generate", ["--checkpoint", "{folder}/shards", "--question", "x"], "b.safetensors does not exist"),
+    ("generate", ["--checkpoint", "{folder}/untold", "--question", "x"], "lacks tokenizer.json"),
+    ("generate", [*ASKED, "--image", "nowhere.png"], "image nowhere.png does not exist"),
+    ("generate", [*ASKED, "--search", "stage_beam", "--judge-prompts", "nowhere.yaml"], "nowhere.yaml does not exist"),
+    ("generate", [*ASKED, "--search", "greedy", "--trace", "nowhere/t.json"], "nowhere/t.json cannot be written"),
+    ("plan", ["--config", "nowhere.yaml", "--topology", "v5e-8"], "nowhere.yaml"),
+    ("plan", ["--search", "greedy", "--checkpoint", "nowhere", "--topology", "v5e-8"], "nowhere is no folder"),
+    ("prepare", ["--annotations", "nowhere", "--images", "{folder}", "--output", "o"], "annotations nowhere cannot"),
+    ("prepare", ["--annotations", __file__, "--images", "nowhere.zip", "--output", "o"], "there is no nowhere.zip"),
+    ("prepare", ["--show", "nowhere"], "nowhere is no prepared data set"),
+    ("prepare", ["--show", "shapes", "--checkpoint", "{folder}/untold"], "lacks tokenizer.json"),
+    ("train", ["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ("train", [*RUN[:4], "--data", "nowhere"], "nowhere is no prepared data set"),
+    ("train", [*RUN, "--init_from", "./nowhere"], "no such folder: ./nowhere"),
+    ("train", [*RUN, "--init_from", "{folder}/shards"], "b.safetensors does not exist"),
+    ("train", [*RUN, "--init_from", "{folder}/untold"], "lacks tokenizer.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints, of which one lacks a file of weights, the other its tokenizer."""
+    folder = tmp_path_factory.mktemp("missing")
+    for name in ("shards", "untold"):
+        shutil.copytree(MODEL, folder / name)
+    (folder / "untold" / "tokenizer.json").unlink()
+    (folder / "shards" / "model.safetensors").rename(folder / "shards" / "a.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (folder / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize(("command", "arguments", "message"), MISSING, ids=[f"{c} {a[-2:]}" for c, a, _ in MISSING])
+def test_a_missing_file(folder: Path, command: str, arguments: list[str], message: str) -> None:
+    ended = run(command, *(argument.format(folder=folder) for argument in arguments))
+    assert ended.code == 2 and message in ended.error
+    assert ended.error.startswith("error: ") and ended.error.count("\n") == 1
+    assert not ended.imported
+
+
+SEARCH = ["--search", "stage_beam", "--candidates", "1", "--budget", "2"]
+
+
+@pytest.mark.parametrize("how", [[], pytest.param(SEARCH, marks=pytest.mark.slow)])
+def test_an_answer_takes_no_torch(tmp_path: Path, how: list[str]) -> None:
+    """Even where it is installed, as it is here."""
+    pytest.importorskip("torch")
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    arguments = [*ASKED, "--image", str(tmp_path / "picture.png"), "--dtype", "float32", "--json"]
+    arguments += how or ["--max-new-tokens", "2"]
+    ended = run("generate", *arguments, XLA_FLAGS=xla_flags(devices=1))
+    assert ended.code == 0 and json.loads(ended.out)["text"]
+    assert {"jax", "transformers"} <= ended.imported and "torch" not in ended.imported
+
+
+def test_the_package_alone_imports_nothing_slow() -> None:
+    code = "import sys, llava_cot_jax; llava_cot_jax.StageBeam; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=WITH_TORCH)
+    assert not set(done.stdout.split()) & {*SLOW, "numpy"}
+
+
+def test_every_name_of_the_package() -> None:
+    assert set(llava_cot_jax.__all__) == llava_cot_jax._MODULE_OF.keys() <= set(dir(llava_cot_jax))
+    for name, module in llava_cot_jax._MODULE_OF.items():
+        assert getattr(llava_cot_jax, name).__module__ == module
+    everything: dict[str, object] = {}
+    exec("from llava_cot_jax import *", everything)
+    assert everything.keys() >= set(llava_cot_jax.__all__)
+
+
+def test_a_name_that_the_package_lacks() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
+        llava_cot_jax.Nonsense  # noqa: B018
