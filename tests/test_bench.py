@@ -20,6 +20,8 @@ from llava_cot_jax.benchmark.parts import Bench
 from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.strategies import Judge, StageBeam
+from tests.parity.reference import shortfall
+from tests.parity.test_transformers import OFF
 from tests.processes import ROOT
 from tests.search.models import random_model
 
@@ -120,7 +122,23 @@ def test_logits_are_those_of_transformers():
     """So the baseline has the same weights, and the same question."""
     model, _ = random_model(0, convention="transformers_5")
     off, largest = Baseline(model, WORK, Bench(model, WORK, runs=1).request).parity()
-    assert off < 1e-4 * largest
+    assert off < OFF * largest
+
+
+def test_the_baseline_reads_what_it_has_read_from_its_cache():
+    """One run of the tower and one token a step, as the times claim; and the tokens are those without a cache."""
+    model, _ = random_model(0, convention="transformers_5")
+    baseline = Baseline(model, WORK, Bench(model, WORK, runs=1).request)
+    theirs, inputs = baseline._model, baseline._tensors(baseline._prompt, image=True)
+    runs, read = [], []
+    theirs.model.vision_model.register_forward_pre_hook(lambda *_: runs.append(1))
+    theirs.model.language_model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].shape), with_kwargs=True
+    )
+    out = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, num_return_sequences=1, eos_token_id=-1)
+    assert (len(runs), read) == (1, [(1, WORK.prompt), *[(1, 1)] * 7])
+    batch = {name: x.numpy() for name, x in inputs.items()}
+    assert shortfall(theirs, batch, out[:, WORK.prompt :].numpy()).max() < 2 * OFF
 
 
 def test_a_floor_is_the_larger_of_two():

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import llava_cot_jax
+from llava_cot_jax.model.finding import EMBEDDED_FOLDER
 from tests.processes import ROOT, xla_flags
 
 SLOW = ("flax", "grain", "jax", "optax", "orbax", "tensorflow_datasets", "torch", "transformers")
@@ -31,8 +32,6 @@ finally:
 """
 
 COMMANDS = ("bench", "convert", "generate", "plan", "prepare", "train")
-
-MODEL = ROOT / "tests" / "fixtures" / "shapes_model"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def test_help(command: str) -> None:
     assert not ended.imported
 
 
-ASKED = ["--checkpoint", str(MODEL), "--question", "x"]
+ASKED = ["--checkpoint", "shapes", "--question", "x"]
 RUN = ["--output", "o", "--init_from", "shapes", "--data", "shapes"]
 RAW = ["--annotations", "no", "--images", "no", "--output", "o"]
 
@@ -85,7 +84,7 @@ WRONG = [
     ("bench", ["--random", "100m", "--runs", "0"], "runs must be at least 1"),
     ("bench", ["--random", "100m", "--workload.prompt", "0"], "prompt must be at least 1"),
     ("convert", ["a", "b", "--dtype", "float8"], "float8"),
-    ("convert", [str(MODEL), "b", "--step", "3"], "--step is for the folder of a training run"),
+    ("convert", ["shapes", "b", "--step", "3"], "--step is for the folder of a training run"),
     ("generate", [*ASKED, "--temperature", "-1"], "temperature must not be negative"),
     ("generate", [*ASKED, "--search", "stage_beam", "--candidates", "0"], "candidates must be at least 1"),
     ("plan", [*RUN, "--topology", "v9-8"], "is no slice"),
@@ -104,25 +103,34 @@ def test_a_wrong_argument(command: str, arguments: list[str], message: str) -> N
 
 
 MISSING = [
-    ("bench", ["--checkpoint", "./nowhere"], "no such folder: ./nowhere"),
+    ("bench", ["--checkpoint", "./nowhere"], f"no such folder: {ROOT}/nowhere"),
     ("bench", ["--random", "100m", "--workload", "nowhere.yaml"], "nowhere.yaml"),
-    ("convert", ["nowhere", "out"], "no such folder: nowhere"),
+    ("convert", ["nowhere", "out"], f"no such folder: {ROOT}/nowhere"),
     ("convert", ["{folder}/shards", "out"], "b.safetensors does not exist"),
-    ("generate", ["--checkpoint", "nowhere", "--question", "x"], "no such folder: nowhere"),
+    ("generate", ["--checkpoint", "nowhere", "--question", "x"], f"no such folder: {ROOT}/nowhere"),
     ("generate", ["--checkpoint", "{folder}/shards", "--question", "x"], "b.safetensors does not exist"),
     ("generate", ["--checkpoint", "{folder}/untold", "--question", "x"], "lacks tokenizer.json"),
     ("generate", [*ASKED, "--image", "nowhere.png"], "image nowhere.png does not exist"),
     ("generate", [*ASKED, "--search", "stage_beam", "--judge-prompts", "nowhere.yaml"], "nowhere.yaml does not exist"),
-    ("generate", [*ASKED, "--search", "greedy", "--trace", "nowhere/t.json"], "nowhere/t.json cannot be written"),
+    ("generate", [*ASKED, "--search", "greedy", "--trace", f"{__file__}/t.json"], "t.json cannot be written"),
+    ("generate", [*ASKED, "--search", "greedy", "--page", "tests"], "tests cannot be written: it is a folder"),
     ("plan", ["--config", "nowhere.yaml", "--topology", "v5e-8"], "nowhere.yaml"),
     ("plan", ["--search", "greedy", "--checkpoint", "nowhere", "--topology", "v5e-8"], "nowhere is no folder"),
-    ("prepare", ["--annotations", "nowhere", "--images", "{folder}", "--output", "o"], "annotations nowhere cannot"),
-    ("prepare", ["--annotations", __file__, "--images", "nowhere.zip", "--output", "o"], "there is no nowhere.zip"),
+    (
+        "prepare",
+        ["--annotations", "nowhere", "--images", "{folder}", "--output", "o"],
+        f"annotations {ROOT}/nowhere cannot",
+    ),
+    (
+        "prepare",
+        ["--annotations", __file__, "--images", "nowhere.zip", "--output", "o"],
+        f"there is no {ROOT}/nowhere.zip",
+    ),
     ("prepare", ["--show", "nowhere"], "nowhere is no prepared data set"),
     ("prepare", ["--show", "shapes", "--checkpoint", "{folder}/untold"], "lacks tokenizer.json"),
     ("train", ["--config", "nowhere.yaml"], "nowhere.yaml"),
     ("train", [*RUN[:4], "--data", "nowhere"], "nowhere is no prepared data set"),
-    ("train", [*RUN, "--init_from", "./nowhere"], "no such folder: ./nowhere"),
+    ("train", [*RUN, "--init_from", "./nowhere"], f"no such folder: {ROOT}/nowhere"),
     ("train", [*RUN, "--init_from", "{folder}/shards"], "b.safetensors does not exist"),
     ("train", [*RUN, "--init_from", "{folder}/untold"], "lacks tokenizer.json"),
 ]
@@ -133,7 +141,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints, of which one lacks a file of weights, the other its tokenizer."""
     folder = tmp_path_factory.mktemp("missing")
     for name in ("shards", "untold"):
-        shutil.copytree(MODEL, folder / name)
+        shutil.copytree(EMBEDDED_FOLDER, folder / name)
     (folder / "untold" / "tokenizer.json").unlink()
     (folder / "shards" / "model.safetensors").rename(folder / "shards" / "a.safetensors")
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}

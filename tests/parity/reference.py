@@ -172,7 +172,10 @@ def batch_of_rows(config: HFConfig, seed: int, padding: str) -> dict[str, np.nda
 
 @contextlib.contextmanager
 def under(convention: Convention, model: MllamaForConditionalGeneration) -> Iterator[None]:
-    """Make transformers 5 compute ``model`` by another convention, for a while."""
+    """Make transformers 5 compute ``model`` by another convention, for a while.
+
+    Without a cache: under what name a layer is given one differs between versions of transformers.
+    """
     vision, layer = model.model.vision_model, modeling_mllama.MllamaCrossAttentionDecoderLayer
     taps, forward = vision.intermediate_layers_indices, layer.forward
     try:
@@ -187,14 +190,15 @@ def under(convention: Convention, model: MllamaForConditionalGeneration) -> Iter
 
 
 def _nothing_without_an_image(  # the attention's output, like the MLP's, times whether the token sees an image
-    self, hidden_states, cross_attention_states, cross_attention_mask, full_text_row_masked_out_mask, **kwargs
+    self, hidden_states, cross_attention_states, cross_attention_mask, full_text_row_masked_out_mask, **others
 ):
+    if any(others.get(name) is not None for name in ("cache", "past_key_values")):
+        raise ValueError("the reference under another convention computes without a cache: pass use_cache=False")
     sees = full_text_row_masked_out_mask[:, 0]
     attended, _ = self.cross_attn(
         hidden_states=self.input_layernorm(hidden_states),
         attention_mask=cross_attention_mask,
         cross_attention_states=cross_attention_states,
-        past_key_values=kwargs.get("past_key_values"),
     )
     hidden_states = hidden_states + self.cross_attn_attn_gate.tanh() * sees * attended
     mlp = self.mlp(self.post_attention_layernorm(hidden_states))
@@ -203,16 +207,28 @@ def _nothing_without_an_image(  # the attention's output, like the MLP's, times 
 
 @torch.no_grad()
 def logits_of(model: MllamaForConditionalGeneration, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """float32 [batch, tokens, vocabulary]."""
-    return model(**{name: torch.tensor(x) for name, x in batch.items()}).logits.float().numpy()
+    """float32 [batch, tokens, vocabulary], computed in one pass without a cache."""
+    return model(**{name: torch.tensor(x) for name, x in batch.items()}, use_cache=False).logits.float().numpy()
 
 
-@torch.no_grad()
-def greedy_of(model: MllamaForConditionalGeneration, batch: dict[str, np.ndarray], new: int) -> np.ndarray:
-    """The ``new`` greedy tokens of each row, int [batch, new]; nothing ends an answer."""
-    tensors = {name: torch.tensor(x) for name, x in batch.items()}
-    out = model.generate(**tensors, max_new_tokens=new, do_sample=False, eos_token_id=-1)
-    return out[:, batch["input_ids"].shape[1] :].numpy()
+def and_then(batch: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """``batch``, of rows that end together, and then ``tokens`` [batch, new], which see what its last one sees."""
+    added = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+    if "cross_attention_mask" in batch:
+        added["cross_attention_mask"] = np.repeat(batch["cross_attention_mask"][:, -1:], tokens.shape[1], axis=1)
+    return batch | {name: np.concatenate([batch[name], more], axis=1) for name, more in added.items()}
+
+
+def shortfall(model: MllamaForConditionalGeneration, batch: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """How far each of ``tokens`` [batch, new] is from the likeliest token there, over the largest logit, [batch, new].
+
+    The logits are those of one pass over ``batch``, whose rows end together, and the tokens after it. All zeros are
+    greedy tokens.
+    """
+    logits = logits_of(model, and_then(batch, tokens))
+    given = logits[:, batch["input_ids"].shape[1] - 1 : -1]
+    chosen = np.take_along_axis(given, tokens[:, :, None], axis=2)[:, :, 0]
+    return (given.max(axis=2) - chosen) / np.abs(logits).max()
 
 
 def published_weights(model: MllamaForConditionalGeneration) -> dict[str, np.ndarray]:

@@ -14,14 +14,22 @@ from llava_cot_jax.search.generator import Generator
 from tests.parity.reference import (
     Sizes,
     batch_of_rows,
-    greedy_of,
     logits_of,
     published_weights,
     random_model,
+    shortfall,
     under,
 )
 
 SEEDS = range(8)
+OFF = 1e-4
+"""How far the logits of either may be from the other's, over the largest logit, in float32.
+
+A sum of n products in whichever order is off by about sqrt(n) 2**-24 of its size: 1.4e-6 for the longest here, of 512.
+Two such sums follow each other in each of at most 17 layers, and their errors have any sign: sqrt(34) times that, 8e-6.
+The rest is for norms and softmaxes, which amplify. What a wrong model gives is off by more than 1e-2.
+"""
+
 CONVENTIONS: tuple[Convention, ...] = ("meta", "transformers_4", "transformers_5")
 
 
@@ -60,17 +68,17 @@ def test_logits_at_real_positions(seed, padding):
     layout: Layout = "stacked" if seed % 4 < 2 else "unrolled"
     with under(convention, reference):
         want = logits_of(reference, batch)
-    assert difference(np.asarray(ours(reference, convention, layout=layout)(**batch)), want, batch) < 1e-4
+    assert difference(np.asarray(ours(reference, convention, layout=layout)(**batch)), want, batch) < OFF
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_greedy_tokens(seed):
+    """Each is the likeliest after those before it, or as good as it: within what the logits of either may be off."""
     reference = random_model(Sizes.draw(seed).hf_config(), seed)
-    batch = batch_of_rows(reference.config, seed, "left")  # transformers generates from the last column
-    with under("transformers_5", reference):
-        want = greedy_of(reference, batch, new=20)
-    got = Generator(ours(reference, "transformers_5")).generate(batch, max_new_tokens=20)
-    np.testing.assert_array_equal(got, want)
+    batch = batch_of_rows(reference.config, seed, "left")  # an answer goes on from the last column
+    got = np.asarray(Generator(ours(reference, "transformers_5")).generate(batch, max_new_tokens=20))
+    assert got.shape == (4, 20)
+    assert shortfall(reference, batch, got).max() < 2 * OFF
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -79,7 +87,7 @@ def test_text_alone(seed):
     batch = {k: v for k, v in batch_of_rows(reference.config, seed, "right").items() if k == "attention_mask"}
     batch["input_ids"] = np.random.default_rng(seed).integers(0, 100, batch["attention_mask"].shape)
     want = logits_of(reference, batch)
-    assert difference(np.asarray(ours(reference, "transformers_5")(**batch)), want, batch) < 1e-4
+    assert difference(np.asarray(ours(reference, "transformers_5")(**batch)), want, batch) < OFF
 
 
 @pytest.mark.slow
