@@ -113,11 +113,12 @@ def _check_files(settings: TrainSettings) -> None:
     """Whether the data and the checkpoint are there, before anything slow is imported or fetched.
 
     Raises:
-        UserError: a folder is missing, or a file in it.
+        UserError: a folder is missing, a file in it, or a split of the data.
     """
     from llava_cot_jax.data.processor import check_tokenizer
 
-    open_rows(settings.data, "train")
+    for split in ("train", "validation") if settings.validation_rows else ("train",):
+        open_rows(settings.data, split)
     if folder := named_folder(settings.init_from):
         check_tokenizer(resolve_checkpoint(folder))
 

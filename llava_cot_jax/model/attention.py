@@ -13,8 +13,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as static_masks
 from jax.sharding import AbstractMesh, get_abstract_mesh
 
 from llava_cot_jax.model.sharding import RULES, partition
@@ -131,6 +129,10 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     one a group: a key has 1 in its own, a query has ``HIDDEN`` in those that it does not see. The softmax
     makes an exact 0 of that. 128 entries cost what 80 do, so the vision tower pays nothing for it.
     """
+    # Here, as the imports take a tenth of a second that nothing but a TPU needs.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as static_masks
+
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)

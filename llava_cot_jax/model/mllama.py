@@ -38,11 +38,12 @@ class Mllama(nnx.Module):
     Args:
         config: sizes and convention.
         rngs: where fresh weights come from (the stream ``params``). They are the same in either
-            layout and on any mesh.
+            layout and on any mesh. None where ``arrays`` are given.
         layout: ``"unrolled"``, one array per layer, for decoding; ``"stacked"``, scanned over, for training.
         dtype: of the weights, and so of the activations.
         mesh: where the weights live (``sharding.make_mesh``); None is the default device.
         checkpointing: what of a layer the backward pass finds saved.
+        arrays: weights that are there, by the paths of ``parameters(config, layout)``, in place of fresh ones.
 
     Raises:
         UserError: ``mesh`` does not divide the model.
@@ -56,11 +57,12 @@ class Mllama(nnx.Module):
         self,
         config: MllamaConfig,
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
         layout: Layout = "unrolled",
         dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
         checkpointing: Checkpointing = "none",
+        arrays: dict[str, jax.Array] | None = None,
     ) -> None:
         if mesh is not None:
             check_mesh(config, mesh)
@@ -68,8 +70,12 @@ class Mllama(nnx.Module):
         self.layout: Layout = layout
         self.mesh = mesh
         self.checkpointing: Checkpointing = checkpointing
-        key = rngs.params()
-        self._hold({path: fresh(p, key, jnp.dtype(dtype), mesh) for path, p in parameters(config, layout).items()})
+        if arrays is None:
+            if rngs is None:
+                raise TypeError("give rngs, from which fresh weights are drawn, or arrays")
+            key, table = rngs.params(), parameters(config, layout)
+            arrays = {path: fresh(parameter, key, jnp.dtype(dtype), mesh) for path, parameter in table.items()}
+        self._hold(arrays)
 
     def __call__(
         self,
@@ -242,10 +248,7 @@ class Mllama(nnx.Module):
         checkpointing: Checkpointing = "none",
     ) -> Self:
         """A model of weights that are there: ``arrays`` by the paths of ``parameters(config, layout)``."""
-        make = functools.partial(cls, config, layout=layout, mesh=mesh, checkpointing=checkpointing)
-        model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-        model._hold(arrays)
-        return model
+        return cls(config, arrays=arrays, layout=layout, mesh=mesh, checkpointing=checkpointing)
 
     def _hold(self, arrays: dict[str, jax.Array]) -> None:
         """Take ``arrays``, by their paths, as this module's weights."""

@@ -50,7 +50,7 @@ def pack(rows: Sequence[Sequence[int]], shape: tuple[int, ...] | None = None, ca
         tokens[i, : len(row)] = row
     length = np.array([len(row) for row in rows], np.int32)
     shape = length.shape if shape is None else shape
-    return Pieces(jnp.asarray(tokens.reshape(*shape, width)), jnp.asarray(length.reshape(shape)))
+    return Pieces(jax.device_put(tokens.reshape(*shape, width)), jax.device_put(length.reshape(shape)))
 
 
 def join(pieces: Sequence[Pieces], capacity: int) -> Pieces:

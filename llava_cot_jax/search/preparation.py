@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from llava_cot_jax.data.images import ImageSource
@@ -99,9 +99,9 @@ class Preparation:
         ]
         own_seeds = np.broadcast_to(np.asarray(seeds, np.uint32), len(questions))
         request = Request(
-            inputs={name: jnp.asarray(x) for name, x in inputs.items()},
-            lengths=jnp.asarray(lengths),
-            seeds=jnp.asarray(own_seeds),
+            inputs={name: jax.device_put(x) for name, x in inputs.items()},
+            lengths=jax.device_put(lengths),
+            seeds=jax.device_put(own_seeds),
             question=pack(asked, capacity=bucket(max(map(len, asked)))),
             leads=pack(lead, (len(KINDS), len(given))),
         )
@@ -115,7 +115,7 @@ class Preparation:
         longest = {"the answer": prompt + sum(budget + tags for budget in plan.budgets)}
         if self.judging is not None and plan.judge is not None:
             t = self.judging
-            texts = (2 + int(t.shows.sum(axis=-1).max())) * (max(plan.budgets) + tags)
+            texts = (2 + int(np.asarray(t.shows).sum(axis=-1).max())) * (max(plan.budgets) + tags)
             fixed = sum(piece.capacity for piece in (t.intro, t.middle, t.label, t.between, t.ending))
             reason = plan.judge.reason_tokens if plan.judge.verdict == "rationale" else 0
             longest["a judge's prompt"] = prompt + question + fixed + texts + reason

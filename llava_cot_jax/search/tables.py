@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.errors import UserError
@@ -87,7 +87,7 @@ def stage_tables(processor: Processor, plan: Plan) -> StageTables:
         for state in range(accept + TAILS):
             closings.append([] if stage is None or state >= accept else ids(closing_text(stage, state)))
     count = len(tags)
-    return StageTables(pack(openings, (count, TAILS)), pack(closings, (count, accept + TAILS)), jnp.asarray(readers))
+    return StageTables(pack(openings, (count, TAILS)), pack(closings, (count, accept + TAILS)), jax.device_put(readers))
 
 
 def closing_text(stage: str, state: int) -> str:
@@ -120,12 +120,13 @@ def judge_tables(processor: Processor, plan: Plan, judge: Judge, prompts: JudgeP
     ]
     shape = (len(KINDS), len(stages))
     shows = [[[other in prompts.shown(stage, stages) for other in stages] for stage in stages] for _ in KINDS]
+    checked = [judge.verdict == "rationale" and stage in prompts.checked for stage in stages]
     return JudgeTables(
         **{name: pack(rows, shape) for name, rows in parts.items()},
-        shows=jnp.array(shows),
-        checked=jnp.array([judge.verdict == "rationale" and stage in prompts.checked for stage in stages]),
-        verdicts=jnp.array(_verdict_tokens(processor, stages, prompts), jnp.int32),
-        readers=jnp.asarray(tabulate(automata, entries)[0]),
+        shows=jax.device_put(np.array(shows)),
+        checked=jax.device_put(np.array(checked)),
+        verdicts=jax.device_put(np.array(_verdict_tokens(processor, stages, prompts), np.int32)),
+        readers=jax.device_put(tabulate(automata, entries)[0]),
     )
 
 

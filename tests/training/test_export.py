@@ -148,7 +148,7 @@ def test_another_dtype_and_an_earlier_step(saved, tmp_path):
 class TestRestoring:
     def test_onto_another_mesh(self, saved):
         run, output = saved
-        mesh = MeshSettings(fsdp=4, tensor=2).make()
+        mesh = run_mesh(MeshSettings(fsdp=4, tensor=2))
         program = make_program(run.settings, run.origin.config, mesh, steps=4, steps_per_epoch=4)
         with Checkpoints(output / CHECKPOINTS, KEPT) as checkpoints:
             state = checkpoints.restore(3, program.state)
