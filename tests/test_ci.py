@@ -147,15 +147,24 @@ def test_the_first_command_sets_up_and_one_more_runs_the_tests():
     assert len([line for line in runs if re.search(r"-m pytest( |$)", line)]) == 1
 
 
-def test_ci_runs_the_readme_then_lint_and_types():
-    script = (ROOT / ".ci" / "run").read_text()
-    steps = [
-        "rm -rf .venv",
-        "python3 .ci/readme.py",
-        "ruff check .",
-        "ruff format --check .",
-        "mypy",
-        "git status --porcelain",
-    ]
-    assert [script.index(step) for step in steps] == sorted(script.index(step) for step in steps)
-    subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("echo fine > ignored", 0, "+ .venv/bin/mypy"),
+        ("echo left > 'left over'", 1, '?? "left over"'),
+        ("false", 1, "README.md line 3 failed with exit 1: false"),
+    ],
+)
+def test_ci_runs_the_readme_then_lint_and_types(folder, command, code, said):
+    """It makes the environment anew; what the commands leave behind must be ignored by git."""
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci")
+    (folder / ".venv" / "old").touch()
+    (folder / ".gitignore").write_text(".venv/\nignored\n")
+    tools = "cp /bin/true .venv/bin/ruff && cp /bin/true .venv/bin/mypy"
+    readme = f"```bash\npython3 -m venv --without-pip .venv && {tools} && test ! -e .venv/old\n{command}\n```\n"
+    (folder / "README.md").write_text(readme)
+    for git in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "all"]):
+        subprocess.run(["git", *git], cwd=folder, check=True)
+    done = subprocess.run([folder / ".ci" / "run"], cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr.splitlines()
