@@ -5,14 +5,12 @@ import re
 import runpy
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from llava_cot_jax import cli
 from llava_cot_jax.data.drawn import draw_questions
-from tests.training.small_run import environment
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -54,17 +52,6 @@ def test_a_script_is_there(command):
     assert script.is_file()
     if script.suffix == ".sh":
         subprocess.run(["bash", "-n", script], check=True)
-
-
-@pytest.mark.slow
-def test_the_first_command_trains_and_answers(tmp_path, cache):
-    """But for the environment, which the tests run in, and for most of its steps."""
-    _, _, train = LINES[0].split("&&")
-    few = ["--steps", "2", "--answers", "2", "--validation_rows", "2", "--output", str(tmp_path / "run")]
-    arguments = [sys.executable, *shlex.split(train)[1:], *few]
-    done = subprocess.run(arguments, cwd=ROOT, env=environment(cache), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "conclusions that are the row's own" in done.stdout
 
 
 def test_the_library_in_ten_lines(tmp_path, monkeypatch, capsys):
