@@ -1,0 +1,94 @@
+"""The whole suite with the oldest, or the newest, version of every dependency that pyproject.toml allows.
+
+    python3.11 tests/evidence/versions.py oldest | tee tests/evidence/versions_oldest.txt
+    python3.13 tests/evidence/versions.py newest | tee tests/evidence/versions_newest.txt
+
+The environment is made with the Python that this runs with, in a temporary folder, or in ``--folder``, which is kept.
+Arguments after ``--`` go to pytest, as in ``versions.py oldest -- -m "not slow"``. Where a package is a dependency and
+a pinned reference of the extra ``test`` too, the dependency counts: it is what users have. What dependencies bring
+along is the newest that goes with them. Prints the versions and pytest's closing line, before it what failed.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("end", choices=["oldest", "newest"])
+    parser.add_argument("--folder", type=Path, help="of the environment, made or brought to these versions; kept")
+    parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = given.folder.absolute() if given.folder else Path(scratch)
+        wanted = requirements(given.end)
+        python = make(folder, given.end, wanted)
+        print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; the {given.end} of each")
+        print(f"Python {platform.python_version()}; {versions(python, wanted)}", flush=True)
+        return run(python, given.pytest)
+
+
+def requirements(end: str) -> list[str]:
+    """Of the project and of the extra ``test``, at one end of their bounds: as pip takes them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = {name_of(wanted): wanted for wanted in project["optional-dependencies"]["test"]}
+    found |= {name_of(wanted): wanted for wanted in project["dependencies"]}
+    return [wanted if end == "newest" else at_its_lowest(wanted) for wanted in found.values()]
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def at_its_lowest(requirement: str) -> str:
+    """``name>=1.2,<3`` as ``name==1.2``; a bound is a version that was released."""
+    return re.sub(r">=([^,]+),<.*", r"==\1", requirement)
+
+
+def make(folder: Path, end: str, wanted: list[str]) -> Path:
+    """An environment with these packages and this checkout: its interpreter."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    upgrade = ["--upgrade", "--upgrade-strategy", "eager"] if end == "newest" else []
+    for arguments in (["--upgrade", "pip"], [*upgrade, *wanted], ["--no-deps", "--editable", str(ROOT)]):
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *arguments], check=True, stdout=sys.stderr)
+    subprocess.run([python, "-m", "pip", "check"], check=True, stdout=sys.stderr)
+    return python
+
+
+def versions(python: Path, wanted: list[str]) -> str:
+    """Of what was asked for, by name."""
+    listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True).stdout
+    held = {name_of(package["name"]): package["version"] for package in json.loads(listed)}
+    return ", ".join(f"{name} {held[name]}" for name in sorted(map(name_of, [*wanted, "jaxlib"])))
+
+
+def run(python: Path, arguments: list[str]) -> int:
+    """pytest's exit code, with its closing line, and those of failures, printed."""
+    environment = {name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    environment |= {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": str(python.parents[1])}
+    lines: list[str] = []
+    with subprocess.Popen(
+        [python, "-m", "pytest", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as suite:
+        for line in suite.stdout:
+            print(line, end="", file=sys.stderr)
+            lines.append(line.rstrip())
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    print(*failed, *lines[-1:], sep="\n")
+    return suite.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
