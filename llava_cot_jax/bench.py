@@ -61,7 +61,7 @@ def _bench(options: jsonargparse.Namespace, folder: Path | None) -> None:
 def _parser() -> cli.Parser:
     parser = cli.Parser("bench", "Measure compiled decoding and search against their floors.")
     add = parser.add_argument
-    add("--checkpoint", type=str, help="a folder in Hugging Face form, or an id on the hub")
+    add("--checkpoint", type=str, help="a folder in Hugging Face form, an id on the hub, or shapes")
     add("--random", choices=list(RANDOM), help="random weights of this size, made on the device, instead")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights")
     add("--quantize", choices=["int8"], help="the text layers' weights in int8")
