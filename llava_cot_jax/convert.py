@@ -74,7 +74,11 @@ def _run(options: jsonargparse.Namespace) -> Path | None:
 def _parser() -> cli.Parser:
     parser = cli.Parser("convert", "Write a checkpoint anew.")
     add = parser.add_argument
-    add("source", type=str, help="a folder in Hugging Face form, an id on the hub, shapes, or the folder of a training run")
+    add(
+        "source",
+        type=str,
+        help="a folder in Hugging Face form, an id on the hub, shapes, or the folder of a training run",
+    )
     add("destination", type=str, help="the folder to make; it must not exist, or be empty")
     add(
         "--for",

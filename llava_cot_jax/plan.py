@@ -73,7 +73,12 @@ def _plan_training(argv: Sequence[str], console: Console) -> None:
 def _plan_search(argv: Sequence[str], console: Console) -> None:
     parser = _parser()
     add = parser.add_argument
-    add("--checkpoint", type=str, default="Llama-3.2-11B-Vision-Instruct", help="a folder, a published model's name, or shapes")
+    add(
+        "--checkpoint",
+        type=str,
+        default="Llama-3.2-11B-Vision-Instruct",
+        help="a folder, a published model's name, or shapes",
+    )
     add("--dtype", choices=get_args(Dtype), default="bfloat16", help="of the weights")
     add("--quantize", choices=["int8"], help="the text layers' weights")
     add("--questions", type=int, default=1, help="answered at a time")

@@ -114,7 +114,11 @@ def _parser() -> cli.Parser:
     add("--show", type=str, help='instead: print rows of a prepared directory, or of the "shapes" that come along')
     add("--rows", type=int, default=4, help="how many to show (default: 4)")
     add("--split", type=str, default="train", help="which rows to show (default: train)")
-    add("--checkpoint", type=str, help="a checkpoint whose tokenizer and tiles to show rows with: a folder, an id on the hub, or shapes")
+    add(
+        "--checkpoint",
+        type=str,
+        help="a checkpoint whose tokenizer and tiles to show rows with: a folder, an id on the hub, or shapes",
+    )
     add("--sheet", type=str, default="rows.png", help="the picture of their tiles (default: rows.png)")
     parser.add_class_arguments(ChatSettings, "chat", help="how turns become tokens, where rows are shown")
     return parser

@@ -1,10 +1,11 @@
 """The model that comes with the package, made again: its training, its accuracy, and whether the two are equivalent.
 
-    python tests/evidence/shapes_model.py [--install]
+    python tests/evidence/shapes_model.py [--run FOLDER] [--install]
 
 trains configs/shapes_cpu.yaml as a new user does, with nothing cached, exports the run, and holds the result to the
 shipped model: answers to 1000 pictures of the test split, greedy, by type of question. It then compares logits on 16
-held-out rows with those of transformers. With ``--install`` the result takes the place of the shipped model.
+held-out rows with those of transformers. With ``--run`` it takes a finished run of the configuration and trains none;
+with ``--install`` the result takes the place of the shipped model.
 """
 
 import argparse
@@ -58,18 +59,23 @@ def run(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
-def make(scratch: Path) -> Path:
-    """Train and export the model; its checkpoint's folder."""
+def train(scratch: Path) -> Path:
+    """Train the model; the run's folder."""
     began = time.perf_counter()
     print(run(scratch, "llava_cot_jax.train", "--config", "configs/shapes_cpu.yaml", "--output", str(scratch / "run")))
     print(f"{time.perf_counter() - began:.0f} s in all")
-    curve = losses(scratch / "run")
+    return scratch / "run"
+
+
+def export(trained: Path, scratch: Path) -> Path:
+    """Export the model of a run; its checkpoint's folder."""
+    curve = losses(trained)
     for step in range(100, len(curve) + 1, 100):
         print(f"step {step}: loss {np.mean(curve[step - 100 : step]):.4f}, mean of the last 100")
-    steps = [line for line in metrics(scratch / "run") if "seconds" in line]
+    steps = [line for line in metrics(trained) if "seconds" in line]
     print(f"a step: {np.median([line['seconds'] for line in steps]):.3f} s, the median;", end=" ")
     print(f"waited for data: {sum(line['waiting_seconds'] for line in steps):.1f} s in all\n")
-    run(scratch, "llava_cot_jax.convert", str(scratch / "run"), str(scratch / "made"))
+    run(scratch, "llava_cot_jax.convert", str(trained), str(scratch / "made"))
     # The files beside the weights are the shipped ones, carried along; they are made anew from the code as well.
     (scratch / "beside").mkdir()
     write_companions(
@@ -139,14 +145,15 @@ def hold_to_transformers(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--install", action="store_true", help="put the result in the place of the shipped model")
-    install = parser.parse_args().install
+    parser.add_argument("--run", type=Path, help="the folder of a finished run of configs/shapes_cpu.yaml")
+    options = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "transformers", "torch"))
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {versions}\n")
     with tempfile.TemporaryDirectory() as scratch:
-        made = make(Path(scratch))
+        made = export(options.run or train(Path(scratch)), Path(scratch))
         compare(made)
         hold_to_transformers(made)
-        if install:
+        if options.install:
             for path in made.iterdir():
                 shutil.copyfile(path, EMBEDDED_FOLDER / path.name)
             print(f"installed in {EMBEDDED_FOLDER.relative_to(ROOT)}")
