@@ -103,6 +103,7 @@ def run(command: Command) -> None:
     began = time.monotonic()
     try:
         code = subprocess.run(command.arguments, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode
+        code = 128 - code if code < 0 else code  # ended by a signal: the number that a shell gives
     except OSError as fault:  # no .venv yet
         sys.exit(f"README.md line {command.line} cannot run ({fault}): {command.text}")
     seconds = time.monotonic() - began

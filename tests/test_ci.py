@@ -71,6 +71,12 @@ def test_a_failure_ends_it_and_is_named(folder, failing):
     assert "print(1)" not in done.stdout
 
 
+def test_a_signal_is_told_as_a_shell_tells_it(folder):
+    done = start(folder, "```bash\nkill -TERM $$\n```\n")
+    assert done.returncode != 0
+    assert "README.md line 2 failed with exit 143: kill -TERM $$" in done.stderr
+
+
 def test_a_python_block_that_fails_ends_it(folder):
     done = start(folder, "```python\nraise ValueError('no')\n```\n\n```bash\necho after >> log\n```\n")
     assert done.returncode != 0
