@@ -3,6 +3,7 @@
 Names are imported when they are first used: ``import llava_cot_jax`` alone imports no jax.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,9 @@ _MODULES = {
     "stages": ("find_stages",),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+# Without torch, which nothing here needs, transformers would advise to install it at every start.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def __getattr__(name: str) -> Any:
