@@ -39,6 +39,17 @@ UNKNOWN = re.compile(
 """How jsonargparse says that it does not know an argument."""
 
 
+GOOGLE_PCI_VENDOR = "0x1ae0"
+"""By which jax, too, finds the TPUs of a machine."""
+
+LIBTPU_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
+"""What libtpu asks the environment, and else the network, before it finds that there is no TPU."""
+
+
 class Parser(jsonargparse.ArgumentParser):
     """Arguments with checked types, ``--config FILE.yaml`` and dotted overrides; a mistake is a ``UserError``."""
 
@@ -77,6 +88,7 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> 
         main: the command.
         leave: how to end after Ctrl-C; ``os._exit`` waits for no computation that is under way.
     """
+    _quiet_libtpu()
     try:
         main()
     except UserError as mistake:
@@ -116,6 +128,14 @@ def heard(function: Callable[[], T]) -> T:
 
     Thread(target=work, daemon=True).start()
     return outcome.result()
+
+
+def _quiet_libtpu() -> None:
+    """Keep libtpu from printing what it misses where it is installed on a machine without a TPU."""
+    vendors = (path.read_text().strip() for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
+    if GOOGLE_PCI_VENDOR not in vendors:
+        for name, value in LIBTPU_WITHOUT_TPU.items():
+            os.environ.setdefault(name, value)
 
 
 class RateColumn(ProgressColumn):

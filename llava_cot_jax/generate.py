@@ -196,7 +196,7 @@ def _check_files(options: jsonargparse.Namespace) -> None:
     if options.search:
         JudgePrompts.load(options.judge_prompts)
     for name in ("trace", "page"):
-        if options[name]:
+        if options[name] is not None:
             _check_writable(as_path(options[name]))
 
 

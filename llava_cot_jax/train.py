@@ -117,6 +117,7 @@ def _check_files(settings: TrainSettings) -> None:
     """
     from llava_cot_jax.data.processor import check_tokenizer
 
+    settings.with_absolute_paths()
     for split in ("train", "validation") if settings.validation_rows else ("train",):
         open_rows(settings.data, split)
     if folder := named_folder(settings.init_from):

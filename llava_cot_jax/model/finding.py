@@ -137,7 +137,7 @@ def stated_max_new_tokens(folder: Path) -> int | None:
     if "generation_config.json" not in files_in(folder):
         return None
     stated = read_json(folder / "generation_config.json").get("max_new_tokens")
-    if stated is not None and (not isinstance(stated, int) or stated < 1):
+    if stated is not None and (type(stated) is not int or stated < 1):
         raise UserError(f"{folder / 'generation_config.json'}: max_new_tokens is {stated!r}, which is no count")
     return stated
 

@@ -134,6 +134,7 @@ def prepare() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
+    os.environ.pop("TPU_ACCELERATOR_TYPE", None)  # the slice that is asked for says it
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # where jax has been imported before
