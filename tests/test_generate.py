@@ -190,6 +190,7 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: [*SEARCH, "greedy", "--trace", str(d / "config.json" / "x.json")], "x.json cannot be written"),
         (lambda d, t: [*SEARCH, "greedy", "--trace", str(d)], "it is a folder; name a file"),
         (lambda d, t: [*SEARCH, "greedy", "--page", str(d)], "it is a folder; name a file"),
+        (lambda d, t: [*SEARCH, "greedy", "--page", ""], "a path is empty"),
         (lambda d, t: ["--page", str(t / "x.html")], "--page is of a search"),
         (lambda d, t: ["--show-search"], "--show-search is of a search"),
         (lambda d, t: ["--draw", "2"], "--draw asks its own questions"),

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,13 @@ def test_every_name_of_the_package() -> None:
 def test_a_name_that_the_package_lacks() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
         llava_cot_jax.Nonsense  # noqa: B018
+
+
+def test_libtpu_says_nothing_on_a_machine_without_a_tpu() -> None:
+    """It comes with the extras ``plan`` and ``test``, and by itself prints a trace of what it misses."""
+    assert find_spec("libtpu")
+    environment = {name: value for name, value in WITH_TORCH.items() if name != "JAX_PLATFORMS"}
+    command = [sys.executable, "-m", "llava_cot_jax.generate", "--question", "How many?", "--max-new-tokens", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert " ".join(done.stderr.split()).startswith("No --checkpoint was given") and "TPU" not in done.stderr

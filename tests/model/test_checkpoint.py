@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import checkpoint
 from llava_cot_jax.model.checkpoint import StoredTensor, read_shards, verified_tensors
-from llava_cot_jax.model.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.finding import read_config, resolve_checkpoint, stated_max_new_tokens
 from llava_cot_jax.paths import as_path
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/mllama_tiny"
@@ -251,3 +251,26 @@ class TestConvention:
         assert read_config(tmp_path).convention == "transformers_5"
         assert read_config(tmp_path, "transformers_5").convention == "transformers_5"
         assert read_config(tmp_path, "meta").convention == "meta"
+
+
+class TestStatedLength:
+    def test_the_package_s_own_model(self) -> None:
+        assert stated_max_new_tokens(resolve_checkpoint("shapes")) == 128
+
+    @pytest.mark.parametrize("content", [None, "{}"])
+    def test_none(self, tmp_path: Path, content: str | None) -> None:
+        if content:
+            (tmp_path / "generation_config.json").write_text(content)
+        assert stated_max_new_tokens(tmp_path) is None
+
+    @pytest.mark.parametrize("value", ["0", "true", '"many"', "1.5"])
+    def test_no_count(self, tmp_path: Path, value: str) -> None:
+        (tmp_path / "generation_config.json").write_text(f'{{"max_new_tokens": {value}}}')
+        with pytest.raises(UserError, match=r"generation_config\.json: max_new_tokens is .*, which is no count"):
+            stated_max_new_tokens(tmp_path)
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"is the folder of a training run: .*llava_cot_jax\.convert"):
+        resolve_checkpoint(tmp_path)
