@@ -23,6 +23,8 @@ README = ROOT / "README.md"
 FENCE = re.compile(r"```(\w*)\s*")
 MARK = re.compile(r"<!-- not run in CI: (.+) -->\s*")
 LANGUAGES = ("bash", "python")
+ACTIVATE = "`source .venv/bin/activate`"
+"""What the README says, in a sentence, before the commands that are for an activated environment."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class Command:
         language: ``bash``, for one command, or ``python``, for the code of a whole block.
         text: what a reader types.
         reason: why it does not run here; None where it does.
+        activated: whether the README has told the reader to activate the environment by then.
     """
 
     line: int
     language: str
     text: str
     reason: str | None
+    activated: bool
 
     @property
     def arguments(self) -> list[str]:
@@ -70,10 +74,11 @@ def read_commands(text: str) -> Iterator[Command]:
             sys.exit(f"README.md line {number}: the block has no end")
         reason = mark[1] if mark else None
         if fence[1] == "python":
-            yield Command(number + 1, "python", "\n".join(lines[number:end]), reason)
+            yield Command(number + 1, "python", "\n".join(lines[number:end]), reason, True)
         if fence[1] == "bash":
+            activated = any(ACTIVATE in line for line in lines[:number])
             for line, command in _join(lines[number:end], number + 1):
-                yield Command(line, "bash", command, reason)
+                yield Command(line, "bash", command, reason, activated)
         number = end + 1
 
 
@@ -92,13 +97,15 @@ def _join(lines: list[str], first: int) -> Iterator[tuple[int, str]]:
 
 
 def run(command: Command) -> None:
-    """Run a command with the environment ``.venv`` activated and without input.
+    """Run a command without input, in the environment ``.venv`` where the README has told to activate it.
 
     Raises:
         SystemExit: it fails.
     """
-    environment = os.environ | {"VIRTUAL_ENV": str(ROOT / ".venv")}
-    environment["PATH"] = os.pathsep.join((str(ROOT / ".venv" / "bin"), os.environ.get("PATH", os.defpath)))
+    environment = dict(os.environ)
+    if command.activated:
+        environment["VIRTUAL_ENV"] = str(ROOT / ".venv")
+        environment["PATH"] = os.pathsep.join((str(ROOT / ".venv" / "bin"), os.environ.get("PATH", os.defpath)))
     print(f"+ {command.text}", flush=True)
     began = time.monotonic()
     try:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import jsonargparse
 from rich.console import Console
@@ -57,6 +57,13 @@ class Parser(jsonargparse.ArgumentParser):
         super().__init__(prog=f"python -m llava_cot_jax.{module}", description=description, exit_on_error=False)
         self.add_argument("--config", action="config", help="a YAML file of these arguments; later arguments win")
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse does it, which lets a file through that is no text."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as fault:
+            raise UserError(f"a configuration file is no text in UTF-8: {fault}") from None
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split()).replace("Parser key", "argument")
         raise UserError(text + self._nearest(text)) from None
@@ -70,15 +77,15 @@ class Parser(jsonargparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else ""
 
 
-def configuration_in(arguments: Sequence[str]) -> Path | None:
-    """The file that ``--config`` names among the arguments of a command: the last one; None without any."""
+def configurations_in(arguments: Sequence[str]) -> list[Path]:
+    """The files that ``--config`` names among the arguments of a command."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
+    parser.add_argument("--config", action="append", default=[])
     try:
         known, _ = parser.parse_known_args(list(arguments))
     except SystemExit:  # it lacks its value: the command's own parser will say so
-        return None
-    return None if known.config is None else as_path(known.config)
+        return []
+    return [as_path(name) for name in known.config]
 
 
 def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> None:

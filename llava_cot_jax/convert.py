@@ -14,8 +14,8 @@ from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import Dtype
 from llava_cot_jax.model.config import Convention
-from llava_cot_jax.model.finding import checkpoint_path, read_config, resolve_checkpoint
-from llava_cot_jax.paths import as_path
+from llava_cot_jax.model.finding import read_config, resolve_checkpoint
+from llava_cot_jax.paths import as_path, checkpoint_path
 from llava_cot_jax.training.layout import is_run
 
 _STILL_DIFFERENT = """\

@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,8 +31,8 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_text
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.model.finding import EMBEDDED, read_config, resolve_checkpoint, stated_max_new_tokens
-from llava_cot_jax.paths import as_path
+from llava_cot_jax.model.finding import read_config, resolve_checkpoint, stated_max_new_tokens
+from llava_cot_jax.paths import EMBEDDED, as_path, is_remote
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, chosen
 from llava_cot_jax.search.prompts import DEFAULT_FILE, JudgePrompts
 from llava_cot_jax.search.strategies import Sampling, Strategy
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     config = read_config(folder, options.convention)
     _take_stated_length(options, folder)
     questions = _questions(options)
-    _check_files(options)
+    _check(options)
 
     # The rest takes longer to import than it takes to say what is wrong with what is given.
     from llava_cot_jax.data.processor import Processor
@@ -134,7 +135,7 @@ def _parser() -> cli.Parser:
         "--draw",
         type=int | None,
         default=None,
-        help="draw this number of pictures of coloured shapes, and ask a question about each (default: 1)",
+        help="without --question: draw this number of pictures of coloured shapes, and ask about each (default: 1)",
     )
     add("--draw-to", type=str, default="runs/pictures", help="the folder that takes the drawn pictures")
     add(
@@ -187,14 +188,17 @@ def _take_stated_length(options: jsonargparse.Namespace, folder: Path) -> None:
         options[name] = stated_max_new_tokens(folder)
 
 
-def _check_files(options: jsonargparse.Namespace) -> None:
-    """Whether what is to be read is there, and what is to be written can be: before anything slow is imported."""
+def _check(options: jsonargparse.Namespace) -> None:
+    """Refuse what can be refused before anything slow is imported: files to read, files to write, sizes of a mesh."""
     from llava_cot_jax.data.images import check_image
 
     for image in options.image or []:
         check_image(image)
     if options.search:
         JudgePrompts.load(options.judge_prompts)
+    for axis, size in vars(options.mesh).items():
+        if size is not None and size < 1:
+            raise UserError(f"mesh.{axis} is {size}; it must be at least 1")
     for name in ("trace", "page"):
         if options[name] is not None:
             _check_writable(as_path(options[name]))
@@ -236,8 +240,6 @@ def _questions(options: jsonargparse.Namespace) -> list[Asked]:
         folder, count = options.draw_to, 1 if options.draw is None else options.draw
         drawn = draw_questions(as_path(folder), count, options.seed)
         return [Asked(each.question, str(Path(folder) / each.image.name), each.answer) for each in drawn]
-    if options.draw is not None:
-        raise UserError("--draw asks its own questions: leave out --question, or --draw")
     if len(images) not in (0, 1, len(options.question)):
         raise UserError(f"{len(images)} images for {len(options.question)} questions: give none, one, or one for each")
     own: list[str | None] = [*images] or [None]
@@ -286,13 +288,13 @@ class _Searched:
             (found,) = cli.heard(lambda: answer_prepared(model, self._preparation, questions))
         trace, last = found.trace, found.trace.stages[-1]
         self._done.append((asked, trace))
+        if not options.json:
+            self._print(found, asked.right_answer)
         if options.trace:
             traces = [asdict(trace) for _, trace in self._done]
             write_text(as_path(options.trace), json.dumps(traces, indent=1, ensure_ascii=False))
         if options.page:
             self._write_page(model)
-        if not options.json:
-            self._print(found, asked.right_answer)
         ended = last.candidates[last.winner].ended
         return Answer(found.text, found.stages, ended, trace.tokens, trace.seconds)
 
@@ -363,12 +365,15 @@ class _Streamed:
 
 
 def _check_writable(path: Path) -> None:
-    """Make the folder of a file that is to be written."""
+    """Whether a file can be written; its folder is made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_folder = path.is_dir()
+        if not is_remote(path):
+            tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as fault:
         raise UserError(f"{path} cannot be written: {fault.strerror or fault}") from None
-    if path.is_dir():
+    if is_folder:
         raise UserError(f"{path} cannot be written: it is a folder; name a file")
 
 

@@ -13,6 +13,11 @@ from etils import epath
 
 from llava_cot_jax.errors import UserError
 
+EMBEDDED = "shapes"
+"""Names the small trained model of the shapes world, which comes with the package."""
+
+EMBEDDED_FOLDER = Path(__file__).with_name("shapes_model")
+
 _SCHEME = re.compile(r"([a-zA-Z][\w+.-]*)://?")  # pathlib makes one slash of two
 
 
@@ -61,9 +66,33 @@ def _absolute(name: str) -> Path:
         raise UserError(f"{name} is relative, but the working directory no longer exists: change to another") from None
 
 
+def checkpoint_path(name: str | Path) -> Path:
+    """The absolute path of a checkpoint's folder: of the package's own model, or what ``as_path`` makes of ``name``.
+
+    Raises:
+        UserError: as for ``as_path``.
+    """
+    return EMBEDDED_FOLDER if name == EMBEDDED else as_path(name)
+
+
 def cache_folder() -> Path:
     """The folder of the user's cache that is this package's: below ``XDG_CACHE_HOME``, or below ``~/.cache``."""
     return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llava_cot_jax"
+
+
+def check_folder_can_be_made(folder: Path) -> None:
+    """Whether ``folder`` is one that can be written to, or can be made. In a bucket, only the attempt tells.
+
+    Raises:
+        UserError: it is a file, lies below one, or may not be written to.
+    """
+    if is_remote(folder):
+        return
+    above = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise UserError(f"{folder} cannot be written: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written: {above} is closed to you")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

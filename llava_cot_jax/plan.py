@@ -127,14 +127,14 @@ def _is_search(argv: Sequence[str]) -> bool:
     """Whether the arguments, or a configuration file among them, say ``search``."""
     if any(argument.split("=")[0] == "--search" for argument in argv):
         return True
-    configuration = cli.configuration_in(argv)
-    if configuration is None or not configuration.is_file():
-        return False
-    try:
-        content = yaml.safe_load(configuration.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):  # the parser will say so
-        return False
-    return isinstance(content, dict) and "search" in content
+    for configuration in cli.configurations_in(argv):
+        try:
+            content = yaml.safe_load(configuration.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):  # the parser will say so
+            continue
+        if isinstance(content, dict) and "search" in content:
+            return True
+    return False
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from llava_cot_jax import cli
 from llava_cot_jax.data.settings import ChatSettings, Request
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.finding import named_folder
 from llava_cot_jax.paths import as_path
 
 TO_PREPARE = ("annotations", "images", "output")
@@ -69,10 +70,10 @@ def _prepare(options: jsonargparse.Namespace) -> None:
 
 def _show(options: jsonargparse.Namespace) -> None:
     data = open_rows(options.show, options.split)
-    if options.checkpoint:
+    if options.checkpoint is not None and (folder := named_folder(options.checkpoint)):
         from llava_cot_jax.data.processor import check_tokenizer
 
-        check_tokenizer(as_path(options.checkpoint))
+        check_tokenizer(folder)
 
     from llava_cot_jax.data.chat import Chat, LeftOut
     from llava_cot_jax.data.show import describe, draw_sheet, processor_to_look_with

@@ -22,6 +22,7 @@ from llava_cot_jax import cli
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.finding import named_folder, resolve_checkpoint
+from llava_cot_jax.paths import as_path, check_folder_can_be_made
 from llava_cot_jax.training.layout import CONFIGURATION, is_run, relocated
 from llava_cot_jax.training.settings import TrainSettings
 
@@ -88,14 +89,15 @@ def _where_the_run_lies(settings: TrainSettings, given: Sequence[str]) -> TrainS
         settings: what the arguments come to.
         given: the arguments.
     """
-    configuration = cli.configuration_in(given)
-    if configuration is None or configuration.name != CONFIGURATION or not is_run(configuration.parent):
-        return settings
-    folder = configuration.parent
-    if settings.output != yaml.safe_load(configuration.read_text(encoding="utf-8")).get("output"):
-        return settings  # the user names another folder
-    now = relocated(asdict(settings), folder)
-    return replace(settings, output=str(folder), data=now["data"], init_from=now["init_from"])
+    for configuration in cli.configurations_in(given):
+        folder = configuration.resolve().parent
+        if configuration.resolve().name != CONFIGURATION or not is_run(folder):
+            continue
+        stored = yaml.safe_load(configuration.read_text(encoding="utf-8")).get("output")
+        if settings.output == stored:  # else the user names another folder
+            now = relocated(asdict(settings), folder)
+            return replace(settings, output=str(folder), data=now["data"], init_from=now["init_from"])
+    return settings
 
 
 def _parser() -> cli.Parser:
@@ -117,7 +119,7 @@ def _check_files(settings: TrainSettings) -> None:
     """
     from llava_cot_jax.data.processor import check_tokenizer
 
-    settings.with_absolute_paths()
+    check_folder_can_be_made(as_path(settings.output))
     for split in ("train", "validation") if settings.validation_rows else ("train",):
         open_rows(settings.data, split)
     if folder := named_folder(settings.init_from):

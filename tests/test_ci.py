@@ -51,7 +51,9 @@ def test_commands_run_in_order_in_the_repository(folder):
 
 def test_the_environment_is_active_and_nothing_is_typed(folder):
     done = start(
-        folder, "```bash\npython -c \"import os; print(os.environ['VIRTUAL_ENV'])\"\nwhich python\nwc -c\n```\n"
+        folder,
+        "`source .venv/bin/activate`\n\n```bash\n"
+        "python -c \"import os; print(os.environ['VIRTUAL_ENV'])\"\nwhich python\nwc -c\n```\n",
     )
     assert done.returncode == 0, done.stderr
     assert f"\n{folder}/.venv\n" in done.stdout

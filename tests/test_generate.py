@@ -193,7 +193,6 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: [*SEARCH, "greedy", "--page", ""], "a path is empty"),
         (lambda d, t: ["--page", str(t / "x.html")], "--page is of a search"),
         (lambda d, t: ["--show-search"], "--show-search is of a search"),
-        (lambda d, t: ["--draw", "2"], "--draw asks its own questions"),
         (lambda d, t: ["--image", "a.png", "b.png", "c.png"], "3 images for 1 questions"),
         (lambda d, t: ["--config", str(t / "none.yaml")], "none.yaml"),
     ],

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import llava_cot_jax
-from llava_cot_jax.model.finding import EMBEDDED_FOLDER
+from llava_cot_jax.paths import EMBEDDED_FOLDER
 from tests.processes import ROOT, xla_flags
 
 SLOW = ("flax", "grain", "jax", "optax", "orbax", "tensorflow_datasets", "torch", "transformers")
@@ -86,6 +86,7 @@ WRONG = [
     ("bench", ["--random", "100m", "--workload.prompt", "0"], "prompt must be at least 1"),
     ("convert", ["a", "b", "--dtype", "float8"], "float8"),
     ("convert", ["shapes", "b", "--step", "3"], "--step is for the folder of a training run"),
+    ("generate", [*ASKED, "--mesh.data", "0"], "mesh.data is 0"),
     ("generate", [*ASKED, "--temperature", "-1"], "temperature must not be negative"),
     ("generate", [*ASKED, "--search", "stage_beam", "--candidates", "0"], "candidates must be at least 1"),
     ("plan", [*RUN, "--topology", "v9-8"], "is no slice"),
@@ -129,7 +130,12 @@ MISSING = [
     ),
     ("prepare", ["--show", "nowhere"], "nowhere is no prepared data set"),
     ("prepare", ["--show", "shapes", "--checkpoint", "{folder}/untold"], "lacks tokenizer.json"),
+    ("prepare", ["--show", "shapes", "--checkpoint", "nowhere"], f"no such folder: {ROOT}/nowhere"),
     ("train", ["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ("train", [*RUN, "--output", ""], "a path is empty"),
+    ("train", [*RUN, "--output", f"{__file__}/run"], "is not a folder"),
+    ("train", [*RUN, "--config", "{folder}/binary.yaml"], "no text in UTF-8"),
+    ("generate", [*ASKED, "--search", "stage_beam", "--judge-prompts", "{folder}/binary.yaml"], "binary.yaml"),
     ("train", [*RUN[:4], "--data", "nowhere"], "nowhere is no prepared data set"),
     ("train", [*RUN, "--init_from", "./nowhere"], f"no such folder: {ROOT}/nowhere"),
     ("train", [*RUN, "--init_from", "{folder}/shards"], "b.safetensors does not exist"),
@@ -144,6 +150,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("shards", "untold"):
         shutil.copytree(EMBEDDED_FOLDER, folder / name)
     (folder / "untold" / "tokenizer.json").unlink()
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe\n")
     (folder / "shards" / "model.safetensors").rename(folder / "shards" / "a.safetensors")
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (folder / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))

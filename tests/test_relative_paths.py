@@ -5,14 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
+from llava_cot_jax import Mllama, MllamaConfig, Processor, Reasoner, StageBeam
+from llava_cot_jax.data.drawn import draw_questions
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import as_path, cache_folder
+from llava_cot_jax.paths import EMBEDDED_FOLDER, as_path, cache_folder
+from llava_cot_jax.search.prompts import DEFAULT_FILE
 from llava_cot_jax.training.layout import relocated
+from llava_cot_jax.training.run_folder import differences
+from llava_cot_jax.training.settings import TrainSettings
 from tests.data.raw_set import make_raw_set
 from tests.training.small_run import arguments, environment, losses, write_small
 
@@ -79,9 +85,31 @@ class TestRelocated:
         found = relocated(self.settings(tmp_path / "old"), tmp_path / "new/runs/one")
         assert found["init_from"] == f"{tmp_path}/old/base"
 
+    def test_what_shares_the_root_alone_did_not_move_along(self, tmp_path):
+        given = {"output": "/gone/runs/one", "data": "/elsewhere/tmp", "init_from": "/gone/tmp"}
+        assert relocated(given, Path("/x")) == given
+        assert relocated(given, Path("/x/runs/one")) == given
+
+    def test_a_place_that_is_closed_is_not_there(self, tmp_path, monkeypatch):
+        def refuse(path: Path) -> bool:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "exists", refuse)
+        assert relocated(self.settings(tmp_path), tmp_path / "new/runs/one") == self.settings(tmp_path)
+
     def test_names_stay(self, tmp_path):
         given = {"output": "/gone/run", "data": "shapes", "init_from": "meta-llama/Llama-3.2-11B-Vision-Instruct"}
         assert relocated(given, tmp_path) == given
+
+
+def test_a_copied_run_is_the_same_run():
+    def run(root: str, base: str = "base") -> dict[str, object]:
+        settings = TrainSettings(f"{root}/runs/one", f"{root}/{base}", f"{root}/data")
+        return {"settings": asdict(settings), "data": "a fingerprint"}
+
+    assert differences(run("/old"), run("/new")) == []
+    (told,) = differences(run("/old"), run("/new", "another"))
+    assert told == "init_from was /old/base, now /new/another"
 
 
 class Shell:
@@ -132,6 +160,13 @@ def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_
     printed = moved("train", "--config", f"{name}/config.yaml", "--steps", "6", "--accept_changes", "true")
     assert "going on from step 4" in printed and "init_from" not in printed
     assert len(losses(moved.place / name)) == 6 and not shell.place.exists()
+
+    # Its configuration file counts wherever it stands among others, and by another name.
+    (moved.place / "mehr.yaml").write_text("log_every: 1\n")
+    (moved.place / "Verweis.yaml").symlink_to(moved.place / name / "config.yaml")
+    for more in (["--config", f"{name}/config.yaml", "--config", "mehr.yaml"], ["--config", "Verweis.yaml"]):
+        printed = moved("train", *more, "--steps", "6", "--accept_changes", "true")
+        assert "going on from step 6" in printed
 
     # The base lies where it lay beside the run; then it has gone, and --base says where.
     moved("convert", name, "exportiert/das Modell")
@@ -209,3 +244,22 @@ def test_caches_may_be_named_relatively(shell, tmp_path):
     assert done.returncode == 0, done.stderr
     assert any((shell.place / "kompiliert für später").iterdir())
     assert not os.path.lexists(shell.place / "~")
+
+
+def test_the_library_takes_such_paths_too(tmp_path, monkeypatch):
+    home = tmp_path / PLACE
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    Mllama.from_pretrained("shapes").save_pretrained("~/ein Modell")
+    for path in EMBEDDED_FOLDER.glob("*.json"):
+        shutil.copy(path, home / "ein Modell")
+    (drawn,) = draw_questions(as_path("~/Bilder"), 1, seed=0)
+    shutil.copy(DEFAULT_FILE, home / "Prüfung.yaml")
+    for folder in ("~/ein Modell", f"{PLACE}/ein Modell", f"./{PLACE}/../{PLACE}/ein Modell"):
+        assert MllamaConfig.from_pretrained(folder) == MllamaConfig.from_pretrained("shapes")
+        processor = Processor.from_pretrained(folder)
+        model = Mllama.from_pretrained(folder)
+    reasoner = Reasoner(model, processor, StageBeam(1, budget=4), judge_prompts="~/Prüfung.yaml")
+    for image in (f"~/Bilder/{drawn.image.name}", f"{PLACE}/Bilder/{drawn.image.name}"):
+        assert reasoner.answer(image, drawn.question).text

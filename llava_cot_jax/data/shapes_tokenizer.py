@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_cot_jax.data.shapes import CELL, GROUND, SIDE, ShapesRows
 from llava_cot_jax.data.tokenizer import make_tokenizer
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
-from llava_cot_jax.model.finding import EMBEDDED_FOLDER
+from llava_cot_jax.paths import EMBEDDED_FOLDER
 
 VOCAB_SIZE = 512
 SAMPLES = 512

@@ -1,4 +1,4 @@
-"""A small tokenizer built like Llama 3's, for models that are not Llama: the demo and the tests."""
+"""A small tokenizer built like Llama 3's, for models that are not Llama: those of the shapes world and of the tests."""
 
 from collections.abc import Iterable
 

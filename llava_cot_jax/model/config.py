@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import access, as_path
+from llava_cot_jax.paths import access, checkpoint_path
 
 Convention = Literal["meta", "transformers_4", "transformers_5"]
 """Which of three implementations the weights were trained with.
@@ -314,10 +314,13 @@ class MllamaConfig:
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read ``folder``'s config.json and, where its processor's files state them, the pixel statistics.
 
+        Args:
+            folder: of a checkpoint, or ``"shapes"``, which the package brings.
+
         Raises:
             UserError: no such file, no JSON, or anything that ``from_dict`` refuses.
         """
-        folder = as_path(folder)
+        folder = checkpoint_path(folder)
         config = cls.from_dict(read_json(folder / "config.json"))
         _, stated = image_settings(folder)
         pixels: dict[str, Any] = {k: tuple(stated[k]) for k in ("image_mean", "image_std") if k in stated}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import Convention, MllamaConfig, read_json
-from llava_cot_jax.paths import access, as_path, files_in, is_remote
+from llava_cot_jax.paths import EMBEDDED, access, as_path, checkpoint_path, files_in, is_remote
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -15,25 +15,11 @@ COMPANIONS = ("*.json", "*.jinja", "tokenizer*", "*.txt", "LICENSE*", "USE_POLIC
 """What lies beside the weights and belongs to them: tokenizer, processor, template, licence."""
 
 
-EMBEDDED = "shapes"
-"""Names the small trained model of the shapes world, which comes with the package."""
-
-EMBEDDED_FOLDER = Path(__file__).parents[1] / "shapes_model"
-
-
-def checkpoint_path(name: str | Path) -> Path:
-    """The absolute path of a checkpoint's folder: of the package's own model, or what ``as_path`` makes of ``name``.
-
-    Raises:
-        UserError: as for ``as_path``.
-    """
-    return EMBEDDED_FOLDER if name == EMBEDDED else as_path(name)
-
-
 def absolute_name(name: str) -> str:
     """``name`` with a path in it made absolute; the package's own model, or an id on the hub, stays what it is."""
     path = as_path(name)
-    is_id = _looks_like_hub_id(name) and not path.exists()
+    with access(path):
+        is_id = _looks_like_hub_id(name) and not path.exists()
     return name if name == EMBEDDED or is_id else str(path)
 
 
@@ -76,9 +62,13 @@ def named_folder(path_or_hub_id: str | Path) -> Path | None:
         UserError: neither is there such a folder, nor is it such an id.
     """
     folder = checkpoint_path(path_or_hub_id)
-    if is_remote(folder) or folder.is_dir():
+    if is_remote(folder):
         return folder
-    if folder.is_file():
+    with access(folder):
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    if is_folder:
+        return folder
+    if is_file:
         raise UserError(f"{folder} is a file; give the folder that holds it and its config.json")
     if not isinstance(path_or_hub_id, str) or not _looks_like_hub_id(path_or_hub_id):
         raise UserError(f"no such folder: {folder}")
@@ -180,7 +170,8 @@ def _fetch(hub_id: str) -> Path:
         raise UserError(f"no such folder, nor a valid name of the hub: {hub_id}") from None
     except LocalEntryNotFoundError:
         raise UserError(
-            f"{hub_id} is not in the local cache and the hub cannot be reached: give a local folder, or go online"
+            f"there is no folder {as_path(hub_id)}, and taken for an id of the hub, {hub_id} is not in the local cache "
+            "and the hub cannot be reached: give a local folder, or go online"
         ) from None
     except OSError as fault:  # the hub's HTTP errors are of this kind too
         raise UserError(f"cannot fetch {hub_id} from the hub: {str(fault).splitlines()[0]}") from None

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.model.finding import checkpoint_path, read_config
-from llava_cot_jax.paths import is_remote
+from llava_cot_jax.model.finding import read_config
+from llava_cot_jax.paths import access, checkpoint_path, is_remote
 
 PUBLISHED = {
     "Llama-3.2-11B-Vision": MllamaConfig.llama32_11b,
@@ -24,7 +24,9 @@ def sizes_of(name: str, convention: Convention | None = None) -> MllamaConfig:
         UserError: it is none of them.
     """
     folder = checkpoint_path(name)
-    if is_remote(folder) or folder.is_dir():
+    with access(folder):
+        is_there = is_remote(folder) or folder.is_dir()
+    if is_there:
         return read_config(folder, convention)
     known = PUBLISHED.get(name.rsplit("/", 1)[-1])
     if known is None:

@@ -72,9 +72,9 @@ class JudgePrompts:
         """
         path = as_path(path)
         with access(path):
-            content = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
         try:
-            return cls._from(yaml.safe_load(content))
+            return cls._from(yaml.safe_load(content.decode()))
         except yaml.YAMLError as fault:
             raise UserError(f"{path} is not YAML: {' '.join(str(fault).split())}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as fault:

@@ -35,7 +35,19 @@ def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found, before = dict(settings), Path(settings["output"])
     for name in ("data", "init_from"):
         path = Path(settings[name])
-        if path.is_absolute() and before.is_absolute() and not path.exists() and not is_remote(folder):
-            moved = Path(os.path.normpath(folder / os.path.relpath(path, before)))
-            found[name] = str(moved if moved.exists() else path)
+        if not path.is_absolute() or not before.is_absolute() or is_remote(folder) or _is_there(path):
+            continue  # a name, a path in a bucket, or one that is still right
+        shared = Path(os.path.commonpath((path, before)))
+        above = len(before.relative_to(shared).parts)
+        # What has the root alone in common did not move together; nor is there anything above the root.
+        if shared != Path(shared.anchor) and above < len(folder.parts):
+            moved = folder.parents[above - 1] / path.relative_to(shared) if above else folder / path.relative_to(shared)
+            found[name] = str(moved if _is_there(moved) else path)
     return found
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # that of a colleague, say
+        return False

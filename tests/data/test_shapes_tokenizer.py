@@ -16,9 +16,9 @@ from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.shapes import ShapesRows
 from llava_cot_jax.data.shapes_tokenizer import VOCAB_SIZE, shapes_config, shapes_tokenizer, train_tokenizer
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.finding import EMBEDDED_FOLDER
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
+from llava_cot_jax.paths import EMBEDDED_FOLDER
 from llava_cot_jax.stages import STAGES
 
 TEXTS = [

@@ -18,8 +18,8 @@ from llava_cot_jax.data.shapes_tokenizer import shapes_config
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.finding import EMBEDDED_FOLDER
 from llava_cot_jax.model.sharding import make_mesh, partition
+from llava_cot_jax.paths import EMBEDDED_FOLDER
 from llava_cot_jax.planning.models import sizes_of
 from llava_cot_jax.planning.programs import abstract_batch
 from llava_cot_jax.planning.slices import parse
