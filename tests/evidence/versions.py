@@ -28,15 +28,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("end", choices=["oldest", "newest"])
     parser.add_argument("--folder", type=Path, help="of the environment, made or brought to these versions; kept")
-    parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
-    given = parser.parse_args()
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    given = parser.parse_args(arguments[:end])
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder.absolute() if given.folder else Path(scratch)
         wanted = requirements(given.end)
         python = make(folder, given.end, wanted)
         print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; the {given.end} of each")
         print(f"Python {platform.python_version()}; {versions(python, wanted)}", flush=True)
-        return run(python, given.pytest)
+        return run(python, arguments[end + 1 :])
 
 
 def requirements(end: str) -> list[str]:

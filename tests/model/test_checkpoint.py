@@ -211,9 +211,7 @@ class TestResolve:
 
     def test_hub_id_without_network(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-        with pytest.raises(
-            UserError, match=r"^there is no folder /.*/org/model, .* org/model is not in the local"
-        ):
+        with pytest.raises(UserError, match=r"^there is no folder /.*/org/model, .* org/model is not in the local"):
             resolve_checkpoint("org/model")
 
     def test_hub_cache_without_network(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
