@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 from llava_cot_jax.errors import UserError
@@ -20,7 +21,7 @@ def write_text(path: Path, text: str) -> None:
         with access(path):
             path.write_text(text, encoding="utf-8")
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(text, encoding="utf-8")
@@ -30,3 +31,20 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Whether a file can be written, before the work whose result it takes. Its folder is made.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_folder = path.is_dir()
+        if not is_remote(path):
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as fault:
+        raise UserError(f"{path} cannot be written: {fault.strerror or fault}") from None
+    if is_folder:
+        raise UserError(f"{path} cannot be written: it is a folder; name a file")

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,11 +27,11 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.data.messages import user_turn
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import write_text
+from llava_cot_jax.files import check_writable, write_text
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.finding import read_config, resolve_checkpoint, stated_max_new_tokens
-from llava_cot_jax.paths import EMBEDDED, as_path, is_remote
+from llava_cot_jax.paths import EMBEDDED, as_path
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, chosen
 from llava_cot_jax.search.prompts import DEFAULT_FILE, JudgePrompts
 from llava_cot_jax.search.strategies import Sampling, Strategy
@@ -201,7 +200,7 @@ def _check(options: jsonargparse.Namespace) -> None:
             raise UserError(f"mesh.{axis} is {size}; it must be at least 1")
     for name in ("trace", "page"):
         if options[name] is not None:
-            _check_writable(as_path(options[name]))
+            check_writable(as_path(options[name]))
 
 
 def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:
@@ -362,19 +361,6 @@ class _Streamed:
         counts = {"prompt": int(inputs["attention_mask"].sum()), "new": len(ids)}
         seconds = {"first_token": first or 0.0, "total": time.perf_counter() - began}
         return Answer(text, find_stages(text), ended, counts, seconds)
-
-
-def _check_writable(path: Path) -> None:
-    """Whether a file can be written; its folder is made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_folder = path.is_dir()
-        if not is_remote(path):
-            tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as fault:
-        raise UserError(f"{path} cannot be written: {fault.strerror or fault}") from None
-    if is_folder:
-        raise UserError(f"{path} cannot be written: it is a folder; name a file")
 
 
 if __name__ == "__main__":

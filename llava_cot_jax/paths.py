@@ -18,7 +18,7 @@ EMBEDDED = "shapes"
 
 EMBEDDED_FOLDER = Path(__file__).with_name("shapes_model")
 
-_SCHEME = re.compile(r"([a-zA-Z][\w+.-]*)://?")  # pathlib makes one slash of two
+_SCHEME = re.compile(r"([a-zA-Z][\w+.-]*):(?://|(?<=gs:)/)")  # pathlib makes one slash of two
 
 
 def as_path(text: str | os.PathLike[str]) -> Path:

@@ -13,6 +13,7 @@ from llava_cot_jax import cli
 from llava_cot_jax.data.settings import ChatSettings, Request
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.files import check_writable
 from llava_cot_jax.model.finding import named_folder
 from llava_cot_jax.paths import as_path
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("workers", "allow_missing", "rows"):
         if options[name] < 0:
             raise UserError(f"{name} is {options[name]}; it must be at least 0")
-    if options.show:
+    if options.show is not None:
         _show(options)
     elif missing := [f"--{name}" for name in TO_PREPARE if options[name] is None]:
         raise UserError(f"give {' and '.join(missing)} to prepare data, or --show to look at some")
@@ -69,6 +70,8 @@ def _prepare(options: jsonargparse.Namespace) -> None:
 
 
 def _show(options: jsonargparse.Namespace) -> None:
+    path = as_path(options.sheet)
+    check_writable(path)
     data = open_rows(options.show, options.split)
     if options.checkpoint is not None and (folder := named_folder(options.checkpoint)):
         from llava_cot_jax.data.processor import check_tokenizer
@@ -88,9 +91,8 @@ def _show(options: jsonargparse.Namespace) -> None:
         except LeftOut as reason:
             console.print(f"row {index} ({row.id}) is left out: {reason}", markup=False)
     if rows:
-        sheet, path = draw_sheet(rows, processor.config.vision), as_path(options.sheet)
         try:
-            sheet.save(path, "PNG")
+            draw_sheet(rows, processor.config.vision).save(path, "PNG")
         except OSError as fault:
             raise UserError(f"the picture of the tiles cannot be written to {path}: {fault.strerror}") from None
         print(f"wrote the tiles to {path}")

@@ -89,14 +89,17 @@ def _where_the_run_lies(settings: TrainSettings, given: Sequence[str]) -> TrainS
         settings: what the arguments come to.
         given: the arguments.
     """
-    for configuration in cli.configurations_in(given):
+    if any(argument.split("=")[0] == "--output" for argument in given):
+        return settings
+    for configuration in reversed(cli.configurations_in(given)):
         folder = configuration.resolve().parent
-        if configuration.resolve().name != CONFIGURATION or not is_run(folder):
-            continue
-        stored = yaml.safe_load(configuration.read_text(encoding="utf-8")).get("output")
-        if settings.output == stored:  # else the user names another folder
-            now = relocated(asdict(settings), folder)
-            return replace(settings, output=str(folder), data=now["data"], init_from=now["init_from"])
+        if configuration.resolve().name == CONFIGURATION and is_run(folder):
+            stored = asdict(settings) | yaml.safe_load(configuration.read_text(encoding="utf-8"))
+            if settings.output != stored["output"]:
+                break  # another file names another folder
+            now = relocated(stored, folder)
+            moved = {name: now[name] for name in ("data", "init_from") if getattr(settings, name) == stored[name]}
+            return replace(settings, output=str(folder), **moved)
     return settings
 
 
@@ -123,7 +126,7 @@ def _check_files(settings: TrainSettings) -> None:
     for split in ("train", "validation") if settings.validation_rows else ("train",):
         open_rows(settings.data, split)
     if folder := named_folder(settings.init_from):
-        check_tokenizer(resolve_checkpoint(folder))
+        check_tokenizer(folder if settings.random_init else resolve_checkpoint(folder))
 
 
 def _check_hosts(hosts: jsonargparse.Namespace) -> None:

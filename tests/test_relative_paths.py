@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,8 @@ from llava_cot_jax.data.drawn import draw_questions
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import EMBEDDED_FOLDER, as_path, cache_folder
 from llava_cot_jax.search.prompts import DEFAULT_FILE
+from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.layout import relocated
-from llava_cot_jax.training.run_folder import differences
-from llava_cot_jax.training.settings import TrainSettings
 from tests.data.raw_set import make_raw_set
 from tests.training.small_run import arguments, environment, losses, write_small
 
@@ -102,14 +100,41 @@ class TestRelocated:
         assert relocated(given, tmp_path) == given
 
 
-def test_a_copied_run_is_the_same_run():
-    def run(root: str, base: str = "base") -> dict[str, object]:
-        settings = TrainSettings(f"{root}/runs/one", f"{root}/{base}", f"{root}/data")
-        return {"settings": asdict(settings), "data": "a fingerprint"}
+class TestConfigurationOfARun:
+    @pytest.fixture
+    def moved(self, tmp_path, monkeypatch) -> Path:
+        """A run that lay in ``old``, with a base beside it, and has moved to ``new``."""
+        (tmp_path / "new/runs/one/checkpoints").mkdir(parents=True)
+        (tmp_path / "new/base").mkdir()
+        old = tmp_path / "old"
+        content = f"output: {old}/runs/one\ninit_from: {old}/base\ndata: {old}/data\n"
+        (tmp_path / "new/runs/one/config.yaml").write_text(content)
+        (tmp_path / "more.yaml").write_text("steps: 9\n")
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
 
-    assert differences(run("/old"), run("/new")) == []
-    (told,) = differences(run("/old"), run("/new", "another"))
-    assert told == "init_from was /old/base, now /new/another"
+    @pytest.mark.parametrize("more", [[], ["--config", "more.yaml"], ["--steps", "9"]])
+    def test_it_goes_on_where_it_lies(self, moved, more):
+        settings, _ = read_arguments(["--config", "new/runs/one/config.yaml", *more])
+        assert settings.output == str(moved / "new/runs/one") and settings.init_from == str(moved / "new/base")
+        assert settings.data == f"{moved}/old/data" and settings.steps == (9 if more else None)
+
+    @pytest.mark.parametrize("output", ["old/runs/one", "elsewhere"])
+    def test_an_output_that_is_given_counts(self, moved, output):
+        for given in (["--output", output], [f"--output={output}"]):
+            assert read_arguments(["--config", "new/runs/one/config.yaml", *given])[0].output == output
+        (moved / "more.yaml").write_text("output: elsewhere\n")
+        settings, _ = read_arguments(["--config", "new/runs/one/config.yaml", "--config", "more.yaml"])
+        assert settings.output == "elsewhere"
+
+    def test_a_path_that_is_given_counts(self, moved):
+        settings, _ = read_arguments(["--config", "new/runs/one/config.yaml", "--init_from", "/old/base"])
+        assert settings.init_from == "/old/base"
+
+    def test_the_last_of_two_runs_counts(self, moved):
+        shutil.copytree(moved / "new/runs/one", moved / "new/runs/two")
+        given = ["--config", "new/runs/one/config.yaml", "--config", "new/runs/two/config.yaml"]
+        assert read_arguments(given)[0].output == str(moved / "new/runs/two")
 
 
 class Shell:

@@ -23,7 +23,7 @@ from llava_cot_jax.model.checkpoint import (
 )
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.finding import INDEX_FILE, SINGLE_FILE, companions
-from llava_cot_jax.paths import access, bucket_files, is_remote
+from llava_cot_jax.paths import access, bucket_files, check_folder_can_be_made, is_remote
 
 MAX_FILE_BYTES = 5_000_000_000
 _FORMAT_NAMES = {dtype: name for name, dtype in FORMAT_DTYPES.items()}
@@ -158,7 +158,10 @@ def _on_disk(folder: Path, nbytes: int) -> Iterator[Path]:
     """A hidden folder beside ``folder`` that takes its place when the block ends well, and else is deleted."""
     folder = folder.resolve()  # a symbolic link that is named stays one
     partial = folder.with_name(f".{folder.name}.partial")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    with access(folder):
+        check_folder_can_be_made(folder.parent)
+        is_taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if is_taken:
         raise UserError(f"{folder} exists and is not empty: name another folder, or remove it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

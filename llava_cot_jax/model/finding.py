@@ -23,13 +23,17 @@ def absolute_name(name: str) -> str:
     return name if name == EMBEDDED or is_id else str(path)
 
 
-def find_checkpoint(path_or_hub_id: str | Path) -> Path:
+def find_checkpoint(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     """The folder that ``resolve_checkpoint`` takes, whatever it holds.
+
+    Args:
+        path_or_hub_id: as for ``resolve_checkpoint``.
+        weights: whether they are fetched from the hub too.
 
     Raises:
         UserError: no such folder; a bucket or repository that is unknown, closed or out of reach.
     """
-    return named_folder(path_or_hub_id) or _fetch(str(path_or_hub_id))
+    return named_folder(path_or_hub_id) or _fetch(str(path_or_hub_id), weights)
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
@@ -144,7 +148,7 @@ def _looks_like_hub_id(name: str) -> bool:
     return named and not Path(organisation).exists()
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, weights: bool) -> Path:
     """The snapshot of a repository of the hub, from the local cache where the network is off."""
     import huggingface_hub
     from huggingface_hub.errors import (
@@ -155,8 +159,9 @@ def _fetch(hub_id: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    patterns = [*(["*.safetensors"] if weights else []), *COMPANIONS]
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=["*.safetensors", *COMPANIONS]))
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
     except IncompleteSnapshotError as fault:
         # A cache filled by another program may lack a licence text and still hold all that is read here.
         return Path(fault.snapshot_path)

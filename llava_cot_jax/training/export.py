@@ -17,6 +17,7 @@ from llava_cot_jax.model.export import Entry, read_whole, write_checkpoint
 from llava_cot_jax.model.finding import companions, read_config, resolve_checkpoint
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
+from llava_cot_jax.paths import EMBEDDED
 from llava_cot_jax.training import checkpoints
 from llava_cot_jax.training.checkpoints import read_arrays, read_run, steps_in, stored_arrays
 from llava_cot_jax.training.checksums import find_damage
@@ -117,6 +118,8 @@ class RunExport:
         """Every published tensor, in the order of the stacked layout."""
         table, scale = parameters(self.config, "stacked"), LoraSettings(**self._settings["lora"]).scale
         frozen = self._frozen() if table.keys() - trained.keys() else None
+        if frozen is None and self._base:
+            raise UserError("--base is of no use here: the run trained every parameter; leave it out")
         for group in _groups(table, trained):
             held = read_arrays(self._checkpoint, wanted) if (wanted := _stored(group, trained)) else {}
             for path in group:
@@ -132,7 +135,7 @@ class RunExport:
 
     def _frozen(self) -> Callable[[str], np.ndarray]:
         """Reads a published tensor of what the run started from."""
-        if self._settings.get("random_init"):
+        if self._settings.get("random_init", self._settings["init_from"] == EMBEDDED):
             fresh: dict[str, Any] = flatten(Mllama(self.config, rngs=nnx.Rngs(self._settings["seed"])).params)
             return lambda name: np.asarray(fresh[name])
         base = self._base or self._settings["init_from"]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_cot_jax.paths import is_remote
+from llava_cot_jax.paths import access, is_remote
 
 CONFIGURATION = "config.yaml"
 """All settings of the run; ``train --config`` takes it."""
@@ -19,7 +19,8 @@ MODEL = "model"
 
 def is_run(folder: Path) -> bool:
     """Whether this is the folder of a run."""
-    return (folder / CHECKPOINTS).is_dir()
+    with access(folder):
+        return (folder / CHECKPOINTS).is_dir()
 
 
 def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:

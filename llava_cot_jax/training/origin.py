@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from llava_cot_jax.data.companions import write_json
 from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.model.config import Convention
-from llava_cot_jax.model.finding import companions, read_config, resolve_checkpoint
+from llava_cot_jax.model.finding import companions, find_checkpoint, read_config, resolve_checkpoint
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten
 from llava_cot_jax.model.weights import OnProgress, load_arrays
@@ -35,7 +35,7 @@ class Origin:
     """
 
     def __init__(self, init_from: str, convention: Convention | None, random_init: bool = False) -> None:
-        self.folder = resolve_checkpoint(init_from)
+        self.folder = find_checkpoint(init_from, weights=False) if random_init else resolve_checkpoint(init_from)
         self.config = read_config(self.folder, convention)
         self.processor = Processor.from_pretrained(self.folder)
         self.random_init = random_init

@@ -1,6 +1,5 @@
 """The folder of a run: its configuration, the files of its model, checkpoints and metrics."""
 
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,20 +57,12 @@ def describe(settings: TrainSettings, data: str) -> dict[str, Any]:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What comes out otherwise in two descriptions of a run: "optimizer.learning_rate was 0.003, now 0.001"."""
     old, new = ({**_flat(found["settings"]), "the data's batches": found["data"]} for found in (before, now))
-    names = sorted((old.keys() | new.keys()) - RUNNING - ({"init_from"} if _same_base(old, new) else set()))
+    names = sorted((old.keys() | new.keys()) - RUNNING)
     return [
         f"{name} was {old.get(name, 'not known')}, now {new.get(name, 'not known')}"
         for name in names
         if old.get(name) != new.get(name)
     ]
-
-
-def _same_base(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether what two runs start from lies at the same place as seen from their folders: one may be a copy."""
-    paths = [Path(settings[name]) for settings in (old, new) for name in ("init_from", "output")]
-    if not all(path.is_absolute() for path in paths):
-        return False
-    return os.path.relpath(*paths[:2]) == os.path.relpath(*paths[2:])
 
 
 def other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

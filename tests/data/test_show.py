@@ -82,7 +82,7 @@ def test_the_command_says_what_is_left_out_and_follows_the_settings(tmp_path, ca
         (["--show", "shapes", "--split", "tst"], "no split 'tst'"),
         (["--show", "shapes", "--rows", "-1"], "rows is -1"),
         (["--show", "shapes", "--chat.variant", "tagged"], "chat.variant"),
-        (["--show", "shapes", "--sheet", "/nowhere/sheet.png"], "/nowhere/sheet.png: No such file"),
+        (["--show", "shapes", "--sheet", "/proc/sheet.png"], "proc/sheet.png cannot be written"),
         (["--annotations", "train.jsonl"], "give --images and --output"),
     ],
 )

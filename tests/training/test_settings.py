@@ -1,6 +1,7 @@
 """Every configuration builds; every field of one changes something; mistakes are named."""
 
 import re
+import shutil
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,14 @@ def test_each_field_of_the_data_changes_it(tmp_path):
     for name, value in LOADED.items():
         if name != "data":
             assert fingerprint(changed(BASE, name, value)) != before, name
+
+
+def test_random_weights_need_none_on_the_disk(tmp_path):
+    for path in EMBEDDED_FOLDER.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    assert Origin(str(tmp_path), None, random_init=True).config == shapes_config()
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors files"):
+        Origin(str(tmp_path), None)
 
 
 @pytest.mark.slow
