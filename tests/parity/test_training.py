@@ -50,7 +50,7 @@ def of_torch(reference, batch: dict[str, np.ndarray], frozen: set[str]) -> tuple
         lr=SETTINGS.learning_rate,
     )
     inputs = {name: torch.tensor(x) for name, x in batch.items() if name not in ("loss_mask", "stage")}
-    logits = reference(**inputs).logits[:, :-1]
+    logits = reference(**inputs, use_cache=False).logits[:, :-1]
     chosen = torch.tensor(batch["loss_mask"][:, 1:])
     loss = torch.nn.functional.cross_entropy(logits[chosen], inputs["input_ids"][:, 1:][chosen])
     loss.backward()
