@@ -117,12 +117,16 @@ def attended(attend, mask, q, k, v, change, mesh=None) -> list[np.ndarray]:
     return [np.asarray(x, np.float32) for x in run(*given)]
 
 
-def assert_same(got, want, some, atol=1e-5):
-    """Values where a query sees a key, all gradients; and that what is discarded is finite."""
+def assert_same(got, want, some):
+    """Values where a query sees a key, all gradients; and that what is discarded is finite.
+
+    The bound is over the largest of what is compared: a sum of n products in whichever order is off by about
+    sqrt(n) 2**-24 of its size, 1.4e-6 for the most keys here, of 520, and three sums follow each other in a gradient.
+    """
     assert all(np.isfinite(x).all() for x in got)
     got[0], want[0] = (x * some[:, None, :, None] for x in (got[0], want[0]))
     for a, b, name in zip(got, want, ("values", "dq", "dk", "dv"), strict=True):
-        np.testing.assert_allclose(a, b, atol=atol, err_msg=name)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "blocks" not in name])

@@ -79,9 +79,13 @@ def test_rotation_turns_halves_and_tells_far_positions_apart():
     positions = np.array([[256, 257]])
     got = np.asarray(rotate(jnp.asarray(x), *rotation(jnp.asarray(positions), config)))
     turned = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * positions[..., None] * rope_frequencies(config))[:, None]
-    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+    # An angle, of up to 257 radians, is rounded twice: its frequency, and itself. The turned has up to sqrt(2) of x.
+    largest = np.abs(x).max()
+    angle = 257 * 2 * 2**-24 * np.sqrt(2) * largest
+    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), rtol=0, atol=angle)
     bf16 = rotate(jnp.asarray(x, jnp.bfloat16), *rotation(jnp.asarray(positions), config))
-    np.testing.assert_allclose(np.asarray(bf16, np.float32), got, atol=0.03)
+    # What is turned and what comes of it are rounded to 8 bits.
+    np.testing.assert_allclose(np.asarray(bf16, np.float32), got, rtol=0, atol=2 * 2**-9 * np.sqrt(2) * largest)
 
 
 @pytest.mark.parametrize(
@@ -114,5 +118,9 @@ def test_attention_in_two_parts_is_attention_over_the_joined_cache(questions, ca
         start = rng.integers(0, room - tokens + 1, (rows, 1, 1))
         mine = np.arange(room) <= start + np.arange(tokens)[:, None]  # [rows, tokens, room]
         got, want = both_ways(q, shared, own, before, mine)
+        # A score, a sum of ``dim`` products, is off by up to ``dim`` 2**-24 of their magnitudes, here and there; a
+        # softmax turns that into as large a share of a weight, above and below its fraction.
         largest = max(np.abs(shared[1]).max(), np.abs(own[1]).max())
-        np.testing.assert_allclose(got, want, atol=1e-5 * largest)
+        size = np.linalg.norm(q, axis=-1).max() / np.sqrt(dim)
+        size *= max(np.linalg.norm(keys, axis=-1).max() for keys in (shared[0], own[0]))
+        np.testing.assert_allclose(got, want, rtol=0, atol=4 * dim * 2**-24 * max(1, size) * largest)

@@ -130,7 +130,8 @@ def test_adapters_are_alone_in_their_checkpoint_and_merged_in_the_export(small_f
         if projection + "lora_a" in wanted:
             adapted += 1
             expected += 2.0 * wanted[projection + "lora_b"].astype(float) @ wanted[projection + "lora_a"].astype(float)
-        np.testing.assert_allclose(tensor, expected, rtol=1e-6, atol=1e-6, err_msg=name)
+        # Sums of a handful of products, in float32 where ``expected`` is in float64.
+        np.testing.assert_allclose(tensor, expected, rtol=0, atol=2**-20 * np.abs(expected).max(), err_msg=name)
     assert adapted == sum(len(run.program.table[path].tensors) for path in held) // 2
 
 

@@ -72,8 +72,10 @@ def test_in_float32_it_is_optax_adamw():
 
     for i in range(5):
         params, state = step(draw(100 + i), state, params)
+    # In each of 5 steps a parameter is rounded once, and its update, of up to some learning rates, a few times.
     for name in TABLE:
-        np.testing.assert_allclose(got[name], params[name], rtol=1e-6)
+        size = np.abs(params[name]).max() + 10 * 1e-2
+        np.testing.assert_allclose(got[name], params[name], rtol=0, atol=5 * 2**-24 * size)
 
 
 def test_weight_decay_leaves_norms_alone_in_stacks_too():
