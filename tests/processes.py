@@ -15,6 +15,6 @@ def xla_flags(devices: int, *, quick: bool = True) -> str:
     flags = [f"--xla_force_host_platform_device_count={devices}"]
     if quick:
         flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-        if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # from there on XLA ends at a flag that is gone
+        if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones end on a flag that is gone
             flags += ["--xla_cpu_use_fusion_emitters=false"]
     return " ".join(flags)

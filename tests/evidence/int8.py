@@ -23,21 +23,20 @@ from llava_cot_jax.data.shapes import ShapesRows
 from llava_cot_jax.evaluation.held_out import answer_rows, share
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.search.generator import Generator
-from tests.search.models import TRAINED
 
 ROWS = 64
 
 
 def main() -> None:
     print(f"{datetime.date.today()}; jax {version('jax')}; {jax.devices()[0].device_kind}")
-    processor, rows = Processor.from_pretrained(TRAINED), ShapesRows("test")
+    processor, rows = Processor.from_pretrained("shapes"), ShapesRows("test")
     chat = Chat(processor, ChatSettings())
     talks = [chat.encode(rows.turns(i)[:1]) for i in range(ROWS)]
     batch = processor.collate([talk.ids for talk in talks], [[rows[i].image] for i in range(ROWS)])
     trained = np.zeros(batch["input_ids"].shape, bool)
     for row, talk in zip(trained, talks, strict=True):
         row[: len(talk.ids) - 1] = np.asarray(talk.loss_mask)[1:]
-    model = Mllama.from_pretrained(TRAINED, dtype="bfloat16")
+    model = Mllama.from_pretrained("shapes", dtype="bfloat16")
     compare("trained shapes model", model, batch, trained, lambda: conclusions(model, processor, rows))
 
     wide = random_model("100m", jnp.bfloat16, None)

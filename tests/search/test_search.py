@@ -25,7 +25,7 @@ from llava_cot_jax.search.strategies import (
 )
 from llava_cot_jax.stages import STAGES
 from tests.search import brute_force
-from tests.search.models import TRAINED, random_model, scene, trained_model
+from tests.search.models import random_model, scene, trained_model
 
 TOKEN = Judge("token")
 RATIONALE = Judge("rationale", reason_tokens=12, check_tokens=9, temperature=0.9)
@@ -238,8 +238,8 @@ def test_the_program_sees_the_images_once(ending, prompts, name):
 @pytest.mark.slow
 def test_a_search_in_bfloat16(prompts):
     """As most checkpoints are: candidates, rows of the judge and reasons, of two questions at once."""
-    model = Mllama.from_pretrained(TRAINED, dtype="bfloat16")
-    reasoner = Reasoner(model, Processor.from_pretrained(TRAINED), StageBeam(2, SHORT, budget=6), prompts)
+    model = Mllama.from_pretrained("shapes", dtype="bfloat16")
+    reasoner = Reasoner(model, Processor.from_pretrained("shapes"), StageBeam(2, SHORT, budget=6), prompts)
     for answer in reasoner.answer_batch(*zip(scene(0), scene(1), strict=True)):
         assert [stage.stage for stage in answer.trace.stages] == list(STAGES)
         scores = [c.mean_log_probability for stage in answer.trace.stages for c in stage.candidates]
