@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,6 +22,7 @@ from tests.data.raw_set import encode, make_raw_set, noise, unusual_images
 ENTRY = Entry(1, 0, "id", "sqa", "sqa/1.png", Member("sqa/1.png", 10, 0), 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50)), st.integers(1, 100), st.integers(1, 6))
 def test_shards_are_full_and_in_order(sizes: list[int], max_bytes: int, max_rows: int) -> None:
     entries = [replace(ENTRY, line=i, image=Member("", size, 0)) for i, size in enumerate(sizes)]

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_cot_jax.data.zip_parts import PartsFile, find_parts, open_zip
@@ -28,6 +28,7 @@ def parts(raw: RawSet, tmp_path: Path) -> list[Path]:
 
 
 class TestPartsFile:
+    @settings(deadline=None)
     @given(
         contents=st.lists(st.binary(max_size=40), min_size=1, max_size=6),
         steps=st.lists(
