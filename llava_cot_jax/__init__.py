@@ -8,24 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava_cot_jax.data.messages import user_turn
-    from llava_cot_jax.data.processor import Processor
     from llava_cot_jax.errors import UserError
+    from llava_cot_jax.inference.generator import Generator
+    from llava_cot_jax.inference.settings import Sampling
     from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.model.sharding import make_mesh
-    from llava_cot_jax.search.generator import Generator
+    from llava_cot_jax.processing.messages import user_turn
+    from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.reasoner import Answer, Reasoner
-    from llava_cot_jax.search.strategies import (
-        BestOfN,
-        Greedy,
-        Judge,
-        LogProbability,
-        MajorityVote,
-        Sample,
-        Sampling,
-        StageBeam,
-    )
+    from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
     from llava_cot_jax.stages import find_stages
 
 __all__ = [
@@ -52,13 +44,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "data.messages": ("user_turn",),
-    "data.processor": ("Processor",),
+    "processing.messages": ("user_turn",),
+    "processing.processor": ("Processor",),
     "errors": ("UserError",),
     "model.config": ("MllamaConfig", "TextConfig", "VisionConfig"),
     "model.mllama": ("Mllama",),
     "model.sharding": ("make_mesh",),
-    "search.generator": ("Generator",),
+    "inference.generator": ("Generator",),
+    "inference.settings": ("Sampling",),
     "search.reasoner": ("Answer", "Reasoner"),
     "search.strategies": (
         "BestOfN",
@@ -67,7 +60,6 @@ _MODULES = {
         "LogProbability",
         "MajorityVote",
         "Sample",
-        "Sampling",
         "StageBeam",
     ),
     "stages": ("find_stages",),

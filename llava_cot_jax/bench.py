@@ -14,7 +14,7 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.benchmark.workload import RANDOM, Workload
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
 
 if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama

@@ -12,9 +12,9 @@ import jsonargparse
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
 from llava_cot_jax.model.choices import Dtype
 from llava_cot_jax.model.config import Convention
-from llava_cot_jax.model.finding import read_config, resolve_checkpoint
 from llava_cot_jax.paths import as_path, checkpoint_path
 from llava_cot_jax.training.layout import is_run
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = resolve_checkpoint(options.source)
         config = read_config(folder, options.convention)
 
-        from llava_cot_jax.model.export import convert_checkpoint
+        from llava_cot_jax.model.checkpoint.writing import convert_checkpoint
 
         write = partial(convert_checkpoint, folder)
 

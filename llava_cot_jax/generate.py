@@ -25,24 +25,25 @@ import jsonargparse
 from rich.console import Console
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.messages import user_turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import check_writable, write_text
+from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint, stated_max_new_tokens
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.model.finding import read_config, resolve_checkpoint, stated_max_new_tokens
 from llava_cot_jax.paths import EMBEDDED, as_path
+from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, chosen
 from llava_cot_jax.search.prompts import DEFAULT_FILE, JudgePrompts
-from llava_cot_jax.search.strategies import Sampling, Strategy
+from llava_cot_jax.search.strategies import Strategy
 from llava_cot_jax.stages import find_stages
 
 if TYPE_CHECKING:
     import numpy as np
     from jax.sharding import Mesh
 
-    from llava_cot_jax.data.processor import Processor
     from llava_cot_jax.model.mllama import Mllama
+    from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.preparation import Questions
     from llava_cot_jax.search.reasoner import Answer as Found
     from llava_cot_jax.search.trace import Trace
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     _check(options)
 
     # The rest takes longer to import than it takes to say what is wrong with what is given.
-    from llava_cot_jax.data.processor import Processor
+    from llava_cot_jax.processing.processor import Processor
 
     processor = Processor.from_pretrained(folder)
 
@@ -189,7 +190,7 @@ def _take_stated_length(options: jsonargparse.Namespace, folder: Path) -> None:
 
 def _check(options: jsonargparse.Namespace) -> None:
     """Refuse what can be refused before anything slow is imported: files to read, files to write, sizes of a mesh."""
-    from llava_cot_jax.data.images import check_image
+    from llava_cot_jax.processing.images import check_image
 
     for image in options.image or []:
         check_image(image)
@@ -234,7 +235,7 @@ def _questions(options: jsonargparse.Namespace) -> list[Asked]:
     if not options.question:
         if images:
             raise UserError("give --question: what is to be answered about the image")
-        from llava_cot_jax.data.drawn import draw_questions
+        from llava_cot_jax.data.shapes.drawn import draw_questions
 
         folder, count = options.draw_to, 1 if options.draw is None else options.draw
         drawn = draw_questions(as_path(folder), count, options.seed)
@@ -334,7 +335,7 @@ class _Streamed:
 
     def prepare(self, asked: Asked) -> Callable[[Mllama], Answer]:
         """What answers a question; it is refused here if it cannot be."""
-        from llava_cot_jax.search.generator import check_request
+        from llava_cot_jax.inference.generator import check_request
 
         processor, images = self._processor, [] if asked.image is None else [asked.image]
         inputs = processor([processor.prompt(user_turn(asked.question, len(images)))], [images])
@@ -342,8 +343,8 @@ class _Streamed:
         return functools.partial(self._answer, inputs)
 
     def _answer(self, inputs: dict[str, np.ndarray], model: Mllama) -> Answer:
-        from llava_cot_jax.screen import Screen
-        from llava_cot_jax.search.generator import Generator
+        from llava_cot_jax.inference.generator import Generator
+        from llava_cot_jax.inference.screen import Screen
 
         began, first, text = time.perf_counter(), None, ""
         ids: list[int] = []

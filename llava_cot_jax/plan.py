@@ -17,12 +17,12 @@ from rich.console import Console
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.planning import slices
 from llava_cot_jax.planning.models import sizes_of
 from llava_cot_jax.planning.settings import Data
 from llava_cot_jax.search.options import add_arguments, chosen
-from llava_cot_jax.search.strategies import Sampling
 from llava_cot_jax.training.settings import TrainSettings
 
 AUTO = "auto"

@@ -14,7 +14,7 @@ from llava_cot_jax.data.settings import ChatSettings, Request
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import check_writable
-from llava_cot_jax.model.finding import named_folder
+from llava_cot_jax.model.checkpoint.finding import named_folder
 from llava_cot_jax.paths import as_path
 
 TO_PREPARE = ("annotations", "images", "output")
@@ -48,13 +48,13 @@ def _prepare(options: jsonargparse.Namespace) -> None:
         validation_share=options.validation_share,
     )
     # What is missing is told before libraries are imported that take seconds.
-    from llava_cot_jax.data.annotations import open_annotations
-    from llava_cot_jax.data.raw_images import open_images
+    from llava_cot_jax.data.raw.annotations import open_annotations
+    from llava_cot_jax.data.raw.images import open_images
 
     open_images(request.images)
     open_annotations(request.annotations).close()
 
-    from llava_cot_jax.data.preparation import TooManyLeftOut, find_prepared, prepare
+    from llava_cot_jax.data.raw.preparation import TooManyLeftOut, find_prepared, prepare
 
     if summary := find_prepared(request):
         print(f"{request.output} was prepared before")
@@ -74,7 +74,7 @@ def _show(options: jsonargparse.Namespace) -> None:
     check_writable(path)
     data = open_rows(options.show, options.split)
     if options.checkpoint is not None and (folder := named_folder(options.checkpoint)):
-        from llava_cot_jax.data.processor import check_tokenizer
+        from llava_cot_jax.processing.processor import check_tokenizer
 
         check_tokenizer(folder)
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.finding import named_folder, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.finding import named_folder, resolve_checkpoint
 from llava_cot_jax.paths import as_path, check_folder_can_be_made
 from llava_cot_jax.training.layout import CONFIGURATION, is_run, relocated
 from llava_cot_jax.training.settings import TrainSettings
@@ -120,7 +120,7 @@ def _check_files(settings: TrainSettings) -> None:
     Raises:
         UserError: a folder is missing, a file in it, or a split of the data.
     """
-    from llava_cot_jax.data.processor import check_tokenizer
+    from llava_cot_jax.processing.processor import check_tokenizer
 
     check_folder_can_be_made(as_path(settings.output))
     for split in ("train", "validation") if settings.validation_rows else ("train",):
@@ -162,8 +162,8 @@ def _join_hosts(hosts: jsonargparse.Namespace) -> None:
 def _answer(settings: TrainSettings, trained: Trained, tell: Any) -> None:
     """Answer held-out questions, show a few, and count how many captions and conclusions are the rows' own."""
     from llava_cot_jax.evaluation.held_out import answer_rows, share
+    from llava_cot_jax.inference.generator import Generator
     from llava_cot_jax.model.mllama import Mllama
-    from llava_cot_jax.search.generator import Generator
     from llava_cot_jax.training.export import merged_arrays
 
     origin = trained.origin

@@ -22,9 +22,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from llava_cot_jax.data.processor import Processor
-from llava_cot_jax.data.tokenizer import SPECIAL_TOKENS
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.processing.tokenizer import SPECIAL_TOKENS
 
 TINY = Path(__file__).parent / "fixtures" / "mllama_tiny"
 """A random checkpoint (Meta's shapes in small) and, in reference.npz, what it must give under each convention."""

@@ -7,10 +7,10 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import save
 from transformers import PreTrainedTokenizerFast
 
-from llava_cot_jax.data.companions import write_companions
-from llava_cot_jax.data.tokenizer import make_tokenizer
+from llava_cot_jax.model.checkpoint.auxiliary_files import write_companions
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
 from llava_cot_jax.model.parameters import GATE, parameters
+from llava_cot_jax.processing.tokenizer import make_tokenizer
 
 VOCAB_SIZE = 640
 STD = 0.1

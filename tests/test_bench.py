@@ -11,13 +11,14 @@ import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from llava_cot_jax import bench, cli, hardware
+from llava_cot_jax import bench, cli
 from llava_cot_jax.benchmark import workload as workloads
 from llava_cot_jax.benchmark.baseline import Baseline
 from llava_cot_jax.benchmark.inputs import tables
 from llava_cot_jax.benchmark.measure import Rates
 from llava_cot_jax.benchmark.parts import Bench
 from llava_cot_jax.benchmark.workload import Workload
+from llava_cot_jax.costs import counts
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.strategies import Judge, StageBeam
 from tests.parity.reference import shortfall
@@ -53,7 +54,7 @@ def test_a_length_alone_is_changed():
 
 def test_the_model_of_100_million_parameters():
     config = workloads.config_100m()
-    assert 90e6 < sum(hardware.parameter_counts(config).values()) < 105e6
+    assert 90e6 < sum(counts.parameter_counts(config).values()) < 105e6
     assert (config.text.vocab_size, config.vision.image_tokens) == (128256, 6404)
 
 

@@ -16,7 +16,7 @@ from transformers import MllamaForConditionalGeneration
 
 from llava_cot_jax.convert import main
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
 from llava_cot_jax.model.parameters import parameters
 
 FIXTURE = Path(__file__).parent / "fixtures/mllama_tiny"
@@ -92,7 +92,7 @@ class TestResult:
         allowed = largest + (24 << 20)
         assert (source / "model.safetensors").stat().st_size > 5 * allowed
         limit = (
-            "import resource, llava_cot_jax.convert, llava_cot_jax.model.export\n"  # what converting imports
+            "import resource, llava_cot_jax.convert, llava_cot_jax.model.checkpoint.writing\n"  # what it imports
             "status = dict(line.split(':') for line in open('/proc/self/status'))\n"
             "used = int(status['VmData'].split()[0]) * 1024\n"
             f"resource.setrlimit(resource.RLIMIT_DATA, (used + {allowed},) * 2)"

@@ -17,12 +17,12 @@ from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.messages import user_turn
-from llava_cot_jax.data.processor import Processor
-from llava_cot_jax.data.shapes import ShapesRows
+from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.generate import main
+from llava_cot_jax.inference.screen import Screen
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.screen import Screen
+from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import StageBeam
 from tests.demo import write_demo

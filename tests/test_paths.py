@@ -19,17 +19,18 @@ from gcp_storage_emulator import server as emulator
 
 from llava_cot_jax import Mllama, Processor
 from llava_cot_jax.convert import main as convert
-from llava_cot_jax.data import preparation
 from llava_cot_jax.data.prepared import PreparedRows
+from llava_cot_jax.data.raw import preparation
 from llava_cot_jax.data.settings import Request
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model import checkpoint, export
-from llava_cot_jax.model.checkpoint import StoredTensor, read_shards, verified_tensors
-from llava_cot_jax.model.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint import reading
+from llava_cot_jax.model.checkpoint import writing as export
+from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.reading import StoredTensor, read_shards, verified_tensors
+from llava_cot_jax.model.checkpoint.sharded import load_arrays, save_arrays
 from llava_cot_jax.model.parameters import Layout, flatten
 from llava_cot_jax.model.sharding import make_mesh
-from llava_cot_jax.model.weights import load_arrays, save_arrays
 from llava_cot_jax.paths import access, as_path, bucket_files, files_in, is_remote
 from llava_cot_jax.prepare import main as prepare
 from llava_cot_jax.training import run_lock
@@ -38,7 +39,7 @@ from llava_cot_jax.training.export import RunExport
 from llava_cot_jax.training.layout import CHECKPOINTS
 from llava_cot_jax.training.metrics import Metrics
 from llava_cot_jax.training.run_lock import RunLock
-from tests.data.raw_set import make_raw_set
+from tests.data.raw.raw_set import make_raw_set
 from tests.demo import write_demo
 from tests.training.small_run import write_small
 from tests.training.test_export import KEPT, begin, save, tensors_of
@@ -259,14 +260,14 @@ class TestCheckpoint:
 def count_requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes that each request for a part of a weight file brings, from now on."""
     counts: list[int] = []
-    read = checkpoint._read_range
+    read = reading._read_range
 
     def counting(path: Path, start: int, stop: int) -> bytes:
         content = read(path, start, stop)
         counts.append(len(content))
         return content
 
-    monkeypatch.setattr(checkpoint, "_read_range", counting)
+    monkeypatch.setattr(reading, "_read_range", counting)
     return counts
 
 
@@ -289,20 +290,20 @@ class TestReading:
     def test_boxes(
         self,
         folder: Path,
-        boxes: list[checkpoint.Box],
+        boxes: list[reading.Box],
         read: int | None,
         dtype: str,
         request_bytes: int,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(checkpoint, "_REQUEST_BYTES", request_bytes)
+        monkeypatch.setattr(reading, "_REQUEST_BYTES", request_bytes)
         counts = count_requests(monkeypatch)
         values = np.arange(480, dtype=np.float32).reshape(6, 8, 10)
         (folder / "raw").write_bytes(b"head" + values.tobytes())
         stored = StoredTensor("x", folder / "raw", 4, values.shape, "F32")
-        shards = {box: np.empty(checkpoint.extents(box), dtype) for box in boxes}
+        shards = {box: np.empty(reading.extents(box), dtype) for box in boxes}
         count = read_shards(stored, shards)
-        assert count == sum(counts) == checkpoint.bytes_to_read(stored, boxes)
+        assert count == sum(counts) == reading.bytes_to_read(stored, boxes)
         assert read in (None, count)
         for box, shard in shards.items():
             np.testing.assert_array_equal(shard, values[tuple(slice(*span) for span in box)].astype(dtype))
@@ -314,7 +315,7 @@ class TestReading:
         self, folder: Path, request_bytes: int, requests: int, read: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Two of ten columns of float32, a hundred rows: a request for many of them, of all between."""
-        monkeypatch.setattr(checkpoint, "_REQUEST_BYTES", request_bytes)
+        monkeypatch.setattr(reading, "_REQUEST_BYTES", request_bytes)
         counts = count_requests(monkeypatch)
         values = np.arange(1000, dtype=np.float32).reshape(100, 10)
         (folder / "raw").write_bytes(values.tobytes())

@@ -16,15 +16,15 @@ import pytest
 import tensorflow_datasets as tfds
 
 from llava_cot_jax import cli
-from llava_cot_jax.data import preparation
-from llava_cot_jax.data.preparation import prepare
 from llava_cot_jax.data.prepared import PreparedRows
+from llava_cot_jax.data.raw import preparation
+from llava_cot_jax.data.raw.preparation import prepare
+from llava_cot_jax.data.raw.work_folder import WorkFolder
 from llava_cot_jax.data.settings import Request
-from llava_cot_jax.data.work_folder import WorkFolder
 from llava_cot_jax.data.workers import parallel
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.prepare import main
-from tests.data.raw_set import SOURCES, RawSet, make_raw_set
+from tests.data.raw.raw_set import SOURCES, RawSet, make_raw_set
 
 ROOT = Path(__file__).parents[1]
 
@@ -412,7 +412,7 @@ class TestInterruption:
 import os, shutil, subprocess, sys
 sys.path.insert(0, {str(ROOT)!r})
 from llava_cot_jax import cli
-from llava_cot_jax.data import preparation
+from llava_cot_jax.data.raw import preparation
 from llava_cot_jax.prepare import main
 vars(preparation).update({SMALL})
 size = 16

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.drawn import draw_questions
+from llava_cot_jax.data.shapes.drawn import draw_questions
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from llava_cot_jax import Mllama, MllamaConfig, Processor, Reasoner, StageBeam
-from llava_cot_jax.data.drawn import draw_questions
+from llava_cot_jax.data.shapes.drawn import draw_questions
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import EMBEDDED_FOLDER, as_path, cache_folder
 from llava_cot_jax.search.prompts import DEFAULT_FILE
 from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.layout import relocated
-from tests.data.raw_set import make_raw_set
+from tests.data.raw.raw_set import make_raw_set
 from tests.training.small_run import arguments, environment, losses, write_small
 
 PLACE = "my files für mich"

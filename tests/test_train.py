@@ -14,12 +14,12 @@ from transformers import MllamaForConditionalGeneration
 
 from llava_cot_jax import cli
 from llava_cot_jax.data.chat import Chat
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.settings import ChatSettings
-from llava_cot_jax.data.shapes import ShapesRows
+from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.paths import as_path
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.train import main
 from llava_cot_jax.training.checkpoints import steps_in
 from llava_cot_jax.training.run_lock import RunLock

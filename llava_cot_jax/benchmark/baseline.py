@@ -18,7 +18,7 @@ import numpy as np
 from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.vision import normalize
+from llava_cot_jax.model.vision_tower import normalize
 from llava_cot_jax.search.program import Request
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9}

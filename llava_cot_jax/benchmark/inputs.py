@@ -10,13 +10,13 @@ from flax import nnx
 
 from llava_cot_jax.benchmark.workload import RANDOM, TAG_TOKENS, Workload
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.decoding import bucket
+from llava_cot_jax.inference.ragged_tokens import Pieces, pack
+from llava_cot_jax.inference.stop_strings import TAILS
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.search.decode import bucket
-from llava_cot_jax.search.pieces import Pieces, pack
 from llava_cot_jax.search.program import Request
 from llava_cot_jax.search.prompts import KINDS
-from llava_cot_jax.search.readers import TAILS
 from llava_cot_jax.search.strategies import Plan
 from llava_cot_jax.search.tables import JudgeTables, StageTables
 

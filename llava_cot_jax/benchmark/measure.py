@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from llava_cot_jax.chips import find_chip
 from llava_cot_jax.cli import CompilationCounter
+from llava_cot_jax.costs.chips import find_chip
 
 T = TypeVar("T")
 

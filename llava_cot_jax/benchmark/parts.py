@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from llava_cot_jax import hardware
 from llava_cot_jax.benchmark.inputs import endless, request, tables
 from llava_cot_jax.benchmark.measure import Timing, timed
 from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload
-from llava_cot_jax.model.cache import Layers, Memory, Prefix, empty
+from llava_cot_jax.costs import counts
+from llava_cot_jax.inference.decoding import View, look, read
+from llava_cot_jax.inference.ragged_tokens import Pieces
+from llava_cot_jax.model.kv_cache import Layers, Memory, Prefix, empty
 from llava_cot_jax.model.layers import Weights, linear
 from llava_cot_jax.model.mllama import Mllama, logits
 from llava_cot_jax.model.sharding import on_mesh
-from llava_cot_jax.model.vision import TOKEN_MULTIPLE
-from llava_cot_jax.search.decode import View, look, read
-from llava_cot_jax.search.pieces import Pieces
+from llava_cot_jax.model.vision_tower import TOKEN_MULTIPLE
 from llava_cot_jax.search.program import search, write_candidates
 from llava_cot_jax.search.reasoner import chunk_for
 from llava_cot_jax.search.strategies import Judge, StageBeam, Strategy
@@ -37,7 +37,7 @@ class Part:
         timing: of the whole part.
         count: how many of ``unit`` it is.
         unit: "image", "token", "step", "pair", "question".
-        flops: of the whole part, by ``hardware``'s useful count.
+        flops: of the whole part, by ``counts``'s useful count.
         bytes: that it must read from memory: the weights once, or at each step of decoding, and then caches too.
             Of a whole search, those of its decoding steps alone: reading prompts is bound by arithmetic.
         bare: seconds of the same matrix products alone, with nothing between them; None where not taken.
@@ -99,17 +99,17 @@ class Bench:
         return timed(lambda: program(self.params, arguments), self.runs)
 
     def _tower(self) -> tuple[Part, View]:
-        work = sum(hardware.vision_flops(self.config, 1).values())
+        work = sum(counts.vision_flops(self.config, 1).values())
         timing, view = self._run(lambda p, r: look(p, self.config, r.inputs, r.lengths), self.request)
-        counts = hardware.parameter_counts(self.config)
-        read_bytes = (counts["tower"] + counts["projector"]) * self.cache_bytes
+        sizes = counts.parameter_counts(self.config)
+        read_bytes = (sizes["tower"] + sizes["projector"]) * self.cache_bytes
         bare = self._run(self._bare_tower)[0].median
         return Part("vision tower", timing, 1, "image", work, read_bytes, bare), view
 
     def _prefill(self, view: View) -> tuple[Part, tuple[Layers, jax.Array]]:
         tokens = self.work.prompt
         timing, begun = self._run(self._read_prompt, self.request, view)
-        work = sum(hardware.text_flops(self.config, tokens, self.image_tokens, scored=1).values())
+        work = sum(counts.text_flops(self.config, tokens, self.image_tokens, scored=1).values())
         bare = self._run(lambda p: self._bare_text(p, tokens, 1))[0].median
         return Part("prefill", timing, tokens, "token", work, self._step_bytes(1, 0, 0)["weights"], bare), begun
 
@@ -130,7 +130,7 @@ class Bench:
         timing, _ = self._run(draw, scores, prefix, view, stages.readers[0], keys)
         length = int(prefix.length[0])
         read_bytes = self._written_bytes(Batch(count, steps - 1, length, 0, blind=False))
-        one = hardware.text_flops(self.config, 1, self.image_tokens, prefix=length + steps // 2)
+        one = counts.text_flops(self.config, 1, self.image_tokens, prefix=length + steps // 2)
         bare = self._run(lambda p: self._bare_text(p, count, count))[0].median * (steps - 1)
         name = f"decode, N = {count}"
         return Part(name, timing, steps - 1, "step", count * sum(one.values()) * (steps - 1), read_bytes, bare, count)
@@ -156,7 +156,7 @@ class Bench:
             return read(params, self.config, texts, memory, view, chunk=max(1, chunk // orders))[1]
 
         timing, _ = self._run(verdict, view, texts)
-        one = hardware.text_flops(self.config, own, self.image_tokens, prefix=front, scored=1)
+        one = counts.text_flops(self.config, own, self.image_tokens, prefix=front, scored=1)
         bare = self._run(lambda p: self._bare_text(p, orders * own, orders))[0].median
         read_bytes = self._step_bytes(1, 0, 0)["weights"]
         return Part("judge, a pair", timing, 1, "pair", orders * sum(one.values()), read_bytes, bare)
@@ -178,7 +178,7 @@ class Bench:
         return batch.steps * sum(one.values())
 
     def _step_bytes(self, candidates: int, prefix: int, suffix: int, blind: bool = False) -> dict[str, int]:
-        parts = hardware.bytes_per_step(
+        parts = counts.bytes_per_step(
             self.config,
             questions=1,
             candidates=candidates,

@@ -15,7 +15,7 @@ from llava_cot_jax.benchmark.baseline import Baseline
 from llava_cot_jax.benchmark.measure import Rates, peak_memory, rates
 from llava_cot_jax.benchmark.parts import Bench, Part
 from llava_cot_jax.benchmark.workload import Workload
-from llava_cot_jax.hardware import parameter_counts
+from llava_cot_jax.costs.counts import parameter_counts
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.search.strategies import Greedy, Judge, LogProbability, MajorityVote, StageBeam, Strategy
 

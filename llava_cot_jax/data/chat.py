@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_cot_jax.data.messages import Message, user_turn
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import MARKER, Turn
 from llava_cot_jax.data.settings import ChatSettings, Variant
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.messages import Message, user_turn
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.stages import STAGES, locate_stages
 
 EOT = "<|eot_id|>"

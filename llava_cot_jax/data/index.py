@@ -12,11 +12,11 @@ from typing import Self
 import numpy as np
 
 from llava_cot_jax.data.chat import Chat
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Rows
 from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import cache_folder
+from llava_cot_jax.processing.processor import Processor
 
 CHUNK = 512
 """Rows that are tokenised at once, on all cores: the tokenizer spreads them over its own threads."""

@@ -19,13 +19,13 @@ from absl import flags
 
 from llava_cot_jax.data.batching import FILLER, Plan, choose_buckets
 from llava_cot_jax.data.chat import Chat, Conversation, LeftOut
-from llava_cot_jax.data.images import open_image
 from llava_cot_jax.data.index import Index, default_cache
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Row, Rows
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from llava_cot_jax.data.workers import die_with_parent
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.images import open_image
+from llava_cot_jax.processing.processor import Processor
 
 READY = 2
 """Batches that wait on the devices for their turn."""

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from llava_cot_jax.data.annotations import make_turns
 from llava_cot_jax.data.description import read_description, turns_name
 from llava_cot_jax.data.index import default_cache
+from llava_cot_jax.data.raw.annotations import make_turns
 from llava_cot_jax.data.rows import Row, Turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import access, as_path, bucket_files, is_remote

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from llava_cot_jax.data.images import ImageSource
+from llava_cot_jax.processing.images import ImageSource
 
 MARKER = "<image>"
 """Where a raw question says that the picture stands."""

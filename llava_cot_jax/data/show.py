@@ -10,12 +10,12 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from llava_cot_jax.data.chat import Conversation
-from llava_cot_jax.data.images import batch_images, open_image
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Row
-from llava_cot_jax.data.shapes_tokenizer import shapes_config, shapes_tokenizer
+from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
 from llava_cot_jax.data.sources import SHAPES
 from llava_cot_jax.model.config import VisionConfig
+from llava_cot_jax.processing.images import batch_images, open_image
+from llava_cot_jax.processing.processor import Processor
 
 OPENS, CLOSES = "⟦", "⟧"
 """Around what is trained on: colours alone would be lost in a file."""

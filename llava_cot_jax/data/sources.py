@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from llava_cot_jax.data.rows import Rows
-    from llava_cot_jax.data.shapes import Split
+    from llava_cot_jax.data.shapes.rows import Split
 
 SHAPES = "shapes"
 """Names the embedded data, which needs no files."""
@@ -20,7 +20,7 @@ def open_rows(data: str, split: str) -> "Rows":
         UserError: no such data set, or no such split of it.
     """
     if data == SHAPES:
-        from llava_cot_jax.data.shapes import ShapesRows
+        from llava_cot_jax.data.shapes.rows import ShapesRows
 
         return ShapesRows(cast("Split", split))
     from llava_cot_jax.data.prepared import PreparedRows

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llava_cot_jax.data.chat import without_marker
-from llava_cot_jax.data.messages import user_turn
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Rows
-from llava_cot_jax.search.generator import Generator
+from llava_cot_jax.inference.generator import Generator
+from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.stages import find_stages
 
 BATCH = 64

@@ -13,16 +13,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model import text, vision
+from llava_cot_jax.model import text_decoder, vision_tower
 from llava_cot_jax.model.attention import causal
+from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.sharded import OnProgress, load_arrays, save_arrays
 from llava_cot_jax.model.choices import Checkpointing
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.model.finding import read_config, resolve_checkpoint
 from llava_cot_jax.model.layers import Weights, scaled_product
 from llava_cot_jax.model.parameters import Initializer, Layout, Parameter, flatten, initialize, nest, parameters
 from llava_cot_jax.model.quantization import quantized
 from llava_cot_jax.model.sharding import check_mesh, constrain, on_mesh, parameter_sharding
-from llava_cot_jax.model.weights import OnProgress, load_arrays, save_arrays
 from llava_cot_jax.paths import as_path
 
 ArrayLike = jax.Array | np.ndarray
@@ -309,7 +309,7 @@ def image_states(
 ) -> jax.Array:
     """Projected image tokens of each row, [batch, image_tokens, hidden]; ``inputs`` as for ``hidden_states``."""
     features = _features(params, config, inputs, checkpointing)
-    return text.project(params["multi_modal_projector"], features)
+    return text_decoder.project(params["multi_modal_projector"], features)
 
 
 def logits(params: Weights, hidden: jax.Array) -> jax.Array:
@@ -327,8 +327,8 @@ def _features(
     pixels, ids, used = (inputs.get(n) for n in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
     assert pixels is not None and ids is not None
     if used is None:  # the image processor marks the first tile of a missing image too
-        used = vision.tiles_in_use(config.vision, ids).at[..., 0].set(True)
-    features = vision.encode(
+        used = vision_tower.tiles_in_use(config.vision, ids).at[..., 0].set(True)
+    features = vision_tower.encode(
         params["vision_model"],
         config.vision,
         pixels.reshape(-1, *pixels.shape[2:]),
@@ -353,9 +353,9 @@ def hidden_states(
     sight = None
     if "pixel_values" in inputs:
         states = image_states(params, config, inputs, checkpointing)
-        sight = text.see(config, inputs["cross_attention_mask"], states)
+        sight = text_decoder.see(config, inputs["cross_attention_mask"], states)
     decoder = params["language_model"]["model"]
-    return text.decode(decoder, config, ids, positions, causal(present), sight, checkpointing)
+    return text_decoder.decode(decoder, config, ids, positions, causal(present), sight, checkpointing)
 
 
 def _all_logits(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import jax
 
-from llava_cot_jax.hardware import Part, part_of
+from llava_cot_jax.costs.counts import Part, part_of
 from llava_cot_jax.planning.traffic import FLOAT32, Step, pieces, shard_bytes, shard_size
 
 Parts = dict[str, int]

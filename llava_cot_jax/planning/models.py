@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint.finding import read_config
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.model.finding import read_config
 from llava_cot_jax.paths import access, checkpoint_path, is_remote
 
 PUBLISHED = {

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from llava_cot_jax import hardware
 from llava_cot_jax.benchmark.inputs import request, tables
 from llava_cot_jax.benchmark.workload import Workload
+from llava_cot_jax.costs import counts
+from llava_cot_jax.costs.counts import cache_values
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.hardware import cache_values
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.sharding import abstract_mesh, check_mesh, default_sizes, make_mesh
-from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE
+from llava_cot_jax.model.text_decoder import IMAGE_TOKEN_MULTIPLE
 from llava_cot_jax.planning.compiler import Compiled, compile_for
 from llava_cot_jax.planning.floors import Floors
 from llava_cot_jax.planning.memory import Parts
@@ -195,7 +195,7 @@ def _floors(
     def decoding(stage: int, own: int) -> Floors:
         rows = questions * plan.candidates[stage]
         before = work.prompt + sum(work.stages[:stage])
-        read = hardware.bytes_per_step(
+        read = counts.bytes_per_step(
             config,
             questions=questions,
             candidates=plan.candidates[stage],
@@ -205,20 +205,20 @@ def _floors(
             weight_bytes=width,
             cache_bytes=CACHE_BYTES,
         )
-        flops = rows * sum(hardware.text_flops(config, 1, seen, prefix=before + own).values())
+        flops = rows * sum(counts.text_flops(config, 1, seen, prefix=before + own).values())
         weights = read.pop("weights") / tensor
         sent = {"fsdp": gathered * weights, "tensor": _summed(config, rows, tensor)}
         return Floors.of(slice_, flops=flops / alike, memory=weights + sum(read.values()) / alike, sent=sent)
 
     def reading(rows: int, tokens: int, before: int) -> float:
         """Of rows of a question that are read: of all questions, in chunks, each of which reads the weights."""
-        flops = questions * rows * sum(hardware.text_flops(config, tokens, seen, prefix=before, scored=1).values())
+        flops = questions * rows * sum(counts.text_flops(config, tokens, seen, prefix=before, scored=1).values())
         times = -(-rows * tokens // ACCELERATOR_CHUNK)
-        weights = hardware.parameters_per_step(config, images=seen > 0) * width * times / tensor
+        weights = counts.parameters_per_step(config, images=seen > 0) * width * times / tensor
         sent = {"fsdp": gathered * weights, "tensor": _summed(config, questions * rows * tokens, tensor)}
         return Floors.of(slice_, flops=flops / alike, memory=weights, sent=sent).step
 
-    looking = questions * sum(hardware.vision_flops(config, 1).values()) if work.tiles else 0
+    looking = questions * sum(counts.vision_flops(config, 1).values()) if work.tiles else 0
     total = looking / alike / slice_.generation.chip.flops + reading(1, work.prompt, 0)
     before = work.prompt
     for stage, tokens in enumerate(work.stages):

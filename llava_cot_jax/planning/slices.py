@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from llava_cot_jax.chips import CHIPS, GIB, Chip
+from llava_cot_jax.costs.chips import CHIPS, GIB, Chip
 from llava_cot_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llava_cot_jax.hardware import Part, part_of
+from llava_cot_jax.costs.counts import Part, part_of
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.model.sharding import RULES
-from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE
-from llava_cot_jax.model.vision import TOKEN_MULTIPLE
+from llava_cot_jax.model.text_decoder import IMAGE_TOKEN_MULTIPLE
+from llava_cot_jax.model.vision_tower import TOKEN_MULTIPLE
 from llava_cot_jax.training.loss import LOGITS
 from llava_cot_jax.training.program import Program
 from llava_cot_jax.training.settings import TrainSettings

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from llava_cot_jax.costs.counts import recomputed_flops, training_flops
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.hardware import recomputed_flops, training_flops
 from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.sharding import abstract_mesh, check_mesh, make_mesh

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llava_cot_jax.model.cache import Layers, Memory, Prefix, empty
+from llava_cot_jax.inference.decoding import TAG, Limits, View, Written, read, write
+from llava_cot_jax.inference.ragged_tokens import Pieces, join
+from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.kv_cache import Layers, Memory, Prefix, empty
 from llava_cot_jax.model.layers import Weights
-from llava_cot_jax.search.decode import TAG, Limits, View, Written, read, write
-from llava_cot_jax.search.pieces import Pieces, join
-from llava_cot_jax.search.strategies import Judge, Sampling
+from llava_cot_jax.search.strategies import Judge
 from llava_cot_jax.search.tables import JudgeTables
 
 PAIR, CHECK = 0, 1

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.search.strategies import (
     BestOfN,
     Greedy,
@@ -11,7 +12,6 @@ from llava_cot_jax.search.strategies import (
     LogProbability,
     MajorityVote,
     Sample,
-    Sampling,
     StageBeam,
     Strategy,
 )

@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from llava_cot_jax.data.images import ImageSource, open_image
 from llava_cot_jax.files import write_text
+from llava_cot_jax.processing.images import ImageSource, open_image
 from llava_cot_jax.search import wording
 from llava_cot_jax.search.prompts import WHOLE
 from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace

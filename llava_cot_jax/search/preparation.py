@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llava_cot_jax.data.images import ImageSource
-from llava_cot_jax.data.messages import user_turn
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.search.decode import bucket
-from llava_cot_jax.search.generator import check_seeds, in_bucket
-from llava_cot_jax.search.pieces import pack
+from llava_cot_jax.inference.decoding import bucket
+from llava_cot_jax.inference.generator import check_seeds, in_bucket
+from llava_cot_jax.inference.ragged_tokens import pack
+from llava_cot_jax.processing.images import ImageSource
+from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.program import Request
 from llava_cot_jax.search.prompts import DEFAULT_FILE, KINDS, WHOLE, JudgePrompts
 from llava_cot_jax.search.strategies import Strategy

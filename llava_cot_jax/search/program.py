@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llava_cot_jax.model.cache import Layers, Memory, Prefix, empty
+from llava_cot_jax.inference.decoding import TAG, UNUSED, Limits, View, Written, look, read, write
+from llava_cot_jax.inference.ragged_tokens import Pieces, join
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.kv_cache import Layers, Memory, Prefix, empty
 from llava_cot_jax.model.layers import Weights
 from llava_cot_jax.model.sharding import on_mesh
-from llava_cot_jax.search.decode import TAG, UNUSED, Limits, View, Written, look, read, write
 from llava_cot_jax.search.judge import Case, Judgement, decide
-from llava_cot_jax.search.pieces import Pieces, join
 from llava_cot_jax.search.strategies import LogProbability, Plan
 from llava_cot_jax.search.tables import BLANK_LINE, JudgeTables, StageTables
 

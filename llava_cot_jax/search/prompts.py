@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from llava_cot_jax.data.messages import user_turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import access, as_path
+from llava_cot_jax.processing.messages import user_turn
 
 if TYPE_CHECKING:
-    from llava_cot_jax.data.processor import Processor
+    from llava_cot_jax.processing.processor import Processor
 
 DEFAULT_FILE = Path(__file__).with_name("judge_prompts.yaml")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.preparation import Images, Preparation, Questions
 from llava_cot_jax.search.program import StageFindings, search
 from llava_cot_jax.search.prompts import DEFAULT_FILE

@@ -6,11 +6,18 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.search.pieces import Pieces, pack
+from llava_cot_jax.inference.ragged_tokens import Pieces, pack
+from llava_cot_jax.inference.stop_strings import (
+    TAILS,
+    find_strings,
+    find_tag,
+    ignoring_case,
+    tabulate,
+    vocabulary_bytes,
+)
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import KINDS, WHOLE, JudgePrompts, Kind
-from llava_cot_jax.search.readers import TAILS, find_strings, find_tag, ignoring_case, tabulate, vocabulary_bytes
 from llava_cot_jax.search.strategies import Judge, Plan
 from llava_cot_jax.stages import STAGES
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from llava_cot_jax import hardware
-from llava_cot_jax.data.processor import Processor
+from llava_cot_jax.costs import counts
+from llava_cot_jax.inference.decoding import ENDS, TAG, UNUSED, Written
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.search.decode import ENDS, TAG, UNUSED, Written
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.judge import CHECK, DECISIONS, PAIR, Judgement, Matches, Rows
 from llava_cot_jax.search.program import StageFindings
 from llava_cot_jax.search.prompts import WHOLE
@@ -113,7 +113,7 @@ class Trace:
         tower_runs: of the vision tower: one, or none without an image.
         tokens: by what they were: read of the prompt, of the winners of stages, of the fronts and rows of
             the judge's prompts; drawn for candidates, and for written reasons.
-        flops: of the model's products, by the same parts, and for the images: ``hardware``'s useful count,
+        flops: of the model's products, by the same parts, and for the images: ``counts``'s useful count,
             in which fill and what was computed for nothing are left out.
         seconds: of the batch that the question was in.
     """
@@ -214,7 +214,7 @@ class Costs:
         self._seen = images * config.vision.image_tokens
         parts = ("prompt", "winners", "candidates", "judge fronts", "judge rows", "reasons")
         self.tokens = dict.fromkeys(parts, 0)
-        vision = sum(hardware.vision_flops(config, images).values()) if images else 0
+        vision = sum(counts.vision_flops(config, images).values()) if images else 0
         self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
         self.batches: list[Batch] = []
         length = 0
@@ -255,5 +255,5 @@ class Costs:
     def _spend(self, part: str, tokens: int, read: int, before: int, scored: int, blind: bool) -> None:
         self.tokens[part] += tokens
         seen = 0 if blind else self._seen
-        work = hardware.text_flops(self._config, read, seen, prefix=before, scored=scored)
+        work = counts.text_flops(self._config, read, seen, prefix=before, scored=scored)
         self.flops[part] += sum(work.values())

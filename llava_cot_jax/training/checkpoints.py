@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import is_remote, move
-from llava_cot_jax.training.agreement import first_said
+from llava_cot_jax.training.broadcast import first_said
 from llava_cot_jax.training.checksums import find_damage, write_checksums
 from llava_cot_jax.training.state import State
 

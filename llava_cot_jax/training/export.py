@@ -11,10 +11,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import OnProgress, verified_tensors
+from llava_cot_jax.model.checkpoint.finding import companions, read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.reading import OnProgress, verified_tensors
+from llava_cot_jax.model.checkpoint.writing import Entry, read_whole, write_checkpoint
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.export import Entry, read_whole, write_checkpoint
-from llava_cot_jax.model.finding import companions, read_config, resolve_checkpoint
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
 from llava_cot_jax.paths import EMBEDDED

@@ -18,9 +18,9 @@ from llava_cot_jax.model.sharding import check_mesh, partition
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.stages import STAGES
 from llava_cot_jax.training.checkpoints import Checkpoints, Kept, newest_whole, read_run
+from llava_cot_jax.training.initial_model import Origin
 from llava_cot_jax.training.layout import CHECKPOINTS, relocated
 from llava_cot_jax.training.metrics import Meter, Metrics, by_stage, check_wandb
-from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.program import Program, check_batch, make_program, run_mesh
 from llava_cot_jax.training.report import OpenBar, describe_loading, describe_run, describe_validation
 from llava_cot_jax.training.run_folder import (

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from llava_cot_jax.chips import find_chip
+from llava_cot_jax.costs.chips import find_chip
+from llava_cot_jax.costs.counts import Part, training_flops
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.hardware import Part, training_flops
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import is_remote
 from llava_cot_jax.stages import STAGES
@@ -36,7 +36,7 @@ class Meter:
 
     Args:
         config: the model's.
-        trained: the parts that are trained (``hardware.parts_of``).
+        trained: the parts that are trained (``costs.counts.parts_of``).
         adapted: the parts that have adapters.
     """
 

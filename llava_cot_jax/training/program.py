@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llava_cot_jax.costs.counts import Part, parts_of
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.hardware import Part, parts_of
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter, parameters
 from llava_cot_jax.model.sharding import make_mesh, on_mesh
@@ -27,7 +27,7 @@ class Program:
     Attributes:
         table: the declarations of the model's arrays and of the adapters.
         state: of the run, as ``jax.ShapeDtypeStruct``s that know their shardings.
-        trained: the parts of the model that are trained whole, for ``hardware.training_flops``.
+        trained: the parts of the model that are trained whole, for ``costs.counts.training_flops``.
         adapted: the parts that have adapters, likewise.
         learning_rate: of each step, counted from 0.
         step: the compiled step, as ``make_step`` explains.

@@ -12,8 +12,8 @@ import jax
 import yaml
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.training.initial_model import Origin
 from llava_cot_jax.training.layout import CONFIGURATION, MODEL
-from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.settings import TrainSettings
 
 RUNNING = {

@@ -18,7 +18,7 @@ import jax
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import is_remote
-from llava_cot_jax.training.agreement import first_said
+from llava_cot_jax.training.broadcast import first_said
 
 FILE = ".running"
 """Says which process the run in a folder is."""

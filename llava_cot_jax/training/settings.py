@@ -6,9 +6,9 @@ from typing import Literal, get_args
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from llava_cot_jax.data.sources import SHAPES
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint.finding import absolute_name
 from llava_cot_jax.model.choices import MESH_AXES, Checkpointing, Dtype
 from llava_cot_jax.model.config import Convention
-from llava_cot_jax.model.finding import absolute_name
 from llava_cot_jax.paths import as_path
 
 Schedule = Literal["step", "cosine", "linear"]

@@ -7,9 +7,9 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Row, Turn
-from llava_cot_jax.data.tokenizer import make_tokenizer
+from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.processing.tokenizer import make_tokenizer
 from tests.demo import CORPUS, VOCAB_SIZE, demo_config
 
 

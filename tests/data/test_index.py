@@ -9,11 +9,11 @@ import pytest
 from llava_cot_jax.data import index as index_module
 from llava_cot_jax.data.chat import Chat, LeftOut
 from llava_cot_jax.data.index import Index
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.data.settings import ChatSettings
-from llava_cot_jax.data.tokenizer import make_tokenizer
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.processing.tokenizer import make_tokenizer
 from tests.data.rows import Noise, demo_processor
 from tests.demo import CORPUS, VOCAB_SIZE, demo_config
 

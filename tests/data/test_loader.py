@@ -18,13 +18,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from llava_cot_jax.data.batching import FILLER
 from llava_cot_jax.data.chat import Chat, LeftOut
 from llava_cot_jax.data.loader import READY, Loader
-from llava_cot_jax.data.messages import user_turn
-from llava_cot_jax.data.preparation import prepare
 from llava_cot_jax.data.prepared import PreparedRows
+from llava_cot_jax.data.raw.preparation import prepare
 from llava_cot_jax.data.rows import Row
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings, Request
 from llava_cot_jax.errors import UserError
-from tests.data.raw_set import make_raw_set
+from llava_cot_jax.processing.messages import user_turn
+from tests.data.raw.raw_set import make_raw_set
 from tests.data.rows import Noise, demo_processor
 from tests.data.stream import make_loader
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from llava_cot_jax.data import preparation
-from llava_cot_jax.data.preparation import prepare
 from llava_cot_jax.data.prepared import PreparedRows
+from llava_cot_jax.data.raw import preparation
+from llava_cot_jax.data.raw.preparation import prepare
 from llava_cot_jax.data.rows import Row, Rows, Turn
 from llava_cot_jax.data.settings import Request
 from llava_cot_jax.errors import UserError
-from tests.data.raw_set import RawSet, make_raw_set
+from tests.data.raw.raw_set import RawSet, make_raw_set
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.finding import read_config
+from llava_cot_jax.model.checkpoint.finding import read_config
+from llava_cot_jax.model.checkpoint.sharded import load_arrays, save_arrays
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import Layout, parameters
 from llava_cot_jax.model.sharding import make_mesh
-from llava_cot_jax.model.weights import load_arrays, save_arrays
 
 INPUTS = ("input_ids", "pixel_values", "aspect_ratio_ids", "cross_attention_mask", "attention_mask")
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1)]

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llava_cot_jax.inference.decoding import bucket
+from llava_cot_jax.inference.generator import CHUNK, _advance, _begin
+from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import nest, parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 from llava_cot_jax.planning import slices
-from llava_cot_jax.search.decode import bucket
-from llava_cot_jax.search.generator import CHUNK, _advance, _begin
-from llava_cot_jax.search.strategies import Sampling
 
 PROMPT, NEW = bucket(200), bucket(2048)
 SAMPLING = Sampling(temperature=0.6, top_k=50, top_p=0.9)

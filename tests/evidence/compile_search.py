@@ -20,14 +20,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_cot_jax.benchmark.workload import Workload
-from llava_cot_jax.model.cache import Prefix, empty
+from llava_cot_jax.inference.decoding import View
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.kv_cache import Prefix, empty
 from llava_cot_jax.model.parameters import nest
 from llava_cot_jax.model.sharding import make_mesh, on_mesh, partition
-from llava_cot_jax.model.text import IMAGE_TOKEN_MULTIPLE, see
+from llava_cot_jax.model.text_decoder import IMAGE_TOKEN_MULTIPLE, see
 from llava_cot_jax.planning import slices
 from llava_cot_jax.planning.programs import abstract_weights, lowered_search
-from llava_cot_jax.search.decode import View
 from llava_cot_jax.search.program import write_candidates
 from llava_cot_jax.search.strategies import Judge, StageBeam
 

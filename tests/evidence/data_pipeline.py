@@ -104,8 +104,8 @@ def floor(files: list[bytes]) -> None:
 
 
 def tiles(files: list[bytes]) -> None:
-    from llava_cot_jax.data.images import cut, open_image
     from llava_cot_jax.model.config import VisionConfig
+    from llava_cot_jax.processing.images import cut, open_image
 
     vision = VisionConfig()
     for file in files:
@@ -125,10 +125,10 @@ def pipeline(folder: Path, workers: int) -> Callable[[], None]:
 
     from llava_cot_jax.data.loader import Loader
     from llava_cot_jax.data.prepared import PreparedRows
-    from llava_cot_jax.data.processor import Processor
     from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
-    from llava_cot_jax.data.shapes_tokenizer import shapes_config, shapes_tokenizer
+    from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
     from llava_cot_jax.model.config import MllamaConfig, VisionConfig
+    from llava_cot_jax.processing.processor import Processor
 
     small = shapes_config()
     config = MllamaConfig(vision=VisionConfig(), text=small.text, image_token_index=small.image_token_index)

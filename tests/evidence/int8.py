@@ -17,12 +17,12 @@ import numpy as np
 from llava_cot_jax.benchmark.inputs import random_model, request
 from llava_cot_jax.benchmark.workload import Workload, config_100m
 from llava_cot_jax.data.chat import Chat
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.data.settings import ChatSettings
-from llava_cot_jax.data.shapes import ShapesRows
+from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.evaluation.held_out import answer_rows, share
+from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.search.generator import Generator
+from llava_cot_jax.processing.processor import Processor
 
 ROWS = 64
 

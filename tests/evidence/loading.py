@@ -29,8 +29,8 @@ PLAIN, PASSING = "plain read", "read, not kept"  # in blocks of 8 MiB: into memo
 
 
 def main() -> None:
+    from llava_cot_jax.model.checkpoint.writing import Entry, write_checkpoint
     from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
-    from llava_cot_jax.model.export import Entry, write_checkpoint
     from llava_cot_jax.model.parameters import parameters
 
     print(f"{datetime.date.today()}  Python {platform.python_version()}  " + _versions("jax", "numpy", "safetensors"))
@@ -84,9 +84,9 @@ def measure(folder: Path, what: str) -> dict[str, float]:
     """Seconds; for a load also the peak of resident memory in bytes, beyond the arrays and what was there before."""
     import jax
 
-    from llava_cot_jax.model.finding import read_config
+    from llava_cot_jax.model.checkpoint.finding import read_config
+    from llava_cot_jax.model.checkpoint.sharded import load_arrays
     from llava_cot_jax.model.sharding import make_mesh
-    from llava_cot_jax.model.weights import load_arrays
 
     if what in (PLAIN, PASSING):
         return {"seconds": _plain_read(folder / "model.safetensors", keep=what == PLAIN)}

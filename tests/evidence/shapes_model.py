@@ -30,15 +30,15 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from llava_cot_jax.data.chat import Chat  # noqa: E402
-from llava_cot_jax.data.companions import write_companions  # noqa: E402
-from llava_cot_jax.data.processor import Processor  # noqa: E402
 from llava_cot_jax.data.settings import ChatSettings  # noqa: E402
-from llava_cot_jax.data.shapes import KINDS, ShapesRows  # noqa: E402
-from llava_cot_jax.data.shapes_tokenizer import shapes_config, train_tokenizer  # noqa: E402
+from llava_cot_jax.data.shapes.rows import KINDS, ShapesRows  # noqa: E402
+from llava_cot_jax.data.shapes.tokenizer import shapes_config, train_tokenizer  # noqa: E402
 from llava_cot_jax.evaluation.held_out import answer_rows, share  # noqa: E402
+from llava_cot_jax.inference.generator import Generator  # noqa: E402
+from llava_cot_jax.model.checkpoint.auxiliary_files import write_companions  # noqa: E402
 from llava_cot_jax.model.mllama import Mllama  # noqa: E402
 from llava_cot_jax.paths import EMBEDDED_FOLDER  # noqa: E402
-from llava_cot_jax.search.generator import Generator  # noqa: E402
+from llava_cot_jax.processing.processor import Processor  # noqa: E402
 from tests.parity.reference import under  # noqa: E402
 from tests.training.small_run import losses, metrics  # noqa: E402
 

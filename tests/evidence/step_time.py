@@ -53,17 +53,17 @@ def prepare(folder: Path) -> Report:
     """Write the weights and the batch; what is known of a step before it is run."""
     from flax import nnx
 
+    from llava_cot_jax.costs.counts import parameter_counts, training_flops
     from llava_cot_jax.data.chat import Chat
-    from llava_cot_jax.data.processor import Processor
     from llava_cot_jax.data.settings import ChatSettings
-    from llava_cot_jax.data.shapes import ShapesRows
-    from llava_cot_jax.data.shapes_tokenizer import shapes_config, shapes_tokenizer
-    from llava_cot_jax.hardware import parameter_counts, training_flops
+    from llava_cot_jax.data.shapes.rows import ShapesRows
+    from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
+    from llava_cot_jax.model.checkpoint.sharded import save_arrays
     from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.model.parameters import flatten
-    from llava_cot_jax.model.vision import normalize
-    from llava_cot_jax.model.weights import save_arrays
+    from llava_cot_jax.model.vision_tower import normalize
+    from llava_cot_jax.processing.processor import Processor
 
     small = shapes_config()
     vision = VisionConfig(
@@ -123,9 +123,9 @@ def ours(folder: Path, checkpointing: Any, dtype: str, steps: int) -> Report:
     import jax
     import jax.numpy as jnp
 
-    from llava_cot_jax.model.finding import read_config
+    from llava_cot_jax.model.checkpoint.finding import read_config
+    from llava_cot_jax.model.checkpoint.sharded import load_arrays
     from llava_cot_jax.model.parameters import parameters
-    from llava_cot_jax.model.weights import load_arrays
     from llava_cot_jax.training.optimizer import Optimizer
     from llava_cot_jax.training.settings import OptimizerSettings
     from llava_cot_jax.training.state import State, make_step
@@ -239,7 +239,7 @@ def in_process(*arguments: object) -> Report:
 
 
 def main(dtype: str, steps: int) -> None:
-    from llava_cot_jax.chips import find_chip
+    from llava_cot_jax.costs.chips import find_chip
 
     versions = "  ".join(f"{package} {version(package)}" for package in ("jax", "torch", "transformers"))
     print(f"{datetime.date.today()}  Python {platform.python_version()}  {versions}")

@@ -10,10 +10,10 @@ from flax import nnx
 from transformers import MllamaConfig as HFConfig
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.config import MllamaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
-from llava_cot_jax.search.generator import Generator
 from tests.conftest import INPUTS
 
 

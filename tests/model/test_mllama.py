@@ -12,10 +12,10 @@ from flax import nnx
 from safetensors import safe_open
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama, hidden_states
 from llava_cot_jax.model.parameters import flatten, parameters
-from llava_cot_jax.search.generator import Generator
 from tests.conftest import INPUTS
 
 CONVENTIONS = ("meta", "transformers_4", "transformers_5")

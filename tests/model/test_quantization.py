@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
 from llava_cot_jax.model.quantization import is_quantized, quantize
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
-from llava_cot_jax.search.generator import Generator
 
 
 def test_a_weight_is_within_half_a_step():

@@ -10,13 +10,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.layers import lookup
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
 from llava_cot_jax.model.sharding import default_mesh, make_mesh, on_mesh, partition
 from llava_cot_jax.planning.collectives import collectives
-from llava_cot_jax.search.generator import Generator
 from tests.conftest import INPUTS
 from tests.model.test_mllama import off
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import Layout
-from llava_cot_jax.search.generator import Generator
 from tests.parity.reference import (
     Sizes,
     batch_of_rows,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from llava_cot_jax import hardware
 from llava_cot_jax.benchmark.workload import Workload
+from llava_cot_jax.costs import counts
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.planning.advice import fits, smallest_change_of_search
@@ -47,7 +47,7 @@ def test_as_many_questions_fit_as_the_compiler_found():
 
 
 def test_weights_are_counted_to_the_byte():
-    count = sum(hardware.parameter_counts(ELEVEN).values())
+    count = sum(counts.parameter_counts(ELEVEN).values())
     assert planned().memory["weights"] == 2 * count
     # Cut over four chips, but for norms, gates and the like, which are everywhere.
     assert 0 < planned(slice_="v5e-4").memory["weights"] - count / 2 < 0.001 * count
@@ -56,7 +56,7 @@ def test_weights_are_counted_to_the_byte():
 def test_the_floor_of_a_step_is_what_it_must_read():
     work = Workload(prompt=256, stages=(60, 100, 200, 30))
     plan = planned(slice_="v5e-4", work=work)
-    read = hardware.bytes_per_step(
+    read = counts.bytes_per_step(
         ELEVEN,
         questions=1,
         candidates=10,
@@ -72,7 +72,7 @@ def test_the_floor_of_a_step_is_what_it_must_read():
 def test_what_is_cut_by_fsdp_is_fetched_at_each_step():
     halves, one = planned(mesh={"data": 1, "fsdp": 2, "tensor": 2}, slice_="v5e-4"), planned(slice_="v5e-4")
     assert sum(one.memory.values()) == pytest.approx(sum(halves.memory.values()), rel=0.15)
-    assert halves.step.sent["fsdp"] == pytest.approx(hardware.parameters_per_step(ELEVEN, images=True) * 2 / 2 / 2)
+    assert halves.step.sent["fsdp"] == pytest.approx(counts.parameters_per_step(ELEVEN, images=True) * 2 / 2 / 2)
     assert one.step.sent["fsdp"] == 0 and halves.step.step > 1.9 * one.step.step
 
 

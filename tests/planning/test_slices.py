@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llava_cot_jax.chips import GIB
+from llava_cot_jax.costs.chips import GIB
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.planning.slices import GENERATIONS, parse, prepare

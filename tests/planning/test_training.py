@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from llava_cot_jax import hardware
 from llava_cot_jax.benchmark.workload import config_100m
+from llava_cot_jax.costs import counts
 from llava_cot_jax.data.settings import LoaderSettings
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
@@ -23,7 +23,7 @@ from llava_cot_jax.planning.training import best_mesh, plan_training
 from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.program import make_program
 from llava_cot_jax.training.settings import LoraSettings, MeshSettings, OptimizerSettings, TrainSettings
-from tests.test_hardware import model_flops
+from tests.costs.test_counts import model_flops
 
 ROOT = Path(__file__).parents[2]
 ELEVEN = MllamaConfig.llama32_11b()
@@ -45,8 +45,8 @@ def test_flops_are_those_of_the_real_step(small, name, checkpointing, tokens, pa
     program = make_program(settings, config, mesh, steps=10, steps_per_epoch=5)
     batch = abstract_batch(config, 2, tokens, mesh)
     real = model_flops(jax.make_jaxpr(lambda state, batch: program.step(state, batch))(program.state, batch))
-    once = hardware.training_flops(config, tokens, 1, as_computed=True)
-    again = hardware.recomputed_flops(config, tokens, 1, checkpointing=checkpointing)
+    once = counts.training_flops(config, tokens, 1, as_computed=True)
+    again = counts.recomputed_flops(config, tokens, 1, checkpointing=checkpointing)
     assert 2 * (sum(once.values()) + sum(again.values())) == real
 
 
@@ -59,7 +59,7 @@ def about_100m() -> MllamaConfig:
 @pytest.mark.slow
 def test_the_mesh_that_is_recommended_for_8_devices_runs_on_8_and_takes_the_bytes_that_were_predicted():
     config = about_100m()
-    count = sum(hardware.parameter_counts(config).values())
+    count = sum(counts.parameter_counts(config).values())
     assert 70e6 < count < 130e6
     chat = replace(run().chat, max_length=64)
     settings = run(dtype="float32", loader=LoaderSettings(batch=8), chat=chat)
@@ -198,7 +198,7 @@ def test_the_floor_says_what_binds():
 
 def test_hours_follow_from_the_counted_flops():
     plan = plan_training(run(epochs=2, mesh=MeshSettings(fsdp=32, tensor=2)), ELEVEN, parse("v5e-64"), Data(3200, 500))
-    row = sum(hardware.training_flops(ELEVEN, 500, 1).values())
+    row = sum(counts.training_flops(ELEVEN, 500, 1).values())
     assert plan.steps == 200
     assert plan.hours(0.5) == pytest.approx(2 * 3200 * row / (64 * 197e12 * 0.5) / 3600)
     # A share that the links do not let it reach:

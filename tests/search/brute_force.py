@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from llava_cot_jax.data.messages import user_turn
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.strategies import Judge, LogProbability, MajorityVote
 from llava_cot_jax.stages import find_stages

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from flax import nnx
 from PIL import Image
 
-from llava_cot_jax.data.processor import Processor
-from llava_cot_jax.data.shapes import ShapesRows
-from llava_cot_jax.data.shapes_tokenizer import shapes_config, shapes_tokenizer
+from llava_cot_jax.data.shapes.rows import ShapesRows
+from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.processing.processor import Processor
 
 PROMPTS = """
 pair:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from llava_cot_jax.data.shapes import ShapesRows
+from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_text
 from llava_cot_jax.search import wording

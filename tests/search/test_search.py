@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from llava_cot_jax.cli import CompilationCounter
-from llava_cot_jax.data.processor import Processor
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import flatten, parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search import reasoner as module
 from llava_cot_jax.search.preparation import Preparation
 from llava_cot_jax.search.program import search

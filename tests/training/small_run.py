@@ -11,8 +11,8 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - numpy learns bfloat16
 from safetensors.numpy import save_file
 
-from llava_cot_jax.data.companions import write_companions
-from llava_cot_jax.data.shapes_tokenizer import shapes_config, shapes_tokenizer
+from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
+from llava_cot_jax.model.checkpoint.auxiliary_files import write_companions
 from llava_cot_jax.model.config import MllamaConfig
 from tests.demo import random_weights
 from tests.processes import WITHOUT_TORCH, xla_flags

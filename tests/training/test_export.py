@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.training.checkpoints import Checkpoints, Kept, steps_in, stored_arrays
 from llava_cot_jax.training.export import RunExport
+from llava_cot_jax.training.initial_model import Origin
 from llava_cot_jax.training.layout import CHECKPOINTS, is_run
-from llava_cot_jax.training.origin import Origin
 from llava_cot_jax.training.program import Program, make_program, run_mesh
 from llava_cot_jax.training.run_folder import describe, make_run_folder, write_run_folder
 from llava_cot_jax.training.settings import LoraSettings, MeshSettings, OptimizerSettings, TrainSettings

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model import text, vision
+from llava_cot_jax.model import text_decoder, vision_tower
 from llava_cot_jax.model.layers import linear
 from llava_cot_jax.model.mllama import Mllama, hidden_states
 from llava_cot_jax.model.parameters import flatten, nest, parameters
@@ -114,7 +114,7 @@ def test_every_weight_of_linear_can_carry_an_adapter_and_no_other(small, rows, m
             bare.append(w)
         return linear(x, w)
 
-    for module in (text, vision):
+    for module in (text_decoder, vision_tower):
         monkeypatch.setattr(module, "linear", watched)
     table = parameters(small, "unrolled")
     adapters = adapter_table(table, replace(EVERYTHING, targets=["."]))

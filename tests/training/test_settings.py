@@ -14,8 +14,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from safetensors.numpy import load_file
 
 from llava_cot_jax.data.loader import Loader
-from llava_cot_jax.data.shapes import ShapesRows
-from llava_cot_jax.data.shapes_tokenizer import shapes_config
+from llava_cot_jax.data.shapes.rows import ShapesRows
+from llava_cot_jax.data.shapes.tokenizer import shapes_config
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
@@ -25,7 +25,7 @@ from llava_cot_jax.planning.models import sizes_of
 from llava_cot_jax.planning.programs import abstract_batch
 from llava_cot_jax.planning.slices import parse
 from llava_cot_jax.train import read_arguments
-from llava_cot_jax.training.origin import Origin
+from llava_cot_jax.training.initial_model import Origin
 from llava_cot_jax.training.program import check_batch, make_program, run_mesh
 from llava_cot_jax.training.settings import MeshSettings, TrainSettings
 

@@ -1,0 +1,73 @@
+"""What became of the rows of a raw data set, counted by the data sets that it was made of."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from llava_cot_jax.data.raw.annotations import Entry, LeftOut, Reason
+
+SPLITS = ("train", "validation")
+ROWS = "rows"
+UNSTAGED = "unstaged answers"
+REPEATED = "repeated ids"
+
+ALWAYS = (ROWS, *SPLITS)
+WHERE_ANY = (*Reason, UNSTAGED, REPEATED)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The counts.
+
+    Attributes:
+        sources: by source, then by what is counted: the rows, those written to each split, those
+            left out for each reason, and among the written ones what is odd about them.
+        unnamed_images: how many images there are that no row names.
+    """
+
+    sources: dict[str, dict[str, int]]
+    unnamed_images: int
+
+    @property
+    def totals(self) -> Counter[str]:
+        """What is counted, over all sources."""
+        return sum(map(Counter, self.sources.values()), Counter())
+
+    @property
+    def rows(self) -> int:
+        return self.totals[ROWS]
+
+    @property
+    def left_out(self) -> int:
+        """How many rows are left out."""
+        return sum(self.totals[reason] for reason in Reason)
+
+    def table(self) -> str:
+        """The counts as lines of text: a line for each source, and one for all."""
+        columns = [*ALWAYS, *(column for column in WHERE_ANY if self.totals[column])]
+        headings = list(zip_longest(*(reversed(name.split()) for name in ("source", *columns)), fillvalue=""))[::-1]
+        counts = {**self.sources, "all": self.totals}
+        rows = [(source, *(f"{row.get(column, 0):,}" for column in columns)) for source, row in counts.items()]
+        cells = [*headings, *rows]
+        first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+        lines = [
+            name.ljust(first) + "".join(f"  {cell:>{width}}" for cell, width in zip(others, widths, strict=True))
+            for name, *others in cells
+        ]
+        return "\n".join([*lines, f"images that no row names: {self.unnamed_images:,}"])
+
+
+def summarise(splits: dict[str, list[Entry]], left_out: Iterable[LeftOut], unnamed_images: int) -> Summary:
+    """Count the rows of each split and those left out. Of rows that share an id, all but the first repeat it."""
+    sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in left_out:
+        sources[row.source].update((ROWS, row.reason.value))
+    for split, entries in splits.items():
+        for entry in entries:
+            sources[entry.source].update({ROWS: 1, split: 1, UNSTAGED: entry.unstaged})
+    seen: set[str] = set()
+    for entry in sorted((entry for entries in splits.values() for entry in entries), key=lambda entry: entry.line):
+        sources[entry.source][REPEATED] += entry.id in seen
+        seen.add(entry.id)
+    return Summary({source: dict(+counts) for source, counts in sorted(sources.items())}, unnamed_images)

@@ -1,0 +1,32 @@
+"""How a token is drawn: settings for commands and programs, which can be read without jax."""
+
+from dataclasses import dataclass
+
+from llava_cot_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of a draw, applied in transformers' order: temperature, then top_k, then top_p.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep so many of the likeliest tokens; None keeps all. With it, top_p needs no sort of
+            the vocabulary, which costs a hundred times more.
+        top_p: keep the likeliest tokens until their probability, among those that top_k kept, reaches this.
+
+    Raises:
+        UserError: a setting out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature must not be negative, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")

@@ -1,0 +1,366 @@
+"""The counts against the published figures, and against every product in the traced programs themselves."""
+
+import itertools
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
+
+from llava_cot_jax.costs import counts
+from llava_cot_jax.costs.chips import CHIPS, find_chip
+from llava_cot_jax.costs.counts import PARTS, Part, count_flops, part_of, text_flops, training_flops, vision_flops
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.kv_cache import KeyValue, Memory, Prefix
+from llava_cot_jax.model.mllama import hidden_states, logits
+from llava_cot_jax.model.parameters import nest, parameters
+from llava_cot_jax.model.text_decoder import IMAGE_TOKEN_MULTIPLE, append, see
+from llava_cot_jax.training.lora import adapter_table
+from llava_cot_jax.training.settings import LoraSettings
+
+ELEVEN, NINETY = MllamaConfig.llama32_11b(), MllamaConfig.llama32_90b()
+
+
+def abstract(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def arrays(config, layout):
+    return {path: abstract(*p.shape, dtype=jnp.bfloat16) for path, p in parameters(config, layout).items()}
+
+
+def row(config, tokens, images, rows=1):
+    """The model's inputs, without their values."""
+    batch = {"input_ids": abstract(rows, tokens)}
+    if images:
+        tower = config.vision
+        tiles, size = tower.max_num_tiles, tower.image_size
+        pixels = (rows, images, tiles, tower.num_channels, size, size)
+        batch |= {
+            "pixel_values": abstract(*pixels, dtype=jnp.uint8),
+            "aspect_ratio_ids": abstract(rows, images),
+            "aspect_ratio_mask": abstract(rows, images, tiles),
+            "cross_attention_mask": abstract(rows, tokens, images, tiles),
+        }
+    return batch
+
+
+def forward(flat, batch, config):
+    params = nest(flat)
+    return logits(params, hidden_states(params, config, batch))
+
+
+def model_flops(program: ClosedJaxpr) -> int:
+    """FLOPs of a traced program but for those that only make masks: in a bfloat16 model, products of float32 alone."""
+    return count_flops(program) - float32_flops(program.jaxpr)
+
+
+def float32_flops(jaxpr: Jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        dtypes = {x.aval.dtype for x in equation.invars}
+        if equation.primitive.name == "dot_general" and dtypes == {jnp.dtype(jnp.float32)}:
+            total += count_flops(jaxpr.replace(eqns=[equation]))
+        inner = [float32_flops(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
+        if equation.primitive.name == "cond":  # the same product for several platforms, in float32 for one of them
+            inner = [min(inner)]
+        total += equation.params.get("length", 1) * sum(inner)
+    return total
+
+
+def traced_forward(config, layout, batch) -> ClosedJaxpr:
+    return jax.make_jaxpr(partial(forward, config=config))(arrays(config, layout), batch)
+
+
+def traced_step(config, layout, batch, trained, adapters=None) -> ClosedJaxpr:
+    """Forward and backward, the gradients of the parameters of ``trained`` and of ``adapters`` alone."""
+    table = arrays(config, layout)
+    learning = {path: x for path, x in table.items() if part_of(config, path) in trained}
+    learning |= {path: abstract(*p.shape, dtype=jnp.bfloat16) for path, p in (adapters or {}).items()}
+    frozen = {path: x for path, x in table.items() if path not in learning}
+
+    def loss(learning, frozen, batch):
+        return forward(learning | frozen, batch, config).sum()
+
+    return jax.make_jaxpr(jax.grad(loss))(learning, frozen, batch)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+@pytest.mark.parametrize(("tokens", "images", "rows"), [(12, 1, 1), (9, 3, 2), (7, 0, 1), (1100, 1, 1)])
+def test_forward_flops_are_those_of_the_program(small, layout, tokens, images, rows):
+    real = model_flops(traced_forward(small, layout, row(small, tokens, images, rows)))
+    assert rows * sum(training_flops(small, tokens, images, trained=(), as_computed=True).values()) == real
+
+
+@pytest.mark.parametrize("config", [ELEVEN, NINETY], ids=["11b", "90b"])
+def test_forward_flops_of_the_published_models_are_those_of_the_program(config):
+    real = model_flops(traced_forward(config, "stacked", row(config, 600, 1)))
+    assert sum(training_flops(config, 600, 1, trained=(), as_computed=True).values()) == real
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+@pytest.mark.parametrize(("tokens", "images"), [(12, 1), (7, 0), pytest.param(9, 3, marks=pytest.mark.slow)])
+def test_step_flops_are_those_of_the_program(small, layout, tokens, images):
+    real = model_flops(traced_step(small, layout, row(small, tokens, images), PARTS))
+    assert sum(training_flops(small, tokens, images, as_computed=True).values()) == real
+
+
+@pytest.mark.parametrize(
+    ("tokens", "trained", "blocked"),
+    [
+        pytest.param(600, PARTS, ["tower attention"], id="600"),
+        pytest.param(
+            1100, set(PARTS) - {"tower"}, ["text attention", "cross attention"], id="1100", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_step_flops_of_the_11b_lack_only_scores_that_are_computed_again(tokens, trained, blocked):
+    """Queries in blocks keep no scores, which are half of an attention's forward FLOPs."""
+    real = model_flops(traced_step(ELEVEN, "stacked", row(ELEVEN, tokens, 1), trained))
+    forward, whole = (training_flops(ELEVEN, tokens, 1, trained=t, as_computed=True) for t in ((), trained))
+    assert sum(whole.values()) + sum(forward[kind] for kind in blocked) // 2 == real
+
+
+def sorted_names(parts: Collection[str]) -> str:
+    """An id that is the same in every process."""
+    return " ".join(sorted(parts))
+
+
+SOME_TRAINED: list[set[Part]] = [{"cross"}, {"projector", "cross"}, set(PARTS) - {"tower"}]
+
+
+@pytest.mark.parametrize("trained", SOME_TRAINED, ids=sorted_names)
+def test_step_flops_with_frozen_parts_are_those_of_the_program(small, trained):
+    real = model_flops(traced_step(small, "unrolled", row(small, 12, 1), trained))
+    assert sum(training_flops(small, 12, 1, trained=trained, as_computed=True).values()) == real
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cross_layers", [(0, 2), (1,)], ids=str)
+def test_step_flops_with_any_parts_frozen_are_those_of_the_program(small, cross_layers):
+    config = replace(small, text=replace(small.text, cross_attention_layers=cross_layers))
+    for count in range(1, len(PARTS)):
+        for trained in itertools.combinations(PARTS, count):
+            real = model_flops(traced_step(config, "unrolled", row(config, 12, 1), trained))
+            assert sum(training_flops(config, 12, 1, trained=trained, as_computed=True).values()) == real, trained
+
+
+RANK = 11
+"""Of test adapters: no other axis of the small model is as long."""
+
+
+def with_rank(jaxpr: Jaxpr) -> int:
+    """FLOPs of the products in which an axis is of length RANK; the program must be free of loops."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and any(RANK in x.aval.shape for x in equation.invars):
+            total += count_flops(jaxpr.replace(eqns=[equation]))
+        total += sum(with_rank(inner) for inner in jaxprs_in_params(equation.params))
+    return total
+
+
+def check_adapted(config, trained, adapted):
+    """The count lacks the adapters' own products, and nothing else."""
+    settings = LoraSettings(rank=RANK, targets=["_proj", "fc", "projector"])
+    adapters = adapter_table(parameters(config, "unrolled"), settings)
+    adapters = {path: p for path, p in adapters.items() if part_of(config, path) in adapted}
+    program = traced_step(config, "unrolled", row(config, 12, 1), trained, adapters)
+    counted = training_flops(config, 12, 1, trained=trained, adapted=adapted, as_computed=True)
+    own = with_rank(program.jaxpr)
+    assert sum(counted.values()) + own == model_flops(program), (trained, adapted)
+    assert (own > 0) == bool(adapted)
+
+
+ADAPTED: list[set[Part]] = [{"self", "cross"}, {"tower", "projector", "self", "cross"}, {"cross"}]
+
+
+@pytest.mark.parametrize("adapted", ADAPTED, ids=sorted_names)
+def test_step_flops_with_adapters_lack_only_the_adapters_own(small, adapted):
+    check_adapted(small, (), adapted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cross_layers", [(0, 2), (1,)], ids=str)
+def test_step_flops_with_adapters_on_any_parts_lack_only_the_adapters_own(small, cross_layers):
+    config = replace(small, text=replace(small.text, cross_attention_layers=cross_layers))
+    for adapted in itertools.product([False, True], repeat=4):
+        carriers = set(itertools.compress(("tower", "projector", "self", "cross"), adapted))
+        for trained in ((), {"embedding"}, {"projector", "cross"}) if carriers else ({"cross"},):
+            check_adapted(config, trained, carriers)
+
+
+def test_shares_of_adapters_are_the_known_ones():
+    table = parameters(ELEVEN, "stacked")
+    adapters = adapter_table(table, LoraSettings(rank=16))
+    shares = [
+        sum(math.prod(adapters[f"{path}.{name}"].shape) for name in ("lora_a", "lora_b"))
+        / math.prod(table[f"{path}.weight"].shape)
+        for path in {path.rpartition(".")[0] for path in adapters}
+    ]
+    assert (round(min(shares), 3), round(max(shares), 2)) == (0.005, 0.02)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_decode_flops_are_those_of_the_program(small, images):
+    """A step of three candidates of each of two questions: slots of the prefix and of their own count alike."""
+    shared, own, questions, candidates, text = 48, 16, 2, 3, small.text
+    seen = images * (small.vision.image_tokens + -small.vision.image_tokens % IMAGE_TOKEN_MULTIPLE)
+    rows = questions * candidates
+
+    def layers(rows, slots, cross):
+        entry = abstract(rows, text.num_key_value_heads, slots, text.head_dim, dtype=jnp.bfloat16)
+        return tuple(KeyValue(entry, entry) if is_cross == cross and slots else None for is_cross in text.is_cross)
+
+    prefix = Prefix(layers(questions, shared, False), abstract(questions))
+    memory = Memory(layers(rows, own, False), abstract(rows), prefix, layers(questions, seen, True))
+    tiles = abstract(rows, 1, 1, small.vision.max_num_tiles)
+    sight = jax.eval_shape(lambda tiles: see(small, tiles), tiles) if images else None
+
+    def decode(flat, token, memory, sight):
+        params = nest(flat)
+        hidden, _ = append(params["language_model"]["model"], small, token, memory, sight)
+        return logits(params, hidden)
+
+    real = model_flops(jax.make_jaxpr(decode)(arrays(small, "unrolled"), abstract(rows, 1), memory, sight))
+    assert rows * sum(text_flops(small, 1, seen, prefix=shared + own - 1, as_computed=True).values()) == real
+
+
+def test_useful_flops_are_less_than_computed_ones_by_masked_scores_and_fill():
+    useful, computed = (training_flops(ELEVEN, 600, 1, as_computed=c) for c in (False, True))
+    assert computed["text attention"] / useful["text attention"] == pytest.approx(2, rel=2 / 600)
+    assert computed["cross attention"] / useful["cross attention"] == pytest.approx(6528 / 6404)
+    assert computed["cross keys and values"] / useful["cross keys and values"] == pytest.approx(6528 / 6404)
+    assert computed["tower attention"] / useful["tower attention"] == pytest.approx(6656 / 6432)
+    same = ("tower", "projector", "text", "head")
+    assert [useful[kind] for kind in same] == [computed[kind] for kind in same]
+
+
+def test_prefill_in_two_parts_is_as_much_work_as_in_one():
+    whole = text_flops(ELEVEN, 1000, 6404)
+    parts = text_flops(ELEVEN, 700, 6404), text_flops(ELEVEN, 300, 6404, prefix=700)
+    assert whole == {kind: sum(part[kind] for part in parts) for kind in whole}
+
+
+def test_a_frozen_tower_is_not_gone_back_through():
+    frozen, forwards = (vision_flops(ELEVEN, 1, trained=t) for t in (set(PARTS) - {"tower"}, ()))
+    assert frozen["tower"] + frozen["tower attention"] == forwards["tower"] + forwards["tower attention"]
+    assert frozen["projector"] == 2 * forwards["projector"]  # its weights' gradient, and none of its input
+
+
+def test_flops_of_the_11b_are_the_known_ones():
+    vision = vision_flops(ELEVEN, 1)
+    assert round((vision["tower"] + vision["tower attention"]) / 1e12, 1) == 18.6
+    assert round(vision["tower attention"] / 1e12, 1) == 8.5
+    assert round((vision["projector"] + vision["cross keys and values"]) / 1e12, 1) == 1.3
+    text = text_flops(ELEVEN, 1, 1)
+    assert round((text["text"] + text["head"]) / 1e9, 1) == 18.4
+    training = training_flops(ELEVEN, 600, 1)
+    assert round(sum(training.values()) / 1e12) == 94
+    assert round((training["tower"] + training["tower attention"]) / 1e12) == 56
+
+
+def test_parameters_and_bytes_of_the_11b_are_the_known_ones():
+    assert sum(counts.parameter_counts(ELEVEN).values()) == 10_670_220_835
+    assert sum(counts.parameter_counts(NINETY).values()) == 88_593_355_323
+    assert round(counts.parameters_per_step(ELEVEN, images=True) / 1e9, 2) == 9.18
+    assert [2 * values for values in counts.cache_values(ELEVEN)] == [131_072, 32_768]
+    read = counts.bytes_per_step(ELEVEN, questions=1, candidates=10, prefix=1000, suffix=50, image_tokens=6404)
+    assert round(read["image"] / 1e6) == 210
+    assert (read["prefix"], read["suffix"]) == (1000 * 131_072, 500 * 131_072)
+
+
+FLOORS = {
+    "TPU v4": (15.4, 7.9),
+    "TPU v5 lite": (23.0, 11.8),
+    "TPU v5p": (6.8, 3.5),
+    "TPU v6 lite": (11.5, 5.9),
+    "TPU7x": (2.6, 1.3),
+    "NVIDIA H100 80GB HBM3": (5.6, 2.9),
+    "NVIDIA H200": (3.9, 2.0),
+}
+"""ms of a step of 10 candidates, bfloat16 and int8 weights: facts/PERFORMANCE.md."""
+
+
+@pytest.mark.parametrize("kind", FLOORS)
+def test_floors_of_decoding_are_the_known_ones(kind):
+    sizes = dict(questions=1, candidates=10, prefix=2000, suffix=20, image_tokens=6404)
+    for weight_bytes, floor in zip((2, 1), FLOORS[kind], strict=True):
+        read = sum(counts.bytes_per_step(ELEVEN, weight_bytes=weight_bytes, **sizes).values())
+        assert round(1e3 * read / find_chip(kind).bandwidth, 1) == floor
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [
+        ("TPU v4", pltpu.ChipVersion.TPU_V4),
+        ("TPU v5 lite", pltpu.ChipVersion.TPU_V5E),
+        ("TPU v5", pltpu.ChipVersion.TPU_V5P),
+        ("TPU v6 lite", pltpu.ChipVersion.TPU_V6E),
+        ("TPU7x", pltpu.ChipVersion.TPU_7X),
+    ],
+)
+def test_chips_have_the_figures_that_jax_has_of_them(kind, version):
+    chip, info = find_chip(kind), pltpu.get_tpu_info_for_chip(version, 1)
+    cores = version.num_physical_tensor_cores_per_chip
+    assert chip.memory == pytest.approx(cores * info.hbm_capacity_bytes, rel=0.01)
+    assert chip.flops == pytest.approx(cores * info.bf16_ops_per_second, rel=0.01)
+    if kind != "TPU v5":  # jax has 2460 GB/s, Google's data sheet 2765
+        assert chip.bandwidth == pytest.approx(cores * info.mem_bw_bytes_per_second, rel=0.01)
+    assert chip.devices == (1 if version.supports_megacore else cores)
+
+
+def test_a_chip_is_found_by_each_of_its_kinds_and_a_cpu_is_none():
+    kinds = [kind for chip in CHIPS for kind in chip.kinds]
+    assert len(set(kinds)) == len(kinds)
+    assert find_chip("TPU v5e") is find_chip("TPU v5 lite") is not find_chip("TPU v5")
+    assert find_chip(jax.devices()[0].device_kind) is None
+
+
+def test_parts_are_the_same_in_either_layout(small):
+    config = replace(small, text=replace(small.text, num_hidden_layers=6, cross_attention_layers=(1, 4)))
+    for parameter_path, parameter in parameters(config, "stacked").items():
+        assert counts.parts_of(config, parameter.tensors) == {part_of(config, parameter_path)}
+    assert counts.parts_of(config, parameters(config, "stacked")) == set(PARTS)
+
+
+def counted(function, *shapes):
+    return count_flops(jax.make_jaxpr(function)(*(jnp.ones(shape) for shape in shapes)))
+
+
+def test_count_flops_follows_every_kind_of_inner_program():
+    def f(a):
+        return jnp.tanh(a @ a)
+
+    custom = jax.custom_jvp(f)
+    custom.defjvps(lambda tangent, out, a: tangent)
+    one = 2 * 4**3
+    assert counted(f, (4, 4)) == one
+    assert counted(jax.jit(jax.checkpoint(f)), (4, 4)) == one
+    assert counted(lambda a: jax.lax.scan(lambda x, _: (f(x), None), a, length=5)[0], (4, 4)) == 5 * one
+    assert counted(lambda a: jax.lax.map(f, a), (3, 4, 4)) == 3 * one
+    assert counted(lambda a: jax.lax.cond(a[0, 0] > 0, f, lambda a: f(f(a)), a), (4, 4)) == 2 * one
+    assert counted(custom, (4, 4)) == one
+    assert counted(partial(jnp.einsum, "bij,bkj->bik"), (7, 2, 3), (7, 5, 3)) == 2 * 7 * 2 * 3 * 5
+    with pytest.raises(ValueError, match="while loop"):
+        counted(lambda a: jax.lax.while_loop(lambda x: x[0, 0] < 9, f, a), (4, 4))
+
+
+def test_count_flops_of_a_convolution_are_those_of_its_patches():
+    def convolve(x, w):
+        return jax.lax.conv_general_dilated(x, w, window_strides=(2, 2), padding="VALID")
+
+    assert counted(convolve, (1, 3, 8, 8), (5, 3, 2, 2)) == counted(jnp.matmul, (16, 12), (12, 5))
+
+
+def test_count_flops_agrees_with_the_compiler():
+    """XLA counts elementwise work too, which is little beside these products."""
+    grad = jax.jit(jax.grad(lambda a, b: ((a @ b) ** 2).sum(), argnums=(0, 1)))
+    arrays = jnp.ones((64, 512)), jnp.ones((512, 128))
+    ours, compiled = count_flops(jax.make_jaxpr(grad)(*arrays)), grad.lower(*arrays).compile().cost_analysis()
+    assert ours == 3 * 2 * 64 * 512 * 128
+    assert ours == pytest.approx(compiled["flops"], rel=0.01)

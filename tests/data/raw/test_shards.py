@@ -1,0 +1,134 @@
+"""Records and shards: what goes in comes out of tfds, and the bytes are the same every time."""
+
+import errno
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from llava_cot_jax.data.raw.annotations import Entry
+from llava_cot_jax.data.raw.images import ImageFolder, Member
+from llava_cot_jax.data.raw.shards import LlavaCot100k, Shard, WriteShard, count_records, cut_into_shards, shrink
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.images import open_image
+from tests.data.raw.raw_set import encode, make_raw_set, noise, unusual_images
+
+ENTRY = Entry(1, 0, "id", "sqa", "sqa/1.png", Member("sqa/1.png", 10, 0), 0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50)), st.integers(1, 100), st.integers(1, 6))
+def test_shards_are_full_and_in_order(sizes: list[int], max_bytes: int, max_rows: int) -> None:
+    entries = [replace(ENTRY, line=i, image=Member("", size, 0)) for i, size in enumerate(sizes)]
+    shards = cut_into_shards(entries, max_bytes, max_rows)
+    assert [entry for shard in shards for entry in shard] == entries
+    totals = [sum(entry.image.size for entry in shard) for shard in shards]
+    for i, (shard, total) in enumerate(zip(shards, totals, strict=True)):
+        assert len(shard) <= max_rows
+        assert total <= max_bytes or len(shard) == 1
+        if i + 1 < len(shards):  # the next row did not fit
+            assert len(shard) == max_rows or total + shards[i + 1][0].image.size > max_bytes
+
+
+class TestShrink:
+    @pytest.mark.parametrize(("name", "image"), unusual_images(np.random.default_rng(0)))
+    def test_unusual_kinds(self, name: str, image: bytes) -> None:
+        assert shrink(image, 40) == image
+        smaller = Image.open(io.BytesIO(shrink(image, 20)))
+        assert smaller.format == ("JPEG" if name.endswith("jpg") else "PNG")
+        assert smaller.mode == "RGB"
+        assert smaller.size == ((15, 20) if name == "turned.jpg" else (20, 15))
+        assert not smaller.getexif()
+
+    def test_shows_the_same(self) -> None:
+        """A picture red on its left and blue on its right, stored lying on its side."""
+        upright = Image.new("RGB", (80, 60), "red")
+        upright.paste("blue", (40, 0, 80, 60))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        lying = encode(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=100, exif=exif)
+        smaller = np.asarray(open_image(shrink(lying, 20)), int)
+        assert smaller.shape == (15, 20, 3)
+        assert abs(smaller[:, :8] - (254, 0, 0)).max() < 12
+        assert abs(smaller[:, 12:] - (0, 0, 254)).max() < 12
+
+    def test_png_is_exact(self) -> None:
+        image = noise(np.random.default_rng(0), 100, 60)
+        smaller = open_image(shrink(encode(image), 50))
+        np.testing.assert_array_equal(smaller, image.resize((50, 30), Image.Resampling.LANCZOS))
+
+    def test_a_strip_keeps_a_pixel(self) -> None:
+        assert open_image(shrink(encode(Image.new("RGB", (1000, 2))), 100)).size == (100, 1)
+
+
+def test_tfds_reads_finished_shards(tmp_path: Path) -> None:
+    raw = make_raw_set(tmp_path, faults=False)
+    images = ImageFolder(raw.write_folder(tmp_path / "images"))
+    lines = raw.annotations.read_bytes().splitlines(keepends=True)
+    entries = []
+    for line, row in list(raw.rows.items())[:5]:
+        image = images.find(row["image"])
+        assert image is not None
+        entries.append(Entry(line, sum(map(len, lines[: line - 1])), row["id"], "sqa", row["image"], image, 0))
+    names = [f"llava_cot_100k-train.array_record-0000{i}-of-00002" for i in range(2)]
+    shards = [
+        Shard(tmp_path / name, tmp_path / f"{i}.turns", tuple(entries[3 * i :][:3])) for i, name in enumerate(names)
+    ]
+    for shard in shards:
+        WriteShard(raw.annotations, images, max_side=None)(shard)
+        assert count_records(shard.path) == shard.turns.read_bytes().count(b"\n") == len(shard)
+    builder = LlavaCot100k({"train": shards}, data_dir=tmp_path / "tfds")
+    builder.download_and_prepare()
+    assert Path(builder.data_dir) == tmp_path / "tfds/llava_cot_100k/1.0.0"
+    read = tfds.builder_from_directory(builder.data_dir)
+    assert read.info.splits["train"].shard_lengths == [3, 2]
+    source = read.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+    assert len(source) == 5
+    for record, (line, row) in zip(source, raw.rows.items(), strict=False):
+        assert record["id"].decode() == row["id"]
+        assert record["line"] == line
+        assert record["source"] == b"sqa"
+        assert record["image_path"].decode() == row["image"]
+        assert record["image"] == raw.files[row["image"]]
+        said = zip(record["conversations"]["from"], record["conversations"]["value"], strict=True)
+        assert [{"from": s.decode(), "value": v.decode()} for s, v in said] == row["conversations"]
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Shard:
+    """Of one row; the writer below has what it needs."""
+    raw = make_raw_set(tmp_path, faults=False)
+    image = ImageFolder(raw.write_folder(tmp_path / "images")).find("sqa/train/0/image.png")
+    assert image is not None
+    return Shard(tmp_path / "shard", tmp_path / "turns", (replace(ENTRY, image=image),))
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> WriteShard:
+    return WriteShard(tmp_path / "train.jsonl", ImageFolder(tmp_path / "images"), max_side=None)
+
+
+def test_a_shard_is_there_whole_or_not_at_all(shard: Shard, write: WriteShard, tmp_path: Path) -> None:
+    """Its second row's image is gone."""
+    (entry,) = shard.entries
+    gone = replace(entry, image=replace(entry.image, name="gone.png"))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"gone\.png cannot be read"):
+        write(replace(shard, entries=(entry, gone)))
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_under_the_records(shard: Shard, write: WriteShard, tmp_path: Path) -> None:
+    """array_record says so only when it closes the file, and not as an OSError."""
+    before = set(tmp_path.iterdir())
+    (tmp_path / "shard.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as fault:
+        write(shard)
+    assert fault.value.errno == errno.ENOSPC
+    assert set(tmp_path.iterdir()) == before

@@ -1,0 +1,202 @@
+"""Tables over a vocabulary against a search in the decoded text, whatever the tokens."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.stop_strings import (
+    TAILS,
+    find_strings,
+    find_tag,
+    ignoring_case,
+    tabulate,
+    vocabulary_bytes,
+)
+from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.search.prompts import JudgePrompts
+from llava_cot_jax.search.strategies import StageBeam
+from llava_cot_jax.search.tables import judge_tables, stage_tables, tokens_of
+from llava_cot_jax.stages import STAGES
+
+CASES = 3000
+FILLERS = [
+    "",
+    " ",
+    "\n",
+    "\n\n",
+    "\n\n\n",
+    "<",
+    "</",
+    "</SUMM",
+    "SUMMARY>",
+    "</CAPTION>",
+    "I see 2 < 3.",
+    "猫在看",
+    " é",
+    ".",
+]
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Processor:
+    return Processor(shapes_config(), shapes_tokenizer())
+
+
+@pytest.fixture(params=["llama3", "embedded"])
+def processor(request, published, embedded) -> Processor:
+    return published if request.param == "llama3" else embedded
+
+
+def random_split(text: bytes, entries: dict[bytes, int], rng: np.random.Generator) -> list[int]:
+    """The text in any tokens that spell it, long ones and short ones."""
+    ids, start = [], 0
+    while start < len(text):
+        fits = [end for end in range(start + 1, min(len(text), start + 14) + 1) if text[start:end] in entries]
+        end = int(rng.choice(fits))
+        ids.append(entries[text[start:end]])
+        start = end
+    return ids
+
+
+def random_text(rng: np.random.Generator, parts: list[str]) -> bytes:
+    return "".join(rng.choice(parts) for _ in range(rng.integers(1, 7))).encode()
+
+
+def test_tags_are_found_where_the_decoded_bytes_have_them(processor):
+    """By the first token that completes one, with what follows it in that token; else how much of it stands."""
+    tag = b"</SUMMARY>"
+    entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size)
+    (table,), accept = tabulate([(find_tag(tag), TAILS)], entries)
+    by_bytes = {entry: i for i, entry in enumerate(entries) if entry}
+    rng, closed = np.random.default_rng(0), 0
+    for _ in range(CASES):
+        ids = random_split(random_text(rng, [*FILLERS, tag.decode(), f" {tag.decode()}\n\n"]), by_bytes, rng)
+        state, so_far = 0, b""
+        for token in ids:
+            state, so_far = int(table[state, token]), so_far + entries[token]
+            if tag in so_far:
+                tail = so_far.partition(tag)[2]
+                breaks = len(tail) - len(tail.rstrip(b"\n"))
+                assert state == accept + min(breaks, 2)
+                closed += 1
+                break
+            longest = max(n for n in range(len(tag)) if so_far.endswith(tag[:n]))
+            assert state == longest
+    assert CASES / 4 < closed < CASES
+
+
+def test_written_verdicts_are_found_where_the_decoded_text_has_them(processor):
+    """The first of two, in any case; one that stands within the other is not it."""
+    readings = ["verdict: correct", "verdict: incorrect", "correct", "incorrect"]
+    entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size)
+    automaton = ignoring_case(find_strings([reading.encode() for reading in readings[2:]]))
+    (table,), accept = tabulate([(automaton, 2)], entries)
+    by_bytes = {entry: i for i, entry in enumerate(entries) if entry}
+    rng, found = np.random.default_rng(1), [0, 0]
+    for _ in range(CASES):
+        parts = ["In", "correct", "incorr", "in", " ", "INCORRECT", "Correct", "orrect", "c", "is wrong"]
+        ids = random_split(random_text(rng, parts), by_bytes, rng)
+        state = 0
+        for token in ids:
+            state = int(table[min(state, accept - 1), token]) if state < accept else state
+        text = b"".join(entries[token] for token in ids).decode().lower()
+        first = re.search("(in)?correct", text)
+        assert (state - accept if state >= accept else None) == (None if first is None else int(bool(first[1])))
+        if first:
+            found[bool(first[1])] += 1
+    assert min(found) > CASES / 10
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    strings=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3, unique=True),
+    text=st.text("abc", max_size=30),
+)
+def test_any_strings_in_any_text(strings, text):
+    """The automaton alone: the first to be complete, the longest of those complete at once."""
+    table = find_strings([s.encode() for s in strings])
+    state = 0
+    for byte in text.encode():
+        state = int(table[state, byte])
+    accept = len(table) - len(strings)
+    want = None
+    for end in range(len(text) + 1):
+        if complete := [s for s in strings if text[:end].endswith(s)]:
+            want = strings.index(max(complete, key=len))
+            break
+    assert (state - accept if state >= accept else None) == want
+
+
+def test_special_tokens_are_no_text(published):
+    entries = vocabulary_bytes(published.tokenizer, 128256)
+    assert entries[128009] == b"" and entries[271] == b"\n\n"
+    for i in range(0, 128000, 97):
+        text = published.tokenizer.decode([i])
+        assert "\ufffd" in text or entries[i] == text.encode()  # a part of a character cannot be decoded alone
+
+
+def test_in_llama3s_vocabulary_a_tag_ends_within_a_token(published):
+    """The case that a search for the tag's own tokens misses."""
+    ids = published.tokenizer("It is. </SUMMARY>\n\n<CAPTION>", add_special_tokens=False)["input_ids"]
+    plain = published.tokenizer(" </SUMMARY>", add_special_tokens=False)["input_ids"]
+    assert not any(ids[i : i + len(plain)] == plain for i in range(len(ids)))
+    tables = stage_tables(published, StageBeam().plan())
+    state = 0
+    for token in ids:
+        state = int(tables.readers[0, state, token])
+        if state >= tables.accept:
+            break
+    assert state == tables.accept + 2
+    assert published.tokenizer.decode([token]) == ">\n\n"
+
+
+def test_a_stage_that_is_closed_for_the_model_reads_as_one_it_closed(processor):
+    """Whatever of the tag stands there, the rest is added; and the next stage stands after one blank line."""
+    tables = stage_tables(processor, StageBeam().plan())
+    for number, stage in enumerate(STAGES):
+        tag = f"</{stage}>"
+        for state in range(len(tag)):
+            rest = decoded(processor, tables.closings[number, state])
+            assert tag[:state] + rest == ("" if state else " ") + tag + "\n\n"
+        for tail in range(TAILS):
+            assert decoded(processor, tables.closings[number, tables.accept + tail]) == ""
+            assert "\n" * tail + decoded(processor, tables.openings[number, tail]) == f"\n\n<{stage}>"
+
+
+def decoded(processor, piece) -> str:
+    return processor.decode(piece.tokens[: piece.length])
+
+
+@pytest.mark.parametrize("stages", [STAGES, ("PLAN", "REASONING", "CONCLUSION")], ids=len)
+def test_both_verdicts_are_the_natural_next_token(processor, stages):
+    prompts = JudgePrompts.load()
+    plan = StageBeam(stages=stages).plan()
+    one, two = judge_tables(processor, plan, plan.judge, prompts).verdicts.tolist()
+    for stage in stages:
+        *_, ending = prompts.cut(processor, "pair", stage, stages, images=1)
+        before = tokens_of(processor, ending + prompts.stem)
+        assert tokens_of(processor, ending + prompts.stem + "1") == [*before, one]
+        assert tokens_of(processor, ending + prompts.stem + "2") == [*before, two]
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused(embedded):
+    tokenizer = shapes_tokenizer()
+    tokenizer.get_vocab = lambda: {"▁the": 300}
+    with pytest.raises(UserError, match="not byte-level"):
+        vocabulary_bytes(tokenizer, 512)
+
+
+@pytest.mark.parametrize("strings", [[], [b""], [b"a", b""]], ids=str)
+def test_nothing_to_look_for(strings):
+    with pytest.raises(UserError, match="must not be empty"):
+        find_strings(strings)
+
+
+def test_a_tag_that_is_too_long():
+    with pytest.raises(UserError, match="too long"):
+        tabulate([(find_tag(b"x" * 300), TAILS)], [b"a"])
