@@ -1,10 +1,11 @@
-"""Run what the README tells a reader to type: its bash and python blocks, in order, as they stand.
+"""Run the commands that the README and the guides tell a reader to type: their bash and python blocks, word for word.
 
-A block that cannot run here has, on the line directly before its fence, the comment
+The README comes first, then the guides in the order of ``DOCUMENTS``. All commands run in the root of the repository.
+A block that cannot run in CI has, on the line directly before its fence, the comment
 ``<!-- not run in CI: REASON -->``.
 
     python3 .ci/readme.py          run everything; the first failure ends it
-    python3 .ci/readme.py --list   say what would run and what would not
+    python3 .ci/readme.py --list   list the commands that would run and those that would not
 """
 
 import argparse
@@ -18,28 +19,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+DOCUMENTS = (
+    "README.md",
+    "configs/README.md",
+    "llava_cot_jax/search/README.md",
+    "launch/README.md",
+    "tests/evidence/README.md",
+)
+"""Files with commands, in the order in which they are run: a later one uses what an earlier one has made."""
 
 FENCE = re.compile(r"```(\w*)\s*")
 MARK = re.compile(r"<!-- not run in CI: (.+) -->\s*")
 LANGUAGES = ("bash", "python")
 ACTIVATE = "`source .venv/bin/activate`"
-"""What the README says, in a sentence, before the commands that are for an activated environment."""
+"""Text by which a document tells the reader, before its commands, to activate the environment."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the README.
+    """A command of a document.
 
     Attributes:
-        line: the number of its first line.
-        language: ``bash``, for one command, or ``python``, for the code of a whole block.
-        text: what a reader types.
-        reason: why it does not run here; None where it does.
-        activated: whether the README has told the reader to activate the environment by then.
+        place: Document and number of the command's first line, as in "README.md line 3".
+        language: ``bash`` for one command, or ``python`` for the code of a whole block.
+        text: Text that a reader types.
+        reason: Reason why the command is not run in CI. None if it is run.
+        activated: Whether the document has told the reader to activate the environment before this command.
     """
 
-    line: int
+    place: str
     language: str
     text: str
     reason: str | None
@@ -47,17 +55,21 @@ class Command:
 
     @property
     def arguments(self) -> list[str]:
-        """The process that runs it."""
+        """Arguments of the process that runs the command."""
         if self.language == "python":
             return [str(ROOT / ".venv" / "bin" / "python"), "-c", self.text]
         return ["bash", "-euo", "pipefail", "-c", self.text]
 
 
-def read_commands(text: str) -> Iterator[Command]:
-    """The commands of a README in order.
+def read_commands(document: str, text: str) -> Iterator[Command]:
+    """Yield the commands of a document in order.
+
+    Args:
+        document: Name of the document, for messages.
+        text: Its contents.
 
     Raises:
-        SystemExit: a block without an end, or a comment that belongs to no block of commands.
+        SystemExit: A block has no end, or a comment precedes no block of commands.
     """
     lines = text.splitlines()
     number = 0
@@ -65,25 +77,26 @@ def read_commands(text: str) -> Iterator[Command]:
         mark = MARK.fullmatch(lines[number - 1]) if number else None
         fence = FENCE.fullmatch(lines[number])
         if mark and not (fence and fence[1] in LANGUAGES):
-            sys.exit(f"README.md line {number}: no block of {' or '.join(LANGUAGES)} follows the comment")
+            sys.exit(f"{document} line {number}: no block of {' or '.join(LANGUAGES)} follows the comment")
         number += 1
         if not fence:
             continue
         end = next((i for i in range(number, len(lines)) if lines[i].rstrip() == "```"), None)
         if end is None:
-            sys.exit(f"README.md line {number}: the block has no end")
+            sys.exit(f"{document} line {number}: the block has no end")
         reason = mark[1] if mark else None
         if fence[1] == "python":
-            yield Command(number + 1, "python", "\n".join(lines[number:end]), reason, True)
+            place = f"{document} line {number + 1}"
+            yield Command(place, "python", "\n".join(lines[number:end]), reason, True)
         if fence[1] == "bash":
             activated = any(ACTIVATE in line for line in lines[:number])
             for line, command in _join(lines[number:end], number + 1):
-                yield Command(line, "bash", command, reason, activated)
+                yield Command(f"{document} line {line}", "bash", command, reason, activated)
         number = end + 1
 
 
 def _join(lines: list[str], first: int) -> Iterator[tuple[int, str]]:
-    """The commands of a bash block, each with the number of its first line; a trailing backslash joins two lines."""
+    """Yield the commands of a bash block with the numbers of their first lines. A trailing backslash joins lines."""
     command: list[str] = []
     for number, line in enumerate(lines, first):
         if not command and (not line.strip() or line.lstrip().startswith("#")):
@@ -97,10 +110,10 @@ def _join(lines: list[str], first: int) -> Iterator[tuple[int, str]]:
 
 
 def run(command: Command) -> None:
-    """Run a command without input, in the environment ``.venv`` where the README has told to activate it.
+    """Run a command without input, in the environment ``.venv`` if the document has told the reader to activate it.
 
     Raises:
-        SystemExit: it fails.
+        SystemExit: The command fails.
     """
     environment = dict(os.environ)
     if command.activated:
@@ -110,21 +123,27 @@ def run(command: Command) -> None:
     began = time.monotonic()
     try:
         code = subprocess.run(command.arguments, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode
-        code = 128 - code if code < 0 else code  # ended by a signal: the number that a shell gives
-    except OSError as fault:  # no .venv yet
-        sys.exit(f"README.md line {command.line} cannot run ({fault}): {command.text}")
+        code = 128 - code if code < 0 else code  # a shell reports a signal so
+    except OSError as fault:  # there is no .venv yet
+        sys.exit(f"{command.place} cannot run ({fault}): {command.text}")
     seconds = time.monotonic() - began
     print(f"(exit {code} after {seconds:.0f} s)", flush=True)
     if code:
-        sys.exit(f"README.md line {command.line} failed with exit {code}: {command.text}")
+        sys.exit(f"{command.place} failed with exit {code}: {command.text}")
 
 
 def main() -> None:
     """Run the commands, or list them."""
-    parser = argparse.ArgumentParser(description="Run what README.md tells a reader to type.")
-    parser.add_argument("--list", action="store_true", help="say what would run and what would not, and run nothing")
+    parser = argparse.ArgumentParser(description="Run the commands of the README and the guides.")
+    parser.add_argument("--list", action="store_true", help="list the commands and run none")
     options = parser.parse_args()
-    for command in list(read_commands(README.read_text(encoding="utf-8"))):
+    commands: list[Command] = []
+    for document in DOCUMENTS:
+        try:
+            commands.extend(read_commands(document, (ROOT / document).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            sys.exit(f"{document} is missing")
+    for command in commands:
         if command.reason is not None:
             print(f"- not run ({command.reason}): {command.text}", flush=True)
         elif options.list:

@@ -1,36 +1,38 @@
 # shellcheck shell=bash
-# What the launch scripts share: arguments and their checks, calls of gcloud, what is known of capacity and commands.
-# A script that sources this sets `usage`, and its own variables for options before it calls parse_arguments.
+# Functions of the launch scripts: they read and check arguments, call gcloud, and ask for the state of capacity and
+# commands. A script sources this file, sets `usage` and the variables of its own options, and calls parse_arguments.
 set -euo pipefail
-LC_ALL=C # ranges such as [a-z] mean ASCII
+LC_ALL=C # A range such as [a-z] means ASCII letters.
 
-checkout=llava_cot_jax # on the hosts, in the home folder
+checkout=llava_cot_jax # Folder of the checkout in the home folder of a host.
 
 usage="" zone=${CLOUDSDK_COMPUTE_ZONE:-} project="" dry_run="" yes=""
-place="zone project" # the options that say where, of all scripts that call gcloud
-name="" words=() command=() create_flags=()
+shared_options="zone project" # Options that every script has which calls gcloud.
+shared_flags="dry-run"
+name="" positionals=() command=() create_flags=()
 
-# One line, whatever is in it.
-complain() { echo "error: ${*//[[:cntrl:]]/ }" >&2; }
+# Prints one line, whatever the message contains.
+print_error() { echo "error: ${*//[[:cntrl:]]/ }" >&2; }
 
-mistake() {
-  complain "$@"
+usage_error() {
+  print_error "$@"
   exit 2
 }
 
 fail() {
-  complain "$@"
+  print_error "$@"
   exit 1
 }
 
-say() { echo "[$(date +%H:%M:%S)] $*"; }
+log() { echo "[$(date +%H:%M:%S)] $*"; }
 
 # --- arguments
 
-# parse_arguments "OPTIONS" "FLAGS" ARGUMENTS...: an option, which takes a value, and a flag, which becomes "yes", set
-# the variable of their name, with underscores. Other words go to `words`, all that follows -- to `command`.
+# parse_arguments "OPTIONS" "FLAGS" ARGUMENTS... stores the value of an option in the variable of its name, written with
+# underscores, and "yes" in the variable of a flag. Words that belong to no option go to the array `positionals`, and
+# everything after -- goes to the array `command`. --help prints `usage` and exits.
 parse_arguments() {
-  local options=" $place $1 " flags=" dry-run $2 " given option value
+  local options=" $shared_options $1 " flags=" $shared_flags $2 " given option value
   shift 2
   while [ $# -gt 0 ]; do
     given=$1
@@ -39,25 +41,25 @@ parse_arguments() {
       --) command=("$@") && break ;;
       -h | --help) echo "$usage" && exit 0 ;;
       --*) ;;
-      -*) mistake "unknown option $given (see --help)" ;;
-      *) words+=("$given") && continue ;;
+      -*) usage_error "unknown option $given (see --help)" ;;
+      *) positionals+=("$given") && continue ;;
     esac
     option=${given#--} option=${option%%=*}
-    [[ $option =~ ^[a-z-]+$ ]] || mistake "unknown option $given (see --help)"
+    [[ $option =~ ^[a-z-]+$ ]] || usage_error "unknown option $given (see --help)"
     if [[ $flags == *" $option "* ]]; then
-      [[ $given != *=* ]] || mistake "--$option takes no value"
+      [[ $given != *=* ]] || usage_error "--$option takes no value"
       value=yes
     elif [[ $options != *" $option "* ]]; then
-      mistake "unknown option --$option (see --help)"
+      usage_error "unknown option --$option (see --help)"
     elif [[ $given == *=* ]]; then
       value=${given#*=}
     else
-      [ $# -gt 0 ] || mistake "--$option needs a value"
+      [ $# -gt 0 ] || usage_error "--$option needs a value"
       value=$1
       shift
     fi
     if [ "$option" = create-flag ]; then
-      [[ $value =~ ^--[a-z] ]] || mistake "--create-flag: not like --network=NAME: $value"
+      [[ $value =~ ^--[a-z] ]] || usage_error "--create-flag must be like --network=NAME: $value"
       create_flags+=("$value")
     else
       printf -v "${option//-/_}" %s "$value"
@@ -66,8 +68,8 @@ parse_arguments() {
 }
 
 check() { # WHAT VALUE PATTERN EXAMPLE
-  [ -n "$2" ] || mistake "$1 is missing, as in $4"
-  [[ $2 =~ ^($3)$ ]] || mistake "$1: $(quoted "$2") is not like $4"
+  [ -n "$2" ] || usage_error "$1 is missing, as in $4"
+  [[ $2 =~ ^($3)$ ]] || usage_error "$1: $(quoted "$2") is not like $4"
 }
 
 check_place() {
@@ -76,30 +78,30 @@ check_place() {
 }
 
 check_name() { # [LONGEST]
-  [ ${#words[@]} -gt 0 ] || mistake "a name is missing (see --help)"
-  [ ${#words[@]} -eq 1 ] || mistake "one name is expected, and a command comes after -- (see --help)"
-  name=${words[0]}
+  [ ${#positionals[@]} -gt 0 ] || usage_error "a name is missing (see --help)"
+  [ ${#positionals[@]} -eq 1 ] || usage_error "there must be one name, and a command comes after -- (see --help)"
+  name=${positionals[0]}
   check "the name" "$name" "[a-z]([-a-z0-9]{0,$((${1:-63} - 2))}[a-z0-9])?" "my-tpu (small letters, digits, dashes)"
 }
 
-# One word, the TPU's name; the place; and no command, but for the scripts that take one.
+# Checks that there is one name, a zone, and a command after -- only where the script takes one.
 check_target() { # [command]
   check_name
   check_place
   if [ "${1:-}" = command ]; then
     check_command
   elif [ ${#command[@]} -gt 0 ]; then
-    mistake "no command is expected: launch/run.sh runs one"
+    usage_error "this script takes no command; launch/run.sh runs one"
   fi
 }
 
-# Prints the runtime version for an accelerator type that exists: the given one, or Google's for the type.
-runtime_of() { # TYPE [VERSION]
+# Checks an accelerator type, and prints the given runtime version, or else Google's for this type.
+print_runtime_version() { # TYPE [VERSION]
   local size=${1#*-} runtime
   check --accelerator-type "$1" '(v5litepod|v5p|v6e)-[1-9][0-9]{0,4}' "v5litepod-64, v5p-16 or v6e-16"
   case $1 in
-    v5p-*) [ $((size % 8)) -eq 0 ] || mistake "--accelerator-type: v5p counts cores, in eights: $1" ;;
-    *) [[ " 1 4 8 16 32 64 128 256 " == *" $size "* ]] || mistake "--accelerator-type: no such size: $1" ;;
+    v5p-*) [ $((size % 8)) -eq 0 ] || usage_error "--accelerator-type: v5p counts cores, a multiple of 8: $1" ;;
+    *) [[ " 1 4 8 16 32 64 128 256 " == *" $size "* ]] || usage_error "--accelerator-type: there is no such size: $1" ;;
   esac
   case $1 in
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
@@ -114,16 +116,16 @@ check_bucket() {
   check "a bucket path" "$1" 'gs://[a-z0-9][-a-z0-9_.]{1,61}[a-z0-9](/[^[:space:]]*)?' gs://bucket/folder
 }
 
-# A command is there, and each bucket path in it is one.
+# Checks that there is a command, and that each bucket path in it is well formed.
 check_command() {
   local word
-  [ ${#command[@]} -gt 0 ] || mistake "a command is missing: it comes after --"
+  [ ${#command[@]} -gt 0 ] || usage_error "a command is missing; it comes after --"
   for word in "${command[@]}"; do
     case $word in gs:* | -*=gs:*) check_bucket "${word#-*=}" ;; esac
   done
 }
 
-# The command writes to a bucket: what is on a machine goes with it.
+# Checks that the command writes to a bucket, since the disks of a machine are lost with the machine.
 check_output() {
   local output="" i
   for i in "${!command[@]}"; do
@@ -132,19 +134,19 @@ check_output() {
       --output=*) output=${command[i]#--output=} ;;
     esac
   done
-  [[ $output == gs://* ]] || mistake "the command needs --output gs://bucket/folder: what is on a taken machine is gone"
+  [[ $output == gs://* ]] || usage_error "the command needs --output gs://bucket/folder, as disks can be lost"
 }
 
-# Before anything is deleted, the name is typed by whoever is there, or --yes is given.
+# Checks that a deletion can be confirmed: by typing the name on a terminal, or by --yes.
 check_confirmable() {
-  [ -n "$yes$dry_run" ] || [ -t 0 ] || mistake "there is no terminal to ask on before a deletion: give --yes"
+  [ -n "$yes$dry_run" ] || [ -t 0 ] || usage_error "there is no terminal on which to confirm a deletion; add --yes"
 }
 
 confirm() { # QUESTION
   local answer=""
   [ -z "$yes" ] || return 0
   read -r -p "$1 Type its name: " answer || true
-  [ "$answer" = "$name" ] || fail "not confirmed: nothing is deleted"
+  [ "$answer" = "$name" ] || fail "not confirmed; nothing was deleted"
 }
 
 # --- calls
@@ -158,8 +160,8 @@ quoted() {
   printf '%s\n' "$text"
 }
 
-# Run a command, or print it where this is a rehearsal. Nothing here reads from the terminal.
-call() {
+# Runs a command without input, or prints it with --dry-run.
+run() {
   local code=0
   if [ -n "$dry_run" ]; then
     quoted "$@"
@@ -167,28 +169,29 @@ call() {
   fi
   "$@" </dev/null || code=$?
   [ $code -eq 0 ] && return
-  complain "this ended with code $code: $(quoted "$@")"
+  print_error "a command failed with exit code $code: $(quoted "$@")"
   return 1
 }
 
-tpu() { call gcloud compute tpus "$@" "--zone=$zone" ${project:+"--project=$project"} --quiet; }
+gcloud_tpus() { run gcloud compute tpus "$@" "--zone=$zone" ${project:+"--project=$project"} --quiet; }
 
-# Run a command on a worker, or on all. gcloud runs it again where the connection breaks: it must bear that. It tries
-# ten times, and a machine that is gone must not hold each of them up for minutes.
-on_hosts() { # WORKER COMMAND
-  tpu tpu-vm ssh "$name" "--worker=$1" --ssh-flag=-oConnectTimeout=10 --ssh-flag=-oServerAliveInterval=30 "--command=$2"
+# Runs a command on one host, or on all. gcloud tries up to ten times if the connection breaks, so the command may run
+# more than once. The timeouts keep each try short when a machine is gone.
+run_on_hosts() { # WORKER COMMAND
+  gcloud_tpus tpu-vm ssh "$name" "--worker=$1" --ssh-flag=-oConnectTimeout=10 --ssh-flag=-oServerAliveInterval=30 \
+    "--command=$2"
 }
 
-# A line `job HOST STATE` from each host, also from those where nothing is installed yet.
-job_states() { # COMMAND, quoted, or nothing
+# Prints a line `job HOST STATE` for each host, including hosts where nothing is installed yet.
+print_job_states() { # [COMMAND as one quoted string]
   local job=$checkout/launch/job.sh
-  on_hosts all "if [ -e $job ]; then bash $job status${1:+ $1}; else echo job \$HOSTNAME none; fi"
+  run_on_hosts all "if [ -e $job ]; then bash $job status${1:+ $1}; else echo job \$HOSTNAME none; fi"
 }
 
-on_hosts_job() { # WORKER VERB ARGUMENTS...
+run_job_script() { # WORKER VERB ARGUMENTS...
   local worker=$1
   shift
-  on_hosts "$worker" "bash $checkout/launch/job.sh $(quoted "$@")"
+  run_on_hosts "$worker" "bash $checkout/launch/job.sh $(quoted "$@")"
 }
 
 # --- capacity
@@ -196,29 +199,40 @@ on_hosts_job() { # WORKER VERB ARGUMENTS...
 request_capacity() { # ACCELERATOR RUNTIME FLAGS...
   local accelerator=$1 runtime=$2
   shift 2
-  tpu queued-resources create "$name" "--node-id=$name" "--accelerator-type=$accelerator" "--runtime-version=$runtime" \
-    "$@" ${create_flags[@]+"${create_flags[@]}"}
+  gcloud_tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$accelerator" \
+    "--runtime-version=$runtime" "$@" ${create_flags[@]+"${create_flags[@]}"}
 }
 
-release_capacity() { tpu queued-resources delete "$name" --force; }
+release_capacity() { gcloud_tpus queued-resources delete "$name" --force; }
 
-# Prints the state of the queued resource: ABSENT where there is none. It is looked up in a list, which tells one that
-# is not there from a question that got no answer.
-request_state() {
+# Prints the state of the queued resource, or ABSENT if there is none. A list tells "there is none" from "gcloud gave no
+# answer"; a description of one resource would fail in both cases.
+print_request_state() {
   local state
-  state=$(tpu queued-resources list "--filter=name ~ \"/$name\$\"" "--format=value(state.state)") || return 1
+  state=$(gcloud_tpus queued-resources list "--filter=name ~ \"/$name\$\"" "--format=value(state.state)") || return 1
   echo "${state:-ABSENT}"
 }
 
-machine_state() { tpu tpu-vm describe "$name" "--format=value(state)"; }
+print_machine_state() { gcloud_tpus tpu-vm describe "$name" "--format=value(state)"; }
 
-# Prints the same, but for an ACTIVE one whose machine is not READY the state of that.
-capacity_state() {
+# Prints the state of the queued resource. If it is ACTIVE but its machine is not READY, prints the machine's state.
+print_capacity_state() {
   local state machine
-  state=$(request_state) || return 1
+  state=$(print_request_state) || return 1
   if [ "$state" = ACTIVE ]; then
-    machine=$(machine_state) || return 1
+    machine=$(print_machine_state) || return 1
     [ "$machine" = READY ] || state=${machine:-UNKNOWN}
   fi
   echo "$state"
 }
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then # This file was started instead of sourced.
+  usage="Usage: source launch/common.sh
+
+Defines functions for the other launch scripts. It does nothing by itself.
+
+  --help   Print this text."
+  shared_options="" shared_flags=""
+  parse_arguments "" "" "$@"
+  usage_error "launch/common.sh does nothing by itself (see --help)"
+fi

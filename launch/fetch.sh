@@ -1,46 +1,50 @@
 #!/usr/bin/env bash
-# Fetch a file or folder from a host of a TPU VM, or from a bucket.
+# Copies a file or folder from a host of a TPU VM, or from a bucket, to this machine.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage="Usage: launch/fetch.sh NAME:PATH FOLDER --zone ZONE [options]
        launch/fetch.sh gs://BUCKET/PATH FOLDER [options]
 
-Copies a file or folder into FOLDER; what is there already under its name is never overwritten. On a
-host, PATH is relative to ~/$checkout, or begins with / or ~/. Logs lie in ~/llava_cot_jax_job.
+Copies a file or folder into FOLDER. Nothing that is there already is overwritten.
 
   launch/fetch.sh my-tpu:runs/lora results
   launch/fetch.sh gs://bucket/runs/lora results
 
-  --zone ZONE         as in us-east5-b; or \$CLOUDSDK_COMPUTE_ZONE
-  --project PROJECT   otherwise that of gcloud's configuration
-  --worker N          from another host than 0
-  --dry-run           print the commands, run none"
+  NAME:PATH           Path on a host of the TPU VM NAME. It is relative to ~/$checkout unless it
+                      begins with / or ~/. Logs are in ~/llava_cot_jax_job.
+  gs://BUCKET/PATH    Path in a bucket.
+  FOLDER              Folder on this machine, which is created if it does not exist.
+  --zone ZONE         Zone, such as us-east5-b. The default is \$CLOUDSDK_COMPUTE_ZONE.
+  --project PROJECT   Project. The default is that of gcloud's configuration.
+  --worker N          Number of the host. The default is 0.
+  --dry-run           Print the commands and run none.
+  --help              Print this text."
 
 worker=0
 parse_arguments "worker" "" "$@"
-[ ${#words[@]} -eq 2 ] || mistake "what to fetch and a folder are expected (see --help)"
-from=${words[0]} folder=${words[1]}
+[ ${#positionals[@]} -eq 2 ] || usage_error "the path to fetch and a folder are needed (see --help)"
+from=${positionals[0]} folder=${positionals[1]}
 check --worker "$worker" '0|[1-9][0-9]{0,3}' 0
-[ -n "$folder" ] || mistake "the folder is missing"
+[ -n "$folder" ] || usage_error "the folder is missing"
 if [[ $from == gs:* ]]; then
   check_bucket "$from"
 else
-  [[ $from == *:* ]] || mistake "what to fetch is NAME:PATH or gs://BUCKET/PATH: $(quoted "$from")"
-  path=${from#*:} words=("${from%%:*}")
+  [[ $from == *:* ]] || usage_error "the path to fetch must be NAME:PATH or gs://BUCKET/PATH: $(quoted "$from")"
+  path=${from#*:} positionals=("${from%%:*}")
   check_target
   check "the path on the host" "$path" '[A-Za-z0-9._~/][-A-Za-z0-9._/=+@]*' runs/lora
   case $path in
     /*) ;;
-    [~]/*) path=${path#??} ;; # scp begins in the home folder
+    [~]/*) path=${path#??} ;; # Paths of scp are relative to the home folder.
     *) path=$checkout/$path ;;
   esac
 fi
 target=${folder%/}/$(basename "${from#*:}")
-[ ! -e "$target" ] || mistake "$target is there already"
+[ ! -e "$target" ] || usage_error "$target already exists"
 
-call mkdir -p -- "$folder"
+run mkdir -p -- "$folder"
 if [[ $from == gs:* ]]; then
-  call gcloud storage cp --recursive "${from%/}" "${folder%/}/" ${project:+"--project=$project"} --quiet
+  run gcloud storage cp --recursive "${from%/}" "${folder%/}/" ${project:+"--project=$project"} --quiet
 else
-  tpu tpu-vm scp "$name:$path" "${folder%/}/" --recurse "--worker=$worker"
+  gcloud_tpus tpu-vm scp "$name:$path" "${folder%/}/" --recurse "--worker=$worker"
 fi

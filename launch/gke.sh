@@ -1,43 +1,47 @@
 #!/usr/bin/env bash
-# Run one command on TPU slices of a GKE cluster, as a JobSet that starts again where it was interrupted.
+# Runs one command on TPU slices of a GKE cluster, as a JobSet that starts again after an interruption.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage="Usage: launch/gke.sh NAME --topology SLICE --image IMAGE [options] -- COMMAND...
 
-Starts COMMAND in IMAGE (launch/Dockerfile) on every host of a slice, in the cluster that kubectl
-knows. If one fails or is taken away, all start again and go on from the newest checkpoint in its
---output, which must be in a bucket; not after code 2. Takes JobSet 0.6 or later in the cluster, and
-a node pool for each slice. Prints how to follow the log, and how to end it.
+Starts COMMAND on every host of TPU slices in the cluster that kubectl knows. If it fails or a host
+is taken away, all hosts start again and go on from the newest checkpoint in --output, which must be
+in a bucket. Exit code 2 is final. The cluster needs JobSet 0.6 or later and a node pool for each
+slice. Prints how to follow the log and how to end the run.
 
-  --topology SLICE         as plan writes it: v5e:8x8, v6e:2x4, v5p:2x2x4, or 2*v5e:8x8 for two
-  --image IMAGE            where the cluster finds it: us-docker.pkg.dev/PROJECT/REPO/IMAGE:1
-  --spot                   on node pools of spot capacity
-  --restarts N             at most so often, 20 by default
-  --service-account NAME   Kubernetes' own, which may use the bucket; by default the namespace's
-  --namespace NAME         otherwise that of kubectl's configuration
-  --context NAME           likewise
-  --dry-run                print the manifest and the command, run none"
+  NAME                     Name of the JobSet.
+  COMMAND...               Command and its arguments.
+  --topology SLICE         v5e:8x8, v6e:2x4 or v5p:2x2x4, as plan names it, or 2*v5e:8x8 for two.
+  --image IMAGE            Image of launch/Dockerfile: us-docker.pkg.dev/PROJECT/REPOSITORY/IMAGE:1
+  --spot                   Use node pools of spot capacity.
+  --restarts N             Largest number of restarts. The default is 20.
+  --service-account NAME   Kubernetes service account, which must be able to use the bucket.
+  --namespace NAME         Namespace. The default is that of kubectl's configuration.
+  --context NAME           Context. The default is that of kubectl's configuration.
+  --dry-run                Print the manifest and the command, and run nothing.
+  --help                   Print this text."
 
-# Prints CHIPS of a host and HOSTS of a slice. One host has up to 8 chips of v5e and v6e; of larger slices 4.
+# Prints the number of chips of a host and the number of hosts of a slice. A slice of up to 8 chips of v5e or v6e has
+# one host; the hosts of larger slices have 4 chips each.
 hosts_of() { # GENERATION SHAPE
   local chips each
   chips=$((${2//x/*}))
   each=$((chips < 4 ? chips : 4))
   if [ "$1" = v5p ]; then
-    [ $((chips % 4)) -eq 0 ] || mistake "--topology: hosts of v5p have 4 chips: $2"
+    [ $((chips % 4)) -eq 0 ] || usage_error "--topology: a host of v5p has 4 chips, so a slice has a multiple of 4: $2"
   else
-    [[ " 1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16 " == *" $2 "* ]] || mistake "--topology: no such shape: $2"
+    [[ " 1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16 " == *" $2 "* ]] || usage_error "--topology: there is no such shape: $2"
     [ "$chips" -ne 8 ] || each=8
   fi
   echo "$each $((chips / each))"
 }
 
-# Words as YAML strings: "python", "-m"
+# Prints words as YAML strings, such as "python", "-m".
 strings() {
   local word text=""
   for word in "$@"; do
-    [[ $word != *[[:cntrl:]]* ]] || mistake "the command: a line break or control character in $(quoted "$word")"
-    word=${word//\\/\\\\} word=${word//\$(/\$\$(} # Kubernetes would put variables there
+    [[ $word != *[[:cntrl:]]* ]] || usage_error "the command has a line break or control character: $(quoted "$word")"
+    word=${word//\\/\\\\} word=${word//\$(/\$\$(} # Kubernetes replaces $(NAME) by a variable.
     text+="${text:+, }\"${word//\"/\\\"}\""
   done
   echo "$text"
@@ -75,12 +79,12 @@ spec:
           backoffLimit: 0
           podFailurePolicy:
             rules:
-              - action: FailJob # the user's mistake
+              - action: FailJob # The user made a mistake.
                 onExitCodes: {containerName: main, operator: In, values: [2]}
           template:
             spec:
               restartPolicy: Never
-              terminationGracePeriodSeconds: 600 # for the last checkpoint
+              terminationGracePeriodSeconds: 600 # This is time to save the last checkpoint.
               hostNetwork: true
               dnsPolicy: ClusterFirstWithHostNet$account
               nodeSelector:
@@ -93,21 +97,22 @@ spec:
                   env: [{name: PYTHONUNBUFFERED, value: "1"}]
                   resources:
                     limits: {google.com/tpu: $chips}
-                  securityContext: {privileged: true, runAsUser: 0} # the chips are the root's
+                  securityContext: {privileged: true, runAsUser: 0} # Only root can use the chips.
                   volumeMounts:
                     - {name: shared-memory, mountPath: /dev/shm}
               volumes:
-                - name: shared-memory # of the processes that read data
+                - name: shared-memory # Processes that read data share it.
                   emptyDir: {medium: Memory}
 YAML
 }
 
-place="" topology="" image="" spot="" restarts=20 service_account="" namespace="" context=""
+shared_options="" topology="" image="" spot="" restarts=20 service_account="" namespace="" context=""
 parse_arguments "topology image restarts service-account namespace context" "spot" "$@"
-check_name 40 # the cluster makes longer ones of it
+check_name 40 # The cluster derives longer names from it.
 check_command
 check_output
-check --topology "$topology" '([1-9][0-9]?\*)?(v[56]e:[1-9][0-9]?x[1-9][0-9]?|v5p:[1-9][0-9]?x[1-9][0-9]?x[1-9][0-9]?)' "v5e:8x8"
+length='[1-9][0-9]?'
+check --topology "$topology" "($length\*)?(v[56]e:${length}x$length|v5p:${length}x${length}x$length)" v5e:8x8
 check --image "$image" '[a-zA-Z0-9][-a-zA-Z0-9._/:@]*' us-docker.pkg.dev/project/repository/llava_cot_jax:1
 check --restarts "$restarts" '[0-9]{1,4}' 20
 for option in service_account namespace context; do
@@ -129,10 +134,10 @@ words_of_command=$(strings "${command[@]}")
 kubectl=(kubectl ${context:+"--context=$context"} ${namespace:+"--namespace=$namespace"})
 if [ -n "$dry_run" ]; then
   manifest
-  echo "# to: $(quoted "${kubectl[@]}" apply --filename=-)"
+  echo "# this manifest goes to: $(quoted "${kubectl[@]}" apply --filename=-)"
   exit
 fi
-manifest | "${kubectl[@]}" apply --filename=- || fail "kubectl did not take the JobSet"
+manifest | "${kubectl[@]}" apply --filename=- || fail "kubectl did not accept the JobSet"
 first=jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
-echo "its log: $(quoted "${kubectl[@]}" logs --follow --tail=-1 "--selector=$first")"
-echo "to end it: $(quoted "${kubectl[@]}" delete jobset "$name")"
+echo "follow the log: $(quoted "${kubectl[@]}" logs --follow --tail=-1 "--selector=$first")"
+echo "end the run: $(quoted "${kubectl[@]}" delete jobset "$name")"

@@ -1,30 +1,39 @@
 #!/usr/bin/env bash
-# On one host of a TPU: one command at a time, which outlives the connection that started it.
+# Runs one command at a time on one host of a TPU VM, detached from the connection that starts it.
 #
-#   bash launch/job.sh start COMMAND...     start it; where this very command runs already, leave it alone
-#   bash launch/job.sh status [COMMAND...]  print `job HOST STATE`: none, running, ended:CODE, lost (it vanished, as in
-#                                           a restart of the host), or busy (with another command than the given one)
-#   bash launch/job.sh follow [LINES] [yes] print the log, its last LINES or all, until the command ends; yes: each
-#                                           line with the host's name
-#   bash launch/job.sh stop [SECONDS]       SIGTERM, and after SECONDS the end of it and its children
-#   bash launch/job.sh idle                 fail where a command runs
-#
-# ~/llava_cot_jax_job has its log, that of the one before, and its exit code. A command that was asked to stop has ended
-# well only for itself: its code 0 is written as 143.
-set -euo pipefail
+# The folder ~/llava_cot_jax_job has the log of the command, the log of the command before, and the exit code. A command
+# that was asked to stop has finished only its own shutdown, not its work, so its exit code 0 is stored as 143.
+locale=${LC_ALL-}
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+if [ -n "$locale" ]; then LC_ALL=$locale; else unset LC_ALL; fi # The command runs in the locale of its user.
+
+usage="Usage: launch/job.sh VERB [arguments]
+
+Runs one command at a time on this host of a TPU VM. The other launch scripts call it over ssh.
+
+  start COMMAND...      Start COMMAND. If the same command runs already, do nothing.
+  status [COMMAND...]   Print 'job HOST STATE'. STATE: none, running, ended:CODE, lost (it vanished,
+                        as when the host restarts), or busy (a command other than COMMAND runs).
+  follow [LINES [yes]]  Print the log, or its last LINES, until the command ends. With yes, lines
+                        begin with the name of the host.
+  stop [SECONDS]        Send SIGTERM, and SIGKILL after SECONDS, 600 by default.
+  idle                  Fail if a command runs.
+  watch COMMAND...      Run COMMAND and store its exit code. This is for start alone.
+  --help                Print this text."
+shared_options="" shared_flags=""
+parse_arguments "" "" "${@:1:2}" # All further words belong to the command.
 cd "$(dirname "$0")/.."
 
 folder=$HOME/llava_cot_jax_job
 script=launch/job.sh
 export PATH=$PWD/.venv/bin:$PATH PYTHONUNBUFFERED=1
-mkdir -p "$folder"
 
 fail() {
   echo "error: $HOSTNAME: $*" >&2
   exit 1
 }
 
-# The process that watches over the command holds this lock, and nothing else does for longer than a moment.
+# Whether a command runs. The process that watches over it holds this lock; others hold it for a moment at most.
 running() { ! flock --nonblock --shared "$folder/lock" true; }
 
 same() { [ "$(printf '%q ' "$@")" = "$(cat "$folder/command" 2>/dev/null)" ]; }
@@ -32,7 +41,7 @@ same() { [ "$(printf '%q ' "$@")" = "$(cat "$folder/command" 2>/dev/null)" ]; }
 start() {
   if running; then
     same "$@" || fail "another command runs: $(cat "$folder/command")"
-    echo "$HOSTNAME: runs already"
+    echo "$HOSTNAME: the command runs already"
     return
   fi
   rm -f "$folder/code"
@@ -52,7 +61,7 @@ watch() {
   "$@" 9>&- &
   child=$!
   [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null || true
-  # A signal ends `wait`, not the command.
+  # A signal ends `wait`, but not the command.
   while :; do
     code=0
     wait "$child" || code=$?
@@ -88,7 +97,7 @@ follow() {
   local lines=${1:-+1} prefix=""
   [ -e "$folder/log" ] || fail "no command was started"
   [ -z "${2:-}" ] || prefix="$HOSTNAME: "
-  flock --shared "$folder/lock" true & # until the command ends
+  flock --shared "$folder/lock" true & # This process ends when the command does.
   tail --lines="$lines" --follow --sleep-interval=0.2 --pid=$! "$folder/log" | sed --unbuffered "s/^/$prefix/"
 }
 
@@ -101,19 +110,21 @@ stop() {
     running || return 0
     sleep 0.1
   done
-  kill -KILL -- "-$pid" 2>/dev/null || true # it leads a group: the command and its children are in it
+  kill -KILL -- "-$pid" 2>/dev/null || true # Its process group has the command and its children.
   finish 137
 }
 
-verb=${1:-}
-[ $# -eq 0 ] || shift
+[ $# -gt 0 ] || usage_error "a verb is missing (see --help)"
+verb=$1
+shift
+[[ " start status follow stop idle watch " == *" $verb "* ]] || usage_error "unknown verb $verb (see --help)"
+mkdir -p "$folder"
 case $verb in
-  start) # one at a time: gcloud may try again while the first try is under way
+  start) # This lock lets one start at a time through: gcloud may try again while its first try is under way.
     exec 8>"$folder/starting"
     flock 8
     start "$@"
     ;;
   status | follow | stop | watch) "$verb" "$@" ;;
   idle) ! running || fail "a command runs: $(cat "$folder/command")" ;;
-  *) fail "unknown: $verb" ;;
 esac

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Follow the log of the command that runs on a TPU VM, until it ends.
+# Follows the log of the command that runs on a TPU VM, until the command ends.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage="Usage: launch/logs.sh NAME --zone ZONE [options]
 
-Prints the log of the command that launch/run.sh or launch/spot.sh started, follows it until the
-command ends, and ends with its exit code: of several hosts, the first that is not 0. Ctrl-C leaves
-the command alone.
+Prints the log of the command that launch/run.sh or launch/spot.sh started, and follows it until the
+command ends. Ends with the command's exit code: that of the first host whose code is not 0. Ctrl-C
+does not stop the command.
 
-  --zone ZONE         as in us-east5-b; or \$CLOUDSDK_COMPUTE_ZONE
-  --project PROJECT   otherwise that of gcloud's configuration
-  --worker N          another host's than 0; or all, each line with the host's name
-  --lines N           begin with the last N lines of the log
-  --dry-run           print the commands, run none"
+  NAME                Name of the TPU VM.
+  --zone ZONE         Zone, such as us-east5-b. The default is \$CLOUDSDK_COMPUTE_ZONE.
+  --project PROJECT   Project. The default is that of gcloud's configuration.
+  --worker N          Number of the host, 0 by default, or all, which names the host in each line.
+  --lines N           Begin with the last N lines of the log. By default, all are printed.
+  --dry-run           Print the commands and run none.
+  --help              Print this text."
 
 worker=0 lines=""
 parse_arguments "worker lines" "" "$@"
@@ -22,19 +24,20 @@ check --worker "$worker" 'all|0|[1-9][0-9]{0,3}' "0 or all"
 
 prefix=""
 [ "$worker" != all ] || prefix=yes
-trap 'echo; echo "the command goes on; to follow it again: launch/logs.sh $name --zone=$zone"; exit 130' INT
-on_hosts_job "$worker" follow "${lines:-+1}" $prefix || fail "$name is out of reach, or no command was started there"
-[ -z "$dry_run" ] || echo "# until no host says that it runs:"
+trap 'echo; echo "the command goes on; follow it again with: launch/logs.sh $name --zone=$zone"; exit 130' INT
+run_job_script "$worker" follow "${lines:-+1}" $prefix ||
+  fail "$name cannot be reached, or no command was started there"
+[ -z "$dry_run" ] || echo "# repeated until the command runs on no host:"
 for ((tries = 0; tries < 12; tries++)); do
-  states=$(job_states "")
+  states=$(print_job_states "")
   if [ -n "$dry_run" ]; then
     echo "$states"
     exit
   fi
   [[ $states == *running* ]] || break
-  sleep "${LAUNCH_POLL:-5}" # the other hosts may take a moment longer
+  sleep "${LAUNCH_POLL:-5}" # Other hosts may take a moment longer.
 done
-[[ $states == *"job "* ]] || fail "no host of $name said how the command ended"
+[[ $states == *"job "* ]] || fail "no host of $name reported how the command ended"
 code=0
 while read -r _ host state; do
   case $state in

@@ -1,6 +1,6 @@
-"""Llama-3.2-Vision in JAX, and LLaVA-CoT's staged answers from it.
+"""Llama-3.2-Vision in JAX, with LLaVA-CoT's staged reasoning.
 
-Names are imported when they are first used: ``import llava_cot_jax`` alone imports no jax.
+Names are imported when they are first used, so that ``import llava_cot_jax`` alone does not import jax.
 """
 
 import os
@@ -66,7 +66,7 @@ _MODULES = {
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
-# Without torch, which nothing here needs, transformers would advise to install it at every start.
+# Nothing here needs torch. Without it, transformers would advise to install it at every start.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 

@@ -1,4 +1,4 @@
-"""Measure compiled decoding and search against their floors, and against what a user would run instead.
+"""Measure compiled decoding and search against their roofline, and against transformers.
 
 python -m llava_cot_jax.bench --random 100m --dtype float32
 """
@@ -6,15 +6,16 @@ python -m llava_cot_jax.bench --random 100m --dtype float32
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import jsonargparse
 from rich.console import Console
 
 from llava_cot_jax import cli
-from llava_cot_jax.benchmark.workload import RANDOM, Workload
+from llava_cot_jax.benchmark.workload import RANDOM_MODELS, Workload
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.choices import Dtype
 
 if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UserError: an argument, a file or a checkpoint that cannot be used.
+        UserError: An option, a file or a checkpoint cannot be used.
     """
     parser = _parser()
     options = parser.instantiate(parser.parse_args(argv))
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     import jax
 
     with tempfile.TemporaryDirectory() as kept:
-        jax.config.update("jax_compilation_cache_dir", kept)  # its own, so that what is called cold is
+        jax.config.update("jax_compilation_cache_dir", kept)  # an empty one, so that the first compilation is cold
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         _bench(options, folder)
 
@@ -59,16 +60,38 @@ def _bench(options: jsonargparse.Namespace, folder: Path | None) -> None:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser("bench", "Measure compiled decoding and search against their floors.")
+    parser = cli.Parser("bench")
     add = parser.add_argument
-    add("--checkpoint", type=str, help="a folder in Hugging Face form, an id on the hub, or shapes")
-    add("--random", choices=list(RANDOM), help="random weights of this size, made on the device, instead")
-    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights")
-    add("--quantize", choices=["int8"], help="the text layers' weights in int8")
-    add("--workload", type=Workload, default=Workload(), help="a YAML file of lengths; each can be given alone, too")
-    add("--runs", type=int, default=10, help="of each timing")
-    add("--baseline", choices=["transformers"], help="time upstream's loop, and batched sampling, in transformers too")
-    add("--json", action="store_true", help="print one JSON object; the tables go to stderr")
+    add(
+        "--checkpoint",
+        type=str,
+        help='Checkpoint to measure: a folder in Hugging Face form, an id on the hub, or "shapes", the small model '
+        "that comes with the package.",
+    )
+    add(
+        "--random",
+        choices=list(RANDOM_MODELS),
+        help="Size of a model of random weights to measure instead of a checkpoint. They are made on the device.",
+    )
+    add("--dtype", choices=get_args(Dtype), default="bfloat16", help="Dtype of the weights.")
+    add(
+        "--quantize",
+        choices=["int8"],
+        help="Keep the text layers' weights in int8, which takes half the memory of bfloat16.",
+    )
+    add(
+        "--workload",
+        type=Workload,
+        default=Workload(),
+        help="YAML file with the lengths to measure with. Each can be given as an option, too.",
+    )
+    add("--runs", type=int, default=10, help="Number of timed runs of each measurement.")
+    add(
+        "--baseline",
+        choices=["transformers"],
+        help="Measure transformers as well: upstream's loop of calls, and batched sampling.",
+    )
+    add("--json", type=bool, default=False, help="Print one JSON object. The tables go to stderr.")
     return parser
 
 
@@ -78,7 +101,7 @@ def _model(options: jsonargparse.Namespace, folder: Path | None) -> "Mllama":
     from llava_cot_jax.model.sharding import check_mesh, default_mesh
 
     if folder is None:
-        mesh = default_mesh(RANDOM[options.random]())
+        mesh = default_mesh(RANDOM_MODELS[options.random]())
         with cli.status("making weights"):
             return random_model(options.random, options.dtype, mesh)
     mesh = default_mesh(config := read_config(folder))

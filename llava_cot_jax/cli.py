@@ -1,11 +1,12 @@
-"""The one way a command reads its arguments, shows progress, counts compilations, and fails."""
+"""Reading of options, display of progress, counting of compilations, and report of mistakes, for all commands."""
 
 import argparse
+import copy
 import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,70 +31,155 @@ from rich.text import Text
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import as_path, cache_folder
 
-T = TypeVar("T")
+COMMANDS = {
+    "generate": "Answer questions about images, with or without a search.",
+    "train": "Fine-tune Llama-3.2-Vision on staged answers.",
+    "prepare": "Prepare LLaVA-CoT-100k for training, or show prepared rows.",
+    "convert": "Write a checkpoint, or a training run, as a new checkpoint.",
+    "plan": "Predict whether a training run or a search fits a TPU slice, and how long it takes.",
+    "bench": "Measure compiled decoding and search against their roofline.",
+}
+"""The name of each command, which is that of its module, and what it does."""
 
-UNKNOWN = re.compile(
+_PACKAGE = "llava_cot_jax"
+
+_Result = TypeVar("_Result")
+
+_OPTION = re.compile(r"--[A-Za-z][\w.-]*\+?")  # jsonargparse's --name+ appends to a list
+
+_BOOLEANS = {"true", "false", "yes", "no", "on", "off"}
+
+_UNKNOWN_OPTION = re.compile(
     r"unrecognized arguments: --([\w.-]+)|[Oo]ption '([\w.]+)' is not accepted"
     r"|Group '([\w.]+)' does not accept option '([\w.]+)'"
 )
-"""How jsonargparse says that it does not know an argument."""
+"""Messages by which jsonargparse reports an option that it does not know."""
 
 
-GOOGLE_PCI_VENDOR = "0x1ae0"
-"""By which jax, too, finds the TPUs of a machine."""
+_GOOGLE_PCI_VENDOR = "0x1ae0"
+"""PCI vendor of TPUs, by which jax finds them too."""
 
-LIBTPU_WITHOUT_TPU = {
+_LIBTPU_WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
 }
-"""What libtpu asks the environment, and else the network, before it finds that there is no TPU."""
+"""Environment variables that libtpu would ask the network for before it finds that there is no TPU."""
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Arguments with checked types, ``--config FILE.yaml`` and dotted overrides; a mistake is a ``UserError``."""
+    """Options with checked types, ``--config FILE.yaml`` and dotted overrides. A mistake is a ``UserError``.
 
-    def __init__(self, module: str, description: str) -> None:
-        super().__init__(prog=f"python -m llava_cot_jax.{module}", description=description, exit_on_error=False)
-        self.add_argument("--config", action="config", help="a YAML file of these arguments; later arguments win")
+    Options are named with underscores, and may be typed with hyphens. A boolean option may be given alone, which means
+    true, or with ``true`` or ``false``.
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse does it, which lets a file through that is no text."""
+    Args:
+        command: The command's name in ``COMMANDS``.
+    """
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=program_name(command), description=COMMANDS[command], exit_on_error=False)
+        self.add_argument("--config", action="config", help="YAML file of these options. Later options override it.")
+        self._option_string_actions["--print_config"].help = (
+            "Print the configuration that all other options give, and exit. Flags, separated by commas: skip_default "
+            "leaves out what equals its default, skip_unset what is not set."
+        )
+
+    def ignore(self, options: Iterable[argparse.Action]) -> None:
+        """Accept options of another command's parser that this one lacks, without effect, and hidden from the help."""
+        for option in options:
+            if not self._option_string_actions.keys() & set(option.option_strings):
+                hidden = copy.copy(option)
+                hidden.default = hidden.help = argparse.SUPPRESS
+                self._add_action(hidden)
+
+    def parse_args(self, args: Iterable[str] | None = None, *more: Any, **kwargs: Any) -> Any:
+        """Parse ``args``, or the arguments that the process was started with.
+
+        Raises:
+            UserError: An unknown option, a wrong value, or a configuration file that cannot be read.
+        """
         try:
-            return super().parse_args(*args, **kwargs)
-        except UnicodeDecodeError as fault:
+            return super().parse_args(self._normalized(sys.argv[1:] if args is None else list(args)), *more, **kwargs)
+        except UnicodeDecodeError as fault:  # jsonargparse lets it through
             raise UserError(f"a configuration file is no text in UTF-8: {fault}") from None
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(message.split()).replace("Parser key", "argument")
-        raise UserError(text + self._nearest(text)) from None
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the text that ``--help`` prints."""
+        for action in self._actions:
+            if _is_boolean(action):
+                action.nargs = "?"  # shown as [{true,false}]
+        return super().format_help(*args, **kwargs)
 
-    def _nearest(self, message: str) -> str:
-        """The known argument that is most like the one that ``message`` calls unknown."""
-        if not (unknown := UNKNOWN.search(message)):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a ``UserError`` of one line, with the nearest known option where an option is unknown."""
+        text = " ".join(message.split()).replace("Parser key", "argument")
+        raise UserError(text + self._suggestion(text)) from None
+
+    def _normalized(self, arguments: Sequence[str]) -> list[str]:
+        """Return the arguments with known options spelled by underscores, and boolean options with their value."""
+        normalized: list[str] = []
+        for i, argument in enumerate(arguments):
+            if argument == "--":
+                return [*normalized, *arguments[i:]]
+            typed, equals, value = argument.partition("=")
+            option = typed.replace("-", "_").replace("__", "--", 1)
+            action = self._option_string_actions.get(option) if _OPTION.fullmatch(typed) else None
+            if action is None:
+                normalized.append(argument)
+            elif _is_boolean(action) and not equals and "".join(arguments[i + 1 : i + 2]).lower() not in _BOOLEANS:
+                normalized.append(f"{option}=true")
+            else:
+                normalized.append(option + equals + value)
+        return normalized
+
+    def _suggestion(self, message: str) -> str:
+        """Return the known option that is most like the one that ``message`` calls unknown, as a question."""
+        if not (unknown := _UNKNOWN_OPTION.search(message)):
             return ""
         known = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
-        near = difflib.get_close_matches(".".join(filter(None, unknown.groups())), known, n=1)
-        return f"; did you mean {near[0]}?" if near else ""
+        return did_you_mean(".".join(filter(None, unknown.groups())), known)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error message that suggests the known name most like ``name``, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _is_boolean(action: argparse.Action) -> bool:
+    """Whether an option takes true or false."""
+    return getattr(action, "_typehint", None) is bool
+
+
+def program_name(command: str = "") -> str:
+    """Return how the user started the program, or one of its commands, for the usage line."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name if spec else ""
+    if command and module == f"{_PACKAGE}.{command}":
+        return f"python -m {module}"
+    program = f"python -m {_PACKAGE}" if module == f"{_PACKAGE}.__main__" else "llava-cot"
+    return f"{program} {command}".rstrip()
 
 
 def configurations_in(arguments: Sequence[str]) -> list[Path]:
-    """The files that ``--config`` names among the arguments of a command."""
+    """Return the files that ``--config`` names among the arguments of a command."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[])
     try:
         known, _ = parser.parse_known_args(list(arguments))
-    except SystemExit:  # it lacks its value: the command's own parser will say so
+    except SystemExit:  # --config lacks its value, which the command's own parser reports
         return []
     return [as_path(name) for name in known.config]
 
 
 def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> None:
-    """Run a command: a user's mistake ends it with one line and exit code 2, Ctrl-C with 130.
+    """Run a command. A user's mistake ends it with one line and exit code 2, and Ctrl-C with exit code 130.
 
     Args:
-        main: the command.
-        leave: how to end after Ctrl-C; ``os._exit`` waits for no computation that is under way.
+        main: The command.
+        leave: Function that ends the process after Ctrl-C. With ``os._exit`` it does not wait for computations that
+            are under way.
     """
     _quiet_libtpu()
     try:
@@ -104,28 +190,29 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         leave(130)
-    except BrokenPipeError:  # whoever read the output went away
+    except BrokenPipeError:  # the reader of the output ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
-def keep_compilations() -> None:
-    """Keep what XLA compiles for the next process, in the user's cache folder.
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, so that the next process need not compile them again.
 
-    ``JAX_COMPILATION_CACHE_DIR`` names another place, a bucket too; ``JAX_ENABLE_COMPILATION_CACHE=false``
-    keeps nothing.
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder, on a disk or in a bucket.
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` turns the cache off.
     """
     import jax
 
-    place = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "compilations"
-    jax.config.update("jax_compilation_cache_dir", str(as_path(place)))
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "compilations"
+    jax.config.update("jax_compilation_cache_dir", str(as_path(folder)))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # by default a second: small models gain
+        # jax's default of one second is too long for small models.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def heard(function: Callable[[], T]) -> T:
-    """``function``'s result. It runs in a thread, so that Ctrl-C is heard even while something is compiled in it."""
-    outcome: Future[T] = Future()
+def run_interruptible(function: Callable[[], _Result]) -> _Result:
+    """Call ``function`` in a thread and return its result, so that Ctrl-C works even while it compiles a program."""
+    outcome: Future[_Result] = Future()
 
     def work() -> None:
         try:
@@ -138,61 +225,63 @@ def heard(function: Callable[[], T]) -> T:
 
 
 def _quiet_libtpu() -> None:
-    """Keep libtpu from printing what it misses where it is installed on a machine without a TPU."""
+    """Keep libtpu quiet where it is installed on a machine without a TPU."""
     vendors = (path.read_text().strip() for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
-    if GOOGLE_PCI_VENDOR not in vendors:
-        for name, value in LIBTPU_WITHOUT_TPU.items():
+    if _GOOGLE_PCI_VENDOR not in vendors:
+        for name, value in _LIBTPU_WITHOUT_TPU.items():
             os.environ.setdefault(name, value)
 
 
-class RateColumn(ProgressColumn):
-    """Things a second."""
+class _RateColumn(ProgressColumn):
+    """Column of a progress bar with the number of items per second."""
 
     def render(self, task: Task) -> Text:
+        """Return the column's text."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f}/s", style="progress.data.speed")
 
 
-class OnProgress(Protocol):
-    """Moves a bar."""
+class ProgressUpdate(Protocol):
+    """Function that moves a progress bar."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """How many are done, how many there are in all, and a few words on how it goes."""
+        """Show that ``done`` of ``total`` items are done, and a short note."""
 
 
 @contextmanager
-def progress_bar(label: str, unit: str = "bytes", every: int | None = None) -> Iterator[OnProgress]:
-    """A bar with rate and time left on stderr, where that is a terminal. What is printed meanwhile stands above it.
+def progress_bar(label: str, unit: str = "bytes", every: int | None = None) -> Iterator[ProgressUpdate]:
+    """Show a progress bar with rate and remaining time on stderr, if that is a terminal. Other output appears above it.
 
     Args:
-        unit: "bytes", or what is counted, as in "rows".
-        every: where stderr is no terminal, print a line after so many, and after the last.
+        label: Text before the bar.
+        unit: Unit of what is counted, such as "rows" or "bytes".
+        every: Number of items after which a line is printed where stderr is no terminal. By default, none is printed.
     """
     counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
     if unit != "bytes":
-        counts = (MofNCompleteColumn(), TextColumn(unit), RateColumn())
+        counts = (MofNCompleteColumn(), TextColumn(unit), _RateColumn())
     columns = (TextColumn(label), BarColumn(), *counts, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, note="")
 
-        def move(done: int, total: int, note: str = "") -> None:
+        def update(done: int, total: int, note: str = "") -> None:
             progress.update(task, completed=done, total=total, note=note)
             if every and progress.disable and (done % every == 0 or done == total):
                 print(f"{label} {done}/{total} {unit}: {note}", flush=True)
 
-        yield move
+        yield update
 
 
 @contextmanager
-def no_bar(label: str, unit: str = "bytes", every: int | None = None) -> Iterator[OnProgress]:
-    """As ``progress_bar``, for a process that shows nothing."""
+def no_progress_bar(label: str, unit: str = "bytes", every: int | None = None) -> Iterator[ProgressUpdate]:
+    """Stand in for ``progress_bar`` in a process that shows nothing."""
     yield lambda done, total, note="": None
 
 
 @contextmanager
 def status(what: str) -> Iterator[None]:
-    """Says on stderr what is being done: turning while it is, where that is a terminal."""
+    """Show on stderr what is being done: with a spinner on a terminal, and as a line elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         print(what, file=sys.stderr, flush=True)
@@ -203,13 +292,17 @@ def status(what: str) -> Iterator[None]:
 
 
 class CompilationCounter:
-    """Counts the programs that XLA compiles from its making on."""
+    """Counts the programs that XLA compiles after the counter is made.
+
+    Attributes:
+        count: Number of programs.
+    """
 
     def __init__(self) -> None:
         import jax
 
         self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._see)
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _see(self, event: str, duration_secs: float, **_: str | int) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"

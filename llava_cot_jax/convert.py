@@ -72,7 +72,7 @@ def _run(options: jsonargparse.Namespace) -> Path | None:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser("convert", "Write a checkpoint anew.")
+    parser = cli.Parser("convert")
     add = parser.add_argument
     add(
         "source",

@@ -1,13 +1,15 @@
-"""Answer a question about an image from a Llama-3.2-Vision checkpoint.
+"""Answer questions about images with a Llama-3.2-Vision checkpoint.
 
-python -m llava_cot_jax.generate --checkpoint DIR_OR_HUB_ID --image FILE --question TEXT
+llava-cot generate --checkpoint DIR_OR_HUB_ID --image FILE --question TEXT
 
-Without ``--search`` the text streams as it comes; with it, the answer is searched for in one compiled call. Without
-``--checkpoint`` the small model of the package answers, and without a question it is asked about pictures drawn here.
+Without ``--search`` the text streams as it is generated. With it, one compiled program searches for the answer. Without
+``--checkpoint`` the small model of the package answers, and without ``--question`` it is asked about pictures that this
+command draws.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import functools
@@ -44,14 +46,13 @@ if TYPE_CHECKING:
 
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.processing.processor import Processor
-    from llava_cot_jax.search.preparation import Questions
-    from llava_cot_jax.search.reasoner import Answer as Found
+    from llava_cot_jax.search.request_builder import Requests
     from llava_cot_jax.search.trace import Trace
 
-NEW_TOKENS = 2048
-"""The longest answer without a search, by default."""
+DEFAULT_MAX_NEW_TOKENS = 2048
+"""Longest answer without a search, in tokens, where neither the user nor the checkpoint sets it."""
 
-NOTE = (
+DEFAULT_MODEL_NOTE = (
     "No --checkpoint was given: the small model that comes with the package answers. It knows pictures of coloured "
     "shapes on a grid, such as it draws itself, and nothing else."
 )
@@ -61,19 +62,19 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UserError: an argument, a file or a checkpoint that cannot be used, before anything expensive starts.
+        UserError: An argument, a file or a checkpoint that cannot be used, before anything expensive starts.
     """
     options = _parser().parse_args(argv)
-    _how(options)
-    if is_default := options.checkpoint is None:
+    _search_or_sampling(options)
+    if uses_default_model := options.checkpoint is None:
         options.checkpoint = EMBEDDED
     folder = resolve_checkpoint(options.checkpoint)
     config = read_config(folder, options.convention)
-    _take_stated_length(options, folder)
+    _default_to_stated_length(options, folder)
     questions = _questions(options)
-    _check(options)
+    _check_files(options)
 
-    # The rest takes longer to import than it takes to say what is wrong with what is given.
+    # These imports take longer than all checks so far.
     from llava_cot_jax.processing.processor import Processor
 
     processor = Processor.from_pretrained(folder)
@@ -82,114 +83,152 @@ def main(argv: list[str] | None = None) -> None:
 
     from llava_cot_jax.model.mllama import Mllama
 
-    cli.keep_compilations()
+    cli.enable_compilation_cache()
     compilations = cli.CompilationCounter()
     mesh = _mesh(options.mesh, config)
-    how = _how(options)
-    way = _Streamed(processor, how, options) if isinstance(how, Sampling) else _Searched(processor, how, options)
-    prepared = [way.prepare(asked) for asked in questions]
-    if is_default:
-        Console(stderr=True).print(NOTE, style="bold yellow")
+    method = _search_or_sampling(options)
+    if isinstance(method, Sampling):
+        answerer: _StreamingAnswerer | _SearchAnswerer = _StreamingAnswerer(processor, method, options)
+    else:
+        answerer = _SearchAnswerer(processor, method, options)
+    prepared = [answerer.prepare(question) for question in questions]
+    if uses_default_model:
+        Console(stderr=True).print(DEFAULT_MODEL_NOTE, style="bold yellow")
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     with cli.progress_bar("loading weights") as on_progress:
         model = Mllama.from_pretrained(
             folder, convention=options.convention, dtype=options.dtype, mesh=mesh, on_progress=on_progress
         )
         if options.quantize:
             model.quantize()
-    loading = time.perf_counter() - began
-    for asked, answer_it in zip(questions, prepared, strict=True):
-        before = compilations.count
-        if asked.right_answer and not options.json and not options.show_search:
-            print(f"{asked.question} ({asked.image})", flush=True)
-        answer = answer_it(model)
+    loading_seconds = time.perf_counter() - start
+
+    for question, answer in zip(questions, prepared, strict=True):
+        compiled_before = compilations.count
+        shows_right_answer = question.right_answer and not options.json and not options.show_search
+        if shows_right_answer:
+            print(f"{question.question} ({question.image})", flush=True)
+        result = answer(model)
         if options.json:
-            extra = {**asdict(asked), "compilations": compilations.count - before}
-            answer.seconds["load"] = loading
-            print(json.dumps({**extra, **asdict(answer), "device": jax.devices()[0].device_kind}), flush=True)
-        elif asked.right_answer and not options.show_search:
-            print(f"(the right answer: {asked.right_answer})", flush=True)
+            result.seconds["load"] = loading_seconds
+            about = {**asdict(question), "compilations": compilations.count - compiled_before}
+            print(json.dumps({**about, **asdict(result), "device": jax.devices()[0].device_kind}), flush=True)
+        elif shows_right_answer:
+            print(f"(the right answer: {question.right_answer})", flush=True)
     for name in ("trace", "page"):
         if options[name]:
             print(f"wrote the {name} of the search to {options[name]}", file=sys.stderr)
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser("generate", "Answer questions about images.")
+    parser = cli.Parser("generate")
     add = parser.add_argument
     add(
         "--checkpoint",
         type=str,
-        help="a folder in Hugging Face form, an id on the hub, or shapes (the default): the small model that comes "
-        "with the package",
+        help='Checkpoint to answer with: a folder in Hugging Face form, an id on the hub, or "shapes" (the default), '
+        "the small model that comes with the package.",
     )
+    add("--convention", choices=get_args(Convention), help="Convention that the weights were trained with.")
+    add("--dtype", choices=get_args(Dtype), help="Dtype of the weights. By default, the checkpoint's own.")
+    add(
+        "--quantize",
+        choices=["int8"],
+        help="Keep the text layers' weights in int8, which takes half the memory of bfloat16.",
+    )
+    for axis in MESH_AXES:
+        add(
+            f"--mesh.{axis}",
+            type=int | None,
+            default=None,
+            help=f'Number of devices on the mesh axis "{axis}". By default, all devices are used.',
+        )
+    add(
+        "--max_new_tokens",
+        type=int | None,
+        default=None,
+        help="Longest answer without a search, in tokens. By default, max_new_tokens of the checkpoint's "
+        f"generation_config.json where it has one, else {DEFAULT_MAX_NEW_TOKENS}.",
+    )
+    add_arguments(parser)
+    add("--judge_prompts", type=str, default=str(DEFAULT_FILE), help="YAML file with the prompts of the judge.")
+    _add_question_options(parser)
+    _add_output_options(parser)
+    return parser
+
+
+def _add_question_options(parser: cli.Parser) -> None:
+    add = parser.add_argument_group("Questions and pictures", name="questions").add_argument
     add(
         "--question",
         type=str,
         nargs="+",
-        help="one question, or several asked in turn; without any, pictures are drawn and asked about",
+        help="One question, or several that are asked in turn. Without any, pictures are drawn and asked about.",
     )
-    add("--image", type=str, nargs="*", help="an image for all questions, or one for each; none asks without an image")
+    add(
+        "--image",
+        type=str,
+        nargs="*",
+        help="One image for all questions, or one for each. Without any, the questions are asked without an image.",
+    )
     add(
         "--draw",
         type=int | None,
         default=None,
-        help="without --question: draw this number of pictures of coloured shapes, and ask about each (default: 1)",
+        help="Number of pictures of coloured shapes to draw and ask about, without --question. By default, 1.",
     )
-    add("--draw-to", type=str, default="runs/pictures", help="the folder that takes the drawn pictures")
-    add(
-        "--max-new-tokens",
-        type=int | None,
-        default=None,
-        help="the longest answer without a search, in tokens; default: max_new_tokens of the checkpoint's "
-        f"generation_config.json where it has one, else {NEW_TOKENS}",
-    )
-    add("--seed", type=int, default=0, help="the seed of sampled tokens, and of drawn pictures")
-    add_arguments(parser)
-    add("--judge-prompts", type=str, default=str(DEFAULT_FILE), help="a file of the judge's prompts")
-    add("--trace", type=str, help="write all candidates, verdicts and counts of a search to this JSON file")
-    add("--page", type=str, help="write all candidates, scores and verdicts of a search to this HTML file")
-    add("--show-search", action="store_true", help="print all candidates, scores and verdicts of a search")
-    add(
-        "--convention",
-        choices=get_args(Convention),
-        help="what the weights were trained with",
-    )
-    add("--dtype", choices=get_args(Dtype), help="of the weights; default: the checkpoint's own")
-    add(
-        "--quantize", choices=["int8"], help="decode with the text layers' weights in int8: half the memory of bfloat16"
-    )
-    for axis in MESH_AXES:
-        add(f"--mesh.{axis}", type=int | None, default=None, help="devices on this axis; default: all devices are used")
-    add("--show-reasoning", action="store_true", help="show all four stages as they come")
-    add("--json", action="store_true", help="print one JSON object a question instead of text")
-    return parser
+    add("--draw_to", type=str, default="runs/pictures", help="Folder that takes the drawn pictures.")
+    add("--seed", type=int, default=0, help="Seed of sampled tokens and of drawn pictures.")
 
 
-def _how(options: jsonargparse.Namespace) -> Strategy | Sampling:
-    """A search, or how tokens are drawn without one."""
-    how = chosen(options)
+def _add_output_options(parser: cli.Parser) -> None:
+    add = parser.add_argument_group("Output", name="output").add_argument
+    add("--trace", type=str, help="JSON file that takes all candidates, verdicts and counts of a search.")
+    add("--page", type=str, help="HTML file that shows all candidates, scores and verdicts of a search.")
+    add("--show_search", type=bool, default=False, help="Print all candidates, scores and verdicts of a search.")
+    add("--show_reasoning", type=bool, default=False, help="Print all four stages, not only the conclusion.")
+    add("--json", type=bool, default=False, help="Print one JSON object for each question instead of text.")
+
+
+def options_without_cost() -> list[argparse.Action]:
+    """Return the options that change what is asked or shown, but not how much is computed for a question."""
+    parser = _parser()
+    options = [parser._option_string_actions[name] for name in ("--convention", "--judge_prompts")]
+    for group in (parser.groups or {}).values():
+        options += group._group_actions
+    return options
+
+
+def _search_or_sampling(options: jsonargparse.Namespace) -> Strategy | Sampling:
+    """Return the search, or, without one, how tokens are sampled.
+
+    Raises:
+        UserError: An option out of range, or one that has no meaning with the others.
+    """
+    method = chosen(options)
     if options.search is None:
         for name in ("trace", "page", "show_search"):
             if options[name]:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is of a search: give --search too ({', '.join(STRATEGIES)})"
-                )
+                raise UserError(f"--{name} needs a search: give --search too ({', '.join(STRATEGIES)})")
     if options.search is not None and options.max_new_tokens is not None:
-        raise UserError("--max-new-tokens is of an answer without a search: give --budget instead")
-    return how
+        raise UserError("--max_new_tokens is for an answer without a search: give --budget instead")
+    return method
 
 
-def _take_stated_length(options: jsonargparse.Namespace, folder: Path) -> None:
-    """Let the checkpoint say how long an answer, or a stage, may be, where the user does not."""
+def _default_to_stated_length(options: jsonargparse.Namespace, folder: Path) -> None:
+    """Take the length of an answer, or of a stage, from the checkpoint where the user does not give it."""
     name = "max_new_tokens" if options.search is None else "budget"
     if options[name] is None:
         options[name] = stated_max_new_tokens(folder)
 
 
-def _check(options: jsonargparse.Namespace) -> None:
-    """Refuse what can be refused before anything slow is imported: files to read, files to write, sizes of a mesh."""
+def _check_files(options: jsonargparse.Namespace) -> None:
+    """Check the files to read, the files to write, and the sizes of the mesh, before anything slow is imported.
+
+    Raises:
+        UserError: One of them cannot be used.
+    """
     from llava_cot_jax.processing.images import check_image
 
     for image in options.image or []:
@@ -215,13 +254,13 @@ def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:
 
 
 @dataclass(frozen=True)
-class Asked:
+class UserQuestion:
     """A question to answer.
 
     Attributes:
-        question: what is asked.
-        image: the path of the image that it is about, if it is about one.
-        right_answer: the right answer where it is known, as it is of drawn pictures.
+        question: Text of the question.
+        image: Path of the image that the question is about, if it is about one.
+        right_answer: Right answer, which is known for drawn pictures.
     """
 
     question: str
@@ -229,8 +268,8 @@ class Asked:
     right_answer: str | None = None
 
 
-def _questions(options: jsonargparse.Namespace) -> list[Asked]:
-    """The questions that the user asks, each with its image; those about drawn pictures where there are none."""
+def _questions(options: jsonargparse.Namespace) -> list[UserQuestion]:
+    """Return the user's questions, each with its image, or, without any, questions about pictures drawn here."""
     images: list[str] = options.image or []
     if not options.question:
         if images:
@@ -239,23 +278,25 @@ def _questions(options: jsonargparse.Namespace) -> list[Asked]:
 
         folder, count = options.draw_to, 1 if options.draw is None else options.draw
         drawn = draw_questions(as_path(folder), count, options.seed)
-        return [Asked(each.question, str(Path(folder) / each.image.name), each.answer) for each in drawn]
+        return [UserQuestion(each.question, str(Path(folder) / each.image.name), each.answer) for each in drawn]
     if len(images) not in (0, 1, len(options.question)):
         raise UserError(f"{len(images)} images for {len(options.question)} questions: give none, one, or one for each")
-    own: list[str | None] = [*images] or [None]
-    return [Asked(question, own[i % len(own)]) for i, question in enumerate(options.question)]
+    image_of: list[str | None] = [*images] or [None]
+    return [UserQuestion(question, image_of[i % len(image_of)]) for i, question in enumerate(options.question)]
 
 
 @dataclass
-class Answer:
-    """What came of a question.
+class QuestionResult:
+    """The answer to a question.
 
     Attributes:
-        text: the whole answer.
-        stages: the body of each stage in it, by name.
-        ended: "eos", or "max_new_tokens" where the answer was cut off; of a search, what ended its last stage.
-        tokens: how many, by what they were: in the prompt, new, or the parts of a search.
-        seconds: likewise: until the first token and until the last from the question on, or the parts of a search.
+        text: The whole answer.
+        stages: Body of each stage in the answer, by name.
+        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", or "max_new_tokens" or "budget" where
+            it was cut off.
+        tokens: Numbers of tokens, by what they are for: "prompt" and "new", or the parts of a search.
+        seconds: Seconds by what they were spent on: "first_token" and "total", counted from the question on, or the
+            parts of a search.
     """
 
     text: str
@@ -265,103 +306,110 @@ class Answer:
     seconds: dict[str, float]
 
 
-class _Searched:
-    """Questions answered by a search."""
+class _SearchAnswerer:
+    """Answers questions by a search."""
 
     def __init__(self, processor: Processor, strategy: Strategy, options: jsonargparse.Namespace) -> None:
-        from llava_cot_jax.search.preparation import Preparation
+        from llava_cot_jax.search.request_builder import RequestBuilder
 
-        self._preparation = Preparation(processor, strategy, options.judge_prompts)
+        self._preparation = RequestBuilder(processor, strategy, options.judge_prompts)
         self._options = options
-        self._done: list[tuple[Asked, Trace]] = []
+        self._searches: list[tuple[UserQuestion, Trace]] = []
 
-    def prepare(self, asked: Asked) -> Callable[[Mllama], Answer]:
-        """What answers a question; it is refused here if it cannot be."""
-        prepared = self._preparation.prepare([asked.image], [asked.question], self._options.seed)
-        return functools.partial(self._answer, asked, prepared)
+    def prepare(self, question: UserQuestion) -> Callable[[Mllama], QuestionResult]:
+        """Return a function that answers the question with a model.
 
-    def _answer(self, asked: Asked, questions: Questions, model: Mllama) -> Answer:
-        from llava_cot_jax.search.reasoner import answer_prepared
+        Raises:
+            UserError: The question or its image cannot be used.
+        """
+        prepared = self._preparation.prepare([question.image], [question.question], self._options.seed)
+        return functools.partial(self._answer, question, prepared)
+
+    def _answer(self, question: UserQuestion, prepared: Requests, model: Mllama) -> QuestionResult:
+        from llava_cot_jax.search.reasoner import run_search
 
         options = self._options
         with contextlib.nullcontext() if options.json else cli.status("searching"):
-            (found,) = cli.heard(lambda: answer_prepared(model, self._preparation, questions))
-        trace, last = found.trace, found.trace.stages[-1]
-        self._done.append((asked, trace))
-        if not options.json:
-            self._print(found, asked.right_answer)
-        if options.trace:
-            traces = [asdict(trace) for _, trace in self._done]
-            write_text(as_path(options.trace), json.dumps(traces, indent=1, ensure_ascii=False))
-        if options.page:
-            self._write_page(model)
-        ended = last.candidates[last.winner].ended
-        return Answer(found.text, found.stages, ended, trace.tokens, trace.seconds)
-
-    def _write_page(self, model: Mllama) -> None:
-        """Write all searches so far."""
-        import jax
-
-        from llava_cot_jax.search.page import Entry, write_page
-
-        facts = {
-            "checkpoint": self._options.checkpoint,
-            "convention": model.config.convention,
-            "weights": f"{model.dtype}{', text in int8' if model.is_quantized else ''}",
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "date": datetime.date.today(),
-            **{name: version(name) for name in ("llava_cot_jax", "jax")},
-        }
-        entries = [
-            Entry(trace, [asked.image] if asked.image else [], asked.right_answer) for asked, trace in self._done
-        ]
-        write_page(as_path(self._options.page), entries, facts)
-
-    def _print(self, found: Found, right_answer: str | None) -> None:
-        if self._options.show_search:
+            (answer,) = cli.run_interruptible(lambda: run_search(model, self._preparation, prepared))
+        trace, last = answer.trace, answer.trace.stages[-1]
+        self._searches.append((question, trace))
+        if options.show_search and not options.json:
             from llava_cot_jax.search.show import describe_search
 
-            Console(highlight=False).print(describe_search(found.trace, right_answer))
-        else:
-            print(found.text if self._options.show_reasoning else found.conclusion, flush=True)
+            Console(highlight=False).print(describe_search(trace, question.right_answer))
+        elif not options.json:
+            print(answer.text if options.show_reasoning else answer.conclusion, flush=True)
+        self._write_files(model)
+        return QuestionResult(
+            answer.text, answer.stages, last.candidates[last.winner].ended, trace.tokens, trace.seconds
+        )
+
+    def _write_files(self, model: Mllama) -> None:
+        """Write all searches so far to the files that the user asked for."""
+        options = self._options
+        if options.trace:
+            traces = [asdict(trace) for _, trace in self._searches]
+            write_text(as_path(options.trace), json.dumps(traces, indent=1, ensure_ascii=False))
+        if options.page:
+            import jax
+
+            from llava_cot_jax.search.page import PageEntry, write_page
+
+            facts = {
+                "checkpoint": options.checkpoint,
+                "convention": model.config.convention,
+                "weights": f"{model.dtype}{', text in int8' if model.is_quantized else ''}",
+                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+                "date": datetime.date.today(),
+                **{name: version(name) for name in ("llava_cot_jax", "jax")},
+            }
+            entries = [PageEntry(trace, [q.image] if q.image else [], q.right_answer) for q, trace in self._searches]
+            write_page(as_path(options.page), entries, facts)
 
 
-class _Streamed:
-    """Questions answered without a search, each token shown as it comes."""
+class _StreamingAnswerer:
+    """Answers questions without a search, and shows tokens as they come."""
 
     def __init__(self, processor: Processor, sampling: Sampling, options: jsonargparse.Namespace) -> None:
         self._processor, self._sampling, self._options = processor, sampling, options
-        self._longest = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
+        self._max_new_tokens = DEFAULT_MAX_NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
 
-    def prepare(self, asked: Asked) -> Callable[[Mllama], Answer]:
-        """What answers a question; it is refused here if it cannot be."""
+    def prepare(self, question: UserQuestion) -> Callable[[Mllama], QuestionResult]:
+        """Return a function that answers the question with a model.
+
+        Raises:
+            UserError: The question or its image cannot be used.
+        """
         from llava_cot_jax.inference.generator import check_request
 
-        processor, images = self._processor, [] if asked.image is None else [asked.image]
-        inputs = processor([processor.prompt(user_turn(asked.question, len(images)))], [images])
-        check_request(processor.config, inputs["input_ids"].shape[1], self._longest, self._options.seed)
+        processor, images = self._processor, [] if question.image is None else [question.image]
+        inputs = processor([processor.prompt(user_turn(question.question, len(images)))], [images])
+        check_request(processor.config, inputs["input_ids"].shape[1], self._max_new_tokens, self._options.seed)
         return functools.partial(self._answer, inputs)
 
-    def _answer(self, inputs: dict[str, np.ndarray], model: Mllama) -> Answer:
+    def _answer(self, inputs: dict[str, np.ndarray], model: Mllama) -> QuestionResult:
         from llava_cot_jax.inference.generator import Generator
         from llava_cot_jax.inference.screen import Screen
 
-        began, first, text = time.perf_counter(), None, ""
+        options = self._options
+        start, first_token_seconds, text = time.perf_counter(), 0.0, ""
         ids: list[int] = []
-        stream = Generator(model, self._sampling).stream(inputs, max_new_tokens=self._longest, seeds=self._options.seed)
-        with contextlib.nullcontext() if self._options.json else Screen(self._options.show_reasoning) as screen:
+        stream = Generator(model, self._sampling).stream(
+            inputs, max_new_tokens=self._max_new_tokens, seeds=options.seed
+        )
+        with contextlib.nullcontext() if options.json else Screen(options.show_reasoning) as screen:
             for tokens in stream:
-                first = first or time.perf_counter() - began
+                first_token_seconds = first_token_seconds or time.perf_counter() - start
                 ids += tokens[0].tolist()
                 text = self._processor.decode(ids)
                 if screen:
-                    screen.show(text.rstrip("\ufffd"))  # a character whose last bytes are still to come
+                    screen.show(text.rstrip("\ufffd"))  # hide a character whose last bytes are still to come
             if screen:
                 screen.finish(text)
         ended = "eos" if ids[-1] in model.config.text.eos_token_ids else "max_new_tokens"
         counts = {"prompt": int(inputs["attention_mask"].sum()), "new": len(ids)}
-        seconds = {"first_token": first or 0.0, "total": time.perf_counter() - began}
-        return Answer(text, find_stages(text), ended, counts, seconds)
+        seconds = {"first_token": first_token_seconds, "total": time.perf_counter() - start}
+        return QuestionResult(text, find_stages(text), ended, counts, seconds)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def _show(options: jsonargparse.Namespace) -> None:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser("prepare", "Prepare LLaVA-CoT-100k for training, or look at prepared rows.")
+    parser = cli.Parser("prepare")
     add = parser.add_argument
     add("--annotations", type=str, help="train.jsonl, or another file in its format")
     add(
@@ -108,12 +108,12 @@ def _parser() -> cli.Parser:
         help="a folder, a .zip, one part of a split zip (image.zip.part-aa), or the folder of the parts; read in place",
     )
     add("--output", type=str, help="the directory to make; the work is done in OUTPUT.preparing beside it")
-    add("--max-side", type=int, help="shrink larger images to so many pixels on their longest side")
+    add("--max_side", type=int, help="shrink larger images to so many pixels on their longest side")
     workers = min(os.cpu_count() or 0, 16)  # each takes some 500 MB, and the disk has its limits
     add("--workers", type=int, default=workers, help="processes; 0 does all in one (default: one per core, up to 16)")
     add("--limit", type=int, help="use so many lines only, from the first")
-    add("--allow-missing", type=int, default=0, help="how many rows may be left out (default: none)")
-    add("--validation-share", type=float, default=0.01, help="of the images, with all their rows (default: 0.01)")
+    add("--allow_missing", type=int, default=0, help="how many rows may be left out (default: none)")
+    add("--validation_share", type=float, default=0.01, help="of the images, with all their rows (default: 0.01)")
     add("--show", type=str, help='instead: print rows of a prepared directory, or of the "shapes" that come along')
     add("--rows", type=int, default=4, help="how many to show (default: 4)")
     add("--split", type=str, default="train", help="which rows to show (default: train)")

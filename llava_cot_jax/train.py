@@ -48,25 +48,28 @@ def main(argv: list[str] | None = None) -> None:
     from llava_cot_jax.training.loop import train
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of each thread, then raises
-    cli.keep_compilations()
+    cli.enable_compilation_cache()
     _join_hosts(told.hosts)
     if settings.answers and jax.process_count() > 1:
         raise UserError("answers is set, but only one process can answer yet: set it to 0, and use generate later")
     first = jax.process_index() == 0
     console = Console(highlight=False, soft_wrap=True)
 
-    def tell(what: Any) -> None:
+    def log(what: Any) -> None:
         if first:
             console.print(what, markup=False)
 
     trained = train(
-        settings, tell=tell, open_bar=cli.progress_bar if first else cli.no_bar, accept_changes=told.accept_changes
+        settings,
+        log=log,
+        progress_bar=cli.progress_bar if first else cli.no_progress_bar,
+        accept_changes=told.accept_changes,
     )
     if not trained.complete:
         return
     if settings.answers:
-        _answer(settings, trained, tell)
-    tell(f"export the model: python -m llava_cot_jax.convert {shlex.quote(settings.output)} FOLDER")
+        _answer(settings, trained, log)
+    log(f"export the model: python -m llava_cot_jax.convert {shlex.quote(settings.output)} FOLDER")
 
 
 def read_arguments(argv: list[str] | None = None) -> tuple[TrainSettings, jsonargparse.Namespace]:
@@ -104,7 +107,7 @@ def _where_the_run_lies(settings: TrainSettings, given: Sequence[str]) -> TrainS
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser("train", "Fine-tune Llama-3.2-Vision on staged answers.")
+    parser = cli.Parser("train")
     parser.add_class_arguments(TrainSettings)
     add = parser.add_argument
     add("--accept_changes", type=bool, default=False, help="go on from a checkpoint of other settings or other data")
@@ -159,9 +162,9 @@ def _join_hosts(hosts: jsonargparse.Namespace) -> None:
     jax.distributed.initialize(f"localhost:{port}", 1, 0)
 
 
-def _answer(settings: TrainSettings, trained: Trained, tell: Any) -> None:
+def _answer(settings: TrainSettings, trained: Trained, log: Any) -> None:
     """Answer held-out questions, show a few, and count how many captions and conclusions are the rows' own."""
-    from llava_cot_jax.evaluation.held_out import answer_rows, share
+    from llava_cot_jax.evaluation.held_out import accuracy, answer_held_out
     from llava_cot_jax.inference.generator import Generator
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.training.export import merged_arrays
@@ -174,14 +177,14 @@ def _answer(settings: TrainSettings, trained: Trained, tell: Any) -> None:
     indices = range(min(settings.answers, len(rows)))
     found = []
     with cli.progress_bar("answering", "questions") as on_progress:
-        for answered in answer_rows(Generator(model), origin.processor, rows, indices, settings.chat.max_length):
+        for answered in answer_held_out(Generator(model), origin.processor, rows, indices, settings.chat.max_length):
             found.append(answered)
             on_progress(len(found), len(indices))
     for answered in found[:SHOWN]:
-        tell(f"\n{answered.question}\n{answered.answer}\n(the row's own: {answered.expected.splitlines()[-1]})")
+        log(f"\n{answered.question}\n{answered.answer}\n(the row's own: {answered.expected.splitlines()[-1]})")
     for stage in ("CAPTION", "CONCLUSION"):
-        part, error = share([answered.agrees(stage) for answered in found])
-        tell(f"{stage.lower()}s that are the row's own: {part:.1%} of {len(found)} (standard error {error:.1%})")
+        part, error = accuracy([answered.agrees(stage) for answered in found])
+        log(f"{stage.lower()}s that are the row's own: {part:.1%} of {len(found)} (standard error {error:.1%})")
 
 
 if __name__ == "__main__":

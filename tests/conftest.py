@@ -1,4 +1,7 @@
-"""Eight simulated CPU devices, and no network: set before anything imports jax or a hub client."""
+"""Fixtures, and settings of all tests: eight simulated CPU devices, no network, checks of array shapes.
+
+The settings come before anything imports jax, a hub client or the package.
+"""
 
 import os
 
@@ -8,6 +11,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+from tests import type_checking
+
+type_checking.install()
 
 import base64
 import gc

@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, what it prints, and how it fails."""
+"""The benchmark: its lengths, its report, and its refusals."""
 
 import json
 import sys
@@ -13,12 +13,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from llava_cot_jax import bench, cli
 from llava_cot_jax.benchmark import workload as workloads
-from llava_cot_jax.benchmark.baseline import Baseline
-from llava_cot_jax.benchmark.inputs import tables
-from llava_cot_jax.benchmark.measure import Rates
-from llava_cot_jax.benchmark.parts import Bench
+from llava_cot_jax.benchmark.baseline import TransformersBaseline
+from llava_cot_jax.benchmark.inputs import endless_tables
+from llava_cot_jax.benchmark.search_benchmark import SearchBenchmark
+from llava_cot_jax.benchmark.timing import DeviceRates
 from llava_cot_jax.benchmark.workload import Workload
-from llava_cot_jax.costs import counts
+from llava_cot_jax.costs import model_costs
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.strategies import Judge, StageBeam
 from tests.parity.reference import shortfall
@@ -26,7 +26,15 @@ from tests.parity.test_transformers import OFF
 from tests.processes import ROOT
 from tests.search.models import random_model
 
-WORK = Workload(prompt=9, tiles=1, stages=(3, 4, 5, 2), reason=3, check=2, judge_words=8, candidates=(1, 2))
+WORK = Workload(
+    prompt_tokens=9,
+    image_tiles=1,
+    stage_tokens=(3, 4, 5, 2),
+    reason_tokens=3,
+    check_tokens=2,
+    judge_prompt_tokens=8,
+    num_candidates=(1, 2),
+)
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -48,41 +56,41 @@ def test_the_standard_workload_is_the_default():
 
 def test_a_length_alone_is_changed():
     parser = bench._parser()
-    given = ["--workload.tiles", "1", "--workload.stages", "[3, 4]"]
-    assert parser.instantiate(parser.parse_args(given)).workload == Workload(tiles=1, stages=(3, 4))
+    given = ["--workload.image_tiles", "1", "--workload.stage_tokens", "[3, 4]"]
+    assert parser.instantiate(parser.parse_args(given)).workload == Workload(image_tiles=1, stage_tokens=(3, 4))
 
 
 def test_the_model_of_100_million_parameters():
     config = workloads.config_100m()
-    assert 90e6 < sum(counts.parameter_counts(config).values()) < 105e6
+    assert 90e6 < sum(model_costs.parameter_counts(config).values()) < 105e6
     assert (config.text.vocab_size, config.vision.image_tokens) == (128256, 6404)
 
 
 @pytest.mark.slow
 def test_all_lengths_are_forced():
-    """Every candidate runs into its budget, and every reason into its own."""
+    """Every candidate and every reason is as long as it may be."""
     model, _ = random_model(0, eos=tuple(range(0, 500, 3)))  # would end soon
-    timed = Bench(model, WORK, runs=1)
+    timed = SearchBenchmark(model, WORK, runs=1)
     judge = Judge("rationale", both_orders=False, reason_tokens=3, check_tokens=2)
-    plan = StageBeam(2, judge, budget=WORK.stages).plan()
-    stages, judging = tables(timed.config, WORK, plan)
-    found = bench_search(timed, plan, stages, judging)
-    lengths = np.asarray(found.candidates.length)[:, 0]  # [stages, candidates]
-    np.testing.assert_array_equal(lengths, np.repeat(np.array(WORK.stages)[:, None], 2, axis=1))
-    reasons = np.asarray(found.judgement.rows.reason.length)[:, 0]
+    spec = StageBeam(2, judge, max_new_tokens=WORK.stage_tokens).to_spec()
+    stages, judging = endless_tables(timed.config, WORK, spec)
+    found = bench_search(timed, spec, stages, judging)
+    lengths = np.asarray(found.candidates.lengths)[:, 0]  # [stages, candidates]
+    np.testing.assert_array_equal(lengths, np.repeat(np.array(WORK.stage_tokens)[:, None], 2, axis=1))
+    reasons = np.asarray(found.judgement.rows.reason.lengths)[:, 0]
     asked = np.asarray(found.judgement.asked)[:, 0]
     assert asked.tolist() == [1, 1, 3, 1]
     assert [row[:n].tolist() for row, n in zip(reasons, asked, strict=True)] == [[3], [3], [2, 2, 3], [3]]
 
 
-def bench_search(timed, plan, stages, judging):
-    static = {"config": timed.config, "plan": plan, "chunk": 64, "mesh": None}
-    return search(timed.params, timed.request, stages, judging, **static)
+def bench_search(timed, spec, stages, judging):
+    static = {"config": timed.config, "plan": spec, "chunk": 64, "mesh": None}
+    return search(timed.params, timed.search_inputs, stages, judging, **static)
 
 
 @pytest.fixture
 def found_again() -> Iterator[list[str]]:
-    """As outside of tests, what was compiled is kept; an entry for each program that was then found there."""
+    """Enable the compilation cache, and list its hits."""
     found: list[str] = []
     jax.monitoring.register_event_listener(
         lambda event, **_: found.append(event) if event == "/jax/compilation_cache/cache_hits" else None
@@ -97,39 +105,41 @@ def found_again() -> Iterator[list[str]]:
 
 @pytest.mark.slow
 def test_the_report(monkeypatch, capsys, tmp_path, found_again):
-    """For machines on stdout, for people on stderr; with transformers beside it."""
+    """The JSON object goes to stdout, and the tables, with transformers, to stderr."""
     work = tmp_path / "work.yaml"
-    lengths = {**asdict(WORK), "stages": list(WORK.stages), "candidates": list(WORK.candidates)}
+    lengths = {**asdict(WORK), "stage_tokens": list(WORK.stage_tokens), "num_candidates": list(WORK.num_candidates)}
     work.write_text(yaml.safe_dump(lengths))
-    monkeypatch.setitem(workloads.RANDOM, "100m", lambda: random_model(0, convention="transformers_5")[0].config)
+    monkeypatch.setitem(workloads.RANDOM_MODELS, "100m", lambda: random_model(0, convention="transformers_5")[0].config)
     given = ["--random", "100m", "--dtype", "float32", "--workload", str(work), "--runs", "2", "--json"]
     code, out, err = run(monkeypatch, capsys, *given, "--baseline", "transformers")
     assert code == 0, err
     report = json.loads(out)
-    names = [part["name"] for part in report["parts"]]
+    names = [row["name"] for row in report["rows"]]
     assert names[:5] == ["vision tower", "prefill", "decode, N = 1", "decode, N = 2", "judge, a pair"]
-    assert [part["rows"] for part in report["parts"][2:4]] == [1, 2]
+    assert [row["sequences"] for row in report["rows"][2:4]] == [1, 2]
     assert len(found_again) >= len(names)  # each was timed warm too
     assert "stage beam, rationale, N = 2" in names and "greedy" in names
-    assert all(p["timing"]["median"] > 0 and p["flops"] > 0 for p in report["parts"])
+    assert all(p["timing"]["median"] > 0 and p["flops"] > 0 for p in report["rows"])
     assert report["recompilations"] == 0
     assert set(report["judge_share"]) == {"token, N = 2", "rationale, N = 2"}
-    calls = {row["way"]: row["calls"] for row in report["baseline"]}
+    calls = {row["method"]: row["calls"] for row in report["baseline"]}
     assert calls == {"one call after another": 10 * 2 - 6, "batched sampling, no judge": 4}
     assert "differ from transformers' by at most" in err and "times as long as ours" in err
 
 
 def test_logits_are_those_of_transformers():
-    """So the baseline has the same weights, and the same question."""
+    """The baseline has the same weights and the same question."""
     model, _ = random_model(0, convention="transformers_5")
-    off, largest = Baseline(model, WORK, Bench(model, WORK, runs=1).request).parity()
+    off, largest = TransformersBaseline(
+        model, WORK, SearchBenchmark(model, WORK, runs=1).search_inputs
+    ).logit_difference()
     assert off < OFF * largest
 
 
 def test_the_baseline_reads_what_it_has_read_from_its_cache():
-    """One run of the tower and one token a step, as the times claim; and the tokens are those without a cache."""
+    """There is one run of the vision tower and one token per step, and the tokens are those without a cache."""
     model, _ = random_model(0, convention="transformers_5")
-    baseline = Baseline(model, WORK, Bench(model, WORK, runs=1).request)
+    baseline = TransformersBaseline(model, WORK, SearchBenchmark(model, WORK, runs=1).search_inputs)
     theirs, inputs = baseline._model, baseline._tensors(baseline._prompt, image=True)
     runs, read = [], []
     theirs.model.vision_model.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -137,14 +147,14 @@ def test_the_baseline_reads_what_it_has_read_from_its_cache():
         lambda _, __, given: read.append(given["input_ids"].shape), with_kwargs=True
     )
     out = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, num_return_sequences=1, eos_token_id=-1)
-    assert (len(runs), read) == (1, [(1, WORK.prompt), *[(1, 1)] * 7])
+    assert (len(runs), read) == (1, [(1, WORK.prompt_tokens), *[(1, 1)] * 7])
     batch = {name: x.numpy() for name, x in inputs.items()}
-    assert shortfall(theirs, batch, out[:, WORK.prompt :].numpy()).max() < 2 * OFF
+    assert shortfall(theirs, batch, out[:, WORK.prompt_tokens :].numpy()).max() < 2 * OFF
 
 
-def test_a_floor_is_the_larger_of_two():
-    rates = Rates("measured", flops=100.0, bytes=10.0)
-    assert (rates.floor(1000, 10), rates.floor(10, 1000)) == (10, 100)
+def test_a_roofline_is_the_larger_of_two():
+    device_rates = DeviceRates("measured", flops=100.0, bytes=10.0)
+    assert (device_rates.roofline_seconds(1000, 10), device_rates.roofline_seconds(10, 1000)) == (10, 100)
 
 
 @pytest.mark.parametrize(
@@ -170,14 +180,14 @@ def test_a_mistake_ends_in_one_line_and_code_2(monkeypatch, capsys, arguments, n
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("prompts: 3", "did you mean workload.prompt?"),
-        ("prompt: 0", "prompt must be at least 1"),
-        ("prompt: [3]", "prompt"),
-        ("stages: 3", "stages"),
-        ("stages: []", "stages must be a list of at least one"),
-        ("stages: [1, 0]", "stages must be at least 1"),
-        ("tiles: -1", "tiles must be at least 0"),
-        ("judge_words: 2", "judge_words must be at least 5"),
+        ("prompt_token: 3", "did you mean workload.prompt_tokens?"),
+        ("prompt_tokens: 0", "prompt_tokens must be at least 1"),
+        ("prompt_tokens: [3]", "prompt_tokens"),
+        ("stage_tokens: 3", "stage_tokens"),
+        ("stage_tokens: []", "stage_tokens must be a list of at least one"),
+        ("stage_tokens: [1, 0]", "stage_tokens must be at least 1"),
+        ("image_tiles: -1", "image_tiles must be at least 0"),
+        ("judge_prompt_tokens: 2", "judge_prompt_tokens must be at least 5"),
         ("3", "work.yaml"),
     ],
 )

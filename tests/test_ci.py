@@ -1,4 +1,4 @@
-"""CI runs what the README says: the runner on made-up READMEs, and on the real one."""
+"""CI runs the commands of the README and the guides: tests of the runner on made-up documents and on the real ones."""
 
 import re
 import shutil
@@ -10,14 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RUNNER = ROOT / ".ci" / "readme.py"
+GUIDES = ("configs", "llava_cot_jax/search", "launch", "tests/evidence")
+"""Folders of the guides in the order in which their commands are run."""
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A repository with the runner in it, and an environment, in a folder whose name has spaces."""
+    """A repository with the runner, empty guides and an environment, in a folder whose name has spaces."""
     root = tmp_path / "a folder of mine"
     (root / ".ci").mkdir(parents=True)
     shutil.copy(RUNNER, root / ".ci")
+    for guide in GUIDES:
+        (root / guide).mkdir(parents=True)
+        (root / guide / "README.md").touch()
     (root / ".venv" / "bin").mkdir(parents=True)
     (root / ".venv" / "bin" / "python").symlink_to(sys.executable)
     return root
@@ -47,6 +52,31 @@ def test_commands_run_in_order_in_the_repository(folder):
     lines = done.stdout.splitlines()
     assert lines[:2] == ["+ echo one >> log", "(exit 0 after 0 s)"]
     assert "+ echo two \\\n  two >> log\n(exit 0" in done.stdout
+
+
+def test_the_guides_follow_the_readme_in_their_order(folder):
+    for guide in reversed(GUIDES):
+        text = f"`source .venv/bin/activate`\n\n```bash\necho {guide} $VIRTUAL_ENV >> log\n```\n"
+        (folder / guide / "README.md").write_text(text)
+    done = start(folder, "```bash\necho first ${VIRTUAL_ENV:-} >> log\n```\n")
+    assert done.returncode == 0, done.stderr
+    lines = (folder / "log").read_text().splitlines()
+    assert lines == ["first", *[f"{guide} {folder}/.venv" for guide in GUIDES]]
+
+
+def test_a_failure_in_a_guide_names_it(folder):
+    (folder / "launch" / "README.md").write_text("```bash\nfalse\n```\n")
+    done = start(folder, "")
+    assert done.returncode != 0
+    assert "launch/README.md line 2 failed with exit 1: false" in done.stderr
+
+
+def test_a_guide_that_is_missing_runs_nothing(folder):
+    (folder / "launch" / "README.md").unlink()
+    done = start(folder, "```bash\necho first >> log\n```\n")
+    assert done.returncode != 0
+    assert done.stderr == "launch/README.md is missing\n"
+    assert not (folder / "log").exists()
 
 
 def test_the_environment_is_active_and_nothing_is_typed(folder):
@@ -133,8 +163,8 @@ def listed() -> list[str]:
     return re.split(r"\n(?=[+-] )", done.stdout.rstrip("\n"))
 
 
-def test_every_block_of_the_readme_runs_or_says_why_not():
-    """What needs a cloud, a TPU, a download or a reader's own files is marked; all else is run."""
+def test_every_block_runs_or_says_why_not():
+    """Commands that need a cloud, a TPU, a download or a reader's own files are marked. All others are run."""
     lines = listed()
     elsewhere = re.compile(
         r"gs://|gcloud|hf download|meta-llama/|Xkev/|\b(BUCKET|PROJECT|ZONE|SRC|DIR_OR_HUB_ID)\b|photo\.jpg"
@@ -144,7 +174,8 @@ def test_every_block_of_the_readme_runs_or_says_why_not():
             assert not elsewhere.search(line), line
         else:
             assert re.match(r"- not run \(\S.*\): \S", line)
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    documents = "\n".join((ROOT / folder / "README.md").read_text() for folder in (".", *GUIDES))
+    blocks = re.findall(r"^```bash\n(.*?)^```", documents, re.DOTALL | re.MULTILINE)
     typed = [line for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
     assert [line for line in typed if line not in "\n".join(lines)] == []
 

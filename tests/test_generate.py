@@ -1,4 +1,4 @@
-"""The command that answers: what it prints, what it compiles, and how it fails."""
+"""The command ``generate``: its output, what it compiles, and its errors."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def arguments(demo: Path, *more: str) -> list[str]:
     return ["--checkpoint", str(demo), "--image", str(demo / "picture.png"), "--question", QUESTION, *more]
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start_process(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "llava_cot_jax.generate", *arguments],
         stdout=subprocess.PIPE,
@@ -54,8 +54,8 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
-def greedy_there(demo: Path, image: str, new: int) -> tuple[str, int]:
-    """What transformers answers under ``meta``, each token from a pass over all before it: the text, and its tokens."""
+def greedy_in_transformers(demo: Path, image: str, new: int) -> tuple[str, int]:
+    """The greedy answer of transformers under ``meta``, without a cache: its text, and its number of tokens."""
     processor = Processor.from_pretrained(demo)
     inputs = processor([processor.prompt(user_turn(QUESTION, 1))], [[demo / image]])
     pixels = MllamaImageProcessorPil.from_pretrained(demo)(Image.open(demo / image), return_tensors="np")
@@ -75,15 +75,15 @@ def greedy_there(demo: Path, image: str, new: int) -> tuple[str, int]:
 def test_json_of_two_questions_in_a_process_of_its_own(demo):
     """A PNG and a JPEG; the answers are those of transformers, and the second one compiles nothing."""
     images = ["picture.png", "tall.jpg"]
-    more = ["--json", "--max-new-tokens", "60"]
+    more = ["--json", "--max_new_tokens", "60"]
     given = ["--checkpoint", str(demo), "--question", QUESTION, QUESTION, "--image", *(str(demo / i) for i in images)]
-    process = start(*given, *more)
+    process = start_process(*given, *more)
     out, err = process.communicate()
     assert process.returncode == 0, err.decode()
     answers = [json.loads(line) for line in out.decode().splitlines()]
     assert len(answers) == 2
     for answer, image in zip(answers, images, strict=True):
-        text, count = greedy_there(demo, image, 60)
+        text, count = greedy_in_transformers(demo, image, 60)
         assert answer["text"] == text
         assert answer["tokens"]["new"] == count
         assert answer["stages"] == {}
@@ -95,8 +95,8 @@ def test_json_of_two_questions_in_a_process_of_its_own(demo):
 
 
 def test_text_streams_as_it_comes(demo):
-    """The beginning of an answer is there while the process is still at work on the rest."""
-    process = start(*arguments(demo, "--max-new-tokens", "4000", "--temperature", "2", "--seed", "4"))
+    """The beginning of an answer is printed while the process still generates the rest."""
+    process = start_process(*arguments(demo, "--max_new_tokens", "4000", "--temperature", "2", "--seed", "4"))
     first = os.read(process.stdout.fileno(), 4096)
     working = process.poll() is None
     process.kill()
@@ -106,7 +106,7 @@ def test_text_streams_as_it_comes(demo):
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """The command in this process: its exit code, and what it wrote to stdout and stderr."""
+    """Run the command in this process, and return its exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["generate", *arguments])
     code = 0
     try:
@@ -119,16 +119,16 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.slow
 def test_an_answer_without_stages_is_shown_whole(demo, monkeypatch, capsys):
-    shown = run(monkeypatch, capsys, *arguments(demo, "--max-new-tokens", "40"))
-    whole = run(monkeypatch, capsys, *arguments(demo, "--max-new-tokens", "40", "--show-reasoning"))
-    answer = json.loads(run(monkeypatch, capsys, *arguments(demo, "--max-new-tokens", "40", "--json"))[1])
+    shown = run(monkeypatch, capsys, *arguments(demo, "--max_new_tokens", "40"))
+    whole = run(monkeypatch, capsys, *arguments(demo, "--max_new_tokens", "40", "--show_reasoning"))
+    answer = json.loads(run(monkeypatch, capsys, *arguments(demo, "--max_new_tokens", "40", "--json"))[1])
     assert shown[0] == whole[0] == 0
     assert shown[1] == whole[1] == answer["text"] + "\n"
 
 
 @pytest.mark.slow
 def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
-    """Sampled: the file's settings count, later arguments win, and a mesh draws the same tokens."""
+    """The file's settings are used, later options override them, and a mesh samples the same tokens."""
     (tmp_path / "run.yaml").write_text(
         f"checkpoint: {demo}\nquestion: [{QUESTION}]\nmax_new_tokens: 24\ntemperature: 0.9\ntop_k: 50\nseed: 3\n"
         "mesh: {data: 1, fsdp: 1, tensor: 1}\n"
@@ -144,7 +144,7 @@ def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
 
 
 SEARCH = ["", "--search"]
-"""What a mistaken search begins with: it has no --max-new-tokens."""
+"""Begins the arguments of a search, to which no --max_new_tokens is added."""
 
 
 def without_a_tensor(demo: Path, folder: Path) -> Path:
@@ -167,32 +167,32 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: ["--mesh.fsdp", "3"], "does not divide"),
         (lambda d, t: ["--mesh.data", "9"], "takes 9 devices; there are 8"),
         (lambda d, t: ["--question", "long " * 140_000], "context of 131072"),
-        (lambda d, t: ["--max-new-tokens", "200000"], "context of 131072"),
-        (lambda d, t: ["--max-new-tokens", "0"], "max_new_tokens"),
+        (lambda d, t: ["--max_new_tokens", "200000"], "context of 131072"),
+        (lambda d, t: ["--max_new_tokens", "0"], "max_new_tokens"),
         (lambda d, t: ["--seed", "-1"], "seed"),
         (lambda d, t: ["--question", "<|eot_id|>"], "<|eot_id|>"),
         (lambda d, t: ["--temperature", "hot"], "temperature"),
         (lambda d, t: ["--temperature", "-1"], "temperature"),
-        (lambda d, t: ["--temperature", "1", "--top-p", "0"], "top_p must be above 0"),
+        (lambda d, t: ["--temperature", "1", "--top_p", "0"], "top_p must be above 0"),
         (lambda d, t: ["--convention", "mine"], "convention"),
         (lambda d, t: ["--candidates", "4"], "--candidates is of a search"),
-        (lambda d, t: ["--trace", str(t / "x.json")], "--trace is of a search"),
+        (lambda d, t: ["--trace", str(t / "x.json")], "--trace needs a search"),
         (lambda d, t: ["--temperature", "[0.1, 0.2]"], "--search stage_beam"),
         (lambda d, t: ["--search", "beam"], "search"),
-        (lambda d, t: ["--search", "greedy", "--max-new-tokens", "9"], "--max-new-tokens is of an answer without"),
+        (lambda d, t: ["--search", "greedy", "--max_new_tokens", "9"], "--max_new_tokens is for an answer without"),
         (lambda d, t: [*SEARCH, "greedy", "--candidates", "4"], "--candidates has no meaning for --search greedy"),
         (lambda d, t: [*SEARCH, "majority_vote", "--judge", "token"], "--judge has no meaning"),
         (lambda d, t: [*SEARCH, "best_of_n", "--candidates", "[4, 2]"], "--candidates takes one value"),
         (lambda d, t: [*SEARCH, "stage_beam", "--candidates", "[4, 2]"], "2 values for 4 stages"),
         (lambda d, t: [*SEARCH, "stage_beam", "--budget", "0"], "budget must be at least 1"),
         (lambda d, t: [*SEARCH, "stage_beam", "--budget", "200000"], "context of 131072"),
-        (lambda d, t: [*SEARCH, "stage_beam", "--judge-prompts", str(t / "none.yaml")], "none.yaml"),
+        (lambda d, t: [*SEARCH, "stage_beam", "--judge_prompts", str(t / "none.yaml")], "none.yaml"),
         (lambda d, t: [*SEARCH, "greedy", "--trace", str(d / "config.json" / "x.json")], "x.json cannot be written"),
         (lambda d, t: [*SEARCH, "greedy", "--trace", str(d)], "it is a folder; name a file"),
         (lambda d, t: [*SEARCH, "greedy", "--page", str(d)], "it is a folder; name a file"),
         (lambda d, t: [*SEARCH, "greedy", "--page", ""], "a path is empty"),
-        (lambda d, t: ["--page", str(t / "x.html")], "--page is of a search"),
-        (lambda d, t: ["--show-search"], "--show-search is of a search"),
+        (lambda d, t: ["--page", str(t / "x.html")], "--page needs a search"),
+        (lambda d, t: ["--show_search"], "--show_search needs a search"),
         (lambda d, t: ["--image", "a.png", "b.png", "c.png"], "3 images for 1 questions"),
         (lambda d, t: ["--config", str(t / "none.yaml")], "none.yaml"),
     ],
@@ -200,7 +200,7 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
 def test_a_mistake_ends_in_one_line_and_code_2(demo, tmp_path, monkeypatch, capsys, mistake, named):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     given = mistake(demo, tmp_path)
-    given = given[1:] if given[0] == "" else ["--max-new-tokens", "8", *given]
+    given = given[1:] if given[0] == "" else ["--max_new_tokens", "8", *given]
     code, out, err = run(monkeypatch, capsys, *arguments(demo), *given)
     assert code == 2
     assert out == ""
@@ -209,7 +209,7 @@ def test_a_mistake_ends_in_one_line_and_code_2(demo, tmp_path, monkeypatch, caps
 
 
 def test_a_mistake_in_a_process_of_its_own(demo, tmp_path):
-    process = start(*arguments(tmp_path / "none"))
+    process = start_process(*arguments(tmp_path / "none"))
     out, err = process.communicate()
     assert process.returncode == 2
     assert out == b""
@@ -223,7 +223,7 @@ STAGED = (
 
 
 def show(text: str, show_reasoning: bool, capsys) -> tuple[str, str]:
-    """What a person sees of an answer that comes a character at a time."""
+    """The stdout and stderr for an answer that comes a character at a time."""
     screen = Screen(show_reasoning)
     for end in range(1, len(text) + 1):
         screen.show(text[:end])
@@ -264,7 +264,7 @@ def test_the_conclusion_comes_as_it_is_written(capsys):
 
 @pytest.mark.slow
 def test_a_search_with_its_trace(demo, monkeypatch, capsys, tmp_path):
-    """What is printed is what the library answers; the trace has it all, for every question."""
+    """The command prints the answers of the library, and the trace holds the whole search of every question."""
     trace = tmp_path / "trace.json"
     search = ["--search", "stage_beam", "--candidates", "[3, 1, 2, 2]", "--budget", "8", "--temperature", "0.9"]
     given = ["--checkpoint", str(demo), "--question", QUESTION, "Which?", "--image", str(demo / "picture.png"), *search]
@@ -273,7 +273,7 @@ def test_a_search_with_its_trace(demo, monkeypatch, capsys, tmp_path):
     assert code == 0, err
     answers, traces = [json.loads(line) for line in out.splitlines()], json.loads(trace.read_text())
     assert [t["question"] for t in traces] == [QUESTION, "Which?"]
-    strategy = StageBeam((3, 1, 2, 2), budget=8, temperature=0.9)
+    strategy = StageBeam((3, 1, 2, 2), max_new_tokens=8, temperature=0.9)
     reasoner = Reasoner(Mllama.from_pretrained(demo), Processor.from_pretrained(demo), strategy)
     for answer, told, question in zip(answers, traces, (QUESTION, "Which?"), strict=True):
         own = reasoner.answer(demo / "picture.png", question, seed=4)
@@ -290,8 +290,8 @@ def test_a_search_with_its_trace(demo, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_heard_while_a_search_compiles_or_runs(demo):
-    code = (  # a shell's background jobs, and all that they start, ignore the signal
+def test_ctrl_c_ends_a_search_that_compiles_or_runs(demo):
+    code = (  # background jobs of a shell, and their children, ignore the signal
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "runpy.run_module('llava_cot_jax.generate', run_name='__main__')"
     )
@@ -309,7 +309,7 @@ def test_ctrl_c_is_heard_while_a_search_compiles_or_runs(demo):
 
 
 class TestWithoutACheckpoint:
-    """The small model of the package, and the pictures that it is asked about."""
+    """The small model of the package, asked about pictures that the command draws."""
 
     def test_it_is_named_and_asked_about_a_drawn_picture(self, monkeypatch, capsys, tmp_path):
         monkeypatch.chdir(tmp_path)
@@ -331,8 +331,8 @@ class TestWithoutACheckpoint:
 
     @pytest.mark.slow
     def test_most_answers_are_right(self, monkeypatch, capsys, tmp_path):
-        """Five in six are; half of the 40 would be more than four standard errors off."""
-        given = ["--checkpoint", "shapes", "--draw", "40", "--draw-to", str(tmp_path), "--seed", "7", "--json"]
+        """Its accuracy is 5 in 6. Half of 40 answers would be more than four standard errors below."""
+        given = ["--checkpoint", "shapes", "--draw", "40", "--draw_to", str(tmp_path), "--seed", "7", "--json"]
         answers = [json.loads(line) for line in run(monkeypatch, capsys, *given)[1].splitlines()]
         right = [answer["stages"]["CONCLUSION"] == answer["right_answer"] for answer in answers]
         assert len(right) == 40 and sum(right) > 20
@@ -341,7 +341,7 @@ class TestWithoutACheckpoint:
     @pytest.mark.parametrize("search", [[], ["--search", "greedy"]])
     def test_its_own_length_is_the_default(self, monkeypatch, capsys, tmp_path, search):
         """Its context holds no 2048 tokens."""
-        given = ["--checkpoint", "shapes", "--draw-to", str(tmp_path), "--json", *search]
+        given = ["--checkpoint", "shapes", "--draw_to", str(tmp_path), "--json", *search]
         assert json.loads(run(monkeypatch, capsys, *given)[1])["ended"] in ("eos", "tag")  # not cut off
 
     def test_an_image_without_a_question(self, demo, monkeypatch, capsys):
@@ -350,7 +350,7 @@ class TestWithoutACheckpoint:
 
     @pytest.mark.parametrize(
         ("given", "message"),
-        [(["--draw", "0"], "draw is 0"), (["--seed", "-1"], "seed is -1"), (["--draw-to", "/proc/x"], "to /proc/x")],
+        [(["--draw", "0"], "draw is 0"), (["--seed", "-1"], "seed is -1"), (["--draw_to", "/proc/x"], "to /proc/x")],
     )
     def test_what_cannot_be_drawn(self, monkeypatch, capsys, given, message):
         code, _, err = run(monkeypatch, capsys, *given)

@@ -15,6 +15,7 @@ import fsspec
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from gcp_storage_emulator import server as emulator
 
 from llava_cot_jax import Mllama, Processor
@@ -29,7 +30,7 @@ from llava_cot_jax.model.checkpoint import writing as export
 from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.reading import StoredTensor, read_shards, verified_tensors
 from llava_cot_jax.model.checkpoint.sharded import load_arrays, save_arrays
-from llava_cot_jax.model.parameters import Layout, flatten
+from llava_cot_jax.model.parameters import ParamLayout
 from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.paths import access, as_path, bucket_files, files_in, is_remote
 from llava_cot_jax.prepare import main as prepare
@@ -203,7 +204,7 @@ class TestCheckpoint:
         ids=str,
     )
     def test_same_arrays_as_from_a_disk(
-        self, model: Path, sizes: tuple[int, int, int] | None, layout: Layout, monkeypatch: pytest.MonkeyPatch
+        self, model: Path, sizes: tuple[int, int, int] | None, layout: ParamLayout, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         mesh = None if sizes is None else make_mesh(*sizes)
         expected = load_arrays(FIXTURE, CONFIG, layout=layout, mesh=mesh)
@@ -343,7 +344,7 @@ class TestWriting:
         assert files_in(folder) == {"config.json", "model.safetensors"}
         again = Mllama.from_pretrained(str(folder))
         assert again.config == model.config
-        held, expected = flatten(again.params), flatten(model.params)
+        held, expected = flatten_dict(again.params, sep="."), flatten_dict(model.params, sep=".")
         assert all(np.array_equal(held[path], expected[path]) for path in expected)
 
     def test_what_is_there_stays(self, folder: Path) -> None:

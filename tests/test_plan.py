@@ -1,4 +1,4 @@
-"""The command: what it says of configurations, what it refuses, and the compiler behind it."""
+"""The command ``plan``: its figures, its refusals, and the TPU compiler."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import pytest
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.plan import main
-from llava_cot_jax.planning import answer
-from llava_cot_jax.planning.compiler import Compiled
+from llava_cot_jax.planning import present
+from llava_cot_jax.planning.compiler import CompiledProgram
 
 ROOT = Path(__file__).parents[1]
 FULL = ["--config", str(ROOT / "configs/llava_cot_11b_v5e_64.yaml"), "--compile", "false"]
@@ -33,9 +33,9 @@ def test_a_training_run(capsys):
     (plan,) = told(capsys, *FULL, "--topology", "v5e:8x8")
     assert plan["chips"] == 64 and plan["mesh"] == {"data": 1, "fsdp": 32, "tensor": 2}
     assert plan["compiled"] is None
-    sizes = plan["computed"]["bytes"]
+    sizes = plan["computed"]["memory"]
     assert 1e9 < sizes["optimizer"] == pytest.approx(2 * sizes["parameters"], rel=1e-6)
-    assert sum(sizes.values()) < plan["usable_bytes"]
+    assert sum(sizes.values()) < plan["usable_hbm_bytes"]
     assert 0 < plan["hours"] < 10
 
 
@@ -45,10 +45,10 @@ def test_the_same_slice_by_its_accelerator_type_and_twice_the_mfu(capsys):
     assert by_type["slice"] == by_shape["slice"] and by_type["hours"] == pytest.approx(by_shape["hours"] / 2)
 
 
-def test_rows_and_tokens_of_the_data_change_the_hours(capsys):
+def test_the_size_of_the_data_set_changes_the_hours(capsys):
     (base,) = told(capsys, *FULL, "--topology", "v5e:8x8")
-    (fewer,) = told(capsys, *FULL, "--topology", "v5e:8x8", "--rows", "49223")
-    (longer,) = told(capsys, *FULL, "--topology", "v5e:8x8", "--tokens", "1200")
+    (fewer,) = told(capsys, *FULL, "--topology", "v5e:8x8", "--examples", "49223")
+    (longer,) = told(capsys, *FULL, "--topology", "v5e:8x8", "--tokens_per_example", "1200")
     assert fewer["hours"] == pytest.approx(base["hours"] / 2, rel=0.01) and longer["hours"] > base["hours"]
 
 
@@ -68,21 +68,38 @@ def test_auto_recommends_a_slice_and_its_mesh(capsys):
     assert "recommended: v5p:2x2x1 (v5p-8), --mesh.data 1 --mesh.fsdp 4 --mesh.tensor 1" in out
 
 
-def test_any_mesh_is_the_one_with_the_lowest_floor(capsys):
+def test_any_mesh_is_the_one_with_the_shortest_step(capsys):
     (chosen,) = told(capsys, *FULL, "--topology", "v5e-64", "--any_mesh", "true")
     (given,) = told(capsys, *FULL, "--topology", "v5e-64")
-    steps = [max(plan["computed"]["floors"]["seconds"].values()) for plan in (chosen, given)]
+    steps = [max(plan["computed"]["roofline"]["seconds"].values()) for plan in (chosen, given)]
     assert steps[0] <= steps[1]
 
 
 def test_a_search(capsys):
     (plan,) = told(capsys, *BEAM, "--topology", "v6e-1", "--candidates", "10")
     assert plan["chips"] == 1
-    assert sum(plan["computed"]["bytes"].values()) / 1e9 == pytest.approx(24.3, rel=0.1)  # what was compiled
+    assert sum(plan["computed"]["memory"].values()) / 1e9 == pytest.approx(24.3, rel=0.1)  # what was compiled
     (int8,) = told(capsys, *BEAM, "--topology", "v6e-1", "--candidates", "10", "--quantize", "int8")
     assert int8["computed"]["seconds"] < plan["computed"]["seconds"]
     main([*BEAM, "--topology", "v6e-1", "--candidates", "10"])
     assert "at most 5" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_training_run_needs_no_output(capsys, tmp_path):
+    lines = Path(FULL[1]).read_text().splitlines(keepends=True)
+    without = tmp_path / "run.yaml"
+    without.write_text("".join(line for line in lines if not line.startswith("output:")))
+    planned = [
+        told(capsys, "--config", str(configuration), "--compile", "false", "--topology", "v5e-64")
+        for configuration in (FULL[1], without)
+    ]
+    assert planned[0] == planned[1]
+
+
+def test_options_of_generate_that_only_show_or_ask_are_ignored(capsys):
+    configuration = str(ROOT / "configs/shapes_search.yaml")  # it draws pictures, and writes a page
+    (plan,) = told(capsys, "--config", configuration, "--compile", "false", "--topology", "v6e-1")
+    assert plan["computed"]["seconds"] > 0
 
 
 def test_auto_for_a_search_of_the_90b(capsys):
@@ -92,10 +109,10 @@ def test_auto_for_a_search_of_the_90b(capsys):
 
 MISTAKES = [
     ([*FULL, "--topology", "v5e-8"], "is not v5e:2x4's 8 chips: set mesh.fsdp to null"),
-    ([*FULL, "--topology", "v5e:3x3"], "no slice that is offered; those of v5e are v5e:1x1"),
-    ([*FULL, "--topology", "v9-8"], "is no slice: write one as v5e:4x8"),
-    ([*FULL, "--topology", "v5e-64", "--mfu", "40"], "mfu is 40.0; it is a share"),
-    ([*FULL, "--topology", "v5e-64", "--rows", "0"], "must be at least 1"),
+    ([*FULL, "--topology", "v5e:3x3"], "no slice that is offered; slices of v5e: v5e:1x1"),
+    ([*FULL, "--topology", "v9-8"], "is no slice: write it as v5e:4x8"),
+    ([*FULL, "--topology", "v5e-64", "--mfu", "40"], "mfu is 40.0; it must be above 0"),
+    ([*FULL, "--topology", "v5e-64", "--examples", "0"], "must be at least 1"),
     ([*FULL, "--topology", "v5e-64", "--init_from", "nowhere/model"], "nowhere/model is no folder"),
     ([*FULL, "--topology", "v5e-64", "--optimiser.b1", "0.9"], "did you mean"),
     ([*BEAM, "--topology", "2*v5e:2x2"], "runs on one slice"),
@@ -121,16 +138,16 @@ def test_a_configuration_that_is_none_is_a_mistake_too(tmp_path, content):
         main(["--config", str(tmp_path / "run.yaml"), "--topology", "v5e-4"])
 
 
-@pytest.mark.parametrize(("exchanges", "sent"), [(None, None), ((), {})], ids=["not readable", "none"])
-def test_a_program_that_sends_nothing_is_told_from_one_that_cannot_be_read(capsys, monkeypatch, exchanges, sent):
-    monkeypatch.setattr(answer, "compile_training", lambda *_: Compiled(exchanges=exchanges))
+@pytest.mark.parametrize(("collectives", "sent"), [(None, None), ((), {})], ids=["not readable", "none"])
+def test_a_program_that_sends_nothing_differs_from_one_that_cannot_be_read(capsys, monkeypatch, collectives, sent):
+    monkeypatch.setattr(present, "compile_training", lambda *_: CompiledProgram(collectives=collectives))
     (told_,) = told(capsys, *FULL, "--topology", "v5e-64", "--compile", "true")
-    assert told_["compiled"]["sent"] == sent
+    assert told_["compiled"]["sent_bytes"] == sent
 
 
 @pytest.mark.slow
-def test_the_compiler_is_asked_once_and_then_remembered(tmp_path):
-    """The shapes world's own step for two slices of TPUs, by the real compiler, in processes of their own."""
+def test_a_compiled_program_is_cached(tmp_path):
+    """Compile a step of the shapes world for two slices, with the real compiler, in two processes."""
     arguments = ["--output", "o", "--init_from", "shapes", "--data", "shapes", "--topology", "2*v5e-1", "--steps", "10"]
     arguments += ["--mesh.data", "2", "--mesh.fsdp", "1"]
     sizes = ["--loader.batch", "4", "--chat.max_length", "64", "--checkpointing", "none", "--json"]
@@ -148,8 +165,8 @@ def test_the_compiler_is_asked_once_and_then_remembered(tmp_path):
         runs.append((json.loads(done.stdout), "compiling the training step" in done.stderr))
     (first, waited), (second, waited_again) = runs
     assert waited and not waited_again and first == second
-    assert first["compiled"]["fault"] is None and first["compiled"]["arguments"] > 0
-    assert first["usable_bytes"] > first["compiled"]["temporaries"] > 0
-    # Gradients alone go between the slices, small ones filled up to a tile of 8 x 128 numbers.
-    predicted = first["computed"]["floors"]["sent"]["data"]
-    assert predicted < first["compiled"]["sent"]["data"] < 1.15 * predicted
+    assert first["compiled"]["error"] is None and first["compiled"]["arguments"] > 0
+    assert first["usable_hbm_bytes"] > first["compiled"]["temporaries"] > 0
+    # Only gradients go between the slices. Small ones are padded to a tile of 8 x 128 values.
+    predicted = first["computed"]["roofline"]["sent_bytes"]["data"]
+    assert predicted < first["compiled"]["sent_bytes"]["data"] < 1.15 * predicted

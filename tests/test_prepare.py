@@ -49,7 +49,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def arguments(raw: RawSet, output: Path, *more: str) -> list[str]:
     """Of a run that leaves out what cannot be used, in one process; ``more`` wins."""
     files = ["--annotations", str(raw.annotations), "--images", str(raw.annotations.parent / "hub")]
-    numbers = ["--allow-missing", str(len(raw.left_out)), "--validation-share", "0.1", "--workers", "0"]
+    numbers = ["--allow_missing", str(len(raw.left_out)), "--validation_share", "0.1", "--workers", "0"]
     return [*files, "--output", str(output), *numbers, *more]
 
 
@@ -91,8 +91,8 @@ class TestResult:
         self, raw: RawSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         out, count = tmp_path / "out", len(raw.left_out)
-        with pytest.raises(UserError, match=rf"^{count} of {count + len(raw.rows)} rows .* --allow-missing {count}$"):
-            main(arguments(raw, out, "--allow-missing", str(count - 1)))
+        with pytest.raises(UserError, match=rf"^{count} of {count + len(raw.rows)} rows .* --allow_missing {count}$"):
+            main(arguments(raw, out, "--allow_missing", str(count - 1)))
         refused = capsys.readouterr().out
         assert not out.exists()
         names = tmp_path / "out.preparing/result/left_out.jsonl"
@@ -131,7 +131,7 @@ class TestResult:
         assert cells[0] == sum(cells[1:3]) + sum(cells[3:9]) == len(raw.rows) + len(raw.left_out)
 
     def test_tfds_opens_it(self, raw: RawSet, tmp_path: Path) -> None:
-        main(arguments(raw, tmp_path / "out", "--validation-share", "0.3"))
+        main(arguments(raw, tmp_path / "out", "--validation_share", "0.3"))
         builder = tfds.builder_from_directory(tmp_path / "out")
         found, images = {}, {}
         for split in ("train", "validation"):
@@ -156,13 +156,13 @@ class TestResult:
             assert result.items() <= undisturbed.items()
 
     def test_without_validation(self, raw: RawSet, tmp_path: Path) -> None:
-        main(arguments(raw, tmp_path / "out", "--validation-share", "0"))
+        main(arguments(raw, tmp_path / "out", "--validation_share", "0"))
         assert len(PreparedRows(tmp_path / "out", "train")) == len(raw.rows)
         with pytest.raises(UserError, match="no rows in split 'validation', only in train"):
             PreparedRows(tmp_path / "out", "validation")
 
     def test_smaller_images(self, raw: RawSet, tmp_path: Path) -> None:
-        main(arguments(raw, tmp_path / "out", "--max-side", "40"))
+        main(arguments(raw, tmp_path / "out", "--max_side", "40"))
         rows = PreparedRows(tmp_path / "out", "train")
         for row in (rows[i] for i in range(len(rows))):
             kept = row.image in raw.files.values()
@@ -209,18 +209,18 @@ class TestAgain:
         table, before = capsys.readouterr().out, tree(tmp_path / "out")
         (tmp_path / "out.preparing").mkdir()  # as a kill after the last step leaves it
         monkeypatch.setattr(preparation, "prepare", None)
-        main(arguments(raw, tmp_path / "out", "--allow-missing", "0"))
+        main(arguments(raw, tmp_path / "out", "--allow_missing", "0"))
         assert capsys.readouterr().out == f"{tmp_path / 'out'} was prepared before\n{table}"
         assert tree(tmp_path / "out") == before
         assert not (tmp_path / "out.preparing").exists()
         with pytest.raises(
             UserError, match="was prepared with other max_side and validation_share: name another output"
         ):
-            main(arguments(raw, tmp_path / "out", "--max-side", "9", "--validation-share", "0"))
+            main(arguments(raw, tmp_path / "out", "--max_side", "9", "--validation_share", "0"))
 
     def test_checks_are_kept(self, raw: RawSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="rows cannot be used"):
-            main(arguments(raw, tmp_path / "out", "--allow-missing", "0"))
+            main(arguments(raw, tmp_path / "out", "--allow_missing", "0"))
         monkeypatch.setattr(preparation, "open_image", None)
         main(arguments(raw, tmp_path / "out"))
 
@@ -240,11 +240,11 @@ class TestAgain:
 
     def test_a_work_folder_of_something_else(self, raw: RawSet, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="rows cannot be used"):
-            main(arguments(raw, tmp_path / "out", "--allow-missing", "0"))
+            main(arguments(raw, tmp_path / "out", "--allow_missing", "0"))
         with pytest.raises(
             UserError, match=r"out\.preparing is left from a run with other validation_share: remove it"
         ):
-            main(arguments(raw, tmp_path / "out", "--validation-share", "0.2"))
+            main(arguments(raw, tmp_path / "out", "--validation_share", "0.2"))
 
     def test_one_at_a_time(self, raw: RawSet, tmp_path: Path) -> None:
         with WorkFolder(tmp_path / "out"), pytest.raises(UserError, match=r"out is being prepared by another process"):
@@ -262,11 +262,11 @@ class TestRefusal:
                 ["--images", "{tmp}/nowhere"],
                 "there is no {tmp}/nowhere, and no parts such as nowhere.part-aa beside it",
             ),
-            (["--max-side", "0"], "max_side is 0; it must be at least 1"),
+            (["--max_side", "0"], "max_side is 0; it must be at least 1"),
             (["--limit", "-1"], "limit is -1; it must be at least 1"),
             (["--workers", "-1"], "workers is -1; it must be at least 0"),
-            (["--allow-missing", "-1"], "allow_missing is -1; it must be at least 0"),
-            (["--validation-share", "1"], "validation_share is 1.0; it must be at least 0 and less than 1"),
+            (["--allow_missing", "-1"], "allow_missing is -1; it must be at least 0"),
+            (["--validation_share", "1"], "validation_share is 1.0; it must be at least 0 and less than 1"),
             (["--output", "{tmp}/file"], "{tmp}/file is there, and nothing that was prepared: name another output"),
             (["--output", "{tmp}/file/out"], "cannot write {tmp}/file/out.preparing: Not a directory"),
             (["--output", "{tmp}"], "{tmp} is there, and nothing that was prepared: name another output"),
@@ -368,7 +368,7 @@ class TestInterruption:
     def test_a_kill_takes_the_workers_along(self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
         out, work = tmp_path / "out", tmp_path / "out.preparing"
         with pytest.raises(UserError, match="rows cannot be used"):
-            main(arguments(raw, out, "--allow-missing", "0"))  # so that everything is checked
+            main(arguments(raw, out, "--allow_missing", "0"))  # so that everything is checked
         killing = AT_PROGRESS.format(label="writing", action="os.kill(os.getpid(), signal.SIGKILL)")
         result = run(arguments(raw, out, "--workers", "2"), before=killing)
         assert result.returncode == -signal.SIGKILL, result.stderr

@@ -1,6 +1,6 @@
-"""What is told at once imports nothing slow, and nothing that answers imports torch.
+"""Help texts and early errors import no slow package, and no answer imports torch.
 
-Seconds are not measured, as they are the machine's: what is imported is looked at.
+The tests look at imported packages rather than at seconds, which depend on the machine.
 """
 
 import json
@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 import llava_cot_jax
+from llava_cot_jax import cli
 from llava_cot_jax.paths import EMBEDDED_FOLDER
 from tests.processes import ROOT, xla_flags
 
 SLOW = ("flax", "grain", "jax", "optax", "orbax", "tensorflow_datasets", "torch", "transformers")
-"""Packages of which each takes between a third of a second and some seconds to import."""
+"""Packages that each take from a third of a second to some seconds to import."""
 
 WATCHED = """
 import runpy, sys
@@ -32,18 +33,16 @@ finally:
     print("imported:", *(name for name in slow if name in sys.modules), file=sys.stderr)
 """
 
-COMMANDS = ("bench", "convert", "generate", "plan", "prepare", "train")
-
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended.
+    """The end of a process.
 
     Attributes:
-        code: its exit code.
-        out: what it printed.
-        error: what it printed on stderr.
-        imported: which of ``SLOW`` it imported.
+        code: Exit code.
+        out: Text on stdout.
+        error: Text on stderr.
+        imported: Packages of ``SLOW`` that the process imported.
     """
 
     code: int
@@ -53,13 +52,13 @@ class Ended:
 
 
 WITH_TORCH = os.environ | {"PYTHONPATH": str(ROOT)}
-"""Of a user who has installed it."""
+"""Environment of a user who has installed torch."""
 
 
 def run(command: str, *arguments: str, **environment: str) -> Ended:
-    """Run a command in a process of its own."""
+    """Run a command, or with "" the program that has all commands, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, " ".join(SLOW), f"llava_cot_jax.{command}", *arguments],
+        [sys.executable, "-c", WATCHED, " ".join(SLOW), f"llava_cot_jax.{command}".rstrip("."), *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -69,10 +68,17 @@ def run(command: str, *arguments: str, **environment: str) -> Ended:
     return Ended(done.returncode, done.stdout, error, set(imported.split()))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help(command: str) -> None:
     ended = run(command, "--help")
     assert ended.code == 0 and ended.out.startswith("usage:")
+    assert not ended.imported
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["train", "--help"], ["generate", "--sede", "1"]])
+def test_the_program_of_all_commands(arguments: list[str]) -> None:
+    ended = run("", *arguments)
+    assert ended.code == (2 if "--sede" in arguments else 0)
     assert not ended.imported
 
 
@@ -81,7 +87,7 @@ RUN = ["--output", "o", "--init_from", "shapes", "--data", "shapes"]
 RAW = ["--annotations", "no", "--images", "no", "--output", "o"]
 
 WRONG = [
-    *((command, ["--nonsense", "3"], "unrecognized arguments") for command in COMMANDS),
+    *((command, ["--nonsense", "3"], "unrecognized arguments") for command in cli.COMMANDS),
     ("bench", ["--random", "100m", "--runs", "0"], "runs must be at least 1"),
     ("bench", ["--random", "100m", "--workload.prompt", "0"], "prompt must be at least 1"),
     ("convert", ["a", "b", "--dtype", "float8"], "float8"),
@@ -91,7 +97,7 @@ WRONG = [
     ("generate", [*ASKED, "--search", "stage_beam", "--candidates", "0"], "candidates must be at least 1"),
     ("plan", [*RUN, "--topology", "v9-8"], "is no slice"),
     ("plan", [*RUN, "--topology", "v5e-8", "--lora.rank", "-1"], "lora.rank is -1"),
-    ("prepare", [*RAW, "--max-side", "0"], "max_side is 0"),
+    ("prepare", [*RAW, "--max_side", "0"], "max_side is 0"),
     ("train", [*RUN, "--optimizer.b1", "2"], "b1 is 2"),
     ("train", [*RUN, "--hosts.count", "2"], "give --hosts.coordinator and --hosts.index too"),
 ]
@@ -113,7 +119,7 @@ MISSING = [
     ("generate", ["--checkpoint", "{folder}/shards", "--question", "x"], "b.safetensors does not exist"),
     ("generate", ["--checkpoint", "{folder}/untold", "--question", "x"], "lacks tokenizer.json"),
     ("generate", [*ASKED, "--image", "nowhere.png"], "image nowhere.png does not exist"),
-    ("generate", [*ASKED, "--search", "stage_beam", "--judge-prompts", "nowhere.yaml"], "nowhere.yaml does not exist"),
+    ("generate", [*ASKED, "--search", "stage_beam", "--judge_prompts", "nowhere.yaml"], "nowhere.yaml does not exist"),
     ("generate", [*ASKED, "--search", "greedy", "--trace", f"{__file__}/t.json"], "t.json cannot be written"),
     ("generate", [*ASKED, "--search", "greedy", "--page", "tests"], "tests cannot be written: it is a folder"),
     ("plan", ["--config", "nowhere.yaml", "--topology", "v5e-8"], "nowhere.yaml"),
@@ -135,7 +141,7 @@ MISSING = [
     ("train", [*RUN, "--output", ""], "a path is empty"),
     ("train", [*RUN, "--output", f"{__file__}/run"], "is not a folder"),
     ("train", [*RUN, "--config", "{folder}/binary.yaml"], "no text in UTF-8"),
-    ("generate", [*ASKED, "--search", "stage_beam", "--judge-prompts", "{folder}/binary.yaml"], "binary.yaml"),
+    ("generate", [*ASKED, "--search", "stage_beam", "--judge_prompts", "{folder}/binary.yaml"], "binary.yaml"),
     ("train", [*RUN[:4], "--data", "nowhere"], "nowhere is no prepared data set"),
     ("train", [*RUN, "--init_from", "./nowhere"], f"no such folder: {ROOT}/nowhere"),
     ("train", [*RUN, "--init_from", "{folder}/shards"], "b.safetensors does not exist"),
@@ -145,7 +151,7 @@ MISSING = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints, of which one lacks a file of weights, the other its tokenizer."""
+    """Two checkpoints: one lacks a file of weights, the other its tokenizer."""
     folder = tmp_path_factory.mktemp("missing")
     for name in ("shards", "untold"):
         shutil.copytree(EMBEDDED_FOLDER, folder / name)
@@ -170,11 +176,11 @@ SEARCH = ["--search", "stage_beam", "--candidates", "1", "--budget", "2"]
 
 @pytest.mark.parametrize("how", [[], pytest.param(SEARCH, marks=pytest.mark.slow)])
 def test_an_answer_takes_no_torch(tmp_path: Path, how: list[str]) -> None:
-    """Even where it is installed, as it is here."""
+    """An answer imports no torch, even where it is installed, as in the tests."""
     pytest.importorskip("torch")
     Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
     arguments = [*ASKED, "--image", str(tmp_path / "picture.png"), "--dtype", "float32", "--json"]
-    arguments += how or ["--max-new-tokens", "2"]
+    arguments += how or ["--max_new_tokens", "2"]
     ended = run("generate", *arguments, XLA_FLAGS=xla_flags(devices=1))
     assert ended.code == 0 and json.loads(ended.out)["text"]
     assert {"jax", "transformers"} <= ended.imported and "torch" not in ended.imported
@@ -201,10 +207,10 @@ def test_a_name_that_the_package_lacks() -> None:
 
 
 def test_libtpu_says_nothing_on_a_machine_without_a_tpu() -> None:
-    """It comes with the extras ``plan`` and ``test``, and by itself prints a trace of what it misses."""
+    """libtpu comes with the extras ``plan`` and ``test``, and by default prints a trace where it finds no TPU."""
     assert find_spec("libtpu")
     environment = {name: value for name, value in WITH_TORCH.items() if name != "JAX_PLATFORMS"}
-    command = [sys.executable, "-m", "llava_cot_jax.generate", "--question", "How many?", "--max-new-tokens", "1"]
+    command = [sys.executable, "-m", "llava_cot_jax.generate", "--question", "How many?", "--max_new_tokens", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert " ".join(done.stderr.split()).startswith("No --checkpoint was given") and "TPU" not in done.stderr

@@ -212,7 +212,7 @@ def test_data_is_prepared_looked_at_trained_on_and_moved(shell):
     raw = make_raw_set(shell.place / "roh für alle")
     raw.write_zip(shell.place / "roh für alle/alle Bilder.zip")
     given = ["--annotations", f"roh für alle/{raw.annotations.name}", "--images", "roh für alle/alle Bilder.zip"]
-    given += ["--allow-missing", str(len(raw.left_out)), "--validation-share", "0.1", "--workers", "0"]
+    given += ["--allow_missing", str(len(raw.left_out)), "--validation_share", "0.1", "--workers", "0"]
     shell("prepare", *given, "--output", "~/Daten/fertig gemacht")
     assert (shell.place / "Daten/fertig gemacht/prepared.json").is_file()
     shell("prepare", "--show", "Daten/fertig gemacht", "--rows", "1", "--sheet", "ein Blatt.png")
@@ -240,7 +240,7 @@ def test_answers_searches_and_benchmarks(shell):
         "What is at a1?",
         "--json",
     ]
-    search = ["--search", "stage_beam", "--candidates", "2", "--budget", "24", "--judge-prompts"]
+    search = ["--search", "stage_beam", "--candidates", "2", "--budget", "24", "--judge_prompts"]
     search += ["Fragen des Richters.yaml", "--trace", "Spuren/eine Spur.json"]
     answer = json.loads(shell("generate", *given, *search))
     (trace,) = json.loads((shell.place / "Spuren/eine Spur.json").read_text(encoding="utf-8"))
@@ -257,7 +257,7 @@ def test_answers_searches_and_benchmarks(shell):
 
 @pytest.mark.slow
 def test_caches_may_be_named_relatively(shell, tmp_path):
-    given = ["--question", "How many stars are there?", "--max-new-tokens", "4"]
+    given = ["--question", "How many stars are there?", "--max_new_tokens", "4"]
     names = {"XDG_CACHE_HOME": "ein Cache", "JAX_COMPILATION_CACHE_DIR": "~/kompiliert für später"}
     done = subprocess.run(
         [sys.executable, "-m", "llava_cot_jax.generate", "--checkpoint", "shapes", *given],
@@ -285,6 +285,6 @@ def test_the_library_takes_such_paths_too(tmp_path, monkeypatch):
         assert MllamaConfig.from_pretrained(folder) == MllamaConfig.from_pretrained("shapes")
         processor = Processor.from_pretrained(folder)
         model = Mllama.from_pretrained(folder)
-    reasoner = Reasoner(model, processor, StageBeam(1, budget=4), judge_prompts="~/Prüfung.yaml")
+    reasoner = Reasoner(model, processor, StageBeam(1, max_new_tokens=4), judge_prompts="~/Prüfung.yaml")
     for image in (f"~/Bilder/{drawn.image.name}", f"{PLACE}/Bilder/{drawn.image.name}"):
         assert reasoner.answer(image, drawn.question).text

@@ -1,8 +1,9 @@
-"""What a user would run instead: transformers, on the same weights, in the same run.
+"""Baseline of a search: transformers with the same weights, in the same run.
 
-Either way of the baseline writes as many tokens as our search does. (a) is upstream's loop: one ``generate`` call
-after another, each with a prefill and a run of the vision tower of its own, 10 N - 6 of them. (b) samples a stage's N
-candidates in one call, and judges none. Neither decodes the text at every token to look for a tag, as upstream does.
+Both methods generate as many tokens as our search does. ``sequential`` is upstream's loop of 10 N - 6 ``generate``
+calls one after another, each with its own prefill and its own run of the vision tower. ``batched`` samples the N
+candidates of a stage in one call, and judges none. Neither decodes the text after every token to look for a tag, as
+upstream does.
 """
 
 import contextlib
@@ -19,24 +20,24 @@ from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.vision_tower import normalize
-from llava_cot_jax.search.program import Request
+from llava_cot_jax.search.program import SearchInputs
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9}
 
 
-class Baseline:
-    """transformers with the weights of ``model``.
+class TransformersBaseline:
+    """transformers with the weights of a model of this package.
 
     Args:
-        model: ours.
-        work: the lengths.
-        request: one question, as ours is asked.
+        model: Model whose weights are taken.
+        work: Lengths of the question and its search.
+        request: Inputs of a search with one question.
 
     Raises:
         UserError: torch is not installed.
     """
 
-    def __init__(self, model: Mllama, work: Workload, request: Request) -> None:
+    def __init__(self, model: Mllama, work: Workload, request: SearchInputs) -> None:
         try:
             import torch
             from transformers import MllamaForConditionalGeneration
@@ -50,55 +51,58 @@ class Baseline:
             theirs = MllamaForConditionalGeneration.from_pretrained(f"{folder}/model", dtype=dtype)
         self._model = theirs.eval().to(self._device)
         self._ours = model
-        self._prompt = np.asarray(request.inputs["input_ids"])[:, : work.prompt]
+        self._prompt = np.asarray(request.inputs["input_ids"])[:, : work.prompt_tokens]
         self._inputs = {name: np.asarray(x) for name, x in request.inputs.items() if name != "input_ids"}
 
-    def parity(self) -> tuple[float, float]:
-        """The largest difference of a logit after the prompt, and the largest logit there."""
+    def logit_difference(self) -> tuple[float, float]:
+        """Return the largest difference of a logit after the prompt, and the largest logit there."""
         given = dict(self._inputs)
         if "cross_attention_mask" in given:
-            given["cross_attention_mask"] = given["cross_attention_mask"][:, : self._work.prompt]
+            given["cross_attention_mask"] = given["cross_attention_mask"][:, : self._work.prompt_tokens]
         ours = np.asarray(self._ours(self._prompt, **given))[0, -1]
         with self._torch.no_grad():
             theirs = self._model(**self._tensors(self._prompt, image=True)).logits[0, -1].float().cpu().numpy()
         return float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
 
     def sequential(self, candidates: int) -> tuple[float, int]:
-        """Way (a): seconds of an answer, and how many calls it took."""
+        """Answer as upstream does. Return the seconds that it took, and the number of calls."""
         with self._counted() as counted:
-            prefix, judged, shown = self._prompt, self._work.prompt + int(0.4 * self._work.judge_words), 0
-            for number, budget in enumerate(self._work.stages):
-                prefix = self._more(prefix, TAG_TOKENS)
+            prefix, shown = self._prompt, 0
+            judged = self._work.prompt_tokens + int(0.4 * self._work.judge_prompt_tokens)
+            for number, budget in enumerate(self._work.stage_tokens):
+                prefix = self._with_noise_tokens(prefix, TAG_TOKENS)
                 for _ in range(candidates):
                     written = self._generate(prefix, budget, 1)
                 text = budget + 2 * TAG_TOKENS
-                after = int(0.6 * self._work.judge_words)
+                after = int(0.6 * self._work.judge_prompt_tokens)
                 for _ in range(candidates - 1):
                     if number == 2:  # both of a pair of reasonings are checked
                         for _ in range(2):
                             self._generate(
-                                self._more(self._prompt[:, :1], judged + shown + text + after - 1),
-                                self._work.check,
+                                self._with_noise_tokens(self._prompt[:, :1], judged + shown + text + after - 1),
+                                self._work.check_tokens,
                                 1,
                                 image=False,
                             )
                     self._generate(
-                        self._more(self._prompt, judged + shown + 2 * text + after - self._work.prompt),
-                        self._work.reason,
+                        self._with_noise_tokens(
+                            self._prompt, judged + shown + 2 * text + after - self._work.prompt_tokens
+                        ),
+                        self._work.reason_tokens,
                         1,
                     )
                 shown += budget if number > 0 else 0
-                prefix = self._more(written, TAG_TOKENS)
+                prefix = self._with_noise_tokens(written, TAG_TOKENS)
         return counted()
 
     def batched(self, candidates: int) -> tuple[float, int]:
-        """Way (b): likewise."""
+        """Sample all candidates of a stage in one call. Return the seconds that it took, and the number of calls."""
         with self._counted() as counted:
             prefix = self._prompt
-            for budget in self._work.stages:
-                prefix = self._more(prefix, TAG_TOKENS)
+            for budget in self._work.stage_tokens:
+                prefix = self._with_noise_tokens(prefix, TAG_TOKENS)
                 written = self._generate(prefix, budget, candidates)[:1]
-                prefix = self._more(written, TAG_TOKENS)
+                prefix = self._with_noise_tokens(written, TAG_TOKENS)
         return counted()
 
     @contextlib.contextmanager
@@ -114,8 +118,8 @@ class Baseline:
         with self._torch.no_grad():
             return self._model.generate(**self._tensors(ids, image), **length, **SAMPLING).cpu().numpy()
 
-    def _more(self, ids: np.ndarray, tokens: int) -> np.ndarray:
-        """``ids`` and so many tokens of noise."""
+    def _with_noise_tokens(self, ids: np.ndarray, tokens: int) -> np.ndarray:
+        """Return ``ids`` with a number of random tokens appended."""
         noise = np.random.default_rng(ids.shape[1]).integers(5, 500, (len(ids), tokens))
         return np.concatenate([ids, noise], axis=1)
 

@@ -1,4 +1,4 @@
-"""A benchmark's models of random weights, and its questions of noise."""
+"""Models of random weights, and inputs of random tokens and pixels, for benchmarks."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,22 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llava_cot_jax.benchmark.workload import RANDOM, TAG_TOKENS, Workload
+from llava_cot_jax.benchmark.workload import RANDOM_MODELS, TAG_TOKENS, Workload
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import bucket
-from llava_cot_jax.inference.ragged_tokens import Pieces, pack
+from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
 from llava_cot_jax.inference.stop_strings import TAILS
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.search.program import Request
-from llava_cot_jax.search.prompts import KINDS
-from llava_cot_jax.search.strategies import Plan
+from llava_cot_jax.search.program import SearchInputs
+from llava_cot_jax.search.prompts import PROMPT_KINDS
+from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.tables import JudgeTables, StageTables
 
 
 def random_model(name: str, dtype: Any, mesh: jax.sharding.Mesh | None) -> Mllama:
-    """A model of ``RANDOM`` with random weights and open gates."""
-    model = Mllama(RANDOM[name](), rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)
+    """Return a model of ``RANDOM_MODELS`` with random weights and open gates."""
+    model = Mllama(RANDOM_MODELS[name](), rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)
     for layer in model.language_model.model.layers.values():
         for gate in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
             if gate in layer:
@@ -31,23 +31,25 @@ def random_model(name: str, dtype: Any, mesh: jax.sharding.Mesh | None) -> Mllam
     return model
 
 
-def endless(config: MllamaConfig) -> MllamaConfig:
-    """The same model, whose answers no token ends."""
+def without_eos(config: MllamaConfig) -> MllamaConfig:
+    """Return a configuration in which no token ends an answer."""
     return replace(config, text=replace(config.text, eos_token_ids=()))
 
 
-def request(config: MllamaConfig, work: Workload, questions: int = 1) -> Request:
-    """Questions of random tokens and pixels."""
+def random_search_inputs(config: MllamaConfig, work: Workload, questions: int = 1) -> SearchInputs:
+    """Return inputs of a search with questions of random tokens and pixels."""
     rng, tower = np.random.default_rng(0), config.vision
-    room = bucket(work.prompt)
+    room = bucket(work.prompt_tokens)
     inputs: dict[str, np.ndarray] = {"input_ids": rng.integers(0, config.text.vocab_size, (questions, room), np.int32)}
-    if work.tiles:
-        shape = next((i + 1 for i, (h, w) in enumerate(tower.supported_aspect_ratios) if h * w == work.tiles), None)
+    if work.image_tiles:
+        shape = next(
+            (i + 1 for i, (h, w) in enumerate(tower.supported_aspect_ratios) if h * w == work.image_tiles), None
+        )
         if shape is None:
-            raise UserError(f"the model has no image of {work.tiles} tiles")
+            raise UserError(f"the model has no image of {work.image_tiles} tiles")
         size = tower.image_size
         pixels = rng.integers(0, 255, (questions, 1, tower.max_num_tiles, tower.num_channels, size, size), np.uint8)
-        used = (np.arange(tower.max_num_tiles) < work.tiles).astype(np.int32)
+        used = (np.arange(tower.max_num_tiles) < work.image_tiles).astype(np.int32)
         inputs |= {
             "pixel_values": pixels,
             "aspect_ratio_ids": np.full((questions, 1), shape, np.int32),
@@ -55,33 +57,33 @@ def request(config: MllamaConfig, work: Workload, questions: int = 1) -> Request
             "cross_attention_mask": np.broadcast_to(used.astype(np.uint8), (questions, room, 1, tower.max_num_tiles)),
         }
     lead = [[1] * TAG_TOKENS] * questions
-    return Request(
+    return SearchInputs(
         inputs={name: jnp.asarray(x) for name, x in inputs.items()},
-        lengths=jnp.full(questions, work.prompt, jnp.int32),
+        lengths=jnp.full(questions, work.prompt_tokens, jnp.int32),
         seeds=jnp.arange(questions, dtype=jnp.uint32),
-        question=pack([[2] * (work.prompt - TAG_TOKENS)] * questions, capacity=room),
-        leads=pack(lead * len(KINDS), (len(KINDS), questions)),
+        question=pad([[2] * (work.prompt_tokens - TAG_TOKENS)] * questions, capacity=room),
+        chat_headers=pad(lead * len(PROMPT_KINDS), (len(PROMPT_KINDS), questions)),
     )
 
 
-def tables(config: MllamaConfig, work: Workload, plan: Plan) -> tuple[StageTables, JudgeTables | None]:
-    """Tables by which nothing is ever found, so that budgets alone end what is written."""
-    count, states = len(plan.budgets), 2
-    tag = [[3] * TAG_TOKENS] if plan.stages else [[]]
+def endless_tables(config: MllamaConfig, work: Workload, spec: SearchSpec) -> tuple[StageTables, JudgeTables | None]:
+    """Return stop tables that never match, so that every candidate is as long as it may be."""
+    count, states = len(spec.max_new_tokens), 2
+    tag = [[3] * TAG_TOKENS] if spec.stages else [[]]
     stages = StageTables(
-        openings=pack(tag * (count * TAILS), (count, TAILS)),
-        closings=pack(tag * (count * (states + TAILS)), (count, states + TAILS)),
-        readers=jnp.zeros((count, states, config.text.vocab_size), jnp.uint8),
+        openings=pad(tag * (count * TAILS), (count, TAILS)),
+        closings=pad(tag * (count * (states + TAILS)), (count, states + TAILS)),
+        stop_tables=jnp.zeros((count, states, config.text.vocab_size), jnp.uint8),
     )
-    judge = plan.judge
+    judge = spec.judge
     if judge is None:
         return stages, None
 
-    def part(share: float) -> Pieces:
-        return pack([[4] * max(1, round(share * work.judge_words))] * (len(KINDS) * count), (len(KINDS), count))
+    def part(share: float) -> RaggedTokens:
+        return pad([[4] * max(1, round(share * work.judge_prompt_tokens))] * (len(PROMPT_KINDS) * count), (len(PROMPT_KINDS), count))
 
     # Captions are shown to the judge of reasonings, both to that of conclusions, as in the shipped prompts.
-    shows = np.zeros((len(KINDS), count, count), bool)
+    shows = np.zeros((len(PROMPT_KINDS), count, count), bool)
     if count > 2:
         shows[:, 2, 1] = shows[:, -1, 1:-1] = True
     checked = np.arange(count) == 2 if judge.verdict == "rationale" else np.zeros(count, bool)
@@ -94,6 +96,6 @@ def tables(config: MllamaConfig, work: Workload, plan: Plan) -> tuple[StageTable
         shows=jnp.asarray(shows),
         checked=jnp.asarray(checked),
         verdicts=jnp.arange(2),
-        readers=jnp.zeros((len(KINDS), states, config.text.vocab_size), jnp.uint8),
+        stop_tables=jnp.zeros((len(PROMPT_KINDS), states, config.text.vocab_size), jnp.uint8),
     )
     return stages, judging

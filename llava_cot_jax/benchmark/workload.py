@@ -1,4 +1,4 @@
-"""What a benchmark works on: forced lengths, and the sizes of models of random weights."""
+"""Workload of a benchmark: forced lengths, and models of random weights."""
 
 from dataclasses import dataclass, fields
 
@@ -6,48 +6,48 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
 
 TAG_TOKENS = 4
-"""Of an opening tag, and of a closing one."""
+"""Number of tokens of an opening tag, and of a closing one."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a question comes to, in tokens. Random weights never close a tag, so all lengths are forced.
+    """Lengths of a question and its search. All are forced, since random weights never close a tag.
 
     Attributes:
-        prompt: of the question, with all that stands around it.
-        tiles: of its one image; 0 is a question without an image.
-        stages: of a candidate of each stage.
-        reason: of a judge's written reason.
-        check: of a judge's check of a reasoning.
-        judge_words: of the judge's prompt, besides the question and the candidates.
-        candidates: no tokens: the numbers of candidates to try.
+        prompt_tokens: Number of tokens of the whole prompt.
+        image_tiles: Number of tiles of its image; 0 is a question without an image.
+        stage_tokens: Number of tokens of a candidate of each stage.
+        reason_tokens: Number of tokens of a judge's written reason.
+        check_tokens: Number of tokens of a judge's check of a reasoning.
+        judge_prompt_tokens: Number of tokens of the judge's prompt without the question and the candidates.
+        num_candidates: Numbers of candidates to measure.
 
     Raises:
-        UserError: a length below 1, or none where there must be some.
+        UserError: A length is below 1, or a list is empty.
     """
 
-    prompt: int = 128
-    tiles: int = 4
-    stages: tuple[int, ...] = (60, 100, 200, 30)
-    reason: int = 40
-    check: int = 20
-    judge_words: int = 110
-    candidates: tuple[int, ...] = (1, 4, 10)
+    prompt_tokens: int = 128
+    image_tiles: int = 4
+    stage_tokens: tuple[int, ...] = (60, 100, 200, 30)
+    reason_tokens: int = 40
+    check_tokens: int = 20
+    judge_prompt_tokens: int = 110
+    num_candidates: tuple[int, ...] = (1, 4, 10)
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "tiles" else 1
-            if not value and field.name in ("stages", "candidates"):
+            least = 0 if field.name == "image_tiles" else 1
+            if not value and field.name in ("stage_tokens", "num_candidates"):
                 raise UserError(f"a workload's {field.name} must be a list of at least one number")
             if min(value if isinstance(value, tuple) else (value,)) < least:
                 raise UserError(f"a workload's {field.name} must be at least {least}, got {value}")
-        if self.judge_words < 5:
-            raise UserError(f"a workload's judge_words must be at least 5, got {self.judge_words}")
+        if self.judge_prompt_tokens < 5:
+            raise UserError(f"a workload's judge_prompt_tokens must be at least 5, got {self.judge_prompt_tokens}")
 
 
 def config_100m() -> MllamaConfig:
-    """A model of about 100 million parameters with every part of the published ones, and their vocabulary and tiles."""
+    """Model of about 100 million parameters with every part, the vocabulary and the tiles of the published ones."""
     return MllamaConfig(
         vision=VisionConfig(
             hidden_size=256,
@@ -70,9 +70,9 @@ def config_100m() -> MllamaConfig:
     )
 
 
-RANDOM = {
+RANDOM_MODELS = {
     "100m": config_100m,
     "11b": MllamaConfig.llama32_11b,
     "90b": MllamaConfig.llama32_90b,
 }
-"""Models whose weights are made on the device, so that no checkpoint is needed."""
+"""Configurations of models whose random weights are made on the device, so that no checkpoint is needed."""

@@ -1,4 +1,4 @@
-"""Answers to held-out questions of a data set, held against the rows' own."""
+"""Answers to held-out questions of a data set, and how many of them are right."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,18 +11,18 @@ from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.stages import find_stages
 
-BATCH = 64
-"""Questions that are answered at a time."""
+QUESTIONS_PER_BATCH = 64
+"""Number of questions that are answered at a time."""
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A question, the model's answer, and the row's own.
+class HeldOutAnswer:
+    """A model's answer to a question of a data set.
 
     Attributes:
-        question: the first of the row.
-        answer: all of what the model wrote.
-        expected: the row's answer.
+        question: First question of the example.
+        answer: Whole text that the model generated.
+        expected: Answer of the data set.
     """
 
     question: str
@@ -30,44 +30,44 @@ class Answered:
     expected: str
 
     def agrees(self, stage: str) -> bool:
-        """Whether the body of a stage is, word for word, the row's."""
+        """Whether the body of a stage is, word for word, that of the expected answer."""
         return _body(self.answer, stage) == _body(self.expected, stage)
 
 
-def answer_rows(
+def answer_held_out(
     generator: Generator, processor: Processor, rows: Rows, indices: Sequence[int], max_new_tokens: int
-) -> Iterator[Answered]:
-    """Greedy or sampled answers, as ``generator`` draws them, to the first question of each row.
+) -> Iterator[HeldOutAnswer]:
+    """Answer the first question of each example, in batches.
 
     Args:
-        generator: of the model.
-        processor: likewise.
-        rows: the data set.
-        indices: of the rows.
-        max_new_tokens: the longest answer, in tokens.
+        generator: Generator of the model, which decides whether answers are greedy or sampled.
+        processor: Processor of the model's checkpoint.
+        rows: Data set.
+        indices: Indices of the examples in the data set.
+        max_new_tokens: Longest answer, in tokens.
 
     Raises:
-        UserError: a damaged row.
+        UserError: An example is damaged.
     """
-    for start in range(0, len(indices), BATCH):
-        some = [rows[index] for index in indices[start : start + BATCH]]
-        # The last batch is filled up, so that nothing is compiled for it.
-        filled = some + [some[-1]] * (min(BATCH, len(indices)) - len(some))
-        prompts = [processor.prompt(user_turn(without_marker(row.turns[0].question), images=1)) for row in filled]
-        tokens = generator.generate(processor(prompts, [[row.image] for row in filled]), max_new_tokens=max_new_tokens)
-        for row, ids in zip(some, tokens, strict=False):
-            yield Answered(row.turns[0].question, processor.decode(ids), row.turns[0].answer)
+    for start in range(0, len(indices), QUESTIONS_PER_BATCH):
+        examples = [rows[index] for index in indices[start : start + QUESTIONS_PER_BATCH]]
+        # The last batch is padded to the size of the others, so that it needs no program of its own.
+        padded = examples + [examples[-1]] * (min(QUESTIONS_PER_BATCH, len(indices)) - len(examples))
+        prompts = [processor.prompt(user_turn(without_marker(row.turns[0].question), images=1)) for row in padded]
+        tokens = generator.generate(processor(prompts, [[row.image] for row in padded]), max_new_tokens=max_new_tokens)
+        for row, ids in zip(examples, tokens, strict=False):
+            yield HeldOutAnswer(row.turns[0].question, processor.decode(ids), row.turns[0].answer)
 
 
 def _body(answer: str, stage: str) -> list[str]:
-    """The words of a stage; of an answer without tags, its last paragraph is the conclusion."""
+    """Return the words of a stage. The conclusion of an answer without tags is its last paragraph."""
     stages = find_stages(answer)
     if not stages and stage == "CONCLUSION":
         return answer.rsplit("\n\n", 1)[-1].split()
     return stages.get(stage, "").split()
 
 
-def share(agreeing: Sequence[bool]) -> tuple[float, float]:
-    """The share that agrees, and its standard error."""
-    p = sum(agreeing) / len(agreeing)
-    return p, math.sqrt(p * (1 - p) / len(agreeing))
+def accuracy(correct: Sequence[bool]) -> tuple[float, float]:
+    """Return the fraction of correct answers, and its standard error."""
+    mean = sum(correct) / len(correct)
+    return mean, math.sqrt(mean * (1 - mean) / len(correct))

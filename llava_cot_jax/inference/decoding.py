@@ -1,254 +1,263 @@
-"""Reading tokens into sequences and drawing tokens after them, over a cache in two parts.
+"""Prefill of tokens into a KV cache, and sampling of tokens after them.
 
-Both are loops around ``model.text_decoder.append``. What a loop costs follows the lengths of its rows; what it
-compiles to does not.
+Both are loops around ``text_decoder.forward_with_cache``. The number of their steps follows the lengths of the
+sequences; the compiled program does not depend on them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from llava_cot_jax.inference.ragged_tokens import Pieces
-from llava_cot_jax.inference.sampling import draw
+from llava_cot_jax.inference.ragged_tokens import RaggedTokens
+from llava_cot_jax.inference.sampling import sample_token
 from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model import text_decoder
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.kv_cache import Layers, Memory
-from llava_cot_jax.model.layers import Weights
-from llava_cot_jax.model.mllama import image_states, logits
+from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
+from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, init_cache
+from llava_cot_jax.model.mllama import compute_logits, cross_attention_states
+from llava_cot_jax.model.parameters import Params
 
 SMALLEST_BUCKET = 64
 
 TAG, EOS, BUDGET, UNUSED = range(4)
-"""What ended a row: the string that was looked for, an end-of-sequence token, its budget; or it was never begun."""
+"""Why a sample ended: a stop string, an end-of-sequence token, ``max_new_tokens``; or it was never begun."""
 
 ENDS = ("tag", "eos", "budget", "unused")
 
 
 def bucket(length: int) -> int:
-    """The length that ``length`` tokens are padded to: a power of two, so that few shapes are compiled."""
+    """Return the length that ``length`` tokens are padded to: a power of two, so that few shapes are compiled."""
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class View:
-    """What sequences see of their question's images.
+class Decoder:
+    """A model and the images of a batch of questions: what prefill and sampling both take.
 
     Attributes:
-        images: keys and values of the cross-attention layers; None in each without images.
-        sight: of every token of the prompt, [questions, tokens]; None without images.
-        last: int32 [questions], the prompt's last token, after which nothing changes.
+        params: Parameters of the model, in the unrolled layout.
+        config: Configuration of the model.
+        images: Images of the questions; None where no question has one.
+        prefill_chunk: Number of tokens of each sequence that ``prefill`` processes at a time.
     """
 
-    images: Layers
-    sight: text_decoder.Sight | None
-    last: jax.Array
+    params: Params
+    config: MllamaConfig = field(metadata={"static": True})
+    images: ImageContext | None
+    prefill_chunk: int = field(metadata={"static": True})
 
-    def at(self, positions: jax.Array, blind: jax.Array | bool = False) -> text_decoder.Sight | None:
-        """What the tokens at ``positions`` int32 [rows, n] of sequences that begin as the prompt see.
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the parameters, and so of the activations and the KV cache."""
+        return self.params["language_model"]["model"]["norm"]["weight"].dtype
 
-        Rows are those of the first question first. Where ``blind``, they see nothing: no cross layer adds anything.
-        """
-        if self.sight is None:
-            return None
-        rows, tokens = positions.shape
-        index = positions.reshape(self.last.shape[0], -1)
-        seen = self.sight.at(jnp.minimum(index, self.last[:, None]))
-        attends, feeds = (x.reshape(rows, tokens) & ~jnp.asarray(blind) for x in (seen.attends, seen.feeds))
-        return text_decoder.Sight(seen.tokens.reshape(rows, tokens, -1), attends, feeds)
+    def init_cache(self, batch: int, capacity: int) -> CacheLayers:
+        """Return zeros for ``capacity`` tokens of each sequence in every self-attention layer."""
+        return init_cache(self.config.text, batch, capacity, self.dtype)
 
+    def forward(
+        self, input_ids: Int[Array, "batch tokens"], cache: KVCache, text_only: Bool[Array, ""] | bool = False
+    ) -> tuple[Float[Array, "batch tokens hidden"], CacheLayers]:
+        """Return the hidden states of tokens after ``cache``, and its suffix with the tokens' keys and values."""
+        images = None if self.images is None else self.images.at(cache.positions(input_ids.shape[1]), text_only)
+        text_params = self.params["language_model"]["model"]
+        return text_decoder.forward_with_cache(text_params, self.config, input_ids, cache, images)
 
-def look(params: Weights, config: MllamaConfig, inputs: Mapping[str, jax.Array], lengths: jax.Array) -> View:
-    """Look at the images of prompts: the one run of the vision tower.
-
-    Args:
-        params: the model's, unrolled.
-        config: the model's.
-        inputs: by the names of ``Mllama``'s arguments, padded on the right.
-        lengths: int32 [questions], tokens of each prompt.
-    """
-    if "pixel_values" not in inputs:
-        return View((None,) * config.text.num_hidden_layers, None, lengths - 1)
-    decoder = params["language_model"]["model"]
-    images = text_decoder.image_keys_values(decoder, config.text, image_states(params, config, inputs))
-    return View(images, text_decoder.see(config, inputs["cross_attention_mask"]), lengths - 1)
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """Return the float32 logits of hidden states."""
+        return compute_logits(self.params, hidden)
 
 
-def read(
-    params: Weights,
-    config: MllamaConfig,
-    pieces: Pieces,
-    memory: Memory,
-    view: View,
-    *,
-    chunk: int,
-    blind: jax.Array | bool = False,
-) -> tuple[Layers, jax.Array]:
-    """Append rows of tokens, ``chunk`` of them at a time, as many times as the longest row needs.
+@jax.named_scope("encode_images")
+def encode_images(
+    params: Params, config: MllamaConfig, inputs: Mapping[str, jax.Array], lengths: Int[Array, " questions"]
+) -> ImageContext | None:
+    """Run the vision tower on the images of prompts. This is its only run.
 
     Args:
-        params: the model's, unrolled.
-        config: the model's.
-        pieces: [rows]; the tokens. The memory needs room for a chunk more than a row has.
-        memory: what comes before them.
-        view: what they see.
-        chunk: tokens of a row at a time.
-        blind: whether they see no image.
+        params: Parameters of the model, in the unrolled layout.
+        config: Configuration of the model.
+        inputs: Arrays by the names of the arguments of ``Mllama``, padded on the right.
+        lengths: int32, number of tokens of each prompt.
 
     Returns:
-        The rows' own keys and values with the tokens' among them, and logits after each row's last token,
-        float32 [rows, vocabulary]: 0 for an empty row.
+        Keys, values and masks of the images; None where there are none.
     """
-    decoder = params["language_model"]["model"]
-    rows = pieces.length.shape[0]
-    tokens = jnp.pad(pieces.tokens, ((0, 0), (0, -pieces.capacity % chunk)))
-    hidden = jnp.zeros((rows, config.text.hidden_size), decoder["norm"]["weight"].dtype)
+    if "pixel_values" not in inputs:
+        return None
+    text_params = params["language_model"]["model"]
+    states = cross_attention_states(params, config, inputs)
+    layers = text_decoder.image_keys_values(text_params, config.text, states)
+    masks = cross_attention_mask(config, inputs["cross_attention_mask"])
+    return ImageContext(*masks, layers=layers, last_token=lengths - 1)
 
-    def unread(carry: tuple[jax.Array, Layers, jax.Array]) -> jax.Array:
-        return carry[0] < pieces.length.max()
 
-    def body(carry: tuple[jax.Array, Layers, jax.Array]) -> tuple[jax.Array, Layers, jax.Array]:
-        done, own, hidden = carry
-        here = replace(memory, own=own, start=memory.start + done)
-        some = jax.lax.dynamic_slice(tokens, (0, done), (rows, chunk))
-        out, own = text_decoder.append(decoder, config, some, here, view.at(here.positions(chunk), blind))
-        last = (pieces.length - 1 - done)[:, None, None]  # [rows, 1, 1]
-        ends = jnp.take_along_axis(out, jnp.clip(last, 0, chunk - 1), axis=1)[:, 0]
-        hidden = jnp.where((last[:, 0] >= 0) & (last[:, 0] < chunk), ends, hidden)
-        return done + chunk, own, hidden
+@jax.named_scope("prefill")
+def prefill(
+    decoder: Decoder, tokens: RaggedTokens, cache: KVCache, *, text_only: Bool[Array, ""] | bool = False
+) -> tuple[CacheLayers, Float[Array, "batch vocab"]]:
+    """Append known tokens to sequences, chunk by chunk, as many chunks as the longest sequence needs.
 
-    _, own, hidden = jax.lax.while_loop(unread, body, (jnp.int32(0), memory.own, hidden))
-    return own, logits(params, hidden)
+    Args:
+        decoder: Model and images.
+        tokens: Tokens to append, [batch]. The cache needs room for a chunk more than there are.
+        cache: Keys and values of the tokens before them.
+        text_only: Whether the tokens see no image.
+
+    Returns:
+        The suffix of the cache with the tokens' keys and values, and float32 logits after each sequence's last token:
+        those of a hidden state of zeros for an empty sequence.
+    """
+    chunk, batch = decoder.prefill_chunk, tokens.lengths.shape[0]
+    padded = jnp.pad(tokens.tokens, ((0, 0), (0, -tokens.capacity % chunk)))
+    last_hidden = jnp.zeros((batch, decoder.config.text.hidden_size), decoder.dtype)
+
+    Carry = tuple[jax.Array, CacheLayers, jax.Array]
+
+    def unfinished(carry: Carry) -> jax.Array:
+        return carry[0] < tokens.lengths.max()
+
+    def prefill_chunk(carry: Carry) -> Carry:
+        done, suffix, last_hidden = carry
+        now = replace(cache, suffix=suffix, lengths=cache.lengths + done)
+        input_ids = jax.lax.dynamic_slice(padded, (0, done), (batch, chunk))
+        hidden, suffix = decoder.forward(input_ids, now, text_only)
+        last = (tokens.lengths - 1 - done)[:, None, None]  # [batch, 1, 1], index of the last token in this chunk
+        at_last = jnp.take_along_axis(hidden, jnp.clip(last, 0, chunk - 1), axis=1)[:, 0]
+        last_hidden = jnp.where((last[:, 0] >= 0) & (last[:, 0] < chunk), at_last, last_hidden)
+        return done + chunk, suffix, last_hidden
+
+    _, suffix, last_hidden = jax.lax.while_loop(unfinished, prefill_chunk, (jnp.int32(0), cache.suffix, last_hidden))
+    return suffix, decoder.logits(last_hidden)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Written:
-    """What was drawn for each row.
+class Samples:
+    """Sampled tokens of a batch of sequences.
 
     Attributes:
-        tokens: int32 [rows, capacity], padding after the last.
-        length: int32 [rows], tokens of text: an end-of-sequence token is not one.
-        ended: int32 [rows], one of TAG, EOS, BUDGET, UNUSED.
-        state: int32 [rows], of the reader after the last token.
-        log_probability: float32 [rows], of all tokens drawn together, the end-of-sequence token
-            among them, as the model gives it: before temperature, top_k and top_p.
+        tokens: int32, the tokens, and padding after the last.
+        lengths: int32, number of tokens of text: an end-of-sequence token is not counted.
+        ended: int32, why each sample ended: TAG, EOS, BUDGET or UNUSED.
+        state: int32, state of the stop table after the last token.
+        log_prob: float32, sum of the log-probabilities of all tokens sampled, the end-of-sequence token among them,
+            as the model gives them: before temperature, top_k and top_p.
     """
 
-    tokens: jax.Array
-    length: jax.Array
-    ended: jax.Array
-    state: jax.Array
-    log_probability: jax.Array
+    tokens: Int[Array, "*batch capacity"]
+    lengths: Int[Array, "*batch"]
+    ended: Int[Array, "*batch"]
+    state: Int[Array, "*batch"]
+    log_prob: Float[Array, "*batch"]
 
     @property
-    def text(self) -> Pieces:
-        """The tokens as pieces."""
-        return Pieces(self.tokens, self.length)
+    def text(self) -> RaggedTokens:
+        """The tokens of text."""
+        return RaggedTokens(self.tokens, self.lengths)
 
     @property
-    def drawn(self) -> jax.Array:
-        """int32 [rows], tokens drawn."""
-        return self.length + (self.ended == EOS)
+    def num_sampled(self) -> jax.Array:
+        """Number of tokens sampled, an end-of-sequence token counted, int32."""
+        return self.lengths + (self.ended == EOS)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Limits:
-    """When to stop drawing, and how to draw.
+class StopConditions:
+    """When the samples of a batch end, and what they are drawn with.
 
     Attributes:
-        reader: uint8 [states, vocabulary], what ``readers.tabulate`` made for what ends a row; states
-            from ``states`` on end it.
-        budget: int32, the most tokens of a row.
-        temperature: float32.
-        keys: [rows], random keys; a draw's is folded from its row's and its place in the row.
-        used: bool [rows], which rows to draw for at all.
+        stop_table: State after a token, [states, vocab], as ``stop_strings.compile_stop_table`` makes it; a sample
+            ends in the states from ``states`` on.
+        max_new_tokens: int32, largest number of tokens of a sample.
+        temperature: float32, temperature of the draws.
+        keys: Random keys; each draw's is folded from its sequence's key and the step.
+        used: Whether to sample a sequence at all.
     """
 
-    reader: jax.Array
-    budget: jax.Array
-    temperature: jax.Array
-    keys: jax.Array
-    used: jax.Array
+    stop_table: UInt8[Array, "states vocab"]
+    max_new_tokens: Int[Array, ""]
+    temperature: Float[Array, ""]
+    keys: Key[Array, " batch"]
+    used: Bool[Array, " batch"]
 
 
-def write(
-    params: Weights,
-    config: MllamaConfig,
-    scores: jax.Array,
-    memory: Memory,
-    view: View,
-    limits: Limits,
+@jax.named_scope("sample")
+def sample(
+    decoder: Decoder,
+    logits: Float[Array, "batch vocab"],
+    cache: KVCache,
+    stop: StopConditions,
     *,
     capacity: int,
     sampling: Sampling,
-    blind: jax.Array | bool = False,
-) -> tuple[Layers, Written]:
-    """Draw tokens for rows until each has ended.
+    text_only: Bool[Array, ""] | bool = False,
+) -> tuple[CacheLayers, Samples]:
+    """Sample tokens after sequences until each has ended.
 
     Args:
-        params: the model's, unrolled.
-        config: the model's.
-        scores: logits of the first token, float32 [rows, vocabulary].
-        memory: what comes before it, with room for ``capacity`` tokens more.
-        view: what the tokens see.
-        limits: when to stop, and how to draw.
-        capacity: of the result; no budget is larger.
-        sampling: top_k and top_p; where its temperature is 0, every draw takes the likeliest token.
-        blind: whether the rows see no image.
+        decoder: Model and images.
+        logits: float32 logits of the first token.
+        cache: Keys and values of the tokens before it, with room for ``capacity`` tokens more.
+        stop: When to stop, and what to draw with.
+        capacity: Number of tokens that the result has room for, at least ``stop.max_new_tokens``.
+        sampling: top_k and top_p; with its temperature 0, every draw takes the likeliest token.
+        text_only: Whether the tokens see no image.
 
     Returns:
-        The rows' own keys and values, and what was drawn.
+        The suffix of the cache with the samples' keys and values, and the samples.
     """
-    decoder = params["language_model"]["model"]
-    rows = scores.shape[0]
-    states = limits.reader.shape[0]
-    ends = jnp.array(config.text.eos_token_ids, jnp.int32)
+    text, batch = decoder.config.text, logits.shape[0]
+    num_states = stop.stop_table.shape[0]
+    eos_ids = jnp.array(text.eos_token_ids, jnp.int32)
 
-    def settle(place: jax.Array, scores: jax.Array, so_far: Written) -> tuple[jax.Array, Written]:
-        """Draw the token at ``place`` of every row that has not ended."""
-        keys = jax.vmap(jax.random.fold_in, (0, None))(limits.keys, place)
-        token = draw(scores, keys, sampling, limits.temperature)
-        going = so_far.ended == BUDGET
-        eos = jnp.isin(token, ends)
-        text_goes_on = going & ~eos
-        state = jnp.where(text_goes_on, limits.reader[so_far.state, token].astype(jnp.int32), so_far.state)
-        ended = jnp.where(going & eos, EOS, jnp.where(text_goes_on & (state >= states), TAG, so_far.ended))
-        kept = jnp.where(text_goes_on, token, config.text.pad_token_id)
-        likely = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scores, axis=-1)
-        return token, Written(
-            tokens=jax.lax.dynamic_update_slice(so_far.tokens, kept[:, None], (0, place)),
-            length=so_far.length + text_goes_on,
+    def sample_step(step: jax.Array, logits: jax.Array, so_far: Samples) -> tuple[jax.Array, Samples]:
+        """Sample token ``step`` of every sequence that has not ended."""
+        keys = jax.vmap(jax.random.fold_in, (0, None))(stop.keys, step)
+        token = sample_token(logits, keys, sampling, stop.temperature)
+        active = so_far.ended == BUDGET
+        eos = jnp.isin(token, eos_ids)
+        is_text = active & ~eos
+        state = jnp.where(is_text, stop.stop_table[so_far.state, token].astype(jnp.int32), so_far.state)
+        ended = jnp.where(active & eos, EOS, jnp.where(is_text & (state >= num_states), TAG, so_far.ended))
+        kept = jnp.where(is_text, token, text.pad_token_id)
+        log_prob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        return token, Samples(
+            tokens=jax.lax.dynamic_update_slice(so_far.tokens, kept[:, None], (0, step)),
+            lengths=so_far.lengths + is_text,
             ended=ended,
             state=state,
-            log_probability=so_far.log_probability + jnp.where(going, likely, 0),
+            log_prob=so_far.log_prob + jnp.where(active, log_prob, 0),
         )
 
-    Carry = tuple[jax.Array, jax.Array, Layers, Written]
+    Carry = tuple[jax.Array, jax.Array, CacheLayers, Samples]
 
     def unfinished(carry: Carry) -> jax.Array:
-        place, _, _, so_far = carry
-        return (place < limits.budget) & (so_far.ended == BUDGET).any()
+        step, _, _, so_far = carry
+        return (step < stop.max_new_tokens) & (so_far.ended == BUDGET).any()
 
     def body(carry: Carry) -> Carry:
-        place, token, own, so_far = carry
-        here = replace(memory, own=own, start=memory.start + place - 1)
-        hidden, own = text_decoder.append(decoder, config, token[:, None], here, view.at(here.positions(1), blind))
-        token, so_far = settle(place, logits(params, hidden[:, 0]), so_far)
-        return place + 1, token, own, so_far
+        step, token, suffix, so_far = carry
+        now = replace(cache, suffix=suffix, lengths=cache.lengths + step - 1)
+        hidden, suffix = decoder.forward(token[:, None], now, text_only)
+        token, so_far = sample_step(step, decoder.logits(hidden[:, 0]), so_far)
+        return step + 1, token, suffix, so_far
 
-    zeros = jnp.zeros(rows, jnp.int32)
-    nothing = Written(
-        tokens=jnp.full((rows, capacity), config.text.pad_token_id, jnp.int32),
-        length=zeros,
-        ended=jnp.where(limits.used, BUDGET, UNUSED),  # what a row that is still going will have ended by
+    zeros = jnp.zeros(batch, jnp.int32)
+    none = Samples(
+        tokens=jnp.full((batch, capacity), text.pad_token_id, jnp.int32),
+        lengths=zeros,
+        ended=jnp.where(stop.used, BUDGET, UNUSED),  # BUDGET as long as nothing else has ended the sample
         state=zeros,
-        log_probability=jnp.zeros(rows, jnp.float32),
+        log_prob=jnp.zeros(batch, jnp.float32),
     )
-    token, first = settle(jnp.int32(0), scores, nothing)
-    _, _, own, written = jax.lax.while_loop(unfinished, body, (jnp.int32(1), token, memory.own, first))
-    return own, written
+    token, first = sample_step(jnp.int32(0), logits, none)
+    _, _, suffix, samples = jax.lax.while_loop(unfinished, body, (jnp.int32(1), token, cache.suffix, first))
+    return suffix, samples

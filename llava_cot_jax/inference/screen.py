@@ -1,4 +1,4 @@
-"""What a person sees of an answer while it comes."""
+"""Display of an answer while it is generated."""
 
 import sys
 from typing import Self
@@ -9,9 +9,12 @@ from llava_cot_jax.stages import find_stages, may_be_staged
 
 
 class Screen:
-    """Shows a person an answer as it grows: the stage being worked on, then the conclusion.
+    """Shows an answer while it is generated: first the name of the current stage, then the conclusion.
 
-    With ``show_reasoning``, and where the answer has no stages, the whole text.
+    An answer without stages is shown whole.
+
+    Args:
+        show_reasoning: Whether to show the whole text of every answer.
     """
 
     def __init__(self, show_reasoning: bool) -> None:
@@ -27,10 +30,10 @@ class Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._status.stop()  # gives the terminal its cursor back, after Ctrl-C too
+        self._status.stop()  # restores the terminal's cursor, after Ctrl-C too
 
     def show(self, text: str) -> None:
-        """The answer so far."""
+        """Show the answer as far as it is generated."""
         stages = find_stages(text)
         if self._whole or not (stages or may_be_staged(text)):
             self._print(text)
@@ -40,15 +43,15 @@ class Screen:
                 self._print(_without_partial_tag(body))
             elif stage != self._stage:
                 self._stage = stage
-                self._tell(f"writing the {stage.lower()}")
+                self._show_status(f"writing the {stage.lower()}")
 
     def finish(self, text: str) -> None:
-        """The whole answer: what of it was held back is shown."""
+        """Show what is still hidden of the whole answer, and end the line."""
         conclusion = find_stages(text).get("CONCLUSION")
         self._print(text if self._whole or conclusion is None else conclusion)
         print(flush=True)
 
-    def _tell(self, what: str) -> None:
+    def _show_status(self, what: str) -> None:
         self._status.update(what)
         if not self._console.is_terminal:
             print(what, file=sys.stderr, flush=True)
@@ -60,6 +63,6 @@ class Screen:
 
 
 def _without_partial_tag(body: str) -> str:
-    """``body`` without the beginning of a closing tag at its end."""
+    """Return ``body`` without the beginning of a closing tag at its end."""
     start = body.rfind("<")
     return body[:start].rstrip() if start >= 0 and "</CONCLUSION>".startswith(body[start:]) else body

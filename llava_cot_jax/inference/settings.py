@@ -1,4 +1,4 @@
-"""How a token is drawn: settings for commands and programs, which can be read without jax."""
+"""Settings of sampling. This module does not import jax, which is slow."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from llava_cot_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a draw, applied in transformers' order: temperature, then top_k, then top_p.
+    """Settings of sampling, applied in transformers' order: temperature, then top_k, then top_p.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: keep so many of the likeliest tokens; None keeps all. With it, top_p needs no sort of
-            the vocabulary, which costs a hundred times more.
-        top_p: keep the likeliest tokens until their probability, among those that top_k kept, reaches this.
+        temperature: Divisor of the logits; 0 takes the likeliest token.
+        top_k: Number of likeliest tokens to keep; None keeps all. With it, top_p needs no sort of the whole
+            vocabulary, which costs a hundred times more.
+        top_p: Probability, among the tokens that top_k keeps, up to which the likeliest tokens are kept.
 
     Raises:
-        UserError: a setting out of range.
+        UserError: A setting is out of range.
     """
 
     temperature: float = 0.0

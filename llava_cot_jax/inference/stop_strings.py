@@ -1,9 +1,9 @@
-"""Finding strings in what a model writes, on the device, in whatever tokens it writes them.
+"""Search for stop strings in sampled tokens, on the device, wherever the tokens' boundaries are.
 
-A tag may begin and end inside tokens: in Llama 3's vocabulary ``</SUMMARY>`` usually ends in a token that
-holds ">" and the blank line after it. So a string is looked for in bytes. An automaton over bytes
-(Aho and Corasick, 1975) is run once through every entry of the vocabulary from each of its states; after
-that a token costs one look-up in a table [state, entry].
+A tag may begin and end inside tokens: in Llama 3's vocabulary ``</SUMMARY>`` usually ends in a token that holds ">" and
+the blank line after it. So strings are matched on bytes. An automaton over bytes (Aho and Corasick, 1975) is run once
+through every entry of the vocabulary from each of its states. After that a token costs one look-up in a stop table
+[state, vocabulary entry].
 """
 
 from collections.abc import Sequence
@@ -14,24 +14,26 @@ from transformers import PreTrainedTokenizerFast
 from llava_cot_jax.errors import UserError
 
 Automaton = np.ndarray
-"""int32 [states, 256]: the state after a byte. State 0 is the start; those that accept come last."""
+"""State after a byte, int32 [states, 256]. State 0 is the start, and the accepting states come last."""
 
 TAILS = 3
-"""A closed tag is followed by: no line break, one, a blank line."""
+"""Number of ways in which text may go on after a closed tag: no line break, one, a blank line."""
 
 
 def byte_values() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's ``bytes_to_unicode``)."""
+    """Return the byte that each character of a byte-level vocabulary stands for (GPT-2's ``bytes_to_unicode``)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerFast, size: int) -> list[bytes]:
-    """What each of ``size`` entries adds to a decoded text; special tokens, and entries without a token, nothing.
+    """Return the bytes that each of ``size`` vocabulary entries adds to a decoded text.
+
+    Special tokens, and entries without a token, add nothing.
 
     Raises:
-        UserError: the tokenizer's vocabulary is not byte-level.
+        UserError: The tokenizer's vocabulary is not byte-level.
     """
     values = byte_values()
     added = tokenizer.added_tokens_decoder
@@ -48,13 +50,13 @@ def vocabulary_bytes(tokenizer: PreTrainedTokenizerFast, size: int) -> list[byte
     return entries
 
 
-def find_strings(strings: Sequence[bytes]) -> Automaton:
-    """An automaton for the first of ``strings`` to be complete: it stays in accepting state i for ``strings[i]``.
+def string_automaton(strings: Sequence[bytes]) -> Automaton:
+    """Return an automaton that finds the first of ``strings`` to be complete.
 
-    Where two are complete at once, the longer one counts. State 0 is the start.
+    It stays in accepting state i for ``strings[i]``. Where two are complete at once, the longer one counts.
 
     Raises:
-        UserError: an empty string, or none.
+        UserError: A string is empty, or there is none.
     """
     if not strings or not all(strings):
         raise UserError("a string to look for must not be empty")
@@ -62,7 +64,7 @@ def find_strings(strings: Sequence[bytes]) -> Automaton:
     ends = {string: i for i, string in reversed(list(enumerate(strings)))}
 
     def found(text: bytes) -> int | None:
-        """The longest of the strings that ``text`` ends with."""
+        """Return the index of the longest string that ``text`` ends with."""
         return next((ends[text[start:]] for start in range(len(text)) if text[start:] in ends), None)
 
     inner = [node for node in nodes if found(node) is None]
@@ -80,10 +82,13 @@ def find_strings(strings: Sequence[bytes]) -> Automaton:
     return table
 
 
-def find_tag(tag: bytes) -> Automaton:
-    """An automaton for a closing tag. State i has seen i bytes of it; of the last three, which accept, the
-    first is followed by no line break, the second by one, the third by a blank line or more."""
-    table = find_strings([tag])
+def tag_automaton(tag: bytes) -> Automaton:
+    """Return an automaton for a closing tag.
+
+    In state i it has seen i bytes of the tag. The last three states accept: in the first no line break has followed
+    the tag, in the second one, in the third a blank line or more.
+    """
+    table = string_automaton([tag])
     accept = len(table) - 1
     tails = np.full((TAILS, 256), accept, np.int32)
     for i in range(TAILS):
@@ -91,26 +96,26 @@ def find_tag(tag: bytes) -> Automaton:
     return np.concatenate([table[:accept], tails])
 
 
-def ignoring_case(automaton: Automaton) -> Automaton:
-    """The same for strings in lower case, which finds them in upper case too."""
+def case_insensitive(automaton: Automaton) -> Automaton:
+    """Return an automaton for strings in lower case that finds them in upper case too."""
     table = automaton.copy()
     table[:, ord("A") : ord("Z") + 1] = table[:, ord("a") : ord("z") + 1]
     return table
 
 
-def tabulate(automata: Sequence[tuple[Automaton, int]], entries: Sequence[bytes]) -> tuple[np.ndarray, int]:
-    """Tables of automata for a vocabulary.
+def compile_stop_table(automata: Sequence[tuple[Automaton, int]], entries: Sequence[bytes]) -> tuple[np.ndarray, int]:
+    """Return the stop tables of automata for a vocabulary.
 
     Args:
-        automata: each with the number of its accepting states, which are its last.
-        entries: the bytes of each entry of the vocabulary.
+        automata: Automata, each with the number of its accepting states, which are its last.
+        entries: Bytes of each entry of the vocabulary.
 
     Returns:
-        uint8 [automata, states, entries], the state after an entry; and the state from which on all accept:
-        state ``accept + i`` is the i-th accepting one, whichever the automaton.
+        State after an entry, uint8 [automata, states, entries], and the number of ``states``: in every table, state
+        ``states + i`` is the automaton's i-th accepting state.
 
     Raises:
-        UserError: more states than eight bits count.
+        UserError: There are more states than eight bits can count.
     """
     accept = max(len(table) - accepting for table, accepting in automata)
     if accept + max(accepting for _, accepting in automata) > 256:
@@ -127,7 +132,7 @@ def tabulate(automata: Sequence[tuple[Automaton, int]], entries: Sequence[bytes]
         unfinished = len(table) - accepting
         states = np.repeat(np.arange(unfinished)[:, None], len(entries), axis=1)
         for position in range(longest):
-            reach = int((lengths > position).sum())  # the longer entries stand first
+            reach = int((lengths > position).sum())  # the longer entries come first
             states[:, :reach] = table[states[:, :reach], matrix[:reach, position]]
         states = np.where(states >= unfinished, states - unfinished + accept, states)
         out[a, :unfinished, order] = states.T

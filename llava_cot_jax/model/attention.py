@@ -1,7 +1,7 @@
-"""Which keys a query sees, and the kernels that attend so without ever holding the scores.
+"""Attention masks, and attention kernels, which never hold all scores.
 
-``layers.attention`` is the door; it asks here which kernel to take. On a TPU that is splash attention,
-on a GPU cuDNN's; anywhere else, and wherever no kernel does the case, there is the plain form.
+``layers.attention`` selects its kernel here: splash attention on a TPU, cuDNN's on a GPU. Anywhere else, and where no
+kernel supports the case, it computes all scores.
 """
 
 import contextlib
@@ -14,74 +14,75 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, get_abstract_mesh
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from llava_cot_jax.model.sharding import RULES, partition
+from llava_cot_jax.model.sharding import LOGICAL_AXIS_RULES, partition_spec
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Mask:
-    """Which keys a query sees, where keys fall into groups that are seen or hidden as a whole.
+class AttentionMask:
+    """Mask of attention in which keys form groups, each of which a query sees or does not see as a whole.
 
-        key      0 1 2 3 4 5      query i sees key j if ``sees[i, group[j]]``
-        group    0 0 1 1 1 2      and, where ``causal``, j <= i:
-        sees           query 0    x x . . . .      sees[0] = 1, 0, 0
-                       query 1    x x x x x .      sees[1] = 1, 1, 0
+        key       0 1 2 3 4 5      query i sees key j if ``visible[i, group[j]]``
+        group     0 0 1 1 1 2      and, where ``causal``, j <= i:
+        visible         query 0    x x . . . .      visible[0] = 1, 0, 0
+                        query 1    x x x x x .      visible[1] = 1, 1, 0
 
     Attributes:
-        sees: bool [batch or 1, queries or 1, groups].
-        group: int32 [batch or 1, keys].
-        causal: whether a query sees no later key; there are as many queries as keys then.
+        visible: Whether a query sees a group, [batch or 1, queries or 1, groups].
+        group: int32, group of each key, [batch or 1, keys].
+        causal: Whether a query sees no later key. There are as many queries as keys then.
     """
 
-    sees: jax.Array
-    group: jax.Array
+    visible: Bool[Array, "batch queries groups"]
+    group: Int[Array, "mask_batch keys"]
     causal: bool = field(default=False, metadata={"static": True})
 
-    def members(self) -> jax.Array:
-        """bool [batch or 1, keys, groups]: which group a key is in."""
-        return self.group[..., None] == jnp.arange(self.sees.shape[-1])
+    def group_one_hot(self) -> Bool[Array, "batch keys groups"]:
+        """Return whether a key is in a group."""
+        return self.group[..., None] == jnp.arange(self.visible.shape[-1])
 
-    def dense(self) -> jax.Array:
-        """The same mask key by key, bool [batch or 1, queries or 1, keys]."""
-        seen = jnp.matmul(self.sees.astype(jnp.float32), self.members().astype(jnp.float32).mT) > 0
+    def dense(self) -> Bool[Array, "batch queries keys"]:
+        """Return whether a query sees a key, [batch or 1, queries or 1, keys]."""
+        seen = jnp.matmul(self.visible.astype(jnp.float32), self.group_one_hot().astype(jnp.float32).mT) > 0
         return seen & jnp.tri(self.group.shape[-1], dtype=bool) if self.causal else seen
 
 
-def causal(present: jax.Array) -> Mask:
-    """Tokens that see those ``present``, bool [batch or 1, tokens], up to themselves."""
-    return Mask(jnp.array([[[True, False]]]), 1 - present.astype(jnp.int32), causal=True)
+def causal_mask(present: Bool[Array, "batch tokens"]) -> AttentionMask:
+    """Return the mask of tokens that see the tokens that are ``present``, up to themselves."""
+    return AttentionMask(jnp.array([[[True, False]]]), 1 - present.astype(jnp.int32), causal=True)
 
 
-Implementation = Literal["xla", "splash", "cudnn"]
-"""The plain form, and the kernels for TPUs and for GPUs."""
+AttentionImplementation = Literal["xla", "splash", "cudnn"]
+"""How to attend: by computing all scores, or with the kernel for TPUs or for GPUs."""
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, AttentionMask], jax.Array]
 
-_chosen: ContextVar[Implementation | None] = ContextVar("_chosen", default=None)
+_implementation: ContextVar[AttentionImplementation | None] = ContextVar("_implementation", default=None)
 
 
 @contextlib.contextmanager
-def attending_with(implementation: Implementation) -> Iterator[None]:
-    """The context in which a traced function attends so, whatever the platform.
+def attention_implementation(implementation: AttentionImplementation) -> Iterator[None]:
+    """Return the context in which a traced function uses this implementation, whatever the platform.
 
-    Enter it inside the function that ``jax.jit`` compiles, as ``on_mesh``: jit does not know of it.
-    Off its own platform splash attention is interpreted, and cuDNN's call made by XLA.
+    Enter it inside the function that ``jax.jit`` compiles, since jit does not know of it. Off its own platform splash
+    attention is interpreted, and XLA stands in for cuDNN.
     """
-    token = _chosen.set(implementation)
+    token = _implementation.set(implementation)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _implementation.reset(token)
 
 
-def kernel_for(q: jax.Array, mask: Mask) -> Kernel | None:
-    """The kernel to attend with, over whatever mesh there is; None is the plain form.
+def select_kernel(q: Float[Array, "batch heads queries head_dim"], mask: AttentionMask) -> Kernel | None:
+    """Return the kernel to attend with, on the mesh of ``use_mesh``; None where all scores are to be computed.
 
-    A single query is decoding: its scores are one row, and the plain form's. cuDNN does neither float32
-    nor, in a backward pass, an odd number of queries or keys.
+    A single query, in decoding, has few scores and needs no kernel. cuDNN supports neither float32 nor, in a backward
+    pass, an odd number of queries or keys.
     """
-    implementation = _chosen.get() or {"tpu": "splash", "gpu": "cudnn"}.get(_platform(), "xla")
+    implementation = _implementation.get() or {"tpu": "splash", "gpu": "cudnn"}.get(_platform(), "xla")
     if implementation == "xla" or q.shape[2] == 1:
         return None
     if implementation == "splash":
@@ -91,45 +92,45 @@ def kernel_for(q: jax.Array, mask: Mask) -> Kernel | None:
 
 
 def _platform() -> str:
-    """Where the function being traced is to run: the devices of ``on_mesh``, else the default one."""
+    """Return the platform that the traced function is to run on: that of ``use_mesh``, else the default one."""
     device = get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def _on_mesh(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    """``kernel`` on each device's rows and heads: the compiler cannot cut a kernel by itself."""
+def _on_mesh(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
+    """Run ``kernel`` on each device's sequences and heads, since the compiler cannot shard a kernel by itself."""
     mesh = get_abstract_mesh()
     if mesh.empty:
         return kernel(q, k, v, mask)
-    heads = partition([_cut(mesh, "batch", q.shape[0]), _cut(mesh, "kv_heads", k.shape[1])])
-    of_mask = jax.tree.map(lambda x: partition([_cut(mesh, "batch", x.shape[0])]), mask)
-    specs = (heads, heads, heads, of_mask)
+    heads = partition_spec([_sharded_axis(mesh, "batch", q.shape[0]), _sharded_axis(mesh, "kv_heads", k.shape[1])])
+    mask_spec = jax.tree.map(lambda x: partition_spec([_sharded_axis(mesh, "batch", x.shape[0])]), mask)
+    specs = (heads, heads, heads, mask_spec)
     return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, mask)
 
 
-def _cut(mesh: AbstractMesh, axis: str, size: int) -> str | None:
-    """``axis``, or None where ``mesh`` does not divide its size: as ``constrain`` does."""
-    return None if size % math.prod(mesh.shape[m] for m in RULES[axis]) else axis
+def _sharded_axis(mesh: AbstractMesh, axis: str, size: int) -> str | None:
+    """Return ``axis``, or None where ``mesh`` does not divide its size, as in ``constrain``."""
+    return None if size % math.prod(mesh.shape[m] for m in LOGICAL_AXIS_RULES[axis]) else axis
 
 
 LANES = 128
-"""The blocks of splash attention are a multiple of this."""
+"""The block sizes of splash attention are multiples of this."""
 
 LARGEST_BLOCK = 512
 
-HIDDEN = -(2.0**30)
-"""What is added to the score of a hidden key: a power of two, exact in bfloat16, that no score comes near."""
+MASK_VALUE = -(2.0**30)
+"""Number added to the score of a key that is not seen: a power of two, exact in bfloat16, that no score comes near."""
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    """Splash attention (TPU); arguments as for ``layers.attention``.
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
+    """Apply splash attention (TPU). The arguments are those of ``layers.attention``.
 
-    The kernel knows a static mask (causal or full) and segments: a key that is hidden from every query is in
-    another segment than the queries. What differs from query to query is told in more entries of a head,
-    one a group: a key has 1 in its own, a query has ``HIDDEN`` in those that it does not see. The softmax
-    makes an exact 0 of that. 128 entries cost what 80 do, so the vision tower pays nothing for it.
+    The kernel takes a static mask (causal or full) and segments: a key that no query sees is in another segment than
+    the queries. What differs from query to query is expressed by additional features of each head, one for each group:
+    a key has 1 in that of its own group, a query has ``MASK_VALUE`` in those that it does not see. The softmax turns
+    this into an exact 0. 128 features cost as much as 80, so this is free in the vision tower.
     """
-    # Here, as the imports take a tenth of a second that nothing but a TPU needs.
+    # Imported here, since the imports take a tenth of a second, and only a TPU needs them.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as static_masks
 
@@ -137,15 +138,17 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     keys = k.shape[2]
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     seen = jnp.ones((batch, keys), jnp.int32)
-    if mask.sees.shape[1] == 1:
-        seen = jnp.broadcast_to(jnp.take_along_axis(mask.sees[:, 0], mask.group, axis=1), seen.shape).astype(jnp.int32)
+    if mask.visible.shape[1] == 1:
+        key_visible = jnp.take_along_axis(mask.visible[:, 0], mask.group, axis=1)
+        seen = jnp.broadcast_to(key_visible, seen.shape).astype(jnp.int32)
     else:
-        q = _with_entries(q, jnp.where(mask.sees, 0, HIDDEN))
-        k = _with_entries(k, mask.members())
-    (block_q, fill_q), (block_k, fill_k) = _blocks(queries), _blocks(keys)
-    q, k, v = _filled(q, fill_q), _filled(k, fill_k), _filled(v, fill_k)
-    segments = splash.SegmentIds(jnp.ones((batch, queries + fill_q), jnp.int32), jnp.pad(seen, ((0, 0), (0, fill_k))))
-    shape = (queries + fill_q, keys + fill_k)
+        q = _append_features(q, jnp.where(mask.visible, 0, MASK_VALUE))
+        k = _append_features(k, mask.group_one_hot())
+    (block_q, padding_q), (block_k, padding_k) = _block_size(queries), _block_size(keys)
+    q, k, v = _pad_tokens(q, padding_q), _pad_tokens(k, padding_k), _pad_tokens(v, padding_k)
+    seen = jnp.pad(seen, ((0, 0), (0, padding_k)))
+    segments = splash.SegmentIds(jnp.ones((batch, queries + padding_q), jnp.int32), seen)
+    shape = (queries + padding_q, keys + padding_k)
     static = static_masks.CausalMask(shape) if mask.causal else static_masks.FullMask(shape)
     kernel = splash.make_splash_mha(
         static_masks.MultiHeadMask([static] * heads),
@@ -165,26 +168,30 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     return jax.vmap(kernel)(q, k, v, segments)[:, :, :queries]
 
 
-def _with_entries(x: jax.Array, entries: jax.Array) -> jax.Array:
-    """x [batch, heads, tokens, head_dim] with ``entries`` [batch or 1, tokens, n] at the end of every head."""
-    shape = (*x.shape[:3], entries.shape[-1])
-    return jnp.concatenate([x, jnp.broadcast_to(entries[:, None].astype(x.dtype), shape)], axis=-1)
+def _append_features(
+    x: Float[Array, "batch heads tokens head_dim"], features: Shaped[Array, "#batch tokens n"]
+) -> Float[Array, "batch heads tokens head_dim+n"]:
+    """Append features to every head."""
+    shape = (*x.shape[:3], features.shape[-1])
+    return jnp.concatenate([x, jnp.broadcast_to(features[:, None].astype(x.dtype), shape)], axis=-1)
 
 
-def _blocks(tokens: int) -> tuple[int, int]:
-    """The block that cuts ``tokens``, and how many tokens the last block lacks."""
+def _block_size(tokens: int) -> tuple[int, int]:
+    """Return the block size for ``tokens``, and by how many tokens the last block must be padded."""
     count = -(-tokens // LARGEST_BLOCK)
     block = LANES * -(-tokens // (LANES * count))
     return block, count * block - tokens
 
 
-def _filled(x: jax.Array, fill: int) -> jax.Array:
-    """x [batch, heads, tokens, head_dim] with ``fill`` more tokens of zeros."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, fill), (0, 0)))
+def _pad_tokens(
+    x: Float[Array, "batch heads tokens head_dim"], padding: int
+) -> Float[Array, "batch heads tokens+{padding} head_dim"]:
+    """Append ``padding`` tokens of zeros."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    """cuDNN's attention (GPU); arguments as for ``layers.attention``."""
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
+    """Apply cuDNN's attention (GPU). The arguments are those of ``layers.attention``."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [batch, tokens, heads, head_dim]
     seen = jnp.broadcast_to(mask.dense(), (q.shape[0], q.shape[1], k.shape[1]))
     implementation: Literal["cudnn", "xla"] = "cudnn" if _platform() == "gpu" else "xla"

@@ -1,12 +1,12 @@
-"""What may be chosen of a model by name: for settings and command lines, which must not wait for jax."""
+"""Names that settings and command lines choose from. This module does not import jax, which is slow."""
 
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-"""Of weights on a disk or a device."""
+"""Dtype of the parameters, on disk or on a device."""
 
-Checkpointing = Literal["none", "dots", "full"]
-"""What the backward pass finds saved of a layer: everything, its matrix products, or its input alone."""
+RematPolicy = Literal["none", "dots", "full"]
+"""What the forward pass of a layer saves for the backward pass: everything, its matrix products, or only its input."""
 
 MESH_AXES = ("data", "fsdp", "tensor")
-"""``sharding.py`` says what each of them cuts."""
+"""Axes of a device mesh; ``sharding.py`` says what each of them shards."""

@@ -1,9 +1,8 @@
-"""The configuration of a Llama-3.2-Vision model: what a published config.json says, checked.
+"""Configuration of a Llama-3.2-Vision model: the contents of a published config.json, checked.
 
-Field names are those of the Hugging Face config.json, so that a reader finds them there. Fields of
-that file which change no number (``use_cache``, ``length_penalty`` and their like) are not kept;
-settings that this implementation does not have (another activation, tied embeddings, dropout) are
-refused by name rather than ignored.
+Field names are those of the Hugging Face config.json. Fields of that file that change no number (such as ``use_cache``
+and ``length_penalty``) are not kept. Settings that this implementation does not have (another activation, tied
+embeddings, dropout) are refused by name rather than ignored.
 """
 
 import json
@@ -16,14 +15,14 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import access, checkpoint_path
 
 Convention = Literal["meta", "transformers_4", "transformers_5"]
-"""Which of three implementations the weights were trained with.
+"""Implementation that the parameters were trained with, one of three.
 
 ==================  =======================  ==================================================
-convention          a vision tap is          a text row that sees no image
+convention          a vision tap is          a text token that sees no image
 ==================  =======================  ==================================================
-``meta``            the block's input        gets nothing from a cross layer
-``transformers_4``  the block's input        attends to every vision token; its MLP gets nothing
-``transformers_5``  the block's output       as ``transformers_4``
+``meta``            the layer's input        gets nothing from a cross-attention layer
+``transformers_4``  the layer's input        attends to every image token, but gets nothing from the MLP
+``transformers_5``  the layer's output       as ``transformers_4``
 ==================  =======================  ==================================================
 
 ``meta`` is Meta's llama-models, with which the released weights were trained; ``transformers_4``
@@ -38,14 +37,13 @@ PUBLISHED_ASPECT_RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of the RoPE wavelengths beyond the context it was trained on.
+    """Llama 3's stretching of the RoPE wavelengths beyond the context of its first training.
 
     Attributes:
-        factor: how much longer the longest wavelengths become.
-        low_freq_factor: wavelengths above ``original_max_position_embeddings`` over this are
-            stretched fully.
-        high_freq_factor: wavelengths below ``original_max_position_embeddings`` over this are kept.
-        original_max_position_embeddings: the context of the first training, in tokens.
+        factor: Factor by which the longest wavelengths are stretched.
+        low_freq_factor: Wavelengths above ``original_max_position_embeddings`` over this are stretched fully.
+        high_freq_factor: Wavelengths below ``original_max_position_embeddings`` over this are kept.
+        original_max_position_embeddings: Context of the first training, in tokens.
     """
 
     factor: float = 8.0
@@ -62,24 +60,24 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. The defaults are those of both published Instruct models.
+    """Configuration of the vision tower. The defaults are those of both published Instruct models.
 
     Attributes:
-        hidden_size: width of the tower.
-        intermediate_size: width of its MLPs.
-        attention_heads: heads of every block.
-        num_hidden_layers: local blocks.
-        num_global_layers: gated blocks that follow them.
-        num_channels: colour channels.
-        image_size: side of a tile, in pixels.
-        patch_size: side of a patch, in pixels.
-        max_num_tiles: tiles an image is cut into at most; every image takes room for so many.
-        intermediate_layers_indices: the local blocks that are tapped for features.
-        supported_aspect_ratios: canvases (tiles high, tiles wide); an aspect id is an index + 1.
-        norm_eps: epsilon of the blocks' LayerNorms.
-        initializer_range: standard deviation of a random initialisation.
-        image_mean: mean of each channel, of values in 0..1, for uint8 tiles.
-        image_std: standard deviation of each channel, likewise.
+        hidden_size: Width of the tower.
+        intermediate_size: Width of its MLPs.
+        attention_heads: Number of heads of every layer.
+        num_hidden_layers: Number of local layers.
+        num_global_layers: Number of gated layers after them.
+        num_channels: Number of colour channels.
+        image_size: Side of a tile, in pixels.
+        patch_size: Side of a patch, in pixels.
+        max_num_tiles: Largest number of tiles of an image; the arrays of every image have room for all of them.
+        intermediate_layers_indices: Indices of the local layers that are tapped for features.
+        supported_aspect_ratios: Canvases (tiles high, tiles wide); an aspect ratio id is an index + 1.
+        norm_eps: Epsilon of the layers' LayerNorms.
+        initializer_range: Standard deviation of initial values.
+        image_mean: Mean of each channel, of values from 0 to 1, for uint8 tiles.
+        image_std: Standard deviation of each channel, of values from 0 to 1, for uint8 tiles.
     """
 
     hidden_size: int = 1280
@@ -131,45 +129,45 @@ class VisionConfig:
 
     @property
     def patches(self) -> int:
-        """Patches of a tile."""
+        """Number of patches of a tile."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def tile_tokens(self) -> int:
-        """Tokens of a tile: its patches and the class token."""
+        """Number of tokens of a tile: its patches and the class token."""
         return self.patches + 1
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that cross-attention sees of one image, its unused tiles counted."""
+        """Number of tokens of an image in cross-attention, those of unused tiles counted."""
         return self.max_num_tiles * self.tile_tokens
 
     @property
     def output_size(self) -> int:
-        """Features of a vision token: the last block's, then every tap's (``vision_output_dim``)."""
+        """Number of features of a vision token: the last layer's and every tap's (``vision_output_dim``)."""
         return self.hidden_size * (1 + len(self.intermediate_layers_indices))
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language model. The defaults are those of the 11B.
+    """Configuration of the language model. The defaults are those of the 11B.
 
     Attributes:
-        vocab_size: rows of lm_head; the embedding has ``EXTRA_EMBEDDINGS`` more.
-        hidden_size: width of the residual stream.
-        intermediate_size: width of the MLPs.
-        num_hidden_layers: self- and cross-attention layers together.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads; each serves a group of query heads.
-        cross_attention_layers: which layers attend to the image, ascending.
-        rms_norm_eps: epsilon of every RMSNorm.
-        rope_theta: base of the RoPE wavelengths.
-        rope_scaling: Llama 3's stretching of them, or None.
-        max_position_embeddings: the longest context, in tokens.
-        initializer_range: standard deviation of a random initialisation.
-        bos_token_id: the token a text begins with.
-        eos_token_ids: the tokens that end an answer.
-        pad_token_id: the token that fills a row.
+        vocab_size: Number of rows of lm_head; the embedding has ``EXTRA_EMBEDDINGS`` more.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the MLPs.
+        num_hidden_layers: Number of self-attention and cross-attention layers together.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads; each serves a group of query heads.
+        cross_attention_layers: Indices of the layers that attend to the images, ascending.
+        rms_norm_eps: Epsilon of every RMSNorm.
+        rope_theta: Base of the RoPE wavelengths.
+        rope_scaling: Llama 3's stretching of the RoPE wavelengths, or None.
+        max_position_embeddings: Longest context, in tokens.
+        initializer_range: Standard deviation of initial values.
+        bos_token_id: Token that a text begins with.
+        eos_token_ids: Tokens that end an answer.
+        pad_token_id: Token for padding.
     """
 
     vocab_size: int = 128256
@@ -211,35 +209,36 @@ class TextConfig:
 
     @property
     def is_cross(self) -> tuple[bool, ...]:
-        """For each layer, whether it attends to the image."""
+        """Whether each layer is a cross-attention layer."""
         return tuple(i in self.cross_attention_layers for i in range(self.num_hidden_layers))
 
     @property
-    def period(self) -> int:
-        """The smallest divisor of the layer count at which the pattern of cross layers repeats.
+    def layers_per_block(self) -> int:
+        """Number of layers of the smallest block whose repetition gives all layers.
 
-        5 in the published models; the layer count itself where the pattern does not repeat.
+        It is 5 in the published models, and the number of all layers where the pattern of cross-attention layers does
+        not repeat.
         """
         kinds, n = self.is_cross, self.num_hidden_layers
         return next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
 
 
 EXTRA_EMBEDDINGS = 8
-"""Rows that the embedding table has beyond the vocabulary; the first is ``<|image|>``."""
+"""Number of rows that the embedding table has beyond the vocabulary; the first is that of ``<|image|>``."""
 
 
 @dataclass(frozen=True)
 class MllamaConfig:
-    """Llama-3.2-Vision: vision tower, language model, and how the two are joined.
+    """Configuration of a Llama-3.2-Vision model.
 
     Attributes:
-        vision: the vision tower.
-        text: the language model.
-        image_token_index: the token that stands for an image in a prompt.
-        convention: the implementation that the weights were trained with.
+        vision: Configuration of the vision tower.
+        text: Configuration of the language model.
+        image_token_index: Token that stands for an image in a prompt.
+        convention: Implementation that the parameters were trained with.
 
     Raises:
-        UserError: a field contradicts another, or is out of range.
+        UserError: A field contradicts another, or is out of range.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -256,12 +255,12 @@ class MllamaConfig:
 
     @classmethod
     def llama32_11b(cls) -> Self:
-        """Llama-3.2-11B-Vision-Instruct (10,670,220,835 parameters)."""
+        """Return the configuration of Llama-3.2-11B-Vision-Instruct (10,670,220,835 parameters)."""
         return cls()
 
     @classmethod
     def llama32_90b(cls) -> Self:
-        """Llama-3.2-90B-Vision-Instruct (88,593,355,323 parameters)."""
+        """Return the configuration of Llama-3.2-90B-Vision-Instruct (88,593,355,323 parameters)."""
         text = TextConfig(
             hidden_size=8192,
             intermediate_size=28672,
@@ -273,18 +272,18 @@ class MllamaConfig:
 
     @property
     def vision_taps(self) -> tuple[int, ...]:
-        """Which states of the local blocks are features: i is the input of block i."""
+        """Indices of the states between local layers that are features: i is the input of layer i."""
         offset = 1 if self.convention == "transformers_5" else 0
         return tuple(tap + offset for tap in self.vision.intermediate_layers_indices)
 
     def for_transformers(self) -> Self:
-        """This configuration with the taps that make transformers 4.56 and later see the same features.
+        """Return this configuration with the taps that give the same features in transformers 4.56 and later.
 
-        There a tap is the block's output, so each index is lowered by one; the result's convention
-        is ``transformers_5``. Under ``meta`` the rows that see no image still differ.
+        There a tap is the layer's output, so each index is lowered by one, and the convention is ``transformers_5``.
+        From ``meta``, text tokens that see no image still differ.
 
         Raises:
-            UserError: block 0 is tapped at its input, which transformers cannot express.
+            UserError: Layer 0 is tapped at its input, which transformers cannot express.
         """
         if self.convention == "transformers_5":
             return self
@@ -299,7 +298,7 @@ class MllamaConfig:
         """Read the object in a Hugging Face config.json, of transformers 4 or 5.
 
         Raises:
-            UserError: another model's, a missing key, or a setting that this implementation lacks.
+            UserError: It is another model's, or a key is missing, or this implementation lacks a setting.
         """
         if published.get("model_type") != "mllama":
             raise UserError(f"config.json is of a {published.get('model_type')!r} model, not of 'mllama'")
@@ -312,13 +311,13 @@ class MllamaConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read ``folder``'s config.json and, where its processor's files state them, the pixel statistics.
+        """Read the config.json of a checkpoint and, where its processor's files state them, the pixel statistics.
 
         Args:
-            folder: of a checkpoint, or ``"shapes"``, which the package brings.
+            folder: Folder of a checkpoint, or ``"shapes"``, the checkpoint that the package contains.
 
         Raises:
-            UserError: no such file, no JSON, or anything that ``from_dict`` refuses.
+            UserError: There is no such file, or it is no JSON, or ``from_dict`` refuses it.
         """
         folder = checkpoint_path(folder)
         config = cls.from_dict(read_json(folder / "config.json"))
@@ -327,10 +326,10 @@ class MllamaConfig:
         return replace(config, vision=replace(config.vision, **pixels))
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
-        """The object of a config.json in the published form, readable by transformers 4.45 and later.
+        """Return the object of a config.json in the published form, which transformers 4.45 and later read.
 
         Args:
-            dtype: name of the weights' dtype, e.g. ``"bfloat16"``.
+            dtype: Name of the parameters' dtype, e.g. ``"bfloat16"``.
         """
         vision, text = self.vision, self.text
         return {
@@ -342,15 +341,15 @@ class MllamaConfig:
             "vision_config": {
                 "model_type": "mllama_vision_model",
                 "hidden_act": "gelu",
-                **{name: _plain(getattr(vision, name)) for name in _VISION_FIELDS},
+                **{name: _to_lists(getattr(vision, name)) for name in _VISION_FIELDS},
                 "vision_output_dim": vision.output_size,
             },
             "text_config": {
                 "model_type": "mllama_text_model",
                 "hidden_act": "silu",
                 "tie_word_embeddings": False,
-                **{name: _plain(getattr(text, name)) for name in _TEXT_FIELDS},
-                "eos_token_id": _plain(text.eos_token_ids) if len(text.eos_token_ids) != 1 else text.eos_token_ids[0],
+                **{name: _to_lists(getattr(text, name)) for name in _TEXT_FIELDS},
+                "eos_token_id": text.eos_token_ids[0] if len(text.eos_token_ids) == 1 else list(text.eos_token_ids),
                 "rope_theta": text.rope_theta,
                 "rope_scaling": {"rope_type": "llama3", **vars(text.rope_scaling)} if text.rope_scaling else None,
             },
@@ -358,13 +357,14 @@ class MllamaConfig:
 
 
 _VISION_FIELDS = tuple(VisionConfig.__dataclass_fields__)
-_SPELT_OTHERWISE = ("rope_theta", "rope_scaling", "eos_token_ids")
-_TEXT_FIELDS = tuple(name for name in TextConfig.__dataclass_fields__ if name not in _SPELT_OTHERWISE)
+_FIELDS_WRITTEN_DIFFERENTLY = ("rope_theta", "rope_scaling", "eos_token_ids")
+_TEXT_FIELDS = tuple(name for name in TextConfig.__dataclass_fields__ if name not in _FIELDS_WRITTEN_DIFFERENTLY)
 
 
 def _read_vision(section: Mapping[str, Any]) -> VisionConfig:
     _require_setting(section, "vision_config", "hidden_act", "gelu")
-    config = VisionConfig(**{name: _frozen(section[name]) for name in _VISION_FIELDS if section.get(name) is not None})
+    fields = {name: _to_tuples(section[name]) for name in _VISION_FIELDS if section.get(name) is not None}
+    config = VisionConfig(**fields)
     if section.get("vision_output_dim", config.output_size) != config.output_size:
         raise UserError(
             f"vision_config: vision_output_dim is {section['vision_output_dim']}, but hidden_size and "
@@ -377,7 +377,7 @@ def _read_text(section: Mapping[str, Any]) -> TextConfig:
     _require_setting(section, "text_config", "hidden_act", "silu")
     _require_setting(section, "text_config", "tie_word_embeddings", False)
     _require_setting(section, "text_config", "dropout", 0)
-    fields = {name: _frozen(section[name]) for name in _TEXT_FIELDS if section.get(name) is not None}
+    fields = {name: _to_tuples(section[name]) for name in _TEXT_FIELDS if section.get(name) is not None}
     if (eos := section.get("eos_token_id")) is not None:
         fields["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
     # transformers 4 writes rope_theta beside rope_scaling, transformers 5 both into rope_parameters.
@@ -421,10 +421,12 @@ def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) ->
 
 
 def image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Where a checkpoint states how its images are processed, and what it says there; nothing if it does not.
+    """Return the file in which a checkpoint states how its images are processed, and its settings.
+
+    The settings are empty where the checkpoint has no such file.
 
     Raises:
-        UserError: the file is not a JSON object.
+        UserError: The file is not a JSON object.
     """
     path = folder / "preprocessor_config.json"
     with access(folder):
@@ -435,10 +437,10 @@ def image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        UserError: there is no such file, no access to it, or no JSON object in it.
+        UserError: There is no such file, or no access to it, or no JSON object in it.
     """
     with access(path):
         text = path.read_bytes()
@@ -451,9 +453,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+def _to_tuples(value: Any) -> Any:
+    return tuple(_to_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+def _to_lists(value: Any) -> Any:
+    return [_to_lists(v) for v in value] if isinstance(value, tuple) else value

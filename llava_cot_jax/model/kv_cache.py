@@ -1,16 +1,17 @@
-"""Keys and values that decoding keeps, in two parts: a prefix that rows share, and what is a row's own.
+"""KV cache of decoding, in two segments: a prefix that sequences share, and the suffix that is a sequence's own.
 
-Rows are the candidates of questions, all of the first question first; a prefix and the images belong to
-a question. So ten candidates read one prefix, and nothing of it is copied to them.
+The sequences of a batch are the candidates of questions, those of the first question first. A prefix and the images
+belong to a question. So ten candidates read one prefix, and nothing of it is copied.
 
-    question 0   prefix [slots] + images    rows 0, 1, 2   own [slots] each
-    question 1   prefix [slots] + images    rows 3, 4, 5   own [slots] each
+    question 0   prefix [capacity] + images    sequences 0, 1, 2   suffix [capacity] each
+    question 1   prefix [capacity] + images    sequences 3, 4, 5   suffix [capacity] each
 """
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from llava_cot_jax.model.config import TextConfig
 from llava_cot_jax.model.sharding import constrain
@@ -18,76 +19,75 @@ from llava_cot_jax.model.sharding import constrain
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class KeyValue:
-    """Keys and values of one layer: of text tokens in their slots, or of image tokens.
+class LayerCache:
+    """Keys and values of one layer, of text tokens or of image tokens.
 
     Attributes:
-        keys: [batch, kv_heads, slots, head_dim], normed or rotated as attention wants them.
-        values: likewise.
+        keys: Keys, normed or rotated as attention takes them.
+        values: Values.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Float[Array, "batch kv_heads capacity head_dim"]
+    values: Float[Array, "batch kv_heads capacity head_dim"]
 
-    def write(self, new: "KeyValue", start: jax.Array) -> "KeyValue":
-        """The same with the tokens of ``new`` in the slots from ``start`` int32 [batch] on."""
+    @jax.named_scope("update_cache")
+    def update(self, new: "LayerCache", lengths: Int[Array, " batch"]) -> "LayerCache":
+        """Return the cache with the tokens of ``new`` written from index ``lengths`` on."""
 
-        def put(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(old, new, (0, start, 0))
+        def write(old: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(old, new, (0, length, 0))
 
-        write = jax.vmap(put)
-        return KeyValue(write(self.keys, new.keys, start), write(self.values, new.values, start))
-
-
-Layers = tuple[KeyValue | None, ...]
-"""One entry a text layer; None where a layer is of the other kind."""
+        write_batch = jax.vmap(write)
+        return LayerCache(write_batch(self.keys, new.keys, lengths), write_batch(self.values, new.values, lengths))
 
 
-def empty(config: TextConfig, rows: int, slots: int, dtype: jnp.dtype) -> Layers:
-    """Room for ``slots`` tokens of each row in every self-attention layer."""
-    shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+CacheLayers = tuple[LayerCache | None, ...]
+"""One entry per text layer; None where the layer is of the other kind (self-attention or cross-attention)."""
+
+
+def init_cache(config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype) -> CacheLayers:
+    """Return zeros for ``capacity`` tokens of each sequence in every self-attention layer."""
+    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
 
     def zeros() -> jax.Array:
         return constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None)
 
-    return tuple(None if cross else KeyValue(zeros(), zeros()) for cross in config.is_cross)
+    return tuple(None if cross else LayerCache(zeros(), zeros()) for cross in config.is_cross)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prefix:
-    """What the rows of a question share.
+    """Segment of the cache that all sequences of a question share.
 
     Attributes:
-        layers: of the self-attention layers, [questions, kv_heads, slots, head_dim].
-        length: int32 [questions], tokens; slots beyond hold nothing of meaning.
+        layers: Keys and values of the self-attention layers, [questions, kv_heads, capacity, head_dim].
+        lengths: int32, number of tokens of each prefix. What lies beyond has no meaning.
     """
 
-    layers: Layers
-    length: jax.Array
+    layers: CacheLayers
+    lengths: Int[Array, " questions"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Memory:
-    """What appended tokens attend to besides themselves.
+class KVCache:
+    """Keys and values of the text tokens before those that the model takes next.
 
     Attributes:
-        own: a row's own tokens, [rows, kv_heads, slots, head_dim]; appended ones are written here.
-        start: int32 [rows], tokens of each row that are there already: the slot of the first appended one.
-        prefix: what comes before a row's own tokens; None where nothing does.
-        images: of the cross-attention layers, [questions, kv_heads, image_tokens, head_dim]; all None without
-            images.
+        suffix: Keys and values of each sequence's own tokens, [batch, kv_heads, capacity, head_dim]. Those of new
+            tokens are written here.
+        lengths: int32, number of tokens of each suffix, which is the index of the next token in it.
+        prefix: Shared tokens before the suffix; None where there are none.
     """
 
-    own: Layers
-    start: jax.Array
-    prefix: Prefix | None
-    images: Layers
+    suffix: CacheLayers
+    lengths: Int[Array, " batch"]
+    prefix: Prefix | None = None
 
-    def positions(self, tokens: int) -> jax.Array:
-        """Of ``tokens`` appended ones: int32 [rows, tokens]."""
-        start = self.start
+    def positions(self, tokens: int) -> Int[Array, "batch tokens"]:
+        """Return the positions of the next ``tokens`` tokens of each sequence, int32."""
+        start = self.lengths
         if self.prefix is not None:
-            start = start + jnp.repeat(self.prefix.length, start.shape[0] // self.prefix.length.shape[0])
+            start = start + jnp.repeat(self.prefix.lengths, start.shape[0] // self.prefix.lengths.shape[0])
         return start[:, None] + jnp.arange(tokens)

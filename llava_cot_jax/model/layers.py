@@ -1,96 +1,96 @@
-"""What both halves of the model are made of: projections, norms, rotations, attention, checkpointing.
+"""Layers of both halves of the model: projections, norms, RoPE, attention, rematerialisation.
 
-Weights are oriented [out, in], as published. Norms, rotations and softmax work in float32 and
-give back the dtype of their input.
+Weights are oriented [out, in], as published. Norms, RoPE and softmax work in float32 and return the dtype of their
+input.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from llava_cot_jax.model.attention import Mask, kernel_for
-from llava_cot_jax.model.choices import Checkpointing
+from llava_cot_jax.model.attention import AttentionMask, select_kernel
+from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import TextConfig
+from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain
-
-Weights = Mapping[str, Any]
-"""The parameters of a module: a nest of dicts that ends in arrays, named as published."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def checkpointed(layer: Callable[P, R], checkpointing: Checkpointing) -> Callable[P, R]:
-    """``layer`` with activation checkpointing."""
-    if checkpointing == "none":
+def apply_remat(layer: Callable[P, R], policy: RematPolicy) -> Callable[P, R]:
+    """Return ``layer`` with rematerialisation: its backward pass recomputes what ``policy`` does not save."""
+    if policy == "none":
         return layer
     policies = jax.checkpoint_policies
-    saved = policies.nothing_saveable if checkpointing == "full" else policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(layer, policy=saved)
+    saveable = policies.nothing_saveable if policy == "full" else policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(layer, policy=saveable)
 
 
-def is_stacked(layers: Weights) -> bool:
+def is_stacked(layers: Params) -> bool:
     """Whether the arrays of these layers carry a leading ``layers`` axis."""
     return layers["0"]["input_layernorm"]["weight"].ndim == 2
 
 
-def lookup(ids: jax.Array, w: Weights) -> jax.Array:
-    """The rows of a table, ``weight`` [rows, width], at int ids [batch, ...]: [batch, ..., width].
+@jax.named_scope("embed")
+def embed(ids: Int[Array, " batch *tokens"], w: Params) -> Float[Array, " batch *tokens width"]:
+    """Look up rows of an embedding table, ``weight`` [rows, width].
 
-    Each device finds the columns that it holds, for every id of its replica. Of these it hands on to each
-    neighbour along ``fsdp`` what that one's batch needs, and those along ``tensor`` put the width together.
-    Left to itself, the partitioner gathers the rows of the whole batch on every device.
+    Each device finds the columns that it holds, for every id of its replica. Of these it hands on to each neighbour
+    along ``fsdp`` what that one's batch needs, and the neighbours along ``tensor`` put the width together. Left to
+    itself, the partitioner gathers the rows of the whole batch on every device.
     """
     within = [None] * (ids.ndim - 1)
     found = constrain(w["weight"][ids], "replica", *within, "columns")
     return constrain(constrain(found, "batch", *within, "part"), "batch", *within, None)
 
 
-def linear(x: jax.Array, w: Weights) -> jax.Array:
-    """x [..., in] through ``weight`` [out, in], and what else there is of an adapter and a bias.
+def linear(x: Float[Array, "*batch in"], w: Params) -> Float[Array, "*batch out"]:
+    """Apply a linear layer: ``weight`` [out, in], and whatever else it has of a bias, an adapter and a scale.
 
-    An adapter is ``lora_a`` [rank, in] and ``lora_b`` [out, rank]: it adds x A^T B^T, which is little
-    work as long as B A is never made (Hu et al., arXiv 2106.09685). ``bias`` is [out]. With a ``scale`` [out]
-    the weight is int8 (``quantization``).
+    ``bias`` is [out]. An adapter is ``lora_a`` [rank, in] and ``lora_b`` [out, rank]. It adds x A^T B^T, which is
+    little work as long as B A is never computed (Hu et al., arXiv 2106.09685). With a ``scale`` [out] the weight is
+    int8 (see ``quantization``).
     """
     if "scale" in w:
-        return scaled_product(x, w).astype(x.dtype)
+        return int8_linear(x, w).astype(x.dtype)
     y = jnp.einsum("...i,oi->...o", x, w["weight"])
     if "lora_a" in w:
         y = y + jnp.einsum("...r,or->...o", jnp.einsum("...i,ri->...r", x, w["lora_a"]), w["lora_b"])
     return y + w["bias"] if "bias" in w else y
 
 
-def scaled_product(x: jax.Array, w: Weights) -> jax.Array:
-    """x [..., in] through an int8 ``weight`` [out, in] with its ``scale`` [out]: float32 [..., out]."""
+def int8_linear(x: Float[Array, "*batch in"], w: Params) -> Float[Array, "*batch out"]:
+    """Apply an int8 ``weight`` [out, in] with its ``scale`` [out]. The result is float32."""
     weight = w["weight"].astype(x.dtype)
     return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32) * w["scale"]
 
 
-def rms_norm(x: jax.Array, w: Weights, eps: float) -> jax.Array:
-    """RMSNorm over the last axis; scaled after the cast back, as the reference does."""
+def rms_norm(x: Float[Array, "*batch width"], w: Params, eps: float) -> Float[Array, "*batch width"]:
+    """Apply RMSNorm over the last axis. It is scaled after the cast back, as in the reference."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return w["weight"] * y.astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, w: Weights, eps: float) -> jax.Array:
-    """LayerNorm over the last axis."""
+def layer_norm(x: Float[Array, "*batch width"], w: Params, eps: float) -> Float[Array, "*batch width"]:
+    """Apply LayerNorm over the last axis."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * w["weight"].astype(jnp.float32) + w["bias"].astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_frequencies(config: TextConfig) -> np.ndarray:
-    """Angle per position of each pair of a head, float32 [head_dim / 2], in radians.
+def rope_frequencies(config: TextConfig) -> Float[np.ndarray, " half_head_dim"]:
+    """Return the angle per position of each pair of entries of a head, float32, in radians.
 
-    With ``rope_scaling``, wavelengths beyond the first training's context are stretched by
-    ``factor``, short ones kept, those between blended (Llama 3.1, "apply_scaling").
+    With ``rope_scaling``, wavelengths beyond the context of the first training are stretched by ``factor``, short ones
+    are kept, and those between are blended (Llama 3.1, "apply_scaling").
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     frequencies = (1.0 / config.rope_theta**exponents).astype(np.float32)
@@ -103,51 +103,64 @@ def rope_frequencies(config: TextConfig) -> np.ndarray:
     return ((1 - blend) * frequencies / scaling.factor + blend * frequencies).astype(np.float32)
 
 
-def rotation(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 [batch, tokens, head_dim / 2], at ``positions`` [batch, tokens].
-
-    float32 throughout: bfloat16 cannot tell position 256 from 257.
-    """
+@jax.named_scope("rope")
+def rope_cos_sin(
+    positions: Int[Array, "batch tokens"], config: TextConfig
+) -> tuple[Float[Array, "batch tokens half_head_dim"], Float[Array, "batch tokens half_head_dim"]]:
+    """Return the cosines and sines of RoPE at ``positions``, float32: bfloat16 cannot tell position 256 from 257."""
     angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Half-split RoPE of x [batch, heads, tokens, head_dim]; cos and sin as ``rotation`` gives them."""
+@jax.named_scope("rope")
+def apply_rope(
+    x: Float[Array, "batch heads tokens head_dim"],
+    cos: Float[Array, "batch tokens half_head_dim"],
+    sin: Float[Array, "batch tokens half_head_dim"],
+) -> Float[Array, "batch heads tokens head_dim"]:
+    """Apply half-split RoPE with the results of ``rope_cos_sin``."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]  # [batch, 1, tokens, head_dim / 2]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]."""
+def split_heads(
+    x: Float[Array, "batch tokens heads_x_head_dim"], heads: int
+) -> Float[Array, "batch {heads} tokens head_dim"]:
+    """Split the last axis into heads."""
     return jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2)
 
 
-def join_heads(x: jax.Array) -> jax.Array:
-    """[batch, heads, tokens, head_dim] -> [batch, tokens, heads * head_dim]."""
+def merge_heads(x: Float[Array, "batch heads tokens head_dim"]) -> Float[Array, "batch tokens heads_x_head_dim"]:
+    """Undo ``split_heads``."""
     return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
 QUERY_BLOCK = 512
-"""Long queries attend in blocks of so many: the scores of the tower's 6432 tokens would take 2.6 GB an image."""
+"""Number of queries that attend at a time, where there are many: the scores of the vision tower's 6432 tokens would
+take 2.6 GB an image."""
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | Mask) -> jax.Array:
-    """Grouped-query attention: every attention of the model enters here.
+def attention(
+    q: Float[Array, "batch heads queries head_dim"],
+    k: Float[Array, "batch kv_heads keys head_dim"],
+    v: Float[Array, "batch kv_heads keys head_dim"],
+    mask: AttentionMask | Bool[Array, "#batch #queries keys"],
+) -> Float[Array, "batch heads queries head_dim"]:
+    """Apply grouped-query attention. All attention of whole sequences and of images goes through this function.
 
     Args:
-        q: [batch, heads, queries, head_dim].
-        k: [batch, kv_heads, keys, head_dim]; each serves heads / kv_heads query heads in a row.
-        v: as ``k``.
-        mask: which keys a query sees; as an array, bool, broadcastable to [batch, queries, keys].
-            A query that sees none takes some mean of the values, which is finite; its caller discards it.
+        q: Queries.
+        k: Keys; each key head serves heads / kv_heads consecutive query heads.
+        v: Values.
+        mask: Which keys each query sees. A query that sees none gets some finite mean of the values, which the caller
+            discards.
 
     Returns:
-        [batch, heads, queries, head_dim] in the dtype of ``q``.
+        Means of the values, in the dtype of ``q``.
     """
-    if isinstance(mask, Mask):
-        kernel = kernel_for(q, mask)
+    if isinstance(mask, AttentionMask):
+        kernel = select_kernel(q, mask)
         return attention(q, k, v, mask.dense()) if kernel is None else kernel(q, k, v, mask)
     batch, heads, queries, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], queries, head_dim)
@@ -156,81 +169,103 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | Mask) 
 
     # Each block is computed again in the backward pass (Rabe and Staats, arXiv 2112.05682).
     attend = jax.checkpoint(lambda block: _attend(block[0], k, v, block[1]))
-    blocks = _in_blocks(grouped, axis=3), _in_blocks(jnp.broadcast_to(mask, (batch, queries, k.shape[2])), axis=1)
+    blocks = _query_blocks(grouped, axis=3), _query_blocks(jnp.broadcast_to(mask, (batch, queries, k.shape[2])), axis=1)
     out = jnp.moveaxis(jax.lax.map(attend, blocks), 0, 3)  # [batch, kv_heads, group, blocks, QUERY_BLOCK, head_dim]
     return out.reshape(batch, heads, -1, head_dim)[:, :, :queries]
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """q [batch, kv_heads, group, queries, head_dim] against all of k and v."""
+def _attend(
+    q: Float[Array, "batch kv_heads group queries head_dim"],
+    k: Float[Array, "batch kv_heads keys head_dim"],
+    v: Float[Array, "batch kv_heads keys head_dim"],
+    mask: Bool[Array, "#batch #queries keys"],
+) -> Float[Array, "batch kv_heads group queries head_dim"]:
+    """Apply attention of grouped queries to all keys at once."""
     scores = jnp.einsum("bkgqd,bksd->bkgqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgqs,bksd->bkgqd", weights, v)
 
 
-Part = tuple[jax.Array, jax.Array, jax.Array]
-"""Keys and values [groups, kv_heads, slots, head_dim], and which of them are seen, bool
-[groups, tokens or 1, slots]: a group is as many queries' rows in a row as there are rows to a group."""
+class KVSegment(NamedTuple):
+    """Segment of the keys and values that a batch of queries attends to.
+
+    A segment's row, of which there are ``groups``, is shared by batch / groups consecutive sequences.
+    """
+
+    keys: Float[Array, "groups kv_heads capacity head_dim"]
+    values: Float[Array, "groups kv_heads capacity head_dim"]
+    mask: Bool[Array, " groups #tokens capacity"]  # whether a token sees a key
 
 
-def attention_in_parts(q: jax.Array, parts: Sequence[Part]) -> jax.Array:
-    """Attention over keys that lie in several places, as if they lay in one.
+def cascade_attention(
+    q: Float[Array, "batch heads tokens head_dim"], segments: Sequence[KVSegment]
+) -> Float[Array, "batch heads tokens head_dim"]:
+    """Attend to keys that lie in several segments as if they lay in one.
 
-    Each part's softmax is taken on its own; their log-sum-exps say how to mix them, which is exact.
+    Each segment's softmax is taken by itself. Their log-sum-exps say how to mix them, which is exact.
 
     Args:
-        q: [rows, heads, tokens, head_dim].
-        parts: where the keys are; of all parts together a query sees at least one.
+        q: Queries.
+        segments: Keys and values. In all segments together, each query sees at least one key.
 
     Returns:
-        [rows, heads, tokens, head_dim] in the dtype of ``q``.
+        Means of the values, in the dtype of ``q``.
     """
-    outs, tops, sums = zip(*(_attend_part(q, *part) for part in parts), strict=True)
-    top = functools.reduce(jnp.maximum, tops)
-    weights = [jnp.exp(t - top) for t in tops]
+    outs, maxima, sums = zip(*(_attend_segment(q, *segment) for segment in segments), strict=True)
+    maximum = functools.reduce(jnp.maximum, maxima)
+    weights = [jnp.exp(m - maximum) for m in maxima]
     total = sum(w * s for w, s in zip(weights, sums, strict=True))
     mixed = sum(w * out for w, out in zip(weights, outs, strict=True))
     return (mixed / total).astype(q.dtype)
 
 
-def _attend_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The values of one part, weighted by exp(score - top) and summed; top; and the sum of the weights.
-
-    float32: [rows, heads, tokens, head_dim], and twice [rows, heads, tokens, 1].
-    """
-    rows, heads, tokens, head_dim = q.shape
+def _attend_segment(
+    q: Float[Array, "batch heads tokens head_dim"],
+    k: Float[Array, "groups kv_heads capacity head_dim"],
+    v: Float[Array, "groups kv_heads capacity head_dim"],
+    mask: Bool[Array, " groups #tokens capacity"],
+) -> tuple[
+    Float[Array, "batch heads tokens head_dim"],
+    Float[Array, "batch heads tokens 1"],
+    Float[Array, "batch heads tokens 1"],
+]:
+    """Return the sum of the values weighted by exp(score - maximum), the maximum, and the sum of weights, float32."""
+    batch, heads, tokens, head_dim = q.shape
     groups, kv_heads = k.shape[:2]
-    grouped = q.reshape(groups, rows // groups, kv_heads, heads // kv_heads, tokens, head_dim)
+    grouped = q.reshape(groups, batch // groups, kv_heads, heads // kv_heads, tokens, head_dim)
     scores = jnp.einsum("gnkhtd,gksd->gnkhts", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
     scores = jnp.where(mask[:, None, None, None], scores, jnp.finfo(jnp.float32).min)
-    top = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    out = _weighted(weights.astype(v.dtype), v)
+    maximum = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - maximum)
+    out = _weighted_sum(weights.astype(v.dtype), v)
 
-    def by_row(x: jax.Array) -> jax.Array:
-        return x.reshape(rows, heads, tokens, -1)
+    def ungroup(x: jax.Array) -> jax.Array:
+        return x.reshape(batch, heads, tokens, -1)
 
-    return by_row(out), by_row(top), by_row(weights.sum(axis=-1, keepdims=True))
+    return ungroup(out), ungroup(maximum), ungroup(weights.sum(axis=-1, keepdims=True))
 
 
-def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """``v`` [groups, kv_heads, slots, head_dim] by weights [groups, n, kv_heads, heads, tokens, slots], in float32."""
+def _weighted_sum(
+    weights: Float[Array, "groups n kv_heads group tokens capacity"],
+    v: Float[Array, "groups kv_heads capacity head_dim"],
+) -> Float[Array, "groups n kv_heads group tokens head_dim"]:
+    """Return the sum of the values with these weights, in float32."""
 
     def product(weights: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.einsum("gnkhts,gksd->gnkhtd", weights, v, preferred_element_type=jnp.float32)
 
-    def wide(weights: jax.Array, v: jax.Array) -> jax.Array:
+    def float32_product(weights: jax.Array, v: jax.Array) -> jax.Array:
         return product(weights.astype(jnp.float32), v.astype(jnp.float32))
 
     # XLA's CPU backend has no product of this form that takes bfloat16 and gives float32.
-    out: jax.Array = jax.lax.platform_dependent(weights, v, cpu=wide, default=product)
+    out: jax.Array = jax.lax.platform_dependent(weights, v, cpu=float32_product, default=product)
     return out
 
 
-def _in_blocks(x: jax.Array, axis: int) -> jax.Array:
-    """``axis`` filled up to whole blocks and cut into them: [blocks, ..., QUERY_BLOCK, ...]."""
-    fill = [(0, -x.shape[axis] % QUERY_BLOCK if i == axis else 0) for i in range(x.ndim)]
-    x = jnp.pad(x, fill)
+def _query_blocks(x: jax.Array, axis: int) -> jax.Array:
+    """Pad ``axis`` to whole blocks and split it: [blocks, ..., QUERY_BLOCK, ...]."""
+    padding = [(0, -x.shape[axis] % QUERY_BLOCK if i == axis else 0) for i in range(x.ndim)]
+    x = jnp.pad(x, padding)
     x = x.reshape(*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :])
     return jnp.moveaxis(x, axis, 0)

@@ -1,4 +1,4 @@
-"""Llama-3.2-Vision as a Flax module, and the pure functions that it is made of."""
+"""Llama-3.2-Vision as a Flax module, and the pure functions of its parameters that it calls."""
 
 import functools
 import zlib
@@ -10,43 +10,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text_decoder, vision_tower
-from llava_cot_jax.model.attention import causal
+from llava_cot_jax.model.attention import causal_mask
 from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.sharded import OnProgress, load_arrays, save_arrays
-from llava_cot_jax.model.choices import Checkpointing
+from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.model.layers import Weights, scaled_product
-from llava_cot_jax.model.parameters import Initializer, Layout, Parameter, flatten, initialize, nest, parameters
-from llava_cot_jax.model.quantization import quantized
-from llava_cot_jax.model.sharding import check_mesh, constrain, on_mesh, parameter_sharding
+from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
+from llava_cot_jax.model.layers import int8_linear
+from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, Params, initial_values, parameters
+from llava_cot_jax.model.quantization import quantize_params
+from llava_cot_jax.model.sharding import check_mesh, constrain, parameter_sharding, use_mesh
 from llava_cot_jax.paths import as_path
 
 ArrayLike = jax.Array | np.ndarray
-PARTS = ("vision_model", "multi_modal_projector", "language_model")
+
+SUBMODELS = ("vision_model", "multi_modal_projector", "language_model")
 
 
 class Mllama(nnx.Module):
-    """Llama-3.2-Vision: a vision tower, a language model, and cross layers between them.
+    """Llama-3.2-Vision: a vision tower, and a language model whose cross-attention layers attend to its features.
 
-    The weights are ``nnx.Param``s named as in the published checkpoint, e.g.
+    The parameters are ``nnx.Param``s named as in the published checkpoint, e.g.
     ``model.language_model.model.layers["3"].cross_attn.q_proj.weight`` [out, in].
 
     Args:
-        config: sizes and convention.
-        rngs: where fresh weights come from (the stream ``params``). They are the same in either
-            layout and on any mesh. None where ``arrays`` are given.
+        config: Sizes and convention.
+        rngs: Source of initial parameters (the stream ``params``), which are the same in either layout and on any
+            mesh. None where ``arrays`` are given.
         layout: ``"unrolled"``, one array per layer, for decoding; ``"stacked"``, scanned over, for training.
-        dtype: of the weights, and so of the activations.
-        mesh: where the weights live (``sharding.make_mesh``); None is the default device.
-        checkpointing: what of a layer the backward pass finds saved.
-        arrays: weights that are there, by the paths of ``parameters(config, layout)``, in place of fresh ones.
+        dtype: Dtype of the parameters, and so of the activations.
+        mesh: Devices that hold the parameters (``sharding.make_mesh``); None is the default device.
+        remat: What the forward pass of a layer saves for the backward pass.
+        arrays: Existing parameters by their paths in ``parameters(config, layout)``, in place of initial ones.
 
     Raises:
-        UserError: ``mesh`` does not divide the model.
+        UserError: The mesh does not divide the model.
     """
 
     vision_model: Any
@@ -58,24 +62,23 @@ class Mllama(nnx.Module):
         config: MllamaConfig,
         *,
         rngs: nnx.Rngs | None = None,
-        layout: Layout = "unrolled",
+        layout: ParamLayout = "unrolled",
         dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
-        checkpointing: Checkpointing = "none",
+        remat: RematPolicy = "none",
         arrays: dict[str, jax.Array] | None = None,
     ) -> None:
         if mesh is not None:
             check_mesh(config, mesh)
         self.config = config
-        self.layout: Layout = layout
+        self.layout: ParamLayout = layout
         self.mesh = mesh
-        self.checkpointing: Checkpointing = checkpointing
+        self.remat: RematPolicy = remat
         if arrays is None:
             if rngs is None:
-                raise TypeError("give rngs, from which fresh weights are drawn, or arrays")
-            key, table = rngs.params(), parameters(config, layout)
-            arrays = {path: fresh(parameter, key, jnp.dtype(dtype), mesh) for path, parameter in table.items()}
-        self._hold(arrays)
+                raise TypeError("give rngs, from which initial parameters are drawn, or arrays")
+            arrays = init_params(parameters(config, layout), rngs.params(), jnp.dtype(dtype), mesh)
+        self._set_params(arrays)
 
     def __call__(
         self,
@@ -87,23 +90,23 @@ class Mllama(nnx.Module):
         cross_attention_mask: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Logits of the next token after every token; takes what a transformers processor returns.
+        """Return the logits of the token after every token. The arguments are what a transformers processor returns.
 
         Args:
             input_ids: int [batch, tokens].
-            pixel_values: [batch, images, tiles, channels, size, size], normalised float or uint8;
-                None for a batch without images.
-            aspect_ratio_ids: int [batch, images]; 0 where a row has fewer images.
-            aspect_ratio_mask: 0 or 1 [batch, images, tiles]; by default what the ids imply.
-            cross_attention_mask: 0 or 1 [batch, tokens, images, tiles], what a token sees.
+            pixel_values: Tiles [batch, images, tiles, channels, size, size], normalised float or uint8; None for a
+                batch without images.
+            aspect_ratio_ids: int [batch, images]; 0 where a sequence has fewer images.
+            aspect_ratio_mask: 0 or 1 [batch, images, tiles], which tiles are used; by default what the ids imply.
+            cross_attention_mask: 0 or 1 [batch, tokens, images, tiles], which tiles a token sees.
             attention_mask: 0 or 1 [batch, tokens]; 0 is padding, on either side.
 
         Returns:
-            float32 [batch, tokens, vocabulary]; of no meaning at padding.
+            Logits, float32 [batch, tokens, vocab]. They have no meaning at padding.
 
         Raises:
-            UserError: pixel values without the ids or the cross attention mask that belong to them,
-                or arrays whose shapes contradict the configuration or each other.
+            UserError: There are pixel values without the ids or the cross-attention mask that belong to them, or shapes
+                contradict the configuration or each other.
         """
         inputs = {
             "input_ids": input_ids,
@@ -119,10 +122,9 @@ class Mllama(nnx.Module):
     def vision_features(
         self, pixel_values: ArrayLike, aspect_ratio_ids: ArrayLike, aspect_ratio_mask: ArrayLike | None = None
     ) -> jax.Array:
-        """What the vision tower makes of images, before the projector; arguments as for a call.
+        """Return features of images before the projector, [batch, images, tiles, patches + 1, features].
 
-        Returns:
-            [batch, images, tiles, patches + 1, features].
+        The arguments are those of a call of the model.
         """
         images = {
             "pixel_values": pixel_values,
@@ -132,20 +134,20 @@ class Mllama(nnx.Module):
         return self._run(_features, images)
 
     def _run(self, function: Callable[..., jax.Array], inputs: Mapping[str, ArrayLike | None]) -> jax.Array:
-        """``function`` of these weights and inputs, compiled."""
-        given = {name: _device_ready(x) for name, x in inputs.items() if x is not None}
-        static = {"config": self.config, "mesh": self.mesh, "checkpointing": self.checkpointing}
-        return _compiled(self.params, given, function=function, **static)
+        """Compile and call ``function`` with the parameters and ``inputs``."""
+        given = {name: _to_model_dtype(x) for name, x in inputs.items() if x is not None}
+        static = {"config": self.config, "mesh": self.mesh, "remat": self.remat}
+        return _run_compiled(self.params, given, function=function, **static)
 
     @property
-    def params(self) -> dict[str, Any]:
-        """The weights as a nest of dicts that ends in arrays: what the pure functions take."""
+    def params(self) -> Params:
+        """Parameters as nested dicts of arrays, which the pure functions take."""
         # Not through nnx.state, which leaves reference cycles that keep every array until a garbage collection.
-        return {name: _as_arrays(getattr(self, name)) for name in PARTS}
+        return {name: _as_arrays(getattr(self, name)) for name in SUBMODELS}
 
     @property
     def dtype(self) -> Any:
-        """Of the weights, and so of the activations."""
+        """Dtype of the parameters, and so of the activations."""
         return self.language_model.model.norm.weight.dtype
 
     @property
@@ -154,42 +156,45 @@ class Mllama(nnx.Module):
         return "scale" in self.language_model.lm_head
 
     def quantize(self) -> None:
-        """Turn the text layers' projections and lm_head into int8 in place, for decoding (``quantization``).
+        """Convert the text layers' projections and lm_head to int8 in place, for decoding (see ``quantization``).
 
         Raises:
-            UserError: the layers are stacked.
+            UserError: The layers are stacked.
         """
         if self.layout != "unrolled":
             raise UserError("stacked weights are for training: call to_layout('unrolled') before quantize()")
         if not self.is_quantized:
-            held = flatten(self.params)
-            self._hold({})  # ``held`` alone keeps the arrays now
-            self._hold(quantized(held))
+            flat = flatten_dict(self.params, sep=".")
+            self._set_params({})  # ``flat`` alone keeps the arrays now
+            self._set_params(quantize_params(flat))
 
-    def to_layout(self, layout: Layout) -> None:
-        """Change the layout in place, one parameter at a time: never are there two copies of the model."""
+    def to_layout(self, layout: ParamLayout) -> None:
+        """Change the layout in place, one parameter at a time, so that there are never two copies of the model.
+
+        Raises:
+            UserError: The parameters are in int8.
+        """
         if layout == self.layout:
             return
         if self.is_quantized:
             raise UserError("int8 weights are for decoding: load the model anew to train it")
         old, new = parameters(self.config, self.layout), parameters(self.config, layout)
-        held = flatten(self.params)
-        self._hold({})  # ``held`` alone keeps the arrays now, so that each is freed once its parts stand
+        flat = flatten_dict(self.params, sep=".")
+        self._set_params({})  # ``flat`` alone keeps the arrays now, so that each is freed once it is converted
         tensors: dict[str, jax.Array] = {}
         for path, parameter in old.items():
             if parameter.stacked:
-                part = new[parameter.tensors[0]]
-                parts = _placed(_unstack, part, self.mesh)(held.pop(path))
-                tensors |= zip(parameter.tensors, jax.block_until_ready(parts), strict=True)
+                layers = _jit_to_mesh(_unstack, new[parameter.tensors[0]], self.mesh)(flat.pop(path))
+                tensors |= zip(parameter.tensors, jax.block_until_ready(layers), strict=True)
             else:
-                tensors[path] = held.pop(path)
+                tensors[path] = flat.pop(path)
         arrays: dict[str, jax.Array] = {}
         for path, parameter in new.items():
-            parts = [tensors.pop(tensor) for tensor in parameter.tensors]
-            stack = _placed(_stack, parameter, self.mesh)
-            arrays[path] = jax.block_until_ready(stack(parts)) if parameter.stacked else parts[0]
+            layers = [tensors.pop(tensor) for tensor in parameter.tensors]
+            stack = _jit_to_mesh(_stack, parameter, self.mesh)
+            arrays[path] = jax.block_until_ready(stack(layers)) if parameter.stacked else layers[0]
         self.layout = layout
-        self._hold(arrays)
+        self._set_params(arrays)
 
     @classmethod
     def from_pretrained(
@@ -199,43 +204,43 @@ class Mllama(nnx.Module):
         convention: Convention | None = None,
         dtype: Any = None,
         mesh: Mesh | None = None,
-        layout: Layout = "unrolled",
-        checkpointing: Checkpointing = "none",
+        layout: ParamLayout = "unrolled",
+        remat: RematPolicy = "none",
         on_progress: OnProgress | None = None,
     ) -> Self:
-        """The model of a Hugging Face checkpoint, read straight into sharded arrays.
+        """Load the model of a Hugging Face checkpoint, read straight into sharded arrays.
 
         Args:
-            path_or_hub_id: a folder, or ``"organisation/name"`` on the hub.
-            convention: what the weights were trained with; None is what config.json says, else
-                ``"meta"``. LLaVA-CoT's released weights are ``"transformers_4"`` and do not say so.
+            path_or_hub_id: Folder, or ``"organisation/name"`` on the hub.
+            convention: Convention that the model was trained with. None takes config.json's, and ``"meta"`` where it
+                states none. LLaVA-CoT's released weights are ``"transformers_4"`` and do not state it.
             dtype: float32, float16 or bfloat16; None is the checkpoint's own.
-            mesh: as for the class. Each process reads the bytes of its own shards alone.
-            layout: as for the class.
-            checkpointing: as for the class.
-            on_progress: called with the bytes that this process has read and is to read.
+            mesh: Devices that hold the parameters. Each process reads only the bytes of its own shards.
+            layout: Layout of the parameters.
+            remat: What the forward pass of a layer saves for the backward pass.
+            on_progress: Called with the number of bytes that this process has read, and is to read.
 
         Raises:
-            UserError: no such checkpoint, one of another model, tensors that are missing,
-                unexpected, doubled or of another shape, or a mesh that does not divide the model.
+            UserError: There is no such checkpoint, or it is of another model, or tensors are missing, unexpected,
+                doubled or of another shape, or the mesh does not divide the model.
         """
         folder = resolve_checkpoint(path_or_hub_id)
         config = read_config(folder, convention)
         arrays = load_arrays(folder, config, layout=layout, dtype=dtype, mesh=mesh, on_progress=on_progress)
-        return cls.from_arrays(config, arrays, layout=layout, mesh=mesh, checkpointing=checkpointing)
+        return cls.from_arrays(config, arrays, layout=layout, mesh=mesh, remat=remat)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a checkpoint that transformers loads: safetensors of at most 5 GB a file, their index, config.json.
 
-        Under several processes all must call this; the first writes, one gathered tensor at a time.
+        Where there are several processes, all must call this. The first writes, one gathered tensor at a time.
 
         Raises:
-            UserError: the weights are in int8, or the folder is not empty, or cannot be written; nothing
-                half-written stays there.
+            UserError: The parameters are in int8, or the folder is not empty or cannot be written. No incomplete file
+                is left there.
         """
         if self.is_quantized:
             raise UserError("int8 weights are not written: save the model before quantize()")
-        save_arrays(flatten(self.params), self.config, as_path(path))
+        save_arrays(flatten_dict(self.params, sep="."), self.config, as_path(path))
 
     @classmethod
     def from_arrays(
@@ -243,17 +248,17 @@ class Mllama(nnx.Module):
         config: MllamaConfig,
         arrays: dict[str, jax.Array],
         *,
-        layout: Layout,
+        layout: ParamLayout,
         mesh: Mesh | None = None,
-        checkpointing: Checkpointing = "none",
+        remat: RematPolicy = "none",
     ) -> Self:
-        """A model of weights that are there: ``arrays`` by the paths of ``parameters(config, layout)``."""
-        return cls(config, arrays=arrays, layout=layout, mesh=mesh, checkpointing=checkpointing)
+        """Return a model of existing parameters, by their paths in ``parameters(config, layout)``."""
+        return cls(config, arrays=arrays, layout=layout, mesh=mesh, remat=remat)
 
-    def _hold(self, arrays: dict[str, jax.Array]) -> None:
-        """Take ``arrays``, by their paths, as this module's weights."""
-        tree = nest(arrays)
-        for name in PARTS:
+    def _set_params(self, arrays: dict[str, jax.Array]) -> None:
+        """Set the parameters of this module, by their paths."""
+        tree = unflatten_dict(arrays, sep=".")
+        for name in SUBMODELS:
             setattr(self, name, _as_params(tree.get(name, {})))
 
 
@@ -265,65 +270,72 @@ def _as_params(node: Any) -> Any:
     return nnx.Dict({k: _as_params(v) for k, v in node.items()}) if isinstance(node, dict) else nnx.Param(node)
 
 
-def _placed(function: Callable[..., Any], parameter: Parameter, mesh: Mesh | None) -> Callable[..., Any]:
-    """``function`` compiled to leave its results where ``mesh`` holds ``parameter``."""
+def _jit_to_mesh(function: Callable[..., Any], parameter: Parameter, mesh: Mesh | None) -> Callable[..., Any]:
+    """Compile ``function`` so that its results are laid out as ``mesh`` holds ``parameter``."""
     return jax.jit(function, out_shardings=None if mesh is None else parameter_sharding(parameter, mesh))
 
 
-def _stack(parts: list[jax.Array]) -> jax.Array:
-    return jnp.stack(parts)
+def _stack(layers: list[jax.Array]) -> jax.Array:
+    return jnp.stack(layers)
 
 
 def _unstack(stack: jax.Array) -> list[jax.Array]:
     return list(jnp.unstack(stack))
 
 
-def fresh(parameter: Parameter, key: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    """A fresh array of ``dtype``, as ``mesh`` holds ``parameter``.
+def init_params(
+    table: Mapping[str, Parameter], key: PRNGKeyArray, dtype: Any, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    """Return the initial arrays of the parameters in ``table``, by their paths, sharded over ``mesh``.
 
-    A tensor's draw is keyed by its name, so it is the same in either layout.
+    The random draw of a tensor is keyed by its name, so it is the same in either layout.
 
     Raises:
-        UserError: the mesh does not divide it.
+        UserError: The mesh does not divide a parameter.
     """
+    return {path: _init_param(parameter, key, dtype, mesh) for path, parameter in table.items()}
+
+
+def _init_param(parameter: Parameter, key: PRNGKeyArray, dtype: Any, mesh: Mesh | None) -> jax.Array:
     ids = np.array([zlib.crc32(tensor.encode()) for tensor in parameter.tensors], np.uint32)
     sharding = None if mesh is None else parameter_sharding(parameter, mesh)
-    tensors = _drawing(parameter.tensor_shape, parameter.initializer, parameter.std, dtype, parameter.stacked, sharding)
-    return tensors(key, ids)
+    shape, stacked = parameter.tensor_shape, parameter.stacked
+    return _initializer(shape, parameter.initializer, parameter.std, dtype, stacked, sharding)(key, ids)
 
 
 @functools.cache  # a model has some thirty distinct kinds of tensor: one compilation each
-def _drawing(
+def _initializer(
     shape: tuple[int, ...], initializer: Initializer, std: float, dtype: Any, stacked: bool, sharding: Any
 ) -> Callable[[jax.Array, np.ndarray], jax.Array]:
     def draw(key: jax.Array, ids: jax.Array) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-        tensors = jax.vmap(lambda key: initialize(shape, initializer, std, key, dtype))(keys)
+        tensors = jax.vmap(lambda key: initial_values(shape, initializer, std, key, dtype))(keys)
         return tensors if stacked else tensors[0]
 
     return jax.jit(draw, out_shardings=sharding)
 
 
-def image_states(
-    params: Weights, config: MllamaConfig, inputs: Mapping[str, jax.Array], checkpointing: Checkpointing = "none"
-) -> jax.Array:
-    """Projected image tokens of each row, [batch, image_tokens, hidden]; ``inputs`` as for ``hidden_states``."""
-    features = _features(params, config, inputs, checkpointing)
+def cross_attention_states(
+    params: Params, config: MllamaConfig, inputs: Mapping[str, jax.Array], remat: RematPolicy = "none"
+) -> Float[Array, "batch image_tokens hidden"]:
+    """Return the projected image tokens of each sequence; ``inputs`` are those of ``hidden_states``."""
+    features = _features(params, config, inputs, remat)
     return text_decoder.project(params["multi_modal_projector"], features)
 
 
-def logits(params: Weights, hidden: jax.Array) -> jax.Array:
-    """Logits, float32 [..., vocabulary], of hidden states [..., hidden]."""
+@jax.named_scope("lm_head")
+def compute_logits(params: Params, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+    """Return the float32 logits of hidden states."""
     head = params["language_model"]["lm_head"]
     if "scale" in head:
-        return scaled_product(hidden, head)
+        return int8_linear(hidden, head)
     return jnp.einsum("...h,vh->...v", hidden, head["weight"], preferred_element_type=jnp.float32)
 
 
 def _features(
-    params: Weights, config: MllamaConfig, inputs: Mapping[str, jax.Array], checkpointing: Checkpointing
-) -> jax.Array:
-    """[batch, images, tiles, patches + 1, features]: the tower sees all images of a batch side by side."""
+    params: Params, config: MllamaConfig, inputs: Mapping[str, jax.Array], remat: RematPolicy
+) -> Float[Array, "batch images tiles tile_tokens features"]:
+    """Return the features of all images of a batch, which go through the vision tower side by side."""
     pixels, ids, used = (inputs.get(n) for n in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
     assert pixels is not None and ids is not None
     if used is None:  # the image processor marks the first tile of a missing image too
@@ -335,55 +347,60 @@ def _features(
         ids.reshape(-1),
         used.reshape(-1, used.shape[-1]),
         taps=config.vision_taps,
-        checkpointing=checkpointing,
+        remat=remat,
     )
     return features.reshape(*ids.shape, *features.shape[1:])
 
 
 def hidden_states(
-    params: Weights,
+    params: Params,
     config: MllamaConfig,
     inputs: Mapping[str, jax.Array],
-    checkpointing: Checkpointing = "none",
-) -> jax.Array:
-    """What lm_head sees of every token, [batch, tokens, hidden]; ``inputs`` by the names of ``Mllama``'s arguments."""
+    remat: RematPolicy = "none",
+) -> Float[Array, "batch tokens hidden"]:
+    """Return the hidden state of every token, ready for lm_head.
+
+    Args:
+        params: Parameters of the model, in either layout.
+        config: Configuration of the model.
+        inputs: Arrays by the names of the arguments of ``Mllama``.
+        remat: What the forward pass of a layer saves for the backward pass.
+    """
     ids = inputs["input_ids"]
     present = inputs.get("attention_mask", jnp.ones_like(ids)).astype(bool)
     positions = jnp.maximum(jnp.cumsum(present, axis=-1) - 1, 0)
-    sight = None
+    images = None
     if "pixel_values" in inputs:
-        states = image_states(params, config, inputs, checkpointing)
-        sight = text_decoder.see(config, inputs["cross_attention_mask"], states)
-    decoder = params["language_model"]["model"]
-    return text_decoder.decode(decoder, config, ids, positions, causal(present), sight, checkpointing)
+        states = cross_attention_states(params, config, inputs, remat)
+        images = ImageContext(*cross_attention_mask(config, inputs["cross_attention_mask"]), states=states)
+    text_params = params["language_model"]["model"]
+    return text_decoder.forward(text_params, config, ids, positions, causal_mask(present), images, remat)
 
 
-def _all_logits(
-    params: Weights, config: MllamaConfig, inputs: Mapping[str, jax.Array], checkpointing: Checkpointing
-) -> jax.Array:
-    hidden = hidden_states(params, config, inputs, checkpointing)
-    return constrain(logits(params, hidden), "batch", None, "vocab")
+def _all_logits(params: Params, config: MllamaConfig, inputs: Mapping[str, jax.Array], remat: RematPolicy) -> jax.Array:
+    hidden = hidden_states(params, config, inputs, remat)
+    return constrain(compute_logits(params, hidden), "batch", None, "vocab")
 
 
-@functools.partial(jax.jit, static_argnames=("function", "config", "mesh", "checkpointing"))
-def _compiled(
-    params: Weights,
+@functools.partial(jax.jit, static_argnames=("function", "config", "mesh", "remat"))
+def _run_compiled(
+    params: Params,
     inputs: Mapping[str, jax.Array],
     *,
     function: Callable[..., jax.Array],
     config: MllamaConfig,
     mesh: Mesh | None,
-    checkpointing: Checkpointing,
+    remat: RematPolicy,
 ) -> jax.Array:
-    with on_mesh(mesh):
-        return function(params, config, inputs, checkpointing)
+    with use_mesh(mesh):
+        return function(params, config, inputs, remat)
 
 
 def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:
-    """Whether these arrays can go through a model of ``config`` together.
+    """Check that these arrays can be inputs of a model of ``config`` together.
 
     Raises:
-        UserError: one is missing beside another, or has another shape than it must have.
+        UserError: An array lacks another that belongs to it, or has a wrong shape.
     """
     given = {name: tuple(x.shape) for name, x in inputs.items() if x is not None}
     if len(given["input_ids"]) != 2:
@@ -410,7 +427,7 @@ def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -
             raise UserError(f"{name} must have shape {list(expected[name])}, got {list(shape)}")
 
 
-def _device_ready(x: ArrayLike) -> ArrayLike:
-    """``x`` in the dtype that the model takes: uint8 as it is, other integers int32, floats float32."""
+def _to_model_dtype(x: ArrayLike) -> ArrayLike:
+    """Cast to the dtype that the model takes: uint8 stays, other integers become int32, floats float32."""
     kind = jnp.uint8 if x.dtype == np.uint8 else jnp.float32 if jnp.issubdtype(x.dtype, np.floating) else jnp.int32
     return x.astype(kind)

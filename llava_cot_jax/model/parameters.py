@@ -1,15 +1,15 @@
-"""The declaration of every parameter: published name, shape, logical axes, initialiser.
+"""Declaration of every parameter: published name, shape, logical axes, initialiser.
 
-Initialisation, sharding, import, export, checkpoints and ahead-of-time compilation all read this
-table. Names, shapes and orientation ([out, in] for every projection) are those of the published
-checkpoint, so a tensor of a file is a parameter of the model without a transposition.
+Initialisation, sharding, import, export, checkpoints and ahead-of-time compilation all read this table. Names, shapes
+and orientation ([out, in] for every projection) are those of the published checkpoint, so a tensor of a file is a
+parameter of the model without a transposition.
 
 A model holds its parameters in one of two layouts:
 
 * ``unrolled``: one array per layer, for decoding. The paths are the published names.
-* ``stacked``: the layers of a stack that play the same part share one array with a leading axis
-  ``layers``, for training under ``lax.scan``. The text layers repeat with ``TextConfig.period``
-  p: path ``layers.s`` holds the layers s, s + p, s + 2p, ...; a vision stack is one such slot.
+* ``stacked``: the layers at the same index of every repeating block share one array with a leading axis ``layers``, for
+  training under ``lax.scan``. A block of text layers has ``TextConfig.layers_per_block`` layers, p: path ``layers.i``
+  holds the layers i, i + p, i + 2p, ... The blocks of the vision tower have one layer each.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,27 +18,34 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from llava_cot_jax.model.config import EXTRA_EMBEDDINGS, MllamaConfig, TextConfig, VisionConfig
 
-Layout = Literal["unrolled", "stacked"]
+Params = Mapping[str, Any]
+"""Parameters of a model or of one of its modules: nested dicts of arrays, named as in the published checkpoint."""
+
+ParamLayout = Literal["unrolled", "stacked"]
+"""How the parameters of repeated layers are held: an array for each layer, or one for all layers of a kind."""
+
 Initializer = Literal["normal", "zeros", "ones", "gate"]
 
 GATE = 0.7
-"""A fresh gate. The published initialisation, 0, leaves the image path without a gradient for long."""
+"""Initial value of a gate. The published one, 0, leaves the image path without a gradient for long."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array of the model.
+    """Declaration of one array of the model.
 
     Attributes:
-        shape: its shape, the ``layers`` axis of a stack counted.
-        axes: the logical name of each axis (``sharding.RULES`` maps them to mesh axes), None where it is never cut.
-        initializer: how a fresh model fills it.
-        std: standard deviation for ``normal``.
-        tensors: the published tensors that it holds: one, or those of a stack in order.
-        stacked: whether the leading axis runs over ``tensors``.
+        shape: Shape, with the ``layers`` axis of a stack.
+        axes: Logical name of each axis, which ``sharding.LOGICAL_AXIS_RULES`` maps to mesh axes; None where the axis is
+            never sharded.
+        initializer: Distribution of the initial values.
+        std: Standard deviation of the initial values, with ``normal``.
+        tensors: Names of the published tensors that it holds: one, or those of a stack in order.
+        stacked: Whether the leading axis runs over ``tensors``.
     """
 
     shape: tuple[int, ...]
@@ -54,15 +61,17 @@ class Parameter:
         return self.shape[1:] if self.stacked else self.shape
 
 
-def initialize(shape: tuple[int, ...], initializer: Initializer, std: float, key: jax.Array, dtype: Any) -> jax.Array:
-    """A fresh tensor [shape] of ``dtype``."""
+def initial_values(
+    shape: tuple[int, ...], initializer: Initializer, std: float, key: PRNGKeyArray, dtype: Any
+) -> jax.Array:
+    """Return the initial values of a tensor."""
     if initializer == "normal":
         return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
     return jnp.full(shape, {"zeros": 0.0, "ones": 1.0, "gate": GATE}[initializer], dtype)
 
 
-def parameters(config: MllamaConfig, layout: Layout) -> dict[str, Parameter]:
-    """Every parameter by its path, dotted, in the given layout."""
+def parameters(config: MllamaConfig, layout: ParamLayout) -> dict[str, Parameter]:
+    """Return the declaration of every parameter by its dotted path in the given layout."""
     published = {p.tensors[0]: p for p in _published(config)}
     if layout == "unrolled":
         return published
@@ -72,14 +81,14 @@ def parameters(config: MllamaConfig, layout: Layout) -> dict[str, Parameter]:
         if index is None:
             table[name] = parameter
             continue
-        period = config.text.period if stack == TEXT_LAYERS else 1
-        if index < period:
+        layers_per_block = config.text.layers_per_block if stack == TEXT_LAYERS else 1
+        if index < layers_per_block:
             depth = {
                 TEXT_LAYERS: config.text.num_hidden_layers,
                 LOCAL_LAYERS: config.vision.num_hidden_layers,
                 GLOBAL_LAYERS: config.vision.num_global_layers,
             }[stack]
-            tensors = tuple(f"{stack}.{i}.{leaf}" for i in range(index, depth, period))
+            tensors = tuple(f"{stack}.{i}.{leaf}" for i in range(index, depth, layers_per_block))
             shape, axes = (len(tensors), *parameter.shape), ("layers", *parameter.axes)
             table[name] = Parameter(shape, axes, parameter.initializer, parameter.std, tensors, stacked=True)
     return table
@@ -91,7 +100,7 @@ GLOBAL_LAYERS = "vision_model.global_transformer.layers"
 
 
 def _split_layer(name: str) -> tuple[str, int | None, str]:
-    """("language_model.model.layers", 3, "norm.weight") for a layer's tensor, (name, None, "") for another."""
+    """Split a layer's name as ("language_model.model.layers", 3, "norm.weight"); another's is (name, None, "")."""
     for stack in (TEXT_LAYERS, LOCAL_LAYERS, GLOBAL_LAYERS):
         if name.startswith(stack + "."):
             index, leaf = name.removeprefix(stack + ".").split(".", 1)
@@ -100,7 +109,7 @@ def _split_layer(name: str) -> tuple[str, int | None, str]:
 
 
 def _published(config: MllamaConfig) -> Iterator[Parameter]:
-    """Every published tensor, each its own parameter."""
+    """Yield every published tensor as a parameter of its own."""
     yield from _vision_tensors(config.vision)
     std, hidden = config.text.initializer_range, config.text.hidden_size
     projector = _Declare("multi_modal_projector", std)
@@ -111,7 +120,7 @@ def _published(config: MllamaConfig) -> Iterator[Parameter]:
 
 @dataclass(frozen=True)
 class _Declare:
-    """Declares the parameters below one prefix of names."""
+    """Declares the parameters whose names begin with ``prefix``."""
 
     prefix: str
     std: float
@@ -190,23 +199,3 @@ def _text_layer(declare: _Declare, config: TextConfig, cross: bool) -> Iterator[
     yield declare("mlp.down_proj.weight", (hidden, inner), ("embed", "mlp"))
     yield declare("input_layernorm.weight", (hidden,), (None,), "ones")
     yield declare("post_attention_layernorm.weight", (hidden,), (None,), "ones")
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} as {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The inverse of ``nest``."""
-    flat: dict[str, Any] = {}
-    for name, node in tree.items():
-        flat |= flatten(node, f"{prefix}{name}.") if isinstance(node, Mapping) else {f"{prefix}{name}": node}
-    return flat

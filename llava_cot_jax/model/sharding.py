@@ -1,8 +1,8 @@
-"""Where arrays live: mesh axes, logical axes, and the table that maps one to the other.
+"""Sharding: mesh axes, logical axes, and the table that maps one to the other.
 
-A mesh has three axes. ``data`` repeats the model, ``fsdp`` cuts parameters and batch alike,
-``tensor`` cuts heads, MLP widths and the vocabulary. Parameters name their logical axes in
-``parameters.py``; activations name theirs at ``constrain``.
+A mesh has three axes. ``data`` repeats the model, ``fsdp`` shards parameters and batch alike, ``tensor`` shards heads,
+MLP widths and the vocabulary. Parameters name their logical axes in ``parameters.py``; activations name theirs in calls
+of ``constrain``.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter, parameters
 
-RULES: dict[str, tuple[str, ...]] = {
+LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
     "gathered": ("fsdp", "tensor"),  # widths of layers used once, gathered where they are used
-    "columns": ("tensor", "fsdp"),  # of tables; the next two are on the way of what is looked up in them
+    "columns": ("tensor", "fsdp"),  # of embedding tables; the next two are for intermediate results of ``embed``
     "replica": ("data",),
     "part": ("tensor",),
     "heads": ("tensor",),
@@ -43,12 +43,14 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of ``data`` x ``fsdp`` x ``tensor`` devices, the first of those there are unless given.
+    """Return a mesh of ``data`` x ``fsdp`` x ``tensor`` devices, by default the first ones.
 
-    Of several TPU slices only ``data`` runs over the slow network between them: each holds whole copies of the model.
+    Where there are several TPU slices, only ``data`` runs over the slow network between them: each slice holds whole
+    copies of the model.
 
     Raises:
-        UserError: an axis below 1, fewer devices than the mesh takes, or slices that ``data`` does not divide over.
+        UserError: An axis is below 1, or there are fewer devices than the mesh takes, or ``data`` is no multiple of the
+            number of slices.
     """
     shape = (data, fsdp, tensor)
     if min(shape) < 1:
@@ -70,18 +72,18 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
 
 
 def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of no devices: enough to trace a program, and to know the shapes of all its shards."""
+    """Return a mesh without devices: enough to trace a program, and to know the shapes of all its shards."""
     mesh: Any = AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    return mesh  # jax lets it stand where no device is asked for
+    return mesh  # jax accepts it wherever no device is needed
 
 
-def partition(axes: Iterable[str | None]) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes.
+def partition_spec(axes: Iterable[str | None]) -> PartitionSpec:
+    """Return the PartitionSpec of an array with these logical axes.
 
     Raises:
-        ValueError: an unknown logical axis, or two that would use one mesh axis.
+        ValueError: A logical axis is unknown, or two would use one mesh axis.
     """
-    entries = [() if axis is None else RULES[axis] for axis in axes]
+    entries = [() if axis is None else LOGICAL_AXIS_RULES[axis] for axis in axes]
     used = [mesh_axis for entry in entries for mesh_axis in entry]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(axes)} map to one mesh axis twice")
@@ -89,27 +91,27 @@ def partition(axes: Iterable[str | None]) -> PartitionSpec:
 
 
 def parameter_sharding(parameter: Parameter, mesh: Mesh) -> NamedSharding:
-    """How ``mesh`` holds ``parameter``.
+    """Return the sharding of a parameter on a mesh.
 
     Raises:
-        UserError: the mesh does not divide it.
+        UserError: The mesh does not divide the parameter.
     """
     for size, axis in zip(parameter.shape, parameter.axes, strict=True):
-        mesh_axes = RULES[axis] if axis else ()
+        mesh_axes = LOGICAL_AXIS_RULES[axis] if axis else ()
         pieces = math.prod(mesh.shape[m] for m in mesh_axes)
         if size % pieces:
             raise UserError(
                 f"the mesh does not divide {parameter.tensors[0]} {list(parameter.tensor_shape)}: "
                 f"{size} into {pieces} pieces ({' x '.join(f'{m}={mesh.shape[m]}' for m in mesh_axes)})"
             )
-    return NamedSharding(mesh, partition(parameter.axes))
+    return NamedSharding(mesh, partition_spec(parameter.axes))
 
 
 def check_mesh(config: MllamaConfig, mesh: Mesh) -> None:
-    """Whether ``mesh`` can hold a model of ``config``.
+    """Check that ``mesh`` can hold a model of ``config``.
 
     Raises:
-        UserError: it cuts an attention head, or does not divide a parameter.
+        UserError: The mesh splits an attention head, or does not divide a parameter.
     """
     tensor = mesh.shape["tensor"]
     heads = {"text key and value": config.text.num_key_value_heads, "vision": config.vision.attention_heads}
@@ -120,42 +122,42 @@ def check_mesh(config: MllamaConfig, mesh: Mesh) -> None:
         parameter_sharding(parameter, mesh)
 
 
-def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """The context in which a traced function's ``constrain`` refers to ``mesh``."""
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which ``constrain``, in a traced function, refers to ``mesh``."""
     return contextlib.nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Lay ``x`` out by the logical name of each of its axes, on the mesh of ``on_mesh``.
+    """Constrain the sharding of ``x`` by the logical name of each of its axes, on the mesh of ``use_mesh``.
 
-    An axis that the mesh does not divide (a batch of one question, say) is left whole on every
-    device. Without a mesh this is the identity.
+    An axis that the mesh does not divide (a batch of one question, say) is left whole on every device. Without a mesh
+    this is the identity.
     """
     mesh = get_abstract_mesh()
     if mesh.empty:
         return x
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     whole = [
-        None if axis is None or size % math.prod(sizes[m] for m in RULES[axis]) else axis
+        None if axis is None or size % math.prod(sizes[m] for m in LOGICAL_AXIS_RULES[axis]) else axis
         for size, axis in zip(x.shape, axes, strict=True)
     ]
-    return jax.lax.with_sharding_constraint(x, partition(whole))
+    return jax.lax.with_sharding_constraint(x, partition_spec(whole))
 
 
-def on_each_device(size: int, axis: str) -> int:
-    """How many of ``size`` along a logical axis each device of ``on_mesh`` has, as ``constrain`` lays them out."""
+def local_size(size: int, axis: str) -> int:
+    """Return the size of a shard of an axis of ``size``, as ``constrain`` shards it on the mesh of ``use_mesh``."""
     mesh = get_abstract_mesh()
-    pieces = 1 if mesh.empty else math.prod(mesh.shape[m] for m in RULES[axis])
+    pieces = 1 if mesh.empty else math.prod(mesh.shape[m] for m in LOGICAL_AXIS_RULES[axis])
     return size if size % pieces else size // pieces
 
 
 def default_mesh(config: MllamaConfig) -> Mesh | None:
-    """All devices: heads cut as far as they go, parameters over the rest; None where there is one device."""
+    """Return a mesh of all devices, or None for one: heads are sharded as far as they go, parameters over the rest."""
     count = jax.device_count()
-    return None if count == 1 else make_mesh(**default_sizes(config, count), devices=jax.devices())
+    return None if count == 1 else make_mesh(**default_mesh_shape(config, count), devices=jax.devices())
 
 
-def default_sizes(config: MllamaConfig, count: int) -> dict[str, int]:
-    """The axes of ``default_mesh`` over ``count`` devices."""
+def default_mesh_shape(config: MllamaConfig, count: int) -> dict[str, int]:
+    """Return the size of each axis of ``default_mesh`` over ``count`` devices."""
     tensor = math.gcd(count, config.text.num_key_value_heads, config.vision.attention_heads)
     return {"data": 1, "fsdp": count // tensor, "tensor": tensor}

@@ -1,89 +1,59 @@
-"""The language model: self-attention layers, and cross-attention layers that see the images."""
-
-from dataclasses import dataclass
+"""The language model: self-attention layers, and cross-attention layers that attend to the images."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from llava_cot_jax.model.attention import Mask
-from llava_cot_jax.model.choices import Checkpointing
+from llava_cot_jax.model.attention import AttentionMask
+from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig, TextConfig
-from llava_cot_jax.model.kv_cache import KeyValue, Layers, Memory
+from llava_cot_jax.model.image_context import ImageContext
+from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, LayerCache
 from llava_cot_jax.model.layers import (
-    Weights,
+    KVSegment,
+    apply_remat,
+    apply_rope,
     attention,
-    attention_in_parts,
-    checkpointed,
+    cascade_attention,
+    embed,
     is_stacked,
-    join_heads,
     linear,
-    lookup,
+    merge_heads,
     rms_norm,
-    rotate,
-    rotation,
+    rope_cos_sin,
     split_heads,
 )
+from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain
 
 IMAGE_TOKEN_MULTIPLE = 128
-"""The image tokens of a row are filled up to a multiple of this: the TPU compiler copies an odd cache."""
+"""The image tokens of a sequence are padded to a multiple of this, as the TPU compiler copies a cache of odd size."""
+
+RopeTables = tuple[Float[Array, "batch tokens half_head_dim"], Float[Array, "batch tokens half_head_dim"]]
+"""Cosines and sines of ``rope_cos_sin``."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Sight:
-    """What the text sees of the images.
-
-    Attributes:
-        tokens: bool [batch, tokens, images * tiles + 1], the tiles that a cross layer's attention lets a
-            text token see, and, last and never seen, what fills up the image tokens.
-        attends: bool [batch, tokens], whether a cross layer's attention adds anything to a text token.
-        feeds: bool [batch, tokens], whether its MLP does.
-        states: [batch, image_tokens, hidden], projected; None once their keys and values are cached.
-    """
-
-    tokens: jax.Array
-    attends: jax.Array
-    feeds: jax.Array
-    states: jax.Array | None = None
-
-    def at(self, index: jax.Array) -> "Sight":
-        """What the tokens at ``index`` int32 [batch, n] see."""
-        tokens = jnp.take_along_axis(self.tokens, index[..., None], axis=1)
-        attends, feeds = (jnp.take_along_axis(x, index, axis=1) for x in (self.attends, self.feeds))
-        return Sight(tokens, attends, feeds)
-
-
-def see(config: MllamaConfig, cross_attention_mask: jax.Array, states: jax.Array | None = None) -> Sight:
-    """What a cross attention mask of 0 and 1 [batch, tokens, images, tiles] makes visible of ``states``.
-
-    A token without an image gets nothing from a cross layer under ``meta``. Under the conventions of
-    transformers it attends to every image token, and the MLP alone adds nothing.
-    """
-    tiles = cross_attention_mask.astype(bool)
-    visible = tiles.reshape(*tiles.shape[:2], -1)
-    some = attends = visible.any(axis=-1)
-    if config.convention != "meta":
-        visible = visible | ~some[..., None]
-        attends = jnp.ones_like(some)
-    return Sight(jnp.pad(visible, ((0, 0), (0, 0), (0, 1))), attends, some, states)
-
-
-def project(w: Weights, features: jax.Array) -> jax.Array:
-    """Features [batch, images, tiles, tokens, size] as the image tokens of a row, [batch, image_tokens, hidden]."""
+@jax.named_scope("projector")
+def project(
+    w: Params, features: Float[Array, "batch images tiles tile_tokens features"]
+) -> Float[Array, "batch image_tokens hidden"]:
+    """Project vision features to image tokens of the text model's width, those of a sequence in one row, padded."""
     states = linear(features, w)
     states = states.reshape(states.shape[0], -1, states.shape[-1])
-    fill = -states.shape[1] % IMAGE_TOKEN_MULTIPLE
-    return constrain(jnp.pad(states, ((0, 0), (0, fill), (0, 0))), "batch", None, None)
+    padding = -states.shape[1] % IMAGE_TOKEN_MULTIPLE
+    return constrain(jnp.pad(states, ((0, 0), (0, padding), (0, 0))), "batch", None, None)
 
 
-def image_keys_values(w: Weights, config: TextConfig, states: jax.Array) -> Layers:
-    """What each cross layer keeps of image tokens [batch, image_tokens, hidden].
+@jax.named_scope("image_keys_values")
+def image_keys_values(
+    w: Params, config: TextConfig, states: Float[Array, "questions image_tokens hidden"]
+) -> CacheLayers:
+    """Return the keys and values of image tokens in every cross-attention layer.
 
     Args:
-        w: the parameters below ``language_model.model``, unrolled.
-        config: the text model's.
-        states: the projected image tokens.
+        w: Parameters below ``language_model.model``, in the unrolled layout.
+        config: Configuration of the text model.
+        states: Projected image tokens.
     """
     return tuple(
         _image_keys_values(states, w["layers"][str(i)]["cross_attn"], config) if cross else None
@@ -91,173 +61,215 @@ def image_keys_values(w: Weights, config: TextConfig, states: jax.Array) -> Laye
     )
 
 
-def decode(
-    w: Weights,
+def forward(
+    w: Params,
     config: MllamaConfig,
-    input_ids: jax.Array,
-    positions: jax.Array,
-    mask: Mask,
-    sight: Sight | None,
-    checkpointing: Checkpointing = "none",
-) -> jax.Array:
-    """Hidden states of the tokens, ready for lm_head: [batch, tokens, hidden] after the last norm.
+    input_ids: Int[Array, "batch tokens"],
+    positions: Int[Array, "batch tokens"],
+    mask: AttentionMask,
+    images: ImageContext | None,
+    remat: RematPolicy = "none",
+) -> Float[Array, "batch tokens hidden"]:
+    """Return hidden states of whole sequences after the final norm, ready for lm_head.
 
     Args:
-        w: the parameters below ``language_model.model``, in either layout.
-        config: the model's configuration.
-        input_ids: int32 [batch, tokens].
-        positions: int32 [batch, tokens].
-        mask: what of each other the tokens see.
-        sight: what they see of the images, whose states it holds; None skips the cross layers.
-        checkpointing: what of a layer is saved for the backward pass.
+        w: Parameters below ``language_model.model``, in either layout.
+        config: Configuration of the model.
+        input_ids: int32, tokens.
+        positions: int32, position of each token.
+        mask: Which tokens each token attends to.
+        images: Images with their ``states``; None skips the cross-attention layers.
+        remat: What the forward pass of a layer saves for the backward pass.
     """
-    turn = rotation(positions, config.text)
+    rope = rope_cos_sin(positions, config.text)
 
-    def run(x: jax.Array, w: Weights) -> jax.Array:
+    def run_layer(x: jax.Array, w: Params) -> jax.Array:
         x = constrain(x, "batch", None, None)
         if "self_attn" in w:
-            q, k, v = _queries_keys_values(x, w, config.text, turn)
-            return _after_self_attention(x, attention(q, k, v, mask), w, config.text)
-        if sight is None:
+            q, k, v = _queries_keys_values(x, w, config.text, rope)
+            with jax.named_scope("self_attention"):
+                attended = attention(q, k, v, mask)
+            return _after_self_attention(x, attended, w, config.text)
+        if images is None:
             return x
-        assert sight.states is not None
-        return _cross_layer(x, w, _image_keys_values(sight.states, w["cross_attn"], config.text), config, sight)
+        assert images.states is not None
+        with jax.named_scope("cross_attention"):
+            entry = _image_keys_values(images.states, w["cross_attn"], config.text)
+        return _cross_attention_layer(x, w, entry, config, images)
 
-    layer = checkpointed(run, checkpointing)
-    x = lookup(input_ids, w["embed_tokens"])
+    layer = apply_remat(run_layer, remat)
+    x = embed(input_ids, w["embed_tokens"])
     layers = w["layers"]
     if is_stacked(layers):
 
-        def block(x: jax.Array, slots: Weights) -> tuple[jax.Array, None]:
-            for slot in range(config.text.period):
-                x = layer(x, slots[str(slot)])
+        def block(x: jax.Array, block_layers: Params) -> tuple[jax.Array, None]:
+            for index in range(config.text.layers_per_block):
+                x = layer(x, block_layers[str(index)])
             return x, None
 
         x, _ = jax.lax.scan(block, x, layers)
     else:
         for i in range(config.text.num_hidden_layers):
             x = layer(x, layers[str(i)])
-    return rms_norm(x, w["norm"], config.text.rms_norm_eps)
+    with jax.named_scope("final_norm"):
+        return rms_norm(x, w["norm"], config.text.rms_norm_eps)
 
 
-def append(
-    w: Weights, config: MllamaConfig, input_ids: jax.Array, memory: Memory, sight: Sight | None
-) -> tuple[jax.Array, Layers]:
-    """Append tokens to sequences whose keys and values are in ``memory``: the one primitive of decoding.
+def forward_with_cache(
+    w: Params,
+    config: MllamaConfig,
+    input_ids: Int[Array, "batch tokens"],
+    cache: KVCache,
+    images: ImageContext | None,
+) -> tuple[Float[Array, "batch tokens hidden"], CacheLayers]:
+    """Return hidden states of tokens after those in a KV cache. Prefill and sampling are made of this.
 
     Args:
-        w: the parameters below ``language_model.model``, unrolled.
-        config: the model's configuration.
-        input_ids: int32 [rows, tokens].
-        memory: what came before.
-        sight: what the tokens see of the images; None skips the cross layers.
+        w: Parameters below ``language_model.model``, in the unrolled layout.
+        config: Configuration of the model.
+        input_ids: int32, tokens.
+        cache: Keys and values of the tokens before them.
+        images: Images with their ``layers``, and the masks of these tokens; None skips the cross-attention layers.
 
     Returns:
-        Hidden states as from ``decode``, and the rows' own keys and values with the tokens' among them.
+        Hidden states as from ``forward``, and the cache's suffix with the keys and values of the tokens.
     """
-    tokens = input_ids.shape[1]
-    turn = rotation(memory.positions(tokens), config.text)
-    own: list[KeyValue | None] = []
-    x = lookup(input_ids, w["embed_tokens"])
+    rope = rope_cos_sin(cache.positions(input_ids.shape[1]), config.text)
+    suffix: list[LayerCache | None] = []
+    x = embed(input_ids, w["embed_tokens"])
     for i, cross in enumerate(config.text.is_cross):
         x = constrain(x, "batch", None, None)
-        layer, images, entry = w["layers"][str(i)], memory.images[i], memory.own[i]
+        layer = w["layers"][str(i)]
         if cross:
-            if sight is not None and images is not None:
-                x = _cross_layer(x, layer, images, config, sight)
-            own.append(None)
+            if images is not None:
+                assert images.layers is not None
+                entry = images.layers[i]
+                assert entry is not None
+                x = _cross_attention_layer(x, layer, entry, config, images)
+            suffix.append(None)
             continue
+        entry = cache.suffix[i]
         assert entry is not None
-        q, k, v = _queries_keys_values(x, layer, config.text, turn)
-        entry = entry.write(KeyValue(k, v), memory.start)
-        own.append(entry)
-        x = _after_self_attention(x, _attend(q, entry, memory, i), layer, config.text)
-    return rms_norm(x, w["norm"], config.text.rms_norm_eps), tuple(own)
+        q, k, v = _queries_keys_values(x, layer, config.text, rope)
+        entry = entry.update(LayerCache(k, v), cache.lengths)
+        suffix.append(entry)
+        x = _after_self_attention(x, _attend_to_cache(q, entry, cache, i), layer, config.text)
+    with jax.named_scope("final_norm"):
+        return rms_norm(x, w["norm"], config.text.rms_norm_eps), tuple(suffix)
 
 
-def _attend(q: jax.Array, own: KeyValue, memory: Memory, index: int) -> jax.Array:
-    """Queries [rows, heads, tokens, head_dim] of layer ``index`` to a row's own tokens and to its prefix."""
-    slots = jnp.arange(own.keys.shape[2])
-    mine = slots <= (memory.start[:, None] + jnp.arange(q.shape[2]))[..., None]  # [rows, tokens, slots]
-    parts = [(own.keys, own.values, mine)]
-    if memory.prefix is not None:
-        shared = memory.prefix.layers[index]
+@jax.named_scope("self_attention")
+def _attend_to_cache(
+    q: Float[Array, "batch heads tokens head_dim"], suffix: LayerCache, cache: KVCache, layer: int
+) -> Float[Array, "batch heads tokens head_dim"]:
+    """Attend to the suffix, which has the keys and values of the queries' tokens already, and to the prefix."""
+    index = jnp.arange(suffix.keys.shape[2])
+    visible = index <= (cache.lengths[:, None] + jnp.arange(q.shape[2]))[..., None]  # [batch, tokens, capacity]
+    segments = [KVSegment(suffix.keys, suffix.values, visible)]
+    if cache.prefix is not None:
+        shared = cache.prefix.layers[layer]
         assert shared is not None
-        before = jnp.arange(shared.keys.shape[2]) < memory.prefix.length[:, None, None]  # [questions, 1, slots]
-        parts.append((shared.keys, shared.values, before))
-    return attention_in_parts(q, parts)
+        # [questions, 1, capacity]
+        visible = jnp.arange(shared.keys.shape[2]) < cache.prefix.lengths[:, None, None]
+        segments.append(KVSegment(shared.keys, shared.values, visible))
+    return cascade_attention(q, segments)
 
 
+@jax.named_scope("self_attention")
 def _queries_keys_values(
-    x: jax.Array, w: Weights, config: TextConfig, turn: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of a self-attention layer, [batch, heads or kv_heads, tokens, head_dim], rotated to their positions."""
+    x: Float[Array, "batch tokens hidden"], w: Params, config: TextConfig, rope: RopeTables
+) -> tuple[
+    Float[Array, "batch heads tokens head_dim"],
+    Float[Array, "batch kv_heads tokens head_dim"],
+    Float[Array, "batch kv_heads tokens head_dim"],
+]:
+    """Return the queries, keys and values of a self-attention layer, with RoPE applied."""
     h = rms_norm(x, w["input_layernorm"], config.rms_norm_eps)
-    q = rotate(_heads(h, w["self_attn"]["q_proj"], config.num_attention_heads, "heads"), *turn)
-    k = rotate(_heads(h, w["self_attn"]["k_proj"], config.num_key_value_heads, "kv_heads"), *turn)
-    return q, k, _heads(h, w["self_attn"]["v_proj"], config.num_key_value_heads, "kv_heads")
+    q = apply_rope(_project_heads(h, w["self_attn"]["q_proj"], config.num_attention_heads, "heads"), *rope)
+    k = apply_rope(_project_heads(h, w["self_attn"]["k_proj"], config.num_key_value_heads, "kv_heads"), *rope)
+    return q, k, _project_heads(h, w["self_attn"]["v_proj"], config.num_key_value_heads, "kv_heads")
 
 
-def _after_self_attention(x: jax.Array, attended: jax.Array, w: Weights, config: TextConfig) -> jax.Array:
-    """The rest of a self-attention layer."""
-    x = x + linear(join_heads(attended), w["self_attn"]["o_proj"])
-    return x + _mlp(rms_norm(x, w["post_attention_layernorm"], config.rms_norm_eps), w["mlp"])
+def _after_self_attention(
+    x: Float[Array, "batch tokens hidden"],
+    attended: Float[Array, "batch heads tokens head_dim"],
+    w: Params,
+    config: TextConfig,
+) -> Float[Array, "batch tokens hidden"]:
+    """Apply the rest of a self-attention layer: the output projection and the MLP."""
+    with jax.named_scope("self_attention"):
+        x = x + linear(merge_heads(attended), w["self_attn"]["o_proj"])
+    with jax.named_scope("mlp"):
+        return x + _mlp(rms_norm(x, w["post_attention_layernorm"], config.rms_norm_eps), w["mlp"])
 
 
-def _cross_layer(x: jax.Array, w: Weights, images: KeyValue, config: MllamaConfig, sight: Sight) -> jax.Array:
-    """Gated attention of x [rows, tokens, hidden] to the images of their questions.
+def _cross_attention_layer(
+    x: Float[Array, "batch tokens hidden"], w: Params, entry: LayerCache, config: MllamaConfig, images: ImageContext
+) -> Float[Array, "batch tokens hidden"]:
+    """Apply a gated cross-attention layer, whose keys and values ``entry`` are those of the questions' images.
 
-    The rows of a question attend as one row of as many queries; a step of decoding has few, whose scores
-    are small, and needs no kernel.
+    The sequences of a question attend as one sequence of as many queries. A decoding step has few queries, whose
+    scores are small and need no kernel.
     """
     text, eps = config.text, config.text.rms_norm_eps
-    rows, questions = x.shape[0], images.keys.shape[0]
-    q = _heads(rms_norm(x, w["input_layernorm"], eps), w["cross_attn"]["q_proj"], text.num_attention_heads, "heads")
-    q = rms_norm(q, w["cross_attn"]["q_norm"], eps)
-    tile = jnp.arange(images.keys.shape[2]) // config.vision.tile_tokens
-    group = jnp.minimum(tile, sight.tokens.shape[-1] - 1)[None]
-    mask = Mask(sight.tokens.reshape(questions, -1, sight.tokens.shape[-1]), group)
-    queries = _together(q, questions)
-    attended = attention(queries, images.keys, images.values, mask if x.shape[1] > 1 else mask.dense())
-    attended = _apart(attended, rows)
-    attended = linear(join_heads(attended), w["cross_attn"]["o_proj"])
-    attends, feeds = (seen[..., None].astype(x.dtype) for seen in (sight.attends, sight.feeds))
-    x = x + jnp.tanh(w["cross_attn_attn_gate"]) * (attended * attends)
-    h = _mlp(rms_norm(x, w["post_attention_layernorm"], eps), w["mlp"])
-    return x + jnp.tanh(w["cross_attn_mlp_gate"]) * (h * feeds)
+    batch, questions = x.shape[0], entry.keys.shape[0]
+    with jax.named_scope("cross_attention"):
+        h = rms_norm(x, w["input_layernorm"], eps)
+        q = _project_heads(h, w["cross_attn"]["q_proj"], text.num_attention_heads, "heads")
+        q = rms_norm(q, w["cross_attn"]["q_norm"], eps)
+        tile = jnp.arange(entry.keys.shape[2]) // config.vision.tile_tokens
+        group = jnp.minimum(tile, images.tile_mask.shape[-1] - 1)[None]
+        mask = AttentionMask(images.tile_mask.reshape(questions, -1, images.tile_mask.shape[-1]), group)
+        q = _group_by_question(q, questions)
+        attended = attention(q, entry.keys, entry.values, mask if x.shape[1] > 1 else mask.dense())
+        attended = _ungroup(attended, batch)
+        attended = linear(merge_heads(attended), w["cross_attn"]["o_proj"])
+        attention_gate, mlp_gate = (
+            gate[..., None].astype(x.dtype) for gate in (images.attention_gate, images.mlp_gate)
+        )
+        x = x + jnp.tanh(w["cross_attn_attn_gate"]) * (attended * attention_gate)
+    with jax.named_scope("mlp"):
+        h = _mlp(rms_norm(x, w["post_attention_layernorm"], eps), w["mlp"])
+        return x + jnp.tanh(w["cross_attn_mlp_gate"]) * (h * mlp_gate)
 
 
-def _together(q: jax.Array, questions: int) -> jax.Array:
-    """[rows, heads, tokens, head_dim] -> [questions, heads, rows / questions * tokens, head_dim]."""
+def _group_by_question(
+    q: Float[Array, "batch heads tokens head_dim"], questions: int
+) -> Float[Array, "questions heads n head_dim"]:
+    """Put the queries of all sequences of a question into one sequence."""
     if q.shape[0] == questions:
         return q
     _, heads, _, head_dim = q.shape
     return jnp.swapaxes(q.reshape(questions, -1, *q.shape[1:]), 1, 2).reshape(questions, heads, -1, head_dim)
 
 
-def _apart(x: jax.Array, rows: int) -> jax.Array:
-    """The inverse of ``_together``."""
+def _ungroup(x: Float[Array, "questions heads n head_dim"], batch: int) -> Float[Array, "batch heads tokens head_dim"]:
+    """Undo ``_group_by_question``."""
     questions, heads, _, head_dim = x.shape
-    if rows == questions:
+    if batch == questions:
         return x
-    x = x.reshape(questions, heads, rows // questions, -1, head_dim)
-    return jnp.swapaxes(x, 1, 2).reshape(rows, heads, -1, head_dim)
+    x = x.reshape(questions, heads, batch // questions, -1, head_dim)
+    return jnp.swapaxes(x, 1, 2).reshape(batch, heads, -1, head_dim)
 
 
-def _image_keys_values(states: jax.Array, w: Weights, config: TextConfig) -> KeyValue:
-    """Keys and values of image tokens [batch, image_tokens, hidden], which carry no rotation."""
-    k = _heads(states, w["k_proj"], config.num_key_value_heads, "kv_heads")
-    v = _heads(states, w["v_proj"], config.num_key_value_heads, "kv_heads")
-    return KeyValue(rms_norm(k, w["k_norm"], config.rms_norm_eps), v)
+def _image_keys_values(
+    states: Float[Array, "questions image_tokens hidden"], w: Params, config: TextConfig
+) -> LayerCache:
+    """Return the keys and values of image tokens in one layer. They carry no RoPE."""
+    k = _project_heads(states, w["k_proj"], config.num_key_value_heads, "kv_heads")
+    v = _project_heads(states, w["v_proj"], config.num_key_value_heads, "kv_heads")
+    return LayerCache(rms_norm(k, w["k_norm"], config.rms_norm_eps), v)
 
 
-def _heads(x: jax.Array, w: Weights, heads: int, axis: str) -> jax.Array:
-    """x [batch, tokens, hidden] projected to [batch, heads, tokens, head_dim]."""
+def _project_heads(
+    x: Float[Array, "batch tokens hidden"], w: Params, heads: int, axis: str
+) -> Float[Array, "batch heads tokens head_dim"]:
+    """Project and split into heads, whose logical axis is ``axis``."""
     return constrain(split_heads(linear(x, w), heads), "batch", axis, None, None)
 
 
-def _mlp(x: jax.Array, w: Weights) -> jax.Array:
-    """SwiGLU."""
+def _mlp(x: Float[Array, "batch tokens hidden"], w: Params) -> Float[Array, "batch tokens hidden"]:
+    """Apply SwiGLU."""
     gate, up = (linear(x, w[name]).astype(jnp.float32) for name in ("gate_proj", "up_proj"))
     h = (jax.nn.silu(gate) * up).astype(x.dtype)
     return linear(constrain(h, "batch", None, "mlp"), w["down_proj"])

@@ -1,105 +1,121 @@
-"""What to change where a run does not fit, and which slice to take."""
+"""Advice: which change makes a run fit, and which slice is best."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.sharding import default_sizes
-from llava_cot_jax.planning.programs import Weight
-from llava_cot_jax.planning.searching import SearchPlan, plan_search
-from llava_cot_jax.planning.settings import Data
-from llava_cot_jax.planning.slices import GENERATIONS, MARGIN, Slice
-from llava_cot_jax.planning.training import TrainingPlan, best_mesh, plan_training
-from llava_cot_jax.training.settings import LoraSettings, TrainSettings
+from llava_cot_jax.model.sharding import default_mesh_shape
+from llava_cot_jax.planning.programs import WeightDtype
+from llava_cot_jax.planning.search_plan import SearchPlan, plan_search
+from llava_cot_jax.planning.settings import DatasetSize
+from llava_cot_jax.planning.slices import GENERATIONS, HBM_MARGIN, Slice
+from llava_cot_jax.planning.training_plan import TrainingPlan, best_mesh, plan_training
+from llava_cot_jax.training.settings import TrainSettings
 
-RANK = 32
+ADVISED_LORA_RANK = 32
 
-NARROWER: dict[Weight, tuple[Weight, ...]] = {"float32": ("bfloat16", "int8"), "int8": ()}
-"""What weights for a search can be held in instead; those of two bytes in int8 alone."""
+NARROWER_DTYPES: dict[WeightDtype, tuple[WeightDtype, ...]] = {"float32": ("bfloat16", "int8"), "int8": ()}
+"""Dtypes that take less memory for the weights of a search. For the other dtypes it is int8 alone."""
+
+SettingsChange = dict[str, Any]
+"""Changed training settings by their dotted names, as on the command line."""
 
 
 def fits(plan: TrainingPlan | SearchPlan) -> bool:
-    """Whether a prediction leaves a margin."""
-    return plan.room >= MARGIN * plan.slice.generation.usable
+    """Whether a plan is predicted to fit with a margin."""
+    return plan.headroom >= HBM_MARGIN * plan.slice.generation.usable_hbm_bytes
 
 
-def smallest_change(plan: TrainingPlan, config: MllamaConfig, data: Data) -> tuple[str, TrainingPlan] | None:
-    """The first change that makes a run fit, in words and as a plan; None where none does.
+def smallest_training_change(
+    plan: TrainingPlan, config: MllamaConfig, dataset: DatasetSize
+) -> tuple[str, TrainingPlan] | None:
+    """Find the first change that makes a run fit.
 
-    In the order of what they cost: another mesh, then what else leaves the arithmetic as it is, then the precision of
-    the optimizer's state, then the recipe, each also together with those before it, and last the slice.
+    Changes are tried in the order of their costs: another mesh, then what leaves the arithmetic as it is, then the
+    precision of the optimizer's state, then the training recipe, each also together with those before it, and last a
+    larger slice.
+
+    Returns:
+        The change as options of the command line, with the plan that fits; None where no change makes it fit.
     """
-    settings = plan.settings
-    words: dict[str, str] = {}
-    unchanged = ("micro_batches", str(settings.micro_batches))
-    for options, changed in ({}, lambda old: old), *_changes(settings):
-        settings, words = changed(settings), words | options
-        for told, tried in ((options, changed(plan.settings)), (words, settings)):
-            for planned in (_planned, best_mesh):
-                found = planned(tried, config, plan.slice, data)
-                if found is not None and _relieves(found, plan):
-                    told = {name: value for name, value in told.items() if (name, value) != unchanged}
-                    return _in_words(_other_mesh(plan, found) | told), found
-    return _larger(plan, config, data)
+    all_changes: SettingsChange = {}
+    for change in ({}, *_changes(plan.settings)):
+        all_changes = all_changes | change
+        for tried in (change, all_changes):
+            for planned in (_plan_or_none, best_mesh):
+                found = planned(_apply(plan.settings, tried), config, plan.slice, dataset)
+                if found is not None and _fits_with_more_headroom(found, plan):
+                    return _as_options(_mesh_change(plan, found) | _effective(tried, plan.settings)), found
+    return _smallest_larger_slice(plan, config, dataset)
 
 
-def _relieves(found: TrainingPlan | SearchPlan, plan: TrainingPlan | SearchPlan) -> bool:
-    """Whether a plan fits, and takes less than one that may have been predicted to fit and did not."""
-    return fits(found) and found.room > plan.room
+def _fits_with_more_headroom(found: TrainingPlan | SearchPlan, plan: TrainingPlan | SearchPlan) -> bool:
+    """Whether a plan fits and takes less memory than ``plan``, which may not fit although it was predicted to."""
+    return fits(found) and found.headroom > plan.headroom
 
 
-def _other_mesh(plan: TrainingPlan | SearchPlan, found: TrainingPlan | SearchPlan) -> dict[str, str]:
-    return {} if found.mesh == plan.mesh else {f"mesh.{axis}": str(size) for axis, size in found.mesh.items()}
+def _mesh_change(plan: TrainingPlan | SearchPlan, found: TrainingPlan | SearchPlan) -> SettingsChange:
+    return {} if found.mesh == plan.mesh else {f"mesh.{axis}": size for axis, size in found.mesh.items()}
 
 
-def _in_words(options: dict[str, str]) -> str:
-    return " ".join(f"--{name} {value}" for name, value in options.items())
+def _effective(change: SettingsChange, settings: TrainSettings) -> SettingsChange:
+    """Return a change without the number of accumulation steps where it stays, and without the list of frozen parts."""
+    unchanged = [("micro_batches", settings.micro_batches)]
+    return {name: value for name, value in change.items() if (name, value) not in unchanged and name != "frozen"}
 
 
-Change = Callable[[TrainSettings], TrainSettings]
+def _as_options(change: Mapping[str, Any]) -> str:
+    """Write changed settings as options of the command line."""
+    return " ".join(f"--{name} {f'{value:g}' if isinstance(value, float) else value}" for name, value in change.items())
 
 
-def _changes(settings: TrainSettings) -> Iterator[tuple[dict[str, str], Change]]:
-    """Changes in their order, each with its options on the command line."""
-    sizes, batch = settings.mesh, settings.loader.batch
-    over = sizes.data * (sizes.fsdp or 1)
+def _apply(settings: TrainSettings, change: SettingsChange) -> TrainSettings:
+    """Return settings with a change made."""
+    for name, value in change.items():
+        group, _, field = name.rpartition(".")
+        if group:
+            settings = replace(settings, **{group: replace(getattr(settings, group), **{field: value})})
+        else:
+            settings = replace(settings, **{field: value})
+    return settings
+
+
+def _changes(settings: TrainSettings) -> Iterator[SettingsChange]:
+    """Yield changes in the order of their costs."""
+    batch_shards = settings.mesh.data * (settings.mesh.fsdp or 1)
     if settings.checkpointing != "full":
-        yield {"checkpointing": "full"}, lambda old: replace(old, checkpointing="full")
-    for parts in range(settings.micro_batches + 1, batch // over + 1):
-        if batch // over % parts == 0:
-            yield {"micro_batches": str(parts)}, _in_parts(parts)
+        yield {"checkpointing": "full"}
+    device_batch = settings.loader.batch // batch_shards
+    for steps in range(settings.micro_batches + 1, device_batch + 1):
+        if device_batch % steps == 0:
+            yield {"micro_batches": steps}
     if settings.optimizer.precision == "float32" and not settings.lora.rank:
-        yield {"optimizer.precision": "bfloat16_stochastic"}, _rounded
-    if batch > over:
-        options = {"micro_batches": "1", "loader.batch": str(over)}
-        yield options, lambda old: replace(_in_parts(1)(old), loader=replace(old.loader, batch=over))
+        yield {"optimizer.precision": "bfloat16_stochastic"}
+    if settings.loader.batch > batch_shards:
+        yield {"micro_batches": 1, "loader.batch": batch_shards}
     if not settings.lora.rank:
-        lora = LoraSettings(rank=RANK, alpha=2.0 * RANK)
-        options = {"lora.rank": str(RANK), "lora.alpha": str(2 * RANK)}
-        yield options, lambda old: replace(old, lora=lora, frozen=[])
+        yield {"frozen": [], "lora.rank": ADVISED_LORA_RANK, "lora.alpha": 2.0 * ADVISED_LORA_RANK}
 
 
-def _in_parts(parts: int) -> Change:
-    return lambda old: replace(old, micro_batches=parts)
-
-
-def _rounded(old: TrainSettings) -> TrainSettings:
-    return replace(old, optimizer=replace(old.optimizer, precision="bfloat16_stochastic"))
-
-
-def _planned(settings: TrainSettings, config: MllamaConfig, slice_: Slice, data: Data) -> TrainingPlan | None:
+def _plan_or_none(
+    settings: TrainSettings, config: MllamaConfig, slice_: Slice, dataset: DatasetSize
+) -> TrainingPlan | None:
+    """Plan a run; None where its mesh does not divide the batch or the model."""
     try:
-        return plan_training(settings, config, slice_, data)
-    except UserError:  # the change does not divide the batch, or the model
+        return plan_training(settings, config, slice_, dataset)
+    except UserError:
         return None
 
 
-def _larger(plan: TrainingPlan, config: MllamaConfig, data: Data) -> tuple[str, TrainingPlan] | None:
-    """The smallest larger slice of the same chips that holds the run as it is."""
+def _smallest_larger_slice(
+    plan: TrainingPlan, config: MllamaConfig, dataset: DatasetSize
+) -> tuple[str, TrainingPlan] | None:
+    """Find the smallest larger slice of the same TPU generation that holds the run as it is."""
     for slice_ in _larger_slices(plan.slice):
-        found = best_mesh(plan.settings, config, slice_, data)
+        found = best_mesh(plan.settings, config, slice_, dataset)
         if found is not None and fits(found):
             return f"--topology {slice_.name}", found
     return None
@@ -112,39 +128,42 @@ def _larger_slices(slice_: Slice) -> Iterator[Slice]:
             yield larger
 
 
-def smallest_change_of_search(plan: SearchPlan, config: MllamaConfig) -> tuple[str, SearchPlan] | None:
-    """The same for a search.
+def smallest_search_change(plan: SearchPlan, config: MllamaConfig) -> tuple[str, SearchPlan] | None:
+    """Find the first change that makes a search fit: another mesh, fewer questions, narrower weights, a larger slice.
 
-    First another mesh, then fewer questions at a time, then narrower weights, and last the slice.
+    Returns:
+        The change as options of the command line, with the plan that fits; None where no change makes it fit.
     """
     slice_ = plan.slice
-    dtypes = (plan.dtype, *NARROWER.get(plan.dtype, ("int8",)))
+    dtypes = (plan.dtype, *NARROWER_DTYPES.get(plan.dtype, ("int8",)))
     counts = range(plan.questions, 0, -1)
-    meshes = (plan.mesh, default_sizes(config, slice_.chips))
+    meshes = (plan.mesh, default_mesh_shape(config, slice_.chips))
     for dtype, questions, mesh in itertools.product(dtypes, counts, meshes):
-        found = plan_search(plan.plan, config, slice_, mesh, questions=questions, dtype=dtype)
-        if _relieves(found, plan):
-            options = _other_mesh(plan, found)
-            options |= {"questions": str(questions)} if questions != plan.questions else {}
-            options |= {"quantize" if dtype == "int8" else "dtype": dtype} if dtype != plan.dtype else {}
-            return _in_words(options), found
+        found = plan_search(plan.spec, config, slice_, mesh, questions=questions, dtype=dtype)
+        if _fits_with_more_headroom(found, plan):
+            change = _mesh_change(plan, found)
+            change |= {"questions": questions} if questions != plan.questions else {}
+            change |= {"quantize" if dtype == "int8" else "dtype": dtype} if dtype != plan.dtype else {}
+            return _as_options(change), found
     for slice_ in _larger_slices(plan.slice):
-        found = plan_search(plan.plan, config, slice_, questions=plan.questions, dtype=plan.dtype)
+        found = plan_search(plan.spec, config, slice_, questions=plan.questions, dtype=plan.dtype)
         if fits(found):
             return f"--topology {slice_.name}", found
     return None
 
 
-def finalists(settings: TrainSettings, config: MllamaConfig, data: Data) -> list[TrainingPlan]:
-    """Of each generation of chips the smallest slice that holds a run, on its best mesh: the best first.
+def best_per_generation(settings: TrainSettings, config: MllamaConfig, dataset: DatasetSize) -> list[TrainingPlan]:
+    """Plan a run on the smallest slice of each TPU generation that holds it, on its best mesh, the best plan first.
 
-    The best is that which loses least of its chips' arithmetic to moving bytes; of two, the one of fewer chips.
+    The best plan loses the smallest share of its chips' arithmetic to moving bytes. Of two, it is that of fewer chips.
     """
     found = []
     for generation in GENERATIONS.values():
         for shape in generation.shapes:
-            plan = best_mesh(settings, config, Slice(generation, shape), data)
+            plan = best_mesh(settings, config, Slice(generation, shape), dataset)
             if plan is not None and fits(plan):
                 found.append(plan)
                 break
-    return sorted(found, key=lambda plan: (plan.floors.step / plan.floors.seconds["compute"], plan.slice.chips))
+    return sorted(
+        found, key=lambda plan: (plan.roofline.step_seconds / plan.roofline.seconds["compute"], plan.slice.chips)
+    )

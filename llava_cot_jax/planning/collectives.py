@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text: kind, mesh axis, bytes, and how often."""
+"""Collectives of a compiled program, read from its text: kind, mesh axis, bytes, and number of executions."""
 
 import math
 import re
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVE_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
-_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*?)\), ")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVE_KINDS)})(-start)?\((.*?)\), ")
 _BETWEEN_SLICES = re.compile(
     r' = \((.*?), .* send\(.*_xla_megascale_target="(.*?)".*_xla_megascale_transfer_type="(\w+)"'
 )
-_TRANSFERS = {kind.upper().replace("-", "_"): kind for kind in KINDS} | {"ONE_TO_ONE": "collective-permute"}
+_TRANSFERS = {kind.upper().replace("-", "_"): kind for kind in COLLECTIVE_KINDS} | {"ONE_TO_ONE": "collective-permute"}
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|async_computation|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)\}?")
 _ARRAY = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
@@ -31,36 +31,36 @@ _BITS = re.compile(r"\d+$")
 
 @dataclass(frozen=True)
 class Collective:
-    """An exchange between devices.
+    """A collective operation of a program.
 
     Attributes:
-        kind: one of ``KINDS``.
-        axes: of the mesh, along which devices take part, joined by "+"; "" where it could not be told.
-        result: bytes of what a device has of it in the end.
-        sent: bytes that a device sends each time, and as many that it receives.
-        times: how often a run of the program does it.
-        source: what of the model it comes from, as the program names it.
+        kind: One of ``COLLECTIVE_KINDS``.
+        axes: Mesh axes along which devices take part, joined by "+"; "" where no devices differ.
+        result_bytes: Bytes of the result on a device.
+        sent_bytes: Bytes that a device sends in each execution. It receives as many.
+        executions: Number of executions in a run of the program.
+        op_name: Name of the operation of the model that it comes from, as the program has it.
     """
 
     kind: str
     axes: str
-    result: int
-    sent: float
-    times: int
-    source: str
+    result_bytes: int
+    sent_bytes: float
+    executions: int
+    op_name: str
 
 
-def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """The collectives of a compiled program, those in loops as often as they run, and the transfers between slices.
+def find_collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """Find the collectives of a compiled program and the transfers between slices, with their executions in loops.
 
-    A loop whose trips depend on data, as those of a search, counts once.
+    A loop whose trip count depends on data, as in a search, counts as one execution.
 
     Args:
-        text: of the program, as ``compiled.as_text()`` gives it.
-        mesh: devices along each axis, the slowest first, in the order of the program's devices.
+        text: Text of the program, as ``compiled.as_text()`` returns it.
+        mesh: Number of devices along each mesh axis, the slowest-varying axis of the program's devices first.
     """
     computations, entry = _computations(text)
-    times = _times(computations, entry)
+    times = _execution_counts(computations, entry)
     found: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines if times.get(name) else ():
@@ -80,12 +80,12 @@ def sent_by_axis(found: Iterable[Collective]) -> dict[str, float]:
     """Bytes that a device sends in a run of the program, by mesh axis."""
     sums: dict[str, float] = {}
     for each in found:
-        sums[each.axes] = sums.get(each.axes, 0.0) + each.sent * each.times
+        sums[each.axes] = sums.get(each.axes, 0.0) + each.sent_bytes * each.executions
     return sums
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions of each computation by its name, and the name of the first that runs."""
+    """Return the instructions of each computation by its name, and the name of the entry computation."""
     found: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -97,8 +97,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _times(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs when the program runs once, by what calls it."""
+def _execution_counts(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
+    """Return how often each computation is executed in a run of the program."""
     times = {entry: 1}
     waiting = [entry]
     while waiting:
@@ -114,15 +114,18 @@ def _calls(computations: Mapping[str, list[str]], name: str) -> Iterator[tuple[s
     for line in computations.get(name, ()):
         if loop := _WHILE.search(line):
             known = _KNOWN.search(line)
-            trips = int(known[1]) if known else _trips(computations[loop[1]], computations[loop[2]])
+            trips = int(known[1]) if known else _trip_count(computations[loop[1]], computations[loop[2]])
             yield loop[2], trips or 1
         for group in _CALLED.findall(line):
             for called in re.split(r",\s*", group):
                 yield called.lstrip("%"), 1
 
 
-def _trips(condition: list[str], body: list[str]) -> int | None:
-    """How often a loop runs that counts from 0 up to a constant; loops that XLA unrolled count by more than one."""
+def _trip_count(condition: list[str], body: list[str]) -> int | None:
+    """Return the trip count of a loop that counts from 0 up to a constant, by 1, or by more where XLA unrolled it.
+
+    Return None for any other loop.
+    """
     constants = {match[1]: int(match[2]) for line in condition + body if (match := _CONSTANT.search(line))}
     compared = next((match for line in condition if (match := _COMPARISON.search(line))), None)
     if compared is None or compared[2] not in constants:
@@ -142,7 +145,7 @@ def _collective(match: re.Match[str], line: str, mesh: Mapping[str, int], times:
     arrays = [_bytes(*array) for array in _ARRAY.findall(match[1])]
     # The results of a start are its operands, its results, and numbers of its own.
     result = max(arrays) if match[3] else sum(arrays)
-    groups = _groups(line, math.prod(mesh.values()))
+    groups = _replica_groups(line, math.prod(mesh.values()))
     size = groups.shape[1]
     share = (size - 1) / size if size > 1 else 0.0
     if kind == "collective-permute":
@@ -152,21 +155,21 @@ def _collective(match: re.Match[str], line: str, mesh: Mapping[str, int], times:
         # What is reduced and scattered is written as an all-reduce of the whole.
         whole = result * size if match[2] == "reduce-scatter" else result
         axes, sent = _axes(groups, mesh), whole * share * (2 if kind == "all-reduce" else 1)
-    return Collective(kind, axes, result, sent, times, _source(line))
+    return Collective(kind, axes, result, sent, times, _op_name(line))
 
 
 def _transfer(match: re.Match[str], line: str, times: int) -> Collective:
-    """What the hosts exchange between slices, over which ``data`` alone runs."""
+    """Return a transfer between slices, along the mesh axis ``data``, as a collective."""
     kind = _TRANSFERS[match[3]]
     given = sum(_bytes(*array) for array in _ARRAY.findall(match[1]))
     slices = len(re.findall(r"\d+", match[2].split("x")[0]))  # as {1,2}x{0:3}: two, of four chips
     share = (slices - 1) / slices
     sent = {"all-reduce": 2 * share, "all-gather": slices - 1.0, "collective-permute": 1.0}.get(kind, share) * given
     result = {"all-gather": given * slices, "reduce-scatter": given // slices}.get(kind, given)
-    return Collective(kind, "data", result, sent, times, _source(line))
+    return Collective(kind, "data", result, sent, times, _op_name(line))
 
 
-def _source(line: str) -> str:
+def _op_name(line: str) -> str:
     found = re.search(r'op_name="([^"]*)"', line)
     return found[1] if found else ""
 
@@ -177,8 +180,8 @@ def _bytes(dtype: str, shape: str) -> int:
     return math.prod(int(size) for size in shape.split(",") if size) * max(int(bits[0]), 8) // 8
 
 
-def _groups(line: str, devices: int) -> np.ndarray:
-    """The devices that exchange with one another, [groups, size]; of a permutation, [pairs, 2]."""
+def _replica_groups(line: str, devices: int) -> np.ndarray:
+    """Return the groups of devices of a collective, int [groups, size]; the pairs of a permutation, int [pairs, 2]."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line + "}"):
         return np.array(re.findall(r"\{(\d+),(\d+)", pairs[0]), int)
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
@@ -195,9 +198,9 @@ def _groups(line: str, devices: int) -> np.ndarray:
 
 
 def _named_groups(mesh: str, along: str) -> np.ndarray:
-    """Groups that are told by a mesh, ``'a'=2,'b'=4``, and its axes, ``'b'``, or parts of them, ``'b':(2)2``.
+    """Return the groups of devices that a mesh ``'a'=2,'b'=4`` and axes of it, such as ``'b'``, stand for.
 
-    A part of an axis, (before)size, is the one that is left when the axis is cut into before x size x the rest.
+    An axis may be a part of a mesh axis: ``'b':(2)2`` is the second factor of ``b`` split into 2 x 2 x the rest.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     taken = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _NAMED.findall(along)}
@@ -212,7 +215,7 @@ def _named_groups(mesh: str, along: str) -> np.ndarray:
 
 
 def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> str:
-    """The mesh axes along which the devices of a group differ."""
+    """Return the mesh axes along which the devices of a group differ."""
     places = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # [axes, groups, size]
     varying = (places != places[:, :, :1]).any(axis=(1, 2))
     return "+".join(axis for axis, varies in zip(mesh, varying, strict=True) if varies)

@@ -1,7 +1,8 @@
-"""Bytes that a program holds on each device at its worst moment, predicted from the model's own arithmetic.
+"""Bytes that a training step holds on each device at its peak, predicted from the model's own arithmetic.
 
-What stands between two calls is exact. What a call needs besides is made of its largest arrays, as the TPU compiler
-was seen to keep them: ``tests/evidence/plan_table.py`` holds each prediction beside the compiler's figure.
+The arguments of a step are exact. The memory that it takes besides is that of its largest arrays, in the numbers in
+which the TPU compiler was seen to keep them: ``tests/evidence/plan_table.py`` compares each prediction with the
+compiler's figure.
 """
 
 import math
@@ -9,125 +10,186 @@ from dataclasses import dataclass
 
 import jax
 
-from llava_cot_jax.costs.counts import Part, part_of
-from llava_cot_jax.planning.traffic import FLOAT32, Step, pieces, shard_bytes, shard_size
+from llava_cot_jax.costs.model_costs import ModelPart, part_of
+from llava_cot_jax.model.attention import LANES
+from llava_cot_jax.model.choices import RematPolicy
+from llava_cot_jax.planning.communication import FLOAT32_BYTES, TrainingStep, num_shards, shard_bytes, shard_size
 
-Parts = dict[str, int]
-"""Bytes of one device, by what they are of."""
+MemoryShares = dict[str, int]
+"""Bytes per device, by what they hold."""
 
 
-def training_memory(step: Step, batch: dict[str, jax.ShapeDtypeStruct]) -> Parts:
-    """What a training step holds: its arguments, and what it needs besides.
+@dataclass(frozen=True)
+class SavedPerToken:
+    """Activations of one layer that are kept per token for the backward pass.
+
+    Attributes:
+        hidden: Number of vectors of the hidden size that each device of the axis ``tensor`` keeps whole.
+        split_hidden: Number of vectors of the hidden size that are split over ``tensor``.
+        split_mlp: Number of vectors of the MLP's width that are split over ``tensor``.
+    """
+
+    hidden: int
+    split_hidden: int
+    split_mlp: int
+
+    def values(self, hidden_size: int, mlp_size: int, tensor: int) -> int:
+        """Number of values per device."""
+        return self.hidden * hidden_size + (self.split_hidden * hidden_size + self.split_mlp * mlp_size) // tensor
+
+
+SAVED_BY_TEXT_LAYER: dict[RematPolicy, SavedPerToken] = {
+    "full": SavedPerToken(1, 0, 0),  # the layer's input
+    "dots": SavedPerToken(1, 3, 2),  # and the outputs of its matrix products: attention (3), gate and up (2)
+    "none": SavedPerToken(4, 8, 5),  # and those of norms, rotary embeddings and activations, as the compiler keeps them
+}
+
+SAVED_BY_TOWER_BLOCK: dict[RematPolicy, SavedPerToken] = {
+    "full": SavedPerToken(1, 0, 0),  # the block's input
+    "dots": SavedPerToken(1, 4, 1),  # and the outputs of its matrix products: attention (4), fc1 (1)
+    "none": SavedPerToken(4, 8, 4),  # and those of norms and activations, as the compiler keeps them
+}
+
+
+@dataclass(frozen=True)
+class LayerWorkspace:
+    """Arrays of one layer that are there at the same time in its backward pass.
+
+    Attributes:
+        mlp_float32: Number of arrays of the MLP's width in float32.
+        mlp: Number of arrays of the MLP's width in the dtype of the computation.
+        hidden: Number of arrays of the hidden size in the dtype of the computation.
+        heads: Number of arrays of attention heads in the dtype of the computation.
+    """
+
+    mlp_float32: int
+    mlp: int
+    hidden: int
+    heads: int
+
+
+TEXT_WORKSPACE = LayerWorkspace(mlp_float32=5, mlp=2, hidden=6, heads=0)
+"""Workspace of a text layer. Its attention heads take less than its MLP, which is computed at another time."""
+
+TOWER_WORKSPACE = LayerWorkspace(mlp_float32=2, mlp=2, hidden=8, heads=7)
+"""Workspace of a block of the vision tower."""
+
+GATHERED_LAYERS = 2
+"""CacheLayers whose gathered weights are there at the same time: one that is computed, and the next one."""
+
+IMAGE_TOKEN_ARRAYS = 3
+"""Number of arrays of all image tokens that are there in a text layer's backward pass, for their gradients."""
+
+FLOAT32_LOGITS = 2
+"""Arrays of a chunk's logits in float32: the logits and their gradients. There is one more in the step's dtype."""
+
+
+def training_memory(step: TrainingStep, batch: dict[str, jax.ShapeDtypeStruct]) -> MemoryShares:
+    """Predict what a training step holds at its peak: its arguments, and the memory that it takes besides.
 
     Args:
-        step: see there.
-        batch: of the step, as ``programs.abstract_batch`` gives it.
+        step: The training step, with its longest sequences.
+        batch: Batch of the step, as ``programs.abstract_batch`` returns it.
     """
     state = step.program.state
-    held = {
+    arguments = {
         "parameters": sum(map(shard_bytes, [*state.trained.values(), *state.frozen.values()])),
         "optimizer": sum(map(shard_bytes, jax.tree.leaves(state.optimizer))),
         "batch": sum(map(shard_bytes, batch.values())),
     }
-    return held | _needed(step)
+    return arguments | _temporary_memory(step)
 
 
-def _needed(step: Step) -> Parts:
-    """Beyond the arguments: the largest of three moments, each with what is kept across it.
+def _temporary_memory(step: TrainingStep) -> MemoryShares:
+    """Predict the memory beyond the arguments: the largest of three phases, each with what is kept across it.
 
-    When the logits are made, activations of all layers are kept. In the backward pass of the text layers their
-    gradients are there too, all of them, for a scan has room for its results from its beginning; then, in that of
-    the tower's blocks, all gradients, while nothing of the text is kept.
+    While logits are computed, the activations of all layers are kept. In the backward pass of the text layers all of
+    their gradients are there as well, since a scan allocates its results at its start. In that of the vision tower
+    all gradients are there, and no activations of the text.
     """
-    # Parts of a batch are summed in float32, beside the gradients of one part.
-    width = step.width + FLOAT32 * (step.settings.micro_batches > 1)
-    gradients = {path: shard_size(leaf) * width for path, leaf in step.program.state.trained.items()}
+    # With gradient accumulation there are two gradients: a float32 sum, and those of one accumulation step.
+    gradient_bytes = step.dtype_bytes + FLOAT32_BYTES * (step.settings.micro_batches > 1)
+    gradients = {path: shard_size(leaf) * gradient_bytes for path, leaf in step.program.state.trained.items()}
+    all_gradients = sum(gradients.values())
     of_tower = sum(size for path, size in gradients.items() if part_of(step.config, path) in ("tower", "projector"))
-    saved = Saved.of(step)
-    moments = {
-        "logits": (0, saved.text + saved.tower, _logits(step)),
-        "text": (sum(gradients.values()) - of_tower, saved.text + saved.tower, _text_layer(step)),
-        "tower": (sum(gradients.values()), saved.tower if step.flows("tower") else 0, _tower_block(step)),
+    text, tower = _saved_text_bytes(step), _saved_tower_bytes(step)
+    phases = {
+        "logits": (0, text + tower, _logits_bytes(step)),
+        "text": (all_gradients - of_tower, text + tower, _text_layer_bytes(step)),
+        "tower": (all_gradients, tower if step.has_gradient("tower") else 0, _tower_block_bytes(step)),
     }
-    taken = max(moments.values(), key=sum)
-    return {"gradients": taken[0], "activations": taken[1], "working": taken[2]}
+    peak = max(phases.values(), key=sum)
+    return {"gradients": peak[0], "activations": peak[1], "working": peak[2]}
 
 
-@dataclass(frozen=True)
-class Saved:
-    """Bytes of activations that are kept from the forward pass for the backward one.
-
-    Attributes:
-        text: of the text layers and the image tokens that they see.
-        tower: of the tower's blocks and its features.
-    """
-
-    text: int
-    tower: int
-
-    @classmethod
-    def of(cls, step: Step) -> "Saved":
-        """Of a step."""
-        tower, text, tensor = step.config.vision, step.config.text, step.mesh["tensor"]
-        state = text.hidden_size
-        kept = {
-            "full": state,
-            "dots": state + (3 * state + 2 * text.intermediate_size) // tensor,
-            "none": 4 * state + (8 * state + 5 * text.intermediate_size) // tensor,
-        }[step.settings.checkpointing]
-        in_text = text.num_hidden_layers * step.tokens * kept if step.flows("self") else 0
-        images = step.image_tokens * state
-        wide = tower.hidden_size
-        kept = {
-            "full": wide,
-            "dots": wide + (4 * wide + tower.intermediate_size) // tensor,
-            "none": 4 * wide + (8 * wide + 4 * tower.intermediate_size) // tensor,
-        }[step.settings.checkpointing]
-        blocks = tower.num_hidden_layers + tower.num_global_layers
-        in_tower = blocks * step.tower_tokens * kept if step.flows("tower") else 0
-        features = step.tower_tokens * tower.output_size if step.flows("projector") else 0
-        each = step.rows * step.width
-        return cls((in_text + images) * each, (in_tower + features) * each)
+def _saved_text_bytes(step: TrainingStep) -> int:
+    """Bytes of activations that are kept from the forward pass: those of text layers, and the image tokens."""
+    text = step.config.text
+    saved = SAVED_BY_TEXT_LAYER[step.settings.checkpointing]
+    per_token = saved.values(text.hidden_size, text.intermediate_size, step.mesh["tensor"])
+    layers = text.num_hidden_layers * step.tokens * per_token if step.has_gradient("self") else 0
+    return (layers + step.image_tokens * text.hidden_size) * step.device_batch * step.dtype_bytes
 
 
-def _logits(step: Step) -> int:
-    """lm_head whole, its gradient in float32, and the logits of one part with their gradients."""
+def _saved_tower_bytes(step: TrainingStep) -> int:
+    """Bytes of activations that are kept from the forward pass: those of the tower's blocks, and its features."""
+    tower = step.config.vision
+    saved = SAVED_BY_TOWER_BLOCK[step.settings.checkpointing]
+    per_token = saved.values(tower.hidden_size, tower.intermediate_size, step.mesh["tensor"])
+    blocks = step.tower_blocks * step.tower_tokens * per_token if step.has_gradient("tower") else 0
+    features = step.tower_tokens * tower.output_size if step.has_gradient("projector") else 0
+    return (blocks + features) * step.device_batch * step.dtype_bytes
+
+
+def _logits_bytes(step: TrainingStep) -> int:
+    """Bytes of the gathered lm_head, of its float32 gradient, and of one chunk of logits with their gradients."""
     vocabulary = step.config.text.vocab_size // step.mesh["tensor"]
-    learns = any(part_of(step.config, path) == "head" for path in step.program.state.trained)
-    cut = step.mesh["fsdp"] > 1
-    head = vocabulary * step.config.text.hidden_size * (step.width * cut + FLOAT32 * learns)
-    tokens = -(-step.tokens // step.chunks) * step.rows
-    return head + tokens * vocabulary * (2 * FLOAT32 + step.width)
+    is_trained = any(part_of(step.config, path) == "head" for path in step.program.state.trained)
+    is_gathered = step.mesh["fsdp"] > 1
+    head_bytes = step.dtype_bytes * is_gathered + FLOAT32_BYTES * is_trained
+    head = vocabulary * step.config.text.hidden_size * head_bytes
+    tokens = -(-step.tokens // step.logit_chunks) * step.device_batch
+    return head + tokens * vocabulary * (FLOAT32_LOGITS * FLOAT32_BYTES + step.dtype_bytes)
 
 
-def _text_layer(step: Step) -> int:
-    """A layer's weights whole, twice, for the next one is fetched meanwhile; their gradients; and its activations."""
-    text, tensor = step.config.text, step.mesh["tensor"]
-    weights = _largest_layer(step, ("self", "cross")) * step.width
-    tokens = step.rows * step.tokens
-    inner = tokens * text.intermediate_size // tensor * (5 * FLOAT32 + 2 * step.width)
+def _text_layer_bytes(step: TrainingStep) -> int:
+    """Bytes that the backward pass of a text layer works with: gathered weights, activations and image tokens."""
+    text = step.config.text
     images = 0
-    if step.flows("projector"):
-        images = 3 * step.rows * step.image_tokens * text.hidden_size * step.width
-    return weights * 2 + inner + tokens * text.hidden_size * 6 * step.width + images
+    if step.has_gradient("projector"):
+        images = IMAGE_TOKEN_ARRAYS * step.device_batch * step.image_tokens * text.hidden_size * step.dtype_bytes
+    weights = GATHERED_LAYERS * _largest_layer_size(step, ("self", "cross")) * step.dtype_bytes
+    tokens = step.device_batch * step.tokens
+    sizes = (text.hidden_size, text.intermediate_size, text.num_attention_heads)
+    return weights + _workspace_bytes(step, TEXT_WORKSPACE, tokens, *sizes) + images
 
 
-def _tower_block(step: Step) -> int:
-    """The same of a block of the tower."""
-    tower, tensor = step.config.vision, step.mesh["tensor"]
-    weights = _largest_layer(step, ("tower",)) * step.width
-    tokens = step.rows * step.tower_tokens
-    inner = tokens * tower.intermediate_size // tensor * (2 * FLOAT32 + 2 * step.width)
-    heads = tokens * tower.attention_heads // tensor * 128 * 7 * step.width  # a head is as wide as a lane
-    return weights * 2 + inner + heads + tokens * tower.hidden_size * 8 * step.width
+def _tower_block_bytes(step: TrainingStep) -> int:
+    """Bytes that the backward pass of a block of the vision tower works with: gathered weights and activations."""
+    tower = step.config.vision
+    weights = GATHERED_LAYERS * _largest_layer_size(step, ("tower",)) * step.dtype_bytes
+    tokens = step.device_batch * step.tower_tokens
+    sizes = (tower.hidden_size, tower.intermediate_size, tower.attention_heads)
+    return weights + _workspace_bytes(step, TOWER_WORKSPACE, tokens, *sizes)
 
 
-def _largest_layer(step: Step, parts: tuple[Part, ...]) -> int:
-    """Numbers in the largest layer of these parts, on one device when it is gathered."""
+def _workspace_bytes(
+    step: TrainingStep, workspace: LayerWorkspace, tokens: int, hidden_size: int, mlp_size: int, heads: int
+) -> int:
+    """Bytes of a layer's workspace. Arrays of the MLP and of heads are split over the mesh axis ``tensor``."""
+    tensor, dtype_bytes = step.mesh["tensor"], step.dtype_bytes
+    mlp = tokens * mlp_size // tensor * (workspace.mlp_float32 * FLOAT32_BYTES + workspace.mlp * dtype_bytes)
+    # The vector of a head is padded to the lanes of a TPU's vector registers.
+    attention = tokens * heads // tensor * LANES * workspace.heads * dtype_bytes
+    return mlp + attention + tokens * hidden_size * workspace.hidden * dtype_bytes
+
+
+def _largest_layer_size(step: TrainingStep, parts: tuple[ModelPart, ...]) -> int:
+    """Number of values per device in the largest layer of the given parts once it is gathered along ``fsdp``."""
     layers: dict[str, int] = {}
     for path, parameter in step.program.table.items():
         if part_of(step.config, path) in parts and parameter.stacked:
             layer = path.split("layers.")[0] + path.split("layers.")[1].split(".")[0]
-            size = math.prod(parameter.tensor_shape) // pieces(parameter, step.mesh, ("tensor",))
+            size = math.prod(parameter.tensor_shape) // num_shards(parameter, step.mesh, ("tensor",))
             layers[layer] = layers.get(layer, 0) + size
     return max(layers.values())

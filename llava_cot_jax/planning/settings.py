@@ -1,4 +1,4 @@
-"""What is said of a run to those who plan it, besides its own settings."""
+"""Settings that ``plan`` takes besides those of the run that is planned."""
 
 from dataclasses import dataclass
 
@@ -6,20 +6,20 @@ from llava_cot_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Data:
-    """The data set, as far as it decides how long a run takes; the defaults are LLaVA-CoT-100k's.
+class DatasetSize:
+    """Size of the data set, which decides how long a run takes. The defaults are those of LLaVA-CoT-100k.
 
     Attributes:
-        rows: of an epoch.
-        tokens: of a row, on average.
+        examples: Number of training examples in an epoch.
+        tokens_per_example: Mean number of tokens of an example.
 
     Raises:
-        UserError: a number below 1.
+        UserError: A number is below 1.
     """
 
-    rows: int = 98_446
-    tokens: int = 596
+    examples: int = 98_446
+    tokens_per_example: int = 596
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.tokens) < 1:
-            raise UserError("data.rows and data.tokens must be at least 1")
+        if min(self.examples, self.tokens_per_example) < 1:
+            raise UserError("examples and tokens_per_example must be at least 1")

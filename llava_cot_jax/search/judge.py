@@ -14,17 +14,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llava_cot_jax.inference.decoding import TAG, Limits, View, Written, read, write
-from llava_cot_jax.inference.ragged_tokens import Pieces, join
+from llava_cot_jax.inference.decoding import TAG, Decoder, Samples, StopConditions, prefill, sample
+from llava_cot_jax.inference.ragged_tokens import RaggedTokens, concat
 from llava_cot_jax.inference.settings import Sampling
-from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.kv_cache import Layers, Memory, Prefix, empty
-from llava_cot_jax.model.layers import Weights
+from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Prefix
 from llava_cot_jax.search.strategies import Judge
 from llava_cot_jax.search.tables import JudgeTables
 
 PAIR, CHECK = 0, 1
-"""The kinds of prompts, in the order of ``prompts.KINDS``."""
+"""The kinds of prompts, in the order of ``prompts.PROMPT_KINDS``."""
 
 BRACKET, REASON, CHECKING = 1, 2, 3
 """What a stage's key is folded with, for what it draws; the candidates take 0."""
@@ -38,7 +36,7 @@ DECISIONS = ("judged", "checked", "scored")
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rows:
+class JudgeQueries:
     """What was asked of the judge, row by row; the checks of a stage come first.
 
     Attributes:
@@ -46,7 +44,7 @@ class Rows:
         second: likewise, the other one; of a check, of no meaning.
         tokens: int32 [questions, rows], of the row's own part of the prompt.
         vote: float32 [questions, rows], from 1 (response 1, or correct) to -1; 0 is unreadable.
-        outside: float32 [questions, rows], of a token verdict, the probability of anything but the two.
+        other_probability: float32 [questions, rows], of a token verdict, the probability of anything but the two.
         reason: what was written, [questions, rows]; of a token verdict, nothing.
     """
 
@@ -54,8 +52,8 @@ class Rows:
     second: jax.Array
     tokens: jax.Array
     vote: jax.Array
-    outside: jax.Array
-    reason: Written
+    other_probability: jax.Array
+    reason: Samples
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +78,7 @@ class Matches:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Judgement:
+class StageJudgement:
     """All that the judge said about a stage.
 
     Attributes:
@@ -92,7 +90,7 @@ class Judgement:
     """
 
     winner: jax.Array
-    rows: Rows
+    rows: JudgeQueries
     matches: Matches
     asked: jax.Array
     fronts: jax.Array
@@ -100,7 +98,7 @@ class Judgement:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Case:
+class JudgeInputs:
     """What a stage's judge has before it.
 
     Attributes:
@@ -108,23 +106,23 @@ class Case:
         texts: [questions, candidates], the candidates with their tags.
         scores: float32 [questions, candidates], mean log-probabilities.
         count: int32, how many of the candidates are there.
-        leads: [kinds, questions], what stands before a prompt.
+        chat_headers: [kinds, questions], what stands before a prompt.
         question: [questions].
         earlier: [stages, questions], what won the stages before.
         keys: [questions], the stage's random keys.
     """
 
     stage: jax.Array
-    texts: Pieces
+    texts: RaggedTokens
     scores: jax.Array
     count: jax.Array
-    leads: Pieces
-    question: Pieces
-    earlier: Pieces
+    chat_headers: RaggedTokens
+    question: RaggedTokens
+    earlier: RaggedTokens
     keys: jax.Array
 
 
-class Round(NamedTuple):
+class TournamentState(NamedTuple):
     """Where the knockout stands between rounds."""
 
     checking: jax.Array  # bool, whether the checks are next
@@ -132,63 +130,54 @@ class Round(NamedTuple):
     alive: jax.Array  # int32
     played: jax.Array  # int32, matches
     asked: jax.Array  # int32, rows
-    front: Layers
+    front: CacheLayers
     front_length: jax.Array  # int32 [questions]
     read_for: jax.Array  # int32, the kind of prompt that ``front`` is of; -1 before there is one
     fronts: jax.Array
-    own: Layers
-    rows: Rows
+    own: CacheLayers
+    rows: JudgeQueries
     matches: Matches
 
 
-def decide(
-    params: Weights,
-    config: MllamaConfig,
+def run_tournament(
+    decoder: Decoder,
     judge: Judge,
-    case: Case,
+    case: JudgeInputs,
     tables: JudgeTables,
-    view: View,
     sampling: Sampling,
-    chunk: int,
-) -> Judgement:
+) -> StageJudgement:
     """Judge the candidates of a stage until one is left.
 
     Args:
-        params: the model's, unrolled.
-        config: the model's.
+        decoder: Model and images.
         judge: how.
         case: what there is to judge.
         tables: the prompts, and how verdicts are read.
-        view: what the prompts see of the images.
         sampling: top_k and top_p of written reasons.
-        chunk: tokens of a question's rows that are read at a time.
     """
-    knockout = _Knockout(params, config, judge, case, tables, view, sampling, chunk)
+    knockout = _Knockout(decoder, judge, case, tables, sampling)
     end = jax.lax.while_loop(lambda now: now.alive > 1, knockout.play, knockout.start())
     asked = jnp.broadcast_to(end.asked, knockout.questions)
-    return Judgement(end.bracket[:, 0], end.rows, end.matches, asked, end.fronts)
+    return StageJudgement(end.bracket[:, 0], end.rows, end.matches, asked, end.fronts)
 
 
 @dataclass(frozen=True)
 class _Knockout:
-    """The rounds of a stage; attributes as for ``decide``."""
+    """The rounds of a stage; attributes as for ``run_tournament``."""
 
-    params: Weights
-    config: MllamaConfig
+    decoder: Decoder
     judge: Judge
-    case: Case
+    case: JudgeInputs
     tables: JudgeTables
-    view: View
     sampling: Sampling
-    chunk: int
 
     @property
     def questions(self) -> int:
-        return self.case.texts.length.shape[0]
+        return self.case.texts.lengths.shape[0]
 
     @property
     def candidates(self) -> int:
-        return self.case.texts.length.shape[1]
+        return self.case.texts.lengths.shape[1]
 
     @property
     def pairs(self) -> int:
@@ -203,7 +192,7 @@ class _Knockout:
     @property
     def row_chunk(self) -> int:
         """Tokens of a row that are read at a time."""
-        return max(1, self.chunk // self.side)
+        return max(1, self.decoder.prefill_chunk // self.side)
 
     @property
     def written(self) -> int:
@@ -215,40 +204,39 @@ class _Knockout:
     def front_room(self) -> int:
         """The most tokens of a prompt's front."""
         t, earlier = self.tables, self.case.earlier
-        fixed = (self.case.leads, t.intro, self.case.question, t.middle, t.label)
-        return sum(piece.capacity for piece in fixed) + (earlier.length.shape[0] - 1) * earlier.capacity
+        fixed = (self.case.chat_headers, t.intro, self.case.question, t.middle, t.label)
+        return sum(piece.capacity for piece in fixed) + (earlier.lengths.shape[0] - 1) * earlier.capacity
 
     @property
     def row_room(self) -> int:
         """The most tokens of a row's own part of a prompt."""
         return 2 * self.case.texts.capacity + self.tables.between.capacity + self.tables.ending.capacity
 
-    def start(self) -> Round:
+    def start(self) -> TournamentState:
         """Before the first round."""
-        questions, candidates, orders, text = self.questions, self.candidates, self.judge.orders, self.config.text
-        dtype = self.params["language_model"]["model"]["norm"]["weight"].dtype
+        decoder, questions, candidates, orders = self.decoder, self.questions, self.candidates, self.judge.orders
         # All checks and verdicts, and what a last sub-batch writes, or a last round looks at, beyond them.
         room = candidates + (candidates - 1) * orders + max(self.side, self.pairs * orders)
         blank = _nothing_written(1, self.written)
         reasons = jax.tree.map(lambda x: jnp.zeros((questions, room, *x.shape[1:]), x.dtype), blank)
         zeros, votes = jnp.zeros((questions, room), jnp.int32), jnp.zeros((questions, room), jnp.float32)
         none = jnp.zeros((questions, candidates - 1 + self.pairs), jnp.int32)
-        return Round(
+        return TournamentState(
             checking=self.tables.checked[self.case.stage],
             bracket=_bracket(self.case.keys, self.case.count, candidates),
             alive=self.case.count,
             played=jnp.int32(0),
             asked=jnp.int32(0),
-            front=empty(text, questions, self.front_room + self.chunk, dtype),
+            front=decoder.init_cache(questions, self.front_room + decoder.prefill_chunk),
             front_length=jnp.zeros(questions, jnp.int32),
             read_for=jnp.int32(-1),
             fronts=jnp.zeros((questions, 2), jnp.int32),
-            own=empty(text, questions * self.side, self.row_room + self.row_chunk + self.written, dtype),
-            rows=Rows(zeros, zeros, zeros, votes, votes, reasons),
+            own=decoder.init_cache(questions * self.side, self.row_room + self.row_chunk + self.written),
+            rows=JudgeQueries(zeros, zeros, zeros, votes, votes, reasons),
             matches=Matches(none, none, none.astype(jnp.float32), none, none),
         )
 
-    def play(self, now: Round) -> Round:
+    def play(self, now: TournamentState) -> TournamentState:
         """One round: the checks, or all pairs of those still in."""
         kind = jnp.where(now.checking, CHECK, PAIR)
         now = self._read_front(now, kind)
@@ -264,28 +252,28 @@ class _Knockout:
         )
         return now._replace(**kept, asked=now.asked + wanted, checking=jnp.bool_(False))
 
-    def _read_front(self, now: Round, kind: jax.Array) -> Round:
+    def _read_front(self, now: TournamentState, kind: jax.Array) -> TournamentState:
         """Read the front of the round's prompts, where the one that was read last is of another kind."""
         needed = now.read_for != kind
         front = self._front(kind).where(needed)
-        memory = Memory(now.front, jnp.zeros(self.questions, jnp.int32), None, self.view.images)
-        layers, _ = read(self.params, self.config, front, memory, self.view, chunk=self.chunk, blind=kind == CHECK)
+        cache = KVCache(now.front, jnp.zeros(self.questions, jnp.int32))
+        layers, _ = prefill(self.decoder, front, cache, text_only=kind == CHECK)
         return now._replace(
             front=layers,
-            front_length=jnp.where(needed, front.length, now.front_length),
-            fronts=now.fronts.at[:, kind].add(front.length),
+            front_length=jnp.where(needed, front.lengths, now.front_length),
+            fronts=now.fronts.at[:, kind].add(front.lengths),
             read_for=kind,
         )
 
-    def _front(self, kind: jax.Array) -> Pieces:
+    def _front(self, kind: jax.Array) -> RaggedTokens:
         """What all prompts of a kind begin with, [questions]."""
         case, tables, at = self.case, self.tables, (kind, self.case.stage)
-        before = range(case.earlier.length.shape[0] - 1)
+        before = range(case.earlier.lengths.shape[0] - 1)
         earlier = [case.earlier[i].where(tables.shows[kind, case.stage, i]) for i in before]
         fixed = (tables.intro[at], case.question, tables.middle[at], *earlier, tables.label[at])
-        return join((case.leads[kind], *fixed), self.front_room)
+        return concat((case.chat_headers[kind], *fixed), self.front_room)
 
-    def _ask(self, batch: jax.Array, kind: jax.Array, wanted: jax.Array, now: Round) -> Round:
+    def _ask(self, batch: jax.Array, kind: jax.Array, wanted: jax.Array, now: TournamentState) -> TournamentState:
         """One sub-batch of the ``wanted`` rows of a round."""
         row = batch * self.side + jnp.arange(self.side)  # [side]
         match, turned = row // self.judge.orders, row % self.judge.orders == 1
@@ -298,55 +286,56 @@ class _Knockout:
 
         case, tables, at = self.case, self.tables, (kind, self.case.stage)
         shown = (_pick(case.texts, first), tables.between[at], _pick(case.texts, second).where(pair), tables.ending[at])
-        texts = join(shown, self.row_room).where(live)
-        flat = Pieces(texts.tokens.reshape(-1, self.row_room), texts.length.reshape(-1))
+        texts = concat(shown, self.row_room).where(live)
+        flat = RaggedTokens(texts.tokens.reshape(-1, self.row_room), texts.lengths.reshape(-1))
         prefix = Prefix(now.front, now.front_length)
-        memory = Memory(now.own, jnp.zeros_like(flat.length), prefix, self.view.images)
-        own, scores = read(self.params, self.config, flat, memory, self.view, chunk=self.row_chunk, blind=kind == CHECK)
-        vote, outside = self._verdicts(scores)
+        cache = KVCache(now.own, jnp.zeros_like(flat.lengths), prefix)
+        decoder = replace(self.decoder, prefill_chunk=self.row_chunk)
+        own, logits = prefill(decoder, flat, cache, text_only=kind == CHECK)
+        vote, other_probability = self._verdicts(logits)
         reason = _nothing_written(len(vote), self.written)
         if self.judge.verdict == "rationale":
-            begun = replace(memory, own=own, start=flat.length)
-            own, reason = self._reason(kind, scores, begun, first, second, live)
-            vote, outside = self._conclusions(reason), jnp.zeros_like(vote)
+            cache = replace(cache, suffix=own, lengths=flat.lengths)
+            own, reason = self._reason(kind, logits, cache, first, second, live)
+            vote, other_probability = self._conclusions(reason), jnp.zeros_like(vote)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             new = new.reshape(self.questions, self.side, *old.shape[2:])
             return jax.lax.dynamic_update_slice_in_dim(old, new, now.asked + batch * self.side, axis=1)
 
-        rows = Rows(first, second, texts.length, vote, outside, reason)
+        rows = JudgeQueries(first, second, texts.lengths, vote, other_probability, reason)
         return now._replace(own=own, rows=jax.tree.map(put, now.rows, rows))
 
-    def _verdicts(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _verdicts(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Votes by the next token, and the probability of any but the two, [rows], of logits [rows, vocabulary]."""
-        said = scores[:, self.tables.verdicts]  # [rows, 2]
+        said = logits[:, self.tables.verdicts]  # [rows, 2]
         vote = jnp.tanh((said[:, 0] - said[:, 1]) / 2)  # the difference of the two's shares of their sum
-        return vote, 1 - jnp.exp(said - jax.nn.logsumexp(scores, axis=-1, keepdims=True)).sum(axis=-1)
+        return vote, 1 - jnp.exp(said - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).sum(axis=-1)
 
     def _reason(
-        self, kind: jax.Array, scores: jax.Array, memory: Memory, first: jax.Array, second: jax.Array, live: jax.Array
-    ) -> tuple[Layers, Written]:
-        """Reasons drawn after prompts with these ``scores``; ``first``, ``second`` and ``live`` [questions, side]."""
+        self, kind: jax.Array, logits: jax.Array, cache: KVCache, first: jax.Array, second: jax.Array, live: jax.Array
+    ) -> tuple[CacheLayers, Samples]:
+        """Reasons drawn after prompts with these ``logits``; ``first``, ``second`` and ``live`` [questions, side]."""
         judge, pair = self.judge, kind == PAIR
         drawn_for = jnp.where(pair, REASON, CHECKING)
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.case.keys, drawn_for)
-        limits = Limits(
-            reader=self.tables.readers[kind],
-            budget=jnp.where(pair, judge.reason_tokens, judge.check_tokens),
+        stop = StopConditions(
+            stop_table=self.tables.stop_tables[kind],
+            max_new_tokens=jnp.where(pair, judge.reason_tokens, judge.check_tokens),
             temperature=jnp.float32(judge.temperature),
             keys=jax.vmap(_fold_each)(keys, first, second).reshape(-1),
             used=live.reshape(-1),
         )
         sampling = replace(self.sampling, temperature=judge.temperature)
-        given = (self.params, self.config, scores, memory, self.view, limits)
-        return write(*given, capacity=self.written, sampling=sampling, blind=kind == CHECK)
+        given = (self.decoder, logits, cache, stop)
+        return sample(*given, capacity=self.written, sampling=sampling, text_only=kind == CHECK)
 
-    def _conclusions(self, reason: Written) -> jax.Array:
+    def _conclusions(self, reason: Samples) -> jax.Array:
         """Votes [rows] that written reasons end in; 0 where there is none to be read."""
-        reading = reason.state - self.tables.readers.shape[1]  # 0 or 1
+        reading = reason.state - self.tables.stop_tables.shape[1]  # 0 or 1
         return jnp.where(reason.ended == TAG, 1.0 - 2.0 * reading, 0.0)
 
-    def _settle(self, now: Round) -> Round:
+    def _settle(self, now: TournamentState) -> TournamentState:
         """The matches of a round whose rows have been asked: the winners go on."""
         questions, candidates, pairs, orders = self.questions, self.candidates, self.pairs, self.judge.orders
         votes = jax.lax.dynamic_slice_in_dim(now.rows.vote, now.asked, pairs * orders, axis=1)
@@ -390,12 +379,12 @@ def _fold_each(key: jax.Array, *numbers: jax.Array) -> jax.Array:
     return keys
 
 
-def _pick(pieces: Pieces, index: jax.Array) -> Pieces:
-    """Rows ``index`` int32 [questions, n] of pieces [questions, rows]."""
+def _pick(pieces: RaggedTokens, index: jax.Array) -> RaggedTokens:
+    """JudgeQueries ``index`` int32 [questions, n] of pieces [questions, rows]."""
     tokens = jnp.take_along_axis(pieces.tokens, index[..., None], axis=1)
-    return Pieces(tokens, jnp.take_along_axis(pieces.length, index, axis=1))
+    return RaggedTokens(tokens, jnp.take_along_axis(pieces.lengths, index, axis=1))
 
 
-def _nothing_written(rows: int, capacity: int) -> Written:
+def _nothing_written(rows: int, capacity: int) -> Samples:
     zeros = jnp.zeros(rows, jnp.int32)
-    return Written(jnp.zeros((rows, capacity), jnp.int32), zeros, zeros, zeros, jnp.zeros(rows, jnp.float32))
+    return Samples(jnp.zeros((rows, capacity), jnp.int32), zeros, zeros, zeros, jnp.zeros(rows, jnp.float32))

@@ -39,9 +39,9 @@ def add_arguments(parser: Any) -> None:
         default=None,
         help="0 takes the likeliest token; default: 0, and in a search 0.6, as LLaVA-CoT samples",
     )
-    add("--top-k", type=int | None, default=None, help="sample among so many of the likeliest tokens; in a search 50")
+    add("--top_k", type=int | None, default=None, help="sample among so many of the likeliest tokens; in a search 50")
     add(
-        "--top-p",
+        "--top_p",
         type=float | None,
         default=None,
         help="sample among the likeliest of this probability; in a search 0.9",
@@ -86,10 +86,10 @@ def chosen(options: Any) -> Strategy | Sampling:
         given["scorer"] = LogProbability() if judge == "log_probability" else Judge(judge)
     for name, value in given.items():
         if name not in {field.name for field in dataclasses.fields(made)}:
-            spoken = "judge" if name == "scorer" else name.replace("_", "-")
+            spoken = "judge" if name == "scorer" else name
             raise UserError(f"--{spoken} has no meaning for --search {options.search}")
         if isinstance(value, tuple) and made is not StageBeam:
             raise UserError(f"--{name} takes one value, except for --search stage_beam")
     strategy: Strategy = made(**given)
-    strategy.plan()  # refuses what cannot be used
+    strategy.to_spec()  # refuses what cannot be used
     return strategy

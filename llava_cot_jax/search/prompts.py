@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 DEFAULT_FILE = Path(__file__).with_name("judge_prompts.yaml")
 
-WHOLE = "whole"
+WHOLE_ANSWER = "whole"
 """What stands for a stage where whole answers are judged."""
 
-Kind = Literal["pair", "check"]
-KINDS: tuple[Kind, Kind] = ("pair", "check")
+PromptKind = Literal["pair", "check"]
+PROMPT_KINDS: tuple[PromptKind, PromptKind] = ("pair", "check")
 
-HOLES: dict[Kind, tuple[str, ...]] = {
+PLACEHOLDERS: dict[PromptKind, tuple[str, ...]] = {
     "pair": ("question", "earlier", "first", "second"),
     "check": ("question", "earlier", "first"),
 }
@@ -54,8 +54,8 @@ class JudgePrompts:
         checked: the stages whose candidates are checked.
     """
 
-    text: Mapping[Kind, str]
-    readings: Mapping[Kind, tuple[str, str]]
+    text: Mapping[PromptKind, str]
+    readings: Mapping[PromptKind, tuple[str, str]]
     stem: str
     verdicts: tuple[str, str]
     criteria: Mapping[str, str]
@@ -84,14 +84,14 @@ class JudgePrompts:
 
     @classmethod
     def _from(cls, said: Mapping[str, Any]) -> "JudgePrompts":
-        for kind in KINDS:
+        for kind in PROMPT_KINDS:
             _check_holes(kind, said[kind]["text"])
-        for name in (WHOLE, "other"):
+        for name in (WHOLE_ANSWER, "other"):
             if name not in said["criteria"]:
                 raise UserError(f"criteria lack {name}")
         return cls(
-            text={kind: str(said[kind]["text"]) for kind in KINDS},
-            readings={kind: _two(f"{kind}.readings", said[kind]["readings"]) for kind in KINDS},
+            text={kind: str(said[kind]["text"]) for kind in PROMPT_KINDS},
+            readings={kind: _two(f"{kind}.readings", said[kind]["readings"]) for kind in PROMPT_KINDS},
             stem=str(said["pair"]["stem"]),
             verdicts=_two("pair.verdicts", said["pair"]["verdicts"]),
             criteria={str(stage): str(text) for stage, text in said["criteria"].items()},
@@ -105,24 +105,24 @@ class JudgePrompts:
         before = stages[: stages.index(stage)] if stage in stages else ()
         return [earlier for earlier in before if earlier in self.shows.get(stage, ())]
 
-    def cut(self, processor: "Processor", kind: Kind, stage: str, stages: Sequence[str], images: int) -> list[str]:
+    def cut(self, processor: "Processor", kind: PromptKind, stage: str, stages: Sequence[str], images: int) -> list[str]:
         """The texts between the holes of a prompt in the model's chat format, from the lead on: one more than holes.
 
         What comes first, up to the user's words, is a text of its own.
         """
         text = self.text[kind].replace("{criterion}", self.criteria.get(stage, self.criteria["other"]))
         text = text.replace("{earlier}", (self.earlier if self.shown(stage, stages) else "") + MARK)
-        for hole in HOLES[kind]:
+        for hole in PLACEHOLDERS[kind]:
             text = text.replace(f"{{{hole}}}", MARK)
         prompt = processor.prompt(user_turn(MARK + text, images=images))
         return prompt.split(MARK)
 
 
-def _check_holes(kind: Kind, text: str) -> None:
+def _check_holes(kind: PromptKind, text: str) -> None:
     """Each hole once and in order."""
-    places = [text.find(f"{{{hole}}}") for hole in HOLES[kind]]
-    if min(places) < 0 or places != sorted(places) or any(text.count(f"{{{hole}}}") > 1 for hole in HOLES[kind]):
-        wanted = ", ".join(f"{{{hole}}}" for hole in HOLES[kind])
+    places = [text.find(f"{{{hole}}}") for hole in PLACEHOLDERS[kind]]
+    if min(places) < 0 or places != sorted(places) or any(text.count(f"{{{hole}}}") > 1 for hole in PLACEHOLDERS[kind]):
+        wanted = ", ".join(f"{{{hole}}}" for hole in PLACEHOLDERS[kind])
         raise UserError(f"{kind}.text must have {wanted}, each once and in this order")
     if MARK in text:
         raise UserError(f"{kind}.text has the character U+{ord(MARK):X}, which is used as a mark")

@@ -13,18 +13,18 @@ from jax.sharding import Mesh
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.search.preparation import Images, Preparation, Questions
-from llava_cot_jax.search.program import StageFindings, search
+from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
+from llava_cot_jax.search.program import StageResult, search
 from llava_cot_jax.search.prompts import DEFAULT_FILE
 from llava_cot_jax.search.strategies import MajorityVote, StageBeam, Strategy
-from llava_cot_jax.search.trace import Costs, StageTrace, Trace, trace_stage
+from llava_cot_jax.search.trace import SearchCosts, StageTrace, Trace, trace_stage
 from llava_cot_jax.stages import find_stages
 
 ACCELERATOR_CHUNK, CPU_CHUNK = 256, 64
 """Tokens of a question that are read at a time."""
 
 
-def chunk_for(mesh: Mesh | None) -> int:
+def default_prefill_chunk(mesh: Mesh | None) -> int:
     """Tokens of a question to read at a time: on an accelerator as many as hide the reading of the weights."""
     device = mesh.devices.flat[0] if mesh else jax.devices()[0]
     return CPU_CHUNK if device.platform == "cpu" else ACCELERATOR_CHUNK
@@ -72,7 +72,7 @@ class Reasoner:
         if model.layout != "unrolled":
             raise UserError("a stacked model keeps no cache: call model.to_layout('unrolled') before decoding")
         self._model = model
-        self._preparation = Preparation(processor, search or StageBeam(), judge_prompts)
+        self._preparation = RequestBuilder(processor, search or StageBeam(), judge_prompts)
 
     def answer(self, image: Images, question: str, *, seed: int = 0) -> Answer:
         """Answer a question about an image, about several, or, with None, about none; errors as ``answer_batch``."""
@@ -83,39 +83,39 @@ class Reasoner:
     ) -> list[Answer]:
         """Answer questions side by side; each number of them compiles a program of its own.
 
-        Arguments and errors as for ``Preparation.prepare``.
+        Arguments and errors as for ``RequestBuilder.prepare``.
         """
-        return answer_prepared(self._model, self._preparation, self._preparation.prepare(images, questions, seeds))
+        return run_search(self._model, self._preparation, self._preparation.prepare(images, questions, seeds))
 
 
-def answer_prepared(model: Mllama, preparation: Preparation, questions: Questions) -> list[Answer]:
+def run_search(model: Mllama, preparation: RequestBuilder, questions: Requests) -> list[Answer]:
     """The answers to questions that ``preparation`` has prepared, by its search."""
     began = time.perf_counter()
-    plan, stages, judging = preparation.plan, preparation.stages, preparation.judging
-    static = {"config": model.config, "plan": plan, "chunk": chunk_for(model.mesh), "mesh": model.mesh}
-    found: StageFindings = jax.device_get(search(model.params, questions.request, stages, judging, **static))
+    spec, stages, judging = preparation.spec, preparation.stages, preparation.judging
+    static = {"config": model.config, "plan": spec, "chunk": default_prefill_chunk(model.mesh), "mesh": model.mesh}
+    found: StageResult = jax.device_get(search(model.params, questions.request, stages, judging, **static))
     seconds = {"prepare": questions.seconds, "search": time.perf_counter() - began}
     answers = []
     for i, question in enumerate(questions.asked):
-        own: StageFindings = jax.tree.map(lambda x: x[:, i], found)  # noqa: B023
+        own: StageResult = jax.tree.map(lambda x: x[:, i], found)  # noqa: B023
         traces = [
-            trace_stage(preparation.processor, plan, number, jax.tree.map(lambda x: x[number], own))  # noqa: B023
-            for number in range(len(plan.budgets))
+            trace_stage(preparation.processor, spec, number, jax.tree.map(lambda x: x[number], own))  # noqa: B023
+            for number in range(len(spec.max_new_tokens))
         ]
         if isinstance(preparation.strategy, MajorityVote):
             traces = [_voted(traces[0])]
-        costs = Costs(model.config, plan, own, questions.images[i])
+        costs = SearchCosts(model.config, spec, own, questions.images[i])
         trace = Trace(
             question=question,
             seed=questions.seeds[i],
             strategy=repr(preparation.strategy),
             stages=traces,
-            tower_runs=min(questions.images[i], 1),
+            vision_encoder_calls=min(questions.images[i], 1),
             tokens=costs.tokens,
             flops=costs.flops,
             seconds=dict(seconds),
         )
-        answers.append(_answer(trace) if plan.stages else _whole_answer(trace))
+        answers.append(_answer(trace) if spec.stages else _whole_answer(trace))
     return answers
 
 
@@ -148,7 +148,7 @@ def _voted(stage: StageTrace) -> StageTrace:
     counts = Counter(votes)
 
     def rank(i: int) -> tuple[int, float]:
-        return counts[votes[i]], stage.candidates[i].mean_log_probability
+        return counts[votes[i]], stage.candidates[i].mean_log_prob
 
     winner = max(range(len(votes)), key=lambda i: (rank(i), -i))
     return StageTrace(stage.stage, stage.candidates, stage.checks, stage.matches, winner)

@@ -1,4 +1,4 @@
-"""A whole search as text for a terminal or a file: all candidates, all verdicts, and the answer."""
+"""A whole search as text for a terminal: all candidates, all verdicts, and the answer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ WINNER, MINOR, HEADING = "bold green", "dim", "bold"
 
 
 def describe_search(trace: Trace, right_answer: str | None = None, correct: bool | None = None) -> RenderableType:
-    """A search as a person can read it, for ``rich.console.Console.print``.
+    """Return a search as text to read, for ``rich.console.Console.print``.
 
-    All texts of the model are shown in full: wrapped, never cut, and never taken for markup.
+    Texts of the model are shown in full: they are wrapped, never cut, and never taken for markup.
 
     Args:
-        trace: the search.
-        right_answer: the known answer to the question.
-        correct: whether the conclusion is right; by default, whether it equals ``right_answer`` but for case, spacing
-            and punctuation at the ends.
+        trace: Trace of the search.
+        right_answer: Right answer to the question, if it is known.
+        correct: Whether the conclusion is right. By default, whether it equals ``right_answer`` apart from case,
+            spacing, and punctuation at the ends.
     """
     return Group(*_describe(trace, right_answer, correct))
 
@@ -61,7 +61,7 @@ def _describe(trace: Trace, right_answer: str | None, correct: bool | None) -> I
 def _describe_candidate(number: int, candidate: CandidateTrace, stage: StageTrace) -> Iterator[RenderableType]:
     won = number == stage.winner
     facts = (
-        f"mean log-probability {wording.log_prob(candidate.mean_log_probability)} a token, "
+        f"mean log-probability {wording.log_prob(candidate.mean_log_prob)} a token, "
         f"{wording.counted(candidate.tokens, 'token')}, {wording.how_ended(candidate)}"
     )
     name = Text(f"{number + 1} winner" if won else f"{number + 1}", style=WINNER if won else "")
@@ -77,7 +77,7 @@ def _describe_candidate(number: int, candidate: CandidateTrace, stage: StageTrac
 
 
 def _describe_verdict(verdict: VerdictTrace, indent: int) -> Iterator[RenderableType]:
-    yield _line(", ".join(filter(None, (wording.verdict_result(verdict), wording.neither(verdict)))), indent)
+    yield _line(", ".join(filter(None, (wording.verdict_result(verdict), wording.neither_share(verdict)))), indent)
     if verdict.reason is not None:
         yield _block(verdict.reason, indent + 3)
 
@@ -87,19 +87,19 @@ def _line(text: Text | str, indent: int = 2) -> "_Indented":
 
 
 def _block(text: str, indent: int) -> "_Indented":
-    """Data as it is, but for control characters."""
+    """Return ``text`` indented, with control characters made visible."""
     return _Indented(Text(wording.printable(text).strip()), indent)
 
 
 @dataclass(frozen=True)
 class _Indented:
-    """A wrapped text behind spaces. Unlike ``rich.padding.Padding`` it leaves no spaces at the ends of lines."""
+    """A wrapped, indented text. Unlike ``rich.padding.Padding`` it leaves no spaces at the ends of lines."""
 
     text: Text
     indent: int
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # A word longer than the line is broken, not cut.
+        # A word that is longer than the line is broken, not cut.
         for line in self.text.wrap(console, max(options.max_width - self.indent, 1), overflow="fold"):
             line.rstrip()
             yield Text(" " * self.indent) + line if line else line

@@ -1,7 +1,7 @@
-"""How an answer is searched for: settings of one mechanism, in which candidates are written, scored and kept.
+"""Strategies by which an answer is searched for: settings of one mechanism that samples, scores and keeps candidates.
 
-``StageBeam`` searches stage by stage (LLaVA-CoT, arXiv 2411.10440, section 3.2). The others write whole
-answers, which is the same search with one stage that nothing opens.
+``StageBeam`` searches stage by stage (LLaVA-CoT, arXiv 2411.10440, section 3.2). The other strategies sample whole
+answers, which is the same search with a single stage that has no tags.
 """
 
 from dataclasses import dataclass
@@ -11,23 +11,24 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.stages import STAGES
 
-T = TypeVar("T")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The model itself chooses between two candidates, seeing the image.
+    """Scorer in which the model itself chooses between two candidates, seeing the image.
 
     Attributes:
-        verdict: "token" compares the probabilities of "1" and "2" after a fixed beginning of a verdict;
-            "rationale" lets the model write a reason and a verdict, and checks each reasoning without the image first.
-        both_orders: ask with either candidate as response 1, which cancels a liking for the first place.
-        reason_tokens: the longest reason with its verdict, in tokens.
-        check_tokens: the longest check of a reasoning, in tokens.
-        temperature: of the reasons.
+        verdict: "token" compares the probabilities of "1" and "2" after a fixed beginning of a verdict. "rationale"
+            lets the model write a reason and a verdict, and checks each reasoning without the image first.
+        both_orders: Whether each pair is judged twice, with either candidate as response 1. This cancels a preference
+            for the first place.
+        reason_tokens: Largest number of tokens of a reason with its verdict.
+        check_tokens: Largest number of tokens of the check of a reasoning.
+        temperature: Temperature that reasons and checks are sampled with.
 
     Raises:
-        UserError: a setting out of range.
+        UserError: A setting is out of range.
     """
 
     verdict: Literal["token", "rationale"] = "token"
@@ -38,196 +39,247 @@ class Judge:
 
     def __post_init__(self) -> None:
         if self.verdict not in ("token", "rationale"):
-            raise UserError(f'a verdict is "token" or "rationale", not {self.verdict!r}')
-        for name in ("reason_tokens", "check_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+            raise UserError(f'verdict must be "token" or "rationale", got {self.verdict!r}')
+        _check_positive("reason_tokens", self.reason_tokens)
+        _check_positive("check_tokens", self.check_tokens)
         Sampling(self.temperature)
 
     @property
+    def writes_reasons(self) -> bool:
+        """Whether the judge samples text, rather than only reading a token's probabilities."""
+        return self.verdict == "rationale"
+
+    @property
     def orders(self) -> int:
-        """How often a pair is judged."""
+        """Number of times that a pair is judged."""
         return 2 if self.both_orders else 1
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Largest number of tokens that the judge writes after a prompt; 1, the verdict, where it writes no reasons."""
+        return max(self.reason_tokens, self.check_tokens) if self.writes_reasons else 1
+
+    def queries_per_batch(self, num_candidates: int) -> int:
+        """Return the number of prompts of a question that are processed side by side.
+
+        Written reasons are sampled in batches of half as many prompts as there are candidates: a prompt holds two
+        candidates, so the batch takes the room that the candidates' own tokens took. A token verdict needs only
+        prefill, which gains nothing from larger batches: its batch is one pair, so that none is filled up.
+        """
+        return -(-num_candidates // 2) if self.writes_reasons else self.orders
 
 
 @dataclass(frozen=True)
 class LogProbability:
-    """The candidate with the highest mean log-probability of a token is kept."""
+    """Scorer that keeps the candidate with the highest mean log-probability of a token."""
 
 
 Scorer = Judge | LogProbability
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a strategy comes to: the static part of the compiled search.
+class SearchSpec:
+    """Static part of a compiled search, which a strategy determines.
 
     Attributes:
-        stages: the tags of the stages in order; none for whole answers.
-        candidates: of each stage.
-        temperatures: likewise.
-        budgets: likewise, the most tokens of a candidate.
+        stages: Tags of the stages in order; empty where whole answers are sampled.
+        num_candidates: Number of candidates of each stage.
+        temperatures: Temperature of each stage.
+        max_new_tokens: Largest number of tokens of a candidate of each stage.
         sampling: top_k and top_p; its temperature is the highest of the stages.
-        scorer: what chooses among candidates; None keeps the first.
+        scorer: Scorer that chooses among candidates; None keeps the first.
 
     Raises:
-        UserError: a setting out of range.
+        UserError: A setting is out of range.
     """
 
     stages: tuple[str, ...]
-    candidates: tuple[int, ...]
+    num_candidates: tuple[int, ...]
     temperatures: tuple[float, ...]
-    budgets: tuple[int, ...]
+    max_new_tokens: tuple[int, ...]
     sampling: Sampling
     scorer: Scorer | None
 
     def __post_init__(self) -> None:
-        for name, values in (("candidates", self.candidates), ("budget", self.budgets)):
-            if min(values) < 1:
-                raise UserError(f"{name} must be at least 1, got {min(values)}")
+        _check_positive("num_candidates", min(self.num_candidates))
+        _check_positive("max_new_tokens", min(self.max_new_tokens))
         for temperature in self.temperatures:
             Sampling(temperature)
 
     @property
+    def num_stages(self) -> int:
+        """Number of stages, 1 where whole answers are sampled."""
+        return len(self.num_candidates)
+
+    @property
     def judge(self) -> Judge | None:
-        """The scorer, where it is a judge that has anything to choose between."""
-        return self.scorer if isinstance(self.scorer, Judge) and max(self.candidates) > 1 else None
+        """The scorer, where it is a judge and a stage has candidates to choose between."""
+        return self.scorer if isinstance(self.scorer, Judge) and max(self.num_candidates) > 1 else None
 
 
 class Strategy(Protocol):
-    """What ``Reasoner`` searches by."""
+    """Way to search for an answer, as ``Reasoner`` takes it."""
 
-    def plan(self) -> Plan:
-        """The strategy as the search takes it."""
+    def to_spec(self) -> SearchSpec:
+        """Return the static part of the compiled search."""
 
 
-def _whole(
-    candidates: int, temperature: float, budget: int, top_k: int | None, top_p: float, scorer: Scorer | None
-) -> Plan:
-    return Plan((), (candidates,), (temperature,), (budget,), Sampling(temperature, top_k, top_p), scorer)
+def _whole_answers(
+    num_candidates: int,
+    temperature: float,
+    max_new_tokens: int,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    scorer: Scorer | None = None,
+) -> SearchSpec:
+    """Return a search that samples whole answers."""
+    sampling = Sampling(temperature, top_k, top_p)
+    return SearchSpec((), (num_candidates,), (temperature,), (max_new_tokens,), sampling, scorer)
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """One answer of the likeliest tokens.
+    """Strategy of one answer made of the likeliest tokens.
 
     Attributes:
-        budget: the most tokens of an answer.
+        max_new_tokens: Largest number of tokens of the answer.
     """
 
-    budget: int = 2048
+    max_new_tokens: int = 2048
 
-    def plan(self) -> Plan:
-        return _whole(1, 0.0, self.budget, None, 1.0, None)
+    def to_spec(self) -> SearchSpec:
+        """Return the static part of the compiled search."""
+        return _whole_answers(1, 0.0, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled answer; defaults as upstream's.
+    """Strategy of one sampled answer, by default with LLaVA-CoT's settings.
 
     Attributes:
-        temperature: of the draws.
-        budget: the most tokens of an answer.
-        top_k: as for ``Sampling``.
-        top_p: likewise.
+        temperature: Temperature of sampling.
+        max_new_tokens: Largest number of tokens of the answer.
+        top_k: Number of likeliest tokens that are sampled from; None is all.
+        top_p: Probability up to which the likeliest tokens are sampled from.
     """
 
     temperature: float = 0.6
-    budget: int = 2048
+    max_new_tokens: int = 2048
     top_k: int | None = 50
     top_p: float = 0.9
 
-    def plan(self) -> Plan:
-        return _whole(1, self.temperature, self.budget, self.top_k, self.top_p, None)
+    def to_spec(self) -> SearchSpec:
+        """Return the static part of the compiled search."""
+        return _whole_answers(1, self.temperature, self.max_new_tokens, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
 class MajorityVote:
-    """Sampled answers, of which one with the commonest conclusion is kept: the likeliest of those, per token.
+    """Strategy of sampled answers, of which one with the most common conclusion is kept.
 
-    Conclusions are compared without case, punctuation at their ends, and spacing; of two that are equally
-    common the one with the likelier answer counts (Wang et al., arXiv 2203.11171).
+    Conclusions are compared without case, spacing, and punctuation at their ends. Among the answers with the most
+    common conclusion, and between conclusions that are equally common, the highest mean log-probability of a token
+    decides (Wang et al., arXiv 2203.11171).
 
     Attributes:
-        candidates: how many answers.
-        temperature, budget, top_k, top_p: as for ``Sample``.
+        num_candidates: Number of answers.
+        temperature: Temperature of sampling.
+        max_new_tokens: Largest number of tokens of an answer.
+        top_k: Number of likeliest tokens that are sampled from; None is all.
+        top_p: Probability up to which the likeliest tokens are sampled from.
     """
 
-    candidates: int = 8
+    num_candidates: int = 8
     temperature: float = 0.6
-    budget: int = 2048
+    max_new_tokens: int = 2048
     top_k: int | None = 50
     top_p: float = 0.9
 
-    def plan(self) -> Plan:
-        return _whole(self.candidates, self.temperature, self.budget, self.top_k, self.top_p, None)
+    def to_spec(self) -> SearchSpec:
+        """Return the static part of the compiled search."""
+        return _whole_answers(self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
 class BestOfN:
-    """Sampled answers, of which the scorer chooses one.
+    """Strategy of sampled answers, of which the scorer chooses one.
 
     Attributes:
-        candidates: how many answers.
-        scorer: what chooses.
-        temperature, budget, top_k, top_p: as for ``Sample``.
+        num_candidates: Number of answers.
+        scorer: Scorer that chooses.
+        temperature: Temperature of sampling.
+        max_new_tokens: Largest number of tokens of an answer.
+        top_k: Number of likeliest tokens that are sampled from; None is all.
+        top_p: Probability up to which the likeliest tokens are sampled from.
     """
 
-    candidates: int = 8
+    num_candidates: int = 8
     scorer: Scorer = Judge()
     temperature: float = 0.6
-    budget: int = 2048
+    max_new_tokens: int = 2048
     top_k: int | None = 50
     top_p: float = 0.9
 
-    def plan(self) -> Plan:
-        return _whole(self.candidates, self.temperature, self.budget, self.top_k, self.top_p, self.scorer)
+    def to_spec(self) -> SearchSpec:
+        """Return the static part of the compiled search."""
+        return _whole_answers(
+            self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p, self.scorer
+        )
 
 
 @dataclass(frozen=True)
 class StageBeam:
-    """Stage-level beam search: candidates for each stage, of which the scorer chooses the one to go on from.
+    """Strategy of stage-level beam search: of the candidates for each stage, the scorer chooses which one to continue.
 
-    A value for all stages, or a tuple of one for each, in order.
+    ``num_candidates``, ``temperature`` and ``max_new_tokens`` take one value for all stages, or a tuple with one for
+    each stage in order.
 
     Attributes:
-        candidates: of each stage.
-        scorer: what chooses.
-        temperature: of each stage's draws.
-        budget: the most tokens of a candidate of each stage.
-        top_k: as for ``Sampling``.
-        top_p: likewise.
-        stages: their tags in order.
+        num_candidates: Number of candidates of a stage.
+        scorer: Scorer that chooses.
+        temperature: Temperature of sampling.
+        max_new_tokens: Largest number of tokens of a candidate.
+        top_k: Number of likeliest tokens that are sampled from; None is all.
+        top_p: Probability up to which the likeliest tokens are sampled from.
+        stages: Tags of the stages in order.
     """
 
-    candidates: int | tuple[int, ...] = 4
+    num_candidates: int | tuple[int, ...] = 4
     scorer: Scorer = Judge()
     temperature: float | tuple[float, ...] = 0.6
-    budget: int | tuple[int, ...] = 1024
+    max_new_tokens: int | tuple[int, ...] = 1024
     top_k: int | None = 50
     top_p: float = 0.9
     stages: tuple[str, ...] = STAGES
 
-    def plan(self) -> Plan:
-        """The strategy as the search takes it.
+    def to_spec(self) -> SearchSpec:
+        """Return the static part of the compiled search.
 
         Raises:
-            UserError: no stages, one twice, or not one value for each.
+            UserError: There are no stages, a stage is given twice, or a tuple does not have one value for each stage.
         """
         if not self.stages or not all(self.stages) or len(set(self.stages)) < len(self.stages):
             raise UserError(f"stages must be different tags, at least one; got {self.stages}")
-        temperatures = self._each("temperature", self.temperature)
-        return Plan(
+        temperatures = self._per_stage("temperature", self.temperature)
+        return SearchSpec(
             stages=tuple(self.stages),
-            candidates=self._each("candidates", self.candidates),
+            num_candidates=self._per_stage("num_candidates", self.num_candidates),
             temperatures=temperatures,
-            budgets=self._each("budget", self.budget),
+            max_new_tokens=self._per_stage("max_new_tokens", self.max_new_tokens),
             sampling=Sampling(max(temperatures), self.top_k, self.top_p),
             scorer=self.scorer,
         )
 
-    def _each(self, name: str, value: T | tuple[T, ...]) -> tuple[T, ...]:
+    def _per_stage(self, name: str, value: _Value | tuple[_Value, ...]) -> tuple[_Value, ...]:
+        """Return one value for each stage."""
         values = value if isinstance(value, tuple) else (value,) * len(self.stages)
         if len(values) != len(self.stages):
-            raise UserError(f"{name} has {len(values)} values for {len(self.stages)} stages: give one, or one for each")
+            raise UserError(
+                f"{name} has {len(values)} values for {len(self.stages)} stages: give one value, or one for each stage"
+            )
         return values
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name} must be at least 1, got {value}")

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from llava_cot_jax.costs import counts
-from llava_cot_jax.inference.decoding import ENDS, TAG, UNUSED, Written
+from llava_cot_jax.costs import model_costs
+from llava_cot_jax.inference.decoding import ENDS, TAG, UNUSED, Samples
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.search.judge import CHECK, DECISIONS, PAIR, Judgement, Matches, Rows
-from llava_cot_jax.search.program import StageFindings
-from llava_cot_jax.search.prompts import WHOLE
-from llava_cot_jax.search.strategies import Judge, Plan
+from llava_cot_jax.search.judge import CHECK, DECISIONS, PAIR, StageJudgement, Matches, JudgeQueries
+from llava_cot_jax.search.program import StageResult
+from llava_cot_jax.search.prompts import WHOLE_ANSWER
+from llava_cot_jax.search.strategies import Judge, SearchSpec
 from llava_cot_jax.search.tables import closing_text
 
 
@@ -35,8 +35,8 @@ class CandidateTrace:
     ended: str
     added: str
     tokens: int
-    log_probability: float
-    mean_log_probability: float
+    log_prob: float
+    mean_log_prob: float
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class VerdictTrace:
     first: int
     second: int | None
     vote: float
-    outside: float | None
+    other_probability: float | None
     reason: str | None
     readable: bool
 
@@ -113,7 +113,7 @@ class Trace:
         tower_runs: of the vision tower: one, or none without an image.
         tokens: by what they were: read of the prompt, of the winners of stages, of the fronts and rows of
             the judge's prompts; drawn for candidates, and for written reasons.
-        flops: of the model's products, by the same parts, and for the images: ``counts``'s useful count,
+        flops: of the model's products, by the same parts, and for the images: ``model_costs``'s useful count,
             in which fill and what was computed for nothing are left out.
         seconds: of the batch that the question was in.
     """
@@ -122,37 +122,37 @@ class Trace:
     seed: int
     strategy: str
     stages: list[StageTrace]
-    tower_runs: int
+    vision_encoder_calls: int
     tokens: dict[str, int]
     flops: dict[str, int]
     seconds: dict[str, float]
 
 
-def trace_stage(processor: Processor, plan: Plan, number: int, found: StageFindings) -> StageTrace:
+def trace_stage(processor: Processor, spec: SearchSpec, number: int, found: StageResult) -> StageTrace:
     """Stage ``number`` of one question, from host arrays without the leading axes of stages and questions."""
-    stage = plan.stages[number] if plan.stages else WHOLE
+    stage = spec.stages[number] if spec.stages else WHOLE_ANSWER
     written, judgement = found.candidates, found.judgement
     candidates = []
-    for i in range(plan.candidates[number]):
-        one: Written = jax.tree.map(lambda x: x[i], written)  # noqa: B023
+    for i in range(spec.num_candidates[number]):
+        one: Samples = jax.tree.map(lambda x: x[i], written)  # noqa: B023
         ended = ENDS[int(one.ended)]
         candidates.append(
             CandidateTrace(
-                text=processor.decode(np.asarray(one.tokens[: one.length])),
+                text=processor.decode(np.asarray(one.tokens[: one.lengths])),
                 ended=ended,
-                added=closing_text(stage, int(one.state)).rstrip("\n") if plan.stages and ended != "tag" else "",
-                tokens=int(one.length),
-                log_probability=float(one.log_probability),
-                mean_log_probability=float(one.log_probability) / max(int(one.drawn), 1),
+                added=closing_text(stage, int(one.state)).rstrip("\n") if spec.stages and ended != "tag" else "",
+                tokens=int(one.lengths),
+                log_prob=float(one.log_prob),
+                mean_log_prob=float(one.log_prob) / max(int(one.num_sampled), 1),
             )
         )
     checks: list[VerdictTrace] = []
     matches: list[MatchTrace] = []
-    if judgement is not None and plan.judge is not None:
-        orders, checked = plan.judge.orders, _checks(judgement, plan, number)
-        verdicts = [_trace_verdict(processor, plan.judge, judgement, i, checked) for i in range(int(judgement.asked))]
+    if judgement is not None and spec.judge is not None:
+        orders, checked = spec.judge.orders, _checks(judgement, spec, number)
+        verdicts = [_trace_verdict(processor, spec.judge, judgement, i, checked) for i in range(int(judgement.asked))]
         checks = verdicts[:checked]
-        for i in range(plan.candidates[number] - 1):
+        for i in range(spec.num_candidates[number] - 1):
             match: Matches = jax.tree.map(lambda x: x[i], judgement.matches)  # noqa: B023
             judged = verdicts[checked + i * orders : checked + (i + 1) * orders]
             decision = DECISIONS[int(match.decision)]
@@ -161,45 +161,45 @@ def trace_stage(processor: Processor, plan: Plan, number: int, found: StageFindi
     return StageTrace(stage, candidates, checks, matches, int(found.winner))
 
 
-def _checks(judgement: Judgement, plan: Plan, number: int) -> int:
+def _checks(judgement: StageJudgement, spec: SearchSpec, number: int) -> int:
     """How many of the rows asked were checks."""
-    assert plan.judge is not None
-    return int(judgement.asked) - (plan.candidates[number] - 1) * plan.judge.orders
+    assert spec.judge is not None
+    return int(judgement.asked) - (spec.num_candidates[number] - 1) * spec.judge.orders
 
 
-def _trace_verdict(processor: Processor, judge: Judge, judgement: Judgement, i: int, checks: int) -> VerdictTrace:
-    row: Rows = jax.tree.map(lambda x: x[i], judgement.rows)
+def _trace_verdict(processor: Processor, judge: Judge, judgement: StageJudgement, i: int, checks: int) -> VerdictTrace:
+    row: JudgeQueries = jax.tree.map(lambda x: x[i], judgement.rows)
     first, second, vote = int(row.first), None if i < checks else int(row.second), float(row.vote)
     if judge.verdict == "token":
-        return VerdictTrace(first, second, vote, float(row.outside), None, True)
-    reason = processor.decode(np.asarray(row.reason.tokens[: row.reason.length]))
+        return VerdictTrace(first, second, vote, float(row.other_probability), None, True)
+    reason = processor.decode(np.asarray(row.reason.tokens[: row.reason.lengths]))
     return VerdictTrace(first, second, vote, None, reason, bool(row.reason.ended == TAG))
 
 
-class Batch(NamedTuple):
-    """Rows that were written side by side.
+class DecodingRun(NamedTuple):
+    """JudgeQueries that were written side by side.
 
     Attributes:
         rows: how many.
         steps: of the loop, of which each reads the weights once.
         prefix: tokens before the rows, which they share.
         own: tokens of each row before what is written, on average.
-        blind: whether they see no image.
+        text_only: whether they see no image.
     """
 
     rows: int
     steps: int
     prefix: int
     own: int
-    blind: bool
+    text_only: bool
 
 
-class Costs:
+class SearchCosts:
     """Tokens and FLOPs of the search for one question's answer, by what they were spent on.
 
     Args:
         config: the model's.
-        plan: of the search.
+        spec: of the search.
         found: host arrays [stages, ...] of one question.
         images: of the question.
 
@@ -209,51 +209,51 @@ class Costs:
         batches: what was written, as if no row had to wait for another of its stage and kind.
     """
 
-    def __init__(self, config: MllamaConfig, plan: Plan, found: StageFindings, images: int) -> None:
+    def __init__(self, config: MllamaConfig, spec: SearchSpec, found: StageResult, images: int) -> None:
         self._config = config
         self._seen = images * config.vision.image_tokens
         parts = ("prompt", "winners", "candidates", "judge fronts", "judge rows", "reasons")
         self.tokens = dict.fromkeys(parts, 0)
-        vision = sum(counts.vision_flops(config, images).values()) if images else 0
+        vision = sum(model_costs.vision_flops(config, images).values()) if images else 0
         self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
-        self.batches: list[Batch] = []
+        self.batches: list[DecodingRun] = []
         length = 0
-        for number in range(len(plan.budgets)):
-            here: StageFindings = jax.tree.map(lambda x: x[number], found)  # noqa: B023
+        for number in range(len(spec.max_new_tokens)):
+            here: StageResult = jax.tree.map(lambda x: x[number], found)  # noqa: B023
             self._read("winners" if number else "prompt", int(here.read), length)
             length += int(here.read)
-            drawn = here.candidates.drawn[here.candidates.ended != UNUSED].tolist()
+            drawn = here.candidates.num_sampled[here.candidates.ended != UNUSED].tolist()
             self._write("candidates", drawn, length, [0] * len(drawn))
-            if here.judgement is not None and plan.judge is not None:
-                self._judge(plan.judge, here.judgement, _checks(here.judgement, plan, number))
+            if here.judgement is not None and spec.judge is not None:
+                self._judge(spec.judge, here.judgement, _checks(here.judgement, spec, number))
 
-    def _judge(self, judge: Judge, judgement: Judgement, checks: int) -> None:
-        rows: Rows = jax.tree.map(lambda x: x[: int(judgement.asked)], judgement.rows)
+    def _judge(self, judge: Judge, judgement: StageJudgement, checks: int) -> None:
+        rows: JudgeQueries = jax.tree.map(lambda x: x[: int(judgement.asked)], judgement.rows)
         for kind, part in ((CHECK, slice(checks)), (PAIR, slice(checks, None))):
-            front, blind = int(judgement.fronts[kind]), kind == CHECK
-            self._read("judge fronts", front, 0, blind)
+            front, text_only = int(judgement.fronts[kind]), kind == CHECK
+            self._read("judge fronts", front, 0, text_only)
             own = rows.tokens[part].tolist()
             for tokens in own:
-                self._read("judge rows", tokens, front, blind)
+                self._read("judge rows", tokens, front, text_only)
             if judge.verdict == "rationale":
-                self._write("reasons", rows.reason.drawn[part].tolist(), front, own, blind)
+                self._write("reasons", rows.reason.num_sampled[part].tolist(), front, own, text_only)
 
-    def _read(self, part: str, tokens: int, before: int, blind: bool = False) -> None:
+    def _read(self, part: str, tokens: int, before: int, text_only: bool = False) -> None:
         """``tokens`` were read at once after ``before`` others, the last one scored."""
-        self._spend(part, tokens, tokens, before, min(tokens, 1), blind)
+        self._spend(part, tokens, tokens, before, min(tokens, 1), text_only)
 
-    def _write(self, part: str, drawn: Sequence[int], prefix: int, own: Sequence[int], blind: bool = False) -> None:
-        """Rows of ``drawn`` tokens were drawn, each after the prefix and its ``own``.
+    def _write(self, part: str, drawn: Sequence[int], prefix: int, own: Sequence[int], text_only: bool = False) -> None:
+        """JudgeQueries of ``drawn`` tokens were drawn, each after the prefix and its ``own``.
 
         The first token of a row is drawn from what was read; the last is not read.
         """
         for tokens, before in zip(drawn, own, strict=True):
-            self._spend(part, tokens, tokens - 1, prefix + before, tokens - 1, blind)
+            self._spend(part, tokens, tokens - 1, prefix + before, tokens - 1, text_only)
         if drawn:
-            self.batches.append(Batch(len(drawn), max(drawn) - 1, prefix, sum(own) // len(own), blind))
+            self.batches.append(DecodingRun(len(drawn), max(drawn) - 1, prefix, sum(own) // len(own), text_only))
 
-    def _spend(self, part: str, tokens: int, read: int, before: int, scored: int, blind: bool) -> None:
+    def _spend(self, part: str, tokens: int, read: int, before: int, scored: int, text_only: bool) -> None:
         self.tokens[part] += tokens
-        seen = 0 if blind else self._seen
-        work = counts.text_flops(self._config, read, seen, prefix=before, scored=scored)
+        seen = 0 if text_only else self._seen
+        work = model_costs.text_flops(self._config, read, seen, prefix=before, scored=scored)
         self.flops[part] += sum(work.values())

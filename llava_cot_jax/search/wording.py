@@ -1,24 +1,24 @@
-"""Words for what a trace holds, shared by the text and the page that show it to a person.
+"""Wording of a trace, shared by the text and the page that show it.
 
-A person counts candidates from 1, where a trace counts from 0.
+Texts count candidates from 1, where a trace counts from 0.
 """
 
 import re
 import string
 
-from llava_cot_jax.search.prompts import WHOLE
+from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace
 from llava_cot_jax.stages import STAGES, find_stages
 
 ENDINGS = {"tag": "closed its tag", "eos": "ended by the model", "budget": "cut off at the token limit"}
-"""How a candidate ended, by ``CandidateTrace.ended``."""
+"""Text for how a candidate ended, by ``CandidateTrace.ended``."""
 
 DECIDED_BY = {
     "judged": "decided by the judge",
     "checked": "decided by the checks",
     "scored": "decided by log-probability",
 }
-"""What decided a match, by ``MatchTrace.decision``."""
+"""Text for what decided a match, by ``MatchTrace.decision``."""
 
 _HIDDEN = [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
@@ -28,50 +28,50 @@ _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3
 
 
 def printable(text: str) -> str:
-    """``text`` with a visible sign for each character that would steer a terminal or turn the direction of writing."""
+    """Return ``text`` with a visible sign for each character that controls a terminal or the direction of writing."""
     return text.translate(_VISIBLE)
 
 
 def split_tags(text: str, stage: str) -> list[tuple[str, bool]]:
-    """The stretches of a candidate's text in order, and whether each is the tag of a stage."""
+    """Split a candidate's text into pieces, each with whether it is the tag of a stage."""
     names = "|".join(map(re.escape, (*STAGES, stage)))
     parts = re.split(rf"(</?(?:{names})>)", printable(text).strip())
     return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
 
 
 def conclusion_of(trace: Trace) -> str:
-    """The answer that a search gives: the body of the last stage's winner."""
+    """Return the answer that a search gives: the body of the last stage's winner."""
     last = trace.stages[-1]
     won = last.candidates[last.winner]
-    if last.stage == WHOLE:
+    if last.stage == WHOLE_ANSWER:
         return find_stages(won.text).get("CONCLUSION", won.text.strip())
     return (won.text + won.added).partition(f"</{last.stage}>")[0].strip()
 
 
 def agrees(conclusion: str, right_answer: str) -> bool:
-    """Whether two answers are the same but for case, spacing, and punctuation at their ends."""
+    """Whether two answers are the same apart from case, spacing, and punctuation at their ends."""
     first, second = (" ".join(text.casefold().split()) for text in (conclusion, right_answer))
     edges = string.punctuation + string.whitespace
     return (first.strip(edges) or first) == (second.strip(edges) or second)
 
 
 def stage_title(stage: StageTrace) -> str:
-    """The name of a stage for a heading."""
-    return "Whole answers" if stage.stage == WHOLE else stage.stage.capitalize()
+    """Return the name of a stage for a heading."""
+    return "Whole answers" if stage.stage == WHOLE_ANSWER else stage.stage.capitalize()
 
 
 def how_ended(candidate: CandidateTrace) -> str:
-    """How a candidate ended, and what was added to close it."""
+    """Return how a candidate ended, and the text that was added to close it."""
     ended = ENDINGS.get(candidate.ended, candidate.ended)
     return f"{ended}, {candidate.added} added" if candidate.added else ended
 
 
 def how_chosen(stage: StageTrace, strategy: str) -> str:
-    """What chose the winner of a stage.
+    """Return how the winner of a stage was chosen.
 
     Args:
-        stage: the trace of the stage.
-        strategy: the settings as in ``Trace.strategy``.
+        stage: Trace of the stage.
+        strategy: Settings of the search, as in ``Trace.strategy``.
     """
     winner, count = stage.winner + 1, len(stage.candidates)
     if count == 1:
@@ -80,19 +80,19 @@ def how_chosen(stage: StageTrace, strategy: str) -> str:
         return f"{count} candidates, {winner} wins its matches"
     if strategy.startswith("MajorityVote("):
         return f"{count} candidates, {winner} has the most common conclusion"
-    if stage.candidates[stage.winner].mean_log_probability == max(c.mean_log_probability for c in stage.candidates):
+    if stage.candidates[stage.winner].mean_log_prob == max(c.mean_log_prob for c in stage.candidates):
         return f"{count} candidates, {winner} has the highest mean log-probability"
     return f"{count} candidates, {winner} is kept"
 
 
 def match_result(match: MatchTrace) -> str:
-    """A match in one line, as in ``1 against 3 -> 3 wins, margin -0.21``."""
+    """Return a match in one line, such as ``1 against 3 -> 3 wins, margin -0.21``."""
     pair = f"{match.first + 1} against {match.second + 1}"
     return f"{pair} -> {match.winner + 1} wins, margin {match.margin:+.2f}"
 
 
 def verdict_result(verdict: VerdictTrace) -> str:
-    """A verdict in one line: what was shown, what the judge said, and its vote."""
+    """Return a verdict in one line: the candidates in the order shown, the judge's decision, and its vote."""
     if verdict.second is None:
         said = ("correct" if verdict.vote > 0 else "incorrect") if verdict.readable and verdict.vote else "unreadable"
         shown = f"check of {verdict.first + 1}"
@@ -103,13 +103,13 @@ def verdict_result(verdict: VerdictTrace) -> str:
     return f"{shown}: {said}, vote {verdict.vote:+.2f}"
 
 
-def neither(verdict: VerdictTrace) -> str:
-    """The probability of anything but the two verdicts; nothing for a written verdict."""
-    return "" if verdict.outside is None else f"{verdict.outside:.1%} on neither verdict"
+def neither_share(verdict: VerdictTrace) -> str:
+    """Return the probability of anything but the two verdicts, or nothing for a written verdict."""
+    return "" if verdict.other_probability is None else f"{verdict.other_probability:.1%} on neither verdict"
 
 
 def rounds_of(stage: StageTrace) -> list[tuple[list[MatchTrace], list[int]]]:
-    """The rounds of a stage's knockout: the matches of each, and the candidates that went through without one."""
+    """Return the rounds of a stage's tournament: the matches of each, and the candidates that advance without one."""
     rounds: list[tuple[list[MatchTrace], list[int]]] = []
     alive, played = list(range(len(stage.candidates))), 0
     while len(alive) > 1 and played < len(stage.matches):
@@ -123,17 +123,17 @@ def rounds_of(stage: StageTrace) -> list[tuple[list[MatchTrace], list[int]]]:
 
 
 def log_prob(value: float) -> str:
-    """A log-probability with three decimals, or as many as show that it is not zero."""
-    return f"{value:.3f}" if abs(value) >= 0.01 else f"{value + 0.0:.2g}"  # the sum makes 0 of -0
+    """Return a log-probability with three decimals, or with two digits where it is close to zero."""
+    return f"{value:.3f}" if abs(value) >= 0.01 else f"{value + 0.0:.2g}"  # adding 0.0 turns -0.0 into 0.0
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things, as in ``1 token`` and ``1,200 tokens``."""
+    """Return a number with its noun, such as ``1 token`` and ``1,200 tokens``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def short_count(number: float) -> str:
-    """A large number with three digits and its SI prefix, as in ``1.23 G``."""
+    """Return a large number with three digits and an SI prefix, such as ``1.23 G``."""
     for size, prefix in _PREFIXES:
         if number >= size:
             return f"{number / size:.3g} {prefix}"
@@ -141,6 +141,6 @@ def short_count(number: float) -> str:
 
 
 def cost_line(trace: Trace) -> str:
-    """What a search cost, in one line."""
+    """Return the costs of a search in one line."""
     tokens, flops = sum(trace.tokens.values()), sum(trace.flops.values())
     return f"{tokens:,} tokens, {short_count(flops)}FLOPs, {sum(trace.seconds.values()):.1f} s; seed {trace.seed}"

@@ -195,14 +195,14 @@ class Checkpoints:
         return State(trained=loaded[MODEL], frozen=like.frozen, **loaded[PROGRESS])
 
 
-def newest_whole(folder: Path, tell: Callable[[str], None]) -> int | None:
+def newest_whole(folder: Path, log: Callable[[str], None]) -> int | None:
     """The newest step in a folder whose files are what was written; None without any. Damaged ones are set aside.
 
     Every process of the run calls this; each reads its share of the files.
 
     Args:
         folder: of checkpoints.
-        tell: shows a person what was found damaged.
+        log: Function that shows the user which checkpoints are damaged.
     """
     for step in reversed(steps_in(folder)):
         place = folder / str(step)
@@ -213,7 +213,7 @@ def newest_whole(folder: Path, tell: Callable[[str], None]) -> int | None:
         if jax.process_index() == 0:
             move(place, aside)
         multihost_utils.sync_global_devices("set aside")
-        tell(f"the checkpoint of step {step} is damaged: {damage}; moved to {aside}, and the one before is taken")
+        log(f"the checkpoint of step {step} is damaged: {damage}; moved to {aside}, and the one before is taken")
     return None
 
 

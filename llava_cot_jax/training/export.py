@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from llava_cot_jax.errors import UserError
@@ -16,7 +17,7 @@ from llava_cot_jax.model.checkpoint.reading import OnProgress, verified_tensors
 from llava_cot_jax.model.checkpoint.writing import Entry, read_whole, write_checkpoint
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import flatten, parameters
+from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.paths import EMBEDDED
 from llava_cot_jax.training import checkpoints
 from llava_cot_jax.training.checkpoints import read_arrays, read_run, steps_in, stored_arrays
@@ -136,8 +137,9 @@ class RunExport:
     def _frozen(self) -> Callable[[str], np.ndarray]:
         """Reads a published tensor of what the run started from."""
         if self._settings.get("random_init", self._settings["init_from"] == EMBEDDED):
-            fresh: dict[str, Any] = flatten(Mllama(self.config, rngs=nnx.Rngs(self._settings["seed"])).params)
-            return lambda name: np.asarray(fresh[name])
+            model = Mllama(self.config, rngs=nnx.Rngs(self._settings["seed"]))
+            initial: dict[str, Any] = flatten_dict(model.params, sep=".")
+            return lambda name: np.asarray(initial[name])
         base = self._base or self._settings["init_from"]
         try:
             folder = resolve_checkpoint(base)

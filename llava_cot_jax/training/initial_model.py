@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from llava_cot_jax.model.checkpoint.auxiliary_files import write_json
@@ -12,7 +13,6 @@ from llava_cot_jax.model.checkpoint.finding import companions, find_checkpoint, 
 from llava_cot_jax.model.checkpoint.sharded import OnProgress, load_arrays
 from llava_cot_jax.model.config import Convention
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import flatten
 from llava_cot_jax.processing.processor import Processor
 
 
@@ -53,7 +53,8 @@ class Origin:
             UserError: tensors that are not those of the configuration, or a mesh that does not divide them.
         """
         if self.random_init:
-            return flatten(Mllama(self.config, rngs=nnx.Rngs(seed), layout="stacked", dtype=dtype, mesh=mesh).params)
+            model = Mllama(self.config, rngs=nnx.Rngs(seed), layout="stacked", dtype=dtype, mesh=mesh)
+            return flatten_dict(model.params, sep=".")
         return load_arrays(self.folder, self.config, layout="stacked", mesh=mesh, on_progress=on_progress)
 
     def write_companions(self, folder: Path) -> None:

@@ -14,7 +14,7 @@ from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.data.rows import FirstRows
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.sharding import check_mesh, partition
+from llava_cot_jax.model.sharding import check_mesh, partition_spec
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.stages import STAGES
 from llava_cot_jax.training.checkpoints import Checkpoints, Kept, newest_whole, read_run
@@ -22,7 +22,7 @@ from llava_cot_jax.training.initial_model import Origin
 from llava_cot_jax.training.layout import CHECKPOINTS, relocated
 from llava_cot_jax.training.metrics import Meter, Metrics, by_stage, check_wandb
 from llava_cot_jax.training.program import Program, check_batch, make_program, run_mesh
-from llava_cot_jax.training.report import OpenBar, describe_loading, describe_run, describe_validation
+from llava_cot_jax.training.report import ProgressBar, describe_loading, describe_run, describe_validation
 from llava_cot_jax.training.run_folder import (
     describe,
     differences,
@@ -57,7 +57,7 @@ class Trained:
 
 
 def train(
-    settings: TrainSettings, *, tell: Callable[[Any], None], open_bar: OpenBar, accept_changes: bool = False
+    settings: TrainSettings, *, log: Callable[[Any], None], progress_bar: ProgressBar, accept_changes: bool = False
 ) -> Trained:
     """Run ``settings``: from the newest checkpoint in its folder on, where there is one.
 
@@ -65,8 +65,8 @@ def train(
 
     Args:
         settings: see there.
-        tell: shows a person a line, or a table of rich's.
-        open_bar: see there.
+        log: Function that shows a line, or a table of rich, to the user.
+        progress_bar: Context manager that shows a progress bar, such as ``cli.progress_bar``.
         accept_changes: go on from a checkpoint of other settings, or other data.
 
     Raises:
@@ -83,7 +83,7 @@ def train(
     folder = as_path(settings.output)
     make_run_folder(folder)
     with RunLock(folder):
-        return _train(settings, origin, mesh, folder, tell, open_bar, accept_changes)
+        return _train(settings, origin, mesh, folder, log, progress_bar, accept_changes)
 
 
 def _train(
@@ -91,17 +91,17 @@ def _train(
     origin: Origin,
     mesh: Mesh,
     folder: Path,
-    tell: Callable[[Any], None],
-    open_bar: OpenBar,
+    log: Callable[[Any], None],
+    progress_bar: ProgressBar,
     accept_changes: bool,
 ) -> Trained:
-    newest = newest_whole(folder / CHECKPOINTS, tell)
-    training, validation = _loaders(settings, origin, mesh, open_bar)
+    newest = newest_whole(folder / CHECKPOINTS, log)
+    training, validation = _loaders(settings, origin, mesh, progress_bar)
     description = describe(settings, training.fingerprint)
     if newest is not None:
         before = read_run(folder / CHECKPOINTS / str(newest))
         before["settings"] = relocated(before["settings"], folder)
-        _check_unchanged(before, description, tell, accept_changes)
+        _check_unchanged(before, description, log, accept_changes)
     write_run_folder(folder, settings, origin)
     steps = settings.steps or settings.epochs * training.batches_per_epoch
     program = make_program(settings, origin.config, mesh, steps=steps, steps_per_epoch=training.batches_per_epoch)
@@ -109,14 +109,14 @@ def _train(
     kept = Kept(settings.checkpoints_kept, settings.checkpoints_kept_every, settings.checkpoints_kept_best)
     with Checkpoints(folder / CHECKPOINTS, kept) as checkpoints:
         checkpoints.check_room(program.state)
-        tell(describe_run(settings, origin.config, mesh, program, training, meter, steps))
-        state = _first_state(settings, origin, mesh, program, checkpoints, newest, tell, open_bar)
+        log(describe_run(settings, origin.config, mesh, program, training, meter, steps))
+        state = _first_state(settings, origin, mesh, program, checkpoints, newest, log, progress_bar)
         first = int(state.step)
         if first:
-            tell(f"going on from step {first}, the newest checkpoint in {folder}")
+            log(f"going on from step {first}, the newest checkpoint in {folder}")
         with (
             Metrics(folder, asdict(settings), settings.wandb, first) as metrics,
-            open_bar("training", "steps", settings.log_every) as bar,
+            progress_bar("training", "steps", settings.log_every) as bar,
         ):
             stepper = Stepper(program, training, range(first, steps), meter, metrics, bar, settings.skipped_in_a_row)
             for done in range(first + 1, steps + 1):
@@ -134,20 +134,20 @@ def _train(
                     with stepper.pause("validation_seconds"):
                         found = validate(program, state, validation)
                     metrics.write(done, found)
-                    tell(describe_validation(done, found))
+                    log(describe_validation(done, found))
                 if done % settings.checkpoint_every == 0 or done == steps or stopped:
                     with stepper.pause("saving_seconds"):
                         checkpoints.save(state, description, found.get("validation_loss"))
                 if stopped and done < steps:
                     checkpoints.wait()
-                    tell(f"stopped by a SIGTERM after step {done}: the same command goes on from there")
+                    log(f"stopped by a SIGTERM after step {done}: the same command goes on from there")
                     return Trained(origin, mesh, state, complete=False)
             stepper.finish()
     return Trained(origin, mesh, state, complete=True)
 
 
 def _check_unchanged(
-    before: Mapping[str, Any], now: Mapping[str, Any], tell: Callable[[Any], None], accept_changes: bool
+    before: Mapping[str, Any], now: Mapping[str, Any], log: Callable[[Any], None], accept_changes: bool
 ) -> None:
     """Whether a run goes on as it was begun.
 
@@ -155,14 +155,14 @@ def _check_unchanged(
         UserError: it does not, and nobody said that it may.
     """
     if versions := other_versions(before, now):
-        tell(f"the newest checkpoint was written with other versions: {'; '.join(versions)}")
+        log(f"the newest checkpoint was written with other versions: {'; '.join(versions)}")
     if changed := differences(before, now):
         if not accept_changes:
             raise UserError(
                 f"the run was begun otherwise: {'; '.join(changed)}. Take that back, name another output, or go on "
                 "with it by --accept_changes true"
             )
-        tell(f"going on with changes: {'; '.join(changed)}")
+        log(f"going on with changes: {'; '.join(changed)}")
 
 
 def validate(program: Program, state: State, loader: Loader) -> dict[str, float]:
@@ -175,13 +175,15 @@ def validate(program: Program, state: State, loader: Loader) -> dict[str, float]
     return {"validation_loss": whole, **by_stage("validation_loss", totals / np.maximum(tokens, 1), tokens)}
 
 
-def _loaders(settings: TrainSettings, origin: Origin, mesh: Mesh, open_bar: OpenBar) -> tuple[Loader, Loader | None]:
+def _loaders(
+    settings: TrainSettings, origin: Origin, mesh: Mesh, progress_bar: ProgressBar
+) -> tuple[Loader, Loader | None]:
     """Of the rows to train on, and of those to validate with."""
-    sharding = NamedSharding(mesh, partition(("batch",)))
+    sharding = NamedSharding(mesh, partition_spec(("batch",)))
 
     def open_loader(split: str, count: int | None) -> Loader:
         rows = open_rows(settings.data, split)
-        with open_bar(f"counting the tokens of {split}", "rows") as on_progress:
+        with progress_bar(f"counting the tokens of {split}", "rows") as on_progress:
             return Loader(
                 rows if count is None else FirstRows(rows, count),
                 origin.processor,
@@ -203,8 +205,8 @@ def _first_state(
     program: Program,
     checkpoints: Checkpoints,
     step: int | None,
-    tell: Callable[[Any], None],
-    open_bar: OpenBar,
+    log: Callable[[Any], None],
+    progress_bar: ProgressBar,
 ) -> State:
     """The state to go on from.
 
@@ -220,9 +222,9 @@ def _first_state(
             read = done
             move(done, total)
 
-        with open_bar("loading weights") as move:
+        with progress_bar("loading weights") as move:
             arrays = origin.arrays(mesh=mesh, dtype=settings.optimizer.dtype, seed=settings.seed, on_progress=count)
-        tell(describe_loading(settings.init_from, read))
+        log(describe_loading(settings.init_from, read))
     if step is None:
         return program.begin(arrays)
     return checkpoints.restore(step, replace(program.state, frozen=program.frozen(arrays)))

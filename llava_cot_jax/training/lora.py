@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.mllama import fresh
+from llava_cot_jax.model.mllama import init_params
 from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.training.settings import LoraSettings
 from llava_cot_jax.training.state import matching
@@ -77,7 +77,7 @@ def fresh_adapters(table: Mapping[str, Parameter], seed: int, dtype: Any, mesh: 
         UserError: the mesh does not divide one.
     """
     key = jax.random.key(seed)
-    return {path: fresh(parameter, key, np.dtype(dtype), mesh) for path, parameter in table.items()}
+    return init_params(table, key, np.dtype(dtype), mesh)
 
 
 def merged(weight: Array, a: Array, b: Array, scale: float) -> Array:

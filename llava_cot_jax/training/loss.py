@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from llava_cot_jax.model.choices import Checkpointing
+from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.layers import Weights
-from llava_cot_jax.model.mllama import hidden_states, logits
-from llava_cot_jax.model.sharding import constrain, on_each_device
+from llava_cot_jax.model.mllama import compute_logits, hidden_states
+from llava_cot_jax.model.parameters import Params
+from llava_cot_jax.model.sharding import constrain, local_size
 
 LOGITS = 1024
 """Tokens on a device whose logits stand at a time, 0.5 GB in float32 with the published vocabulary. Where lm_head is
@@ -17,7 +17,7 @@ cut over devices it is gathered for each such part of a batch: few tokens at a t
 
 
 def token_losses(
-    params: Weights, config: MllamaConfig, batch: Mapping[str, jax.Array], checkpointing: Checkpointing
+    params: Params, config: MllamaConfig, batch: Mapping[str, jax.Array], checkpointing: RematPolicy
 ) -> jax.Array:
     """Minus the log-probability of each token given those before it, float32 [batch, tokens].
 
@@ -35,14 +35,14 @@ def token_losses(
     @jax.checkpoint  # the logits are made again in the backward pass
     def chunk_losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, targets = part  # [batch, size, hidden], [batch, size]
-        scores = constrain(logits(params, hidden), "batch", None, "vocab")
+        scores = constrain(compute_logits(params, hidden), "batch", None, "vocab")
         # Not a gather, which would bring a vocabulary that is cut over devices together.
         places = jax.lax.broadcasted_iota(targets.dtype, scores.shape, 2) == targets[..., None]
         chosen = jnp.sum(jnp.where(places, scores, 0.0), axis=-1)
         return jax.nn.logsumexp(scores, axis=-1) - chosen
 
     tokens = targets.shape[1]
-    count = -(-tokens * on_each_device(len(targets), "batch") // LOGITS)
+    count = -(-tokens * local_size(len(targets), "batch") // LOGITS)
     size = -(-tokens // count)  # chunks of one size, so that little is filled up
     parts = jax.tree.map(lambda x: _in_chunks(x, size), (hidden, targets))
     losses = jnp.moveaxis(jax.lax.map(chunk_losses, parts), 0, 1)  # [batch, chunks, size]

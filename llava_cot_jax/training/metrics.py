@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import shutil
 import tempfile
 import time
@@ -17,7 +16,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from llava_cot_jax.costs.chips import find_chip
-from llava_cot_jax.costs.counts import Part, training_flops
+from llava_cot_jax.costs.model_costs import ModelPart, training_flops
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import is_remote
@@ -40,10 +39,10 @@ class Meter:
         adapted: the parts that have adapters.
     """
 
-    def __init__(self, config: MllamaConfig, trained: frozenset[Part], adapted: frozenset[Part]) -> None:
+    def __init__(self, config: MllamaConfig, trained: frozenset[ModelPart], adapted: frozenset[ModelPart]) -> None:
         device = jax.devices()[0]
         chip = find_chip(device.device_kind)
-        self._peak = chip.flops / chip.devices * jax.device_count() if chip else None
+        self._peak = chip.peak_flops / chip.devices_per_chip * jax.device_count() if chip else None
         self._last = time.perf_counter()
 
         @cache
@@ -80,13 +79,6 @@ class Meter:
             "tflops_per_second_per_device": rate / jax.device_count() / 1e12,
             "mfu": rate / self._peak if self._peak else None,
         }
-
-
-def peak_memory() -> int:
-    """Bytes: the most that a device of this process held; of a CPU, that the process held."""
-    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [found["peak_bytes_in_use"] for found in statistics if "peak_bytes_in_use" in found]
-    return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def by_stage(name: str, losses: np.ndarray, tokens: np.ndarray) -> dict[str, float]:

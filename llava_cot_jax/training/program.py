@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llava_cot_jax.costs.counts import Part, parts_of
+from llava_cot_jax.costs.model_costs import ModelPart, parts_of
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter, parameters
-from llava_cot_jax.model.sharding import make_mesh, on_mesh
+from llava_cot_jax.model.sharding import make_mesh, use_mesh
 from llava_cot_jax.training.lora import adapter_table, fresh_adapters
 from llava_cot_jax.training.optimizer import Optimizer, learning_rates
 from llava_cot_jax.training.settings import MeshSettings, TrainSettings
@@ -36,8 +36,8 @@ class Program:
 
     table: Mapping[str, Parameter]
     state: State
-    trained: frozenset[Part]
-    adapted: frozenset[Part]
+    trained: frozenset[ModelPart]
+    adapted: frozenset[ModelPart]
     learning_rate: Callable[[Any], Any]
     step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
     evaluate: Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array], Batch], Losses]
@@ -121,11 +121,11 @@ def make_program(
 
     @jax.jit
     def evaluate(trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], batch: Batch) -> Losses:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             return losses(trained, frozen, batch, config=config, **compute)
 
     parts = parts_of(config, trained)
-    whole, adapted = (frozenset[Part](), parts) if adapters else (parts, frozenset[Part]())
+    whole, adapted = (frozenset[ModelPart](), parts) if adapters else (parts, frozenset[ModelPart]())
     return Program(table, state, whole, adapted, learning_rate, step, evaluate, settings, optimizer, mesh)
 
 

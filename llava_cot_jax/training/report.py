@@ -25,7 +25,7 @@ class Bar(Protocol):
         """How many are done, how many there are in all, and a few words on how it goes."""
 
 
-class OpenBar(Protocol):
+class ProgressBar(Protocol):
     """Opens a progress bar."""
 
     def __call__(self, label: str, unit: str = "bytes", every: int | None = None) -> AbstractContextManager[Bar]:

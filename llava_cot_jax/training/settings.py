@@ -7,7 +7,7 @@ from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from llava_cot_jax.data.sources import SHAPES
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.finding import absolute_name
-from llava_cot_jax.model.choices import MESH_AXES, Checkpointing, Dtype
+from llava_cot_jax.model.choices import MESH_AXES, Dtype, RematPolicy
 from llava_cot_jax.model.config import Convention
 from llava_cot_jax.paths import as_path
 
@@ -162,7 +162,7 @@ class TrainSettings:
         answers: questions of the validation split that are answered at the end, to count how many
             captions and conclusions are the row's own; 0 leaves this out.
         profile: a trace of a few steps is written to the folder of the run.
-        wandb: the Weights & Biases project to log to as well.
+        wandb: the Params & Biases project to log to as well.
         mesh: see there.
         chat: how turns become tokens.
         loader: how rows become batches.
@@ -182,7 +182,7 @@ class TrainSettings:
     steps: int | None = None
     seed: int = 0
     dtype: Compute = "bfloat16"
-    checkpointing: Checkpointing = "full"
+    checkpointing: RematPolicy = "full"
     micro_batches: int = 1
     frozen: list[str] = field(default_factory=list)
     checkpoint_every: int = 1000
@@ -213,7 +213,7 @@ class TrainSettings:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}; it must be at least 1, or left out")
-        for name, kind in (("dtype", Compute), ("checkpointing", Checkpointing)):
+        for name, kind in (("dtype", Compute), ("checkpointing", RematPolicy)):
             if getattr(self, name) not in get_args(kind):
                 raise UserError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(get_args(kind))}")
         if self.checkpoints_kept_best and not self.validation_rows:

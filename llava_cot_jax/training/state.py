@@ -9,13 +9,14 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.choices import Checkpointing
+from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.parameters import Parameter, nest
-from llava_cot_jax.model.sharding import on_mesh, parameter_sharding
+from llava_cot_jax.model.parameters import Parameter
+from llava_cot_jax.model.sharding import parameter_sharding, use_mesh
 from llava_cot_jax.stages import STAGES
 from llava_cot_jax.training.loss import token_losses
 from llava_cot_jax.training.optimizer import Optimizer
@@ -128,13 +129,13 @@ def losses(
     *,
     config: MllamaConfig,
     dtype: Any,
-    checkpointing: Checkpointing,
+    checkpointing: RematPolicy,
     lora_scale: float = 1.0,
 ) -> Losses:
     """The losses of a batch, computed in ``dtype``; ``lora_b`` of every adapter is multiplied by ``lora_scale``."""
     arrays = {**trained, **frozen}
     arrays |= {path: lora_scale * array for path, array in arrays.items() if path.endswith(".lora_b")}
-    params = nest({path: array.astype(dtype) for path, array in arrays.items()})
+    params = unflatten_dict({path: array.astype(dtype) for path, array in arrays.items()}, sep=".")
     each = token_losses(params, config, batch, checkpointing)  # [batch, tokens]
     stages = jax.nn.one_hot(batch["stage"], 1 + len(STAGES)) * batch["loss_mask"][..., None]
     return Losses(jnp.einsum("bt,bts->s", each, stages), jnp.einsum("bts->s", stages))
@@ -148,7 +149,7 @@ def make_step(
     *,
     mesh: Mesh | None,
     dtype: Any,
-    checkpointing: Checkpointing,
+    checkpointing: RematPolicy,
     micro_batches: int = 1,
     clip: float = 0.0,
     lora_scale: float = 1.0,
@@ -195,7 +196,7 @@ def make_step(
         return jax.lax.scan(add, (wide, Losses(nothing, nothing)), _in_parts(batch, micro_batches))[0]
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             grads, found = gradients(state, batch)
         norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         loss = found.total.sum() / jnp.maximum(found.tokens.sum(), 1.0)

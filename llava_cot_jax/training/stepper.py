@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from llava_cot_jax.costs.device_memory import peak_memory
 from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.training.metrics import Meter, Metrics, by_stage, peak_memory
+from llava_cot_jax.training.metrics import Meter, Metrics, by_stage
 from llava_cot_jax.training.program import Program
 from llava_cot_jax.training.report import Bar, describe_step
 from llava_cot_jax.training.state import State

@@ -16,7 +16,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.finding import read_config
 from llava_cot_jax.model.checkpoint.sharded import load_arrays, save_arrays
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import Layout, parameters
+from llava_cot_jax.model.parameters import ParamLayout, parameters
 from llava_cot_jax.model.sharding import make_mesh
 
 INPUTS = ("input_ids", "pixel_values", "aspect_ratio_ids", "cross_attention_mask", "attention_mask")
@@ -31,7 +31,7 @@ def main() -> None:
     folder = Path(checkpoint)
     found: dict[str, Any] = {}
     config, stored = read_config(folder), load_file(folder / "model.safetensors")
-    layouts: tuple[Layout, ...] = ("unrolled", "stacked")
+    layouts: tuple[ParamLayout, ...] = ("unrolled", "stacked")
     for sizes in MESHES:
         for layout in layouts:
             progress: list[tuple[int, int]] = []

@@ -1,13 +1,14 @@
-"""What a bracket changes against upstream's knockout, for a judge that errs: a simulation of both.
+"""Simulate a tournament bracket and upstream's knockout with a judge that makes mistakes.
 
     python tests/evidence/bracket.py | tee tests/evidence/bracket.txt
 
-Candidates have qualities from a standard normal distribution; the judge prefers the first of two with probability
-1 / (1 + exp(-sharpness * difference)), independently each time. Upstream takes two at random, and puts the winner back
-among the rest. Ours is a random bracket in rounds: half of the candidates at a time, so all of a round's pairs go
-through the model together. Both judge N - 1 pairs.
+The qualities of candidates are drawn from a standard normal distribution. The judge prefers the first of two with
+probability 1 / (1 + exp(-sharpness * difference)), independently each time. Upstream takes two candidates at random
+and puts the winner back among the rest. Ours is a random bracket in rounds, so that all pairs of a round go through
+the model together. Both judge N - 1 pairs.
 """
 
+import argparse
 import datetime
 
 import numpy as np
@@ -16,6 +17,7 @@ TRIALS = 200_000
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{datetime.date.today()}; numpy {np.__version__}; {TRIALS:,} trials a row, standard errors at most 0.0023")
     print("sharpness  N   the best wins: upstream  bracket   winner's mean quality: upstream  bracket  the best's")
     for sharpness in (0.5, 1.0, 2.0, 5.0):
@@ -36,7 +38,7 @@ def prefers_first(first: np.ndarray, second: np.ndarray, sharpness: float, rng: 
 
 
 def put_back(quality: np.ndarray, sharpness: float, rng: np.random.Generator) -> np.ndarray:
-    """Upstream's: the winner of each trial, as an index."""
+    """Return the index of the winner of each trial by upstream's knockout."""
     alive = np.tile(np.arange(quality.shape[1]), (len(quality), 1))
     while alive.shape[1] > 1:
         alive = rng.permuted(alive, axis=1)
@@ -47,7 +49,7 @@ def put_back(quality: np.ndarray, sharpness: float, rng: np.random.Generator) ->
 
 
 def bracket(quality: np.ndarray, sharpness: float, rng: np.random.Generator) -> np.ndarray:
-    """Ours: who has no opponent goes through, and stands first in the next round."""
+    """Return the index of the winner of each trial by a bracket. A candidate without an opponent goes through first."""
     alive = rng.permuted(np.tile(np.arange(quality.shape[1]), (len(quality), 1)), axis=1)
     while (count := alive.shape[1]) > 1:
         first, second = alive[:, 0 : count - count % 2 : 2], alive[:, 1::2]

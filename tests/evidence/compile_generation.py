@@ -1,12 +1,13 @@
-"""Compile generation with the whole 11B for TPUs, on a machine without one, and print its memory and its traffic.
+"""Compile generation with the whole 11B for TPUs, on a machine without one, and print its memory and communication.
 
     pip install -e '.[plan]' && python tests/evidence/compile_generation.py | tee tests/evidence/compile_generation.txt
 
-The figures come from the compiler: nothing here was run on a TPU. Shown: that the decode loop copies neither a cache
-nor a weight (temporaries are small, every cache is aliased), that prefill, vision tower and all, fits the chip, and
+The figures come from the compiler; nothing runs on a TPU. They show that the decode loop copies neither a cache nor a
+weight (temporaries are small, and every cache is aliased), that the prefill with the vision tower fits the chip, and
 that over four chips no weight is gathered (the largest array that a collective moves is small).
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import math
@@ -16,14 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_cot_jax.inference.decoding import bucket
-from llava_cot_jax.inference.generator import CHUNK, _advance, _begin
+from llava_cot_jax.inference.generator import STEPS_PER_CALL, _decode_steps, _prefill_prompts
 from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.parameters import nest, parameters
+from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 from llava_cot_jax.planning import slices
 
@@ -33,7 +35,8 @@ CONFIG = MllamaConfig.llama32_11b()
 
 
 def main() -> None:
-    slices.prepare()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    slices.enable_tpu_compiler()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     print(f"{datetime.date.today()}; {versions}; compiled for TPUs, run on none")
     print(f"11B, bfloat16; one image of 4 tiles, a prompt of up to {PROMPT} tokens, up to {NEW} new ones, {SAMPLING}")
@@ -42,24 +45,29 @@ def main() -> None:
     for questions in (1, 4):
         compile_for(make_mesh(devices=chip.devices), questions)
     host = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    print("\nfour v5e, 16.9 GB each, tensor=4; of each")
+    print("\nfour v5e, 16.9 GB each, tensor=4; per chip")
     compile_for(make_mesh(tensor=4, devices=host.devices), 1)
 
 
 def compile_for(mesh: Mesh, questions: int) -> None:
-    """Prefill and decode loop of so many questions."""
+    """Compile the prefill and the decode loop for a number of questions."""
     table = parameters(CONFIG, "unrolled")
-    params = nest({path: abstract(p.shape, jnp.bfloat16, parameter_sharding(p, mesh)) for path, p in table.items()})
+    params = unflatten_dict(
+        {path: abstract(p.shape, jnp.bfloat16, parameter_sharding(p, mesh)) for path, p in table.items()}, sep="."
+    )
     everywhere = NamedSharding(mesh, PartitionSpec())
     inputs, lengths, seeds = jax.tree.map(lambda x: abstract(x.shape, x.dtype, everywhere), prompts(CONFIG, questions))
     settings = {"config": CONFIG, "sampling": SAMPLING, "mesh": mesh}
-    begun = _begin.lower(params, inputs, lengths, seeds, capacity=PROMPT + NEW, **settings)
+    begun = _prefill_prompts.lower(params, inputs, lengths, seeds, capacity=PROMPT + NEW, **settings)
     compiled = report(f"prefill, {questions} questions", begun)
     state = jax.tree.map(
         lambda x, sharding: abstract(x.shape, x.dtype, sharding), begun.out_info, compiled.output_shardings
     )
     limit = abstract((), jnp.int32, everywhere)
-    report(f"decode loop, {questions} questions", _advance.lower(params, state, limit, steps=CHUNK, **settings))
+    report(
+        f"decode loop, {questions} questions",
+        _decode_steps.lower(params, state, limit, steps=STEPS_PER_CALL, **settings),
+    )
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -67,7 +75,7 @@ def abstract(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtyp
 
 
 def prompts(config: MllamaConfig, questions: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Any, Any]:
-    """What a processor returns for so many questions, one image each, and their lengths and seeds."""
+    """Return the shapes of a processor's inputs for questions with an image each, and of their lengths and seeds."""
     tiles, size = config.vision.max_num_tiles, config.vision.image_size
     inputs = {
         "input_ids": jax.ShapeDtypeStruct((questions, PROMPT), jnp.int32),
@@ -98,7 +106,7 @@ def report(name: str, lowered: Any) -> Any:
 
 
 def largest_moved(program: str) -> str:
-    """The collectives of a compiled program: how many, and the largest array that one of them gives back."""
+    """Return the number of collectives of a compiled program, and the size of the largest array that one returns."""
     collectives = re.findall(r"= (\w+)\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)", program)
     if not collectives:
         return "no collectives"

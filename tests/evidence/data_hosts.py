@@ -1,8 +1,11 @@
-"""The same global batches, byte for byte, from 1, 2 and 4 real processes with 0, 1 and 2 workers each, and resumed.
+"""Check that 1, 2 and 4 processes with 0, 1 and 2 workers each read the same global batches, also when resumed.
 
-python tests/evidence/data_hosts.py | tee tests/evidence/data_hosts.txt
+    python tests/evidence/data_hosts.py | tee tests/evidence/data_hosts.txt
+
+Batches are compared byte for byte.
 """
 
+import argparse
 import datetime
 import json
 import sys
@@ -19,6 +22,7 @@ HOSTS, WORKERS = (1, 2, 4), (0, 1, 2)
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{datetime.date.today()}; grain {version('grain')}; 24 batches of {BATCH} rows over four CPU devices")
     with tempfile.TemporaryDirectory() as scratch:
         found = {processes: run(processes, Path(scratch), max(WORKERS)) for processes in HOSTS}

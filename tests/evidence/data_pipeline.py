@@ -1,17 +1,18 @@
-"""Images a second and core from the data pipeline, beside what decoding and resizing alone take.
+"""Measure the images per second and core of the data pipeline, and of decoding and resizing alone.
 
-    python tests/evidence/data_pipeline.py
+    python tests/evidence/data_pipeline.py | tee tests/evidence/data_pipeline.txt
 
-makes two sets of JPEG files, of about 24 KB and about 500 KB each, prepares them, and streams them as
-training does: tiles of 560 x 560 pixels, four at most, an answer of about 600 tokens. Every figure is
-of a fresh process held to one core (two where it says so); kinds of run take turns.
+The script makes two sets of JPEG files, of about 24 KB and about 500 KB each, prepares them, and streams them as
+training does: at most four tiles of 560 x 560 pixels, and an answer of about 600 tokens. Every figure is that of a
+fresh process on one core (on two where it says so). The kinds of runs take turns:
 
-- floor: Pillow decodes the file and resizes it to the size that its tiles take, and nothing else.
+- floor: Pillow decodes the file and resizes it to the size of its tiles.
 - tiles: ``open_image`` and ``cut``.
-- pipeline: ``Loader``, from the prepared records to arrays on the device, all threads on that core.
-- transformers: its ``MllamaImageProcessorPil``, to normalised float32; no text, no batches.
+- pipeline: ``Loader``, from the prepared records to arrays on the device, with all threads on that core.
+- transformers: ``MllamaImageProcessorPil``, to normalised float32, without text or batches.
 """
 
+import argparse
 import contextlib
 import datetime
 import io
@@ -42,11 +43,11 @@ KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
     "pipeline, two workers": ("2 worker processes", (0, 1)),
 }
 SETS = {"24 KB": (448, 336, 80), "500 KB": (1600, 1200, 94)}
-"""Width, height and JPEG quality."""
+"""Width, height and JPEG quality of the images of each set."""
 
 
 def draw_photo(width: int, height: int, seed: int) -> Image.Image:
-    """Something with the statistics of a photograph: soft noise of many sizes, and edges."""
+    """Draw an image with the statistics of a photograph: soft noise of many sizes, and edges."""
     draw = np.random.default_rng(seed)
     layers = np.zeros((height, width, 3), np.float32)
     for octave in range(8):
@@ -65,7 +66,7 @@ def draw_photo(width: int, height: int, seed: int) -> Image.Image:
 
 
 def make_set(folder: Path, width: int, height: int, quality: int) -> float:
-    """Files, annotations and the prepared directory; returns the mean size of a file in bytes."""
+    """Write image files, annotations and the prepared directory. Return the mean size of a file in bytes."""
     from llava_cot_jax import prepare
 
     (folder / "images").mkdir(parents=True)
@@ -83,7 +84,7 @@ def make_set(folder: Path, width: int, height: int, quality: int) -> float:
     (folder / "train.jsonl").write_text("\n".join(lines))
     arguments = ["--annotations", folder / "train.jsonl", "--images", folder / "images", "--output", folder / "data"]
     with contextlib.redirect_stdout(io.StringIO()):
-        prepare.main([*map(str, arguments), "--workers", "0", "--validation-share", "0"])
+        prepare.main([*map(str, arguments), "--workers", "0", "--validation_share", "0"])
     return statistics.mean(file.stat().st_size for file in (folder / "images").iterdir())
 
 
@@ -150,7 +151,7 @@ def pipeline(folder: Path, workers: int) -> Callable[[], None]:
 
 
 def measure(folder: Path, kind: str) -> None:
-    """Print images a second."""
+    """Measure one kind of run, and print its images per second."""
     os.sched_setaffinity(0, KINDS[kind][1])
     if kind.startswith("pipeline"):
         run = pipeline(folder, workers=2 if "workers" in kind else 0)
@@ -170,10 +171,10 @@ def measure(folder: Path, kind: str) -> None:
 
 
 def training_flops() -> tuple[float, float]:
-    """Floating-point operations of one row of the 11B's training step: vision tower, text.
+    """FLOPs of the 11B's training step for one example: those of the vision tower, and those of the text.
 
-    Forward and backward: 6 for each parameter and token (position) that meets it, 12 for each pair of
-    positions that attend to each other and each unit of width. Four tiles of 1,601 positions, 600 tokens.
+    Forward and backward pass take 6 FLOPs for each parameter and token, and 12 for each pair of tokens that attend to
+    each other and each unit of the width. There are four tiles of 1,601 tokens, and 600 tokens of text.
     """
     patches, tokens = 4 * 1601, 600
     vision = 6 * 0.86e9 * patches + 12 * 40 * patches**2 * 1280
@@ -185,7 +186,7 @@ def training_flops() -> tuple[float, float]:
 def main() -> None:
     versions = "  ".join(f"{package} {version(package)}" for package in ("jax", "grain", "pillow", "numpy"))
     print(f"{datetime.date.today()}  Python {platform.python_version()}  {versions}")
-    print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; images a second, median of {REPEATS}")
+    print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; images per second, median of {REPEATS}")
     slowest = float("inf")
     with tempfile.TemporaryDirectory() as scratch:
         for name, (width, height, quality) in SETS.items():
@@ -194,7 +195,7 @@ def main() -> None:
             runs: dict[str, list[float]] = {kind: [] for kind in KINDS}
             for _ in range(REPEATS):
                 for kind in random.Random(len(runs["floor"])).sample(list(KINDS), len(KINDS)):
-                    command = [sys.executable, __file__, str(folder), kind]
+                    command = [sys.executable, __file__, "--measure", str(folder), kind]
                     done = subprocess.run(command, capture_output=True, text=True, check=True)
                     runs[kind].append(float(done.stdout.split()[-1]))
             medians = {kind: statistics.median(rates) for kind, rates in runs.items()}
@@ -204,20 +205,23 @@ def main() -> None:
                 share = medians[kind] / cores / medians["floor"]
                 print(
                     f"  {kind:22s}{KINDS[kind][0]:22s}{medians[kind]:7.1f} ({min(rates):.1f} to {max(rates):.1f})"
-                    f"  {share:5.0%} of the floor" + (" a core" if cores > 1 else "")
+                    f"  {share:5.0%} of the floor" + (" per core" if cores > 1 else "")
                 )
             slowest = min(slowest, medians["pipeline"])
     vision, text = training_flops()
     rows = 8 * 197e12 / (vision + text)
     print(
-        f"\nComputed, not measured: a row of the 11B's training takes {vision / 1e12:.0f} (vision tower) and "
+        f"\nComputed, not measured: an example of the 11B's training takes {vision / 1e12:.0f} (vision tower) and "
         f"{text / 1e12:.0f} TFLOP (text). The 8 chips of a v5e-64 host, of 197 TFLOP/s each (nominal), take at most "
-        f"{rows:.1f} rows a second, were they never idle: {rows / slowest:.2f} of a core like this one."
+        f"{rows:.1f} examples per second, were they never idle: {rows / slowest:.2f} of a core like this one."
     )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        measure(Path(sys.argv[1]), sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "KIND"), help="Measure one kind of run on one set.")
+    options = parser.parse_args()
+    if options.measure:
+        measure(Path(options.measure[0]), options.measure[1])
     else:
         main()

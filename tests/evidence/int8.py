@@ -1,12 +1,13 @@
-"""What int8 weights change: the next token's distribution, on the trained shapes model and on random weights.
+"""Measure what int8 weights change in the next token's distribution, with trained and with random weights.
 
     python tests/evidence/int8.py | tee tests/evidence/int8.txt
 
-KL divergence from bfloat16 to int8 in nats, its mean and its 99th percentile over tokens, and how often the likeliest
-token is the same. Of the trained model: after every token of the answers to 64 held-out questions; and how many of
-their conclusions, written greedily, are the row's own in either.
+The figures are the KL divergence from bfloat16 to int8 in nats, its mean and its 99th percentile over tokens, and how
+often the likeliest token is the same. The trained shapes model predicts every token of the answers to 64 held-out
+questions. For it the script also prints how many conclusions are right, greedily decoded, in either dtype.
 """
 
+import argparse
 import datetime
 from importlib.metadata import version
 
@@ -14,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_cot_jax.benchmark.inputs import random_model, request
-from llava_cot_jax.benchmark.workload import Workload, config_100m
+from llava_cot_jax.benchmark.inputs import random_model, random_search_inputs
+from llava_cot_jax.benchmark.workload import RANDOM_MODELS, Workload
 from llava_cot_jax.data.chat import Chat
 from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.data.shapes.rows import ShapesRows
-from llava_cot_jax.evaluation.held_out import answer_rows, share
+from llava_cot_jax.evaluation.held_out import accuracy, answer_held_out
 from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
@@ -28,6 +29,7 @@ ROWS = 64
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{datetime.date.today()}; jax {version('jax')}; {jax.devices()[0].device_kind}")
     processor, rows = Processor.from_pretrained("shapes"), ShapesRows("test")
     chat = Chat(processor, ChatSettings())
@@ -40,7 +42,9 @@ def main() -> None:
     compare("trained shapes model", model, batch, trained, lambda: conclusions(model, processor, rows))
 
     wide = random_model("100m", jnp.bfloat16, None)
-    given = {name: np.asarray(x) for name, x in request(config_100m(), Workload()).inputs.items()}
+    given = {
+        name: np.asarray(x) for name, x in random_search_inputs(RANDOM_MODELS["100m"](), Workload()).inputs.items()
+    }
     compare("random, 100m", wide, given, np.ones(given["input_ids"].shape, bool), lambda: "")
 
 
@@ -61,8 +65,8 @@ def log_softmax(logits, counted) -> np.ndarray:
 
 
 def conclusions(model, processor, rows) -> str:
-    answers = answer_rows(Generator(model), processor, rows, range(512), 160)
-    right, error = share([answer.agrees("CONCLUSION") for answer in answers])
+    answers = answer_held_out(Generator(model), processor, rows, range(512), 160)
+    right, error = accuracy([answer.agrees("CONCLUSION") for answer in answers])
     return f"{right:.1%} of 512 (standard error {error:.1%})"
 
 

@@ -1,12 +1,13 @@
-"""How fast a checkpoint becomes sharded arrays, against a plain read of its files, and the memory that takes.
+"""Measure how fast a checkpoint is loaded as sharded arrays, compared with a plain read of its files, and its memory.
 
-    python tests/evidence/loading.py
+    python tests/evidence/loading.py | tee tests/evidence/loading.txt
 
-makes a checkpoint of the published widths with few layers in a temporary folder (4.7 GB; the embedding and lm_head
-are the 11B's own, 1.05 GB each), and loads it onto 8 simulated CPU devices. Every figure is of a fresh process and a
-warm page cache.
+The script writes a checkpoint of the published widths with few layers to a temporary folder (4.7 GB; the embedding and
+lm_head are as large as the 11B's, 1.05 GB each), and loads it onto 8 simulated CPU devices. Every figure is that of a
+fresh process with a warm page cache.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -25,7 +26,8 @@ import numpy as np
 REPEATS = 5
 MESHES = {"fsdp=8": (1, 8, 1), "2x2x2": (2, 2, 2), "tensor=8": (1, 1, 8)}
 STACKED = "fsdp=8, stacked"
-PLAIN, PASSING = "plain read", "read, not kept"  # in blocks of 8 MiB: into memory of the file's size, and of a block's
+PLAIN, PASSING = "plain read", "read, not kept"
+"""Reads in blocks of 8 MiB: into memory of the size of the file, and into memory of the size of a block."""
 
 
 def main() -> None:
@@ -42,7 +44,7 @@ def main() -> None:
         folder = Path(scratch) / "checkpoint"
         bfloat16 = np.dtype("bfloat16")
         entries = [Entry(name, p.shape, bfloat16) for name, p in parameters(config, "unrolled").items()]
-        # The writer asks for one value at a time; the bytes are of no matter here.
+        # The writer asks for one value at a time. The bytes do not matter here.
         noise = np.random.default_rng(0).integers(0, 1 << 15, max(e.nbytes for e in entries) // 2, np.uint16)
         values = (noise[: e.nbytes // 2].view(bfloat16).reshape(e.shape) for e in entries)
         write_checkpoint(folder, config, entries, values)
@@ -53,7 +55,7 @@ def main() -> None:
         order = random.Random(0)
         kinds = [PLAIN, PASSING, *MESHES, STACKED]
         for _ in range(REPEATS):
-            # Memory that another process has just freed is cheaper than fresh: none is always next to the same.
+            # Memory that another process has just freed is cheaper than fresh memory, so the order is random.
             for what in order.sample(kinds, len(kinds)):
                 runs.setdefault(what, []).append(_measured(folder, what))
     print(f"\nmedian of {REPEATS} (fastest to slowest)")
@@ -74,14 +76,14 @@ def _versions(*packages: str) -> str:
 
 
 def _measured(folder: Path, what: str) -> dict[str, float]:
-    """One measurement in a process of its own."""
+    """Return one measurement, made in a process of its own."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, __file__, str(folder), what]
+    command = [sys.executable, __file__, "--measure", str(folder), what]
     return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
 def measure(folder: Path, what: str) -> dict[str, float]:
-    """Seconds; for a load also the peak of resident memory in bytes, beyond the arrays and what was there before."""
+    """Measure seconds and, of a load, the peak memory in bytes beyond the arrays and what was there before."""
     import jax
 
     from llava_cot_jax.model.checkpoint.finding import read_config
@@ -106,7 +108,7 @@ def measure(folder: Path, what: str) -> dict[str, float]:
 
 
 def _plain_read(path: Path, keep: bool) -> float:
-    """Seconds to read a file in blocks into fresh memory of its size, or all into one block's."""
+    """Return the seconds to read a file in blocks, into fresh memory of its size or always into the same block."""
     block = 8 << 20
     start = time.perf_counter()
     buffer = bytearray(block) if not keep else np.empty(path.stat().st_size, np.uint8).data
@@ -118,13 +120,16 @@ def _plain_read(path: Path, keep: bool) -> float:
 
 
 def _memory(field: str) -> int:
-    """VmRSS (resident now) or VmHWM (its peak) of this process, in bytes, as the kernel counts them."""
+    """Return VmRSS (resident memory) or VmHWM (its peak) of this process in bytes, as the kernel counts them."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "KIND"), help="Measure one kind of load, or a read.")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(Path(options.measure[0]), options.measure[1])))
     else:
         main()

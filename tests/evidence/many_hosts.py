@@ -1,12 +1,14 @@
-"""Training on 2 and on 4 real processes, and in 2 and 4 micro-batches, beside one device: 20 steps of each.
+"""Compare 20 steps of training on 2 and 4 processes, and with 2 and 4 gradient accumulation steps, with one device.
 
-    python tests/evidence/many_hosts.py
+    python tests/evidence/many_hosts.py | tee tests/evidence/many_hosts.txt
 
-A small model of random weights on the shapes world, float32, batches of 8 rows with unequal counts of trained tokens.
-Prints the losses on one device, how far the others' lie from them, the bytes that each process read of the weights,
-and whether the arrays that they hold then are the checkpoint's (after one step at a learning rate of 0).
+A small model of random weights is trained on the shapes world in float32, with batches of 8 examples that have unequal
+numbers of trained tokens. The script prints the losses on one device, how far the other losses are from them, the
+bytes of the weights that each process reads, and whether the arrays that they load together are the checkpoint's
+(after one step at a learning rate of 0).
 """
 
+import argparse
 import datetime
 import os
 import platform
@@ -27,6 +29,7 @@ from tests.training.small_run import losses, small_config, write_small
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, jax {version('jax')}")
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +46,7 @@ def main() -> None:
 
         for parts in (2, 4):
             run_alone(place, f"{parts} parts", place, micro_batches=parts)
-            compare(f"{parts} parts", f"{parts} micro-batches")
+            compare(f"{parts} parts", f"{parts} gradient accumulation steps")
         for hosts in (TWO, FOUR):
             name = f"{hosts.processes} processes"
             printed = run_on_hosts(place, name, place, hosts)[0]

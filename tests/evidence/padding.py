@@ -1,12 +1,13 @@
-"""The share of a training epoch's tokens that is padding, with and without batches grouped by length.
+"""Compute the share of padding in a training epoch's tokens, with and without batches grouped by length.
 
-python tests/evidence/padding.py
+    python tests/evidence/padding.py | tee tests/evidence/padding.txt
 
-Lengths are drawn, not measured: the set itself is not at hand. They follow a log-normal distribution
-whose mean is 600 tokens and whose logarithm has a standard deviation of 0.45 (a twentieth of the rows
-above 1140), as answers of four stages have it; 98,600 rows, those above 2048 tokens left out.
+Lengths are drawn, not measured, since the data set itself is not at hand. They follow a log-normal distribution whose
+mean is 600 tokens and whose logarithm has a standard deviation of 0.45 (a twentieth of the examples are above 1140
+tokens), as answers of four stages have it. There are 98,600 examples, without those above 2048 tokens.
 """
 
+import argparse
 import datetime
 import platform
 
@@ -29,6 +30,7 @@ def padding(lengths: np.ndarray, buckets: tuple[int, ...], batch: int) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lengths = draw_lengths()
     print(f"{datetime.date.today()}  Python {platform.python_version()}  numpy {np.__version__}  {platform.machine()}")
     print(f"{len(lengths)} rows, mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, longest {lengths.max()}")

@@ -1,13 +1,14 @@
-"""Parameters and moments in float32, and in bfloat16 rounded stochastically or to the nearest: 1,000 steps of each.
+"""Compare float32 training state with bfloat16 state that is rounded stochastically or to the nearest value.
 
-    python tests/evidence/precision.py
+    python tests/evidence/precision.py | tee tests/evidence/precision.txt
 
-The shapes model from scratch, as configs/shapes_cpu.yaml has it but with batches of 16 and upstream's b2, 0.999, with
-which a bfloat16 second moment rounded to the nearest hardly decays. All three are computed in float32 on the same
-batches. Moments are compared entry by entry with those of the float32 run at the same step; those of an entry that
-float32 has below 1e-12 are left out.
+The shapes model is trained from scratch for 1,000 steps as in configs/shapes_cpu.yaml, but with batches of 16 and with
+upstream's b2, 0.999, with which a bfloat16 second moment that is rounded to the nearest hardly decays. All three runs
+compute in float32 on the same batches. Second moments are compared entry by entry with those of the float32 run at the
+same step, without the entries that are below 1e-12 in float32.
 """
 
+import argparse
 import datetime
 import os
 import platform
@@ -33,7 +34,7 @@ SHOWN = (1, 50, 100, 200, 400, 600, 800, 1000)
 
 
 def train(precision: str, output: Path) -> str:
-    """What the run prints."""
+    """Train a model, and return what the run prints."""
     settings = {
         "output": output,
         "steps": STEPS,
@@ -51,13 +52,14 @@ def train(precision: str, output: Path) -> str:
 
 
 def second_moments(output: Path, step: int) -> np.ndarray:
-    """All of them, float32 [parameters]."""
+    """Return the second moments of all parameters, float32 [parameters]."""
     progress = ocp.load_checkpointables(output / f"checkpoints/{step}", {"progress": None})["progress"]
     leaves = jax.tree.leaves(progress["optimizer"][0]["nu"])
     return np.concatenate([np.asarray(leaf, np.float32).reshape(-1) for leaf in leaves])
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "optax"))
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {versions}")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,13 @@
-"""The model at its published sizes against transformers, in float32 on a CPU: random weights, one image of 2 x 2 tiles.
+"""Compare the model at its published sizes with transformers, in float32 on a CPU.
 
     python tests/evidence/published_sizes.py | tee tests/evidence/published_sizes.txt
 
-The vision tower is whole (32 + 8 blocks, 560 pixels, 6432 tokens); of the language model there are five of the 11B's 40
-layers, one of them a cross layer, and a vocabulary of 1024: as much as 24 GB of memory hold. Takes about ten minutes.
+Weights are random, and there is one image of 2 x 2 tiles. The vision tower is whole (32 + 8 blocks, 560 pixels, 6432
+tokens). The language model has five of the 11B's 40 layers, one of them a cross layer, and a vocabulary of 1024, which
+is what 24 GB of memory hold. The script takes about ten minutes.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import os
@@ -35,6 +37,7 @@ IMAGES = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "transformers", "torch"))
     print(f"{datetime.date.today()}; {versions}; {platform.machine()}, {os.cpu_count()} cores, float32", flush=True)
     text = TextConfig(
@@ -59,7 +62,7 @@ def main() -> None:
 
 @torch.no_grad()
 def by_transformers(model: MllamaForConditionalGeneration, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Vision features and logits."""
+    """Return the vision features and logits of transformers."""
     there = {name: torch.tensor(x) for name, x in batch.items()}
     images, tower = {name: there[name] for name in IMAGES}, model.model.vision_model
     features = timed("transformers: tower", lambda: tower(**images).last_hidden_state.numpy())
@@ -67,7 +70,7 @@ def by_transformers(model: MllamaForConditionalGeneration, batch: dict[str, np.n
 
 
 def random_model(config: MllamaConfig) -> MllamaForConditionalGeneration:
-    """Weights that keep the scale of what passes through them, every gate half open."""
+    """Return a model of random weights that keep the scale of activations, with every gate half open."""
     torch.manual_seed(0)
     hf_config = HFConfig.from_dict(config.to_dict("float32"))
     model = MllamaForConditionalGeneration._from_config(hf_config, attn_implementation="sdpa").eval()
@@ -82,7 +85,7 @@ def random_model(config: MllamaConfig) -> MllamaForConditionalGeneration:
 
 
 def one_question(config: MllamaConfig) -> dict[str, np.ndarray]:
-    """An image of noise and blocks, and a prompt whose second token is the image."""
+    """Return the inputs of an image of random blocks, and of a prompt whose second token is the image."""
     rng, vision = np.random.default_rng(0), config.vision
     coarse = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8).repeat(25, axis=0).repeat(25, axis=1)
     processor = MllamaImageProcessorPil(
@@ -103,7 +106,7 @@ def one_question(config: MllamaConfig) -> dict[str, np.ndarray]:
 def timed(what: str, run: Callable[[], np.ndarray]) -> np.ndarray:
     began = time.perf_counter()
     result = run()
-    print(f"{what}: {time.perf_counter() - began:.0f} s (compiling, where that is, included)", flush=True)
+    print(f"{what}: {time.perf_counter() - began:.0f} s, with compilation", flush=True)
     return result
 
 

@@ -1,11 +1,10 @@
-"""The model that comes with the package, made again: its training, its accuracy, and whether the two are equivalent.
+"""Train the model that comes with the package again, and compare it with the shipped one.
 
-    python tests/evidence/shapes_model.py [--run FOLDER] [--install]
+    python tests/evidence/shapes_model.py | tee tests/evidence/shapes_model.txt
 
-trains configs/shapes_cpu.yaml as a new user does, with nothing cached, exports the run, and holds the result to the
-shipped model: answers to 1000 pictures of the test split, greedy, by type of question. It then compares logits on 16
-held-out rows with those of transformers. With ``--run`` it takes a finished run of the configuration and trains none;
-with ``--install`` the result takes the place of the shipped model.
+The script trains configs/shapes_cpu.yaml as a new user does, with nothing cached, exports the run, and compares the
+answers of the new and the shipped model to 1000 pictures of the test split, greedily decoded, by type of question. It
+then compares logits on 16 held-out rows with those of transformers.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from llava_cot_jax.data.chat import Chat  # noqa: E402
 from llava_cot_jax.data.settings import ChatSettings  # noqa: E402
 from llava_cot_jax.data.shapes.rows import KINDS, ShapesRows  # noqa: E402
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, train_tokenizer  # noqa: E402
-from llava_cot_jax.evaluation.held_out import answer_rows, share  # noqa: E402
+from llava_cot_jax.evaluation.held_out import accuracy, answer_held_out  # noqa: E402
 from llava_cot_jax.inference.generator import Generator  # noqa: E402
 from llava_cot_jax.model.checkpoint.auxiliary_files import write_companions  # noqa: E402
 from llava_cot_jax.model.mllama import Mllama  # noqa: E402
@@ -45,11 +44,11 @@ from tests.training.small_run import losses, metrics  # noqa: E402
 ROWS = 16
 QUESTIONS = 1000
 LONGEST = 128
-"""Tokens of an answer: ``max_new_tokens`` of the shipped generation_config.json."""
+"""Largest number of tokens of an answer, which is ``max_new_tokens`` of the shipped generation_config.json."""
 
 
 def run(folder: Path, *arguments: str) -> str:
-    """What a command of the package prints, in a process with an empty cache."""
+    """Run a command of the package with an empty cache, and return what it prints."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
@@ -60,7 +59,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 def train(scratch: Path) -> Path:
-    """Train the model; the run's folder."""
+    """Train the model, and return the folder of the run."""
     began = time.perf_counter()
     print(run(scratch, "llava_cot_jax.train", "--config", "configs/shapes_cpu.yaml", "--output", str(scratch / "run")))
     print(f"{time.perf_counter() - began:.0f} s in all")
@@ -68,7 +67,7 @@ def train(scratch: Path) -> Path:
 
 
 def export(trained: Path, scratch: Path) -> Path:
-    """Export the model of a run; its checkpoint's folder."""
+    """Export the model of a run, and return the folder of the checkpoint."""
     curve = losses(trained)
     for step in range(100, len(curve) + 1, 100):
         print(f"step {step}: loss {np.mean(curve[step - 100 : step]):.4f}, mean of the last 100")
@@ -76,7 +75,7 @@ def export(trained: Path, scratch: Path) -> Path:
     print(f"a step: {np.median([line['seconds'] for line in steps]):.3f} s, the median;", end=" ")
     print(f"waited for data: {sum(line['waiting_seconds'] for line in steps):.1f} s in all\n")
     run(scratch, "llava_cot_jax.convert", str(trained), str(scratch / "made"))
-    # The files beside the weights are the shipped ones, carried along; they are made anew from the code as well.
+    # The exported files beside the weights are copies of the shipped ones. The code must still make the same.
     (scratch / "beside").mkdir()
     write_companions(
         scratch / "beside", shapes_config(), train_tokenizer(), "float32", generation={"max_new_tokens": LONGEST}
@@ -88,23 +87,23 @@ def export(trained: Path, scratch: Path) -> Path:
 
 
 def right_answers(checkpoint: Path) -> tuple[np.ndarray, list[str]]:
-    """Whether the conclusion to each question is right, bool [questions], and the answers."""
+    """Answer questions. Return whether each conclusion is right, bool [questions], and the answers."""
     processor = Processor.from_pretrained(checkpoint)
     generator = Generator(Mllama.from_pretrained(checkpoint, dtype="float32"))
-    found = list(answer_rows(generator, processor, ShapesRows("test"), range(QUESTIONS), LONGEST))
+    found = list(answer_held_out(generator, processor, ShapesRows("test"), range(QUESTIONS), LONGEST))
     return np.array([answered.agrees("CONCLUSION") for answered in found]), [answered.answer for answered in found]
 
 
 def tell_accuracy(name: str, right: np.ndarray) -> None:
     """Print the share of right conclusions by type of question, with standard errors."""
     parts = {kind: right[k :: len(KINDS)] for k, kind in enumerate(KINDS)} | {"all": right}
-    shares = {kind: share(list(part)) for kind, part in parts.items()}
+    shares = {kind: accuracy(list(part)) for kind, part in parts.items()}
     told = ", ".join(f"{kind.replace('_', ' ')} {p:.1%} ({error:.1%})" for kind, (p, error) in shares.items())
     print(f"{name}: right conclusions of {len(right)}, with standard errors: {told}")
 
 
 def compare(made: Path) -> None:
-    """Hold the model that was made to the shipped one."""
+    """Compare the new model with the shipped one."""
     (first, answers), (second, others) = right_answers(EMBEDDED_FOLDER), right_answers(made)
     tell_accuracy("shipped", first)
     tell_accuracy("made now", second)
@@ -119,7 +118,7 @@ def compare(made: Path) -> None:
 
 
 def logits_there(folder: Path, inputs: dict[str, np.ndarray], processor: Processor) -> np.ndarray:
-    """transformers', of the same tiles, normalised."""
+    """Return the logits of transformers for the same tiles, normalised."""
     vision = processor.config.vision
     mean, std = (np.reshape(x, (3, 1, 1)) for x in (vision.image_mean, vision.image_std))
     model = MllamaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
@@ -130,7 +129,7 @@ def logits_there(folder: Path, inputs: dict[str, np.ndarray], processor: Process
 
 
 def hold_to_transformers(folder: Path) -> None:
-    """Compare logits on held-out rows."""
+    """Compare logits on held-out rows with those of transformers."""
     processor = Processor.from_pretrained(folder)
     rows = [ShapesRows("validation")[i] for i in range(ROWS)]
     chat = Chat(processor, ChatSettings())
@@ -144,8 +143,12 @@ def hold_to_transformers(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--install", action="store_true", help="put the result in the place of the shipped model")
-    parser.add_argument("--run", type=Path, help="the folder of a finished run of configs/shapes_cpu.yaml")
+    parser.add_argument("--install", action="store_true", help="Replace the shipped model with the new one.")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        help="Folder of a finished run of configs/shapes_cpu.yaml, which is taken instead of a new run.",
+    )
     options = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "transformers", "torch"))
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {versions}\n")

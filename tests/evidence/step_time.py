@@ -1,17 +1,18 @@
-"""One training step beside transformers and torch: seconds, FLOPs a second, tokens a second, memory.
+"""Measure a training step, here and in transformers with torch: seconds, FLOPs and tokens per second, memory.
 
     python tests/evidence/step_time.py | tee tests/evidence/step_time.txt
 
-Forward pass, backward pass and AdamW of a Llama-3.2-Vision of 96 million parameters, on the first device that jax
-finds (torch's is CUDA's, if it has it): the same weights and the same two rows of the shapes world, with an image of
-four tiles and one of three. Two thirds of the work are the vision tower's, as for the 11B. Either library has a process
-of its own for each way of activation checkpointing, held to two cores. On a CPU the whole takes about 10 minutes.
+A step is the forward pass, backward pass and AdamW update of a Llama-3.2-Vision of 96 million parameters, on the first
+device that jax finds (torch takes CUDA where it has it). Both libraries have the same weights and the same two examples
+of the shapes world, with an image of four tiles and one of three. Two thirds of the FLOPs are those of the vision
+tower, as for the 11B. Each library has a process of its own for each kind of activation checkpointing, on two cores.
+On a CPU the script takes about 10 minutes.
 
-glibc is told to keep the memory that is freed. Otherwise XLA on a CPU asks for its temporaries anew at every step,
-and a virtual machine's fresh pages can take longer than the step's arithmetic.
+glibc is told to keep freed memory. Otherwise XLA on a CPU allocates its temporaries anew in every step, and fresh
+pages of a virtual machine can take longer than the arithmetic of the step.
 
-The losses of all runs must agree, at the first step and at the last. ``--dtype bfloat16`` is for an accelerator:
-float32 parameters, computed in bfloat16.
+The losses of all runs must agree in the first step and in the last. ``--dtype bfloat16`` is for an accelerator; it
+keeps parameters in float32 and computes in bfloat16.
 """
 
 import argparse
@@ -34,26 +35,27 @@ import numpy as np
 
 THREADS = 2
 TOKENS = 384
-"""Of a row, padding included; as many turns are in it as fit."""
+"""Number of tokens of an example, with padding. It has as many turns as fit."""
 TILES = ((2, 2), (1, 3))
-"""High and wide, of each row's image."""
+"""Height and width of each example's image in tiles."""
 LEARNING_RATE = 1e-4
 WARM = 4
-"""Steps before the timed ones; a heap that keeps what is freed has its size by then."""
+"""Number of steps before the timed ones, after which a heap that keeps freed memory has its final size."""
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
 KINDS = ("ours none", "torch none", "ours full", "torch full")
-"""Library and checkpointing: of a layer, the backward pass finds everything saved, or its input alone."""
+"""Library and activation checkpointing: all activations of a layer are saved, or its input alone."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Between the losses of two runs, relative."""
+"""Largest relative difference between the losses of two runs, by dtype."""
 
 Report = dict[str, Any]
 
 
 def prepare(folder: Path) -> Report:
-    """Write the weights and the batch; what is known of a step before it is run."""
+    """Write the weights and the batch. Return the size of the model and the FLOPs of a step."""
     from flax import nnx
+    from flax.traverse_util import flatten_dict
 
-    from llava_cot_jax.costs.counts import parameter_counts, training_flops
+    from llava_cot_jax.costs.model_costs import parameter_counts, training_flops
     from llava_cot_jax.data.chat import Chat
     from llava_cot_jax.data.settings import ChatSettings
     from llava_cot_jax.data.shapes.rows import ShapesRows
@@ -61,7 +63,6 @@ def prepare(folder: Path) -> Report:
     from llava_cot_jax.model.checkpoint.sharded import save_arrays
     from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
     from llava_cot_jax.model.mllama import Mllama
-    from llava_cot_jax.model.parameters import flatten
     from llava_cot_jax.model.vision_tower import normalize
     from llava_cot_jax.processing.processor import Processor
 
@@ -88,8 +89,8 @@ def prepare(folder: Path) -> Report:
         pad_token_id=small.text.pad_token_id,
     )
     config = MllamaConfig(vision, text, small.image_token_index, convention="transformers_5")
-    arrays = flatten(Mllama(config, rngs=nnx.Rngs(0)).params)
-    # A fresh model's gates are shut: the images would have no part in the loss.
+    arrays = flatten_dict(Mllama(config, rngs=nnx.Rngs(0)).params, sep=".")
+    # The gates of a new model are shut, so that images would have no part in the loss.
     arrays = {path: array + 0.5 if "gate" in path.rsplit(".", 1)[-1] else array for path, array in arrays.items()}
     save_arrays(arrays, config, folder / "model")
 
@@ -119,7 +120,7 @@ def prepare(folder: Path) -> Report:
 
 
 def ours(folder: Path, checkpointing: Any, dtype: str, steps: int) -> Report:
-    """Steps of ``llava_cot_jax.training``."""
+    """Measure steps of ``llava_cot_jax.training``."""
     import jax
     import jax.numpy as jnp
 
@@ -160,7 +161,7 @@ def ours(folder: Path, checkpointing: Any, dtype: str, steps: int) -> Report:
 
 
 def by_torch(folder: Path, checkpointing: str, dtype: str, steps: int) -> Report:
-    """Steps of transformers' model, with its own loss, under torch's AdamW, fused."""
+    """Measure steps of transformers' model with its own loss and torch's fused AdamW."""
     import torch
     from transformers import MllamaForConditionalGeneration
 
@@ -204,7 +205,7 @@ def by_torch(folder: Path, checkpointing: str, dtype: str, steps: int) -> Report
 
 
 def timed(run: Callable[[], float], steps: int) -> Report:
-    """``run``, a step that returns its loss: first untimed, then ``steps`` times; memory as Linux counts it."""
+    """Time ``steps`` calls of ``run``, which returns a loss, after a few untimed ones, and measure the memory."""
     first, *_ = [run() for _ in range(WARM)]
     seconds, last = [], first
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -219,7 +220,7 @@ def timed(run: Callable[[], float], steps: int) -> Report:
 
 
 def product_rate(product: Callable[[], None], side: int) -> float:
-    """FLOPs a second of a product of two square matrices, the median of five."""
+    """FLOPs per second of a product of two square matrices, the median of five."""
     product()
     seconds = []
     for _ in range(5):
@@ -230,7 +231,7 @@ def product_rate(product: Callable[[], None], side: int) -> float:
 
 
 def in_process(*arguments: object) -> Report:
-    """What this script prints when it is called so."""
+    """Run this script with other arguments in a process of its own, and return what it prints."""
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | KEEP_MEMORY, capture_output=True, text=True)
     if done.returncode:
@@ -244,24 +245,25 @@ def main(dtype: str, steps: int) -> None:
     versions = "  ".join(f"{package} {version(package)}" for package in ("jax", "torch", "transformers"))
     print(f"{datetime.date.today()}  Python {platform.python_version()}  {versions}")
     with tempfile.TemporaryDirectory() as scratch:
-        work = in_process(scratch)
-        reports = {kind: in_process(scratch, *kind.split(), dtype, steps) for kind in KINDS}
+        work = in_process("--prepare", scratch)
+        common = ("--dtype", dtype, "--steps", steps)
+        reports = {kind: in_process("--measure", scratch, kind, *common) for kind in KINDS}
     chip = find_chip(reports[KINDS[0]]["device"])
     print(f"{platform.system()} {platform.machine()}, {reports[KINDS[0]]['device']}, {THREADS} cores, {dtype}")
     print(
-        f"{work['parameters'] / 1e6:.1f} M parameters, all trained; {len(TILES)} rows of {TOKENS} tokens: "
-        f"{work['tokens']} that are no padding, {work['trained']} trained\n{work['flops'] / 1e12:.2f} TFLOP a step, "
+        f"{work['parameters'] / 1e6:.1f} M parameters, all trained; {len(TILES)} examples of {TOKENS} tokens: "
+        f"{work['tokens']} without padding, {work['trained']} trained\n{work['flops'] / 1e12:.2f} TFLOP per step, "
         f"{work['tower'] / work['flops']:.0%} of it the vision tower; median of {steps} steps (fastest to slowest)"
     )
     medians = {kind: statistics.median(report["seconds"]) for kind, report in reports.items()}
     for kind, report in reports.items():
         rate = work["flops"] / medians[kind]
-        mfu = f", MFU {rate / chip.flops:.1%}" if chip else ""
+        mfu = f", MFU {rate / chip.peak_flops:.1%}" if chip else ""
         print(
             f"\n{kind.split()[0]}, checkpointing {kind.split()[1]}\n"
             f"  step        {medians[kind]:.3f} s ({min(report['seconds']):.3f} to {max(report['seconds']):.3f})"
             + (f", compiled in {report['compile']:.1f} s" if report["compile"] else "")
-            + f"\n  tokens      {work['tokens'] / medians[kind]:.0f} a second\n"
+            + f"\n  tokens      {work['tokens'] / medians[kind]:.0f} per second\n"
             f"  work        {rate / 1e9:.0f} GFLOP/s, {rate / report['product']:.0%} of a plain matrix product's rate "
             f"({report['product'] / 1e9:.0f}){mfu}\n"
             f"  memory      {report['memory'] / 1e9:.2f} GB at the peak"
@@ -287,16 +289,17 @@ def largest_difference(values: list[float]) -> float:
 
 if __name__ == "__main__":
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        folder, *rest = sys.argv[1:]
-        if rest:
-            library, checkpointing, dtype, steps = rest
-            measure = {"ours": ours, "torch": by_torch}[library]
-            print(json.dumps(measure(Path(folder), checkpointing, dtype, int(steps))))
-        else:
-            print(json.dumps(prepare(Path(folder))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="Dtype of the computation.")
+    parser.add_argument("--steps", type=int, default=12, help="Number of timed steps.")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="Only write the weights and the batch.")
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "KIND"), help="Only measure one kind of step.")
+    options = parser.parse_args()
+    if options.prepare:
+        print(json.dumps(prepare(options.prepare)))
+    elif options.measure:
+        folder, (library, checkpointing) = Path(options.measure[0]), options.measure[1].split()
+        measure = {"ours": ours, "torch": by_torch}[library]
+        print(json.dumps(measure(folder, checkpointing, options.dtype, options.steps)))
     else:
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-        parser.add_argument("--steps", type=int, default=12, help="that are timed")
-        main(**vars(parser.parse_args()))
+        main(options.dtype, options.steps)

@@ -1,11 +1,13 @@
-"""What a run survives: many signals to real processes, at random moments; after each, is it the undisturbed run?
+"""Interrupt training runs at random moments, and check that they continue as the undisturbed run does.
 
     python tests/evidence/survival.py | tee tests/evidence/survival.txt
 
-Losses after going on are compared bit for bit with those of an undisturbed run on as many processes; from four
-processes to two relatively, with the rows of every batch. About ten minutes on two cores.
+Signals go to real processes. The losses of a continued run are compared bit for bit with those of an undisturbed run on
+as many processes. A run that continues on two processes instead of four is compared by its relative losses and by the
+examples of every batch. The script takes about ten minutes on two cores.
 """
 
+import argparse
 import datetime
 import json
 import random
@@ -31,6 +33,7 @@ ONE = Hosts(1, 1, {})
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{datetime.date.today()}; jax {version('jax')}, orbax {version('orbax-checkpoint')}; CPU processes")
     with tempfile.TemporaryDirectory() as folder:
         place, cache = Path(folder), Path(folder) / "cache"
@@ -51,7 +54,7 @@ def main() -> None:
 
 
 def kills(place: Path, cache: Path, hosts: Hosts) -> None:
-    """Five SIGKILLs at random steps of one run."""
+    """Kill a run five times, at random steps."""
     name, draw = f"{hosts.processes} killed", random.Random(hosts.processes)
     run_on_hosts(place, f"{hosts.processes} whole", cache, hosts, steps=STEPS, **EVERY)
     moments = sorted(draw.sample(range(2, STEPS - 2), 5))
@@ -69,7 +72,7 @@ def kills(place: Path, cache: Path, hosts: Hosts) -> None:
 
 
 def one_of_two(place: Path, cache: Path) -> None:
-    """A SIGTERM to the second of two processes."""
+    """Send a SIGTERM to the second of two processes."""
     started = start_on_hosts(place, "stopped", cache, TWO, steps=STEPS, **EVERY)
     wait_for(place / "stopped", 3, started[0])
     started[1].send_signal(signal.SIGTERM)
@@ -83,7 +86,7 @@ def one_of_two(place: Path, cache: Path) -> None:
 
 
 def four_to_two(place: Path, cache: Path) -> None:
-    """Begun on four processes, killed, gone on with on two: the same batches, and losses but for rounding."""
+    """Kill a run on four processes, and continue it on two, with the same batches and losses up to rounding."""
     run_on_hosts(place, "4 whole", cache, FOUR, steps=STEPS, **EVERY)
     started = start_on_hosts(place, "4 to 2", cache, FOUR, steps=STEPS, **EVERY)
     wait_for(place / "4 to 2", STEPS // 2, started[0])
@@ -105,7 +108,7 @@ def four_to_two(place: Path, cache: Path) -> None:
 FILLING = """
 import shutil, sys
 usage = shutil.disk_usage
-shutil.disk_usage = lambda path: usage(path)._replace(free=10**12)  # that it is too small is kept from the command
+shutil.disk_usage = lambda path: usage(path)._replace(free=10**12)  # the command does not see that it is too small
 from llava_cot_jax import cli, train
 sys.argv[1:] = {arguments}
 cli.run(train.main)
@@ -113,7 +116,7 @@ cli.run(train.main)
 
 
 def full_disk(place: Path, cache: Path, undisturbed: list[float]) -> None:
-    """A disk with room for one checkpoint and a half; then it is made larger, and the run started again."""
+    """Run on a disk with room for one and a half checkpoints, enlarge the disk, and start the run again."""
     disk = place / "disk"
     disk.mkdir()
     script = FILLING.format(arguments=arguments(place / "small", disk / "run", steps=12, **EVERY))
@@ -140,7 +143,7 @@ def full_disk(place: Path, cache: Path, undisturbed: list[float]) -> None:
 
 
 def wait_for(output: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    """Until a run has written ``step`` down."""
+    """Wait until a run has logged ``step``."""
     while process.poll() is None:
         if last(output) >= step:
             return
@@ -149,7 +152,7 @@ def wait_for(output: Path, step: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def last(output: Path) -> int:
-    """The last step that was written down."""
+    """Return the last step that is logged."""
     path = output / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)

@@ -1,12 +1,13 @@
-"""The whole suite with the oldest, or the newest, version of every dependency that pyproject.toml allows.
+"""Run the whole test suite with the oldest or the newest version of every dependency that pyproject.toml allows.
 
     python3.11 tests/evidence/versions.py oldest | tee tests/evidence/versions_oldest.txt
     python3.13 tests/evidence/versions.py newest | tee tests/evidence/versions_newest.txt
 
-The environment is made with the Python that this runs with, in a temporary folder, or in ``--folder``, which is kept.
-Arguments after ``--`` go to pytest, as in ``versions.py oldest -- -m "not slow"``. Where a package is a dependency and
-a pinned reference of the extra ``test`` too, the dependency counts: it is what users have. What dependencies bring
-along is the newest that goes with them. Prints the versions and pytest's closing line, before it what failed.
+The environment is made with the Python that runs the script, in a temporary folder or in ``--folder``, which is kept.
+Arguments after ``--`` go to pytest, as in ``versions.py oldest -- -m "not slow"``. Where a package is both a dependency
+and a pinned reference of the extra ``test``, the version of the dependency counts, since that is what users have.
+Dependencies of dependencies have the newest versions that go with them. The script prints the versions, what failed,
+and the last line of pytest.
 """
 
 import argparse
@@ -25,9 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("end", choices=["oldest", "newest"])
-    parser.add_argument("--folder", type=Path, help="of the environment, made or brought to these versions; kept")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("end", choices=["oldest", "newest"], help="Versions of the dependencies to test with.")
+    parser.add_argument("--folder", type=Path, help="Folder of the environment, which is made or updated, and kept.")
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     given = parser.parse_args(arguments[:end])
@@ -41,7 +42,7 @@ def main() -> int:
 
 
 def requirements(end: str) -> list[str]:
-    """Of the project and of the extra ``test``, at one end of their bounds: as pip takes them."""
+    """Return the requirements of the project and of its extra ``test`` at one end of their bounds."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = {name_of(wanted): wanted for wanted in project["optional-dependencies"]["test"]}
     found |= {name_of(wanted): wanted for wanted in project["dependencies"]}
@@ -53,12 +54,12 @@ def name_of(requirement: str) -> str:
 
 
 def at_its_lowest(requirement: str) -> str:
-    """``name>=1.2,<3`` as ``name==1.2``; a bound is a version that was released."""
+    """Return ``name>=1.2,<3`` as ``name==1.2``. Every lower bound is a released version."""
     return re.sub(r">=([^,]+),<.*", r"==\1", requirement)
 
 
 def make(folder: Path, end: str, wanted: list[str]) -> Path:
-    """An environment with these packages and this checkout: its interpreter."""
+    """Make an environment with these packages and this checkout, and return its interpreter."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
     upgrade = ["--upgrade", "--upgrade-strategy", "eager"] if end == "newest" else []
@@ -69,14 +70,14 @@ def make(folder: Path, end: str, wanted: list[str]) -> Path:
 
 
 def versions(python: Path, wanted: list[str]) -> str:
-    """Of what was asked for, by name."""
+    """Return the installed versions of the requirements, by name."""
     listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True).stdout
     held = {name_of(package["name"]): package["version"] for package in json.loads(listed)}
     return ", ".join(f"{name} {held[name]}" for name in sorted(map(name_of, [*wanted, "jaxlib"])))
 
 
 def run(python: Path, arguments: list[str]) -> int:
-    """pytest's exit code, with its closing line, and those of failures, printed."""
+    """Run pytest, print the lines of failures and its last line, and return its exit code."""
     environment = {name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": str(python.parents[1])}
     lines: list[str] = []

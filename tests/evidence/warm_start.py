@@ -1,8 +1,9 @@
-"""What the kept compilations save: the same search in two processes, one after the other.
+"""Measure what the compilation cache saves: the same search in two processes, one after the other.
 
 python tests/evidence/warm_start.py | tee tests/evidence/warm_start.txt
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -13,12 +14,13 @@ import time
 from importlib.metadata import version
 
 SEARCHES = {
-    "streamed, to the first token": ["--max-new-tokens", "64"],
+    "streamed, to the first token": ["--max_new_tokens", "64"],
     "stage beam, to the answer": ["--search", "stage_beam", "--budget", "[20, 40, 60, 10]"],
 }
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{datetime.date.today()}; jax {version('jax')}; the shapes model on this CPU; seconds")
     for name, search in SEARCHES.items():
         with tempfile.TemporaryDirectory() as cache:

@@ -9,13 +9,12 @@ import pytest
 
 from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.inference.decoding import bucket, look, read
-from llava_cot_jax.inference.generator import CHUNK, Generator
-from llava_cot_jax.inference.ragged_tokens import Pieces
+from llava_cot_jax.inference.decoding import Decoder, bucket, encode_images, prefill
+from llava_cot_jax.inference.generator import STEPS_PER_CALL, Generator
+from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.inference.settings import Sampling
-from llava_cot_jax.model.kv_cache import Memory, empty
-from llava_cot_jax.model.mllama import Mllama, logits
-from llava_cot_jax.model.text_decoder import append
+from llava_cot_jax.model.kv_cache import KVCache
+from llava_cot_jax.model.mllama import Mllama
 from tests.model.test_mllama import off
 
 PROMPT, NEW = 10, 12
@@ -54,24 +53,22 @@ def test_every_step_gives_the_logits_of_the_whole_forward_pass(tiny, batch, conv
     appended = np.random.default_rng(0).integers(0, 256, (3, NEW)).astype(np.int32)
 
     @jax.jit
-    def prefill(params, inputs, lengths):
-        view = look(params, config, inputs, lengths)
-        own = empty(config.text, len(lengths), PROMPT + 4 + NEW, model.dtype)
-        memory = Memory(own, jnp.zeros_like(lengths), None, view.images)
-        own, scores = read(params, config, Pieces(inputs["input_ids"], lengths), memory, view, chunk=4)
-        return replace(memory, own=own, start=lengths), view, scores
+    def prefill_prompts(params, inputs, lengths):
+        decoder = Decoder(params, config, encode_images(params, config, inputs, lengths), prefill_chunk=4)
+        cache = KVCache(decoder.init_cache(len(lengths), PROMPT + 4 + NEW), jnp.zeros_like(lengths))
+        suffix, logits = prefill(decoder, RaggedTokens(inputs["input_ids"], lengths), cache)
+        return decoder, KVCache(suffix, lengths), logits
 
     @jax.jit
-    def step(params, token, memory, view):
-        sight = view.at(memory.positions(1))
-        hidden, own = append(params["language_model"]["model"], config, token[:, None], memory, sight)
-        return logits(params, hidden[:, 0]), replace(memory, own=own, start=memory.start + 1)
+    def step(decoder, token, cache):
+        hidden, suffix = decoder.forward(token[:, None], cache)
+        return decoder.logits(hidden[:, 0]), KVCache(suffix, cache.lengths + 1)
 
-    memory, view, scores = prefill(params, inputs, lengths)
-    steps = [scores]
+    decoder, cache, logits = prefill_prompts(params, inputs, lengths)
+    steps = [logits]
     for i in range(NEW):
-        scores, memory = step(params, appended[:, i], memory, view)
-        steps.append(scores)
+        logits, cache = step(decoder, appended[:, i], cache)
+        steps.append(logits)
 
     for row, length in enumerate(lengths):
         own = {name: x[row : row + 1] for name, x in batch.items()}
@@ -102,12 +99,12 @@ def test_a_seed_gives_its_answer_and_another_seed_another(model, batch):
 
 
 def test_an_answer_ends_at_its_token_and_the_loop_when_all_have(tiny, batch, model):
-    endless = Generator(model).generate(batch, max_new_tokens=3 * CHUNK)
+    endless = Generator(model).generate(batch, max_new_tokens=3 * STEPS_PER_CALL)
     ends = (int(endless[0, 2]), int(endless[1, 5]), int(endless[2, 0]))
     config = replace(model.config, text=replace(model.config.text, eos_token_ids=ends))
     ending = Mllama.from_pretrained(tiny)
     ending.config = config
-    got = Generator(ending).generate(batch, max_new_tokens=3 * CHUNK)
+    got = Generator(ending).generate(batch, max_new_tokens=3 * STEPS_PER_CALL)
     stops = [next(i for i, token in enumerate(row) if token in ends) for row in endless]
     assert got.shape[1] == max(stops) + 1
     for row, stop in enumerate(stops):
@@ -116,9 +113,9 @@ def test_an_answer_ends_at_its_token_and_the_loop_when_all_have(tiny, batch, mod
 
 
 def test_the_stream_is_the_answer_in_pieces(model, batch):
-    pieces = list(Generator(model).stream(batch, max_new_tokens=2 * CHUNK + 3))
-    assert [piece.shape[1] for piece in pieces] == [1, CHUNK, CHUNK, 2]
-    whole = Generator(model).generate(batch, max_new_tokens=2 * CHUNK + 3)
+    pieces = list(Generator(model).stream(batch, max_new_tokens=2 * STEPS_PER_CALL + 3))
+    assert [piece.shape[1] for piece in pieces] == [1, STEPS_PER_CALL, STEPS_PER_CALL, 2]
+    whole = Generator(model).generate(batch, max_new_tokens=2 * STEPS_PER_CALL + 3)
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.inference.sampling import candidates, draw
+from llava_cot_jax.inference.sampling import sample_token, top_k_top_p
 from llava_cot_jax.inference.settings import Sampling
 
 SETTINGS = [
@@ -37,7 +37,7 @@ def probabilities_there(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 @pytest.mark.parametrize("spread", [0.5, 3.0])
 def test_the_distribution_is_that_of_transformers(sampling, spread):
     logits = np.random.default_rng(0).normal(0, spread, (16, 1000)).astype(np.float32)
-    scaled, ids = candidates(jnp.asarray(logits), sampling)
+    scaled, ids = top_k_top_p(jnp.asarray(logits), sampling)
     got = np.zeros_like(logits)
     np.put_along_axis(got, np.asarray(ids), np.asarray(jax.nn.softmax(scaled, axis=-1)), axis=1)
     want = probabilities_there(logits, sampling)
@@ -51,14 +51,14 @@ def test_the_distribution_is_that_of_transformers(sampling, spread):
 def test_draws_follow_the_distribution():
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
     sampling, count = Sampling(1.0, top_k=3), 20_000
-    drawn = draw(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(0), count), sampling)
+    drawn = sample_token(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(0), count), sampling)
     share = np.bincount(np.asarray(drawn), minlength=4) / count
     np.testing.assert_allclose(share, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.012)  # 3.5 standard errors
 
 
 def test_zero_temperature_takes_the_likeliest():
     logits = np.random.default_rng(0).normal(size=(64, 100)).astype(np.float32)
-    drawn = draw(jnp.asarray(logits), jax.random.split(jax.random.key(0), 64), Sampling())
+    drawn = sample_token(jnp.asarray(logits), jax.random.split(jax.random.key(0), 64), Sampling())
     np.testing.assert_array_equal(drawn, logits.argmax(-1))
 
 

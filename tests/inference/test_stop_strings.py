@@ -11,16 +11,16 @@ from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.stop_strings import (
     TAILS,
-    find_strings,
-    find_tag,
-    ignoring_case,
-    tabulate,
+    case_insensitive,
+    compile_stop_table,
+    string_automaton,
+    tag_automaton,
     vocabulary_bytes,
 )
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.strategies import StageBeam
-from llava_cot_jax.search.tables import judge_tables, stage_tables, tokens_of
+from llava_cot_jax.search.tables import build_judge_tables, build_stage_tables, token_ids
 from llava_cot_jax.stages import STAGES
 
 CASES = 3000
@@ -68,10 +68,10 @@ def random_text(rng: np.random.Generator, parts: list[str]) -> bytes:
 
 
 def test_tags_are_found_where_the_decoded_bytes_have_them(processor):
-    """By the first token that completes one, with what follows it in that token; else how much of it stands."""
+    """The state counts the line breaks after a tag in the token that completes it, and until then the tag's bytes."""
     tag = b"</SUMMARY>"
     entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size)
-    (table,), accept = tabulate([(find_tag(tag), TAILS)], entries)
+    (table,), accept = compile_stop_table([(tag_automaton(tag), TAILS)], entries)
     by_bytes = {entry: i for i, entry in enumerate(entries) if entry}
     rng, closed = np.random.default_rng(0), 0
     for _ in range(CASES):
@@ -94,8 +94,8 @@ def test_written_verdicts_are_found_where_the_decoded_text_has_them(processor):
     """The first of two, in any case; one that stands within the other is not it."""
     readings = ["verdict: correct", "verdict: incorrect", "correct", "incorrect"]
     entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size)
-    automaton = ignoring_case(find_strings([reading.encode() for reading in readings[2:]]))
-    (table,), accept = tabulate([(automaton, 2)], entries)
+    automaton = case_insensitive(string_automaton([reading.encode() for reading in readings[2:]]))
+    (table,), accept = compile_stop_table([(automaton, 2)], entries)
     by_bytes = {entry: i for i, entry in enumerate(entries) if entry}
     rng, found = np.random.default_rng(1), [0, 0]
     for _ in range(CASES):
@@ -119,7 +119,7 @@ def test_written_verdicts_are_found_where_the_decoded_text_has_them(processor):
 )
 def test_any_strings_in_any_text(strings, text):
     """The automaton alone: the first to be complete, the longest of those complete at once."""
-    table = find_strings([s.encode() for s in strings])
+    table = string_automaton([s.encode() for s in strings])
     state = 0
     for byte in text.encode():
         state = int(table[state, byte])
@@ -145,10 +145,10 @@ def test_in_llama3s_vocabulary_a_tag_ends_within_a_token(published):
     ids = published.tokenizer("It is. </SUMMARY>\n\n<CAPTION>", add_special_tokens=False)["input_ids"]
     plain = published.tokenizer(" </SUMMARY>", add_special_tokens=False)["input_ids"]
     assert not any(ids[i : i + len(plain)] == plain for i in range(len(ids)))
-    tables = stage_tables(published, StageBeam().plan())
+    tables = build_stage_tables(published, StageBeam().to_spec())
     state = 0
     for token in ids:
-        state = int(tables.readers[0, state, token])
+        state = int(tables.stop_tables[0, state, token])
         if state >= tables.accept:
             break
     assert state == tables.accept + 2
@@ -157,7 +157,7 @@ def test_in_llama3s_vocabulary_a_tag_ends_within_a_token(published):
 
 def test_a_stage_that_is_closed_for_the_model_reads_as_one_it_closed(processor):
     """Whatever of the tag stands there, the rest is added; and the next stage stands after one blank line."""
-    tables = stage_tables(processor, StageBeam().plan())
+    tables = build_stage_tables(processor, StageBeam().to_spec())
     for number, stage in enumerate(STAGES):
         tag = f"</{stage}>"
         for state in range(len(tag)):
@@ -169,19 +169,19 @@ def test_a_stage_that_is_closed_for_the_model_reads_as_one_it_closed(processor):
 
 
 def decoded(processor, piece) -> str:
-    return processor.decode(piece.tokens[: piece.length])
+    return processor.decode(piece.tokens[: piece.lengths])
 
 
 @pytest.mark.parametrize("stages", [STAGES, ("PLAN", "REASONING", "CONCLUSION")], ids=len)
 def test_both_verdicts_are_the_natural_next_token(processor, stages):
     prompts = JudgePrompts.load()
-    plan = StageBeam(stages=stages).plan()
-    one, two = judge_tables(processor, plan, plan.judge, prompts).verdicts.tolist()
+    spec = StageBeam(stages=stages).to_spec()
+    one, two = build_judge_tables(processor, spec, spec.judge, prompts).verdicts.tolist()
     for stage in stages:
         *_, ending = prompts.cut(processor, "pair", stage, stages, images=1)
-        before = tokens_of(processor, ending + prompts.stem)
-        assert tokens_of(processor, ending + prompts.stem + "1") == [*before, one]
-        assert tokens_of(processor, ending + prompts.stem + "2") == [*before, two]
+        before = token_ids(processor, ending + prompts.stem)
+        assert token_ids(processor, ending + prompts.stem + "1") == [*before, one]
+        assert token_ids(processor, ending + prompts.stem + "2") == [*before, two]
 
 
 def test_a_tokenizer_that_is_not_byte_level_is_refused(embedded):
@@ -194,9 +194,9 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(embedded):
 @pytest.mark.parametrize("strings", [[], [b""], [b"a", b""]], ids=str)
 def test_nothing_to_look_for(strings):
     with pytest.raises(UserError, match="must not be empty"):
-        find_strings(strings)
+        string_automaton(strings)
 
 
 def test_a_tag_that_is_too_long():
     with pytest.raises(UserError, match="too long"):
-        tabulate([(find_tag(b"x" * 300), TAILS)], [b"a"])
+        compile_stop_table([(tag_automaton(b"x" * 300), TAILS)], [b"a"])

@@ -27,17 +27,58 @@ def test_shellcheck_finds_nothing():
 
 
 VERBS = ["create", "install", "run", "logs", "stop", "fetch", "delete", "spot"]
+ON_HOSTS = ["common", "job", "tpu_vm_setup"]  # scripts without a rehearsal
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "gke"])
-def test_the_help_fits_a_screen(laptop, verb):
-    done = laptop.run(verb, "--help")
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0
-    assert lines[0].startswith(f"Usage: launch/{verb}.sh ")
-    assert "--dry-run" in done.stdout
+@pytest.mark.parametrize("verb", [script.stem for script in SCRIPTS])
+def test_every_script_has_a_help_that_fits_a_screen(laptop, verb):
+    helps = [laptop.run(verb, flag) for flag in ("--help", "-h")]
+    assert [(done.returncode, done.stderr) for done in helps] == [(0, "")] * 2
+    assert helps[0].stdout == helps[1].stdout
+    lines = helps[0].stdout.splitlines()
+    assert re.match(rf"Usage: (source )?launch/{verb}\.sh", lines[0])
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 100
+    assert any(line.startswith("  --help ") for line in lines)
+    assert any(line.startswith("  --dry-run ") for line in lines) == (verb not in ON_HOSTS)
+    assert laptop.calls == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_the_help_has_a_line_for_each_option_and_positional(laptop, script):
+    lines = laptop.run(script.stem, "--help").stdout.splitlines()
+    described = {match[1].rstrip(".") for line in lines if (match := re.match(r"  ((?:--)?[\w:/.$-]+)\b", line))}
+    code = script.read_text()
+    shared = "" if 'shared_options=""' in code else "zone project"
+    shared += "" if 'shared_flags=""' in code else " dry-run"
+    if script.stem == "common":
+        shared = ""
+    parsed = re.search(r'^ *parse_arguments "([a-z -]*)" "([a-z -]*)" "\$', code, re.MULTILINE)
+    options = {f"--{name}" for name in f"{shared} {parsed[1]} {parsed[2]} help".split()}
+    positionals = {word.rstrip(".") for word in re.findall(r"\b[A-Z][A-Z:/]+\b", usage_line(lines))}
+    assert {name for name in described if name.startswith("--")} == options
+    assert positionals <= described
+
+
+def usage_line(lines: list[str]) -> str:
+    """Return the usage line without the options and their values."""
+    return re.sub(r"--[a-z-]+ [A-Z]+|\[options\]|\[arguments\]", "", lines[0]).replace("VERB", "")
+
+
+@pytest.mark.parametrize("verb", [script.stem for script in SCRIPTS])
+@pytest.mark.parametrize("option", ["--no-such-option", "--no-such-option=1", "-x", "--No_Such"])
+def test_every_script_refuses_an_unknown_option(laptop, verb, option):
+    assert f"unknown option {option.partition('=')[0]} (see --help)" in refused(laptop, verb, option)
+
+
+@pytest.mark.parametrize("verb", ["start", "status", "follow", "stop", "idle"])
+def test_a_verb_of_the_job_script_refuses_an_unknown_option(laptop, verb):
+    assert "unknown option --no-such-option" in refused(laptop, "job", verb, "--no-such-option")
+
+
+def test_the_job_script_refuses_an_unknown_verb(laptop):
+    assert "unknown verb begin" in refused(laptop, "job", "begin")
+    assert "a verb is missing" in refused(laptop, "job")
 
 
 # --- mistakes: one line, code 2, and gcloud is never called
@@ -71,20 +112,20 @@ def test_every_script_checks_name_and_place(laptop, verb):
     ("arguments", "said"),
     [
         ("create", "a name is missing"),
-        (f"create tpu other {ZONE}", "one name is expected"),
+        (f"create tpu other {ZONE}", "there must be one name"),
         (f"create tpu {ZONE}", "--accelerator-type is missing"),
         (f"create tpu {ZONE} --accelerator-type", "--accelerator-type needs a value"),
         (f"create tpu {ZONE} --accelerator-type=v4-8", "v4-8 is not like v5litepod-64"),
-        (f"create tpu {ZONE} --accelerator-type=v5litepod-12", "no such size"),
+        (f"create tpu {ZONE} --accelerator-type=v5litepod-12", "there is no such size"),
         (f"create tpu {ZONE} --accelerator-type=v6e-08", "v6e-08 is not like"),
-        (f"create tpu {ZONE} --accelerator-type=v5p-12", "v5p counts cores, in eights"),
-        (f"create tpu {ZONE} {TYPE} --valid-until=6h", "--valid-until is for --queued"),
+        (f"create tpu {ZONE} --accelerator-type=v5p-12", "v5p counts cores, a multiple of 8"),
+        (f"create tpu {ZONE} {TYPE} --valid-until=6h", "--valid-until needs --queued"),
         (f"create tpu {ZONE} {TYPE} --queued --valid-until=soon", "--valid-until: soon is not like 6h"),
         (f"create tpu {ZONE} {TYPE} --runtime-version='a b'", "--runtime-version"),
-        (f"create tpu {ZONE} {TYPE} --create-flag=network", "--create-flag: not like --network=NAME"),
+        (f"create tpu {ZONE} {TYPE} --create-flag=network", "--create-flag must be like --network=NAME"),
         (f"create tpu {ZONE} {TYPE} --spot=yes", "--spot takes no value"),
         (f"create tpu {ZONE} {TYPE} -q", "unknown option -q"),
-        (f"create tpu {ZONE} {TYPE} -- true", "no command is expected"),
+        (f"create tpu {ZONE} {TYPE} -- true", "this script takes no command"),
         (f"run tpu {ZONE}", "a command is missing"),
         (f"run tpu {ZONE} python train.py", "a command comes after --"),
         (f"run tpu {ZONE} -- train --data gs://BUCKET/data", "gs://BUCKET/data is not like gs://bucket/folder"),
@@ -92,8 +133,8 @@ def test_every_script_checks_name_and_place(laptop, verb):
         (f"logs tpu {ZONE} --worker=two", "--worker: two is not like 0 or all"),
         (f"logs tpu {ZONE} --lines=-1", "--lines"),
         (f"stop tpu {ZONE} --grace=long", "--grace"),
-        (f"fetch tpu:run {ZONE}", "what to fetch and a folder are expected"),
-        (f"fetch run out {ZONE}", "what to fetch is NAME:PATH or gs://BUCKET/PATH"),
+        (f"fetch tpu:run {ZONE}", "the path to fetch and a folder are needed"),
+        (f"fetch run out {ZONE}", "the path to fetch must be NAME:PATH or gs://BUCKET/PATH"),
         (f"fetch 'tpu:a b' out {ZONE}", "the path on the host"),
         (f"fetch 'tpu:$(reboot)' out {ZONE}", "the path on the host"),
         (f"fetch 'my tpu:run' out {ZONE}", "the name"),
@@ -116,9 +157,9 @@ def test_every_script_checks_name_and_place(laptop, verb):
         (f"gke tpu {GKE} -- {RUN} 'two\nlines'", "a line break or control character"),
         (f"gke tpu --topology=v5e:8x8 -- {RUN}", "--image is missing"),
         (f"gke tpu {GKE} --topology=v5e-64 -- {RUN}", "--topology: v5e-64 is not like v5e:8x8"),
-        (f"gke tpu {GKE} --topology=v5e:3x3 -- {RUN}", "no such shape: 3x3"),
-        (f"gke tpu {GKE} --topology=v5p:1x1x1 -- {RUN}", "hosts of v5p have 4 chips"),
-        (f"delete tpu {ZONE}", "there is no terminal to ask on before a deletion: give --yes"),
+        (f"gke tpu {GKE} --topology=v5e:3x3 -- {RUN}", "there is no such shape: 3x3"),
+        (f"gke tpu {GKE} --topology=v5p:1x1x1 -- {RUN}", "a host of v5p has 4 chips"),
+        (f"delete tpu {ZONE}", "there is no terminal on which to confirm a deletion; add --yes"),
     ],
 )
 def test_a_mistake_ends_before_gcloud_is_called(laptop, arguments, said):
@@ -180,7 +221,7 @@ def test_the_container_is_built_from_what_is_there():
     lines = [line.split() for line in (ROOT / "launch/Dockerfile").read_text().splitlines()]
     kept = (ROOT / ".dockerignore").read_text().splitlines()
     copied = [word for line in lines if line[:1] == ["COPY"] for word in line[1:-1]]
-    assert copied == ["pyproject.toml", "README.md", "llava_cot_jax", "configs"]
+    assert copied == ["pyproject.toml", "README.md", "LICENSE", "llava_cot_jax", "configs"]
     assert all((ROOT / name).exists() and f"!{name}" in kept for name in copied)
     assert ["USER", "user"] in lines
     assert ["ENTRYPOINT", '["python",', '"-m"]'] in lines

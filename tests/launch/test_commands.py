@@ -55,14 +55,14 @@ def test_a_request_that_fails_is_reported(laptop):
     laptop.script(lives=[["WAITING_FOR_RESOURCES", "FAILED"]])
     done = laptop.run("create", "tpu", ZONE, TYPE, "--queued")
     assert done.returncode == 1
-    assert "error: no capacity: the request is FAILED" in done.stderr
+    assert "error: there is no capacity: the request is FAILED" in done.stderr
 
 
 def test_what_gcloud_refuses_is_not_waited_for(laptop):
     laptop.script(faults=[["create", 1, 1]])
     done = laptop.run("create", "tpu", ZONE, TYPE, "--queued")
     assert done.returncode == 1
-    assert "error: this ended with code 1: gcloud compute tpus queued-resources create tpu" in done.stderr
+    assert "error: a command failed with exit code 1: gcloud compute tpus queued-resources create tpu" in done.stderr
     assert laptop.order == ["create"]
 
 
@@ -116,7 +116,8 @@ def test_install_leaves_a_running_command_its_code(laptop):
 def test_a_host_with_an_old_python_gets_a_later_one(laptop, old):
     setup = laptop.folder / "host/launch/tpu_vm_setup.sh"
     setup.parent.mkdir(parents=True)
-    shutil.copy(ROOT / "launch/tpu_vm_setup.sh", setup)
+    for script in ("tpu_vm_setup.sh", "common.sh"):
+        shutil.copy(ROOT / "launch" / script, setup.parent)
     environment = {"PATH": f"{laptop.folder}/host_bin:/usr/bin:/bin", "STAND_IN": str(laptop.folder), "HOSTNAME": "w-0"}
     done = subprocess.run(["bash", setup], env=environment | {"OLD_PYTHON": str(old)}, capture_output=True, text=True)
     assert done.stdout == "8 devices: stand-in\n", done.stderr
@@ -214,7 +215,7 @@ def test_stop_kills_what_does_not_end(laptop):
 def test_logs_of_nothing_say_so(laptop):
     done = laptop.run("logs", "tpu", ZONE)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: tpu is out of reach, or no command was started there"
+    assert done.stderr.splitlines()[-1] == "error: tpu cannot be reached, or no command was started there"
 
 
 # --- fetch, delete
@@ -233,7 +234,7 @@ def test_fetch_from_a_host_and_from_a_bucket(installed):
         ["storage", "cp", "--recursive", "gs://bucket/runs/one", "out/", "--quiet"],
     ]
     again = installed.run("fetch", "tpu:configs", "out", ZONE)
-    assert (again.returncode, again.stderr) == (2, "error: out/configs is there already\n")
+    assert (again.returncode, again.stderr) == (2, "error: out/configs already exists\n")
     assert len(installed.calls) == 3
 
 

@@ -54,14 +54,14 @@ def test_a_rehearsal_prints_what_kubectl_would_get(cluster):
     assert done.returncode == 0, done.stderr
     [(called, manifest)] = kubectl_calls(cluster)
     assert called == ["--context=east", "--namespace=research", "apply", "--filename=-"]
-    assert rehearsal.stdout == f"{manifest}# to: {shlex.join(['kubectl', *called])}\n"
+    assert rehearsal.stdout == f"{manifest}# this manifest goes to: {shlex.join(['kubectl', *called])}\n"
     assert "kubectl --context=east --namespace=research delete jobset one" in done.stdout
 
 
 def test_a_cluster_that_refuses(cluster):
     cluster.environment["KUBECTL_CODE"] = "1"
     done = cluster.run("gke", "one", "--topology=v5e:2x2", IMAGE, "--", *TRAIN)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: kubectl did not take the JobSet\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: kubectl did not accept the JobSet\n")
 
 
 @pytest.mark.parametrize("slice_", [s for s in OFFERED if s.shape != (1, 1, 1)], ids=lambda s: s.name)

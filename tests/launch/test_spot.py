@@ -30,7 +30,7 @@ def test_capacity_that_is_taken_away_is_asked_for_again_and_the_same_command_sta
     assert [call for call in laptop.calls if "create" in call] == [created] * 2
     assert laptop.calls[-1] == DELETE
     assert laptop.starts("w-0") == laptop.starts("w-1") == ["--output gs://bucket/runs/one"] * 2
-    assert "SUSPENDED: taken away" in done.stdout
+    assert "SUSPENDED: the capacity was taken away" in done.stdout
 
 
 def test_a_preempted_machine_counts_though_its_request_is_active(laptop):
@@ -148,7 +148,7 @@ def test_an_interruption_leaves_all_as_it_is_and_the_same_call_takes_it_up(lapto
     before = len(laptop.calls)
     asked = spot(laptop)
     assert asked.returncode == 2
-    assert "there is no terminal to ask on" in asked.stderr
+    assert "there is no terminal on which to confirm" in asked.stderr
     assert laptop.calls[before:] == [LIST]
     taking = laptop.start("spot", "tpu", ZONE, TYPE, "--yes", "--", *TRAIN)
     (laptop.folder / "hosts/w-0/llava_cot_jax_job/code").write_text("0\n")  # as if the command had ended well
@@ -200,7 +200,7 @@ def test_capacity_may_be_kept(laptop):
     done = spot(laptop, "--keep")
     assert done.returncode == 0
     assert "delete" not in laptop.order
-    assert "tpu is kept, and costs money until: launch/delete.sh tpu --zone=us-east5-b" in done.stdout
+    assert "tpu is kept, and costs money until you run: launch/delete.sh tpu --zone=us-east5-b" in done.stdout
 
 
 def test_capacity_that_cannot_be_deleted_is_shouted_about(laptop):

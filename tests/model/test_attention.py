@@ -8,39 +8,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from llava_cot_jax.model.attention import (
-    Implementation,
-    Mask,
-    _blocks,
+    AttentionImplementation,
+    AttentionMask,
+    _block_size,
     _cudnn,
     _on_mesh,
-    attending_with,
-    causal,
-    kernel_for,
+    attention_implementation,
+    causal_mask,
+    select_kernel,
 )
 from llava_cot_jax.model.layers import attention
 from llava_cot_jax.model.mllama import Mllama, hidden_states
-from llava_cot_jax.model.parameters import flatten
-from llava_cot_jax.model.sharding import make_mesh, on_mesh
+from llava_cot_jax.model.sharding import make_mesh, use_mesh
 from tests.model.test_mllama import off
 
 TILE = 30
 
 
-def tokens_of(present: list[str]) -> Mask:
-    return causal(jnp.array([[c == "x" for c in row] for row in present]))
+def tokens_of(present: list[str]) -> AttentionMask:
+    return causal_mask(jnp.array([[c == "x" for c in row] for row in present]))
 
 
-def tower(used: list[int]) -> Mask:
+def tower(used: list[int]) -> AttentionMask:
     """Images of four tiles, the first ``used`` in use, whose last 3 tokens are fill."""
     tile, token = np.divmod(np.arange(4 * TILE), TILE)
     padding = (tile >= np.array(used)[:, None]) | (token >= TILE - 3)
-    return Mask(jnp.stack([jnp.ones_like(padding), ~padding], -1), jnp.asarray(padding, jnp.int32))
+    return AttentionMask(jnp.stack([jnp.ones_like(padding), ~padding], -1), jnp.asarray(padding, jnp.int32))
 
 
-def cross(sees: list[str]) -> Mask:
+def cross(sees: list[str]) -> AttentionMask:
     """20 queries a row, each seeing the tiles that a word names; some tokens at the end fill up the row."""
     rows = [row.split() for row in sees]
     tiles = max(len(word) for row in rows for word in row)
@@ -50,7 +50,7 @@ def cross(sees: list[str]) -> Mask:
             word = row[i * len(row) // 20]
             told[b, i, : len(word)] = [c == "x" for c in word]
     group = np.minimum(np.arange(tiles * TILE + 8) // TILE, tiles)
-    return Mask(jnp.asarray(told), jnp.asarray(group)[None])
+    return AttentionMask(jnp.asarray(told), jnp.asarray(group)[None])
 
 
 CASES = {
@@ -69,8 +69,8 @@ SLOW = ("text", "text padded on the right", "one image, and none", "unmasked whe
 """Cases that others nearly contain; an interpreted kernel takes seconds to compile."""
 
 
-def seen_by_hand(mask: Mask, batch: int, queries: int) -> np.ndarray:
-    sees, group = np.asarray(mask.sees), np.asarray(mask.group)
+def seen_by_hand(mask: AttentionMask, batch: int, queries: int) -> np.ndarray:
+    sees, group = np.asarray(mask.visible), np.asarray(mask.group)
     seen = np.zeros((batch, queries, group.shape[1]), bool)
     for b, i, j in np.ndindex(seen.shape):
         here = sees[b % sees.shape[0], i % sees.shape[1]]
@@ -78,11 +78,13 @@ def seen_by_hand(mask: Mask, batch: int, queries: int) -> np.ndarray:
     return seen
 
 
-def arrays(mask: Mask, heads: int, kv_heads: int, head_dim: int, dtype: str = "float32") -> tuple[list, np.ndarray]:
+def arrays(
+    mask: AttentionMask, heads: int, kv_heads: int, head_dim: int, dtype: str = "float32"
+) -> tuple[list, np.ndarray]:
     """q, k, v and the gradient of the output, 0 for queries that see no key; and which see one, [batch, queries]."""
-    batch = max(mask.sees.shape[0], mask.group.shape[0])
+    batch = max(mask.visible.shape[0], mask.group.shape[0])
     keys = mask.group.shape[1]
-    queries = keys if mask.causal else mask.sees.shape[1]
+    queries = keys if mask.causal else mask.visible.shape[1]
     rng = np.random.default_rng(0)
     shapes = [(batch, heads, queries, head_dim), *[(batch, kv_heads, keys, head_dim)] * 2]
     q, k, v = (rng.normal(size=shape) for shape in shapes)
@@ -91,15 +93,15 @@ def arrays(mask: Mask, heads: int, kv_heads: int, head_dim: int, dtype: str = "f
     return [jnp.asarray(x, dtype) for x in (q, k, v, change)], some
 
 
-def by_door(implementation: Implementation) -> Callable[..., jax.Array]:
+def by_implementation(implementation: AttentionImplementation) -> Callable[..., jax.Array]:
     def attend(*x):
-        with attending_with(implementation):
+        with attention_implementation(implementation):
             return attention(*x)
 
     return attend
 
 
-FORMS = {"splash": by_door("splash"), "cudnn": _cudnn}  # the door takes no float32 to cuDNN
+FORMS = {"splash": by_implementation("splash"), "cudnn": _cudnn}  # the door takes no float32 to cuDNN
 
 
 def attended(attend, mask, q, k, v, change, mesh=None) -> list[np.ndarray]:
@@ -107,7 +109,7 @@ def attended(attend, mask, q, k, v, change, mesh=None) -> list[np.ndarray]:
 
     @jax.jit
     def run(q, k, v, change, mask):
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             out, backward = jax.vjp(lambda *x: attend(*x, mask), q, k, v)
             return out, *backward(change)
 
@@ -145,14 +147,14 @@ def test_a_dense_mask_is_what_the_groups_say(case):
 def test_a_kernel_gives_what_the_plain_form_gives(case, form):
     mask = CASES[case]
     given, some = arrays(mask, *((2, 2, 80) if case == "tower" else (4, 1, 128)))
-    assert_same(attended(FORMS[form], mask, *given), attended(by_door("xla"), mask, *given), some)
+    assert_same(attended(FORMS[form], mask, *given), attended(by_implementation("xla"), mask, *given), some)
 
 
 def test_splash_in_bfloat16_is_as_near_to_float32_as_the_plain_form():
     mask = CASES["tower"]
     given, _ = arrays(mask, 2, 2, 80, "bfloat16")
-    want = attended(by_door("xla"), mask, *(x.astype("float32") for x in given))
-    splash, plain = (attended(by_door(name), mask, *given) for name in ("splash", "xla"))
+    want = attended(by_implementation("xla"), mask, *(x.astype("float32") for x in given))
+    splash, plain = (attended(by_implementation(name), mask, *given) for name in ("splash", "xla"))
     for i, name in enumerate(("values", "dq", "dk", "dv")):
         off_splash, off_plain = (np.sqrt(np.mean((got[i] - want[i]) ** 2)) for got in (splash, plain))
         assert off_splash < 1.5 * off_plain, name
@@ -165,8 +167,10 @@ def test_on_a_mesh(case, form, shape):
     """Heads cut over eight devices, and rows, but for the three of the tower, which the mesh does not divide."""
     mask = CASES[case]
     given, some = arrays(mask, 8, 4, 16)
-    attend = by_door("splash") if form == "splash" else lambda *x: _on_mesh(_cudnn, *x)
-    assert_same(attended(attend, mask, *given, mesh=make_mesh(*shape)), attended(by_door("xla"), mask, *given), some)
+    attend = by_implementation("splash") if form == "splash" else lambda *x: _on_mesh(_cudnn, *x)
+    assert_same(
+        attended(attend, mask, *given, mesh=make_mesh(*shape)), attended(by_implementation("xla"), mask, *given), some
+    )
 
 
 def test_each_device_attends_to_its_own_rows_and_heads():
@@ -175,7 +179,7 @@ def test_each_device_attends_to_its_own_rows_and_heads():
     seen = []
 
     def kernel(q, k, v, mask):
-        seen.append((q.shape[:2], k.shape[:2], mask.sees.shape[0], mask.group.shape[0]))
+        seen.append((q.shape[:2], k.shape[:2], mask.visible.shape[0], mask.group.shape[0]))
         return q
 
     attended(lambda *x: _on_mesh(kernel, *x), mask, *given, mesh=make_mesh(2, 1, 4))
@@ -183,45 +187,45 @@ def test_each_device_attends_to_its_own_rows_and_heads():
 
 
 def test_which_kernel():
-    """By the mesh's platform, and only where the kernel does the case."""
+    """The kernel follows the platform of the mesh, and is used only where it supports the case."""
     several, single = (
         CASES["several images"],
-        replace(CASES["several images"], sees=CASES["several images"].sees[:, :1]),
+        replace(CASES["several images"], visible=CASES["several images"].visible[:, :1]),
     )
     odd = tokens_of(["x" * 41])
 
     def takes_kernel(platform, mask, dtype="bfloat16", head_dim=80, queries=20):
         device = jax.sharding.AbstractDevice(device_kind="any", num_cores=1, platform=platform)
-        q = jax.ShapeDtypeStruct((2, 4, queries, head_dim), dtype)
+        q = jnp.zeros((2, 4, queries, head_dim), dtype)
         with use_abstract_mesh(make_mesh().abstract_mesh.update(abstract_device=device)):
-            return kernel_for(q, mask) is not None
+            return select_kernel(q, mask) is not None
 
     assert not takes_kernel("cpu", several)
     assert takes_kernel("tpu", several) and takes_kernel("tpu", several, "float32")
     assert takes_kernel("gpu", several) and not takes_kernel("gpu", several, "float32")
     assert not takes_kernel("gpu", several, head_dim=84) and not takes_kernel("gpu", odd, queries=41)
     assert not takes_kernel("tpu", single, queries=1) and not takes_kernel("gpu", single, queries=1)
-    assert kernel_for(jnp.zeros((2, 4, 20, 80)), several) is None
+    assert select_kernel(jnp.zeros((2, 4, 20, 80)), several) is None
 
 
 def test_blocks_are_whole_and_waste_little():
     for tokens in (1, 128, 129, 600, 1024, 6432, 6528):
-        block, fill = _blocks(tokens)
+        block, fill = _block_size(tokens)
         assert block % 128 == 0 and block <= 512 and (tokens + fill) % block == 0
         assert fill < max(128, 128 * (tokens + fill) // block)
-    assert _blocks(1024) == (512, 0) and _blocks(6432) == (512, 224) and _blocks(600) == (384, 168)
+    assert _block_size(1024) == (512, 0) and _block_size(6432) == (512, 224) and _block_size(600) == (384, 168)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("convention", "layout", "checkpointing", "shape"),
+    ("convention", "layout", "remat", "shape"),
     [
         ("meta", "unrolled", "none", None),
         ("transformers_4", "stacked", "full", None),
         ("meta", "stacked", "dots", (1, 4, 2)),
     ],
 )
-def test_the_whole_model_under_splash_attention(small, batch, convention, layout, checkpointing, shape):
+def test_the_whole_model_under_splash_attention(small, batch, convention, layout, remat, shape):
     """Hidden states, and the gradient of every weight, with padding on the left of a row and the right of another."""
     config = replace(small, convention=convention)
     mesh = make_mesh(*shape) if shape else None
@@ -234,8 +238,8 @@ def test_the_whole_model_under_splash_attention(small, batch, convention, layout
 
     def run(implementation):
         def loss(params):
-            with on_mesh(mesh), attending_with(implementation):
-                states = hidden_states(params, config, jax.tree.map(jnp.asarray, batch), checkpointing) * present
+            with use_mesh(mesh), attention_implementation(implementation):
+                states = hidden_states(params, config, jax.tree.map(jnp.asarray, batch), remat) * present
             return jnp.vdot(states, direction), states
 
         (_, states), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -243,6 +247,8 @@ def test_the_whole_model_under_splash_attention(small, batch, convention, layout
 
     (states, gradients), (want_states, want_gradients) = run("splash"), run("xla")
     assert off(states, want_states) < 1e-5
-    for (path, got), want in zip(flatten(gradients).items(), flatten(want_gradients).values(), strict=True):
+    for (path, got), want in zip(
+        flatten_dict(gradients, sep=".").items(), flatten_dict(want_gradients, sep=".").values(), strict=True
+    ):
         scale = max(float(jnp.abs(want).max()), 1e-6)
         assert float(jnp.abs(got - want).max()) < 1e-3 * scale, path

@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from transformers import MllamaConfig as HFConfig
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.config import MllamaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import flatten, parameters
+from llava_cot_jax.model.parameters import parameters
 from tests.conftest import INPUTS
 
 
@@ -40,7 +41,7 @@ def test_the_published_sizes():
     small, large = MllamaConfig.llama32_11b(), MllamaConfig.llama32_90b()
     assert small.text.cross_attention_layers == (3, 8, 13, 18, 23, 28, 33, 38)
     assert large.text.cross_attention_layers == tuple(range(3, 99, 5))
-    assert (small.text.period, large.text.period) == (5, 5)
+    assert (small.text.layers_per_block, large.text.layers_per_block) == (5, 5)
     assert (small.vision.tile_tokens, small.vision.image_tokens, small.vision.output_size) == (1601, 6404, 7680)
 
 
@@ -49,7 +50,7 @@ def test_the_published_sizes():
     [(10, (3, 8), 5), (6, (1, 3, 5), 2), (7, (1, 3, 5), 7), (4, (), 1), (3, (0, 1, 2), 1), (12, (3, 8), 12)],
 )
 def test_period(layers, cross, period):
-    assert TextConfig(num_hidden_layers=layers, cross_attention_layers=cross).period == period
+    assert TextConfig(num_hidden_layers=layers, cross_attention_layers=cross).layers_per_block == period
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ class Observed:
     """What a configuration makes of fixed weights and inputs."""
 
     def __init__(self, config, batch):
-        self.arrays = flatten(Mllama(config, rngs=nnx.Rngs(0)).params)
+        self.arrays = flatten_dict(Mllama(config, rngs=nnx.Rngs(0)).params, sep=".")
         raw = np.random.default_rng(0).integers(0, 256, batch["pixel_values"].shape, dtype=np.uint8)
         # Long enough for a rotation of few turns to show.
         repeats = {n: np.tile(batch[n], (1, 4) + (1,) * (batch[n].ndim - 2)) for n in ("input_ids", "attention_mask")}

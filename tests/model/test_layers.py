@@ -1,4 +1,4 @@
-"""The parts of the model against plain numpy."""
+"""Tests of the layers against plain numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,12 @@ import pytest
 from llava_cot_jax.model.config import RopeScaling, TextConfig
 from llava_cot_jax.model.layers import (
     QUERY_BLOCK,
+    KVSegment,
+    apply_rope,
     attention,
-    attention_in_parts,
+    cascade_attention,
+    rope_cos_sin,
     rope_frequencies,
-    rotate,
-    rotation,
 )
 
 
@@ -45,7 +46,7 @@ def test_gradients_of_attention_in_blocks():
     rng = np.random.default_rng(0)
     q = rng.normal(size=(1, 2, 2 * QUERY_BLOCK + 3, 4)).astype(np.float32)
     k, v = rng.normal(size=(2, 1, 1, 9, 4)).astype(np.float32)
-    mask = rng.random((1, q.shape[2], 9)) < 0.5
+    mask = jnp.asarray(rng.random((1, q.shape[2], 9)) < 0.5)
     weight = rng.normal(size=q.shape)
 
     gradients = jax.grad(lambda *x: jnp.sum(attention(*x, mask) * weight), argnums=(0, 1, 2))(q, k, v)
@@ -59,8 +60,8 @@ def test_gradients_of_attention_in_blocks():
         np.testing.assert_allclose(np.sum(np.asarray(gradient) * direction), change / 2e-4, rtol=1e-3)
 
 
-def test_rope_stretches_long_wavelengths_alone():
-    """By the rule as Meta states it, in wavelengths."""
+def test_rope_scaling_stretches_only_long_wavelengths():
+    """The expected values follow Meta's rule, which is stated in wavelengths."""
     scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     config = TextConfig(rope_scaling=scaling)
     plain = 1 / 500000 ** (np.arange(0, 128, 2) / 128)
@@ -73,17 +74,17 @@ def test_rope_stretches_long_wavelengths_alone():
     np.testing.assert_allclose(rope_frequencies(config), want, rtol=1e-6)
 
 
-def test_rotation_turns_halves_and_tells_far_positions_apart():
+def test_rope_rotates_halves_and_tells_far_positions_apart():
     config = TextConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, rope_scaling=None)
     x = np.random.default_rng(0).normal(size=(1, 4, 2, 16)).astype(np.float32)
     positions = np.array([[256, 257]])
-    got = np.asarray(rotate(jnp.asarray(x), *rotation(jnp.asarray(positions), config)))
+    got = np.asarray(apply_rope(jnp.asarray(x), *rope_cos_sin(jnp.asarray(positions), config)))
     turned = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * positions[..., None] * rope_frequencies(config))[:, None]
     # An angle, of up to 257 radians, is rounded twice: its frequency, and itself. The turned has up to sqrt(2) of x.
     largest = np.abs(x).max()
     angle = 257 * 2 * 2**-24 * np.sqrt(2) * largest
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), rtol=0, atol=angle)
-    bf16 = rotate(jnp.asarray(x, jnp.bfloat16), *rotation(jnp.asarray(positions), config))
+    bf16 = apply_rope(jnp.asarray(x, jnp.bfloat16), *rope_cos_sin(jnp.asarray(positions), config))
     # What is turned and what comes of it are rounded to 8 bits.
     np.testing.assert_allclose(np.asarray(bf16, np.float32), got, rtol=0, atol=2 * 2**-9 * np.sqrt(2) * largest)
 
@@ -92,18 +93,18 @@ def test_rotation_turns_halves_and_tells_far_positions_apart():
     ("questions", "candidates", "kv_heads", "group", "tokens"),
     [(1, 1, 1, 1, 1), (2, 3, 2, 3, 1), (3, 2, 1, 2, 5), (2, 1, 2, 1, 4), (1, 4, 2, 2, 3)],
 )
-def test_attention_in_two_parts_is_attention_over_the_joined_cache(questions, candidates, kv_heads, group, tokens):
+def test_attention_to_two_segments_is_attention_to_the_whole_cache(questions, candidates, kv_heads, group, tokens):
     """A prefix of each question, a suffix of each candidate, any lengths; scores up to some hundreds."""
-    rows, slots, room, dim = questions * candidates, 17, 9, 8
+    rows, capacity, room, dim = questions * candidates, 17, 9, 8
 
     @jax.jit
     def both_ways(q, shared, own, before, mine):
         k, v = (
             jnp.concatenate([jnp.repeat(x, candidates, axis=0), y], axis=2) for x, y in zip(shared, own, strict=True)
         )
-        before_all = jnp.broadcast_to(before.repeat(candidates, 0), (rows, tokens, slots))
+        before_all = jnp.broadcast_to(before.repeat(candidates, 0), (rows, tokens, capacity))
         joined = attention(q, k, v, jnp.concatenate([before_all, mine], axis=-1))
-        return attention_in_parts(q, [(*own, mine), (*shared, before)]), joined
+        return cascade_attention(q, [KVSegment(*own, mine), KVSegment(*shared, before)]), joined
 
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -112,9 +113,9 @@ def test_attention_in_two_parts_is_attention_over_the_joined_cache(questions, ca
             return rng.normal(size=shape, scale=rng.choice([0.5, 8.0])).astype(np.float32)
 
         q = normal(rows, kv_heads * group, tokens, dim)
-        shared = normal(questions, kv_heads, slots, dim), normal(questions, kv_heads, slots, dim)
+        shared = normal(questions, kv_heads, capacity, dim), normal(questions, kv_heads, capacity, dim)
         own = normal(rows, kv_heads, room, dim), normal(rows, kv_heads, room, dim)
-        before = np.arange(slots) < rng.integers(1, slots + 1, (questions, 1, 1))  # [questions, 1, slots]
+        before = np.arange(capacity) < rng.integers(1, capacity + 1, (questions, 1, 1))  # [questions, 1, capacity]
         start = rng.integers(0, room - tokens + 1, (rows, 1, 1))
         mine = np.arange(room) <= start + np.arange(tokens)[:, None]  # [rows, tokens, room]
         got, want = both_ways(q, shared, own, before, mine)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama, hidden_states
-from llava_cot_jax.model.parameters import flatten, parameters
+from llava_cot_jax.model.parameters import parameters
 from tests.conftest import INPUTS
 
 CONVENTIONS = ("meta", "transformers_4", "transformers_5")
@@ -47,7 +48,7 @@ def test_the_conventions_differ(tiny, batch):
 
 def loss_and_gradients(model: Mllama, batch) -> tuple[float, dict[str, np.ndarray]]:
     loss, gradients = nnx.value_and_grad(lambda model: jnp.square(model(**batch)).mean())(model)
-    return float(loss), flatten(nnx.to_pure_dict(gradients))
+    return float(loss), flatten_dict(nnx.to_pure_dict(gradients), sep=".")
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,10 @@ def unrolled_gradients(tiny, reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "dots", "full"])
-def test_stacked_layers_give_the_same_loss_and_gradients(tiny, batch, unrolled_gradients, checkpointing):
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_stacked_layers_give_the_same_loss_and_gradients(tiny, batch, unrolled_gradients, remat):
     want, by_layer = unrolled_gradients
-    model = Mllama.from_pretrained(tiny, layout="stacked", checkpointing=checkpointing)
+    model = Mllama.from_pretrained(tiny, layout="stacked", remat=remat)
     got, by_stack = loss_and_gradients(model, batch)
     assert abs(got - want) < 1e-5 * want
     for path, parameter in parameters(model.config, "stacked").items():
@@ -69,11 +70,12 @@ def test_stacked_layers_give_the_same_loss_and_gradients(tiny, batch, unrolled_g
             assert float(jnp.abs(part - by_layer[tensor]).max()) < 1e-3 * scale, tensor
 
 
-def test_checkpointing_keeps_less_for_the_backward_pass(tiny, batch):
+def test_remat_keeps_less_for_the_backward_pass(tiny, batch):
     kept = []
-    for checkpointing in ("none", "dots", "full"):
+    for remat in ("none", "dots", "full"):
         model = Mllama.from_pretrained(tiny, layout="stacked")
-        forward = functools.partial(hidden_states, config=model.config, inputs=batch, checkpointing=checkpointing)
+        inputs = jax.tree.map(jnp.asarray, batch)
+        forward = functools.partial(hidden_states, config=model.config, inputs=inputs, remat=remat)
         _, backward = jax.eval_shape(lambda params, forward=forward: jax.vjp(forward, params), model.params)
         kept.append(sum(x.size for x in jax.tree.leaves(backward)))
     assert kept[0] > kept[1] > kept[2] > 0
@@ -81,24 +83,24 @@ def test_checkpointing_keeps_less_for_the_backward_pass(tiny, batch):
 
 def test_changing_the_layout_and_back_changes_no_bit(tiny):
     model = Mllama.from_pretrained(tiny)
-    before = {path: np.asarray(x) for path, x in flatten(model.params).items()}
+    before = {path: np.asarray(x) for path, x in flatten_dict(model.params, sep=".").items()}
     model.to_layout("stacked")
-    stacked = flatten(model.params)
+    stacked = flatten_dict(model.params, sep=".")
     assert {path: x.shape for path, x in stacked.items()} == {
         path: p.shape for path, p in parameters(model.config, "stacked").items()
     }
     want = Mllama.from_pretrained(tiny, layout="stacked")
-    for path, x in flatten(want.params).items():
+    for path, x in flatten_dict(want.params, sep=".").items():
         np.testing.assert_array_equal(stacked[path], x)
     model.to_layout("unrolled")
-    for path, x in flatten(model.params).items():
+    for path, x in flatten_dict(model.params, sep=".").items():
         np.testing.assert_array_equal(x, before[path])
 
 
 def test_changing_the_layout_holds_one_copy(tiny):
     """Each source array is given up before the next parameter is made."""
     model = Mllama.from_pretrained(tiny)
-    size = sum(x.nbytes for x in flatten(model.params).values())
+    size = sum(x.nbytes for x in flatten_dict(model.params, sep=".").values())
     largest = max(math.prod(p.shape) * 4 for p in parameters(model.config, "stacked").values())
     peaks, original = [], jax.block_until_ready
 
@@ -121,7 +123,9 @@ def test_fresh_weights_are_the_same_in_either_layout(small):
     unrolled = Mllama(config, rngs=nnx.Rngs(3))
     stacked = Mllama(config, rngs=nnx.Rngs(3), layout="stacked")
     stacked.to_layout("unrolled")
-    for (path, a), b in zip(flatten(unrolled.params).items(), flatten(stacked.params).values(), strict=True):
+    for (path, a), b in zip(
+        flatten_dict(unrolled.params, sep=".").items(), flatten_dict(stacked.params, sep=".").values(), strict=True
+    ):
         np.testing.assert_array_equal(a, b, err_msg=path)
     spread = np.asarray(unrolled.language_model.lm_head.weight[...])
     assert abs(spread.std() - config.text.initializer_range) < 1e-3
@@ -158,7 +162,7 @@ def test_fresh_weights_are_the_same_in_either_layout(small):
 )
 def test_the_published_trees_without_allocating_them(config, tensors, count, shapes):
     model = nnx.eval_shape(lambda: Mllama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    tree = flatten(model.params)
+    tree = flatten_dict(model.params, sep=".")
     assert len(tree) == tensors
     assert sum(x.size for x in tree.values()) == count
     common = {
@@ -171,14 +175,14 @@ def test_the_published_trees_without_allocating_them(config, tensors, count, sha
     for name, shape in (shapes | common).items():
         assert tree[name].shape == shape, name
     stacked = nnx.eval_shape(lambda: Mllama(config, rngs=nnx.Rngs(0), layout="stacked"))
-    assert sum(x.size for x in flatten(stacked.params).values()) == count
+    assert sum(x.size for x in flatten_dict(stacked.params, sep=".").values()) == count
 
 
 def test_the_tiny_tree_is_that_of_transformers(tiny):
     with safe_open(tiny / "model.safetensors", "numpy") as file:
         published = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     model = Mllama.from_pretrained(tiny)
-    assert {path: x.shape for path, x in flatten(model.params).items()} == published
+    assert {path: x.shape for path, x in flatten_dict(model.params, sep=".").items()} == published
 
 
 def test_a_text_only_row_of_a_mixed_batch_is_a_text_only_call(tiny, batch):

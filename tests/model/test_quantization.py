@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import flatten, parameters
+from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.quantization import is_quantized, quantize
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 
@@ -29,9 +30,9 @@ def model(tiny) -> Mllama:
 
 
 def test_the_model_computes_with_what_int8_stands_for(model, batch):
-    """As one whose weights were rounded in float32, logits within rounding; and not as the given one."""
+    """The logits are those of a model whose float32 weights are rounded to int8 steps, not those of the original."""
     given = np.asarray(model(**batch))
-    arrays = flatten(model.params)
+    arrays = flatten_dict(model.params, sep=".")
     for path in filter(is_quantized, list(arrays)):
         exact = np.asarray(arrays[path])
         scale = np.abs(exact).max(axis=1, keepdims=True) / 127
@@ -39,7 +40,7 @@ def test_the_model_computes_with_what_int8_stands_for(model, batch):
     rounded = Mllama.from_arrays(model.config, arrays, layout="unrolled")
     want = np.asarray(rounded(**batch))
     model.quantize()
-    held = flatten(model.params)
+    held = flatten_dict(model.params, sep=".")
     assert {path for path, x in held.items() if x.dtype == jnp.int8} == set(filter(is_quantized, arrays))
     assert model.dtype == jnp.float32 and model.is_quantized
     got = np.asarray(model(**batch))
@@ -54,7 +55,8 @@ def test_the_model_computes_with_what_int8_stands_for(model, batch):
 def test_on_a_mesh(model, batch):
     mesh, table = make_mesh(fsdp=4, tensor=2), parameters(model.config, "unrolled")
     arrays = {
-        path: jax.device_put(x, parameter_sharding(table[path], mesh)) for path, x in flatten(model.params).items()
+        path: jax.device_put(x, parameter_sharding(table[path], mesh))
+        for path, x in flatten_dict(model.params, sep=".").items()
     }
     spread = Mllama.from_arrays(model.config, arrays, layout="unrolled", mesh=mesh)
     spread.quantize()

@@ -7,16 +7,17 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.layers import lookup
+from llava_cot_jax.model.layers import embed
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import flatten, parameters
-from llava_cot_jax.model.sharding import default_mesh, make_mesh, on_mesh, partition
-from llava_cot_jax.planning.collectives import collectives
+from llava_cot_jax.model.parameters import parameters
+from llava_cot_jax.model.sharding import default_mesh, make_mesh, partition_spec, use_mesh
+from llava_cot_jax.planning.collectives import find_collectives
 from tests.conftest import INPUTS
 from tests.model.test_mllama import off
 
@@ -30,7 +31,7 @@ def endless(model: Mllama) -> Mllama:
 
 def bytes_by_device(model: Mllama) -> list[int]:
     held = dict.fromkeys(jax.devices(), 0)
-    for array in flatten(model.params).values():
+    for array in flatten_dict(model.params, sep=".").values():
         for shard in array.addressable_shards:
             held[shard.device] += shard.data.nbytes
     return list(held.values())
@@ -67,10 +68,12 @@ def alone(tiny, reference) -> Alone:
 def test_a_mesh_changes_nothing(tiny, batch, alone, shape, share, capsys):
     """Loading, forward pass (a batch that the mesh divides, and one that it does not) and generation."""
     spread = Mllama.from_pretrained(tiny, mesh=make_mesh(*shape))
-    for (path, a), b in zip(flatten(alone.model.params).items(), flatten(spread.params).values(), strict=True):
+    for (path, a), b in zip(
+        flatten_dict(alone.model.params, sep=".").items(), flatten_dict(spread.params, sep=".").values(), strict=True
+    ):
         np.testing.assert_array_equal(a, b, err_msg=path)
 
-    whole = sum(x.nbytes for x in flatten(alone.model.params).values())
+    whole = sum(x.nbytes for x in flatten_dict(alone.model.params, sep=".").values())
     held = bytes_by_device(spread)
     with capsys.disabled():
         print(f"\n  {shape}: {min(held)} to {max(held)} bytes a device of {whole}")
@@ -96,7 +99,9 @@ def test_training_layout_on_a_mesh(tiny, batch, alone):
 def test_fresh_weights_are_the_same_on_a_mesh(small):
     alone = Mllama(small, rngs=nnx.Rngs(0))
     spread = Mllama(small, rngs=nnx.Rngs(0), mesh=make_mesh(2, 2, 2))
-    for (path, a), b in zip(flatten(alone.params).items(), flatten(spread.params).values(), strict=True):
+    for (path, a), b in zip(
+        flatten_dict(alone.params, sep=".").items(), flatten_dict(spread.params, sep=".").values(), strict=True
+    ):
         np.testing.assert_array_equal(a, b, err_msg=path)
 
 
@@ -107,18 +112,18 @@ def test_activations_are_spread(tiny, alone):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 8, 1), (1, 1, 8), (8, 1, 1)])
-def test_what_is_looked_up_never_stands_whole_on_a_device(shape):
-    """Rows and gradients of a cut table are numpy's; no exchange brings a device more than its own batch's rows."""
+def test_embed_gives_a_device_no_more_than_the_rows_of_its_batch(shape):
+    """Rows and gradients of a sharded table equal numpy's. No collective but an all-reduce has a larger result."""
     rng = np.random.default_rng(0)
     table, ids = rng.normal(size=(4096, 64)).astype(np.float32), rng.integers(0, 4096, (8, 16))
     weight = rng.normal(size=(8, 16, 64)).astype(np.float32)
     mesh = make_mesh(*shape)
-    cut = NamedSharding(mesh, partition((None, "columns")))
-    rows = NamedSharding(mesh, partition(("batch",)))
+    cut = NamedSharding(mesh, partition_spec((None, "columns")))
+    rows = NamedSharding(mesh, partition_spec(("batch",)))
 
     def loss(table, ids, weight):
-        with on_mesh(mesh):
-            found = lookup(ids, {"weight": table})
+        with use_mesh(mesh):
+            found = embed(ids, {"weight": table})
             return (found * weight).sum(), found
 
     given = jax.device_put(table, cut), jax.device_put(ids, rows), jax.device_put(weight, rows)
@@ -129,8 +134,8 @@ def test_what_is_looked_up_never_stands_whole_on_a_device(shape):
     np.testing.assert_array_equal(found, table[ids])
     np.testing.assert_allclose(gradient, expected, atol=1e-5)
     own = table[ids].nbytes // (mesh.shape["data"] * mesh.shape["fsdp"])
-    exchanged = [each for each in collectives(step.as_text(), dict(mesh.shape)) if "all-reduce" not in each.kind]
-    assert max((each.result for each in exchanged), default=0) <= own
+    exchanged = [each for each in find_collectives(step.as_text(), dict(mesh.shape)) if "all-reduce" not in each.kind]
+    assert max((each.result_bytes for each in exchanged), default=0) <= own
 
 
 @pytest.mark.parametrize(
@@ -149,14 +154,14 @@ def test_a_mesh_that_does_not_fit(tiny, shape, named):
 
 def test_two_axes_on_one_mesh_axis_collide():
     with pytest.raises(ValueError, match="twice"):
-        partition(("heads", "mlp"))
+        partition_spec(("heads", "mlp"))
 
 
 @pytest.mark.parametrize("config", [MllamaConfig.llama32_11b(), MllamaConfig.llama32_90b()], ids=["11b", "90b"])
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])
 def test_every_large_parameter_of_the_published_models_is_cut(config, layout):
     for path, parameter in parameters(config, layout).items():
-        cut = [axis for axis in partition(parameter.axes) if axis]
+        cut = [axis for axis in partition_spec(parameter.axes) if axis]
         assert cut or math.prod(parameter.shape) < 1e6 * max(len(parameter.tensors), 1), path
 
 

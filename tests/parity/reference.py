@@ -130,9 +130,9 @@ def batch_of_rows(config: HFConfig, seed: int, padding: str) -> dict[str, np.nda
     """Four rows as a transformers processor gives them: one image, two in a row, none, two apart.
 
     Args:
-        config: of the model.
-        seed: of tokens and pixels.
-        padding: "left" or "right", the side on which the shorter rows are filled.
+        config: Configuration of the model.
+        seed: Seed of tokens and pixels.
+        padding: "left" or "right", the side on which shorter sequences are padded.
     """
     rng, vision = np.random.default_rng(seed), config.vision_config
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict
 
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import flatten, parameters
+from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.training.optimizer import Optimizer
 from llava_cot_jax.training.settings import OptimizerSettings
 from llava_cot_jax.training.state import State, frozen_paths, losses, make_step
@@ -62,7 +63,7 @@ def of_torch(reference, batch: dict[str, np.ndarray], frozen: set[str]) -> tuple
 
 
 def published_names(reference) -> list[str]:
-    """Of the parameters in their order; buffers have none."""
+    """Return the published names of the parameters, in their order, without those of buffers."""
     by_value = {id(p): name for name, p in reference.named_parameters()}
     keys = list(published_weights(reference))
     state = list(reference.state_dict())
@@ -83,7 +84,7 @@ def by_tensor(arrays: dict[str, jax.Array], config: MllamaConfig) -> dict[str, n
 def begin(model: Mllama, frozen=(), settings: OptimizerSettings = SETTINGS) -> tuple[State, Optimizer]:
     optimizer = Optimizer(settings, lambda step: settings.learning_rate, parameters(model.config, "stacked"))
     # Copied: the step donates its state.
-    arrays = {path: jnp.array(array) for path, array in flatten(model.params).items()}
+    arrays = {path: jnp.array(array) for path, array in flatten_dict(model.params, sep=".").items()}
     rest = {path: arrays.pop(path) for path in frozen_paths(arrays, frozen)}
     return State.begin(arrays, rest, optimizer, settings.dtype), optimizer
 

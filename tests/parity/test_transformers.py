@@ -10,7 +10,7 @@ import torch
 from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import Layout
+from llava_cot_jax.model.parameters import ParamLayout
 from tests.parity.reference import (
     Sizes,
     batch_of_rows,
@@ -33,7 +33,7 @@ The rest is for norms and softmaxes, which amplify. What a wrong model gives is 
 CONVENTIONS: tuple[Convention, ...] = ("meta", "transformers_4", "transformers_5")
 
 
-def ours(reference, convention: Convention, dtype=jnp.float32, layout: Layout = "unrolled") -> Mllama:
+def ours(reference, convention: Convention, dtype=jnp.float32, layout: ParamLayout = "unrolled") -> Mllama:
     """The same model here; no token ends an answer."""
     config = replace(MllamaConfig.from_dict(reference.config.to_dict()), convention=convention)
     config = replace(config, text=replace(config.text, eos_token_ids=()))
@@ -51,7 +51,7 @@ def difference(got: np.ndarray, want: np.ndarray, batch: dict[str, np.ndarray]) 
 
 def test_the_drawn_configurations_differ_in_what_matters():
     drawn = [Sizes.draw(seed) for seed in SEEDS]
-    periodic = {MllamaConfig.from_dict(s.hf_config().to_dict()).text.period < s.layers for s in drawn}
+    periodic = {MllamaConfig.from_dict(s.hf_config().to_dict()).text.layers_per_block < s.layers for s in drawn}
     assert periodic == {True, False}
     assert len({s.heads // s.kv_heads for s in drawn}) > 1
     assert len({s.tiles for s in drawn}) > 2
@@ -65,7 +65,7 @@ def test_logits_at_real_positions(seed, padding):
     reference = random_model(Sizes.draw(seed).hf_config(), seed)
     batch = batch_of_rows(reference.config, seed, padding)
     convention = CONVENTIONS[seed % 3]
-    layout: Layout = "stacked" if seed % 4 < 2 else "unrolled"
+    layout: ParamLayout = "stacked" if seed % 4 < 2 else "unrolled"
     with under(convention, reference):
         want = logits_of(reference, batch)
     assert difference(np.asarray(ours(reference, convention, layout=layout)(**batch)), want, batch) < OFF

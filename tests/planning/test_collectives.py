@@ -1,4 +1,4 @@
-"""The collectives that are read from a program's text, against those that the program was made of."""
+"""Collectives that are read from a program's text are those that the program was made of."""
 
 from functools import partial
 
@@ -9,13 +9,13 @@ from jax.sharding import PartitionSpec
 
 from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.sharding import make_mesh
-from llava_cot_jax.planning.collectives import Collective, collectives, sent_by_axis
+from llava_cot_jax.planning.collectives import Collective, find_collectives, sent_by_axis
 
 ROWS, WIDTH, TRIPS = 8, 64, 5
 
 
 def compiled(body, mesh, *shapes):
-    """``body`` on each device's part, its results told whole."""
+    """Return the text of ``body``, compiled with ``shard_map``."""
     parts = PartitionSpec(MESH_AXES)
     mapped = jax.shard_map(body, mesh=mesh, in_specs=parts, out_specs=parts, check_vma=False)
     return jax.jit(mapped).lower(*shapes).compile().as_text()
@@ -23,11 +23,11 @@ def compiled(body, mesh, *shapes):
 
 def read(body, mesh) -> list[Collective]:
     x = jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32)
-    return collectives(compiled(body, mesh, x), dict(mesh.shape))
+    return find_collectives(compiled(body, mesh, x), dict(mesh.shape))
 
 
 EACH = ROWS * WIDTH * 4
-"""Bytes that a device has of the argument."""
+"""Bytes of the argument on a device."""
 
 
 def gather(x, axis):
@@ -58,12 +58,12 @@ def test_bytes_that_a_device_sends(body, axis, sent):
     assert sent_by_axis(found) == {name: pytest.approx(sent)}
 
 
-def test_a_permutation_in_which_some_stay_silent():
+def test_a_permutation_in_which_some_devices_send_nothing():
     found = read(lambda x: jax.lax.ppermute(x, "fsdp", [(0, 1)]), make_mesh(fsdp=8))
     assert sent_by_axis(found) == {"fsdp": pytest.approx(EACH / 8)}  # of eight devices one sends
 
 
-def test_what_is_in_a_loop_counts_as_often_as_the_loop_runs():
+def test_a_collective_in_a_loop_counts_for_each_iteration():
     def body(x):
         def trip(carry, _):
             inner = jax.lax.fori_loop(0, 3, lambda i, y: jax.lax.psum(y * (1.0 + i), "tensor") / 2, carry)
@@ -103,16 +103,16 @@ ENTRY %main (x: f32[16]) -> f32[16] {
 """
 
 
-def test_a_loop_that_was_unrolled_counts_by_more_than_one():
-    """As the TPU compiler writes products whose weights go round in a ring."""
-    found = collectives(UNROLLED, {"fsdp": 2})
-    assert [each.times for each in found] == [4, 4]
+def test_an_unrolled_loop_counts_by_more_than_one():
+    """The TPU compiler writes products whose weights go round in a ring in this way."""
+    found = find_collectives(UNROLLED, {"fsdp": 2})
+    assert [each.executions for each in found] == [4, 4]
     assert sent_by_axis(found) == {"fsdp": 2 * 4 * 64}
 
 
-def test_a_collective_that_is_written_once_for_each_of_its_steps_counts_once():
+def test_the_steps_of_a_pipelined_collective_count_once():
     twice = UNROLLED.replace("channel_id=2", "channel_id=1")
-    assert len(collectives(twice, {"fsdp": 2})) == 1
+    assert len(find_collectives(twice, {"fsdp": 2})) == 1
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_a_collective_that_is_written_once_for_each_of_its_steps_counts_once():
         ("mesh['axis_0'=4] {'axis_0'}", "fsdp+tensor", 3 / 4),
     ],
 )
-def test_every_way_in_which_groups_are_written(groups, axes, share):
+def test_all_notations_of_groups(groups, axes, share):
     line = f"  ROOT %g = f32[16]{{0}} all-gather(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}"
     text = "HloModule m\nENTRY %main (x: f32[4]) -> f32[16] {\n  %x = f32[4]{0} parameter(0)\n" + line + "\n}\n"
-    assert sent_by_axis(collectives(text, {"fsdp": 2, "tensor": 2})) == {axes: 64 * share}
+    assert sent_by_axis(find_collectives(text, {"fsdp": 2, "tensor": 2})) == {axes: 64 * share}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_every_way_in_which_groups_are_written(groups, axes, share):
     ],
 )
 def test_a_transfer_between_slices(transfer, slices, result, sent):
-    """As the TPU compiler leaves it to the hosts: a send of 16 numbers and a receipt, over all chips of some slices."""
+    """The TPU compiler leaves a transfer to the hosts: a send and a receive of 16 numbers, over all chips of slices."""
     target = f"{{{','.join(str(i + 1) for i in range(slices))}}}x{{0:3}}"
     if transfer == "ONE_TO_ONE":
         target = "{{200000->100001},{100002->200003}}"
@@ -157,5 +157,5 @@ def test_a_transfer_between_slices(transfer, slices, result, sent):
         f"  %r = (f32[{result // 4}]{{0}}, u32[], token[]) recv(%a), channel_id=3, frontend_attributes={{{about}}}",
         "}",
     ]
-    (found,) = collectives("\n".join(lines), {"data": slices, "fsdp": 4})
-    assert (found.axes, found.result, found.sent, found.times) == ("data", result, sent, 1)
+    (found,) = find_collectives("\n".join(lines), {"data": slices, "fsdp": 4})
+    assert (found.axes, found.result_bytes, found.sent_bytes, found.executions) == ("data", result, sent, 1)

@@ -1,4 +1,4 @@
-"""Names of slices, and the chips behind them."""
+"""Names of slices, and the chips that they stand for."""
 
 import math
 
@@ -7,12 +7,12 @@ import pytest
 from llava_cot_jax.costs.chips import GIB
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.sharding import make_mesh
-from llava_cot_jax.planning.slices import GENERATIONS, parse, prepare
+from llava_cot_jax.planning.slices import GENERATIONS, enable_tpu_compiler, parse_topology
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiler():
-    prepare()
+    enable_tpu_compiler()
 
 
 @pytest.mark.parametrize(
@@ -28,9 +28,9 @@ def _compiler():
     ],
 )
 def test_a_slice_by_its_names(text, name, kind, chips):
-    found = parse(text)
+    found = parse_topology(text)
     assert (found.name, found.accelerator_type, found.chips) == (name, kind, chips)
-    assert parse(name) == parse(kind) == found
+    assert parse_topology(name) == parse_topology(kind) == found
 
 
 @pytest.mark.parametrize(
@@ -38,26 +38,26 @@ def test_a_slice_by_its_names(text, name, kind, chips):
 )
 def test_what_is_no_slice_is_refused(text):
     with pytest.raises(UserError, match="is no slice"):
-        parse(text)
+        parse_topology(text)
 
 
 def test_the_compiler_knows_every_slice_on_offer_up_to_64_chips():
     for generation in GENERATIONS.values():
         for shape in generation.shapes:
             if math.prod(shape) <= 64:
-                found = parse(f"{generation.name}:{'x'.join(map(str, shape))}")
+                found = parse_topology(f"{generation.name}:{'x'.join(map(str, shape))}")
                 devices = found.devices()
                 assert len(devices) == found.chips
-                assert {device.device_kind for device in devices} <= set(generation.chip.kinds)
+                assert {device.device_kind for device in devices} <= set(generation.chip.device_kinds)
 
 
 def test_usable_memory_is_less_than_a_chip_has_by_little():
     for generation in GENERATIONS.values():
-        assert 0.9 * generation.chip.memory < generation.usable < generation.chip.memory + GIB
+        assert 0.9 * generation.chip.hbm_bytes < generation.usable_hbm_bytes < generation.chip.hbm_bytes + GIB
 
 
 def test_the_data_axis_alone_runs_between_slices():
-    devices = parse("2*v5e:2x2").devices()
+    devices = parse_topology("2*v5e:2x2").devices()
     mesh = make_mesh(data=2, fsdp=2, tensor=2, devices=devices)
     assert [{device.slice_index for device in copy.flat} for copy in mesh.devices] == [{0}, {1}]
     with pytest.raises(UserError, match="data=1 does not divide over 2 slices"):

@@ -30,7 +30,7 @@ class Draws:
 
     ids: list[int]
     ended: str
-    log_probability: float
+    log_prob: float
     drawn: int
     margins: list[float] = field(default_factory=list)  # of each draw, the winner's score over the runner-up's
 
@@ -117,19 +117,19 @@ class Search:
         self.model, self.processor, self.strategy, self.prompts = model, processor, strategy, prompts
         self.images = [] if image is None else [image]
         self.question, self.key = question, jax.random.key(seed)
-        self.plan = strategy.plan()
+        self.spec = strategy.to_spec()
         self.won: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def run(self) -> list[Stage]:
-        plan, stages = self.plan, []
+        spec, stages = self.spec, []
         prompt = self.ids(self.processor.prompt(user_turn(self.question, len(self.images))))
         main = Sequence(self.model, self.processor, prompt, self.images)
         prefix, breaks = list(prompt), 2
-        for number, budget in enumerate(plan.budgets):
-            tag = plan.stages[number] if plan.stages else None
+        for number, budget in enumerate(spec.max_new_tokens):
+            tag = spec.stages[number] if spec.stages else None
             closing = f"</{tag or 'CONCLUSION'}>"
             if tag is not None:
                 prefix += self.ids("\n" * (2 - breaks) + f"<{tag}>")
@@ -141,10 +141,10 @@ class Search:
                     prefix,
                     jax.random.fold_in(of_candidates, i),
                     budget,
-                    plan.temperatures[number],
+                    spec.temperatures[number],
                     lambda text, closing=closing: closing in text,
                 )
-                for i in range(plan.candidates[number])
+                for i in range(spec.num_candidates[number])
             ]
             added = [self.missing(c, closing) if tag is not None else "" for c in candidates]
             texts = [
@@ -169,7 +169,7 @@ class Search:
         for place in range(budget):
             logits = sequence.logits(ids + written)
             token, margin = draw(
-                logits, jax.random.fold_in(key, place), temperature, self.plan.sampling.top_k, self.plan.sampling.top_p
+                logits, jax.random.fold_in(key, place), temperature, self.spec.sampling.top_k, self.spec.sampling.top_p
             )
             margins.append(margin)
             total += log_softmax(logits)[token]
@@ -189,8 +189,8 @@ class Search:
         return (closing[there:] if there else " " + closing) + "\n\n"
 
     def choose(self, candidates: list[Draws], texts: list[list[int]], tag: str, key: jax.Array) -> Stage:
-        means = [c.log_probability / c.drawn for c in candidates]
-        scorer = self.plan.scorer
+        means = [c.log_prob / c.drawn for c in candidates]
+        scorer = self.spec.scorer
         if isinstance(self.strategy, MajorityVote):
             answers = [find_stages(self.text(c.ids)).get("CONCLUSION", self.text(c.ids)) for c in candidates]
             votes = [re.sub(r"^\W+|\W+$", "", " ".join(a.lower().split())) for a in answers]
@@ -220,7 +220,7 @@ class Search:
 
     def play(self, stage, texts, means, failed, first, second, tag, key) -> int:
         votes = []
-        for order in range(self.plan.scorer.orders):
+        for order in range(self.spec.scorer.orders):
             one, two = (second, first) if order else (first, second)
             verdict = self.judge(texts[one], texts[two], one, two, tag, key)
             stage.verdicts.append(verdict)
@@ -238,9 +238,9 @@ class Search:
         return winner
 
     def prompt_of(self, kind: str, tag: str, texts: list[list[int]], images: int) -> list[int]:
-        stages = self.plan.stages or ("whole",)
+        stages = self.spec.stages or ("whole",)
         lead, intro, middle, label, *rest = self.prompts.cut(self.processor, kind, tag, stages, images)
-        if kind == "pair" and self.plan.scorer.verdict == "token":
+        if kind == "pair" and self.spec.scorer.verdict == "token":
             rest[-1] += self.prompts.stem
         ids = self.ids(lead) + self.ids(intro) + self.ids(self.question) + self.ids(middle)
         for earlier in self.prompts.shown(tag, stages):
@@ -251,7 +251,7 @@ class Search:
         return ids
 
     def judge(self, one: list[int], two: list[int], first: int, second: int, tag: str, key: jax.Array) -> Verdict:
-        judge = self.plan.scorer
+        judge = self.spec.scorer
         ids = self.prompt_of("pair", tag, [one, two], len(self.images))
         sequence = Sequence(self.model, self.processor, ids, self.images)
         if judge.verdict == "token":
@@ -265,12 +265,12 @@ class Search:
         ids = self.prompt_of("check", tag, [text], 0)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, CHECK), i), 0)
         sequence = Sequence(self.model, self.processor, ids, [])
-        return self.read_verdict("check", sequence, ids, key, self.plan.scorer.check_tokens, i, None)
+        return self.read_verdict("check", sequence, ids, key, self.spec.scorer.check_tokens, i, None)
 
     def read_verdict(self, kind, sequence, ids, key, budget, first, second) -> Verdict:
         yes, no = (r.lower() for r in self.prompts.readings[kind])
         either = re.compile("|".join(re.escape(r) for r in sorted((yes, no), key=len, reverse=True)))
-        judge = self.plan.scorer
+        judge = self.spec.scorer
         found = self.write(
             sequence, ids, key, budget, judge.temperature, lambda text: either.search(text.lower()) is not None
         )

@@ -13,7 +13,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.search.prompts import DEFAULT_FILE, JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, MajorityVote, Sample, StageBeam
-from llava_cot_jax.search.tables import judge_tables
+from llava_cot_jax.search.tables import build_judge_tables
 from llava_cot_jax.stages import STAGES
 from tests.search.models import random_model, scene, trained_model
 
@@ -75,7 +75,7 @@ def test_a_model_that_ends_at_once(prompts):
 def test_a_model_that_stops_within_the_tag(prompts):
     model, processor = parrot(" red </CONCLUSION>")
     longest = len(processor.tokenizer(" red </CONCLUSION>", add_special_tokens=False)["input_ids"])
-    answer, candidate = one_stage(model, processor, prompts, budget=longest - 1)
+    answer, candidate = one_stage(model, processor, prompts, max_new_tokens=longest - 1)
     assert candidate.ended == "budget"
     assert 0 < len(candidate.added) < len(" </CONCLUSION>")
     assert answer.text == "<CONCLUSION> red </CONCLUSION>"
@@ -83,7 +83,7 @@ def test_a_model_that_stops_within_the_tag(prompts):
 
 def test_a_model_that_writes_another_stages_tag(prompts):
     """It is text, and does not end the stage."""
-    answer, candidate = one_stage(*parrot(" </CAPTION>"), prompts, budget=12)
+    answer, candidate = one_stage(*parrot(" </CAPTION>"), prompts, max_new_tokens=12)
     assert candidate.ended == "budget" and "</CAPTION>" in answer.conclusion
 
 
@@ -91,7 +91,7 @@ def test_a_model_that_writes_another_stages_tag(prompts):
 def test_all_that_a_search_ends_in_is_recorded(prompts):
     """A model that ends answers now and then: every stage is there, and no end-of-sequence token is in the text."""
     model, processor = random_model(1, eos=tuple(range(0, 500, 25)))
-    strategy = StageBeam(3, temperature=1.0, budget=7)
+    strategy = StageBeam(3, temperature=1.0, max_new_tokens=7)
     answer = Reasoner(model, processor, strategy, prompts).answer(*scene(0), seed=3)
     assert list(answer.stages) == list(STAGES)
     assert {c.ended for stage in answer.trace.stages for c in stage.candidates} == {"eos", "budget"}
@@ -101,7 +101,7 @@ def test_all_that_a_search_ends_in_is_recorded(prompts):
 
 @pytest.fixture(scope="module")
 def reasoner(prompts):
-    return Reasoner(*trained_model(), StageBeam(2, temperature=1.0, budget=(20, 40, 80, 12)), prompts)
+    return Reasoner(*trained_model(), StageBeam(2, temperature=1.0, max_new_tokens=(20, 40, 80, 12)), prompts)
 
 
 @pytest.mark.slow
@@ -136,19 +136,19 @@ def test_a_strip_of_an_image_and_none(reasoner):
     for image in (strip, strip.rotate(90, expand=True), None):
         answer = reasoner.answer(image, "How many circles are there?")
         assert list(answer.stages) == list(STAGES)
-        assert answer.trace.tower_runs == (image is not None)
+        assert answer.trace.vision_encoder_calls == (image is not None)
 
 
 @pytest.mark.slow
 def test_one_candidate_asks_no_judge(prompts):
-    answer = Reasoner(*trained_model(), StageBeam(1, budget=(20, 40, 80, 12)), prompts).answer(*scene(0))
+    answer = Reasoner(*trained_model(), StageBeam(1, max_new_tokens=(20, 40, 80, 12)), prompts).answer(*scene(0))
     assert all(not stage.matches and not stage.checks for stage in answer.trace.stages)
     assert answer.trace.tokens["judge fronts"] == 0
 
 
 @pytest.mark.slow
 def test_a_budget_of_one_token(prompts):
-    answer = Reasoner(*random_model(3), StageBeam(2, budget=1), prompts).answer(*scene(0))
+    answer = Reasoner(*random_model(3), StageBeam(2, max_new_tokens=1), prompts).answer(*scene(0))
     assert list(answer.stages) == list(STAGES)
     assert all(c.tokens <= 1 for stage in answer.trace.stages for c in stage.candidates)
 
@@ -158,11 +158,11 @@ def test_what_exceeds_the_context(prompts):
     with pytest.raises(UserError, match=r"the answer may take \d+ tokens, more than the context of 1024"):
         Reasoner(model, processor, Greedy()).answer(None, "red?")
     with pytest.raises(UserError, match=r"a judge's prompt may take \d+ tokens"):
-        Reasoner(model, processor, BestOfN(2, budget=600), prompts).answer(None, "red?")
+        Reasoner(model, processor, BestOfN(2, max_new_tokens=600), prompts).answer(None, "red?")
 
 
 def test_what_cannot_be_asked(prompts):
-    reasoner = Reasoner(*random_model(0), Greedy(budget=4))
+    reasoner = Reasoner(*random_model(0), Greedy(max_new_tokens=4))
     with pytest.raises(UserError, match="as many images"):
         reasoner.answer_batch([None, None], ["red?"])
     with pytest.raises(UserError, match="special token"):
@@ -180,14 +180,14 @@ def test_what_cannot_be_asked(prompts):
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: StageBeam(0).plan(), "candidates must be at least 1"),
-        (lambda: StageBeam(budget=(9, 9, 0, 9)).plan(), "budget must be at least 1"),
-        (lambda: StageBeam((2, 2)).plan(), "candidates has 2 values for 4 stages"),
-        (lambda: StageBeam(temperature=(0.1, 0.1, -1.0, 0.2)).plan(), "temperature"),
-        (lambda: StageBeam(stages=("A", "A")).plan(), "different tags"),
-        (lambda: StageBeam(stages=()).plan(), "at least one"),
-        (lambda: Sample(top_p=0.0).plan(), "top_p"),
-        (lambda: MajorityVote(top_k=0).plan(), "top_k"),
+        (lambda: StageBeam(0).to_spec(), "candidates must be at least 1"),
+        (lambda: StageBeam(max_new_tokens=(9, 9, 0, 9)).to_spec(), "budget must be at least 1"),
+        (lambda: StageBeam((2, 2)).to_spec(), "candidates has 2 values for 4 stages"),
+        (lambda: StageBeam(temperature=(0.1, 0.1, -1.0, 0.2)).to_spec(), "temperature"),
+        (lambda: StageBeam(stages=("A", "A")).to_spec(), "different tags"),
+        (lambda: StageBeam(stages=()).to_spec(), "at least one"),
+        (lambda: Sample(top_p=0.0).to_spec(), "top_p"),
+        (lambda: MajorityVote(top_k=0).to_spec(), "top_k"),
         (lambda: Judge("loud"), "verdict"),  # type: ignore[arg-type]
         (lambda: Judge(reason_tokens=0), "reason_tokens"),
         (lambda: Judge(temperature=-1), "temperature"),
@@ -234,11 +234,11 @@ def test_a_stem_after_which_no_verdict_comes_naturally(tmp_path):
 
 def test_each_field_of_the_file_changes_what_the_model_reads():
     _, processor = random_model(0)
-    plan = StageBeam(2, Judge("rationale")).plan()
-    token = StageBeam(2).plan()
+    spec = StageBeam(2, Judge("rationale")).to_spec()
+    token = StageBeam(2).to_spec()
 
-    def tables(prompts, plan):
-        return jax.tree.leaves(judge_tables(processor, plan, plan.judge, prompts))
+    def tables(prompts, spec):
+        return jax.tree.leaves(build_judge_tables(processor, spec, spec.judge, prompts))
 
     prompts = JudgePrompts.load()
     changed = {
@@ -256,6 +256,6 @@ def test_each_field_of_the_file_changes_what_the_model_reads():
         other = replace(prompts, **{name: value})
         same = [
             len(a) == len(b) and all(x.shape == y.shape and (x == y).all() for x, y in zip(a, b, strict=True))
-            for a, b in [(tables(prompts, p), tables(other, p)) for p in (plan, token)]
+            for a, b in [(tables(prompts, p), tables(other, p)) for p in (spec, token)]
         ]
         assert not all(same), name

@@ -12,7 +12,7 @@ from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_text
 from llava_cot_jax.search import wording
-from llava_cot_jax.search.page import Entry, render_page, write_page
+from llava_cot_jax.search.page import PageEntry, render_page, write_page
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.show import describe_search
 from llava_cot_jax.search.strategies import StageBeam
@@ -25,7 +25,7 @@ ALL = {
     "rationale": traces.rationale_trace(),
     "scored": traces.scored_trace(),
     "vote": traces.whole_trace(),
-    "greedy": traces.whole_trace("Greedy(budget=2048)", 1),
+    "greedy": traces.whole_trace("Greedy(max_new_tokens=2048)", 1),
     "untagged": traces.untagged_trace(),
 }
 every_trace = pytest.mark.parametrize("trace", ALL.values(), ids=ALL)
@@ -82,7 +82,7 @@ def printed(trace, width: int = 80, **known) -> str:
 
 @every_trace
 def test_a_page_shows_every_candidate_and_which_won(trace):
-    page = Page(render_page([Entry(trace)], {}))
+    page = Page(render_page([PageEntry(trace)], {}))
     candidates = [one for stage in trace.stages for one in stage.candidates]
     shown = [text for text in page.texts("div", "text")]
     assert [text.removeprefix("(empty)") for text in shown] == [
@@ -92,14 +92,14 @@ def test_a_page_shows_every_candidate_and_which_won(trace):
     for card, one in zip(cards, candidates, strict=True):
         assert f"{one.tokens} token" in card and wording.ENDINGS[one.ended] in card
         assert one.added in card
-        assert wording.log_prob(one.mean_log_probability).replace("-", "\N{MINUS SIGN}") in card
+        assert wording.log_prob(one.mean_log_prob).replace("-", "\N{MINUS SIGN}") in card
     winners = [f"Candidate {stage.winner + 1}" for stage in trace.stages if len(stage.candidates) > 1]
     assert [re.match(r"\s*(Candidate \d+)", card)[1] for card in page.texts("candidate", "won")] == winners
 
 
 @every_trace
 def test_a_page_shows_every_match_and_verdict(trace):
-    page = Page(render_page([Entry(trace)], {}))
+    page = Page(render_page([PageEntry(trace)], {}))
     matches = [match for stage in trace.stages for match in stage.matches]
     for text, match in zip(page.texts("div", "match"), matches, strict=True):
         assert f"{match.first + 1} against {match.second + 1} \N{RIGHTWARDS ARROW} {match.winner + 1} wins" in text
@@ -107,7 +107,7 @@ def test_a_page_shows_every_match_and_verdict(trace):
         assert text.count("shown before") == len(match.verdicts)
         for verdict in match.verdicts:
             assert wording.verdict_result(verdict).replace("-", "\N{MINUS SIGN}") in text
-            assert verdict.outside is None or f"{verdict.outside:.1%} on neither" in text
+            assert verdict.other_probability is None or f"{verdict.other_probability:.1%} on neither" in text
     checks = [check for stage in trace.stages for check in stage.checks]
     written = checks + [verdict for match in matches for verdict in match.verdicts]
     reasons = [verdict.reason for verdict in written if verdict.reason is not None]
@@ -119,7 +119,9 @@ def test_a_page_shows_every_match_and_verdict(trace):
 def test_a_page_needs_nothing_but_itself(trace):
     """Nothing is loaded, nothing runs, and no text of the model becomes an element."""
     image = Image.effect_mandelbrot((300, 200), (-2, -1.2, 1, 1.2), 20)
-    html = render_page([Entry(trace, [image, ShapesRows("test")[0].image], traces.HOSTILE)], {traces.HOSTILE: "<b>"})
+    html = render_page(
+        [PageEntry(trace, [image, ShapesRows("test")[0].image], traces.HOSTILE)], {traces.HOSTILE: "<b>"}
+    )
     page = Page(html)
     for tag, attributes in page.tags:
         assert tag not in ("script", "iframe", "object", "embed", "base", "form", "b", "i", "is", "all")
@@ -137,11 +139,11 @@ def test_a_page_needs_nothing_but_itself(trace):
 def test_a_page_tells_right_from_wrong():
     four = traces.whole_trace()  # its answer
     entries = [
-        Entry(four, right_answer="Four."),
-        Entry(four, right_answer="4"),
-        Entry(four, right_answer="4", correct=True),
+        PageEntry(four, right_answer="Four."),
+        PageEntry(four, right_answer="4"),
+        PageEntry(four, right_answer="4", correct=True),
     ]
-    page = Page(render_page([*entries, Entry(four)], {"Model": "small", "Date": "2026-11-25"}))
+    page = Page(render_page([*entries, PageEntry(four)], {"Model": "small", "Date": "2026-11-25"}))
     assert page.texts("p", "tally") == ["4 questions; 2 of 3 conclusions agree with the right answer"]
     assert [words(text) for text in page.texts("div", "right")] == [
         "Right answer Four. agrees",
@@ -156,9 +158,9 @@ def test_a_page_tells_right_from_wrong():
 def test_a_page_holds_a_real_search(tmp_path):
     model, processor = trained_model()
     image, question = scene(1)
-    answer = Reasoner(model, processor, search=StageBeam(candidates=2, budget=48)).answer(image, question)
+    answer = Reasoner(model, processor, search=StageBeam(num_candidates=2, max_new_tokens=48)).answer(image, question)
     path = tmp_path / "folder" / "page.html"
-    write_page(path, [Entry(answer.trace, [image], "two")], {"Model": "shapes"})
+    write_page(path, [PageEntry(answer.trace, [image], "two")], {"Model": "shapes"})
     page = Page(path.read_text(encoding="utf-8"))
     assert page.texts("p", "answer") == [answer.conclusion]
     assert len(page.texts("li", "candidate")) == 8
@@ -199,14 +201,14 @@ def test_the_text_loses_nothing(trace, width):
         for number, one in enumerate(stage.candidates, start=1):
             assert words(wording.printable(one.text)) in flat
             name = f"{number} winner" if number == stage.winner + 1 else f"{number}"
-            mean = wording.log_prob(one.mean_log_probability)
+            mean = wording.log_prob(one.mean_log_prob)
             assert f"{name}: mean log-probability {mean} a token, {wording.counted(one.tokens, 'token')}" in flat
         for match in stage.matches:
             assert wording.match_result(match) in flat
         for verdict in stage.checks + [verdict for match in stage.matches for verdict in match.verdicts]:
             assert wording.verdict_result(verdict) in flat
             assert words(wording.printable(verdict.reason or "")) in flat
-            assert wording.neither(verdict) in flat
+            assert wording.neither_share(verdict) in flat
     assert f"Answer {words(wording.printable(wording.conclusion_of(trace)))}" in flat
     assert "Right answer (agrees)" in flat or "Right answer (does not agree)" in flat
 
@@ -222,7 +224,7 @@ def test_a_match_reads_as_one_line():
     assert wording.match_result(match) == "1 against 3 -> 3 wins, margin -0.21"
     assert wording.verdict_result(match.verdicts[0]) == "1 shown before 3: for 3, vote -0.01"
     assert wording.verdict_result(match.verdicts[1]) == "3 shown before 1: for 3, vote +0.41"
-    assert wording.neither(match.verdicts[0]) == "3.1% on neither verdict"
+    assert wording.neither_share(match.verdicts[0]) == "3.1% on neither verdict"
 
 
 def test_what_chose_a_winner_is_said():

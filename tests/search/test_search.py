@@ -3,14 +3,15 @@
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import flatten, parameters
+from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search import reasoner as module
-from llava_cot_jax.search.preparation import Preparation
+from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
@@ -67,7 +68,7 @@ def check_against_brute_force(monkeypatch, model, processor, strategy, prompts, 
         for i, (one, other) in enumerate(zip(stage.candidates, expected.candidates, strict=True)):
             ids = candidates.tokens[number, 0, i, : one.tokens].tolist()
             assert (ids, one.ended) == (other.ids, other.ended), (number, i)
-            assert one.log_probability == pytest.approx(other.log_probability, abs=2e-3)
+            assert one.log_prob == pytest.approx(other.log_prob, abs=2e-3)
         verdicts = [v for match in stage.matches for v in match.verdicts]
         for verdict, other in zip([*stage.checks, *verdicts], [*expected.checks, *expected.verdicts], strict=True):
             assert (verdict.first, verdict.second, verdict.reason) == (other.first, other.second, other.reason)
@@ -81,18 +82,18 @@ def check_against_brute_force(monkeypatch, model, processor, strategy, prompts, 
 
 
 STRATEGIES = {
-    "greedy": Greedy(budget=12),
-    "sample": Sample(1.0, budget=12),
-    "vote": MajorityVote(4, temperature=1.2, budget=10, top_p=1.0),
-    "best by judge": BestOfN(5, TOKEN, temperature=1.0, budget=8, top_k=None),
-    "best by reasons": BestOfN(3, RATIONALE, temperature=1.0, budget=8),
-    "best by likelihood": BestOfN(3, LogProbability(), temperature=1.0, budget=8),
-    "stages": StageBeam(3, TOKEN, temperature=0.9, budget=9),
-    "stages by reasons": StageBeam(3, RATIONALE, temperature=(0.9, 0.0, 1.5, 0.7), budget=(9, 5, 7, 8)),
-    "stages, some alone": StageBeam((2, 1, 4, 3), ONE_ORDER, temperature=0.8, budget=8, top_k=None, top_p=0.8),
-    "stages by likelihood": StageBeam(2, LogProbability(), temperature=0.9, budget=9, stages=("PLAN", "CONCLUSION")),
-    "greedy stages": StageBeam(2, TOKEN, temperature=0.0, budget=7),
-    "many by reasons": StageBeam(6, SHORT, temperature=1.2, budget=4, stages=("CAPTION", "REASONING")),
+    "greedy": Greedy(max_new_tokens=12),
+    "sample": Sample(1.0, max_new_tokens=12),
+    "vote": MajorityVote(4, temperature=1.2, max_new_tokens=10, top_p=1.0),
+    "best by judge": BestOfN(5, TOKEN, temperature=1.0, max_new_tokens=8, top_k=None),
+    "best by reasons": BestOfN(3, RATIONALE, temperature=1.0, max_new_tokens=8),
+    "best by likelihood": BestOfN(3, LogProbability(), temperature=1.0, max_new_tokens=8),
+    "stages": StageBeam(3, TOKEN, temperature=0.9, max_new_tokens=9),
+    "stages by reasons": StageBeam(3, RATIONALE, temperature=(0.9, 0.0, 1.5, 0.7), max_new_tokens=(9, 5, 7, 8)),
+    "stages, some alone": StageBeam((2, 1, 4, 3), ONE_ORDER, temperature=0.8, max_new_tokens=8, top_k=None, top_p=0.8),
+    "stages by likelihood": StageBeam(2, LogProbability(), temperature=0.9, max_new_tokens=9, stages=("PLAN", "CONCLUSION")),
+    "greedy stages": StageBeam(2, TOKEN, temperature=0.0, max_new_tokens=7),
+    "many by reasons": StageBeam(6, SHORT, temperature=1.2, max_new_tokens=4, stages=("CAPTION", "REASONING")),
 }
 QUICK = ("stages",)
 
@@ -106,12 +107,12 @@ def test_a_random_model_searches_as_brute_force_does(ending, prompts, monkeypatc
 
 
 TRAINED_STRATEGIES = {
-    "greedy": Greedy(budget=110),
-    "vote": MajorityVote(3, temperature=1.5, budget=110, top_k=None, top_p=1.0),
-    "best by judge": BestOfN(3, TOKEN, temperature=1.2, budget=110),
-    "stages": StageBeam(3, TOKEN, temperature=1.3, budget=(14, 30, 50, 9)),
-    "stages by reasons": StageBeam(3, RATIONALE, temperature=2.0, budget=(14, 30, 50, 9)),
-    "greedy stages": StageBeam(1, TOKEN, temperature=0.0, budget=60),
+    "greedy": Greedy(max_new_tokens=110),
+    "vote": MajorityVote(3, temperature=1.5, max_new_tokens=110, top_k=None, top_p=1.0),
+    "best by judge": BestOfN(3, TOKEN, temperature=1.2, max_new_tokens=110),
+    "stages": StageBeam(3, TOKEN, temperature=1.3, max_new_tokens=(14, 30, 50, 9)),
+    "stages by reasons": StageBeam(3, RATIONALE, temperature=2.0, max_new_tokens=(14, 30, 50, 9)),
+    "greedy stages": StageBeam(1, TOKEN, temperature=0.0, max_new_tokens=60),
 }
 
 
@@ -124,7 +125,7 @@ def test_the_trained_model_searches_as_brute_force_does(trained, prompts, monkey
     )
     assert "tag" in {c.ended for stage in answer.trace.stages for c in stage.candidates}
     if name == "greedy stages":
-        whole = Reasoner(*trained, Greedy(budget=110)).answer(image, question)
+        whole = Reasoner(*trained, Greedy(max_new_tokens=110)).answer(image, question)
         assert (answer.text, answer.stages) == (whole.text.strip(), whole.stages)  # the tags were the natural ones
 
 
@@ -132,14 +133,14 @@ def test_the_trained_model_searches_as_brute_force_does(trained, prompts, monkey
 @pytest.mark.parametrize("convention", ["meta", "transformers_4"])
 def test_without_an_image(prompts, monkeypatch, convention):
     model, processor = random_model(2, convention=convention)
-    strategy = StageBeam(2, RATIONALE, temperature=0.9, budget=6)
+    strategy = StageBeam(2, RATIONALE, temperature=0.9, max_new_tokens=6)
     check_against_brute_force(monkeypatch, model, processor, strategy, prompts, None, scene(0)[1], seed=1)
 
 
 @pytest.mark.slow
 def test_the_check_sees_no_image_under_any_convention(prompts, monkeypatch):
     model, processor = random_model(2, convention="transformers_5")
-    strategy = StageBeam(3, RATIONALE, temperature=0.9, budget=6)
+    strategy = StageBeam(3, RATIONALE, temperature=0.9, max_new_tokens=6)
     image, question = scene(4)
     check_against_brute_force(monkeypatch, model, processor, strategy, prompts, image, question, seed=1)
 
@@ -153,7 +154,7 @@ def plain(answer) -> dict:
 @pytest.mark.slow
 def test_neighbours_and_places_change_nothing(ending, prompts):
     """Four questions, one of them without an image, in two orders and beside others: bit for bit."""
-    reasoner = Reasoner(*ending, StageBeam(3, RATIONALE, temperature=0.9, budget=6), prompts)
+    reasoner = Reasoner(*ending, StageBeam(3, RATIONALE, temperature=0.9, max_new_tokens=6), prompts)
     images, questions = (list(x) for x in zip(*map(scene, range(6)), strict=True))
     images[2] = None
     seeds = [7, 8, 9, 10, 11, 12]
@@ -177,7 +178,8 @@ EPSILON = 1e-3
 def on(mesh, model: Mllama) -> Mllama:
     table = parameters(model.config, "unrolled")
     arrays = {
-        path: jax.device_put(x, parameter_sharding(table[path], mesh)) for path, x in flatten(model.params).items()
+        path: jax.device_put(x, parameter_sharding(table[path], mesh))
+        for path, x in flatten_dict(model.params, sep=".").items()
     }
     return Mllama.from_arrays(model.config, arrays, layout="unrolled", mesh=mesh)
 
@@ -187,7 +189,7 @@ def on(mesh, model: Mllama) -> Mllama:
 def test_other_batch_shapes_and_meshes_draw_the_same(ending, prompts, monkeypatch, mesh):
     """Against brute force: where the first other token of a question is, its lead was within rounding."""
     model, processor = ending
-    strategy = StageBeam(3, TOKEN, temperature=0.9, budget=8)
+    strategy = StageBeam(3, TOKEN, temperature=0.9, max_new_tokens=8)
     found = tokens_found(monkeypatch)
     spread = model if mesh is None else on(make_mesh(*mesh), model)
     images, questions = zip(*map(scene, range(2)), strict=True)
@@ -199,7 +201,7 @@ def test_other_batch_shapes_and_meshes_draw_the_same(ending, prompts, monkeypatc
         want = brute_force.search(model, processor, strategy, images[i], questions[i], [4, 5][i], loaded)
         for number, stage in enumerate(want):
             for j, one in enumerate(stage.candidates):
-                ids = candidates.tokens[number, i, j, : candidates.length[number, i, j]].tolist()
+                ids = candidates.tokens[number, i, j, : candidates.lengths[number, i, j]].tolist()
                 if other := [place for place, pair in enumerate(zip(ids, one.ids, strict=False)) if pair[0] != pair[1]]:
                     assert one.margins[other[0]] < EPSILON
                     break
@@ -215,7 +217,7 @@ def test_more_candidates_begin_with_the_fewer(ending, prompts, monkeypatch):
     found = tokens_found(monkeypatch)
     image, question = scene(2)
     for count in (2, 4):
-        strategy = StageBeam(count, LogProbability(), temperature=1.0, budget=8)
+        strategy = StageBeam(count, LogProbability(), temperature=1.0, max_new_tokens=8)
         Reasoner(*ending, strategy, prompts).answer(image, question, seed=1)
     two, four = (jax.device_get(x.candidates.tokens[0, 0]) for x in found)
     np.testing.assert_array_equal(two, four[:2])
@@ -226,10 +228,10 @@ def test_more_candidates_begin_with_the_fewer(ending, prompts, monkeypatch):
 def test_the_program_sees_the_images_once(ending, prompts, name):
     """However many candidates and whatever the search: the kernel of the patches is used in one place, in no loop."""
     model, processor = ending
-    tables = Preparation(processor, STRATEGIES[name], prompts)
+    tables = RequestBuilder(processor, STRATEGIES[name], prompts)
     image, question = scene(0)
     request = tables.prepare([image], [question]).request
-    static = {"config": model.config, "plan": tables.plan, "chunk": 64, "mesh": None}
+    static = {"config": model.config, "plan": tables.spec, "chunk": 64, "mesh": None}
     program = jax.make_jaxpr(lambda p, r: search(p, r, tables.stages, tables.judging, **static))(model.params, request)
     kernel = model.params["vision_model"]["patch_embedding"]["weight"].shape
     assert uses(program.jaxpr, kernel) == [()]
@@ -239,10 +241,10 @@ def test_the_program_sees_the_images_once(ending, prompts, name):
 def test_a_search_in_bfloat16(prompts):
     """As most checkpoints are: candidates, rows of the judge and reasons, of two questions at once."""
     model = Mllama.from_pretrained("shapes", dtype="bfloat16")
-    reasoner = Reasoner(model, Processor.from_pretrained("shapes"), StageBeam(2, SHORT, budget=6), prompts)
+    reasoner = Reasoner(model, Processor.from_pretrained("shapes"), StageBeam(2, SHORT, max_new_tokens=6), prompts)
     for answer in reasoner.answer_batch(*zip(scene(0), scene(1), strict=True)):
         assert [stage.stage for stage in answer.trace.stages] == list(STAGES)
-        scores = [c.mean_log_probability for stage in answer.trace.stages for c in stage.candidates]
+        scores = [c.mean_log_prob for stage in answer.trace.stages for c in stage.candidates]
         assert min(scores) > -10 and max(scores) < 0
 
 
@@ -266,11 +268,11 @@ def test_counts_of_a_trace_are_those_of_the_texts(trained, prompts):
     prompt = processor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}])
     length = len(processor.tokenizer(prompt + "<SUMMARY>", add_special_tokens=False)["input_ids"])
     for count in (1, 4):
-        answer = Reasoner(model, processor, StageBeam(count, budget=60, temperature=1.0), prompts).answer(
+        answer = Reasoner(model, processor, StageBeam(count, max_new_tokens=60, temperature=1.0), prompts).answer(
             image, question
         )
         trace = answer.trace
-        assert (trace.tower_runs, trace.tokens["prompt"]) == (1, length)
+        assert (trace.vision_encoder_calls, trace.tokens["prompt"]) == (1, length)
         whole = processor.tokenizer(prompt + answer.text, add_special_tokens=False)["input_ids"]
         won = trace.stages[-1].candidates[trace.stages[-1].winner].tokens
         assert trace.tokens["prompt"] + trace.tokens["winners"] == len(whole) - won
@@ -282,7 +284,7 @@ def test_counts_of_a_trace_are_those_of_the_texts(trained, prompts):
 @pytest.mark.slow
 def test_fifty_questions_compile_once(ending, prompts):
     """Of differing lengths, with other images and seeds."""
-    reasoner = Reasoner(*ending, StageBeam(2, RATIONALE, temperature=0.9, budget=4), prompts)
+    reasoner = Reasoner(*ending, StageBeam(2, RATIONALE, temperature=0.9, max_new_tokens=4), prompts)
     image, question = scene(0)
     reasoner.answer(image, question)
     compilations = CompilationCounter()

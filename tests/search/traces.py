@@ -52,13 +52,13 @@ def knockout(count: int) -> tuple[list[MatchTrace], int]:
     return matches, alive[0]
 
 
-def make_trace(stages: list[StageTrace], strategy: str = "StageBeam(candidates=4)", question: str = HOSTILE) -> Trace:
+def make_trace(stages: list[StageTrace], strategy: str = "StageBeam(num_candidates=4)", question: str = HOSTILE) -> Trace:
     return Trace(
         question=question,
         seed=7,
         strategy=strategy,
         stages=stages,
-        tower_runs=1,
+        vision_encoder_calls=1,
         tokens={
             "prompt": 1650,
             "winners": 210,
@@ -118,7 +118,7 @@ def scored_trace() -> Trace:
     return make_trace(stages, "StageBeam(scorer=LogProbability())")
 
 
-def whole_trace(strategy: str = "MajorityVote(candidates=3)", count: int = 3) -> Trace:
+def whole_trace(strategy: str = "MajorityVote(num_candidates=3)", count: int = 3) -> Trace:
     """Whole answers: a majority vote, or, with one candidate, a greedy answer."""
     texts = [
         f"<SUMMARY> Plan {i}. </SUMMARY>\n\n<CAPTION> {HOSTILE} </CAPTION>\n\n<REASONING> So. </REASONING>\n\n"
@@ -131,4 +131,4 @@ def whole_trace(strategy: str = "MajorityVote(candidates=3)", count: int = 3) ->
 
 def untagged_trace() -> Trace:
     """An answer without stages."""
-    return make_trace([StageTrace("whole", [candidate("Just four.", ended="budget")], [], [], 0)], "Greedy(budget=3)")
+    return make_trace([StageTrace("whole", [candidate("Just four.", ended="budget")], [], [], 0)], "Greedy(max_new_tokens=3)")

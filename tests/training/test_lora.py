@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text_decoder, vision_tower
 from llava_cot_jax.model.layers import linear
 from llava_cot_jax.model.mllama import Mllama, hidden_states
-from llava_cot_jax.model.parameters import flatten, nest, parameters
-from llava_cot_jax.model.sharding import make_mesh, partition
+from llava_cot_jax.model.parameters import parameters
+from llava_cot_jax.model.sharding import make_mesh, partition_spec
 from llava_cot_jax.training.lora import adapter_table, fresh_adapters, merged
 from llava_cot_jax.training.optimizer import Optimizer
 from llava_cot_jax.training.settings import LoraSettings, OptimizerSettings
@@ -36,7 +37,7 @@ def rows(reference) -> dict[str, np.ndarray]:
 
 
 def weights(config, layout="stacked"):
-    return flatten(Mllama(config, rngs=nnx.Rngs(0), layout=layout).params)
+    return flatten_dict(Mllama(config, rngs=nnx.Rngs(0), layout=layout).params, sep=".")
 
 
 def fresh(config, layout="stacked", mesh=None, seed=0, settings=EVERYTHING):
@@ -93,7 +94,7 @@ def test_hidden_states_are_those_of_the_merged_weights_and_at_first_those_of_the
     inputs = {name: jnp.asarray(rows[name]) for name in INPUTS}
 
     def forward(arrays):
-        return hidden_states(nest(arrays), small, inputs)
+        return hidden_states(unflatten_dict(arrays, sep="."), small, inputs)
 
     run = jax.jit(forward)
     of_base, want = np.asarray(run(base)), np.asarray(run(merge(base, adapters, 1.0)))
@@ -120,7 +121,7 @@ def test_every_weight_of_linear_can_carry_an_adapter_and_no_other(small, rows, m
     adapters = adapter_table(table, replace(EVERYTHING, targets=["."]))
 
     def forward(arrays):
-        out = hidden_states(nest(arrays), small, {name: jnp.asarray(rows[name]) for name in INPUTS})
+        out = hidden_states(unflatten_dict(arrays, sep="."), small, {name: jnp.asarray(rows[name]) for name in INPUTS})
         assert not bare and carrying == {id(arrays[path]) for path in adapters}
         return out
 
@@ -137,7 +138,7 @@ def train(config, rows, steps, mesh=None) -> tuple[list[float], State]:
     state = State.begin(fresh_adapters(adapters, 0, jnp.float32, mesh), weights(config), optimizer, OPTIMIZER.dtype)
     if mesh is not None:
         state = jax.device_put(state, state_sharding(state, table, mesh))
-        rows = jax.device_put(rows, NamedSharding(mesh, partition(("batch",))))
+        rows = jax.device_put(rows, NamedSharding(mesh, partition_spec(("batch",))))
     settings = {"mesh": mesh, "dtype": jnp.float32, "checkpointing": "none", "lora_scale": EVERYTHING.scale}
     step = make_step(config, table, optimizer, state, **settings)
     found = []
@@ -163,7 +164,9 @@ def test_steps_change_adapters_alone_and_a_mesh_changes_no_loss(small, rows):
     table = adapter_table(parameters(small, "stacked"), EVERYTHING)
     for tree in (state.trained, state.optimizer[0].mu, state.optimizer[0].nu):
         for path, array in tree.items():
-            assert array.sharding.is_equivalent_to(NamedSharding(mesh, partition(table[path].axes)), array.ndim), path
+            assert array.sharding.is_equivalent_to(NamedSharding(mesh, partition_spec(table[path].axes)), array.ndim), (
+                path
+            )
 
 
 def test_adapters_are_stacked_and_cut_as_their_weights(small):
@@ -185,7 +188,7 @@ def test_fresh_adapters_are_the_same_in_either_layout_and_lie_as_declared(small)
         parts = [unrolled[tensor] for tensor in parameter.tensors]
         np.testing.assert_array_equal(stacked[path], jnp.stack(parts) if parameter.stacked else parts[0])
         np.testing.assert_array_equal(stacked[path], cut[path])
-        assert cut[path].sharding == NamedSharding(mesh, partition(parameter.axes))
+        assert cut[path].sharding == NamedSharding(mesh, partition_spec(parameter.axes))
         if path.endswith("lora_b"):
             assert not stacked[path].any()
     wide = stacked["multi_modal_projector.lora_a"]

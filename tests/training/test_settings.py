@@ -19,9 +19,9 @@ from llava_cot_jax.data.shapes.tokenizer import shapes_config
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.sharding import make_mesh, partition
+from llava_cot_jax.model.sharding import make_mesh, partition_spec
 from llava_cot_jax.paths import EMBEDDED_FOLDER
-from llava_cot_jax.planning.models import sizes_of
+from llava_cot_jax.planning.model_sizes import sizes_of
 from llava_cot_jax.planning.programs import abstract_batch
 from llava_cot_jax.planning.slices import parse
 from llava_cot_jax.train import read_arguments
@@ -175,7 +175,7 @@ def _get(settings: Any, name: str) -> Any:
 def test_each_field_of_the_data_changes_it(tmp_path):
     """And the fingerprint that a run goes on with."""
     origin = Origin("shapes", None)
-    sharding = NamedSharding(make_mesh(devices=jax.devices()[:1]), partition(("batch",)))
+    sharding = NamedSharding(make_mesh(devices=jax.devices()[:1]), partition_spec(("batch",)))
 
     def fingerprint(settings: TrainSettings) -> str:
         rows = ShapesRows("train", size=200)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import flatten, parameters
-from llava_cot_jax.model.sharding import make_mesh, partition
+from llava_cot_jax.model.parameters import parameters
+from llava_cot_jax.model.sharding import make_mesh, partition_spec
 from llava_cot_jax.training.optimizer import Optimizer
 from llava_cot_jax.training.settings import OptimizerSettings
 from llava_cot_jax.training.state import State, frozen_paths, make_step, state_sharding
@@ -40,7 +41,7 @@ def start(config, mesh=None, frozen=(), settings=SETTINGS, **more):
     model = Mllama(config, rngs=nnx.Rngs(0), layout="stacked")
     table = parameters(config, "stacked")
     optimizer = Optimizer(settings, lambda step: settings.learning_rate, table)
-    arrays = flatten(model.params)
+    arrays = flatten_dict(model.params, sep=".")
     still = frozen_paths(arrays, frozen)
     rest = {path: arrays.pop(path) for path in still}
     state = State.begin(arrays, rest, optimizer, settings.dtype)
@@ -51,7 +52,7 @@ def start(config, mesh=None, frozen=(), settings=SETTINGS, **more):
 
 def train(config, rows, steps, mesh=None, **more) -> tuple[list[float], State]:
     state, step = start(config, mesh, **more)
-    batch = rows if mesh is None else jax.device_put(rows, NamedSharding(mesh, partition(("batch",))))
+    batch = rows if mesh is None else jax.device_put(rows, NamedSharding(mesh, partition_spec(("batch",))))
     found = []
     for _ in range(steps):
         state, measures = step(state, batch)
@@ -82,7 +83,7 @@ def test_losses_are_those_of_one_device(small, rows, alone, sizes, parts):
     for tree in (state.trained, state.optimizer[0].mu, state.optimizer[0].nu):
         for path, array in tree.items():
             held = sum(shard.data.nbytes for shard in array.addressable_shards[:1])
-            pieces = np.prod([mesh.shape[m] for m in jax.tree.leaves(tuple(partition(table[path].axes))) if m])
+            pieces = np.prod([mesh.shape[m] for m in jax.tree.leaves(tuple(partition_spec(table[path].axes))) if m])
             assert held == array.nbytes // int(pieces)
 
 

@@ -29,7 +29,7 @@ from llava_cot_jax.model.checkpoint.reading import (
 )
 from llava_cot_jax.model.checkpoint.writing import MAX_FILE_BYTES, Entry, write_checkpoint
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.parameters import Layout, Parameter, parameters
+from llava_cot_jax.model.parameters import Parameter, ParamLayout, parameters
 from llava_cot_jax.model.sharding import check_mesh, parameter_sharding
 from llava_cot_jax.paths import as_path
 
@@ -38,7 +38,7 @@ def load_arrays(
     folder: Path,
     config: MllamaConfig,
     *,
-    layout: Layout,
+    layout: ParamLayout,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     on_progress: OnProgress | None = None,
@@ -165,7 +165,7 @@ def save_arrays(
 def _table_of(arrays: Mapping[str, jax.Array], config: MllamaConfig) -> dict[str, Parameter]:
     """The declarations of ``arrays``, in whichever layout they are."""
     shapes = {path: array.shape for path, array in arrays.items()}
-    for layout in get_args(Layout):
+    for layout in get_args(ParamLayout):
         table = parameters(config, layout)
         if shapes == {path: parameter.shape for path, parameter in table.items()}:
             return table

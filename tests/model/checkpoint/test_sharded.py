@@ -23,13 +23,13 @@ from llava_cot_jax.model.checkpoint import reading
 from llava_cot_jax.model.checkpoint import writing as export
 from llava_cot_jax.model.checkpoint.finding import read_config
 from llava_cot_jax.model.checkpoint.sharded import load_arrays, save_arrays
-from llava_cot_jax.model.parameters import Layout, parameters
+from llava_cot_jax.model.parameters import ParamLayout, parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 
 FIXTURE = Path(__file__).parents[2] / "fixtures/mllama_tiny"
 CONFIG = read_config(FIXTURE)
 MESHES = [None, (1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1)]
-LAYOUTS: list[Layout] = ["unrolled", "stacked"]
+LAYOUTS: list[ParamLayout] = ["unrolled", "stacked"]
 BYTES = 2_024_492  # of the fixture's tensors
 
 
@@ -60,7 +60,7 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 class TestLoad:
     def test_every_value_in_its_place(
-        self, sizes: tuple[int, int, int] | None, layout: Layout, stored: dict[str, np.ndarray]
+        self, sizes: tuple[int, int, int] | None, layout: ParamLayout, stored: dict[str, np.ndarray]
     ) -> None:
         mesh = mesh_of(sizes)
         arrays = load_arrays(FIXTURE, CONFIG, layout=layout, mesh=mesh)
@@ -73,7 +73,7 @@ class TestLoad:
                 assert arrays[path].sharding == parameter_sharding(parameter, mesh)
 
     def test_one_process_reads_each_byte_once(
-        self, sizes: tuple[int, int, int] | None, layout: Layout, bytes_read: list[int]
+        self, sizes: tuple[int, int, int] | None, layout: ParamLayout, bytes_read: list[int]
     ) -> None:
         progress: list[tuple[int, int]] = []
         load_arrays(
@@ -142,7 +142,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize("sizes", MESHES, ids=str)
     @pytest.mark.parametrize(("layout", "max_file_bytes"), [("unrolled", 5_000_000_000), ("stacked", 200_000)])
     def test_through_transformers(
-        self, tmp_path: Path, sizes: tuple[int, int, int] | None, layout: Layout, max_file_bytes: int
+        self, tmp_path: Path, sizes: tuple[int, int, int] | None, layout: ParamLayout, max_file_bytes: int
     ) -> None:
         model = random_model(torch.bfloat16)
         model.save_pretrained(tmp_path / "theirs", max_shard_size="300KB")

@@ -1,4 +1,4 @@
-"""The counts against the published figures, and against every product in the traced programs themselves."""
+"""Costs of the model agree with published figures, and with all matrix products of the traced programs."""
 
 import itertools
 import math
@@ -9,17 +9,27 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import unflatten_dict
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 
-from llava_cot_jax.costs import counts
+from llava_cot_jax.costs import model_costs
 from llava_cot_jax.costs.chips import CHIPS, find_chip
-from llava_cot_jax.costs.counts import PARTS, Part, count_flops, part_of, text_flops, training_flops, vision_flops
+from llava_cot_jax.costs.model_costs import (
+    MODEL_PARTS,
+    ModelPart,
+    count_flops,
+    part_of,
+    text_flops,
+    training_flops,
+    vision_flops,
+)
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.kv_cache import KeyValue, Memory, Prefix
-from llava_cot_jax.model.mllama import hidden_states, logits
-from llava_cot_jax.model.parameters import nest, parameters
-from llava_cot_jax.model.text_decoder import IMAGE_TOKEN_MULTIPLE, append, see
+from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
+from llava_cot_jax.model.kv_cache import KVCache, LayerCache, Prefix
+from llava_cot_jax.model.mllama import compute_logits, hidden_states
+from llava_cot_jax.model.parameters import parameters
+from llava_cot_jax.model.text_decoder import IMAGE_TOKEN_MULTIPLE, forward_with_cache
 from llava_cot_jax.training.lora import adapter_table
 from llava_cot_jax.training.settings import LoraSettings
 
@@ -35,7 +45,7 @@ def arrays(config, layout):
 
 
 def row(config, tokens, images, rows=1):
-    """The model's inputs, without their values."""
+    """Return the shapes of the model's inputs."""
     batch = {"input_ids": abstract(rows, tokens)}
     if images:
         tower = config.vision
@@ -51,12 +61,12 @@ def row(config, tokens, images, rows=1):
 
 
 def forward(flat, batch, config):
-    params = nest(flat)
-    return logits(params, hidden_states(params, config, batch))
+    params = unflatten_dict(flat, sep=".")
+    return compute_logits(params, hidden_states(params, config, batch))
 
 
 def model_flops(program: ClosedJaxpr) -> int:
-    """FLOPs of a traced program but for those that only make masks: in a bfloat16 model, products of float32 alone."""
+    """FLOPs of a traced program without those of masks: products of float32 alone, in a bfloat16 model."""
     return count_flops(program) - float32_flops(program.jaxpr)
 
 
@@ -78,7 +88,7 @@ def traced_forward(config, layout, batch) -> ClosedJaxpr:
 
 
 def traced_step(config, layout, batch, trained, adapters=None) -> ClosedJaxpr:
-    """Forward and backward, the gradients of the parameters of ``trained`` and of ``adapters`` alone."""
+    """Trace the forward and backward pass, with gradients of ``trained`` parts and of ``adapters`` alone."""
     table = arrays(config, layout)
     learning = {path: x for path, x in table.items() if part_of(config, path) in trained}
     learning |= {path: abstract(*p.shape, dtype=jnp.bfloat16) for path, p in (adapters or {}).items()}
@@ -106,20 +116,20 @@ def test_forward_flops_of_the_published_models_are_those_of_the_program(config):
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])
 @pytest.mark.parametrize(("tokens", "images"), [(12, 1), (7, 0), pytest.param(9, 3, marks=pytest.mark.slow)])
 def test_step_flops_are_those_of_the_program(small, layout, tokens, images):
-    real = model_flops(traced_step(small, layout, row(small, tokens, images), PARTS))
+    real = model_flops(traced_step(small, layout, row(small, tokens, images), MODEL_PARTS))
     assert sum(training_flops(small, tokens, images, as_computed=True).values()) == real
 
 
 @pytest.mark.parametrize(
     ("tokens", "trained", "blocked"),
     [
-        pytest.param(600, PARTS, ["tower attention"], id="600"),
+        pytest.param(600, MODEL_PARTS, ["tower attention"], id="600"),
         pytest.param(
-            1100, set(PARTS) - {"tower"}, ["text attention", "cross attention"], id="1100", marks=pytest.mark.slow
+            1100, set(MODEL_PARTS) - {"tower"}, ["text attention", "cross attention"], id="1100", marks=pytest.mark.slow
         ),
     ],
 )
-def test_step_flops_of_the_11b_lack_only_scores_that_are_computed_again(tokens, trained, blocked):
+def test_step_flops_of_the_11b_lack_only_recomputed_scores(tokens, trained, blocked):
     """Queries in blocks keep no scores, which are half of an attention's forward FLOPs."""
     real = model_flops(traced_step(ELEVEN, "stacked", row(ELEVEN, tokens, 1), trained))
     forward, whole = (training_flops(ELEVEN, tokens, 1, trained=t, as_computed=True) for t in ((), trained))
@@ -127,11 +137,11 @@ def test_step_flops_of_the_11b_lack_only_scores_that_are_computed_again(tokens, 
 
 
 def sorted_names(parts: Collection[str]) -> str:
-    """An id that is the same in every process."""
+    """Return a test id that is the same in every process."""
     return " ".join(sorted(parts))
 
 
-SOME_TRAINED: list[set[Part]] = [{"cross"}, {"projector", "cross"}, set(PARTS) - {"tower"}]
+SOME_TRAINED: list[set[ModelPart]] = [{"cross"}, {"projector", "cross"}, set(MODEL_PARTS) - {"tower"}]
 
 
 @pytest.mark.parametrize("trained", SOME_TRAINED, ids=sorted_names)
@@ -144,18 +154,18 @@ def test_step_flops_with_frozen_parts_are_those_of_the_program(small, trained):
 @pytest.mark.parametrize("cross_layers", [(0, 2), (1,)], ids=str)
 def test_step_flops_with_any_parts_frozen_are_those_of_the_program(small, cross_layers):
     config = replace(small, text=replace(small.text, cross_attention_layers=cross_layers))
-    for count in range(1, len(PARTS)):
-        for trained in itertools.combinations(PARTS, count):
+    for count in range(1, len(MODEL_PARTS)):
+        for trained in itertools.combinations(MODEL_PARTS, count):
             real = model_flops(traced_step(config, "unrolled", row(config, 12, 1), trained))
             assert sum(training_flops(config, 12, 1, trained=trained, as_computed=True).values()) == real, trained
 
 
 RANK = 11
-"""Of test adapters: no other axis of the small model is as long."""
+"""Rank of test adapters. No other axis of the small model is as long."""
 
 
 def with_rank(jaxpr: Jaxpr) -> int:
-    """FLOPs of the products in which an axis is of length RANK; the program must be free of loops."""
+    """FLOPs of the products in which an axis has length RANK. The program must have no loops."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general" and any(RANK in x.aval.shape for x in equation.invars):
@@ -165,7 +175,7 @@ def with_rank(jaxpr: Jaxpr) -> int:
 
 
 def check_adapted(config, trained, adapted):
-    """The count lacks the adapters' own products, and nothing else."""
+    """Check that the count lacks the products of the adapters, and nothing else."""
     settings = LoraSettings(rank=RANK, targets=["_proj", "fc", "projector"])
     adapters = adapter_table(parameters(config, "unrolled"), settings)
     adapters = {path: p for path, p in adapters.items() if part_of(config, path) in adapted}
@@ -176,7 +186,7 @@ def check_adapted(config, trained, adapted):
     assert (own > 0) == bool(adapted)
 
 
-ADAPTED: list[set[Part]] = [{"self", "cross"}, {"tower", "projector", "self", "cross"}, {"cross"}]
+ADAPTED: list[set[ModelPart]] = [{"self", "cross"}, {"tower", "projector", "self", "cross"}, {"cross"}]
 
 
 @pytest.mark.parametrize("adapted", ADAPTED, ids=sorted_names)
@@ -207,30 +217,33 @@ def test_shares_of_adapters_are_the_known_ones():
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_decode_flops_are_those_of_the_program(small, images):
-    """A step of three candidates of each of two questions: slots of the prefix and of their own count alike."""
+    """Decode three candidates of two questions. The capacities of prefix and suffix count alike."""
     shared, own, questions, candidates, text = 48, 16, 2, 3, small.text
     seen = images * (small.vision.image_tokens + -small.vision.image_tokens % IMAGE_TOKEN_MULTIPLE)
     rows = questions * candidates
 
-    def layers(rows, slots, cross):
-        entry = abstract(rows, text.num_key_value_heads, slots, text.head_dim, dtype=jnp.bfloat16)
-        return tuple(KeyValue(entry, entry) if is_cross == cross and slots else None for is_cross in text.is_cross)
+    def layers(rows, capacity, cross):
+        entry = abstract(rows, text.num_key_value_heads, capacity, text.head_dim, dtype=jnp.bfloat16)
+        return tuple(LayerCache(entry, entry) if is_cross == cross and capacity else None for is_cross in text.is_cross)
 
     prefix = Prefix(layers(questions, shared, False), abstract(questions))
-    memory = Memory(layers(rows, own, False), abstract(rows), prefix, layers(questions, seen, True))
+    cache = KVCache(layers(rows, own, False), abstract(rows), prefix)
     tiles = abstract(rows, 1, 1, small.vision.max_num_tiles)
-    sight = jax.eval_shape(lambda tiles: see(small, tiles), tiles) if images else None
+    context = None
+    if images:
+        masks = jax.eval_shape(lambda tiles: cross_attention_mask(small, tiles), tiles)
+        context = ImageContext(*masks, layers=layers(questions, seen, True))
 
-    def decode(flat, token, memory, sight):
-        params = nest(flat)
-        hidden, _ = append(params["language_model"]["model"], small, token, memory, sight)
-        return logits(params, hidden)
+    def decode(flat, token, cache, context):
+        params = unflatten_dict(flat, sep=".")
+        hidden, _ = forward_with_cache(params["language_model"]["model"], small, token, cache, context)
+        return compute_logits(params, hidden)
 
-    real = model_flops(jax.make_jaxpr(decode)(arrays(small, "unrolled"), abstract(rows, 1), memory, sight))
+    real = model_flops(jax.make_jaxpr(decode)(arrays(small, "unrolled"), abstract(rows, 1), cache, context))
     assert rows * sum(text_flops(small, 1, seen, prefix=shared + own - 1, as_computed=True).values()) == real
 
 
-def test_useful_flops_are_less_than_computed_ones_by_masked_scores_and_fill():
+def test_useful_flops_lack_masked_scores_and_padding():
     useful, computed = (training_flops(ELEVEN, 600, 1, as_computed=c) for c in (False, True))
     assert computed["text attention"] / useful["text attention"] == pytest.approx(2, rel=2 / 600)
     assert computed["cross attention"] / useful["cross attention"] == pytest.approx(6528 / 6404)
@@ -246,8 +259,8 @@ def test_prefill_in_two_parts_is_as_much_work_as_in_one():
     assert whole == {kind: sum(part[kind] for part in parts) for kind in whole}
 
 
-def test_a_frozen_tower_is_not_gone_back_through():
-    frozen, forwards = (vision_flops(ELEVEN, 1, trained=t) for t in (set(PARTS) - {"tower"}, ()))
+def test_no_gradient_passes_through_a_frozen_tower():
+    frozen, forwards = (vision_flops(ELEVEN, 1, trained=t) for t in (set(MODEL_PARTS) - {"tower"}, ()))
     assert frozen["tower"] + frozen["tower attention"] == forwards["tower"] + forwards["tower attention"]
     assert frozen["projector"] == 2 * forwards["projector"]  # its weights' gradient, and none of its input
 
@@ -265,16 +278,16 @@ def test_flops_of_the_11b_are_the_known_ones():
 
 
 def test_parameters_and_bytes_of_the_11b_are_the_known_ones():
-    assert sum(counts.parameter_counts(ELEVEN).values()) == 10_670_220_835
-    assert sum(counts.parameter_counts(NINETY).values()) == 88_593_355_323
-    assert round(counts.parameters_per_step(ELEVEN, images=True) / 1e9, 2) == 9.18
-    assert [2 * values for values in counts.cache_values(ELEVEN)] == [131_072, 32_768]
-    read = counts.bytes_per_step(ELEVEN, questions=1, candidates=10, prefix=1000, suffix=50, image_tokens=6404)
+    assert sum(model_costs.parameter_counts(ELEVEN).values()) == 10_670_220_835
+    assert sum(model_costs.parameter_counts(NINETY).values()) == 88_593_355_323
+    assert round(model_costs.parameters_per_step(ELEVEN, images=True) / 1e9, 2) == 9.18
+    assert [2 * values for values in model_costs.kv_cache_values_per_token(ELEVEN)] == [131_072, 32_768]
+    read = model_costs.bytes_per_step(ELEVEN, questions=1, candidates=10, prefix=1000, suffix=50, image_tokens=6404)
     assert round(read["image"] / 1e6) == 210
     assert (read["prefix"], read["suffix"]) == (1000 * 131_072, 500 * 131_072)
 
 
-FLOORS = {
+LEAST_MILLISECONDS = {
     "TPU v4": (15.4, 7.9),
     "TPU v5 lite": (23.0, 11.8),
     "TPU v5p": (6.8, 3.5),
@@ -283,15 +296,15 @@ FLOORS = {
     "NVIDIA H100 80GB HBM3": (5.6, 2.9),
     "NVIDIA H200": (3.9, 2.0),
 }
-"""ms of a step of 10 candidates, bfloat16 and int8 weights: facts/PERFORMANCE.md."""
+"""Least milliseconds of a decoding step of 10 candidates, with bfloat16 and with int8 weights."""
 
 
-@pytest.mark.parametrize("kind", FLOORS)
-def test_floors_of_decoding_are_the_known_ones(kind):
+@pytest.mark.parametrize("kind", LEAST_MILLISECONDS)
+def test_rooflines_of_decoding_are_the_known_ones(kind):
     sizes = dict(questions=1, candidates=10, prefix=2000, suffix=20, image_tokens=6404)
-    for weight_bytes, floor in zip((2, 1), FLOORS[kind], strict=True):
-        read = sum(counts.bytes_per_step(ELEVEN, weight_bytes=weight_bytes, **sizes).values())
-        assert round(1e3 * read / find_chip(kind).bandwidth, 1) == floor
+    for weight_bytes, floor in zip((2, 1), LEAST_MILLISECONDS[kind], strict=True):
+        read = sum(model_costs.bytes_per_step(ELEVEN, weight_bytes=weight_bytes, **sizes).values())
+        assert round(1e3 * read / find_chip(kind).hbm_bandwidth, 1) == floor
 
 
 @pytest.mark.parametrize(
@@ -307,15 +320,15 @@ def test_floors_of_decoding_are_the_known_ones(kind):
 def test_chips_have_the_figures_that_jax_has_of_them(kind, version):
     chip, info = find_chip(kind), pltpu.get_tpu_info_for_chip(version, 1)
     cores = version.num_physical_tensor_cores_per_chip
-    assert chip.memory == pytest.approx(cores * info.hbm_capacity_bytes, rel=0.01)
-    assert chip.flops == pytest.approx(cores * info.bf16_ops_per_second, rel=0.01)
+    assert chip.hbm_bytes == pytest.approx(cores * info.hbm_capacity_bytes, rel=0.01)
+    assert chip.peak_flops == pytest.approx(cores * info.bf16_ops_per_second, rel=0.01)
     if kind != "TPU v5":  # jax has 2460 GB/s, Google's data sheet 2765
-        assert chip.bandwidth == pytest.approx(cores * info.mem_bw_bytes_per_second, rel=0.01)
-    assert chip.devices == (1 if version.supports_megacore else cores)
+        assert chip.hbm_bandwidth == pytest.approx(cores * info.mem_bw_bytes_per_second, rel=0.01)
+    assert chip.devices_per_chip == (1 if version.supports_megacore else cores)
 
 
 def test_a_chip_is_found_by_each_of_its_kinds_and_a_cpu_is_none():
-    kinds = [kind for chip in CHIPS for kind in chip.kinds]
+    kinds = [kind for chip in CHIPS for kind in chip.device_kinds]
     assert len(set(kinds)) == len(kinds)
     assert find_chip("TPU v5e") is find_chip("TPU v5 lite") is not find_chip("TPU v5")
     assert find_chip(jax.devices()[0].device_kind) is None
@@ -324,8 +337,8 @@ def test_a_chip_is_found_by_each_of_its_kinds_and_a_cpu_is_none():
 def test_parts_are_the_same_in_either_layout(small):
     config = replace(small, text=replace(small.text, num_hidden_layers=6, cross_attention_layers=(1, 4)))
     for parameter_path, parameter in parameters(config, "stacked").items():
-        assert counts.parts_of(config, parameter.tensors) == {part_of(config, parameter_path)}
-    assert counts.parts_of(config, parameters(config, "stacked")) == set(PARTS)
+        assert model_costs.parts_of(config, parameter.tensors) == {part_of(config, parameter_path)}
+    assert model_costs.parts_of(config, parameters(config, "stacked")) == set(MODEL_PARTS)
 
 
 def counted(function, *shapes):

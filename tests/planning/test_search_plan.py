@@ -1,26 +1,26 @@
-"""Plans of a search against what the TPU compiler said of the whole program, and against its own counts."""
+"""Plans of a search agree with the TPU compiler's figures of the whole program, and with the costs of the model."""
 
 import pytest
 
 from llava_cot_jax.benchmark.workload import Workload
-from llava_cot_jax.costs import counts
+from llava_cot_jax.costs import model_costs
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.planning.advice import fits, smallest_change_of_search
-from llava_cot_jax.planning.searching import most_questions, plan_search, smallest_for_search
-from llava_cot_jax.planning.slices import parse
+from llava_cot_jax.planning.advice import fits, smallest_search_change
+from llava_cot_jax.planning.search_plan import max_questions, plan_search, smallest_slices_for_search
+from llava_cot_jax.planning.slices import parse_topology
 from llava_cot_jax.search.strategies import Greedy, Judge, StageBeam
 
 ELEVEN = MllamaConfig.llama32_11b()
 
 
-def planned(candidates=10, slice_="v6e-1", judge="token", budget=1024, **how):
-    plan = StageBeam(candidates, Judge(judge), budget=budget).plan()
-    return plan_search(plan, ELEVEN, parse(slice_), **how)
+def planned(candidates=10, slice_="v6e-1", judge="token", max_new_tokens=1024, **how):
+    plan = StageBeam(candidates, Judge(judge), max_new_tokens=budget).to_spec()
+    return plan_search(plan, ELEVEN, parse_topology(slice_), **how)
 
 
 COMPILED = [
-    # tests/evidence/compile_search.txt: gigabytes of a chip
+    # tests/evidence/compile_search.txt: gigabytes per chip
     ({}, 24.27),
     ({"questions": 2}, 26.08),
     ({"questions": 5}, 31.99),
@@ -34,29 +34,29 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(("how", "compiled"), COMPILED, ids=[str(how) for how, _ in COMPILED])
-def test_memory_is_within_a_tenth_of_what_the_compiler_said(how, compiled):
+def test_memory_is_within_a_tenth_of_the_compilers(how, compiled):
     plan = planned(**how)
     assert sum(plan.memory.values()) / 1e9 == pytest.approx(compiled, rel=0.1)
-    assert plan.room > 0
+    assert plan.headroom > 0
 
 
 def test_as_many_questions_fit_as_the_compiler_found():
-    """It compiled 5 at a time, and refused 6."""
-    assert most_questions(planned(), ELEVEN) == 5
-    assert most_questions(planned(slice_="v5e-1"), ELEVEN) == 0  # bfloat16: not even the weights
+    """The compiler fitted 5 questions, and refused 6."""
+    assert max_questions(planned(), ELEVEN) == 5
+    assert max_questions(planned(slice_="v5e-1"), ELEVEN) == 0  # bfloat16: not even the weights
 
 
 def test_weights_are_counted_to_the_byte():
-    count = sum(counts.parameter_counts(ELEVEN).values())
+    count = sum(model_costs.parameter_counts(ELEVEN).values())
     assert planned().memory["weights"] == 2 * count
-    # Cut over four chips, but for norms, gates and the like, which are everywhere.
+    # They are sharded over four chips, without norms and gates, which are replicated.
     assert 0 < planned(slice_="v5e-4").memory["weights"] - count / 2 < 0.001 * count
 
 
-def test_the_floor_of_a_step_is_what_it_must_read():
-    work = Workload(prompt=256, stages=(60, 100, 200, 30))
+def test_the_roofline_of_a_step_is_what_it_must_read():
+    work = Workload(prompt_tokens=256, stage_tokens=(60, 100, 200, 30))
     plan = planned(slice_="v5e-4", work=work)
-    read = counts.bytes_per_step(
+    read = model_costs.bytes_per_step(
         ELEVEN,
         questions=1,
         candidates=10,
@@ -64,16 +64,20 @@ def test_the_floor_of_a_step_is_what_it_must_read():
         suffix=100,
         image_tokens=ELEVEN.vision.image_tokens,
     )
-    assert plan.step.memory == pytest.approx(sum(read.values()) / 4)
-    assert plan.step.binds == "memory"
-    assert plan.step.step == pytest.approx(sum(read.values()) / 4 / 819e9)
+    assert plan.decode_step.hbm_bytes == pytest.approx(sum(read.values()) / 4)
+    assert plan.decode_step.bottleneck == "hbm"
+    assert plan.decode_step.step_seconds == pytest.approx(sum(read.values()) / 4 / 819e9)
 
 
-def test_what_is_cut_by_fsdp_is_fetched_at_each_step():
+def test_weights_that_fsdp_shards_are_gathered_in_each_step():
     halves, one = planned(mesh={"data": 1, "fsdp": 2, "tensor": 2}, slice_="v5e-4"), planned(slice_="v5e-4")
     assert sum(one.memory.values()) == pytest.approx(sum(halves.memory.values()), rel=0.15)
-    assert halves.step.sent["fsdp"] == pytest.approx(counts.parameters_per_step(ELEVEN, images=True) * 2 / 2 / 2)
-    assert one.step.sent["fsdp"] == 0 and halves.step.step > 1.9 * one.step.step
+    assert halves.decode_step.sent_bytes["fsdp"] == pytest.approx(
+        model_costs.parameters_per_step(ELEVEN, images=True) * 2 / 2 / 2
+    )
+    assert (
+        one.decode_step.sent_bytes["fsdp"] == 0 and halves.decode_step.step_seconds > 1.9 * one.decode_step.step_seconds
+    )
 
 
 def test_more_to_do_takes_longer():
@@ -81,14 +85,14 @@ def test_more_to_do_takes_longer():
     assert planned(judge="rationale").seconds > base > planned(candidates=4).seconds > planned(candidates=1).seconds
     assert planned(questions=3).seconds > base
     assert planned(dtype="int8").seconds < base
-    assert planned(work=Workload(stages=(60, 100, 400, 30))).seconds > base
-    assert plan_search(Greedy().plan(), ELEVEN, parse("v6e-1")).seconds < base
+    assert planned(work=Workload(stage_tokens=(60, 100, 400, 30))).seconds > base
+    assert plan_search(Greedy().to_spec(), ELEVEN, parse_topology("v6e-1")).seconds < base
 
 
 def test_the_smallest_slices_that_hold_a_search():
-    names = [plan.slice.name for plan in smallest_for_search(StageBeam(10).plan(), ELEVEN)]
+    names = [plan.slice.name for plan in smallest_slices_for_search(StageBeam(10).to_spec(), ELEVEN)]
     assert sorted(names) == ["v5e:2x2", "v5p:1x1x1", "v6e:1x1"]
-    int8 = [plan.slice.name for plan in smallest_for_search(StageBeam(10).plan(), ELEVEN, dtype="int8")]
+    int8 = [plan.slice.name for plan in smallest_slices_for_search(StageBeam(10).to_spec(), ELEVEN, dtype="int8")]
     assert sorted(int8) == ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"]
 
 
@@ -106,8 +110,8 @@ ADVICE = [
 @pytest.mark.parametrize(("how", "words"), ADVICE, ids=[str(how) for how, _ in ADVICE])
 def test_advice_names_the_smallest_change_that_makes_a_search_fit(how, words):
     plan = planned(**how)
-    change = smallest_change_of_search(plan, ELEVEN)
-    assert change is not None and fits(change[1]) and change[1].room > plan.room
+    change = smallest_search_change(plan, ELEVEN)
+    assert change is not None and fits(change[1]) and change[1].headroom > plan.headroom
     assert change[0] == words
 
 
@@ -121,4 +125,4 @@ def test_advice_names_the_smallest_change_that_makes_a_search_fit(how, words):
 )
 def test_a_slice_or_mesh_that_cannot_be_is_refused(slice_, mesh, message):
     with pytest.raises(UserError, match=message):
-        plan_search(StageBeam(2).plan(), ELEVEN, parse(slice_), mesh)
+        plan_search(StageBeam(2).to_spec(), ELEVEN, parse_topology(slice_), mesh)

@@ -1,4 +1,4 @@
-"""The model that a configuration names, of which its sizes alone are needed: no weight is fetched or read."""
+"""Configurations of models by name, without fetching or reading any weights."""
 
 from dataclasses import replace
 
@@ -14,14 +14,18 @@ PUBLISHED = {
     "Llama-3.2-90B-Vision": MllamaConfig.llama32_90b,
     "Llama-3.2-90B-Vision-Instruct": MllamaConfig.llama32_90b,
 }
-"""By the last part of an id on the hub."""
+"""Published models by the last part of their id on the hub."""
 
 
-def sizes_of(name: str, convention: Convention | None = None) -> MllamaConfig:
-    """The configuration of a checkpoint: a folder, a bucket path, ``"shapes"``, or an id on the hub of ``PUBLISHED``.
+def model_config_for(name: str, convention: Convention | None = None) -> MllamaConfig:
+    """Return the configuration of a checkpoint.
+
+    Args:
+        name: A folder, a bucket path, ``"shapes"``, or the id on the hub of one of ``PUBLISHED``.
+        convention: Convention that the weights follow; None is the checkpoint's own.
 
     Raises:
-        UserError: it is none of them.
+        UserError: The name is none of these.
     """
     folder = checkpoint_path(name)
     with access(folder):

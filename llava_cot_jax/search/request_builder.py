@@ -10,22 +10,22 @@ import numpy as np
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import bucket
-from llava_cot_jax.inference.generator import check_seeds, in_bucket
-from llava_cot_jax.inference.ragged_tokens import pack
+from llava_cot_jax.inference.generator import check_seeds, pad_to_bucket
+from llava_cot_jax.inference.ragged_tokens import pad
 from llava_cot_jax.processing.images import ImageSource
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.search.program import Request
-from llava_cot_jax.search.prompts import DEFAULT_FILE, KINDS, WHOLE, JudgePrompts
+from llava_cot_jax.search.program import SearchInputs
+from llava_cot_jax.search.prompts import DEFAULT_FILE, PROMPT_KINDS, WHOLE_ANSWER, JudgePrompts
 from llava_cot_jax.search.strategies import Strategy
-from llava_cot_jax.search.tables import judge_tables, leads, stage_tables, tokens_of
+from llava_cot_jax.search.tables import build_judge_tables, chat_headers, build_stage_tables, token_ids
 
 Images = ImageSource | Sequence[ImageSource] | None
 """Of a question: one, several, or none."""
 
 
 @dataclass(frozen=True)
-class Questions:
+class Requests:
     """A batch of questions, prepared.
 
     Attributes:
@@ -36,14 +36,14 @@ class Questions:
         seconds: that preparing them took.
     """
 
-    request: Request
+    request: SearchInputs
     asked: list[str]
     images: list[int]
     seeds: list[int]
     seconds: float
 
 
-class Preparation:
+class RequestBuilder:
     """Prepares questions for a search.
 
     Args:
@@ -66,11 +66,11 @@ class Preparation:
         self.processor = processor
         self._prompts = JudgePrompts.load(judge_prompts)
         self.strategy = strategy
-        self.plan = plan = strategy.plan()
-        self.stages = stage_tables(processor, plan)
-        self.judging = None if plan.judge is None else judge_tables(processor, plan, plan.judge, self._prompts)
+        self.spec = spec = strategy.to_spec()
+        self.stages = build_stage_tables(processor, spec)
+        self.judging = None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, self._prompts)
 
-    def prepare(self, images: Sequence[Images], questions: Sequence[str], seeds: Sequence[int] | int = 0) -> Questions:
+    def prepare(self, images: Sequence[Images], questions: Sequence[str], seeds: Sequence[int] | int = 0) -> Requests:
         """Prepare a batch of questions.
 
         Args:
@@ -88,36 +88,36 @@ class Preparation:
         check_seeds(seeds)
         processor, given = self.processor, [_listed(own) for own in images]
         prompts = [processor.prompt(user_turn(q, len(own))) for q, own in zip(questions, given, strict=True)]
-        inputs, lengths = in_bucket(processor.config, processor(prompts, given))
-        asked = [tokens_of(processor, question) for question in questions]
+        inputs, lengths = pad_to_bucket(processor.config, processor(prompts, given))
+        asked = [token_ids(processor, question) for question in questions]
         self._check_context(int(lengths.max()), max(map(len, asked)))
-        stages = self.plan.stages or (WHOLE,)
+        stages = self.spec.stages or (WHOLE_ANSWER,)
         lead = [
-            leads(processor, self._prompts, kind, stages, len(own) if kind == "pair" else 0)
-            for kind in KINDS
+            chat_headers(processor, self._prompts, kind, stages, len(own) if kind == "pair" else 0)
+            for kind in PROMPT_KINDS
             for own in given
         ]
         own_seeds = np.broadcast_to(np.asarray(seeds, np.uint32), len(questions))
-        request = Request(
+        request = SearchInputs(
             inputs={name: jax.device_put(x) for name, x in inputs.items()},
             lengths=jax.device_put(lengths),
             seeds=jax.device_put(own_seeds),
-            question=pack(asked, capacity=bucket(max(map(len, asked)))),
-            leads=pack(lead, (len(KINDS), len(given))),
+            question=pad(asked, capacity=bucket(max(map(len, asked)))),
+            chat_headers=pad(lead, (len(PROMPT_KINDS), len(given))),
         )
         counts = [len(own) for own in given]
-        return Questions(request, list(questions), counts, own_seeds.tolist(), time.perf_counter() - began)
+        return Requests(request, list(questions), counts, own_seeds.tolist(), time.perf_counter() - began)
 
     def _check_context(self, prompt: int, question: int) -> None:
         """Whether the longest sequences that the search can come to fit the model's context."""
-        plan, context = self.plan, self.processor.config.text.max_position_embeddings
+        spec, context = self.spec, self.processor.config.text.max_position_embeddings
         tags = self.stages.openings.capacity + self.stages.closings.capacity
-        longest = {"the answer": prompt + sum(budget + tags for budget in plan.budgets)}
-        if self.judging is not None and plan.judge is not None:
+        longest = {"the answer": prompt + sum(budget + tags for budget in spec.max_new_tokens)}
+        if self.judging is not None and spec.judge is not None:
             t = self.judging
-            texts = (2 + int(np.asarray(t.shows).sum(axis=-1).max())) * (max(plan.budgets) + tags)
+            texts = (2 + int(np.asarray(t.shows).sum(axis=-1).max())) * (max(spec.max_new_tokens) + tags)
             fixed = sum(piece.capacity for piece in (t.intro, t.middle, t.label, t.between, t.ending))
-            reason = plan.judge.reason_tokens if plan.judge.verdict == "rationale" else 0
+            reason = spec.judge.reason_tokens if spec.judge.verdict == "rationale" else 0
             longest["a judge's prompt"] = prompt + question + fixed + texts + reason
         for what, tokens in longest.items():
             if tokens > context:

@@ -1,0 +1,76 @@
+"""Names of the model's modules in compiled programs, by which profiles are read."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from llava_cot_jax.inference.generator import _decode_steps, _prefill_prompts
+from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.mllama import Mllama, compute_logits, hidden_states
+from llava_cot_jax.model.parameters import ParamLayout
+from tests.conftest import INPUTS
+
+TOWER = {
+    "vision_tower/patch_embedding",
+    "vision_tower/local_layers/self_attention",
+    "vision_tower/local_layers/mlp",
+    "vision_tower/global_layers/self_attention",
+    "vision_tower/global_layers/mlp",
+    "projector",
+}
+TEXT = {"embed", "rope", "self_attention", "self_attention/rope", "cross_attention", "mlp", "final_norm", "lm_head"}
+
+
+def scopes(lowered: Any) -> set[str]:
+    """All paths of scopes in a lowered program, from every scope on, without the names of control flow."""
+    found: set[str] = set()
+    for location in re.findall(r'loc\("([^"]*)"', lowered.as_text(debug_info=True)):
+        names = [name for name in location.split("/") if re.fullmatch(r"[a-z_]+", name)]
+        names = [name for name in names if name not in ("while", "body", "cond", "closed_call", "checkpoint", "scan")]
+        found |= {"/".join(names[i:j]) for i in range(len(names)) for j in range(i + 1, len(names) + 1)}
+    return found
+
+
+@pytest.fixture
+def inputs(batch) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(batch[name]) for name in INPUTS}
+
+
+def test_forward_pass(small: MllamaConfig, inputs):
+    assert forward_scopes(small, "unrolled", inputs) >= TOWER | TEXT
+
+
+def test_forward_pass_of_stacked_layers(small: MllamaConfig, inputs):
+    """The body of a scan is a function of its own, in which the paths begin anew."""
+    tower = {path.removesuffix("/self_attention").removesuffix("/mlp") for path in TOWER}
+    assert forward_scopes(small, "stacked", inputs) >= tower | TEXT
+
+
+def forward_scopes(small: MllamaConfig, layout: ParamLayout, inputs: dict[str, jax.Array]) -> set[str]:
+    def forward(params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+        return compute_logits(params, hidden_states(params, small, inputs, "full"))
+
+    model = Mllama(small, rngs=nnx.Rngs(0), layout=layout)
+    return scopes(jax.jit(forward).lower(model.params, inputs))
+
+
+def test_decoding(small: MllamaConfig, inputs):
+    params = Mllama(small, rngs=nnx.Rngs(0)).params
+    lengths = inputs.pop("attention_mask").sum(axis=1)
+    static = {"config": small, "sampling": Sampling(), "mesh": None}
+    seeds = jnp.zeros(len(lengths), jnp.uint32)
+    prefill = _prefill_prompts.lower(params, inputs, lengths, seeds, capacity=64, **static)
+    assert scopes(prefill) >= {f"encode_images/{scope}" for scope in TOWER} | {
+        "encode_images/image_keys_values",
+        "prefill/self_attention",
+        "prefill/cross_attention",
+        "prefill/lm_head",
+        "sample_token",
+    }
+    step = _decode_steps.lower(params, prefill.out_info, jnp.int32(4), steps=4, **static)
+    assert scopes(step) >= {f"sample/{scope}" for scope in (*TEXT, "sample_token")}

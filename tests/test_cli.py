@@ -1,0 +1,181 @@
+"""The command line that all commands share: their names, the spelling of options, booleans, and usage lines."""
+
+import importlib
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import yaml
+
+from llava_cot_jax import cli
+from llava_cot_jax.errors import UserError
+from tests.parsers import STARTS, options_of, parser_of, required_arguments
+from tests.processes import ROOT
+
+every_parser = pytest.mark.parametrize("start", STARTS)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+
+
+def outcome(parser: cli.Parser, *arguments: str) -> Any:
+    """What the parser makes of the arguments: the options, or the message of the error."""
+    try:
+        return parser.parse_args([*required_arguments(parser), *arguments])
+    except UserError as error:
+        return str(error)
+
+
+def named_options(start: str) -> list[Any]:
+    """The options of a parser, but for --help, --config and --print_config."""
+    general = {"--help", "--config", "--print_config"}
+    return [a for a in options_of(parser_of(start)) if a.option_strings and not general & {*a.option_strings}]
+
+
+def booleans(start: str) -> list[str]:
+    return [a.option_strings[0] for a in named_options(start) if getattr(a, "_typehint", None) is bool]
+
+
+@every_parser
+def test_an_option_is_declared_with_underscores(start):
+    names = [name for action in named_options(start) for name in action.option_strings]
+    assert names and [name for name in names if "-" in name.removeprefix("--")] == []
+
+
+@every_parser
+def test_an_option_may_be_typed_with_hyphens(start):
+    parser = parser_of(start)
+    for name in (name for action in named_options(start) for name in action.option_strings):
+        typed = "--" + name.removeprefix("--").replace("_", "-")
+        for values in (["3"], ["a-b"], ["=3"]):
+            spelled = [[n + values[0]] if values[0].startswith("=") else [n, *values] for n in (name, typed)]
+            expected, got = (outcome(parser, *arguments) for arguments in spelled)
+            assert got == expected and f"nrecognized arguments: {typed}" not in str(got)
+
+
+def test_hyphens_of_values_and_of_unknown_options_stay():
+    parser = parser_of("generate")
+    options = outcome(parser, "--draw-to", "a-b", "--judge-prompts=c-d=e-f", "--question", "one-two", "-3")
+    assert (options.draw_to, options.judge_prompts, options.question) == ("a-b", "c-d=e-f", ["one-two", "-3"])
+    assert "--no-such-option" in outcome(parser, "--no-such-option", "3")
+
+
+@every_parser
+def test_a_boolean_stands_alone_or_takes_true_or_false(start):
+    parser = parser_of(start)
+    for name in booleans(start):
+        dest = name.removeprefix("--")
+        typed = "--" + dest.replace("_", "-")
+        for arguments in ([name], [name, "true"], [typed], [f"{name}=true"], [name, "--config", "{}"]):
+            assert outcome(parser, *arguments)[dest] is True
+        for arguments in ([name, "false"], [typed, "false"], [f"{name}=false"]):
+            assert outcome(parser, *arguments)[dest] is False
+        assert "yesterday" in outcome(parser, f"{name}=yesterday")
+
+
+@every_parser
+def test_no_boolean_is_declared_in_another_way(start):
+    """Only --help takes no value."""
+    assert [action.dest for action in options_of(parser_of(start)) if action.nargs == 0] == ["help"]
+
+
+def test_there_are_booleans_of_both_kinds():
+    assert "--json" in booleans("generate") and "--random_init" in booleans("train")
+
+
+def test_a_boolean_before_a_positional_does_not_take_it():
+    parser = cli.Parser("convert")
+    parser.add_argument("source", type=str)
+    parser.add_argument("--flag", type=bool, default=False)
+    options = parser.parse_args(["--flag", "folder"])
+    assert (options.flag, options.source) == (True, "folder")
+
+
+@pytest.mark.parametrize("start", ["generate", "prepare", "bench", "plan", "plan --search", "train"])
+def test_the_model_to_start_from_is_the_checkpoint(start):
+    assert "--checkpoint" in [action.option_strings[0] for action in named_options(start)]
+
+
+SEARCHES = [
+    path for path in sorted((ROOT / "configs").glob("*.yaml")) if "search" in (yaml.safe_load(path.read_text()) or {})
+]
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.name)
+def test_plan_takes_a_configuration_of_generate(path):
+    """What it says of pictures and of output is checked and has no effect."""
+    parser = parser_of("plan --search")
+    options = outcome(parser, "--topology=v5e-8", "--config", str(path))
+    assert options.search == yaml.safe_load(path.read_text())["search"]
+    assert "draw" in outcome(parser, "--topology=v5e-8", "--draw", "many")
+    assert "draw_to" not in parser.format_help()
+
+
+def test_without_a_command_the_commands_are_listed():
+    for arguments in ([], ["--help"], ["-h"]):
+        ended = run("-m", "llava_cot_jax", *arguments)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout.startswith("usage: python -m llava_cot_jax COMMAND")
+        for name, summary in cli.COMMANDS.items():
+            assert f"  {name:8}  {summary}\n" in ended.stdout
+        assert max(map(len, ended.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("trian", "there is no command 'trian'; did you mean train?"),
+        ("--json", "there is no command '--json'; the commands are generate, train, prepare, convert, plan, bench"),
+    ],
+)
+def test_an_unknown_command(command, message):
+    ended = run("-m", "llava_cot_jax", command)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"error: {message}\n")
+
+
+def test_the_version():
+    assert run("-m", "llava_cot_jax", "--version").stdout == f"llava-cot {version('llava_cot_jax')}\n"
+
+
+SCRIPT = "import sys; from llava_cot_jax.__main__ import main; sys.argv[0] = 'bin/llava-cot'; main()"
+
+
+@pytest.mark.parametrize(
+    ("command", "program"),
+    [
+        (["-m", "llava_cot_jax.convert"], "python -m llava_cot_jax.convert"),
+        (["-m", "llava_cot_jax", "convert"], "python -m llava_cot_jax convert"),
+        (["-c", SCRIPT, "convert"], "llava-cot convert"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_usage_line_names_the_command_as_it_was_started(command, program):
+    ended = run(*command, "--help")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(f"usage: {program} [")
+
+
+def test_a_command_is_the_same_however_it_is_started():
+    arguments = ["no-such-folder", "out", "--for", "transformers"]
+    starts = (["-m", "llava_cot_jax.convert"], ["-m", "llava_cot_jax", "convert"], ["-c", SCRIPT, "convert"])
+    ended = [run(*start, *arguments) for start in starts]
+    assert {one.returncode for one in ended} == {2}
+    assert {one.stderr for one in ended} == {f"error: no such folder: {ROOT / 'no-such-folder'}\n"}
+
+
+def test_options_in_processes_of_their_own():
+    ended = run("-m", "llava_cot_jax", "generate", "--draw-to", "a-b", "--show-search", "--max-new-tokens=7", "--json")
+    assert ended.returncode == 2 and "--show_search needs a search" in ended.stderr
+    ended = run("-m", "llava_cot_jax.generate", "--draw-to", "a-b", "--json", "--print_config")
+    options = yaml.safe_load(ended.stdout)
+    assert (options["draw_to"], options["json"], options["show_search"]) == ("a-b", True, False)
+
+
+def test_the_script_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, name = project["scripts"]["llava-cot"].split(":")
+    assert callable(getattr(importlib.import_module(module), name))
