@@ -14,7 +14,7 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.benchmark.workload import RANDOM_MODELS, Workload
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.choices import Dtype
 
 if TYPE_CHECKING:

@@ -1,12 +1,11 @@
 """Reading of options, display of progress, counting of compilations, and report of mistakes, for all commands."""
 
 import argparse
-import copy
 import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,8 @@ from rich.progress import (
 from rich.text import Text
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import as_path, cache_folder
+from llava_cot_jax.files import cache_folder
+from llava_cot_jax.paths import as_path
 
 COMMANDS = {
     "generate": "Answer questions about images, with or without a search.",
@@ -75,23 +75,31 @@ class Parser(jsonargparse.ArgumentParser):
 
     Args:
         command: The command's name in ``COMMANDS``.
+        renamed: Present names of options by their former names, for the error that an old one meets.
     """
 
-    def __init__(self, command: str) -> None:
-        super().__init__(prog=program_name(command), description=COMMANDS[command], exit_on_error=False)
+    def __init__(self, command: str, renamed: Mapping[str, str] | None = None) -> None:
+        super().__init__(
+            prog=program_name(command), description=COMMANDS[command], exit_on_error=False, allow_abbrev=False
+        )
+        self._renamed = renamed or {}
         self.add_argument("--config", action="config", help="YAML file of these options. Later options override it.")
         self._option_string_actions["--print_config"].help = (
             "Print the configuration that all other options give, and exit. Flags, separated by commas: skip_default "
             "leaves out what equals its default, skip_unset what is not set."
         )
 
-    def ignore(self, options: Iterable[argparse.Action]) -> None:
-        """Accept options of another command's parser that this one lacks, without effect, and hidden from the help."""
-        for option in options:
+    def ignore(self, add_options: Callable[[jsonargparse.ArgumentParser], None]) -> None:
+        """Accept the options that a function adds to a parser, without effect, and hidden from the help.
+
+        Those that this parser has already keep their meaning.
+        """
+        other = jsonargparse.ArgumentParser(add_help=False)
+        add_options(other)
+        for option in other._actions:
             if not self._option_string_actions.keys() & set(option.option_strings):
-                hidden = copy.copy(option)
-                hidden.default = hidden.help = argparse.SUPPRESS
-                self._add_action(hidden)
+                option.default = option.help = argparse.SUPPRESS
+                self._add_action(option)
 
     def parse_args(self, args: Iterable[str] | None = None, *more: Any, **kwargs: Any) -> Any:
         """Parse ``args``, or the arguments that the process was started with.
@@ -137,8 +145,11 @@ class Parser(jsonargparse.ArgumentParser):
         """Return the known option that is most like the one that ``message`` calls unknown, as a question."""
         if not (unknown := _UNKNOWN_OPTION.search(message)):
             return ""
+        name = ".".join(filter(None, unknown.groups())).replace("-", "_")
+        if name in self._renamed:
+            return f"; it is called {self._renamed[name]} now"
         known = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
-        return did_you_mean(".".join(filter(None, unknown.groups())), known)
+        return did_you_mean(name, known)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -203,7 +214,7 @@ def enable_compilation_cache() -> None:
     """
     import jax
 
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "compilations"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder("compilations")
     jax.config.update("jax_compilation_cache_dir", str(as_path(folder)))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # jax's default of one second is too long for small models.

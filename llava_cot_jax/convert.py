@@ -12,7 +12,7 @@ import jsonargparse
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.choices import Dtype
 from llava_cot_jax.model.config import Convention
 from llava_cot_jax.paths import as_path, checkpoint_path

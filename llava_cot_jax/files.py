@@ -1,50 +1,127 @@
-"""Files that are written whole or not at all."""
+"""Writing of files that appear whole or not at all, reading of JSON, and the folders of the user's cache.
 
-import contextlib
+Paths may be in a bucket, which replaces a file as a whole by itself. The functions that write raise ``OSError``, as
+those of ``pathlib`` do; ``paths.writing_errors`` turns it into a ``UserError``.
+"""
+
+import json
 import os
 import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import access, is_remote
+from llava_cot_jax.paths import as_path, is_remote, reading_errors, writing_errors
+
+
+def cache_folder(name: str) -> Path:
+    """Return the folder ``name`` of this package's cache, which is below ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llava_cot_jax" / name
+
+
+@contextmanager
+def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Give a path to write to, whose file appears at ``path`` once it is complete and synced, or not at all.
+
+    The file is written beside its place, as ``NAME.partial``. A later run overwrites what a killed one left there.
+
+    Args:
+        path: Path of the file, in a folder that exists. In a bucket, it is given itself.
+        shared: Whether several processes may write the file at the same time. Each then writes under a name of its own.
+    """
+    if is_remote(path):
+        yield path
+        return
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial" if shared else f"{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_file(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears at ``path`` once it is complete and synced, or not at all.
+
+    Args:
+        path: Path of the file, in a folder that exists.
+        shared: Whether several processes may write the file at the same time.
+    """
+    with atomic_path(path, shared=shared) as partial, partial.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def synced_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing whose bytes are on the disk when the block ends, also after a crash of the machine."""
+    with path.open("wb") as file:
+        yield file
+        if not is_remote(path):  # a bucket has the bytes once the file is closed
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file beside its place and rename it, so that a reader finds the old file or the new one.
+    """Write a UTF-8 text file, which appears whole or not at all. Missing folders are made."""
+    content = text.encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, shared=True) as file:
+        file.write(content)
 
-    Folders that are missing are made. A bucket replaces a file as a whole by itself.
+
+def write_json(path: Path, content: Any, *, indent: int | None = 2, shared: bool = False) -> None:
+    """Write ``content`` as JSON, to a file that appears whole or not at all.
+
+    Args:
+        path: Path of the file, in a folder that exists.
+        content: What ``json.dumps`` takes.
+        indent: Number of spaces of indentation; None writes a single line.
+        shared: Whether several processes may write the file at the same time.
+    """
+    encoded = json.dumps(content, indent=indent, ensure_ascii=False).encode()
+    with atomic_file(path, shared=shared) as file:
+        file.write(encoded + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file.
 
     Raises:
-        UserError: the disk or the bucket refuses it.
+        UserError: There is no such file, or no access to it, or no JSON object in it.
     """
-    if is_remote(path):
-        with access(path):
-            path.write_text(text, encoding="utf-8")
-        return
-    beside = path.with_name(f".{os.getpid()}.partial")
+    with reading_errors(path):
+        text = path.read_bytes()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as fault:
-        raise UserError(f"{path} cannot be written: {fault.strerror or fault}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+        content = json.loads(text)
+    except ValueError as fault:
+        raise UserError(f"{path} is not JSON: {fault}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
 
 
-def check_writable(path: Path) -> None:
-    """Whether a file can be written, before the work whose result it takes. Its folder is made.
+def copy_file(source: Path, destination: Path) -> None:
+    """Copy a file of moderate size. Either path may be in a bucket."""
+    destination.write_bytes(source.read_bytes())
+
+
+def check_file_writable(path: Path) -> None:
+    """Check that a file can be written, before the work whose result it takes. Its folder is made.
 
     Raises:
-        UserError: it cannot.
+        UserError: It cannot be written.
     """
-    try:
+    with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         is_folder = path.is_dir()
         if not is_remote(path):
             tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as fault:
-        raise UserError(f"{path} cannot be written: {fault.strerror or fault}") from None
     if is_folder:
         raise UserError(f"{path} cannot be written: it is a folder; name a file")

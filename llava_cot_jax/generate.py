@@ -9,7 +9,6 @@ command draws.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import functools
@@ -28,15 +27,16 @@ from rich.console import Console
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import check_writable, write_text
+from llava_cot_jax.files import check_file_writable, write_text
 from llava_cot_jax.inference.settings import Sampling
-from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint, stated_max_new_tokens
+from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_tokens, resolve_checkpoint
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
-from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.paths import EMBEDDED, as_path
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.paths import BUNDLED_MODEL, as_path, writing_errors
 from llava_cot_jax.processing.messages import user_turn
-from llava_cot_jax.search.options import STRATEGIES, add_arguments, chosen
-from llava_cot_jax.search.prompts import DEFAULT_FILE, JudgePrompts
+from llava_cot_jax.search.options import STRATEGIES, add_arguments, strategy_or_sampling
+from llava_cot_jax.search.prompts import JudgePrompts
+from llava_cot_jax.search.request_options import add_request_options
 from llava_cot_jax.search.strategies import Strategy
 from llava_cot_jax.stages import find_stages
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     _search_or_sampling(options)
     if uses_default_model := options.checkpoint is None:
-        options.checkpoint = EMBEDDED
+        options.checkpoint = BUNDLED_MODEL
     folder = resolve_checkpoint(options.checkpoint)
     config = read_config(folder, options.convention)
     _default_to_stated_length(options, folder)
@@ -130,7 +130,6 @@ def _parser() -> cli.Parser:
         help='Checkpoint to answer with: a folder in Hugging Face form, an id on the hub, or "shapes" (the default), '
         "the small model that comes with the package.",
     )
-    add("--convention", choices=get_args(Convention), help="Convention that the weights were trained with.")
     add("--dtype", choices=get_args(Dtype), help="Dtype of the weights. By default, the checkpoint's own.")
     add(
         "--quantize",
@@ -144,60 +143,9 @@ def _parser() -> cli.Parser:
             default=None,
             help=f'Number of devices on the mesh axis "{axis}". By default, all devices are used.',
         )
-    add(
-        "--max_new_tokens",
-        type=int | None,
-        default=None,
-        help="Longest answer without a search, in tokens. By default, max_new_tokens of the checkpoint's "
-        f"generation_config.json where it has one, else {DEFAULT_MAX_NEW_TOKENS}.",
-    )
     add_arguments(parser)
-    add("--judge_prompts", type=str, default=str(DEFAULT_FILE), help="YAML file with the prompts of the judge.")
-    _add_question_options(parser)
-    _add_output_options(parser)
+    add_request_options(parser)
     return parser
-
-
-def _add_question_options(parser: cli.Parser) -> None:
-    add = parser.add_argument_group("Questions and pictures", name="questions").add_argument
-    add(
-        "--question",
-        type=str,
-        nargs="+",
-        help="One question, or several that are asked in turn. Without any, pictures are drawn and asked about.",
-    )
-    add(
-        "--image",
-        type=str,
-        nargs="*",
-        help="One image for all questions, or one for each. Without any, the questions are asked without an image.",
-    )
-    add(
-        "--draw",
-        type=int | None,
-        default=None,
-        help="Number of pictures of coloured shapes to draw and ask about, without --question. By default, 1.",
-    )
-    add("--draw_to", type=str, default="runs/pictures", help="Folder that takes the drawn pictures.")
-    add("--seed", type=int, default=0, help="Seed of sampled tokens and of drawn pictures.")
-
-
-def _add_output_options(parser: cli.Parser) -> None:
-    add = parser.add_argument_group("Output", name="output").add_argument
-    add("--trace", type=str, help="JSON file that takes all candidates, verdicts and counts of a search.")
-    add("--page", type=str, help="HTML file that shows all candidates, scores and verdicts of a search.")
-    add("--show_search", type=bool, default=False, help="Print all candidates, scores and verdicts of a search.")
-    add("--show_reasoning", type=bool, default=False, help="Print all four stages, not only the conclusion.")
-    add("--json", type=bool, default=False, help="Print one JSON object for each question instead of text.")
-
-
-def options_without_cost() -> list[argparse.Action]:
-    """Return the options that change what is asked or shown, but not how much is computed for a question."""
-    parser = _parser()
-    options = [parser._option_string_actions[name] for name in ("--convention", "--judge_prompts")]
-    for group in (parser.groups or {}).values():
-        options += group._group_actions
-    return options
 
 
 def _search_or_sampling(options: jsonargparse.Namespace) -> Strategy | Sampling:
@@ -206,21 +154,18 @@ def _search_or_sampling(options: jsonargparse.Namespace) -> Strategy | Sampling:
     Raises:
         UserError: An option out of range, or one that has no meaning with the others.
     """
-    method = chosen(options)
+    method = strategy_or_sampling(options)
     if options.search is None:
         for name in ("trace", "page", "show_search"):
             if options[name]:
                 raise UserError(f"--{name} needs a search: give --search too ({', '.join(STRATEGIES)})")
-    if options.search is not None and options.max_new_tokens is not None:
-        raise UserError("--max_new_tokens is for an answer without a search: give --budget instead")
     return method
 
 
 def _default_to_stated_length(options: jsonargparse.Namespace, folder: Path) -> None:
     """Take the length of an answer, or of a stage, from the checkpoint where the user does not give it."""
-    name = "max_new_tokens" if options.search is None else "budget"
-    if options[name] is None:
-        options[name] = stated_max_new_tokens(folder)
+    if options.max_new_tokens is None:
+        options.max_new_tokens = read_max_new_tokens(folder)
 
 
 def _check_files(options: jsonargparse.Namespace) -> None:
@@ -240,7 +185,7 @@ def _check_files(options: jsonargparse.Namespace) -> None:
             raise UserError(f"mesh.{axis} is {size}; it must be at least 1")
     for name in ("trace", "page"):
         if options[name] is not None:
-            check_writable(as_path(options[name]))
+            check_file_writable(as_path(options[name]))
 
 
 def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:
@@ -292,7 +237,7 @@ class QuestionResult:
     Attributes:
         text: The whole answer.
         stages: Body of each stage in the answer, by name.
-        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", or "max_new_tokens" or "budget" where
+        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", or "max_new_tokens" where
             it was cut off.
         tokens: Numbers of tokens, by what they are for: "prompt" and "new", or the parts of a search.
         seconds: Seconds by what they were spent on: "first_token" and "total", counted from the question on, or the
@@ -312,7 +257,7 @@ class _SearchAnswerer:
     def __init__(self, processor: Processor, strategy: Strategy, options: jsonargparse.Namespace) -> None:
         from llava_cot_jax.search.request_builder import RequestBuilder
 
-        self._preparation = RequestBuilder(processor, strategy, options.judge_prompts)
+        self._builder = RequestBuilder(processor, strategy, options.judge_prompts)
         self._options = options
         self._searches: list[tuple[UserQuestion, Trace]] = []
 
@@ -322,15 +267,15 @@ class _SearchAnswerer:
         Raises:
             UserError: The question or its image cannot be used.
         """
-        prepared = self._preparation.prepare([question.image], [question.question], self._options.seed)
-        return functools.partial(self._answer, question, prepared)
+        requests = self._builder.build([question.image], [question.question], self._options.seed)
+        return functools.partial(self._answer, question, requests)
 
-    def _answer(self, question: UserQuestion, prepared: Requests, model: Mllama) -> QuestionResult:
+    def _answer(self, question: UserQuestion, requests: Requests, model: Mllama) -> QuestionResult:
         from llava_cot_jax.search.reasoner import run_search
 
         options = self._options
         with contextlib.nullcontext() if options.json else cli.status("searching"):
-            (answer,) = cli.run_interruptible(lambda: run_search(model, self._preparation, prepared))
+            (answer,) = cli.run_interruptible(lambda: run_search(model, self._builder, requests))
         trace, last = answer.trace, answer.trace.stages[-1]
         self._searches.append((question, trace))
         if options.show_search and not options.json:
@@ -349,7 +294,9 @@ class _SearchAnswerer:
         options = self._options
         if options.trace:
             traces = [asdict(trace) for _, trace in self._searches]
-            write_text(as_path(options.trace), json.dumps(traces, indent=1, ensure_ascii=False))
+            path = as_path(options.trace)
+            with writing_errors(path):
+                write_text(path, json.dumps(traces, indent=1, ensure_ascii=False))
         if options.page:
             import jax
 

@@ -1,10 +1,11 @@
-"""Paths on a disk (of ``pathlib``) and in a bucket (of ``epath``, with the same calls), and what goes wrong there."""
+"""Paths on a disk (``pathlib``) and in a bucket (``epath``, with the same methods), and the errors of their use."""
 
 import logging
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,26 @@ from etils import epath
 
 from llava_cot_jax.errors import UserError
 
-EMBEDDED = "shapes"
-"""Names the small trained model of the shapes world, which comes with the package."""
+BUNDLED_MODEL = "shapes"
+"""Name of the small trained model of the shapes world, which comes with the package."""
 
-EMBEDDED_FOLDER = Path(__file__).with_name("shapes_model")
+BUNDLED_MODEL_FOLDER = Path(__file__).with_name("shapes_model")
+
+NO_SPACE = (ENOSPC, EDQUOT)
+"""Numbers of the errors by which a full disk, or a used-up quota, is reported."""
 
 _SCHEME = re.compile(r"([a-zA-Z][\w+.-]*):(?://|(?<=gs:)/)")  # pathlib makes one slash of two
 
 
 def as_path(text: str | os.PathLike[str]) -> Path:
-    """The absolute path that a user named, on a disk or in a bucket (``gs://bucket/folder``).
+    """Return the absolute path that a user named, on a disk or in a bucket (``gs://bucket/folder``).
 
     A relative path is taken from the working directory, and ``~`` is the home folder. The result means the same
     after a change of the working directory, and Orbax, which refuses relative paths, takes it.
 
     Raises:
-        UserError: an empty path, an unknown user after ``~``, no working directory, another scheme than ``gs://``,
-            no bucket, or gcsfs is not installed.
+        UserError: The path is empty, it names an unknown user after ``~``, it has a scheme other than ``gs://``, or it
+            names no bucket. Or there is no working directory, or gcsfs is not installed.
     """
     name = os.fspath(text)
     if not (scheme := _SCHEME.match(name)):
@@ -39,15 +43,15 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     place = name[scheme.end() :].strip("/")
     if not place:
         raise UserError(f"{name} names no bucket; give gs://bucket/folder")
-    # Else gcsfs asks for each bucket's layout, which it can do without, and waits a minute where it gets no answer.
+    # By default gcsfs asks for the layout of each bucket, which it can do without, and waits a minute for the answer.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    # Else a listing is remembered for ever, though other machines write to the bucket too.
+    # By default a listing is remembered for ever, though other machines write to the bucket too.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     try:
         import gcsfs  # noqa: F401
     except ImportError:
         raise UserError(f"gs://{place} needs gcsfs: pip install 'llava-cot-jax[gcs]'") from None
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of all that it raises
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of every error that it raises
     found: Path = epath.Path(f"gs://{place}")
     return found
 
@@ -60,31 +64,26 @@ def _absolute(name: str) -> Path:
     except RuntimeError:
         raise UserError(f"{name}: there is no such user's home folder") from None
     try:
-        # What lies above a symbolic link is not what its name says: only the disk can tell where ``..`` leads.
+        # After a symbolic link, only the disk can tell where ``..`` leads.
         return Path(os.path.realpath(path)) if ".." in path.parts else path.absolute()
     except FileNotFoundError:
         raise UserError(f"{name} is relative, but the working directory no longer exists: change to another") from None
 
 
 def checkpoint_path(name: str | Path) -> Path:
-    """The absolute path of a checkpoint's folder: of the package's own model, or what ``as_path`` makes of ``name``.
+    """Return the absolute path of a checkpoint's folder: the bundled model's, or what ``as_path`` makes of ``name``.
 
     Raises:
-        UserError: as for ``as_path``.
+        UserError: ``as_path`` refuses ``name``.
     """
-    return EMBEDDED_FOLDER if name == EMBEDDED else as_path(name)
+    return BUNDLED_MODEL_FOLDER if name == BUNDLED_MODEL else as_path(name)
 
 
-def cache_folder() -> Path:
-    """The folder of the user's cache that is this package's: below ``XDG_CACHE_HOME``, or below ``~/.cache``."""
-    return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llava_cot_jax"
-
-
-def check_folder_can_be_made(folder: Path) -> None:
-    """Whether ``folder`` is one that can be written to, or can be made. In a bucket, only the attempt tells.
+def check_folder_writable(folder: Path) -> None:
+    """Check that a folder can be written to, or can be made. In a bucket, only writing can tell.
 
     Raises:
-        UserError: it is a file, lies below one, or may not be written to.
+        UserError: It is a file, lies below a file, or may not be written to.
     """
     if is_remote(folder):
         return
@@ -92,7 +91,7 @@ def check_folder_can_be_made(folder: Path) -> None:
     if not above.is_dir():
         raise UserError(f"{folder} cannot be written: {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} cannot be written: {above} is closed to you")
+        raise UserError(f"{folder} cannot be written: you have no permission to write to {above}")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -101,28 +100,28 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return scheme is not None and scheme[1] == "gs"
 
 
-def bucket_files() -> Any:
-    """The fsspec file system of buckets, for what ``epath`` lacks."""
+def bucket_filesystem() -> Any:
+    """Return the fsspec file system of buckets, for what ``epath`` lacks."""
     return fsspec.filesystem("gcs")
 
 
 def files_in(folder: Path) -> set[str]:
-    """The names of the files in ``folder``, not of its folders.
+    """Return the names of the files in a folder, without those of its folders.
 
     Raises:
-        UserError: no such folder (a bucket has those only that hold something), or no access to it.
+        UserError: There is no such folder (a bucket has no empty folders), or no access to it.
     """
-    with access(folder):
+    with reading_errors(folder):
         if not is_remote(folder):
             return {path.name for path in folder.iterdir() if path.is_file()}
-        entries = bucket_files().ls(str(folder), detail=True)
+        entries = bucket_filesystem().ls(str(folder), detail=True)
         return {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
 
 
 def move(folder: Path, destination: Path) -> None:
-    """Give ``folder`` another name, on the same disk, or in the same bucket, which has names of files alone."""
+    """Rename a folder on its disk. In a bucket, which has no folders, rename each of its files."""
     if is_remote(folder):
-        files, place = bucket_files(), str(folder).removeprefix("gs://")
+        files, place = bucket_filesystem(), str(folder).removeprefix("gs://")
         for name in files.find(place):
             files.cp_file(name, f"{destination}{name.removeprefix(place)}")
             files.rm_file(name)
@@ -132,22 +131,46 @@ def move(folder: Path, destination: Path) -> None:
 
 
 @contextmanager
-def access(path: Path) -> Iterator[None]:
-    """Turns what a disk or a bucket refuses in the block into a ``UserError`` that names ``path``."""
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a disk or a bucket from which the block reads into a ``UserError`` that names ``path``."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} does not exist{' (or its bucket does not)' if is_remote(path) else ''}") from None
     except Exception as fault:
-        if is_remote(path) and (reason := _refusal(fault)):
+        if is_remote(path) and (reason := _bucket_error(fault)):
             raise UserError(f"{path} {reason}") from fault
         if isinstance(fault, OSError):
             raise UserError(f"{path} cannot be read: {fault.strerror or fault}") from None
         raise
 
 
-def _refusal(fault: Exception) -> str:
-    """Why a bucket cannot be used; nothing if ``fault`` is not of its making."""
+@contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a disk or a bucket to which the block writes into a ``UserError`` that names ``path``.
+
+    Args:
+        path: File or folder that the block writes. Another file at which the error happened is named too, unless it
+            lies beside ``path``, as temporary files do.
+    """
+    try:
+        yield
+    except Exception as fault:
+        if is_remote(path) and (reason := _bucket_error(fault)):
+            raise UserError(f"{path} {reason}") from fault
+        if not isinstance(fault, OSError):
+            raise
+        if fault.errno in NO_SPACE:
+            raise UserError(
+                f"no space left on the disk of {path}: free some, then run the same command again"
+            ) from fault
+        name = fault.filename
+        other = f" ({name})" if isinstance(name, str | Path) and Path(name).parent != path.parent else ""
+        raise UserError(f"{path} cannot be written: {fault.strerror or fault}{other}") from fault
+
+
+def _bucket_error(fault: Exception) -> str:
+    """Return why a bucket cannot be used, or nothing if the error is not a bucket's."""
     import aiohttp
     import requests
     from gcsfs.retry import HttpError, NonRetryableError
@@ -155,6 +178,8 @@ def _refusal(fault: Exception) -> str:
 
     first_line = (str(fault).splitlines() or [type(fault).__name__])[0]
     match fault:
+        case FileNotFoundError():
+            return "does not exist (or its bucket does not)"
         case TransportError() | aiohttp.ClientError() | requests.RequestException():
             return f"cannot be reached, is there a network? ({first_line})"
         case HttpError(code=401) | GoogleAuthError() | NonRetryableError():

@@ -18,14 +18,14 @@ from rich.console import Console
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.generate import options_without_cost
 from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.planning import slices
 from llava_cot_jax.planning.model_sizes import model_config_for
 from llava_cot_jax.planning.settings import DatasetSize
-from llava_cot_jax.search.options import add_arguments, chosen
-from llava_cot_jax.training.settings import TrainSettings
+from llava_cot_jax.search.options import add_arguments, strategy_or_sampling
+from llava_cot_jax.search.request_options import add_request_options
+from llava_cot_jax.training.settings import RENAMED_SETTINGS, TrainSettings
 
 AUTO = "auto"
 
@@ -69,7 +69,7 @@ def _plan_training(argv: Sequence[str], console: Console) -> None:
     if not 0 < options.mfu <= 1:
         raise UserError(f"mfu is {options.mfu}; it must be above 0 and at most 1")
     dataset, slice_ = DatasetSize(options.examples, options.tokens_per_example), _slice(options.topology)
-    config = model_config_for(settings.init_from, settings.convention)
+    config = model_config_for(settings.checkpoint, settings.convention)
 
     slices.enable_tpu_compiler()
     from llava_cot_jax.planning.present import present_training_plan
@@ -112,9 +112,9 @@ def _plan_search(argv: Sequence[str], console: Console) -> None:
             help=f'Number of devices on the mesh axis "{axis}". By default, attention heads are split over all chips.',
         )
     add_arguments(parser)
-    parser.ignore(options_without_cost())  # so that a configuration of generate can be planned as it is
+    parser.ignore(add_request_options)  # so that a configuration of generate can be planned as it is
     options = parser.parse_args(list(argv))
-    strategy = chosen(options)
+    strategy = strategy_or_sampling(options)
     assert not isinstance(strategy, Sampling)  # there is a search
     if options.questions < 1:
         raise UserError(f"questions is {options.questions}; it must be at least 1")
@@ -143,7 +143,7 @@ def _slice(topology: str) -> slices.Slice | None:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser("plan")
+    parser = cli.Parser("plan", RENAMED_SETTINGS)
     add = parser.add_argument
     add(
         "--topology",

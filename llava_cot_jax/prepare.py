@@ -1,21 +1,22 @@
-"""Prepare LLaVA-CoT-100k for training: check it, split it, write it to be read at random; and look at it.
+"""Prepare LLaVA-CoT-100k for training: check it, split it and write it for random access; or show prepared rows.
 
 python -m llava_cot_jax.prepare --annotations train.jsonl --images image.zip.part-aa --output DIR
 python -m llava_cot_jax.prepare --show DIR --rows 4
 """
 
 import os
+from collections.abc import Callable
 
 import jsonargparse
 from rich.console import Console
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.settings import ChatSettings, Request
+from llava_cot_jax.data.settings import ChatSettings, PrepareSettings
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import check_writable
-from llava_cot_jax.model.checkpoint.finding import named_folder
-from llava_cot_jax.paths import as_path
+from llava_cot_jax.files import check_file_writable
+from llava_cot_jax.model.checkpoint.folder import named_folder
+from llava_cot_jax.paths import as_path, writing_errors
 
 TO_PREPARE = ("annotations", "images", "output")
 
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UserError: an argument, or anything that reading, checking or writing the data refuses.
+        UserError: An argument is wrong, or the data cannot be read, used or written.
     """
     options = _parser().parse_args(argv)
     for name in ("workers", "allow_missing", "rows"):
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _prepare(options: jsonargparse.Namespace) -> None:
-    request = Request(
+    settings = PrepareSettings(
         annotations=as_path(options.annotations),
         images=as_path(options.images),
         output=as_path(options.output),
@@ -47,21 +48,21 @@ def _prepare(options: jsonargparse.Namespace) -> None:
         limit=options.limit,
         validation_share=options.validation_share,
     )
-    # What is missing is told before libraries are imported that take seconds.
+    # Missing files are reported before libraries are imported that take seconds.
     from llava_cot_jax.data.raw.annotations import open_annotations
     from llava_cot_jax.data.raw.images import open_images
 
-    open_images(request.images)
-    open_annotations(request.annotations).close()
+    open_images(settings.images)
+    open_annotations(settings.annotations).close()
 
-    from llava_cot_jax.data.raw.preparation import TooManyLeftOut, find_prepared, prepare
+    from llava_cot_jax.data.raw.preparation import TooManyLeftOut, find_prepared, prepare_dataset
 
-    if summary := find_prepared(request):
-        print(f"{request.output} was prepared before")
+    if summary := find_prepared(settings):
+        print(f"{settings.output} was prepared before")
     else:
         try:
-            summary = prepare(
-                request, workers=options.workers, allow_missing=options.allow_missing, progress=cli.progress_bar
+            summary = prepare_dataset(
+                settings, workers=options.workers, allow_missing=options.allow_missing, progress=cli.progress_bar
             )
         except TooManyLeftOut as refusal:
             print(refusal.summary.table())
@@ -71,60 +72,88 @@ def _prepare(options: jsonargparse.Namespace) -> None:
 
 def _show(options: jsonargparse.Namespace) -> None:
     path = as_path(options.sheet)
-    check_writable(path)
+    check_file_writable(path)
     data = open_rows(options.show, options.split)
     if options.checkpoint is not None and (folder := named_folder(options.checkpoint)):
         from llava_cot_jax.processing.processor import check_tokenizer
 
         check_tokenizer(folder)
 
-    from llava_cot_jax.data.chat import Chat, LeftOut
-    from llava_cot_jax.data.show import describe, draw_sheet, processor_to_look_with
+    from llava_cot_jax.data.chat import Chat, SkippedConversation
+    from llava_cot_jax.data.show import describe_row, display_processor, draw_sheet
 
-    processor = processor_to_look_with(options.show, options.checkpoint)
+    processor = display_processor(options.show, options.checkpoint)
     chat = Chat(processor, options.chat)
     console = Console(highlight=False, soft_wrap=True)
     rows = [(index, data[index]) for index in range(min(options.rows, len(data)))]
     for index, row in rows:
         try:
-            console.print(describe(index, row, chat.encode(row.turns), processor.tokenizer))
-        except LeftOut as reason:
+            console.print(describe_row(index, row, chat.encode(row.turns), processor.tokenizer))
+        except SkippedConversation as reason:
             console.print(f"row {index} ({row.id}) is left out: {reason}", markup=False)
     if rows:
-        try:
-            draw_sheet(rows, processor.config.vision).save(path, "PNG")
-        except OSError as fault:
-            raise UserError(f"the picture of the tiles cannot be written to {path}: {fault.strerror}") from None
+        sheet = draw_sheet(rows, processor.config.vision)
+        with writing_errors(path):
+            sheet.save(path, "PNG")
         print(f"wrote the tiles to {path}")
 
 
 def _parser() -> cli.Parser:
     parser = cli.Parser("prepare")
-    add = parser.add_argument
-    add("--annotations", type=str, help="train.jsonl, or another file in its format")
+    _add_preparation_options(parser.add_argument_group("Preparation of a data set").add_argument)
+    _add_display_options(parser.add_argument_group("Display of prepared rows").add_argument)
+    parser.add_class_arguments(ChatSettings, "chat", help="Chat: how conversations become tokens, for --show.")
+    return parser
+
+
+def _add_preparation_options(add: Callable[..., object]) -> None:
+    workers = min(os.cpu_count() or 0, 16)  # each takes about 500 MB, and more would wait for the disk
+    add("--annotations", type=str, help="Annotations: train.jsonl of LLaVA-CoT-100k, or a file in its format.")
     add(
         "--images",
         type=str,
-        help="a folder, a .zip, one part of a split zip (image.zip.part-aa), or the folder of the parts; read in place",
+        help="Images, read in place: a folder, a .zip, one part of a split zip (image.zip.part-aa), or the folder of "
+        "the parts.",
     )
-    add("--output", type=str, help="the directory to make; the work is done in OUTPUT.preparing beside it")
-    add("--max_side", type=int, help="shrink larger images to so many pixels on their longest side")
-    workers = min(os.cpu_count() or 0, 16)  # each takes some 500 MB, and the disk has its limits
-    add("--workers", type=int, default=workers, help="processes; 0 does all in one (default: one per core, up to 16)")
-    add("--limit", type=int, help="use so many lines only, from the first")
-    add("--allow_missing", type=int, default=0, help="how many rows may be left out (default: none)")
-    add("--validation_share", type=float, default=0.01, help="of the images, with all their rows (default: 0.01)")
-    add("--show", type=str, help='instead: print rows of a prepared directory, or of the "shapes" that come along')
-    add("--rows", type=int, default=4, help="how many to show (default: 4)")
-    add("--split", type=str, default="train", help="which rows to show (default: train)")
+    add("--output", type=str, help="Directory to make. Unfinished work is kept in OUTPUT.preparing beside it.")
+    add("--max_side", type=int, help="Longest side of a written image in pixels. Larger images are shrunk.")
+    add(
+        "--workers",
+        type=int,
+        default=workers,
+        help="Number of worker processes; with 0, this process does the work (default: one per core, up to 16).",
+    )
+    add("--limit", type=int, help="Number of lines to use, from the first (default: all).")
+    add("--allow_missing", type=int, default=0, help="Number of rows that may be left out.")
+    add(
+        "--validation_share",
+        type=float,
+        default=0.01,
+        help="Share of the images that are for validation, with all their rows.",
+    )
+
+
+def _add_display_options(add: Callable[..., object]) -> None:
+    add(
+        "--show",
+        type=str,
+        help='Print rows of this prepared directory, or of "shapes", the data set that comes with the package, and '
+        "prepare nothing.",
+    )
+    add("--rows", type=int, default=4, help="Number of rows to show.")
+    add("--split", type=str, default="train", help="Split whose rows are shown.")
     add(
         "--checkpoint",
         type=str,
-        help="a checkpoint whose tokenizer and tiles to show rows with: a folder, an id on the hub, or shapes",
+        help="Checkpoint whose tokenizer and tiles are shown: a folder in Hugging Face form, an id on the hub, or "
+        '"shapes".',
     )
-    add("--sheet", type=str, default="rows.png", help="the picture of their tiles (default: rows.png)")
-    parser.add_class_arguments(ChatSettings, "chat", help="how turns become tokens, where rows are shown")
-    return parser
+    add(
+        "--sheet",
+        type=str,
+        default="rows.png",
+        help="Picture file for the tiles of the shown rows.",
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The four stages of an answer, found in its text."""
+"""The four stages of an answer, and how they are found in its text."""
 
 import re
 from dataclasses import dataclass
 
 STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
-"""LLaVA-CoT's stages in their order; each stands between ``<NAME>`` and ``</NAME>``."""
+"""LLaVA-CoT's stages in their order. Each is enclosed in ``<NAME>`` and ``</NAME>``."""
 
 
 @dataclass(frozen=True)
@@ -12,10 +12,10 @@ class Stage:
     """A stage of a text.
 
     Attributes:
-        start: where its opening tag begins, in characters.
-        end: past its closing tag, or where it ends without one.
-        body: what stands between the tags, without the space around it.
-        closed: whether its closing tag is there.
+        start: Position of the opening tag, in characters.
+        end: Position after the closing tag, or where the stage ends without one.
+        body: Text between the tags, without the space around it.
+        closed: Whether the closing tag is there.
     """
 
     start: int
@@ -25,10 +25,10 @@ class Stage:
 
 
 def locate_stages(text: str) -> dict[str, Stage]:
-    """Each stage of ``text`` that was opened, by name in order.
+    """Return each stage of ``text`` that was opened, by name and in order.
 
-    A stage that was never closed reaches to the next stage's opening tag, or to the end. A stage
-    counts once and in its order: a tag that repeats, or that comes before its time, is text.
+    A stage that was never closed reaches to the next stage's opening tag, or to the end of the text. A stage counts
+    once and in its order: a tag that is repeated or out of order is text.
     """
     found: dict[str, Stage] = {}
     position = 0
@@ -46,7 +46,7 @@ def locate_stages(text: str) -> dict[str, Stage]:
 
 
 def find_stages(text: str) -> dict[str, str]:
-    """The body of each stage of ``text`` that was opened, as ``locate_stages`` finds it."""
+    """Return the body of each stage of ``text`` that was opened, as ``locate_stages`` finds it."""
     return {name: stage.body for name, stage in locate_stages(text).items()}
 
 

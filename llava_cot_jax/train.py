@@ -21,10 +21,10 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint.finding import named_folder, resolve_checkpoint
-from llava_cot_jax.paths import as_path, check_folder_can_be_made
+from llava_cot_jax.model.checkpoint.folder import named_folder, resolve_checkpoint
+from llava_cot_jax.paths import as_path, check_folder_writable
 from llava_cot_jax.training.layout import CONFIGURATION, is_run, relocated
-from llava_cot_jax.training.settings import TrainSettings
+from llava_cot_jax.training.settings import RENAMED_SETTINGS, TrainSettings
 
 if TYPE_CHECKING:
     from llava_cot_jax.training.loop import Trained
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of each thread, then raises
     cli.enable_compilation_cache()
     _join_hosts(told.hosts)
-    if settings.answers and jax.process_count() > 1:
+    if settings.eval_generations and jax.process_count() > 1:
         raise UserError("answers is set, but only one process can answer yet: set it to 0, and use generate later")
     first = jax.process_index() == 0
     console = Console(highlight=False, soft_wrap=True)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not trained.complete:
         return
-    if settings.answers:
+    if settings.eval_generations:
         _answer(settings, trained, log)
     log(f"export the model: python -m llava_cot_jax.convert {shlex.quote(settings.output)} FOLDER")
 
@@ -101,13 +101,13 @@ def _where_the_run_lies(settings: TrainSettings, given: Sequence[str]) -> TrainS
             if settings.output != stored["output"]:
                 break  # another file names another folder
             now = relocated(stored, folder)
-            moved = {name: now[name] for name in ("data", "init_from") if getattr(settings, name) == stored[name]}
+            moved = {name: now[name] for name in ("data", "checkpoint") if getattr(settings, name) == stored[name]}
             return replace(settings, output=str(folder), **moved)
     return settings
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser("train")
+    parser = cli.Parser("train", RENAMED_SETTINGS)
     parser.add_class_arguments(TrainSettings)
     add = parser.add_argument
     add("--accept_changes", type=bool, default=False, help="go on from a checkpoint of other settings or other data")
@@ -125,10 +125,10 @@ def _check_files(settings: TrainSettings) -> None:
     """
     from llava_cot_jax.processing.processor import check_tokenizer
 
-    check_folder_can_be_made(as_path(settings.output))
-    for split in ("train", "validation") if settings.validation_rows else ("train",):
+    check_folder_writable(as_path(settings.output))
+    for split in ("train", "validation") if settings.eval_examples else ("train",):
         open_rows(settings.data, split)
-    if folder := named_folder(settings.init_from):
+    if folder := named_folder(settings.checkpoint):
         check_tokenizer(folder if settings.random_init else resolve_checkpoint(folder))
 
 
@@ -174,7 +174,7 @@ def _answer(settings: TrainSettings, trained: Trained, log: Any) -> None:
     model = Mllama.from_arrays(origin.config, arrays, layout="stacked", mesh=trained.mesh)
     model.to_layout("unrolled")
     rows = open_rows(settings.data, "validation")
-    indices = range(min(settings.answers, len(rows)))
+    indices = range(min(settings.eval_generations, len(rows)))
     found = []
     with cli.progress_bar("answering", "questions") as on_progress:
         for answered in answer_held_out(Generator(model), origin.processor, rows, indices, settings.chat.max_length):

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import save
 from transformers import PreTrainedTokenizerFast
 
-from llava_cot_jax.model.checkpoint.auxiliary_files import write_companions
+from llava_cot_jax.model.checkpoint.auxiliary_files import write_auxiliary_files
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
 from llava_cot_jax.model.parameters import GATE, parameters
 from llava_cot_jax.processing.tokenizer import make_tokenizer
@@ -103,5 +103,5 @@ def write_demo(folder: Path, seed: int = 0) -> None:
     tokenizer = make_tokenizer(CORPUS, VOCAB_SIZE)
     config = demo_config(tokenizer)
     (folder / "model.safetensors").write_bytes(save(random_weights(config, seed), metadata={"format": "pt"}))
-    write_companions(folder, config, tokenizer, "float32")
+    write_auxiliary_files(folder, config, tokenizer, "float32")
     draw_picture().save(folder / "picture.png")

@@ -16,7 +16,7 @@ from transformers import MllamaForConditionalGeneration
 
 from llava_cot_jax.convert import main
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.parameters import parameters
 
 FIXTURE = Path(__file__).parent / "fixtures/mllama_tiny"

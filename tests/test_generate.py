@@ -144,7 +144,7 @@ def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
 
 
 SEARCH = ["", "--search"]
-"""Begins the arguments of a search, to which no --max_new_tokens is added."""
+"""Beginning of the arguments of a search, to which no --max_new_tokens is added."""
 
 
 def without_a_tensor(demo: Path, folder: Path) -> Path:
@@ -175,17 +175,20 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: ["--temperature", "-1"], "temperature"),
         (lambda d, t: ["--temperature", "1", "--top_p", "0"], "top_p must be above 0"),
         (lambda d, t: ["--convention", "mine"], "convention"),
-        (lambda d, t: ["--candidates", "4"], "--candidates is of a search"),
+        (lambda d, t: ["--num_candidates", "4"], "--num_candidates needs a search"),
         (lambda d, t: ["--trace", str(t / "x.json")], "--trace needs a search"),
         (lambda d, t: ["--temperature", "[0.1, 0.2]"], "--search stage_beam"),
         (lambda d, t: ["--search", "beam"], "search"),
-        (lambda d, t: ["--search", "greedy", "--max_new_tokens", "9"], "--max_new_tokens is for an answer without"),
-        (lambda d, t: [*SEARCH, "greedy", "--candidates", "4"], "--candidates has no meaning for --search greedy"),
+        (lambda d, t: [*SEARCH, "greedy", "--max_new_tokens", "[4, 2]"], "--max_new_tokens takes one value"),
+        (
+            lambda d, t: [*SEARCH, "greedy", "--num_candidates", "4"],
+            "--num_candidates has no meaning for --search greedy",
+        ),
         (lambda d, t: [*SEARCH, "majority_vote", "--judge", "token"], "--judge has no meaning"),
-        (lambda d, t: [*SEARCH, "best_of_n", "--candidates", "[4, 2]"], "--candidates takes one value"),
-        (lambda d, t: [*SEARCH, "stage_beam", "--candidates", "[4, 2]"], "2 values for 4 stages"),
-        (lambda d, t: [*SEARCH, "stage_beam", "--budget", "0"], "budget must be at least 1"),
-        (lambda d, t: [*SEARCH, "stage_beam", "--budget", "200000"], "context of 131072"),
+        (lambda d, t: [*SEARCH, "best_of_n", "--num_candidates", "[4, 2]"], "--num_candidates takes one value"),
+        (lambda d, t: [*SEARCH, "stage_beam", "--num_candidates", "[4, 2]"], "2 values for 4 stages"),
+        (lambda d, t: [*SEARCH, "stage_beam", "--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
+        (lambda d, t: [*SEARCH, "stage_beam", "--max_new_tokens", "200000"], "context of 131072"),
         (lambda d, t: [*SEARCH, "stage_beam", "--judge_prompts", str(t / "none.yaml")], "none.yaml"),
         (lambda d, t: [*SEARCH, "greedy", "--trace", str(d / "config.json" / "x.json")], "x.json cannot be written"),
         (lambda d, t: [*SEARCH, "greedy", "--trace", str(d)], "it is a folder; name a file"),
@@ -266,7 +269,16 @@ def test_the_conclusion_comes_as_it_is_written(capsys):
 def test_a_search_with_its_trace(demo, monkeypatch, capsys, tmp_path):
     """The command prints the answers of the library, and the trace holds the whole search of every question."""
     trace = tmp_path / "trace.json"
-    search = ["--search", "stage_beam", "--candidates", "[3, 1, 2, 2]", "--budget", "8", "--temperature", "0.9"]
+    search = [
+        "--search",
+        "stage_beam",
+        "--num_candidates",
+        "[3, 1, 2, 2]",
+        "--max_new_tokens",
+        "8",
+        "--temperature",
+        "0.9",
+    ]
     given = ["--checkpoint", str(demo), "--question", QUESTION, "Which?", "--image", str(demo / "picture.png"), *search]
     given += ["--mesh.fsdp", "1"]
     code, out, err = run(monkeypatch, capsys, *given, "--seed", "4", "--json", "--trace", str(trace))
@@ -295,7 +307,7 @@ def test_ctrl_c_ends_a_search_that_compiles_or_runs(demo):
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "runpy.run_module('llava_cot_jax.generate', run_name='__main__')"
     )
-    given = ["--checkpoint", str(demo), "--question", QUESTION, "--search", "stage_beam", "--budget", "20000"]
+    given = ["--checkpoint", str(demo), "--question", QUESTION, "--search", "stage_beam", "--max_new_tokens", "20000"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *given],
         stdout=subprocess.PIPE,

@@ -22,17 +22,18 @@ from llava_cot_jax import Mllama, Processor
 from llava_cot_jax.convert import main as convert
 from llava_cot_jax.data.prepared import PreparedRows
 from llava_cot_jax.data.raw import preparation
-from llava_cot_jax.data.settings import Request
+from llava_cot_jax.data.settings import PrepareSettings
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint import reading
 from llava_cot_jax.model.checkpoint import writing as export
-from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
-from llava_cot_jax.model.checkpoint.reading import StoredTensor, read_shards, verified_tensors
-from llava_cot_jax.model.checkpoint.sharded import load_arrays, save_arrays
+from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.reading import StoredTensor, locate_tensors, read_slices
+from llava_cot_jax.model.checkpoint.sharded_loading import load_params
+from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.parameters import ParamLayout
 from llava_cot_jax.model.sharding import make_mesh
-from llava_cot_jax.paths import access, as_path, bucket_files, files_in, is_remote
+from llava_cot_jax.paths import as_path, bucket_filesystem, files_in, is_remote, reading_errors
 from llava_cot_jax.prepare import main as prepare
 from llava_cot_jax.training import run_lock
 from llava_cot_jax.training.checkpoints import Checkpoints, newest_whole, steps_in
@@ -83,7 +84,7 @@ def folder() -> Path:
 
 
 def upload(local: Path, folder: Path) -> Path:
-    bucket_files().put(f"{local}/", f"{folder}/", recursive=True)
+    bucket_filesystem().put(f"{local}/", f"{folder}/", recursive=True)
     return folder
 
 
@@ -185,9 +186,9 @@ class TestRefusals:
             prepare(arguments)
 
     def test_the_users_own_mistakes_pass(self, folder: Path) -> None:
-        with pytest.raises(UserError, match=r"^mine$"), access(folder):
+        with pytest.raises(UserError, match=r"^mine$"), reading_errors(folder):
             raise UserError("mine")
-        with pytest.raises(KeyError), access(folder):
+        with pytest.raises(KeyError), reading_errors(folder):
             raise KeyError
 
 
@@ -207,10 +208,10 @@ class TestCheckpoint:
         self, model: Path, sizes: tuple[int, int, int] | None, layout: ParamLayout, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         mesh = None if sizes is None else make_mesh(*sizes)
-        expected = load_arrays(FIXTURE, CONFIG, layout=layout, mesh=mesh)
+        expected = load_params(FIXTURE, CONFIG, layout=layout, mesh=mesh)
         counts = count_requests(monkeypatch)
         progress: list[tuple[int, int]] = []
-        arrays = load_arrays(model, CONFIG, layout=layout, mesh=mesh, on_progress=lambda *c: progress.append(c))
+        arrays = load_params(model, CONFIG, layout=layout, mesh=mesh, on_progress=lambda *c: progress.append(c))
         assert arrays.keys() == expected.keys()
         for path, array in expected.items():
             assert arrays[path].sharding == array.sharding
@@ -220,15 +221,15 @@ class TestCheckpoint:
         assert progress[-1] == (BYTES, BYTES)
 
     def test_several_files(self, folder: Path) -> None:
-        arrays = load_arrays(FIXTURE, CONFIG, layout="stacked")
-        save_arrays(arrays, CONFIG, folder, max_file_bytes=700_000)
+        arrays = load_params(FIXTURE, CONFIG, layout="stacked")
+        save_params(arrays, CONFIG, folder, max_file_bytes=700_000)
         assert len(files_in(folder)) > 4
-        again = load_arrays(resolve_checkpoint(folder), read_config(folder), layout="stacked")
+        again = load_params(resolve_checkpoint(folder), read_config(folder), layout="stacked")
         assert all(np.array_equal(again[path], arrays[path]) for path in arrays)
         missing = next(iter(sorted(folder.glob("*.safetensors"))))
         missing.unlink()
         with pytest.raises(UserError, match=f"^{missing} does not exist, though model.safetensors.index.json names it"):
-            verified_tensors(folder, CONFIG)
+            locate_tensors(folder, CONFIG)
 
     @pytest.mark.parametrize(
         ("change", "reason"),
@@ -248,14 +249,14 @@ class TestCheckpoint:
         assert changed != whole
         (folder / "model.safetensors").write_bytes(changed)
         with pytest.raises(UserError, match=rf"^{folder}/model\.safetensors is damaged or cut short \(.*{reason}"):
-            verified_tensors(folder, CONFIG)
+            locate_tensors(folder, CONFIG)
 
     def test_cut_short_after_the_check(self, folder: Path) -> None:
         upload(FIXTURE, folder)
-        stored = verified_tensors(folder, CONFIG)["language_model.lm_head.weight"]
+        stored = locate_tensors(folder, CONFIG)["language_model.lm_head.weight"]
         stored.file.write_bytes((FIXTURE / "model.safetensors").read_bytes()[: stored.offset + 100])
         with pytest.raises(UserError, match=r"model\.safetensors ended early"):
-            read_shards(stored, {((0, 256), (0, 64)): np.empty((256, 64), np.float32)})
+            read_slices(stored, {((0, 256), (0, 64)): np.empty((256, 64), np.float32)})
 
 
 def count_requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -291,7 +292,7 @@ class TestReading:
     def test_boxes(
         self,
         folder: Path,
-        boxes: list[reading.Box],
+        boxes: list[reading.TensorSlice],
         read: int | None,
         dtype: str,
         request_bytes: int,
@@ -302,8 +303,8 @@ class TestReading:
         values = np.arange(480, dtype=np.float32).reshape(6, 8, 10)
         (folder / "raw").write_bytes(b"head" + values.tobytes())
         stored = StoredTensor("x", folder / "raw", 4, values.shape, "F32")
-        shards = {box: np.empty(reading.extents(box), dtype) for box in boxes}
-        count = read_shards(stored, shards)
+        shards = {box: np.empty(reading.slice_shape(box), dtype) for box in boxes}
+        count = read_slices(stored, shards)
         assert count == sum(counts) == reading.bytes_to_read(stored, boxes)
         assert read in (None, count)
         for box, shard in shards.items():
@@ -322,7 +323,7 @@ class TestReading:
         (folder / "raw").write_bytes(values.tobytes())
         stored = StoredTensor("x", folder / "raw", 0, values.shape, "F32")
         shard = np.empty((100, 2), np.float32)
-        assert read_shards(stored, {((0, 100), (4, 6)): shard}) == read
+        assert read_slices(stored, {((0, 100), (4, 6)): shard}) == read
         assert (len(counts), sum(counts)) == (requests, read)
         np.testing.assert_array_equal(shard, values[:, 4:6])
 
@@ -375,11 +376,11 @@ class TestWriting:
 
         monkeypatch.setattr(export, failing, fail)
         if dies:
-            monkeypatch.setattr(bucket_files(), "rm", None)
+            monkeypatch.setattr(bucket_filesystem(), "rm", None)
         with pytest.raises(UserError, match=f"^{folder} is closed to your credentials"):
             convert([str(FIXTURE), str(folder)])
         monkeypatch.undo()
-        assert bucket_files().exists(str(folder)) == dies
+        assert bucket_filesystem().exists(str(folder)) == dies
         with pytest.raises(UserError, match=r"holds no config\.json" if dies else "does not exist"):
             resolve_checkpoint(folder)
 
@@ -417,7 +418,8 @@ class TestPreparedRows:
         raw = make_raw_set(root, faults=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(preparation, "SHARD_ROWS", 30)
-            preparation.prepare(Request(raw.annotations, raw.write_folder(root / "images"), root / "out"))
+            settings = PrepareSettings(raw.annotations, raw.write_folder(root / "images"), root / "out")
+            preparation.prepare_dataset(settings)
         return root / "out"
 
     @pytest.fixture
@@ -457,7 +459,7 @@ class TestRuns:
 
     def test_checkpoints_and_the_model_exported_from_them(self, folder, tmp_path) -> None:
         start = upload(write_small(tmp_path / "small"), folder / "small")
-        run = begin(start, folder / "run", frozen=["^vision_model"])
+        run = begin(start, folder / "run", frozen_params=["^vision_model"])
         save(run, folder / "run")
         assert steps_in(folder / "run" / CHECKPOINTS) == [3]
         with Checkpoints(folder / "run" / CHECKPOINTS, KEPT) as checkpoints:
@@ -468,7 +470,7 @@ class TestRuns:
         export_run = RunExport(folder / "run")
         export_run.write(folder / "exported", export_run.config)
         wanted = tensors_of(run.program, run.state)
-        got = load_arrays(folder / "exported", export_run.config, layout="unrolled")
+        got = load_params(folder / "exported", export_run.config, layout="unrolled")
         assert wanted.keys() == got.keys()
         assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
 

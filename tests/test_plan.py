@@ -56,7 +56,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(capsys):
     main([*FULL, "--topology", "v5e-8", "--mesh.fsdp", "null", "--mesh.tensor", "1"])
     out = capsys.readouterr().out
     assert "no: " in out and "GB too much" in out
-    options = "--optimizer.precision bfloat16_stochastic --loader.batch 8"
+    options = "--optimizer.precision bfloat16_stochastic --loader.batch_size 8"
     assert f"would fit, computed: {options}" in " ".join(out.split())
     assert "(v5e-8, 8 chips): computed, not measured" in out
 
@@ -76,12 +76,12 @@ def test_any_mesh_is_the_one_with_the_shortest_step(capsys):
 
 
 def test_a_search(capsys):
-    (plan,) = told(capsys, *BEAM, "--topology", "v6e-1", "--candidates", "10")
+    (plan,) = told(capsys, *BEAM, "--topology", "v6e-1", "--num_candidates", "10")
     assert plan["chips"] == 1
     assert sum(plan["computed"]["memory"].values()) / 1e9 == pytest.approx(24.3, rel=0.1)  # what was compiled
-    (int8,) = told(capsys, *BEAM, "--topology", "v6e-1", "--candidates", "10", "--quantize", "int8")
+    (int8,) = told(capsys, *BEAM, "--topology", "v6e-1", "--num_candidates", "10", "--quantize", "int8")
     assert int8["computed"]["seconds"] < plan["computed"]["seconds"]
-    main([*BEAM, "--topology", "v6e-1", "--candidates", "10"])
+    main([*BEAM, "--topology", "v6e-1", "--num_candidates", "10"])
     assert "at most 5" in " ".join(capsys.readouterr().out.split())
 
 
@@ -113,12 +113,12 @@ MISTAKES = [
     ([*FULL, "--topology", "v9-8"], "is no slice: write it as v5e:4x8"),
     ([*FULL, "--topology", "v5e-64", "--mfu", "40"], "mfu is 40.0; it must be above 0"),
     ([*FULL, "--topology", "v5e-64", "--examples", "0"], "must be at least 1"),
-    ([*FULL, "--topology", "v5e-64", "--init_from", "nowhere/model"], "nowhere/model is no folder"),
+    ([*FULL, "--topology", "v5e-64", "--checkpoint", "nowhere/model"], "nowhere/model is no folder"),
     ([*FULL, "--topology", "v5e-64", "--optimiser.b1", "0.9"], "did you mean"),
     ([*BEAM, "--topology", "2*v5e:2x2"], "runs on one slice"),
     ([*BEAM, "--topology", "v5e-4", "--questions", "0"], "questions is 0"),
     ([*BEAM, "--topology", "v5e-4", "--checkpoint", "nowhere"], "nowhere is no folder"),
-    ([*BEAM, "--topology", "v5e-4", "--candidates", "0"], "candidates must be at least 1"),
+    ([*BEAM, "--topology", "v5e-4", "--num_candidates", "0"], "num_candidates must be at least 1"),
     (["--config", "missing.yaml", "--topology", "v5e-4"], "missing.yaml"),
     (FULL, "topology"),
 ]
@@ -148,9 +148,20 @@ def test_a_program_that_sends_nothing_differs_from_one_that_cannot_be_read(capsy
 @pytest.mark.slow
 def test_a_compiled_program_is_cached(tmp_path):
     """Compile a step of the shapes world for two slices, with the real compiler, in two processes."""
-    arguments = ["--output", "o", "--init_from", "shapes", "--data", "shapes", "--topology", "2*v5e-1", "--steps", "10"]
+    arguments = [
+        "--output",
+        "o",
+        "--checkpoint",
+        "shapes",
+        "--data",
+        "shapes",
+        "--topology",
+        "2*v5e-1",
+        "--steps",
+        "10",
+    ]
     arguments += ["--mesh.data", "2", "--mesh.fsdp", "1"]
-    sizes = ["--loader.batch", "4", "--chat.max_length", "64", "--checkpointing", "none", "--json"]
+    sizes = ["--loader.batch_size", "4", "--chat.max_length", "64", "--remat", "none", "--json"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""}  # it takes no CPU's flags
     runs = []
     for _ in range(2):

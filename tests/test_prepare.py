@@ -1,4 +1,4 @@
-"""The prepare command: what it makes, counts and refuses, and that no interruption shows in the result."""
+"""Tests of the prepare command: its output, counts and errors, and results that no interruption changes."""
 
 import json
 import os
@@ -18,9 +18,9 @@ import tensorflow_datasets as tfds
 from llava_cot_jax import cli
 from llava_cot_jax.data.prepared import PreparedRows
 from llava_cot_jax.data.raw import preparation
-from llava_cot_jax.data.raw.preparation import prepare
+from llava_cot_jax.data.raw.preparation import prepare_dataset
 from llava_cot_jax.data.raw.work_folder import WorkFolder
-from llava_cot_jax.data.settings import Request
+from llava_cot_jax.data.settings import PrepareSettings
 from llava_cot_jax.data.workers import parallel
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.prepare import main
@@ -34,7 +34,7 @@ SMALL = {"SHARD_BYTES": 40_000, "CHECK_IMAGES": 8}
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> RawSet:
-    """With every fault, in a split zip."""
+    """A raw data set with every fault, in a split zip."""
     raw = make_raw_set(tmp_path_factory.mktemp("raw"))
     raw.write_parts(raw.annotations.parent / "hub")
     return raw
@@ -47,7 +47,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arguments(raw: RawSet, output: Path, *more: str) -> list[str]:
-    """Of a run that leaves out what cannot be used, in one process; ``more`` wins."""
+    """Arguments of a run in one process that leaves out unusable rows; ``more`` overrides them."""
     files = ["--annotations", str(raw.annotations), "--images", str(raw.annotations.parent / "hub")]
     numbers = ["--allow_missing", str(len(raw.left_out)), "--validation_share", "0.1", "--workers", "0"]
     return [*files, "--output", str(output), *numbers, *more]
@@ -55,7 +55,7 @@ def arguments(raw: RawSet, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(raw: RawSet) -> dict[str, bytes]:
-    """What a run that nothing disturbs makes, by file name."""
+    """Output of an undisturbed run, by file name."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(preparation, name, value)
@@ -68,12 +68,12 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def run(command: list[str], before: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, which first runs the Python code ``before``."""
+    """Run the command in a process of its own, after the Python code ``before``."""
     code = (
         "import os, signal\n"
         # A shell's background jobs, and all that they start, ignore it.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"from llava_cot_jax import cli\nfrom llava_cot_jax.data import preparation, work_folder\n"
+        f"from llava_cot_jax import cli\nfrom llava_cot_jax.data.raw import preparation, work_folder\n"
         f"vars(preparation).update({SMALL})\n{before}\n"
         "import runpy; runpy.run_module('llava_cot_jax.prepare', run_name='__main__')"
     )
@@ -177,7 +177,7 @@ class TestResult:
 
 class TestDisk:
     def test_the_zip_is_never_joined_nor_unpacked(self, tmp_path: Path) -> None:
-        """At no time is there more than the images once, as records, and a little."""
+        """The disk never holds more than the images once, as records, and a little."""
         raw = make_raw_set(tmp_path, faults=False, scale=5)
         parts = raw.write_parts(tmp_path / "hub", size=1_000_000)
         before = {part: part.stat().st_mtime_ns for part in parts}
@@ -194,7 +194,7 @@ class TestDisk:
             yield measure
 
         preparation.SHARD_BYTES = 2_000_000
-        prepare(Request(raw.annotations, tmp_path / "hub", tmp_path / "out"), progress=progress)
+        prepare_dataset(PrepareSettings(raw.annotations, tmp_path / "hub", tmp_path / "out"), progress=progress)
         measure()
         assert len(used) > 10
         assert max(used) < images * 1.2
@@ -208,7 +208,7 @@ class TestAgain:
         main(arguments(raw, tmp_path / "out"))
         table, before = capsys.readouterr().out, tree(tmp_path / "out")
         (tmp_path / "out.preparing").mkdir()  # as a kill after the last step leaves it
-        monkeypatch.setattr(preparation, "prepare", None)
+        monkeypatch.setattr(preparation, "prepare_dataset", None)
         main(arguments(raw, tmp_path / "out", "--allow_missing", "0"))
         assert capsys.readouterr().out == f"{tmp_path / 'out'} was prepared before\n{table}"
         assert tree(tmp_path / "out") == before
@@ -252,7 +252,7 @@ class TestAgain:
 
 
 class TestRefusal:
-    """In one line, before anything is written."""
+    """The error is one line, before anything is written."""
 
     @pytest.mark.parametrize(
         ("more", "message"),
@@ -267,9 +267,9 @@ class TestRefusal:
             (["--workers", "-1"], "workers is -1; it must be at least 0"),
             (["--allow_missing", "-1"], "allow_missing is -1; it must be at least 0"),
             (["--validation_share", "1"], "validation_share is 1.0; it must be at least 0 and less than 1"),
-            (["--output", "{tmp}/file"], "{tmp}/file is there, and nothing that was prepared: name another output"),
+            (["--output", "{tmp}/file"], "{tmp}/file exists and is no prepared data set: name another output"),
             (["--output", "{tmp}/file/out"], "cannot write {tmp}/file/out.preparing: Not a directory"),
-            (["--output", "{tmp}"], "{tmp} is there, and nothing that was prepared: name another output"),
+            (["--output", "{tmp}"], "{tmp} exists and is no prepared data set: name another output"),
         ],
     )
     def test_mistakes(
@@ -304,7 +304,7 @@ class TestRefusal:
 
 
 def workers_alive(pids: list[int]) -> list[int]:
-    """Of these processes, those that are neither gone nor dead."""
+    """Return those of the processes that are alive."""
 
     def alive(pid: int) -> bool:
         try:
@@ -348,7 +348,7 @@ class TestInterruption:
         out, work = tmp_path / "out", tmp_path / "out.preparing"
         kills = {
             "os.fsync": 4,
-            "preparation.WriteShard._record": 20,
+            "preparation.ShardWriter._record": 20,
             "preparation.LlavaCot100k._example_writer": 1,
             "work_folder.WorkFolder.remove": 1,
         }
@@ -404,7 +404,7 @@ class TestInterruption:
             list(parallel(os._exit, [1], workers=1))
 
     def test_full_disk(self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-        """On a disk of its own, which grows a little after each run that it ends."""
+        """The command runs on a disk of its own, which grows a little after each run that it stops."""
         disk = tmp_path / "disk"
         disk.mkdir()
         command = arguments(raw, disk / "out")
@@ -438,7 +438,7 @@ shutil.copytree({str(disk / "out")!r}, {str(tmp_path / "copy")!r})
         complaints = result.stderr.splitlines()
         assert len(complaints) > 10
         expected = (
-            f"error: no space left on the disk of {disk / 'out'}: free some and run the same command again: it goes on"
+            f"error: no space left on the disk of {disk / 'out'}: free some and run the same command again to go on"
         )
         assert set(complaints) == {expected}
         assert tree(tmp_path / "copy") == undisturbed

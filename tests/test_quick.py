@@ -17,7 +17,7 @@ from PIL import Image
 
 import llava_cot_jax
 from llava_cot_jax import cli
-from llava_cot_jax.paths import EMBEDDED_FOLDER
+from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
 from tests.processes import ROOT, xla_flags
 
 SLOW = ("flax", "grain", "jax", "optax", "orbax", "tensorflow_datasets", "torch", "transformers")
@@ -83,18 +83,18 @@ def test_the_program_of_all_commands(arguments: list[str]) -> None:
 
 
 ASKED = ["--checkpoint", "shapes", "--question", "x"]
-RUN = ["--output", "o", "--init_from", "shapes", "--data", "shapes"]
+RUN = ["--output", "o", "--checkpoint", "shapes", "--data", "shapes"]
 RAW = ["--annotations", "no", "--images", "no", "--output", "o"]
 
 WRONG = [
     *((command, ["--nonsense", "3"], "unrecognized arguments") for command in cli.COMMANDS),
     ("bench", ["--random", "100m", "--runs", "0"], "runs must be at least 1"),
-    ("bench", ["--random", "100m", "--workload.prompt", "0"], "prompt must be at least 1"),
+    ("bench", ["--random", "100m", "--workload.prompt_tokens", "0"], "prompt_tokens must be at least 1"),
     ("convert", ["a", "b", "--dtype", "float8"], "float8"),
     ("convert", ["shapes", "b", "--step", "3"], "--step is for the folder of a training run"),
     ("generate", [*ASKED, "--mesh.data", "0"], "mesh.data is 0"),
     ("generate", [*ASKED, "--temperature", "-1"], "temperature must not be negative"),
-    ("generate", [*ASKED, "--search", "stage_beam", "--candidates", "0"], "candidates must be at least 1"),
+    ("generate", [*ASKED, "--search", "stage_beam", "--num_candidates", "0"], "num_candidates must be at least 1"),
     ("plan", [*RUN, "--topology", "v9-8"], "is no slice"),
     ("plan", [*RUN, "--topology", "v5e-8", "--lora.rank", "-1"], "lora.rank is -1"),
     ("prepare", [*RAW, "--max_side", "0"], "max_side is 0"),
@@ -143,9 +143,9 @@ MISSING = [
     ("train", [*RUN, "--config", "{folder}/binary.yaml"], "no text in UTF-8"),
     ("generate", [*ASKED, "--search", "stage_beam", "--judge_prompts", "{folder}/binary.yaml"], "binary.yaml"),
     ("train", [*RUN[:4], "--data", "nowhere"], "nowhere is no prepared data set"),
-    ("train", [*RUN, "--init_from", "./nowhere"], f"no such folder: {ROOT}/nowhere"),
-    ("train", [*RUN, "--init_from", "{folder}/shards"], "b.safetensors does not exist"),
-    ("train", [*RUN, "--init_from", "{folder}/untold"], "lacks tokenizer.json"),
+    ("train", [*RUN, "--checkpoint", "./nowhere"], f"no such folder: {ROOT}/nowhere"),
+    ("train", [*RUN, "--checkpoint", "{folder}/shards"], "b.safetensors does not exist"),
+    ("train", [*RUN, "--checkpoint", "{folder}/untold"], "lacks tokenizer.json"),
 ]
 
 
@@ -154,7 +154,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints: one lacks a file of weights, the other its tokenizer."""
     folder = tmp_path_factory.mktemp("missing")
     for name in ("shards", "untold"):
-        shutil.copytree(EMBEDDED_FOLDER, folder / name)
+        shutil.copytree(BUNDLED_MODEL_FOLDER, folder / name)
     (folder / "untold" / "tokenizer.json").unlink()
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\n")
     (folder / "shards" / "model.safetensors").rename(folder / "shards" / "a.safetensors")
@@ -171,7 +171,7 @@ def test_a_missing_file(folder: Path, command: str, arguments: list[str], messag
     assert not ended.imported
 
 
-SEARCH = ["--search", "stage_beam", "--candidates", "1", "--budget", "2"]
+SEARCH = ["--search", "stage_beam", "--num_candidates", "1", "--max_new_tokens", "2"]
 
 
 @pytest.mark.parametrize("how", [[], pytest.param(SEARCH, marks=pytest.mark.slow)])

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 from llava_cot_jax import Mllama, MllamaConfig, Processor, Reasoner, StageBeam
 from llava_cot_jax.data.shapes.drawn import draw_questions
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import EMBEDDED_FOLDER, as_path, cache_folder
-from llava_cot_jax.search.prompts import DEFAULT_FILE
+from llava_cot_jax.files import cache_folder
+from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER, as_path
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.layout import relocated
 from tests.data.raw.raw_set import make_raw_set
@@ -61,30 +62,30 @@ class TestAsPath:
     def test_the_cache(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("XDG_CACHE_HOME", "kept here")
-        assert cache_folder() == tmp_path / "kept here/llava_cot_jax"
+        assert cache_folder("index") == tmp_path / "kept here/llava_cot_jax/index"
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.delenv("XDG_CACHE_HOME")
-        assert cache_folder() == tmp_path / ".cache/llava_cot_jax"
+        assert cache_folder("index") == tmp_path / ".cache/llava_cot_jax/index"
 
 
 class TestRelocated:
     def settings(self, root: Path) -> dict[str, str]:
-        return {"output": f"{root}/runs/one", "data": f"{root}/data", "init_from": f"{root}/base"}
+        return {"output": f"{root}/runs/one", "data": f"{root}/data", "checkpoint": f"{root}/base"}
 
     def test_what_moved_with_the_run_is_found(self, tmp_path):
         (tmp_path / "new/base").mkdir(parents=True)
         found = relocated(self.settings(tmp_path / "old"), tmp_path / "new/runs/one")
-        assert found["init_from"] == str(tmp_path / "new/base")
+        assert found["checkpoint"] == str(tmp_path / "new/base")
         assert found["data"] == f"{tmp_path}/old/data"  # which is nowhere: named as it was stored
 
     def test_what_is_still_there_is_not_looked_for(self, tmp_path):
         for root in ("old", "new"):
             (tmp_path / root / "base").mkdir(parents=True)
         found = relocated(self.settings(tmp_path / "old"), tmp_path / "new/runs/one")
-        assert found["init_from"] == f"{tmp_path}/old/base"
+        assert found["checkpoint"] == f"{tmp_path}/old/base"
 
     def test_what_shares_the_root_alone_did_not_move_along(self, tmp_path):
-        given = {"output": "/gone/runs/one", "data": "/elsewhere/tmp", "init_from": "/gone/tmp"}
+        given = {"output": "/gone/runs/one", "data": "/elsewhere/tmp", "checkpoint": "/gone/tmp"}
         assert relocated(given, Path("/x")) == given
         assert relocated(given, Path("/x/runs/one")) == given
 
@@ -96,7 +97,7 @@ class TestRelocated:
         assert relocated(self.settings(tmp_path), tmp_path / "new/runs/one") == self.settings(tmp_path)
 
     def test_names_stay(self, tmp_path):
-        given = {"output": "/gone/run", "data": "shapes", "init_from": "meta-llama/Llama-3.2-11B-Vision-Instruct"}
+        given = {"output": "/gone/run", "data": "shapes", "checkpoint": "meta-llama/Llama-3.2-11B-Vision-Instruct"}
         assert relocated(given, tmp_path) == given
 
 
@@ -116,7 +117,7 @@ class TestConfigurationOfARun:
     @pytest.mark.parametrize("more", [[], ["--config", "more.yaml"], ["--steps", "9"]])
     def test_it_goes_on_where_it_lies(self, moved, more):
         settings, _ = read_arguments(["--config", "new/runs/one/config.yaml", *more])
-        assert settings.output == str(moved / "new/runs/one") and settings.init_from == str(moved / "new/base")
+        assert settings.output == str(moved / "new/runs/one") and settings.checkpoint == str(moved / "new/base")
         assert settings.data == f"{moved}/old/data" and settings.steps == (9 if more else None)
 
     @pytest.mark.parametrize("output", ["old/runs/one", "elsewhere"])
@@ -128,8 +129,8 @@ class TestConfigurationOfARun:
         assert settings.output == "elsewhere"
 
     def test_a_path_that_is_given_counts(self, moved):
-        settings, _ = read_arguments(["--config", "new/runs/one/config.yaml", "--init_from", "/old/base"])
-        assert settings.init_from == "/old/base"
+        settings, _ = read_arguments(["--config", "new/runs/one/config.yaml", "--checkpoint", "/old/base"])
+        assert settings.checkpoint == "/old/base"
 
     def test_the_last_of_two_runs_counts(self, moved):
         shutil.copytree(moved / "new/runs/one", moved / "new/runs/two")
@@ -170,7 +171,7 @@ def shell(tmp_path, cache) -> Shell:
 def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_path):
     """Its folder, its base and its data are named relatively, and move together to another place."""
     write_small(shell.place / "die Basis")
-    few = {"validation_rows": 0, "checkpoint_every": 2, "lora.rank": 2}
+    few = {"eval_examples": 0, "checkpoints.every": 2, "lora.rank": 2}
     name = "Läufe/der erste"
     shell("train", *arguments("die Basis", name, steps=2, **few))
     assert (shell.place / name / "checkpoints/2").is_dir()
@@ -183,7 +184,7 @@ def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_
     (tmp_path / "new home").mkdir()
     moved = Shell(shell.place.rename(tmp_path / "new home/ganz woanders"), cache)
     printed = moved("train", "--config", f"{name}/config.yaml", "--steps", "6", "--accept_changes", "true")
-    assert "going on from step 4" in printed and "init_from" not in printed
+    assert "going on from step 4" in printed and "checkpoint" not in printed
     assert len(losses(moved.place / name)) == 6 and not shell.place.exists()
 
     # Its configuration file counts wherever it stands among others, and by another name.
@@ -218,7 +219,7 @@ def test_data_is_prepared_looked_at_trained_on_and_moved(shell):
     shell("prepare", "--show", "Daten/fertig gemacht", "--rows", "1", "--sheet", "ein Blatt.png")
     assert (shell.place / "ein Blatt.png").is_file()
 
-    few = {"steps": 2, "validation_rows": 0, "chat.max_length": 256, "loader.batch": 2}
+    few = {"steps": 2, "eval_examples": 0, "chat.max_length": 256, "loader.batch_size": 2}
     shell("train", *arguments("shapes", "Lauf", **few), "--data", "Daten/fertig gemacht")
     (shell.place / "Daten").rename(shell.place / "Daten neu")
     again = [*arguments("shapes", "Lauf", **few), "--data", "./Daten neu/fertig gemacht", "--steps", "3"]
@@ -240,7 +241,7 @@ def test_answers_searches_and_benchmarks(shell):
         "What is at a1?",
         "--json",
     ]
-    search = ["--search", "stage_beam", "--candidates", "2", "--budget", "24", "--judge_prompts"]
+    search = ["--search", "stage_beam", "--num_candidates", "2", "--max_new_tokens", "24", "--judge_prompts"]
     search += ["Fragen des Richters.yaml", "--trace", "Spuren/eine Spur.json"]
     answer = json.loads(shell("generate", *given, *search))
     (trace,) = json.loads((shell.place / "Spuren/eine Spur.json").read_text(encoding="utf-8"))
@@ -250,7 +251,7 @@ def test_answers_searches_and_benchmarks(shell):
     few = ["--dtype", "float32", "--runs", "1", "--workload", "kurze Arbeit.yaml", "--json"]
     assert json.loads(shell("bench", "--checkpoint", "Modell für mich", *few))["parts"]
 
-    (shell.place / "ein Plan.yaml").write_text("{output: Lauf, init_from: ./Modell für mich, data: ./nirgends}")
+    (shell.place / "ein Plan.yaml").write_text("{output: Lauf, checkpoint: ./Modell für mich, data: ./nirgends}")
     planned = shell("plan", "--config", "ein Plan.yaml", "--topology", "v5e-1", "--compile", "false", "--json")
     assert json.loads(planned)["chips"] == 1
 
@@ -277,10 +278,10 @@ def test_the_library_takes_such_paths_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
     Mllama.from_pretrained("shapes").save_pretrained("~/ein Modell")
-    for path in EMBEDDED_FOLDER.glob("*.json"):
+    for path in BUNDLED_MODEL_FOLDER.glob("*.json"):
         shutil.copy(path, home / "ein Modell")
     (drawn,) = draw_questions(as_path("~/Bilder"), 1, seed=0)
-    shutil.copy(DEFAULT_FILE, home / "Prüfung.yaml")
+    shutil.copy(DEFAULT_JUDGE_PROMPTS, home / "Prüfung.yaml")
     for folder in ("~/ein Modell", f"{PLACE}/ein Modell", f"./{PLACE}/../{PLACE}/ein Modell"):
         assert MllamaConfig.from_pretrained(folder) == MllamaConfig.from_pretrained("shapes")
         processor = Processor.from_pretrained(folder)

@@ -12,7 +12,7 @@ import pytest
 from llava_cot_jax.training.checkpoints import steps_in
 from tests.training.small_run import arguments, command, environment, losses, metrics, write_small
 
-EVERY = {"checkpoint_every": 2, "log_every": 1, "validation_rows": 0}
+EVERY = {"checkpoints.every": 2, "log_every": 1, "eval_examples": 0}
 STEPS = 12
 
 
@@ -171,7 +171,7 @@ stepper.Stepper.step = planted
 def test_batches_that_are_not_finite_are_skipped_until_there_are_several_in_a_row(place, cache, undisturbed):
     """The fourth alone, as if it had not been; from the eighth on, they end the run and their rows are told."""
     spoilt = {3, *range(7, 20)}
-    done = disturbed(place, cache, "spoilt", NOT_FINITE.format(steps=spoilt), skipped_in_a_row=3)
+    done = disturbed(place, cache, "spoilt", NOT_FINITE.format(steps=spoilt), max_nonfinite_steps=3)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr
     lines = [line for line in metrics(place / "spoilt") if "learning_rate" in line]

@@ -35,9 +35,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(place: Path, cache: Path, name: str, init_from: str = "small", **settings: Any) -> str:
+def train(place: Path, cache: Path, name: str, checkpoint: str = "small", **settings: Any) -> str:
     """What a run prints."""
-    done = command("train", *arguments(place / init_from, place / name, **settings), cache=cache)
+    done = command("train", *arguments(place / checkpoint, place / name, **settings), cache=cache)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,15 +50,15 @@ def whole(place: Path, cache: Path) -> str:
         cache,
         "whole",
         steps=9,
-        checkpoint_every=2,
-        checkpoints_kept=2,
-        checkpoints_kept_every=4,
-        checkpoints_kept_best=1,
-        validate_every=4,
+        checkpoints__every=2,
+        checkpoints__max_to_keep=2,
+        checkpoints__keep_period=4,
+        checkpoints__best_n=1,
+        eval_every=4,
         log_every=3,
-        answers=3,
+        eval_generations=3,
         profile=True,
-        optimizer__clip=1.0,
+        optimizer__max_grad_norm=1.0,
     )
 
 
@@ -103,7 +103,7 @@ class TestRun:
         shutil.copytree(place / "whole", place / "cut")
         for step in (8, 9):
             shutil.rmtree(place / "cut/checkpoints" / str(step))
-        assert "going on from step 4" in train(place, cache, "cut", steps=9, optimizer__clip=1.0)
+        assert "going on from step 4" in train(place, cache, "cut", steps=9, optimizer__max_grad_norm=1.0)
         assert losses(place / "cut") == losses(place / "whole")
         assert validation_loss(place / "cut") == validation_loss(place / "whole")
 
@@ -140,7 +140,7 @@ usage = shutil.disk_usage
 shutil.disk_usage = lambda path: usage(path)._replace(free=10**12)
 from llava_cot_jax import cli
 from llava_cot_jax.train import main
-sys.argv[1:] = {arguments(place / "small", place / "full/run", steps=2, validation_rows=0)}
+sys.argv[1:] = {arguments(place / "small", place / "full/run", steps=2, eval_examples=0)}
 cli.run(main)
 """
     (place / "full").mkdir()
@@ -160,11 +160,11 @@ cli.run(main)
     ("mistake", "message"),
     [
         (["--data", "nowhere"], "nowhere is no prepared data set"),
-        (["--init_from", "nowhere"], f"no such folder: {Path.cwd() / 'nowhere'}"),
+        (["--checkpoint", "nowhere"], f"no such folder: {Path.cwd() / 'nowhere'}"),
         (["--output", "/proc/none"], "cannot be written to /proc/none"),
-        (["--loader.batch", "12"], "the mesh does not divide it"),
+        (["--loader.batch_size", "12"], "the mesh does not divide it"),
         (["--mesh.tensor", "3"], "devices idle"),
-        (["--frozen", '["vision"]', "--lora.rank", "2"], "leave one of them out"),
+        (["--frozen_params", '["vision"]', "--lora.rank", "2"], "leave one of them out"),
         (["--wandb", "project"], "wandb is set, but not installed"),
     ],
 )

@@ -6,7 +6,14 @@ from typing import Any, get_args
 from beartype import beartype
 from jaxtyping import AbstractArray, install_import_hook
 
-CHECKED = ["llava_cot_jax.model", "llava_cot_jax.inference"]
+CHECKED = [
+    "llava_cot_jax.model",
+    "llava_cot_jax.inference",
+    "llava_cot_jax.search.program",
+    "llava_cot_jax.search.judge",
+    "llava_cot_jax.search.tournament",
+    "llava_cot_jax.search.random_keys",
+]
 
 
 def check_function(function: Callable[..., Any]) -> Callable[..., Any]:

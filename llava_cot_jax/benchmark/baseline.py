@@ -31,13 +31,13 @@ class TransformersBaseline:
     Args:
         model: Model whose weights are taken.
         work: Lengths of the question and its search.
-        request: Inputs of a search with one question.
+        inputs: Inputs of a search with one question.
 
     Raises:
         UserError: torch is not installed.
     """
 
-    def __init__(self, model: Mllama, work: Workload, request: SearchInputs) -> None:
+    def __init__(self, model: Mllama, work: Workload, inputs: SearchInputs) -> None:
         try:
             import torch
             from transformers import MllamaForConditionalGeneration
@@ -51,8 +51,8 @@ class TransformersBaseline:
             theirs = MllamaForConditionalGeneration.from_pretrained(f"{folder}/model", dtype=dtype)
         self._model = theirs.eval().to(self._device)
         self._ours = model
-        self._prompt = np.asarray(request.inputs["input_ids"])[:, : work.prompt_tokens]
-        self._inputs = {name: np.asarray(x) for name, x in request.inputs.items() if name != "input_ids"}
+        self._prompt = np.asarray(inputs.model_inputs["input_ids"])[:, : work.prompt_tokens]
+        self._inputs = {name: np.asarray(x) for name, x in inputs.model_inputs.items() if name != "input_ids"}
 
     def logit_difference(self) -> tuple[float, float]:
         """Return the largest difference of a logit after the prompt, and the largest logit there."""

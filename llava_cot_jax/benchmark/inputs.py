@@ -1,5 +1,6 @@
 """Models of random weights, and inputs of random tokens and pixels, for benchmarks."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -56,38 +57,39 @@ def random_search_inputs(config: MllamaConfig, work: Workload, questions: int = 
             "aspect_ratio_mask": np.broadcast_to(used, (questions, 1, tower.max_num_tiles)),
             "cross_attention_mask": np.broadcast_to(used.astype(np.uint8), (questions, room, 1, tower.max_num_tiles)),
         }
-    lead = [[1] * TAG_TOKENS] * questions
+    headers = [[1] * TAG_TOKENS] * questions
     return SearchInputs(
-        inputs={name: jnp.asarray(x) for name, x in inputs.items()},
+        model_inputs={name: jnp.asarray(x) for name, x in inputs.items()},
         lengths=jnp.full(questions, work.prompt_tokens, jnp.int32),
         seeds=jnp.arange(questions, dtype=jnp.uint32),
         question=pad([[2] * (work.prompt_tokens - TAG_TOKENS)] * questions, capacity=room),
-        chat_headers=pad(lead * len(PROMPT_KINDS), (len(PROMPT_KINDS), questions)),
+        chat_headers=pad(headers * len(PROMPT_KINDS), (len(PROMPT_KINDS), questions)),
     )
 
 
 def endless_tables(config: MllamaConfig, work: Workload, spec: SearchSpec) -> tuple[StageTables, JudgeTables | None]:
     """Return stop tables that never match, so that every candidate is as long as it may be."""
-    count, states = len(spec.max_new_tokens), 2
+    count, states = spec.num_stages, 2
     tag = [[3] * TAG_TOKENS] if spec.stages else [[]]
-    stages = StageTables(
+    stage_tables = StageTables(
         openings=pad(tag * (count * TAILS), (count, TAILS)),
         closings=pad(tag * (count * (states + TAILS)), (count, states + TAILS)),
         stop_tables=jnp.zeros((count, states, config.text.vocab_size), jnp.uint8),
     )
     judge = spec.judge
     if judge is None:
-        return stages, None
+        return stage_tables, None
 
     def part(share: float) -> RaggedTokens:
-        return pad([[4] * max(1, round(share * work.judge_prompt_tokens))] * (len(PROMPT_KINDS) * count), (len(PROMPT_KINDS), count))
+        shape = (len(PROMPT_KINDS), count)
+        return pad([[4] * max(1, round(share * work.judge_prompt_tokens))] * math.prod(shape), shape)
 
     # Captions are shown to the judge of reasonings, both to that of conclusions, as in the shipped prompts.
     shows = np.zeros((len(PROMPT_KINDS), count, count), bool)
     if count > 2:
         shows[:, 2, 1] = shows[:, -1, 1:-1] = True
-    checked = np.arange(count) == 2 if judge.verdict == "rationale" else np.zeros(count, bool)
-    judging = JudgeTables(
+    checked = np.arange(count) == 2 if judge.writes_reasons else np.zeros(count, bool)
+    judge_tables = JudgeTables(
         intro=part(0.3),
         middle=part(0.02),
         label=part(0.04),
@@ -98,4 +100,4 @@ def endless_tables(config: MllamaConfig, work: Workload, spec: SearchSpec) -> tu
         verdicts=jnp.arange(2),
         stop_tables=jnp.zeros((len(PROMPT_KINDS), states, config.text.vocab_size), jnp.uint8),
     )
-    return stages, judging
+    return stage_tables, judge_tables

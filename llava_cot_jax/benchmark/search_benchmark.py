@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llava_cot_jax.benchmark.inputs import endless_tables, random_search_inputs, without_eos
 from llava_cot_jax.benchmark.timing import ResultT, Timing, time_program
-from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload
+from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.costs import model_costs
 from llava_cot_jax.inference.decoding import Decoder, encode_images, prefill
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
@@ -21,7 +21,8 @@ from llava_cot_jax.model.layers import linear
 from llava_cot_jax.model.mllama import Mllama, compute_logits
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
-from llava_cot_jax.search.program import sample_candidates, search
+from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
+from llava_cot_jax.search.program import SearchInputs, sample_candidates, search
 from llava_cot_jax.search.reasoner import default_prefill_chunk
 from llava_cot_jax.search.strategies import Judge, StageBeam, Strategy
 from llava_cot_jax.search.trace import DecodingRun, SearchCosts
@@ -99,7 +100,9 @@ class SearchBenchmark:
 
     def _vision_tower(self) -> tuple[BenchmarkRow, ImageContext | None]:
         flops = sum(model_costs.vision_flops(self.config, 1).values())
-        timing, images = self._time(lambda p, r: encode_images(p, self.config, r.inputs, r.lengths), self.search_inputs)
+        timing, images = self._time(
+            lambda p, inputs: encode_images(p, self.config, inputs.model_inputs, inputs.lengths), self.search_inputs
+        )
         sizes = model_costs.parameter_counts(self.config)
         read_bytes = (sizes["tower"] + sizes["projector"]) * self.cache_bytes
         matmuls = self._time(self._tower_matmuls)[0].median
@@ -117,7 +120,7 @@ class SearchBenchmark:
         """Measure the decoding steps of the longest stage, after the prompt and the stages before it."""
         steps = max(self.work.stage_tokens)
         spec = StageBeam(count, max_new_tokens=steps, stages=("A",)).to_spec()
-        stages, _ = endless_tables(self.config, self.work, spec)
+        stage_tables, _ = endless_tables(self.config, self.work, spec)
         suffix = init_cache(self.config.text, count, steps, self.model.dtype)
 
         def sample_stage(
@@ -128,7 +131,7 @@ class SearchBenchmark:
             return samples.tokens, samples.log_prob
 
         keys = jax.vmap(jax.random.key)(self.search_inputs.seeds)
-        timing, _ = self._time(sample_stage, images, logits, prefix, stages.stop_tables[0], keys)
+        timing, _ = self._time(sample_stage, images, logits, prefix, stage_tables.stop_tables[0], keys)
         length = int(prefix.lengths[0])
         read_bytes = self._decoding_bytes(DecodingRun(count, steps - 1, length, 0, text_only=False))
         one = model_costs.text_flops(self.config, 1, self.image_tokens, prefix=length + steps // 2)
@@ -139,46 +142,54 @@ class SearchBenchmark:
     def _judge_pair(self, images: ImageContext | None) -> BenchmarkRow:
         """Measure a token verdict on two candidates of the longest stage: the prefill of both orders of the pair."""
         judge, chunk = Judge(), default_prefill_chunk(self.model.mesh)
-        _, judging = endless_tables(self.config, self.work, StageBeam(2, judge, stages=("A",)).to_spec())
-        assert judging is not None
-        orders = judge.orders
+        orders, lengths = judge.orders, self._judge_lengths(judge)
+        tokens = (orders, lengths.suffix)
+        suffixes = RaggedTokens(jnp.ones(tokens, jnp.int32), jnp.full(orders, lengths.suffix, jnp.int32))
 
-        def length(*pieces: RaggedTokens) -> int:
-            return sum(int(piece.lengths.max()) for piece in pieces)
-
-        own = 2 * (max(self.work.stage_tokens) + 2 * TAG_TOKENS) + length(judging.between, judging.ending)
-        front = self.work.prompt_tokens + length(judging.intro, judging.middle, judging.label)
-        texts = RaggedTokens(jnp.ones((orders, own), jnp.int32), jnp.full(orders, own, jnp.int32))
-
-        def verdict(params: Params, images: ImageContext | None, texts: RaggedTokens) -> jax.Array:
+        def verdict(params: Params, images: ImageContext | None, suffixes: RaggedTokens) -> jax.Array:
             decoder = replace(self._decoder(params, images), prefill_chunk=max(1, chunk // orders))
-            prefix = Prefix(decoder.init_cache(1, front), jnp.full(1, front, jnp.int32))
-            cache = KVCache(decoder.init_cache(orders, own + chunk), jnp.zeros(orders, jnp.int32), prefix)
-            return prefill(decoder, texts, cache)[1]
+            prefix = Prefix(decoder.init_cache(1, lengths.prefix), jnp.full(1, lengths.prefix, jnp.int32))
+            cache = KVCache(decoder.init_cache(orders, lengths.suffix + chunk), jnp.zeros(orders, jnp.int32), prefix)
+            return prefill(decoder, suffixes, cache)[1]
 
-        timing, _ = self._time(verdict, images, texts)
-        one = model_costs.text_flops(self.config, own, self.image_tokens, prefix=front, scored=1)
-        matmuls = self._time(lambda p: self._text_matmuls(p, orders * own, orders))[0].median
+        timing, _ = self._time(verdict, images, suffixes)
+        one = model_costs.text_flops(self.config, lengths.suffix, self.image_tokens, prefix=lengths.prefix, scored=1)
+        matmuls = self._time(lambda p: self._text_matmuls(p, orders * lengths.suffix, orders))[0].median
         read_bytes = self._step_bytes(1, 0, 0)["weights"]
         return BenchmarkRow("judge, a pair", timing, 1, "pair", orders * sum(one.values()), read_bytes, matmuls)
+
+    def _judge_lengths(self, judge: Judge) -> JudgeLengths:
+        """Lengths of a judge's prompts on the longest stage, without earlier stages."""
+        spec = StageBeam(2, judge, max_new_tokens=max(self.work.stage_tokens), stages=("A",)).to_spec()
+        stage_tables, judge_tables = endless_tables(self.config, self.work, spec)
+        assert judge_tables is not None
+        return JudgeLengths.of(
+            judge,
+            judge_tables,
+            header=self.search_inputs.chat_headers.capacity,
+            question=int(self.search_inputs.question.lengths.max()),
+            text=SearchLengths.of(spec, stage_tables, self.work.prompt_tokens).text,
+            earlier=0,
+        )
 
     def whole_search(self, name: str, strategy: Strategy) -> BenchmarkRow:
         """Measure a whole search."""
         spec = strategy.to_spec()
-        stages, judging = endless_tables(self.config, self.work, spec)
-        static = {"config": self.config, "spec": spec, "chunk": default_prefill_chunk(self.model.mesh), "mesh": self.model.mesh}
+        stage_tables, judge_tables = endless_tables(self.config, self.work, spec)
+        mesh = self.model.mesh
+        static = {"config": self.config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
         timing, found = time_program(
-            lambda: search(self.params, self.search_inputs, stages, judging, **static), self.runs
+            lambda: search(self.params, self.search_inputs, stage_tables, judge_tables, **static), self.runs
         )
         one = jax.tree.map(lambda x: x[:, 0], jax.device_get(found))
-        costs = SearchCosts(self.config, spec, one, images=1 if self.image_tokens else 0)
-        read_bytes = sum(map(self._decoding_bytes, costs.batches))
+        costs = SearchCosts(self.config, spec, one, num_images=1 if self.image_tokens else 0)
+        read_bytes = sum(map(self._decoding_bytes, costs.decoding_runs))
         return BenchmarkRow(name, timing, 1, "question", sum(costs.flops.values()), read_bytes)
 
-    def _decoding_bytes(self, batch: DecodingRun) -> int:
-        """Bytes read in the decoding steps of a batch of sequences, each of half its final length on average."""
-        one = self._step_bytes(batch.rows, batch.prefix, batch.own + batch.steps // 2, batch.text_only)
-        return batch.steps * sum(one.values())
+    def _decoding_bytes(self, run: DecodingRun) -> int:
+        """Bytes read in the steps of a decoding run, in which a sequence has half its final length on average."""
+        one = self._step_bytes(run.num_sequences, run.prefix_tokens, run.suffix_tokens + run.steps // 2, run.text_only)
+        return run.steps * sum(one.values())
 
     def _step_bytes(self, candidates: int, prefix: int, suffix: int, text_only: bool = False) -> dict[str, int]:
         parts = model_costs.bytes_per_step(
@@ -196,11 +207,13 @@ class SearchBenchmark:
     def _decoder(self, params: Params, images: ImageContext | None) -> Decoder:
         return Decoder(params, self.config, images, prefill_chunk=default_prefill_chunk(self.model.mesh))
 
-    def _prefill_prompt(self, params: Params, request: Any, images: ImageContext | None) -> tuple[Any, jax.Array]:
+    def _prefill_prompt(
+        self, params: Params, inputs: SearchInputs, images: ImageContext | None
+    ) -> tuple[Any, jax.Array]:
         decoder = self._decoder(params, images)
-        prompt = RaggedTokens(request.inputs["input_ids"], request.lengths)
+        prompt = RaggedTokens(inputs.model_inputs["input_ids"], inputs.lengths)
         room = prompt.capacity + sum(self.work.stage_tokens) + decoder.prefill_chunk
-        cache = KVCache(decoder.init_cache(len(request.lengths), room), jnp.zeros_like(request.lengths))
+        cache = KVCache(decoder.init_cache(len(inputs.lengths), room), jnp.zeros_like(inputs.lengths))
         return prefill(decoder, prompt, cache)
 
     def _text_matmuls(self, params: Params, rows: int, scored: int) -> jax.Array:

@@ -10,7 +10,7 @@ counts of the same pass:
 
 Both count all tiles of an image, used or not, and the vision tower's own padding (1608 tokens for a
 tile of 1601), because the features of the other tokens depend on them. Neither counts what the backward
-pass recomputes, by activation checkpointing or in ``attention``'s blocks of long queries.
+pass recomputes, by activation remat or in ``attention``'s blocks of long queries.
 """
 
 import math
@@ -278,7 +278,7 @@ def training_flops(
     return vision | text
 
 
-def recomputed_flops(config: MllamaConfig, tokens: int, images: int, *, checkpointing: RematPolicy) -> dict[str, int]:
+def recomputed_flops(config: MllamaConfig, tokens: int, images: int, *, remat: RematPolicy) -> dict[str, int]:
     """FLOPs that a training step recomputes for one example, where all parts are trained, in plain JAX.
 
     The logits are always recomputed, and so are the attention scores of long queries, which are computed in blocks.
@@ -289,7 +289,7 @@ def recomputed_flops(config: MllamaConfig, tokens: int, images: int, *, checkpoi
         config: Configuration of the model.
         tokens: Number of tokens of the example, a multiple of the loss's chunk length.
         images: Number of images of the example.
-        checkpointing: Activations of a layer that are saved for the backward pass.
+        remat: Activations of a layer that are saved for the backward pass.
 
     Returns:
         FLOPs of the kinds of ``training_flops``.
@@ -305,9 +305,9 @@ def recomputed_flops(config: MllamaConfig, tokens: int, images: int, *, checkpoi
     }
     for kind, count in queries.items():
         recomputed[kind] = (once[kind] // 2 if count > 2 * QUERY_BLOCK else 0) + (
-            once[kind] if checkpointing != "none" else 0
+            once[kind] if remat != "none" else 0
         )
-    if checkpointing == "full":
+    if remat == "full":
         last = images * queries["tower attention"] * tower.intermediate_size * tower.hidden_size
         patches = images * tower.max_num_tiles * tower.patches * tower.hidden_size
         outside = 2 * patches * tower.num_channels * tower.patch_size**2

@@ -1,7 +1,7 @@
-"""Which rows make up which batch: a function of the lengths, the batch size and the seed alone.
+"""Order of the batches of a data set, which depends on the lengths, the batch size and the seed alone.
 
-The rows of a batch are of similar length and are all padded to one of a few bucket lengths, so that
-little is padded and a training step is compiled for few shapes.
+The rows of a batch have similar lengths and are all padded to one of a few bucket lengths, so that there is little
+padding and a training step is compiled for few shapes.
 """
 
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ import numpy as np
 from llava_cot_jax.errors import UserError
 
 FILLER = -1
-"""Stands for no row: it fills up the last batch of an evaluation."""
+"""Row number that stands for no row, to fill up the last batch of an evaluation."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One batch of the plan.
+class BatchIndices:
+    """Rows of one batch.
 
     Attributes:
-        rows: int64 [batch], rows of the data set, or FILLER.
-        length: the tokens that each is padded to.
+        rows: Row numbers in the data set, or ``FILLER``, int64 [batch].
+        length: Number of tokens that each row is padded to.
     """
 
     rows: np.ndarray
@@ -29,21 +29,21 @@ class Batch:
 
 
 def choose_buckets(lengths: np.ndarray, count: int, multiple: int) -> tuple[int, ...]:
-    """The bucket lengths that leave the least to pad, by dynamic programming over the multiples.
+    """Return the bucket lengths with the least padding, found by dynamic programming over the multiples.
 
     Args:
-        lengths: int [rows], at least one.
-        count: how many buckets at most.
-        multiple: each bucket's length is a multiple of it.
+        lengths: Number of tokens of each row, int [rows]; at least one row.
+        count: Maximum number of buckets.
+        multiple: Number of tokens that each bucket length is a multiple of.
 
     Returns:
-        Increasing lengths, at most ``count``; the last one holds the longest row.
+        At most ``count`` increasing lengths; the last one holds the longest row.
     """
     sizes = -(-lengths // multiple)  # in multiples, rounded up
     rows = np.bincount(sizes)  # [multiples + 1]
     below = np.concatenate([[0], np.cumsum(rows)])  # below[m]: rows of fewer multiples than m
     last = len(rows) - 1
-    # cost[m]: the least multiples that rows of at most m take, all padded, in the buckets used so far.
+    # cost[m]: the least number of multiples that rows of at most m multiples take, padded to the buckets so far.
     cost = np.full(last + 1, np.inf)
     cost[0] = 0
     choices: list[np.ndarray] = []
@@ -62,15 +62,15 @@ def choose_buckets(lengths: np.ndarray, count: int, multiple: int) -> tuple[int,
     return tuple(sorted(buckets))
 
 
-class Plan:
-    """The batches of every epoch, in order. Can be pickled; equal arguments give equal plans.
+class BatchOrder:
+    """Batches of every epoch, in order.
 
-    With ``shuffle`` each epoch visits the rows in a new order, its batches too, and leaves out the few
-    (fewer than a batch, others each time) that would not fill one. Without, every row comes exactly
-    once, shortest first, and the last batch is filled up.
+    An order can be pickled; equal arguments give equal orders. With ``shuffle`` each epoch has its rows and batches in
+    a new order and leaves out the few rows, others each time, that would not fill a batch. Without ``shuffle`` every
+    row comes exactly once, shortest first, and the last batch is filled up.
 
     Raises:
-        UserError: fewer rows than a batch, to shuffle.
+        UserError: The order is shuffled and there are fewer rows than in a batch.
     """
 
     def __init__(self, lengths: np.ndarray, buckets: tuple[int, ...], batch: int, *, seed: int, shuffle: bool) -> None:
@@ -80,25 +80,25 @@ class Plan:
         self.seed = seed
         self.shuffle = shuffle
         if shuffle and len(self.rows) < batch:
-            raise UserError(f"{len(self.rows)} rows do not fill a batch of {batch}: take a smaller batch")
+            raise UserError(f"{len(self.rows)} rows do not fill a batch of {batch}: set a smaller batch_size")
         self.batches_per_epoch = len(self.rows) // batch if shuffle else -(-len(self.rows) // batch)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> BatchIndices:
         """Batch ``index``, counted from the beginning of the first epoch."""
         epoch, place = divmod(index, self.batches_per_epoch)
         batches = _epoch(self, epoch if self.shuffle else 0)
         rows = batches[place]
-        return Batch(rows, length=int(self.sizes[rows[rows != FILLER]].max()))
+        return BatchIndices(rows, length=int(self.sizes[rows[rows != FILLER]].max()))
 
 
-@lru_cache(maxsize=4)  # readers that run ahead are in the next epoch already
-def _epoch(plan: Plan, epoch: int) -> np.ndarray:
-    """The rows of an epoch's batches, int64 [batches, batch]."""
-    count = plan.batches_per_epoch * plan.batch
-    rng = np.random.default_rng((plan.seed, epoch))
-    rows = rng.permutation(plan.rows)[:count] if plan.shuffle else plan.rows
+@lru_cache(maxsize=4)  # readers that run ahead may be in the next epoch
+def _epoch(order: BatchOrder, epoch: int) -> np.ndarray:
+    """Rows of an epoch's batches, int64 [batches, batch]."""
+    count = order.batches_per_epoch * order.batch
+    rng = np.random.default_rng((order.seed, epoch))
+    rows = rng.permutation(order.rows)[:count] if order.shuffle else order.rows
     # Sorted by bucket, then cut: a batch that spans two buckets takes the longer one.
-    rows = rows[np.argsort(plan.sizes[rows], kind="stable")]
+    rows = rows[np.argsort(order.sizes[rows], kind="stable")]
     rows = np.pad(rows, (0, count - len(rows)), constant_values=FILLER)
-    batches = rows.reshape(plan.batches_per_epoch, plan.batch)
-    return rng.permutation(batches) if plan.shuffle else batches
+    batches = rows.reshape(order.batches_per_epoch, order.batch)
+    return rng.permutation(batches) if order.shuffle else batches

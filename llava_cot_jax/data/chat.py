@@ -1,7 +1,7 @@
-"""From a row's turns to the tokens that a model trains on.
+"""Conversion of a row's turns into the tokens that a model trains on.
 
-The image stands in the first user turn. Trained are the assistant's answers and the ``<|eot_id|>``
-that ends each; nothing is ever cut inside an answer.
+The image stands in the first user turn. The assistant's answers are trained on, each with the ``<|eot_id|>`` that ends
+it. No answer is ever cut.
 """
 
 import re
@@ -22,27 +22,26 @@ HEADER = "<|start_header_id|>assistant<|end_header_id|>"
 BLANK = "\n\n"
 
 ANSWER = re.compile(re.escape(HEADER + BLANK) + "(.*?)" + re.escape(EOT), re.DOTALL)
-"""An assistant's turn in Llama 3's chat format. No text of a turn can spell a special token."""
-
+"""Pattern of an assistant's turn in Llama 3's chat format. The text of a turn cannot contain a special token."""
 
 NOT_TRAINED, NO_STAGE = -1, 0
-"""Marks of characters and tokens; the stages are numbered from 1."""
+"""Marks of characters and tokens that belong to no stage; the stages are numbered from 1."""
 
 
-class LeftOut(Exception):
-    """A conversation that cannot be trained on; the message says why."""
+class SkippedConversation(Exception):
+    """Error for a conversation that cannot be trained on. The message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """The tokens of a conversation.
+    """Tokens of a conversation.
 
     Attributes:
-        ids: the tokens, BOS first.
-        loss_mask: bool [tokens], which of them are trained on (each is predicted from those before).
-        stage: int8 [tokens], 1 to 4 for trained tokens of the stages in ``STAGES``, their tags
-            included; 0 elsewhere.
-        turns: how many of the row's turns are there.
+        ids: Token ids, BOS first.
+        loss_mask: Whether each token is trained on, that is predicted from those before it, bool [tokens].
+        stage: Stage of each trained token, 1 to 4 in the order of ``STAGES``, tags included; 0 for every other token.
+            int8 [tokens].
+        turns: Number of the row's turns that the tokens include.
     """
 
     ids: list[int]
@@ -53,27 +52,27 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of an answer's text, and the number of its stage or NO_STAGE."""
+    """Part of an answer's text, with the number of its stage or ``NO_STAGE``."""
 
     text: str
     stage: int
 
 
 class Chat:
-    """Turns conversations into tokens. Works on the host alone; can be pickled."""
+    """Encoder of conversations into tokens. It works on the host alone and can be pickled."""
 
     def __init__(self, processor: Processor, settings: ChatSettings) -> None:
         self._processor = processor
         self._settings = settings
         self._eot = processor.tokenizer.convert_tokens_to_ids(EOT)
-        self._second_bos = [processor.config.text.bos_token_id] if settings.upstream else []
+        self._second_bos = [processor.config.text.bos_token_id] if settings.upstream_quirks else []
 
     def encode(self, turns: Sequence[Turn]) -> Conversation:
-        """The tokens of one conversation.
+        """Encode one conversation.
 
         Raises:
-            LeftOut: nothing of it can be trained on.
-            UserError: the checkpoint's chat template is not Llama 3's.
+            SkippedConversation: No part of the conversation can be trained on.
+            UserError: The checkpoint's chat template is not that of Llama 3.
         """
         answers = self._answers(turns)
         text = self._render(turns, answers)
@@ -90,33 +89,33 @@ class Chat:
         )
 
     def lengths(self, conversations: Sequence[Sequence[Turn]]) -> list[int | str]:
-        """For each conversation its number of tokens, as ``encode`` makes them, or why it is left out."""
-        texts: list[str | LeftOut] = []
+        """Return the number of tokens that ``encode`` gives for each conversation, or the reason why it is left out."""
+        texts: list[str | SkippedConversation] = []
         for turns in conversations:
             try:
                 texts.append(self._render(turns, self._answers(turns)))
-            except LeftOut as reason:
+            except SkippedConversation as reason:
                 texts.append(reason)
         rendered = [text for text in texts if isinstance(text, str)]
         ids = iter(self._processor.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
         found: list[int | str] = []
         for text in texts:
             try:
-                found.append(str(text) if isinstance(text, LeftOut) else self._fit(next(ids))[1])
-            except LeftOut as reason:
+                found.append(str(text) if isinstance(text, SkippedConversation) else self._fit(next(ids))[1])
+            except SkippedConversation as reason:
                 found.append(str(reason))
         return found
 
     def _answers(self, turns: Sequence[Turn]) -> list[list[Piece]]:
-        """The pieces of each answer that the variant keeps, up to the first of which nothing is left."""
+        """Return the pieces that the variant keeps of each answer, up to the first answer of which it keeps nothing."""
         found = [_pieces(without_marker(turn.answer), self._settings.variant) for turn in turns]
         count = next((i for i, pieces in enumerate(found) if not _text(pieces)), len(found))
         if not count:
-            raise LeftOut("of its first answer nothing is left to train on")
+            raise SkippedConversation("nothing is left to train on of its first answer")
         return found[:count]
 
     def _render(self, turns: Sequence[Turn], answers: list[list[Piece]]) -> str:
-        """The conversation in the checkpoint's chat format."""
+        """Write the conversation in the checkpoint's chat format."""
         messages: list[Message] = []
         for i, (turn, pieces) in enumerate(zip(turns, answers, strict=False)):
             messages += user_turn(without_marker(turn.question), images=int(i == 0))
@@ -124,7 +123,7 @@ class Chat:
         try:
             text = self._processor.prompt(messages, add_generation_prompt=False)
         except UserError as mistake:
-            raise LeftOut(str(mistake)) from mistake
+            raise SkippedConversation(str(mistake)) from mistake
         if ANSWER.findall(text) != [_text(pieces) for pieces in answers]:
             raise UserError(
                 f"the checkpoint's chat template does not write an answer as {HEADER}, a blank line, the answer and "
@@ -133,20 +132,20 @@ class Chat:
         return text
 
     def _fit(self, ids: list[int]) -> tuple[int, int]:
-        """How many turns fit, and how many tokens those are."""
-        # Every message ends with the token; each second one is an answer.
+        """Return how many turns fit into the maximum length, and their number of tokens."""
+        # Every message ends with this token, and every second message is an answer.
         ends = np.flatnonzero(np.asarray(ids) == self._eot)[1::2] + 1 + len(self._second_bos)
         count = int(np.searchsorted(ends, self._settings.max_length, side="right"))
         if not count:
-            raise LeftOut(f"its first answer does not fit into {self._settings.max_length} tokens")
+            raise SkippedConversation(f"its first answer does not fit into {self._settings.max_length} tokens")
         return count, int(ends[count - 1])
 
     def _mark(self, text: str, answers: list[list[Piece]]) -> np.ndarray:
-        """int8 [characters]: NOT_TRAINED, or the stage."""
+        """Mark each character with its stage, ``NO_STAGE`` or ``NOT_TRAINED``, int8 [characters]."""
         marks = np.full(len(text), NOT_TRAINED, np.int8)
         for match, pieces in zip(ANSWER.finditer(text), answers, strict=True):
             position = match.start(1)
-            marks[position - len(BLANK) * self._settings.upstream : match.end()] = NO_STAGE
+            marks[position - len(BLANK) * self._settings.upstream_quirks : match.end()] = NO_STAGE
             for piece in pieces:
                 marks[position : position + len(piece.text)] = piece.stage
                 position += len(piece.text)
@@ -154,12 +153,12 @@ class Chat:
 
 
 def without_marker(text: str) -> str:
-    """The text without ``<image>`` markers and the space around them."""
+    """Return the text without ``<image>`` markers and the space around them."""
     return "\n".join(part for part in map(str.strip, text.split(MARKER)) if part)
 
 
 def _pieces(answer: str, variant: Variant) -> list[Piece]:
-    """What the variant keeps of an answer."""
+    """Return the pieces of an answer that the variant keeps."""
     stages = [(STAGES.index(name) + 1, stage) for name, stage in locate_stages(answer).items()]
     if not stages:
         return [Piece(answer, NO_STAGE)]

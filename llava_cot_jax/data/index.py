@@ -1,8 +1,7 @@
-"""The index of a data set: how many tokens each of its rows has, or why it is left out."""
+"""Index of a data set: the number of tokens of each row, or the reason for which it is left out."""
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,21 +14,22 @@ from llava_cot_jax.data.chat import Chat
 from llava_cot_jax.data.rows import Rows
 from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import cache_folder
+from llava_cot_jax.files import read_json, write_json
+from llava_cot_jax.paths import writing_errors
 from llava_cot_jax.processing.processor import Processor
 
-CHUNK = 512
-"""Rows that are tokenised at once, on all cores: the tokenizer spreads them over its own threads."""
+INDEX_CHUNK = 512
+"""Number of rows that are tokenised at a time. The tokenizer spreads them over its own threads, on all cores."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The lengths of a data set's rows under one tokenizer and one ``ChatSettings``.
+    """Lengths of a data set's rows under one tokenizer and one ``ChatSettings``.
 
     Attributes:
-        fingerprint: of everything that the lengths depend on: rows, tokenizer, chat template, settings.
-        lengths: int32 [rows], tokens; 0 where a row is left out.
-        left_out: why, by row.
+        fingerprint: Hash of everything that the lengths depend on: rows, tokenizer, chat template and settings.
+        lengths: Number of tokens of each row, int32 [rows]; 0 where a row is left out.
+        left_out: Reasons for which rows are left out, by row number.
     """
 
     fingerprint: str
@@ -45,15 +45,17 @@ class Index:
         folder: Path,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Self:
-        """Read the index from ``folder``, or build it and keep it there.
+        """Read the index from ``folder``, or build it and save it there.
 
         Args:
-            folder: where indices are cached, each under its fingerprint. Any number of processes may
-                share it.
-            on_progress: called with the rows done and the rows in all, while one is built.
+            rows: Data set.
+            processor: Processor whose tokenizer and chat template are used.
+            settings: Settings by which turns become tokens.
+            folder: Folder where indices are cached, each under its fingerprint. Any number of processes may share it.
+            on_progress: Function that is called with the number of rows done and of all rows while an index is built.
 
         Raises:
-            UserError: no row is left to train on.
+            UserError: No row is left to train on, or the index cannot be saved.
         """
         fingerprint = _fingerprint(rows, processor, settings)
         path = folder / f"{fingerprint}.json"
@@ -66,7 +68,7 @@ class Index:
         return index
 
     def summary(self) -> str:
-        """How many rows are left out, and for what reasons, on one line."""
+        """Return on one line how many rows are left out, and for what reasons."""
         kinds = Counter(self.left_out.values()).most_common()
         return f"{len(self.left_out)} of {len(self.lengths)} rows left out" + "".join(
             f"; {n}: {kind}" for kind, n in kinds
@@ -76,7 +78,7 @@ class Index:
     def _build(cls, rows: Rows, chat: Chat, fingerprint: str, on_progress: Callable[[int, int], None]) -> Self:
         found: list[int | str] = []
         while len(found) < len(rows):
-            some = range(len(found), min(len(found) + CHUNK, len(rows)))
+            some = range(len(found), min(len(found) + INDEX_CHUNK, len(rows)))
             found += chat.lengths([rows.turns(i) for i in some])
             on_progress(len(found), len(rows))
         lengths = np.array([0 if isinstance(length, str) else length for length in found], np.int32)
@@ -84,30 +86,21 @@ class Index:
 
     @classmethod
     def _read(cls, path: Path, fingerprint: str, count: int) -> Self | None:
-        """The index that was kept, or None if there is none that can be used."""
+        """Read a saved index. Return None if there is none that can be used."""
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = read_json(path)
             lengths = np.array(kept["lengths"], np.int32)
             left_out = {int(i): str(reason) for i, reason in kept["left_out"].items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError):  # no such file is a ``UserError``, a ``ValueError``
             return None
         whole = kept.get("fingerprint") == fingerprint and lengths.shape == (count,)
         return cls(fingerprint, lengths, left_out) if whole else None
 
     def _write(self, path: Path) -> None:
         content = {"fingerprint": self.fingerprint, "lengths": self.lengths.tolist(), "left_out": self.left_out}
-        try:
+        with writing_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps(content), encoding="utf-8")
-            beside.replace(path)
-        except OSError as fault:
-            raise UserError(f"the index of lengths cannot be kept in {path.parent}: {fault.strerror}") from fault
-
-
-def default_cache() -> Path:
-    """Where indices are kept if nothing else is said."""
-    return cache_folder() / "index"
+            write_json(path, content, indent=None, shared=True)
 
 
 def _fingerprint(rows: Rows, processor: Processor, settings: ChatSettings) -> str:

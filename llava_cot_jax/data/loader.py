@@ -1,7 +1,7 @@
-"""Batches for a training step: of few shapes, the same for any number of hosts, from any batch on.
+"""Batches for a training step, in few shapes, the same for any number of hosts and from any batch on.
 
-grain decodes the rows in threads or worker processes; each host decodes those that its own devices
-hold. The state of the data is one integer, the index of the next batch.
+grain decodes the rows in threads or worker processes; each host decodes the rows that its own devices hold. The state
+of the loader is one integer, the index of the next batch.
 """
 
 import hashlib
@@ -17,43 +17,44 @@ import jax
 import numpy as np
 from absl import flags
 
-from llava_cot_jax.data.batching import FILLER, Plan, choose_buckets
-from llava_cot_jax.data.chat import Chat, Conversation, LeftOut
-from llava_cot_jax.data.index import Index, default_cache
+from llava_cot_jax.data.batching import FILLER, BatchOrder, choose_buckets
+from llava_cot_jax.data.chat import Chat, Conversation, SkippedConversation
+from llava_cot_jax.data.index import Index
 from llava_cot_jax.data.rows import Row, Rows
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from llava_cot_jax.data.workers import die_with_parent
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.files import cache_folder
 from llava_cot_jax.processing.images import open_image
 from llava_cot_jax.processing.processor import Processor
 
 READY = 2
-"""Batches that wait on the devices for their turn."""
+"""Number of batches that are on the devices ahead of their use."""
 
 
 class Loader:
-    """Streams the batches of a data set onto a mesh.
+    """Stream of the batches of a data set onto a mesh.
 
     Attributes:
-        index: the rows' lengths, and what is left out and why.
-        buckets: the lengths that batches have, in tokens, increasing.
-        batches_per_epoch: the same in every epoch.
-        fingerprint: of all that decides which rows batch ``i`` has. A run that resumes from an index
-            of batches must find the same.
+        index: Lengths of the rows, and the reasons for which rows are left out.
+        buckets: Lengths that batches have, in tokens, increasing.
+        batches_per_epoch: Number of batches in an epoch, the same in every epoch.
+        fingerprint: Hash of everything that decides which rows a batch has. A run that resumes from the number of a
+            batch must find the same fingerprint.
 
     Args:
-        rows: the data set.
-        processor: of the model's checkpoint.
-        chat: how turns become tokens.
-        settings: how rows become batches.
-        sharding: of the first axis of every array of a batch.
-        shuffle: anew in each epoch, to train; otherwise each row comes once, and rows that fill up the
-            last batch have ``row`` FILLER and train nothing.
-        cache: where the index of lengths is kept; by default in the user's cache folder.
-        on_progress: called with rows done and rows in all, while that index is built.
+        rows: Data set.
+        processor: Processor of the model's checkpoint.
+        chat: Settings by which turns become tokens.
+        settings: Settings by which rows become batches.
+        sharding: Sharding of the first axis of every array of a batch.
+        shuffle: Whether each epoch has a new order, as in training. Otherwise each row comes once, and the rows that
+            fill up the last batch have ``row`` FILLER and an empty loss mask.
+        cache: Folder of the indices of lengths; by default in the user's cache folder.
+        on_progress: Function that is called with the number of rows done and of all rows while the index is built.
 
     Raises:
-        UserError: no rows to train on, or a batch that is too large for them or does not divide over
+        UserError: There are no rows to train on, or the batch is larger than their number or does not divide over
             the devices.
     """
 
@@ -72,32 +73,32 @@ class Loader:
         self._rows = rows
         self._settings = settings
         self._sharding = sharding
-        self._mine = _rows_of_this_process(sharding, settings.batch)
-        self.index = Index.open(rows, processor, chat, cache or default_cache(), on_progress)
+        self._mine = _rows_of_this_process(sharding, settings.batch_size)
+        self.index = Index.open(rows, processor, chat, cache or cache_folder("index"), on_progress)
         lengths = self.index.lengths
-        self.buckets = choose_buckets(lengths[lengths > 0], settings.buckets, settings.multiple)
-        self._plan = Plan(lengths, self.buckets, settings.batch, seed=settings.seed, shuffle=shuffle)
-        self.batches_per_epoch = self._plan.batches_per_epoch
-        self._batches = partial(_Batches, rows, processor, Chat(processor, chat), lengths, self._plan, self._mine)
-        decisive = (self.index.fingerprint, self.buckets, settings.batch, settings.seed, shuffle)
+        self.buckets = choose_buckets(lengths[lengths > 0], settings.num_buckets, settings.pad_to_multiple_of)
+        self._order = BatchOrder(lengths, self.buckets, settings.batch_size, seed=settings.seed, shuffle=shuffle)
+        self.batches_per_epoch = self._order.batches_per_epoch
+        self._batches = partial(_Batches, rows, processor, Chat(processor, chat), lengths, self._order, self._mine)
+        decisive = (self.index.fingerprint, self.buckets, settings.batch_size, settings.seed, shuffle)
         self.fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
-        """The batches from ``start`` up to ``stop``, on the mesh, read ahead.
+        """Iterate over the batches from ``start`` up to, but not including, ``stop``, on the mesh and read ahead.
 
-        Threads and worker processes end with the iterator: exhausted, closed, or no longer referenced.
+        Threads and worker processes end when the iterator is exhausted, closed, or no longer referenced.
 
         Yields:
-            Global arrays: what ``Processor`` gives, one image a row, with ``loss_mask`` bool [batch,
-            tokens], ``stage`` int8 [batch, tokens] (see ``Conversation``) and ``row`` int32 [batch].
+            Global arrays: those of ``Processor.collate`` with one image per row, and ``loss_mask`` bool [batch,
+            tokens], ``stage`` int8 [batch, tokens] (as in ``Conversation``) and ``row`` int32 [batch].
 
         Raises:
-            UserError: a damaged record or image, by name; or a worker process died.
+            UserError: A record or image is damaged, or a worker process died. The message names the record.
         """
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain's workers copy absl's flags
-        threads = self._settings.threads
-        processes = grain.MultiprocessingOptions(self._settings.workers, per_worker_buffer_size=1)
+        threads = self._settings.num_threads
+        processes = grain.MultiprocessingOptions(self._settings.num_workers, per_worker_buffer_size=1)
         dataset = (
             grain.MapDataset.source(self._batches(stop))[start:]
             .to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads))
@@ -110,31 +111,33 @@ class Loader:
         except RuntimeError as fault:
             if "Worker process was terminated" not in str(fault):
                 raise
-            raise UserError("a worker process of the data died, out of memory perhaps: use fewer workers") from fault
+            raise UserError(
+                "a worker process of the data died, perhaps because memory ran out: use fewer workers"
+            ) from fault
         finally:
             iterator.close()
 
     def lengths(self, index: int) -> np.ndarray:
-        """The tokens of each row of a batch, without padding: int32 [rows], fillers left out."""
-        rows = self._plan[index].rows
+        """Number of tokens of each row of a batch without its padding, int32 [rows]; fillers are left out."""
+        rows = self._order[index].rows
         return self.index.lengths[rows[rows != FILLER]]
 
     def row_ids(self, index: int) -> list[str]:
-        """The ids of the rows of a batch."""
-        rows = self._plan[index].rows
+        """Ids of the rows of a batch; fillers are left out."""
+        rows = self._order[index].rows
         return [self._rows[int(row)].id for row in rows[rows != FILLER]]
 
     def padding(self, epoch: int = 0) -> float:
-        """The share of an epoch's tokens that are padding."""
+        """Share of an epoch's tokens that is padding."""
         first = epoch * self.batches_per_epoch
         epoch_batches = range(first, first + self.batches_per_epoch)
         used = sum(int(self.lengths(i).sum()) for i in epoch_batches)
-        return 1 - used / sum(self._plan[i].rows.size * self._plan[i].length for i in epoch_batches)
+        return 1 - used / sum(self._order[i].rows.size * self._order[i].length for i in epoch_batches)
 
     def _to_mesh(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return {
             name: jax.make_array_from_process_local_data(
-                self._sharding, array, (self._settings.batch, *array.shape[1:])
+                self._sharding, array, (self._settings.batch_size, *array.shape[1:])
             )
             for name, array in local.items()
         }
@@ -142,18 +145,23 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Batches:
-    """The part of each batch that this process holds, by the index of the batch: what grain reads at random.
+    """Random access for grain to the part of each batch that this process holds.
 
     Attributes:
-        mine: the places in a batch that this process fills.
-        stop: the batches in all.
+        rows: Data set.
+        processor: Processor that makes the arrays of images and tokens.
+        chat: Encoder of the conversations.
+        lengths: Number of tokens of each row, int32 [rows of the data set].
+        order: Order of the batches.
+        mine: Positions in a batch that this process fills, int64 [rows of this process].
+        stop: Number of batches.
     """
 
     rows: Rows
     processor: Processor
     chat: Chat
     lengths: np.ndarray
-    plan: Plan
+    order: BatchOrder
     mine: np.ndarray
     stop: int
 
@@ -161,9 +169,9 @@ class _Batches:
         return self.stop
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        batch = self.plan[index]
+        batch = self.order[index]
         places = batch.rows[self.mine]
-        # A filler is any row of the batch, without its training.
+        # A filler has the content of the batch's first row, with an empty loss mask.
         chosen = np.where(places == FILLER, batch.rows[0], places).tolist()
         rows = [(row, self.rows[row]) for row in chosen]
         conversations = [self._encode(number, row) for number, row in rows]
@@ -190,10 +198,10 @@ class _Batches:
         try:
             conversation = self.chat.encode(row.turns)
             if len(conversation.ids) != self.lengths[index]:
-                raise LeftOut(
+                raise SkippedConversation(
                     f"it has {len(conversation.ids)} tokens, but {self.lengths[index]} in the index of lengths"
                 )
-        except LeftOut as change:
+        except SkippedConversation as change:
             raise UserError(
                 f"row {index} ({row.id}) was changed since its tokens were counted: {change}; prepare the data anew"
             ) from change
@@ -201,7 +209,11 @@ class _Batches:
 
 
 def _check_image(index: int, row: Row) -> None:
-    """Name the row of a damaged image."""
+    """Check that an image can be decoded.
+
+    Raises:
+        UserError: The image is damaged. The message names the row.
+    """
     try:
         open_image(row.image)
     except UserError as mistake:
@@ -209,11 +221,13 @@ def _check_image(index: int, row: Row) -> None:
 
 
 def _rows_of_this_process(sharding: jax.sharding.Sharding, batch: int) -> np.ndarray:
-    """The places of a global batch that the devices of this process hold, int64 [places], increasing."""
+    """Return the positions in a global batch that the devices of this process hold, int64 [positions], increasing."""
     try:
         shards = sharding.addressable_devices_indices_map((batch,)).values()
     except ValueError:
-        raise UserError(f"a batch of {batch} rows does not divide over the devices: take a multiple") from None
+        raise UserError(
+            f"a batch of {batch} rows does not divide over the devices: set batch_size to a multiple of their number"
+        ) from None
     held = np.zeros(batch, bool)
     for shard in shards:
         held[shard] = True
@@ -222,4 +236,4 @@ def _rows_of_this_process(sharding: jax.sharding.Sharding, batch: int) -> np.nda
 
 def _begin_worker(index: int, count: int) -> None:
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to see: it ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the workers

@@ -1,4 +1,4 @@
-"""A prepared data set, read at random."""
+"""Random access to the rows of a prepared data set."""
 
 import json
 import operator
@@ -8,30 +8,29 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from llava_cot_jax.data.description import read_description, turns_name
-from llava_cot_jax.data.index import default_cache
 from llava_cot_jax.data.raw.annotations import make_turns
 from llava_cot_jax.data.rows import Row, Turn
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import access, as_path, bucket_files, is_remote
+from llava_cot_jax.files import atomic_path, cache_folder
+from llava_cot_jax.paths import as_path, bucket_filesystem, is_remote, reading_errors
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 
 class PreparedRows:
-    """The ``Rows`` of a split of a prepared directory, on a disk or in a bucket.
+    """``Rows`` of a split of a prepared directory, on a disk or in a bucket.
 
-    Files are opened on first use, in each process anew. Of those in a bucket the conversations are copied
-    into the user's cache folder, once for all processes; records are read where they are.
+    Each process opens the files on first use. The conversations of a directory in a bucket are copied into the user's
+    cache folder, once for all processes; its records are read from the bucket.
 
     Raises:
-        UserError: the directory is none that was prepared, or it has no row in the split.
+        UserError: The directory is no prepared data set, or has no rows in the split.
     """
 
     def __init__(self, directory: str | Path, split: str) -> None:
@@ -52,24 +51,24 @@ class PreparedRows:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the raw set, with how it was prepared, and with the split."""
+        """Hash of the raw data set and of the settings that it was prepared with, and the name of the split."""
         return self._fingerprint
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Row:
-        """The row at ``index``; its image is the bytes of a file.
+        """Read the row at ``index``; its image is the bytes of a file.
 
         Raises:
-            IndexError: there is none.
-            UserError: its record is damaged, or is not the one that the file of conversations has in its place.
+            IndexError: There is no row at ``index``.
+            UserError: The record is damaged, or differs from its line in the file of conversations.
         """
         index = self._checked(index)
         source = self._source
         try:
             record = source[index]
-        except Exception as fault:  # what array_record raises is not documented
+        except Exception as fault:  # the exceptions of array_record are not documented
             raise UserError(
                 f"record {index} of the split {self._split!r} is damaged: restore {self._shard(index)}, or prepare the "
                 f"data anew ({fault})"
@@ -77,21 +76,21 @@ class PreparedRows:
         conversations = zip(record["conversations"]["from"], record["conversations"]["value"], strict=True)
         turns = make_turns([{"from": speaker.decode(), "value": text.decode()} for speaker, text in conversations])
         if turns != self.turns(index):
-            raise UserError(f"{self._turns_path}, line {index + 1} is not what its record has: prepare the data anew")
+            raise UserError(f"{self._turns_path}, line {index + 1} differs from its record: prepare the data anew")
         return Row(record["id"].decode(), record["source"].decode(), record["image"], turns)
 
     def turns(self, index: int) -> tuple[Turn, ...]:
-        """The conversation alone, from a file without images.
+        """Read the conversation of a row alone, from a file without images.
 
         Raises:
-            IndexError: there is none.
-            UserError: it is damaged.
+            IndexError: There is no row at ``index``.
+            UserError: The line of the conversation is damaged.
         """
         index = self._checked(index)
         file, offsets = self._lines
         begin, end = offsets[index : index + 2].tolist()
         try:
-            # Not seek and read: threads may share the file.
+            # Threads may share the file, so that seek and read would not be safe.
             return make_turns(json.loads(os.pread(file.fileno(), end - begin, begin))["conversations"])
         except (ValueError, TypeError, KeyError) as fault:
             raise UserError(
@@ -117,11 +116,11 @@ class PreparedRows:
         import tensorflow_datasets as tfds
 
         try:
-            with access(self._directory):
+            with reading_errors(self._directory):
                 return tfds.builder_from_directory(self._directory)
         except UserError:
             raise
-        except Exception as fault:  # whatever reading a damaged JSON file raises
+        except Exception as fault:  # tfds does not document what a damaged JSON file raises
             raise UserError(
                 f"{self._directory}/dataset_info.json or features.json is damaged: prepare the data anew"
             ) from fault
@@ -136,13 +135,13 @@ class PreparedRows:
         return source
 
     def _shard(self, index: int) -> Path:
-        """The file that holds a record."""
+        """Return the file that holds a record."""
         return as_path(self._info.filepaths[bisect_right(list(accumulate(self._info.shard_lengths)), index)])
 
     @cached_property
     def _lines(self) -> tuple[BinaryIO, np.ndarray]:
-        """The file of conversations, and int64 [records + 1]: where each line begins, and where the last one ends."""
-        with access(self._turns_path):
+        """File of conversations, with the offsets in bytes of its lines and of its end, int64 [records + 1]."""
+        with reading_errors(self._turns_path):
             file = self._turns_on_disk().open("rb")
             offsets = np.fromiter(accumulate(map(len, file), initial=0), np.int64)
         if len(offsets) != self._length + 1:
@@ -152,14 +151,15 @@ class PreparedRows:
         return file, offsets
 
     def _turns_on_disk(self) -> Path:
-        """The file of conversations; of one in a bucket, a copy in the cache, named by what is in the bucket now."""
+        """Return the path of the file of conversations on a disk.
+
+        A file in a bucket is copied into the cache, under a name that changes with the file's version in the bucket.
+        """
         if not is_remote(self._turns_path):
             return self._turns_path
-        cache = default_cache().with_name("turns")
-        copy = cache / f"{bucket_files().ukey(str(self._turns_path))}.jsonl"
+        copy = cache_folder("turns") / f"{bucket_filesystem().ukey(str(self._turns_path))}.jsonl"
         if not copy.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=cache) as beside:
-                bucket_files().get_file(str(self._turns_path), f"{beside}/{copy.name}")
-                Path(beside, copy.name).replace(copy)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(copy, shared=True) as partial:
+                bucket_filesystem().get_file(str(self._turns_path), str(partial))
         return copy

@@ -1,4 +1,4 @@
-"""A row: a picture and a conversation about it, wherever it comes from."""
+"""Rows of a data set, each a picture and a conversation about it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,12 +6,12 @@ from typing import Protocol
 from llava_cot_jax.processing.images import ImageSource
 
 MARKER = "<image>"
-"""Where a raw question says that the picture stands."""
+"""Marker for the position of the picture in a raw question."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer, as the row has them: perhaps with ``<image>`` markers and space around."""
+    """A question and its answer as written in the data, which may include ``<image>`` markers and surrounding space."""
 
     question: str
     answer: str
@@ -22,10 +22,10 @@ class Row:
     """One row of a data set.
 
     Attributes:
-        id: names the row to a person; may repeat within a data set.
-        source: the data set that the picture comes from, such as ``chartqa``.
-        image: the picture.
-        turns: at least one.
+        id: Name of the row for messages. It may repeat within a data set.
+        source: Data set that the picture comes from, such as ``chartqa``.
+        image: Picture that the conversation is about.
+        turns: Turns of the conversation, at least one.
     """
 
     id: str
@@ -35,32 +35,33 @@ class Row:
 
 
 class Rows(Protocol):
-    """Rows by index, in a fixed order. Can be pickled, for worker processes to read from."""
+    """Rows by index, in a fixed order. The object can be pickled, so that worker processes can read from it."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever a row does."""
+        """Identification of the content, which changes whenever a row does."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row:
-        """The row at ``index``.
+        """Read the row at ``index``.
 
         Raises:
-            UserError: the record is damaged; the message names it.
+            IndexError: There is no row at ``index``.
+            UserError: The record is damaged. The message names it.
         """
 
     def turns(self, index: int) -> tuple[Turn, ...]:
-        """The conversation alone, without the cost of reading the picture."""
+        """Read the conversation of a row alone, without the cost of its picture."""
 
 
 @dataclass(frozen=True)
 class FirstRows:
-    """The first rows of a data set; see ``Rows``.
+    """``Rows`` that are the first of another data set.
 
     Attributes:
-        rows: the data set.
-        count: how many of it at most.
+        rows: Data set to take the rows from.
+        count: Maximum number of rows.
     """
 
     rows: Rows
@@ -68,21 +69,26 @@ class FirstRows:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever a row does."""
+        """Identification of the content, which changes whenever a row does."""
         return f"{self.rows.fingerprint}-first-{len(self)}"
 
     def __len__(self) -> int:
         return min(self.count, len(self.rows))
 
     def __getitem__(self, index: int) -> Row:
-        """The row at ``index``, as ``Rows`` explains; IndexError beyond the last."""
+        """Read the row at ``index``.
+
+        Raises:
+            IndexError: There is no row at ``index``.
+            UserError: The record is damaged. The message names it.
+        """
         return self.rows[self._checked(index)]
 
     def turns(self, index: int) -> tuple[Turn, ...]:
-        """The conversation alone."""
+        """Read the conversation of a row alone, without the cost of its picture."""
         return self.rows.turns(self._checked(index))
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"there is no row {index} of {len(self)}")
         return index

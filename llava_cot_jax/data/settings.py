@@ -1,4 +1,4 @@
-"""What is said of data to commands: what to prepare of what, and how rows become tokens and batches."""
+"""Settings of the data: how a data set is prepared, and how its rows become tokens and batches."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,28 +8,28 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import is_remote
 
 Variant = Literal["staged", "untagged", "conclusion"]
-"""What of a staged answer is trained: all of it, all of it without the tags, or the conclusion alone."""
+"""Parts of a staged answer that are trained on: all of it, all of it without the tags, or the conclusion alone."""
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How turns become tokens.
+    """Chat: how conversations become tokens.
 
     Attributes:
-        variant: what of a staged answer is kept (the ablations of the LLaVA-CoT paper, table 3). An
-            answer without tags is kept whole in each.
-        max_length: tokens of a conversation, the image's one included. A longer one loses whole
-            turns from its end; one whose first answer does not fit is left out.
-        upstream: as PKU-YuanGroup/LLaVA-CoT trains: a second BOS, and the blank line after an
-            assistant's header is trained on too.
+        variant: Parts of a staged answer that are kept (the ablations of the LLaVA-CoT paper, table 3). An answer
+            without tags is kept whole in each.
+        max_length: Maximum number of tokens of a conversation, including the image's one. A longer conversation
+            loses whole turns from its end; one whose first answer does not fit is left out.
+        upstream_quirks: Train as PKU-YuanGroup/LLaVA-CoT does: with a second BOS, and also on the blank line after
+            an assistant's header.
 
     Raises:
-        UserError: an unknown variant, or a length that holds nothing.
+        UserError: The variant is unknown, or the length holds nothing.
     """
 
     variant: Variant = "staged"
     max_length: int = 2048
-    upstream: bool = False
+    upstream_quirks: bool = False
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
@@ -40,48 +40,49 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How rows become batches.
+    """Loader: how examples become batches.
 
     Attributes:
-        batch: rows of a global batch.
-        buckets: how many lengths batches may have; a step is compiled for each.
-        multiple: each of these lengths is a multiple of it, in tokens.
-        seed: of the order of rows and batches.
-        workers: processes that decode; with 0, threads of this process do.
-        threads: that work at once, each on a batch of its own, in this process or in each worker.
+        batch_size: Number of examples in a global batch.
+        num_buckets: Number of lengths that batches may have. A step is compiled for each.
+        pad_to_multiple_of: Number of tokens that each of these lengths is a multiple of.
+        seed: Seed of the order of examples and batches.
+        num_workers: Number of processes that decode images; with 0, threads of this process do.
+        num_threads: Number of threads in this process or in each worker, each at work on a batch of its own.
 
     Raises:
-        UserError: a number that is too small.
+        UserError: A number is too small.
     """
 
-    batch: int = 32
-    buckets: int = 6
-    multiple: int = 128
+    batch_size: int = 32
+    num_buckets: int = 6
+    pad_to_multiple_of: int = 128
     seed: int = 42
-    workers: int = 0
-    threads: int = 8
+    num_workers: int = 0
+    num_threads: int = 8
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            least = 0 if name in ("seed", "workers") else 1
+            least = 0 if name in ("seed", "num_workers") else 1
             if value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to prepare of what. Not part of it: how many rows may be left out, and the workers.
+class PrepareSettings:
+    """Settings that decide the content of a prepared data set.
 
     Attributes:
-        annotations: a JSON Lines file in LLaVA's format.
-        images: a folder, a zip, or what stands for the parts of a split zip.
-        output: the directory to make, on a disk.
-        max_side: pixels; larger images are shrunk to so many on their longest side.
-        limit: use so many lines only, from the first.
-        validation_share: of the images, drawn by a hash of their paths; rows follow their image.
+        annotations: JSON Lines file in LLaVA's format.
+        images: Folder of images, zip file, or a path that ``split_zip.find_parts`` accepts for a split zip.
+        output: Directory to make, on a local disk.
+        max_side: Longest side in pixels of a written image; larger images are shrunk. None keeps every size.
+        limit: Number of lines to use, from the first. None uses all.
+        validation_share: Share of the images that are for validation, drawn by a hash of their paths. Rows follow
+            their image.
 
     Raises:
-        UserError: a number that means nothing, or an output in a bucket.
+        UserError: A number is out of its range, or the output is in a bucket.
     """
 
     annotations: Path

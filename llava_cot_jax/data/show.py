@@ -1,4 +1,4 @@
-"""Rows as a person would look at them: what is trained of the text, and the tiles that the model sees."""
+"""Display of rows: their text with the trained parts marked, and the tiles of their images."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,34 +12,40 @@ from transformers import PreTrainedTokenizerFast
 from llava_cot_jax.data.chat import Conversation
 from llava_cot_jax.data.rows import Row
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
-from llava_cot_jax.data.sources import SHAPES
+from llava_cot_jax.data.sources import SHAPES_DATA
 from llava_cot_jax.model.config import VisionConfig
 from llava_cot_jax.processing.images import batch_images, open_image
 from llava_cot_jax.processing.processor import Processor
 
 OPENS, CLOSES = "⟦", "⟧"
-"""Around what is trained on: colours alone would be lost in a file."""
+"""Marks around text that is trained on, since a text file keeps no colours."""
 
-SIDE = 224
-"""Pixels that an image, and each tile, takes on a sheet at most."""
+SHEET_SIDE = 224
+"""Longest side in pixels of an image or tile on a sheet."""
 
 GAP = 8
+"""Space in pixels around images and tiles on a sheet."""
 
 
-def processor_to_look_with(data: str, checkpoint: str | None) -> Processor:
-    """The checkpoint's, or without one the tokenizer that comes along, with tiles as the data's model has them.
+def display_processor(data: str, checkpoint: str | None) -> Processor:
+    """Return the processor to show rows with.
+
+    Args:
+        data: Data set, a prepared directory or ``shapes``.
+        checkpoint: Checkpoint whose processor is used. None takes the tokenizer that comes with the package, and tiles
+            as the published models cut them, or for ``shapes`` as its small model does.
 
     Raises:
-        UserError: no such checkpoint.
+        UserError: The checkpoint does not exist.
     """
     if checkpoint is not None:
         return Processor.from_pretrained(checkpoint)
     config = shapes_config()
-    return Processor(config if data == SHAPES else replace(config, vision=VisionConfig()), shapes_tokenizer())
+    return Processor(config if data == SHAPES_DATA else replace(config, vision=VisionConfig()), shapes_tokenizer())
 
 
-def describe(index: int, row: Row, conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> Text:
-    """A row's facts on one line, then its text as the model gets it, trained stretches in green and between marks."""
+def describe_row(index: int, row: Row, conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> Text:
+    """Return a row's facts on one line, then its text as the model reads it, with trained parts in green and marked."""
     image = open_image(row.image)
     text = Text(
         f"row {index} ({row.id}) from {row.source}: image {image.width} x {image.height}, {conversation.turns} of "
@@ -56,11 +62,11 @@ def describe(index: int, row: Row, conversation: Conversation, tokenizer: PreTra
 
 
 def draw_sheet(rows: Sequence[tuple[int, Row]], vision: VisionConfig) -> Image.Image:
-    """A picture of rows below one another, each with its image and beside it the tiles as they lie on its canvas.
+    """Draw rows below one another, each as its image with the tiles beside it, arranged as on the canvas.
 
     Args:
-        rows: with the index of each.
-        vision: how images are cut.
+        rows: Rows to draw, each with its index.
+        vision: Vision configuration by which images are cut into tiles.
     """
     strips = [_strip(f"row {index} ({row.id})", row, vision) for index, row in rows]
     sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
@@ -77,20 +83,22 @@ def _strip(label: str, row: Row, vision: VisionConfig) -> Image.Image:
     tiles = arrays["pixel_values"][0, 0]  # [tiles, 3, size, size]
     high, wide = vision.supported_aspect_ratios[int(arrays["aspect_ratio_ids"][0, 0]) - 1]
     top = 2 * GAP + 12
-    strip = Image.new("RGB", (2 * GAP + SIDE + (SIDE + GAP) * wide, top + (SIDE + GAP) * high), "white")
+    strip = Image.new(
+        "RGB", (2 * GAP + SHEET_SIDE + (SHEET_SIDE + GAP) * wide, top + (SHEET_SIDE + GAP) * high), "white"
+    )
     text = f"{label}: {image.width} x {image.height}, {high} x {wide} tiles of {vision.image_size}"
-    # Pillow's own font has no more than Latin letters.
+    # Pillow's built-in font has Latin letters only.
     ImageDraw.Draw(strip).text((GAP, GAP), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
     strip.paste(_fit(image), (GAP, top))
     for tile in range(high * wide):
         y, x = divmod(tile, wide)
         pixels = Image.fromarray(np.ascontiguousarray(tiles[tile].transpose(1, 2, 0)))
-        strip.paste(_fit(pixels), (2 * GAP + SIDE + (SIDE + GAP) * x, top + (SIDE + GAP) * y))
+        strip.paste(_fit(pixels), (2 * GAP + SHEET_SIDE + (SHEET_SIDE + GAP) * x, top + (SHEET_SIDE + GAP) * y))
     return strip
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """The image scaled to fill SIDE x SIDE as far as its shape allows; small ones keep hard edges."""
-    scale = SIDE / max(image.size)
+    """Scale an image so that its longest side is ``SHEET_SIDE``; enlarged images keep hard edges."""
+    scale = SHEET_SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR)

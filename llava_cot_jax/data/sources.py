@@ -1,4 +1,4 @@
-"""Where a data set is named: a prepared directory, or the shapes world."""
+"""Opening of a data set by its name: a prepared directory, or the shapes world."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -6,20 +6,21 @@ if TYPE_CHECKING:
     from llava_cot_jax.data.rows import Rows
     from llava_cot_jax.data.shapes.rows import Split
 
-SHAPES = "shapes"
-"""Names the embedded data, which needs no files."""
+SHAPES_DATA = "shapes"
+"""Name of the data set that is drawn by the package and needs no files."""
 
 
 def open_rows(data: str, split: str) -> "Rows":
-    """The rows of a data set.
+    """Open the rows of a split of a data set.
 
     Args:
-        data: a directory that ``llava_cot_jax.prepare`` made, perhaps copied into a bucket, or "shapes".
+        data: Directory made by ``llava_cot_jax.prepare``, on a disk or in a bucket, or ``shapes``.
+        split: Name of the split, such as ``train``.
 
     Raises:
-        UserError: no such data set, or no such split of it.
+        UserError: The data set or its split does not exist.
     """
-    if data == SHAPES:
+    if data == SHAPES_DATA:
         from llava_cot_jax.data.shapes.rows import ShapesRows
 
         return ShapesRows(cast("Split", split))

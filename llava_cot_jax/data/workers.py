@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def die_with_parent() -> None:
-    """Call once in a worker process: it ends as soon as its parent has, even by SIGKILL."""
+    """End this worker process as soon as its parent has ended, even by SIGKILL. To be called once."""
     parent = mp.parent_process()
     assert parent is not None, "not a worker process"
     sentinel = parent.sentinel
@@ -33,20 +33,22 @@ def die_with_parent() -> None:
 def parallel(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int
 ) -> Generator[tuple[int, Result], None, None]:
-    """Apply ``function`` to every item, in ``workers`` processes, or with 0 in this one.
+    """Apply ``function`` to every item, in worker processes or in this process.
 
-    Close the generator where you may leave it early: until then the workers go on. Ctrl-C reaches
-    this process alone, so that it can end the workers in good order.
+    The workers go on until the generator is exhausted or closed, so a caller that may stop early has to close it.
+    Ctrl-C reaches this process alone, so that it can end the workers in good order.
 
     Args:
-        function: can be pickled, and is sent to each worker once, with what it holds; the first
+        function: Function that can be pickled. It is sent to each worker once, with all that it refers to; the first
             exception that it raises ends the iteration.
+        items: Arguments of the calls, one per call.
+        workers: Number of worker processes; with 0, this process does the work.
 
     Yields:
-        The item's index and its result, in the order of completion.
+        The index of an item and its result, in the order of completion.
 
     Raises:
-        UserError: a worker process died, out of memory perhaps.
+        UserError: A worker process died, perhaps because memory ran out.
     """
     if workers == 0:
         yield from enumerate(map(function, items))
@@ -74,7 +76,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 _function: Callable[[Any], Any]
-"""What a worker process was started for."""
+"""Function that this worker process applies to items."""
 
 
 def _begin(function: Callable[[Any], Any]) -> None:

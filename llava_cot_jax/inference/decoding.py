@@ -6,6 +6,7 @@ sequences; the compiled program does not depend on them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Any
 
 import jax
@@ -24,10 +25,18 @@ from llava_cot_jax.model.parameters import Params
 
 SMALLEST_BUCKET = 64
 
-TAG, EOS, BUDGET, UNUSED = range(4)
-"""Why a sample ended: a stop string, an end-of-sequence token, ``max_new_tokens``; or it was never begun."""
 
-ENDS = ("tag", "eos", "budget", "unused")
+class EndReason(IntEnum):
+    """Reason why a sample ended."""
+
+    TAG = 0
+    """A stop string, such as a closing tag, is complete."""
+    EOS = 1
+    """The model sampled an end-of-sequence token."""
+    MAX_NEW_TOKENS = 2
+    """The sample has as many tokens as it may have."""
+    UNUSED = 3
+    """Nothing was sampled at all."""
 
 
 def bucket(length: int) -> int:
@@ -145,7 +154,7 @@ class Samples:
     Attributes:
         tokens: int32, the tokens, and padding after the last.
         lengths: int32, number of tokens of text: an end-of-sequence token is not counted.
-        ended: int32, why each sample ended: TAG, EOS, BUDGET or UNUSED.
+        ended: int32, why each sample ended: a value of ``EndReason``.
         state: int32, state of the stop table after the last token.
         log_prob: float32, sum of the log-probabilities of all tokens sampled, the end-of-sequence token among them,
             as the model gives them: before temperature, top_k and top_p.
@@ -165,7 +174,7 @@ class Samples:
     @property
     def num_sampled(self) -> jax.Array:
         """Number of tokens sampled, an end-of-sequence token counted, int32."""
-        return self.lengths + (self.ended == EOS)
+        return self.lengths + (self.ended == EndReason.EOS)
 
 
 @jax.tree_util.register_dataclass
@@ -222,11 +231,12 @@ def sample(
         """Sample token ``step`` of every sequence that has not ended."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(stop.keys, step)
         token = sample_token(logits, keys, sampling, stop.temperature)
-        active = so_far.ended == BUDGET
+        active = so_far.ended == EndReason.MAX_NEW_TOKENS
         eos = jnp.isin(token, eos_ids)
         is_text = active & ~eos
         state = jnp.where(is_text, stop.stop_table[so_far.state, token].astype(jnp.int32), so_far.state)
-        ended = jnp.where(active & eos, EOS, jnp.where(is_text & (state >= num_states), TAG, so_far.ended))
+        ended = jnp.where(is_text & (state >= num_states), EndReason.TAG, so_far.ended)
+        ended = jnp.where(active & eos, EndReason.EOS, ended)
         kept = jnp.where(is_text, token, text.pad_token_id)
         log_prob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         return token, Samples(
@@ -241,7 +251,7 @@ def sample(
 
     def unfinished(carry: Carry) -> jax.Array:
         step, _, _, so_far = carry
-        return (step < stop.max_new_tokens) & (so_far.ended == BUDGET).any()
+        return (step < stop.max_new_tokens) & (so_far.ended == EndReason.MAX_NEW_TOKENS).any()
 
     def body(carry: Carry) -> Carry:
         step, token, suffix, so_far = carry
@@ -254,7 +264,7 @@ def sample(
     none = Samples(
         tokens=jnp.full((batch, capacity), text.pad_token_id, jnp.int32),
         lengths=zeros,
-        ended=jnp.where(stop.used, BUDGET, UNUSED),  # BUDGET as long as nothing else has ended the sample
+        ended=jnp.where(stop.used, EndReason.MAX_NEW_TOKENS, EndReason.UNUSED),  # the former until another one applies
         state=zeros,
         log_prob=jnp.zeros(batch, jnp.float32),
     )

@@ -5,14 +5,14 @@ and ``length_penalty``) are not kept. Settings that this implementation does not
 embeddings, dropout) are refused by name rather than ignored.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import access, checkpoint_path
+from llava_cot_jax.files import read_json
+from llava_cot_jax.paths import checkpoint_path, reading_errors
 
 Convention = Literal["meta", "transformers_4", "transformers_5"]
 """Implementation that the parameters were trained with, one of three.
@@ -429,28 +429,11 @@ def image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
         UserError: The file is not a JSON object.
     """
     path = folder / "preprocessor_config.json"
-    with access(folder):
+    with reading_errors(folder):
         if path.exists():
             return path, read_json(path)
         path = folder / "processor_config.json"  # where transformers 5 writes them
         return path, read_json(path).get("image_processor", {}) if path.exists() else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file.
-
-    Raises:
-        UserError: There is no such file, or no access to it, or no JSON object in it.
-    """
-    with access(path):
-        text = path.read_bytes()
-    try:
-        content = json.loads(text)
-    except ValueError as fault:
-        raise UserError(f"{path} is not JSON: {fault}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
 
 
 def _to_tuples(value: Any) -> Any:

@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text_decoder, vision_tower
 from llava_cot_jax.model.attention import causal_mask
-from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint
-from llava_cot_jax.model.checkpoint.sharded import OnProgress, load_arrays, save_arrays
+from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.sharded_loading import load_params
+from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
@@ -27,6 +28,7 @@ from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, 
 from llava_cot_jax.model.quantization import quantize_params
 from llava_cot_jax.model.sharding import check_mesh, constrain, parameter_sharding, use_mesh
 from llava_cot_jax.paths import as_path
+from llava_cot_jax.progress import OnProgress
 
 ArrayLike = jax.Array | np.ndarray
 
@@ -226,7 +228,7 @@ class Mllama(nnx.Module):
         """
         folder = resolve_checkpoint(path_or_hub_id)
         config = read_config(folder, convention)
-        arrays = load_arrays(folder, config, layout=layout, dtype=dtype, mesh=mesh, on_progress=on_progress)
+        arrays = load_params(folder, config, layout=layout, dtype=dtype, mesh=mesh, on_progress=on_progress)
         return cls.from_arrays(config, arrays, layout=layout, mesh=mesh, remat=remat)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -240,7 +242,7 @@ class Mllama(nnx.Module):
         """
         if self.is_quantized:
             raise UserError("int8 weights are not written: save the model before quantize()")
-        save_arrays(flatten_dict(self.params, sep="."), self.config, as_path(path))
+        save_params(flatten_dict(self.params, sep="."), self.config, as_path(path))
 
     @classmethod
     def from_arrays(

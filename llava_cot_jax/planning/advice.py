@@ -63,8 +63,8 @@ def _mesh_change(plan: TrainingPlan | SearchPlan, found: TrainingPlan | SearchPl
 
 def _effective(change: SettingsChange, settings: TrainSettings) -> SettingsChange:
     """Return a change without the number of accumulation steps where it stays, and without the list of frozen parts."""
-    unchanged = [("micro_batches", settings.micro_batches)]
-    return {name: value for name, value in change.items() if (name, value) not in unchanged and name != "frozen"}
+    unchanged = [("grad_accum_steps", settings.grad_accum_steps)]
+    return {name: value for name, value in change.items() if (name, value) not in unchanged and name != "frozen_params"}
 
 
 def _as_options(change: Mapping[str, Any]) -> str:
@@ -86,18 +86,18 @@ def _apply(settings: TrainSettings, change: SettingsChange) -> TrainSettings:
 def _changes(settings: TrainSettings) -> Iterator[SettingsChange]:
     """Yield changes in the order of their costs."""
     batch_shards = settings.mesh.data * (settings.mesh.fsdp or 1)
-    if settings.checkpointing != "full":
-        yield {"checkpointing": "full"}
-    device_batch = settings.loader.batch // batch_shards
-    for steps in range(settings.micro_batches + 1, device_batch + 1):
+    if settings.remat != "full":
+        yield {"remat": "full"}
+    device_batch = settings.loader.batch_size // batch_shards
+    for steps in range(settings.grad_accum_steps + 1, device_batch + 1):
         if device_batch % steps == 0:
-            yield {"micro_batches": steps}
+            yield {"grad_accum_steps": steps}
     if settings.optimizer.precision == "float32" and not settings.lora.rank:
         yield {"optimizer.precision": "bfloat16_stochastic"}
-    if settings.loader.batch > batch_shards:
-        yield {"micro_batches": 1, "loader.batch": batch_shards}
+    if settings.loader.batch_size > batch_shards:
+        yield {"grad_accum_steps": 1, "loader.batch_size": batch_shards}
     if not settings.lora.rank:
-        yield {"frozen": [], "lora.rank": ADVISED_LORA_RANK, "lora.alpha": 2.0 * ADVISED_LORA_RANK}
+        yield {"frozen_params": [], "lora.rank": ADVISED_LORA_RANK, "lora.alpha": 2.0 * ADVISED_LORA_RANK}
 
 
 def _plan_or_none(

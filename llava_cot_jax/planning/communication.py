@@ -66,8 +66,8 @@ class TrainingStep:
     @property
     def device_batch(self) -> int:
         """Number of sequences that a device computes together, in one step of gradient accumulation."""
-        shards = self.mesh["data"] * self.mesh["fsdp"] * self.settings.micro_batches
-        return max(1, self.settings.loader.batch // shards)
+        shards = self.mesh["data"] * self.mesh["fsdp"] * self.settings.grad_accum_steps
+        return max(1, self.settings.loader.batch_size // shards)
 
     @property
     def tower_tokens(self) -> int:
@@ -109,14 +109,14 @@ def training_bytes_sent(step: TrainingStep) -> dict[str, float]:
     for path, parameter in step.program.table.items():
         for axis, count in _parameter_bytes_sent(step, path, parameter).items():
             sent[axis] += count
-    sent["tensor"] += step.settings.micro_batches * _activation_bytes_sent(step)
+    sent["tensor"] += step.settings.grad_accum_steps * _activation_bytes_sent(step)
     return sent
 
 
 def _parameter_bytes_sent(step: TrainingStep, path: str, parameter: Parameter) -> dict[str, float]:
     """Bytes that a device sends in a step to gather a parameter and to reduce its gradient, by mesh axis."""
     part, data = part_of(step.config, path), step.mesh["data"]
-    is_trained, accumulations = path in step.program.state.trained, step.settings.micro_batches
+    is_trained, accumulations = path in step.program.state.trained, step.settings.grad_accum_steps
     shards = {axis: num_shards(parameter, step.mesh, (axis,)) for axis in ("fsdp", "tensor")}
     size = math.prod(parameter.shape)
     shard = size / (shards["fsdp"] * shards["tensor"])
@@ -140,7 +140,7 @@ def _embedding_bytes_sent(step: TrainingStep, part: ModelPart, table: Parameter,
     ``fsdp`` exchanges a device's own columns of the rows, and their gradients; ``tensor`` the other columns.
     """
     fsdp, tensor = step.mesh["fsdp"], step.mesh["tensor"]
-    lookups = step.settings.micro_batches * step.device_batch * (step.tokens if part == "embedding" else 1)
+    lookups = step.settings.grad_accum_steps * step.device_batch * (step.tokens if part == "embedding" else 1)
     found = lookups * table.shape[-1] * step.dtype_bytes
     return {"fsdp": (fsdp - 1) / fsdp * found / tensor * (1 + is_trained), "tensor": (tensor - 1) / tensor * found}
 
@@ -150,7 +150,7 @@ def _activation_bytes_sent(step: TrainingStep) -> float:
     n = step.mesh["tensor"]
     tower, text = step.config.vision, step.config.text
     hidden_states = step.tokens * text.hidden_size
-    repeated = REMAT_REDUCTIONS[step.settings.checkpointing]
+    repeated = REMAT_REDUCTIONS[step.settings.remat]
     text_gradient, tower_gradient = step.has_gradient("self"), step.has_gradient("tower")
     layers, cross = text.num_hidden_layers, sum(text.is_cross)
     backward = BACKWARD_REDUCTIONS * layers
@@ -174,7 +174,7 @@ def training_hbm_bytes(step: TrainingStep) -> float:
     read.
     """
     settings, mesh = step.settings, step.mesh
-    recomputes = settings.checkpointing == "full"
+    recomputes = settings.remat == "full"
     total = 0.0
     for path, parameter in step.program.table.items():
         part = part_of(step.config, path)
@@ -182,12 +182,12 @@ def training_hbm_bytes(step: TrainingStep) -> float:
             continue
         gathered = math.prod(parameter.shape) / num_shards(parameter, mesh, ("tensor",))
         reads = 1 + step.has_gradient(part) * (1 + recomputes) + (path in step.program.state.trained)
-        total += reads * gathered * step.dtype_bytes * settings.micro_batches
+        total += reads * gathered * step.dtype_bytes * settings.grad_accum_steps
     total += 2 * updated_state_bytes(step.program)
     tower, text = step.config.vision, step.config.text
     layer_inputs = text.num_hidden_layers * step.tokens * text.hidden_size
     layer_inputs += step.tower_blocks * step.tower_tokens * tower.hidden_size
-    return total + 2 * layer_inputs * step.device_batch * step.dtype_bytes * settings.micro_batches
+    return total + 2 * layer_inputs * step.device_batch * step.dtype_bytes * settings.grad_accum_steps
 
 
 def updated_state_bytes(program: Program) -> int:

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,8 @@ from typing import Any
 import jax
 
 from llava_cot_jax import cli
-from llava_cot_jax.paths import cache_folder
+from llava_cot_jax.files import cache_folder, read_json, write_json
+from llava_cot_jax.paths import writing_errors
 from llava_cot_jax.planning.collectives import Collective, find_collectives
 from llava_cot_jax.planning.slices import Slice
 
@@ -79,15 +79,14 @@ def compile_for(
     lowered = lower()
     context = json.dumps([FORMAT, compiler_versions(), slice_.name, dict(mesh)])
     key = hashlib.sha256((context + lowered.as_text()).encode()).hexdigest()[:32]
-    cached = cache_folder() / "plans" / f"{key}.json"
+    cached = cache_folder("plans") / f"{key}.json"
     if cached.is_file():
-        return _from_json(json.loads(cached.read_text()))
+        return _from_json(read_json(cached))
     with cli.status(f"compiling {name} for {slice_.name}: this takes minutes"):
         program = cli.run_interruptible(functools.partial(_compile, lowered, mesh))
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(program)))
-    temporary.replace(cached)
+    with writing_errors(cached):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_json(cached, asdict(program), shared=True)
     return program
 
 

@@ -108,7 +108,7 @@ def _temporary_memory(step: TrainingStep) -> MemoryShares:
     all gradients are there, and no activations of the text.
     """
     # With gradient accumulation there are two gradients: a float32 sum, and those of one accumulation step.
-    gradient_bytes = step.dtype_bytes + FLOAT32_BYTES * (step.settings.micro_batches > 1)
+    gradient_bytes = step.dtype_bytes + FLOAT32_BYTES * (step.settings.grad_accum_steps > 1)
     gradients = {path: shard_size(leaf) * gradient_bytes for path, leaf in step.program.state.trained.items()}
     all_gradients = sum(gradients.values())
     of_tower = sum(size for path, size in gradients.items() if part_of(step.config, path) in ("tower", "projector"))
@@ -125,7 +125,7 @@ def _temporary_memory(step: TrainingStep) -> MemoryShares:
 def _saved_text_bytes(step: TrainingStep) -> int:
     """Bytes of activations that are kept from the forward pass: those of text layers, and the image tokens."""
     text = step.config.text
-    saved = SAVED_BY_TEXT_LAYER[step.settings.checkpointing]
+    saved = SAVED_BY_TEXT_LAYER[step.settings.remat]
     per_token = saved.values(text.hidden_size, text.intermediate_size, step.mesh["tensor"])
     layers = text.num_hidden_layers * step.tokens * per_token if step.has_gradient("self") else 0
     return (layers + step.image_tokens * text.hidden_size) * step.device_batch * step.dtype_bytes
@@ -134,7 +134,7 @@ def _saved_text_bytes(step: TrainingStep) -> int:
 def _saved_tower_bytes(step: TrainingStep) -> int:
     """Bytes of activations that are kept from the forward pass: those of the tower's blocks, and its features."""
     tower = step.config.vision
-    saved = SAVED_BY_TOWER_BLOCK[step.settings.checkpointing]
+    saved = SAVED_BY_TOWER_BLOCK[step.settings.remat]
     per_token = saved.values(tower.hidden_size, tower.intermediate_size, step.mesh["tensor"])
     blocks = step.tower_blocks * step.tower_tokens * per_token if step.has_gradient("tower") else 0
     features = step.tower_tokens * tower.output_size if step.has_gradient("projector") else 0

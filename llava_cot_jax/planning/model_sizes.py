@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint.finding import read_config
+from llava_cot_jax.model.checkpoint.folder import read_config
 from llava_cot_jax.model.config import Convention, MllamaConfig
-from llava_cot_jax.paths import access, checkpoint_path, is_remote
+from llava_cot_jax.paths import checkpoint_path, is_remote, reading_errors
 
 PUBLISHED = {
     "Llama-3.2-11B-Vision": MllamaConfig.llama32_11b,
@@ -28,7 +28,7 @@ def model_config_for(name: str, convention: Convention | None = None) -> MllamaC
         UserError: The name is none of these.
     """
     folder = checkpoint_path(name)
-    with access(folder):
+    with reading_errors(folder):
         is_there = is_remote(folder) or folder.is_dir()
     if is_there:
         return read_config(folder, convention)

@@ -46,7 +46,7 @@ def lower_training_step(
     program: Program, settings: TrainSettings, config: MllamaConfig, mesh: Mesh
 ) -> jax.stages.Lowered:
     """Lower the training step for the longest batch."""
-    batch = abstract_batch(config, settings.loader.batch, settings.chat.max_length, mesh)
+    batch = abstract_batch(config, settings.loader.batch_size, settings.chat.max_length, mesh)
     return program.step.lower(program.state, batch)  # type: ignore[attr-defined]
 
 
@@ -72,4 +72,5 @@ def lower_search(
     given = jax.eval_shape(lambda: (random_search_inputs(config, work, questions), *endless_tables(config, work, spec)))
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), given)
     params = unflatten_dict(abstract_params(config, dtype, mesh), sep=".")
-    return search.lower(params, *given, config=config, spec=spec, chunk=default_prefill_chunk(mesh), mesh=mesh)
+    static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
+    return search.lower(params, *given, **static)

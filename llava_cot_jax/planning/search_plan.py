@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_cot_jax.benchmark.inputs import endless_tables, random_search_inputs
-from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload
+from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.costs import model_costs
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
@@ -19,6 +19,7 @@ from llava_cot_jax.planning.memory import MemoryShares
 from llava_cot_jax.planning.programs import WeightDtype, abstract_params, lower_search
 from llava_cot_jax.planning.roofline import Roofline
 from llava_cot_jax.planning.slices import GENERATIONS, HBM_MARGIN, Slice
+from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.reasoner import ACCELERATOR_CHUNK
 from llava_cot_jax.search.strategies import Judge, SearchSpec
 
@@ -147,26 +148,32 @@ def smallest_slices_for_search(
     return sorted(found, key=lambda plan: plan.seconds * plan.slice.chips)
 
 
-def _kv_cache_bytes(spec: SearchSpec, config: MllamaConfig, work: Workload, questions: int, mesh: Mapping[str, int]) -> int:
+def _kv_cache_bytes(
+    spec: SearchSpec, config: MllamaConfig, work: Workload, questions: int, mesh: Mapping[str, int]
+) -> int:
     """Bytes per device of all KV caches at the peak: the prefix, its images, and the candidates or the judge's prompts.
 
     The caches of candidates and those of the judge are never there at the same time.
     """
     work = replace(work, stage_tokens=spec.max_new_tokens)
-    inputs, _, judge = jax.eval_shape(lambda: (random_search_inputs(config, work), *endless_tables(config, work, spec)))
-    tags = 2 * TAG_TOKENS if spec.stages else 0
-    longest, stages = max(spec.max_new_tokens), len(spec.max_new_tokens)
-    prompt = inputs.inputs["input_ids"].shape[1]
-    prefix = prompt + sum(spec.max_new_tokens[:-1]) + stages * tags + ACCELERATOR_CHUNK
-    suffix = max(spec.num_candidates) * longest
-    if judge is not None and spec.judge is not None:
-        fixed = sum(part.tokens.shape[-1] for part in (judge.intro, judge.middle, judge.label))
-        header = fixed + inputs.question.tokens.shape[-1] + (stages - 1) * (longest + tags) + ACCELERATOR_CHUNK
-        pair = 2 * (longest + tags) + judge.between.tokens.shape[-1] + judge.ending.tokens.shape[-1]
-        has_rationale = spec.judge.verdict == "rationale"
-        prompts = -(-max(spec.num_candidates) // 2) if has_rationale else spec.judge.orders
-        verdict = max(spec.judge.reason_tokens, spec.judge.check_tokens) if has_rationale else 1
-        suffix = max(suffix, header + prompts * (pair + ACCELERATOR_CHUNK // prompts + verdict))
+    inputs, stage_tables, judge_tables = jax.eval_shape(
+        lambda: (random_search_inputs(config, work), *endless_tables(config, work, spec))
+    )
+    lengths = SearchLengths.of(spec, stage_tables, prompt=inputs.model_inputs["input_ids"].shape[1])
+    prefix = lengths.prefix + ACCELERATOR_CHUNK
+    suffix = max(spec.num_candidates) * lengths.candidate
+    if judge_tables is not None and spec.judge is not None:
+        prompt = JudgeLengths.of(
+            spec.judge,
+            judge_tables,
+            header=inputs.chat_headers.capacity,
+            question=inputs.question.capacity,
+            text=lengths.text,
+            earlier=spec.num_stages - 1,
+        )
+        queries = spec.judge.queries_per_batch(max(spec.num_candidates))
+        per_query = prompt.suffix + ACCELERATOR_CHUNK // queries + prompt.verdict
+        suffix = max(suffix, prompt.prefix + ACCELERATOR_CHUNK + queries * per_query)
     text_token, image_token = model_costs.kv_cache_values_per_token(config)
     image_tokens = model_costs.padded_image_tokens(config) if work.image_tiles else 0
     values = (prefix + suffix) * text_token + image_tokens * image_token
@@ -209,7 +216,7 @@ class _SearchCosts:
     def stage_tokens(self) -> tuple[int, ...]:
         """Number of tokens of a candidate of each stage; a search without stages has one of the whole length."""
         tokens = self.work.stage_tokens
-        return tokens if len(tokens) == len(self.spec.max_new_tokens) else (sum(tokens),)
+        return tokens if len(tokens) == self.spec.num_stages else (sum(tokens),)
 
     def seconds_of_calls(self) -> Iterator[float]:
         """Yield the least seconds of each kind of call, from the images to the last stage."""
@@ -272,7 +279,7 @@ class _SearchCosts:
         prompts = (candidates - 1) * judge.orders
         pair = 2 * tokens + self.work.judge_prompt_tokens
         yield prompts * self._prefill_seconds(pair, prefix=self.work.prompt_tokens)
-        if judge.verdict == "rationale":
+        if judge.writes_reasons:
             rounds = math.ceil(math.log2(candidates))
             yield rounds * self.work.reason_tokens * self.decode_step(stage, suffix=2 * tokens).step_seconds
 

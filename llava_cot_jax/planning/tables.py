@@ -29,8 +29,8 @@ def training_table(plan: TrainingPlan, compiled: CompiledProgram | None, mfu: fl
     table.add_row("trained", f"{what} in {precision}; computed in {settings.dtype}")
     table.add_row(
         "batch",
-        f"{settings.loader.batch} examples of up to {settings.chat.max_length} tokens, "
-        f"{settings.micro_batches} gradient accumulation step(s), remat {settings.checkpointing}",
+        f"{settings.loader.batch_size} examples of up to {settings.chat.max_length} tokens, "
+        f"{settings.grad_accum_steps} gradient accumulation step(s), remat {settings.remat}",
     )
     _add_memory(table, plan.memory, plan.slice, compiled)
     table.add_row(
@@ -53,11 +53,11 @@ def training_table(plan: TrainingPlan, compiled: CompiledProgram | None, mfu: fl
 def search_table(plan: SearchPlan, compiled: CompiledProgram | None, max_questions: int) -> Table:
     """Return the table of a search on a slice."""
     table = _plan_table("search", plan.slice, compiled)
-    counts, budgets = sorted(set(plan.spec.num_candidates)), sorted(set(plan.spec.max_new_tokens))
+    counts, lengths = sorted(set(plan.spec.num_candidates)), sorted(set(plan.spec.max_new_tokens))
     table.add_row("mesh", _describe_mesh(plan.mesh))
     table.add_row(
         "search",
-        f"{len(plan.spec.max_new_tokens)} stage(s) of {_join(counts)} candidates, up to {_join(budgets)} tokens; "
+        f"{plan.spec.num_stages} stage(s) of {_join(counts)} candidates, up to {_join(lengths)} tokens; "
         f"{plan.questions} question(s) together; weights in {plan.dtype}",
     )
     _add_memory(table, plan.memory, plan.slice, compiled)

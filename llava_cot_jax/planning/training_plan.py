@@ -74,15 +74,15 @@ def plan_training(settings: TrainSettings, config: MllamaConfig, slice_: Slice, 
     mesh = abstract_mesh(settings.mesh.data, settings.mesh.fsdp or 1, settings.mesh.tensor)
     check_mesh(config, mesh)
     check_batch(settings, mesh)
-    per_epoch = max(1, dataset.examples // settings.loader.batch)
+    per_epoch = max(1, dataset.examples // settings.loader.batch_size)
     steps = settings.steps or settings.epochs * per_epoch
     program = make_program(settings, config, mesh, steps=steps, steps_per_epoch=per_epoch)
     longest = TrainingStep(settings, config, program, dict(mesh.shape), settings.chat.max_length)
     average = replace(longest, tokens=min(dataset.tokens_per_example, settings.chat.max_length))
     useful = training_flops(config, average.tokens, 1, trained=program.trained, adapted=program.adapted)
-    flops = settings.loader.batch * sum(useful.values())
-    recomputed_by_kind = recomputed_flops(config, average.tokens, 1, checkpointing=settings.checkpointing)
-    recomputed = settings.loader.batch * sum(
+    flops = settings.loader.batch_size * sum(useful.values())
+    recomputed_by_kind = recomputed_flops(config, average.tokens, 1, remat=settings.remat)
+    recomputed = settings.loader.batch_size * sum(
         count
         for kind, count in recomputed_by_kind.items()
         if average.has_gradient("tower" if kind.startswith("tower") else "self")
@@ -93,7 +93,7 @@ def plan_training(settings: TrainSettings, config: MllamaConfig, slice_: Slice, 
         hbm_bytes=training_hbm_bytes(average),
         sent_bytes=training_bytes_sent(average),
     )
-    memory = training_memory(longest, abstract_batch(config, settings.loader.batch, longest.tokens, mesh))
+    memory = training_memory(longest, abstract_batch(config, settings.loader.batch_size, longest.tokens, mesh))
     return TrainingPlan(settings, slice_, memory, roofline, flops, recomputed, steps)
 
 
@@ -106,7 +106,7 @@ def compile_training(plan: TrainingPlan, config: MllamaConfig) -> CompiledProgra
     settings = plan.settings
     mesh = make_mesh(**plan.mesh, devices=plan.slice.devices())
     # The learning rate follows the default data set, whatever the plan's, so that all plans share one program.
-    steps = settings.steps or settings.epochs * max(1, DatasetSize.examples // settings.loader.batch)
+    steps = settings.steps or settings.epochs * max(1, DatasetSize.examples // settings.loader.batch_size)
     program = make_program(settings, config, mesh, steps=steps, steps_per_epoch=steps)
     return compile_for(
         plan.slice, plan.mesh, lambda: lower_training_step(program, settings, config, mesh), "the training step"

@@ -82,7 +82,7 @@ def cut(image: Image.Image, vision: VisionConfig, out: np.ndarray) -> tuple[int,
         The canvas: tiles high, tiles wide.
     """
     size = vision.image_size
-    canvas, (height, width) = fit(image.height, image.width, vision.max_num_tiles, size)
+    canvas, (height, width) = fit_canvas(image.height, image.width, vision.max_num_tiles, size)
     fitted = image.size == (width, height)  # Pillow would make a copy
     resized = image if fitted else image.resize((width, height), Image.Resampling.BILINEAR)
     for channel, name in enumerate("RGB"):
@@ -129,7 +129,7 @@ def _canvases(tiles: int) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=10_000)
-def fit(height: int, width: int, max_num_tiles: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def fit_canvas(height: int, width: int, max_num_tiles: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The canvas (tiles high, tiles wide) of an image, and the (height, width) that it is resized to.
 
     The canvas is the one that enlarges the image least, or where none is large enough the one that shrinks it least;

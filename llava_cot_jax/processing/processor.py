@@ -13,9 +13,9 @@ import jinja2
 import numpy as np
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint.finding import find_checkpoint
+from llava_cot_jax.model.checkpoint.folder import find_checkpoint
 from llava_cot_jax.model.config import MllamaConfig, VisionConfig, image_settings, read_json
-from llava_cot_jax.paths import access, files_in, is_remote
+from llava_cot_jax.paths import files_in, is_remote, reading_errors
 from llava_cot_jax.processing.images import ImageSource, batch_images, check_vision
 from llava_cot_jax.processing.messages import CHAT_TEMPLATE, IMAGE_TOKEN, PROMPT_DATE, Message
 
@@ -248,7 +248,7 @@ def _on_disk(folder: Path, names: set[str]) -> Iterator[Path]:
     with TemporaryDirectory() as copy:
         for name in names:
             if name.endswith((".json", ".jinja")):
-                with access(folder / name):
+                with reading_errors(folder / name):
                     (Path(copy) / name).write_bytes((folder / name).read_bytes())
         yield Path(copy)
 

@@ -1,4 +1,4 @@
-"""The arguments by which a command is told how to search, and the strategy that they come to."""
+"""Options by which a command is told how to search, and the strategy that they stand for."""
 
 import dataclasses
 from typing import Any
@@ -23,73 +23,99 @@ STRATEGIES: dict[str, type[Any]] = {
     "best_of_n": BestOfN,
     "stage_beam": StageBeam,
 }
+"""Strategies by their names for ``--search``."""
 
-SEARCHING = ("candidates", "budget", "judge")
-"""Those that are of a search alone."""
+_NEED_SEARCH = ("num_candidates", "judge")
+"""Options that have no meaning without ``--search``."""
 
-_NAMES = (*SEARCHING, "temperature", "top_k", "top_p")
+_SAMPLING = ("temperature", "top_k", "top_p")
+"""Options of sampling."""
+
+_LENGTH = "max_new_tokens"
+"""Option of the longest answer, which a command without a search reads itself."""
 
 
 def add_arguments(parser: Any) -> None:
-    """Give a parser of ``jsonargparse`` the arguments that ``chosen`` reads."""
+    """Add the options that ``strategy_or_sampling`` reads to a parser of ``jsonargparse``."""
     add = parser.add_argument
+    add("--search", choices=list(STRATEGIES), help="Strategy to search with. stage_beam is LLaVA-CoT's method.")
     add(
-        "--temperature",
-        type=float | tuple[float, ...] | None,
-        default=None,
-        help="0 takes the likeliest token; default: 0, and in a search 0.6, as LLaVA-CoT samples",
-    )
-    add("--top_k", type=int | None, default=None, help="sample among so many of the likeliest tokens; in a search 50")
-    add(
-        "--top_p",
-        type=float | None,
-        default=None,
-        help="sample among the likeliest of this probability; in a search 0.9",
-    )
-    add("--search", choices=list(STRATEGIES), help="search for the answer; stage_beam is LLaVA-CoT's method")
-    add(
-        "--candidates",
+        "--num_candidates",
         type=int | tuple[int, ...] | None,
         default=None,
-        help="of a search; like --temperature and --budget, of stage_beam one number or a list of one for each stage",
-    )
-    add(
-        "--budget",
-        type=int | tuple[int, ...] | None,
-        default=None,
-        help="of a search: the longest answer in tokens, or the longest stage; default: max_new_tokens of the "
-        "checkpoint's generation_config.json where it has one, else 2048 for an answer and 1024 for a stage",
+        help="Number of candidates of a search. With stage_beam, --num_candidates, --temperature and --max_new_tokens "
+        "take one value, or a list with one value for each stage. By default, 4 with stage_beam and otherwise 8.",
     )
     add(
         "--judge",
         choices=["token", "rationale", "log_probability"],
-        help="what chooses among candidates: the model by the probability of its verdict (default) or by a written "
-        "reason, or the candidates' own mean log-probability",
+        help="Scorer that chooses among candidates: the model as judge, by the probability of its verdict (token, the "
+        "default) or by a written reason (rationale), or the candidates' mean log-probability.",
+    )
+    add(
+        "--max_new_tokens",
+        type=int | tuple[int, ...] | None,
+        default=None,
+        help="Largest number of tokens of an answer; with stage_beam, of a stage. By default, max_new_tokens of the "
+        "checkpoint's generation_config.json where it has one, else 2048 for an answer and 1024 for a stage.",
+    )
+    add(
+        "--temperature",
+        type=float | tuple[float, ...] | None,
+        default=None,
+        help="Temperature of sampling; 0 takes the likeliest token. By default, 0.6 in a search, as in LLaVA-CoT, "
+        "and 0 without one.",
+    )
+    add(
+        "--top_k",
+        type=int | None,
+        default=None,
+        help="Number of likeliest tokens that are sampled from. By default, 50 in a search, and all without one.",
+    )
+    add(
+        "--top_p",
+        type=float | None,
+        default=None,
+        help="Probability up to which the likeliest tokens are sampled from. By default, 0.9 in a search, and 1 "
+        "without one.",
     )
 
 
-def chosen(options: Any) -> Strategy | Sampling:
-    """What ``--search`` and the arguments that go with it come to; without it, how tokens are drawn.
+def strategy_or_sampling(options: Any) -> Strategy | Sampling:
+    """Return the strategy that the options stand for, or, without ``--search``, how tokens are sampled.
 
     Raises:
-        UserError: an argument out of range, or one that has no meaning with the others.
+        UserError: An option is out of range, or has no meaning with the others.
     """
-    given = {name: options[name] for name in _NAMES if options[name] is not None}
+    given = {name: options[name] for name in (*_NEED_SEARCH, *_SAMPLING, _LENGTH) if options[name] is not None}
     if options.search is None:
-        if searching := given.keys() & set(SEARCHING):
-            raise UserError(f"--{min(searching)} is of a search: give --search too ({', '.join(STRATEGIES)})")
-        if isinstance(options.temperature, tuple):
-            raise UserError("several temperatures are those of stages: give --search stage_beam too")
-        return Sampling(**given)
-    made = STRATEGIES[options.search]
-    if judge := given.pop("judge", None):
-        given["scorer"] = LogProbability() if judge == "log_probability" else Judge(judge)
-    for name, value in given.items():
-        if name not in {field.name for field in dataclasses.fields(made)}:
-            spoken = "judge" if name == "scorer" else name
-            raise UserError(f"--{spoken} has no meaning for --search {options.search}")
-        if isinstance(value, tuple) and made is not StageBeam:
-            raise UserError(f"--{name} takes one value, except for --search stage_beam")
-    strategy: Strategy = made(**given)
-    strategy.to_spec()  # refuses what cannot be used
+        return _sampling(given)
+    strategy_type = STRATEGIES[options.search]
+    accepted = {field.name for field in dataclasses.fields(strategy_type)}
+    settings: dict[str, Any] = {}
+    for option, value in given.items():
+        name = "scorer" if option == "judge" else option
+        if name not in accepted:
+            raise UserError(f"--{option} has no meaning for --search {options.search}")
+        if isinstance(value, tuple) and strategy_type is not StageBeam:
+            raise UserError(f"--{option} takes one value, except for --search stage_beam")
+        settings[name] = _scorer(value) if option == "judge" else value
+    strategy: Strategy = strategy_type(**settings)
+    strategy.to_spec()  # refuses values out of range
     return strategy
+
+
+def _sampling(given: dict[str, Any]) -> Sampling:
+    """Return how tokens are sampled without a search, from the options that are given."""
+    for name in _NEED_SEARCH:
+        if name in given:
+            raise UserError(f"--{name} needs a search: give --search too ({', '.join(STRATEGIES)})")
+    for name, value in given.items():
+        if isinstance(value, tuple):
+            raise UserError(f"--{name} takes one value for each stage only in a search: give --search stage_beam too")
+    return Sampling(**{name: given[name] for name in _SAMPLING if name in given})
+
+
+def _scorer(judge: Any) -> Judge | LogProbability:
+    """Return the scorer that ``--judge`` names."""
+    return LogProbability() if judge == "log_probability" else Judge(judge)

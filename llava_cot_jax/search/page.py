@@ -12,6 +12,7 @@ import jinja2
 from PIL import Image
 
 from llava_cot_jax.files import write_text
+from llava_cot_jax.paths import writing_errors
 from llava_cot_jax.processing.images import ImageSource, open_image
 from llava_cot_jax.search import wording
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
@@ -69,7 +70,9 @@ def write_page(
     Raises:
         UserError: The file cannot be written, or an image cannot be read.
     """
-    write_text(path, render_page(entries, facts, title))
+    page = render_page(entries, facts, title)
+    with writing_errors(path):
+        write_text(path, page)
 
 
 def render_page(entries: Sequence[PageEntry], facts: Mapping[str, object], title: str = DEFAULT_TITLE) -> str:
@@ -149,7 +152,7 @@ def _candidate_view(
         "percent": _percent(math.exp(min(candidate.mean_log_prob, 0.0))),
         "tokens": wording.counted(candidate.tokens, "token"),
         "ended": wording.ENDINGS.get(candidate.ended, candidate.ended),
-        "cut": candidate.ended == "budget",
+        "cut": candidate.ended == "max_new_tokens",
         "check": check,
     }
 
@@ -171,7 +174,8 @@ def _verdict_view(verdict: VerdictTrace) -> dict[str, Any]:
     return {
         "line": _minus(wording.verdict_result(verdict)),
         "neither": wording.neither_share(verdict),
-        "weak": verdict.other_probability is not None and verdict.other_probability > 0.5,  # mostly on neither candidate
+        "weak": verdict.other_probability is not None
+        and verdict.other_probability > 0.5,  # mostly on neither candidate
         "reason": verdict.reason,
     }
 

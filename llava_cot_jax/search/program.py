@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from llava_cot_jax.inference.decoding import (
-    TAG,
-    UNUSED,
     Decoder,
+    EndReason,
     Samples,
     StopConditions,
     encode_images,
@@ -24,30 +24,30 @@ from llava_cot_jax.model.image_context import ImageContext
 from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Prefix
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
-from llava_cot_jax.search.judge import JudgeInputs, StageJudgement, run_tournament
+from llava_cot_jax.search.judge import JudgeInputs, StageJudge
+from llava_cot_jax.search.lengths import SearchLengths
+from llava_cot_jax.search.random_keys import Draw
 from llava_cot_jax.search.strategies import LogProbability, SearchSpec
 from llava_cot_jax.search.tables import BLANK_LINE, JudgeTables, StageTables
-
-CANDIDATE = 0
-"""What a stage's key is folded with for the candidates; ``judge`` takes the numbers after it."""
+from llava_cot_jax.search.tournament import StageJudgement, run_tournament
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SearchInputs:
-    """A batch of questions.
+    """Batch of questions, as the compiled search takes it.
 
     Attributes:
-        inputs: by the names of ``Mllama``'s arguments, padded on the right.
-        lengths: int32 [questions], tokens of each prompt.
-        seeds: uint32 [questions].
-        question: the judge is told, [questions].
-        leads: what stands before the judge's prompts, [kinds, questions].
+        model_inputs: Arrays by the names of the arguments of ``Mllama``, padded on the right.
+        lengths: int32, number of tokens of each prompt.
+        seeds: uint32, seed of each question's draws.
+        question: Text of each question as the judge is told it, [questions].
+        chat_headers: Beginning of the judge's prompts, [kinds, questions].
     """
 
-    inputs: Mapping[str, jax.Array]
-    lengths: jax.Array
-    seeds: jax.Array
+    model_inputs: Mapping[str, jax.Array]
+    lengths: Int[Array, " questions"]
+    seeds: UInt32[Array, " questions"]
     question: RaggedTokens
     chat_headers: RaggedTokens
 
@@ -55,160 +55,221 @@ class SearchInputs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StageResult:
-    """What came of a stage; of a whole search, each with a leading axis of stages.
+    """Result of a stage. That of a whole search has a leading axis of stages in each array.
 
     Attributes:
-        candidates: [questions, candidates].
-        winner: int32 [questions].
-        judgement: None where no judge was asked.
-        read: int32 [questions], tokens read before the stage: the prompt, or what won the stage before.
+        candidates: Candidates, [questions, candidates].
+        winner: int32, the candidate that won.
+        judgement: Outcome of the judge's tournament; None where there was no judge.
+        num_prefilled: int32, number of tokens prefilled before the stage: the prompt or the last winner, and tags.
     """
 
     candidates: Samples
-    winner: jax.Array
+    winner: Int[Array, " questions"]
     judgement: StageJudgement | None
-    read: jax.Array
+    num_prefilled: Int[Array, " questions"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "plan", "chunk", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "spec", "prefill_chunk", "mesh"))
 def search(
     params: Params,
-    request: SearchInputs,
-    stages: StageTables,
-    judging: JudgeTables | None,
+    inputs: SearchInputs,
+    stage_tables: StageTables,
+    judge_tables: JudgeTables | None,
     *,
     config: MllamaConfig,
     spec: SearchSpec,
-    chunk: int,
+    prefill_chunk: int,
     mesh: Mesh | None,
 ) -> StageResult:
     """Search for the answers of a batch of questions.
 
-    The vision tower runs once and a prompt is read once a question. The stages are one loop; each reads what
-    won the one before into the prefix, and draws candidates and asks the judge over it without copying it.
+    The vision tower runs once, and a prompt is prefilled once. The stages are one loop. Each appends the winner of the
+    stage before to the prefix, and samples and judges its candidates over the prefix without copying it.
 
     Args:
-        params: the model's, unrolled.
-        request: the questions.
-        stages: tables of the plan's stages.
-        judging: tables of the judge; None where the plan has none.
-        config: the model's.
-        plan: what the strategy comes to.
-        chunk: tokens of a question that are read at a time.
-        mesh: where the model lives.
+        params: Parameters of the model, in the unrolled layout.
+        inputs: The questions.
+        stage_tables: Tables of the stages of ``spec``.
+        judge_tables: Tables of the judge of ``spec``; None where it has none.
+        config: Configuration of the model.
+        spec: Static part of the search.
+        prefill_chunk: Number of tokens of each question that are prefilled at a time.
+        mesh: Mesh of the model's devices; None on one device.
     """
     with use_mesh(mesh):
-        images = encode_images(params, config, request.inputs, request.lengths)
-        decoder = Decoder(params, config, _only_with_images(images), prefill_chunk=chunk)
-        return _all_stages(decoder, request, stages, judging, spec)
+        images = encode_images(params, config, inputs.model_inputs, inputs.lengths)
+        decoder = Decoder(params, config, _close_gates_without_images(images), prefill_chunk)
+        keys = jax.vmap(jax.random.key)(inputs.seeds)
+        stage_search = _StageSearch(decoder, spec, inputs, stage_tables, judge_tables, keys)
+        return jax.lax.scan(stage_search.run_stage, stage_search.init_state(), jnp.arange(spec.num_stages))[1]
 
 
-def _only_with_images(images: ImageContext | None) -> ImageContext | None:
-    """Close the attention gates of questions without an image, whatever their neighbours have."""
+def _close_gates_without_images(images: ImageContext | None) -> ImageContext | None:
+    """Return the images with the attention gates of questions without an image closed, whatever their neighbours have.
+
+    So a question's answer does not depend on the batch that it is in.
+    """
     if images is None:
         return None
     has_image = images.mlp_gate.any(axis=1, keepdims=True)
     return replace(images, attention_gate=images.attention_gate & has_image)
 
 
-def _all_stages(
-    decoder: Decoder, request: SearchInputs, stages: StageTables, judging: JudgeTables | None, spec: SearchSpec
-) -> StageResult:
-    questions, count = len(request.lengths), len(spec.max_new_tokens)
-    prompt = RaggedTokens(request.inputs["input_ids"], request.lengths)
-    capacity, closing, opening = max(spec.max_new_tokens), stages.closings.capacity, stages.openings.capacity
-    unread_room = max(prompt.capacity, capacity + closing) + opening
-    text_room = opening + capacity + closing
-    prefix_room = prompt.capacity + sum(spec.max_new_tokens[:-1]) + (count - 1) * (closing + opening) + opening
-    keys = jax.vmap(jax.random.key)(request.seeds)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SearchState:
+    """State of a search between stages.
 
-    def stage(
-        carry: tuple[CacheLayers, jax.Array, RaggedTokens, RaggedTokens], number: jax.Array
-    ) -> tuple[tuple[CacheLayers, jax.Array, RaggedTokens, RaggedTokens], StageResult]:
-        prefix, length, unread, earlier = carry
-        prefix, logits = prefill(decoder, unread, KVCache(prefix, length))
-        length = length + unread.lengths
-        stage_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        _, candidates = sample_candidates(
-            decoder,
-            spec,
-            logits,
-            Prefix(prefix, length),
-            decoder.init_cache(questions * max(spec.num_candidates), capacity),
-            stages.stop_tables[number],
-            stage_keys,
-            number,
+    Attributes:
+        prefix: KV cache of the prompts and of the winners that are prefilled.
+        pending: Tokens to prefill before the next stage, [questions].
+        winners: Winner of each stage with its tags, [stages, questions]; empty where the stage is still to come.
+    """
+
+    prefix: Prefix
+    pending: RaggedTokens
+    winners: RaggedTokens
+
+
+@dataclass(frozen=True)
+class _StageSearch:
+    """Search for one stage after another.
+
+    Attributes:
+        decoder: Model and images.
+        spec: Static part of the search.
+        inputs: The questions.
+        tables: Tables of the stages.
+        judge_tables: Tables of the judge; None where there is none.
+        keys: Random key of each question.
+    """
+
+    decoder: Decoder
+    spec: SearchSpec
+    inputs: SearchInputs
+    tables: StageTables
+    judge_tables: JudgeTables | None
+    keys: Key[Array, " questions"]
+
+    @property
+    def num_questions(self) -> int:
+        """Number of questions."""
+        return len(self.inputs.lengths)
+
+    @property
+    def lengths(self) -> SearchLengths:
+        """Lengths that the arrays have room for."""
+        return SearchLengths.of(self.spec, self.tables, self.inputs.model_inputs["input_ids"].shape[1])
+
+    def init_state(self) -> SearchState:
+        """Return the state before the first stage, with the prompts still to prefill."""
+        decoder, lengths, questions = self.decoder, self.lengths, self.num_questions
+        prompt = RaggedTokens(self.inputs.model_inputs["input_ids"], self.inputs.lengths)
+        pending = concat((prompt, self.tables.openings[0, BLANK_LINE]), lengths.pending)
+        shape = (self.spec.num_stages, questions)
+        winners = RaggedTokens(jnp.zeros((*shape, lengths.text), jnp.int32), jnp.zeros(shape, jnp.int32))
+        prefix = decoder.init_cache(questions, lengths.prefix + decoder.prefill_chunk)
+        return SearchState(Prefix(prefix, jnp.zeros(questions, jnp.int32)), pending, winners)
+
+    @jax.named_scope("stage")
+    def run_stage(self, state: SearchState, stage: Int[Array, ""]) -> tuple[SearchState, StageResult]:
+        """Sample the candidates of a stage and choose the winner."""
+        prefix, logits = self._extend_prefix(state)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, stage)
+        candidates = self._sample(prefix, logits, keys, stage)
+        closings = self.tables.closings[stage][candidates.state]  # [questions, candidates]
+        texts = concat((self.tables.openings[stage, BLANK_LINE], candidates.text, closings), self.lengths.text)
+        winner, judgement = self._choose(candidates, texts, state.winners, keys, stage)
+
+        won, won_closing, won_text = jax.tree.map(
+            lambda x: x[jnp.arange(self.num_questions), winner], (candidates, closings, texts)
         )
-        candidates = jax.tree.map(lambda x: x.reshape(questions, -1, *x.shape[1:]), candidates)
+        next_stage = jnp.minimum(stage + 1, self.spec.num_stages - 1)
+        next_opening = self.tables.openings[next_stage][_count_line_breaks(won, self.tables.num_states)]
+        pending = concat((won.text, won_closing, next_opening), self.lengths.pending)
+        winners = jax.tree.map(lambda old, new: old.at[stage].set(new), state.winners, won_text)
+        result = StageResult(candidates, winner, judgement, state.pending.lengths)
+        return SearchState(prefix, pending, winners), result
 
-        closings = stages.closings[number][candidates.state]  # [questions, candidates]
-        texts = concat((stages.openings[number, BLANK_LINE], candidates.text, closings), text_room)
-        likelihood = candidates.log_prob / jnp.maximum(candidates.num_sampled, 1)
-        likelihood = jnp.where(candidates.ended == UNUSED, -jnp.inf, likelihood)
-        used = jnp.array(spec.num_candidates)[number]
-        case = JudgeInputs(number, texts, likelihood, used, request.chat_headers, request.question, earlier, stage_keys)
-        winner, judgement = _choose(decoder, spec, case, judging)
+    @jax.named_scope("extend_prefix")
+    def _extend_prefix(self, state: SearchState) -> tuple[Prefix, Float[Array, "questions vocab"]]:
+        """Prefill the pending tokens. Return the longer prefix, and the logits after it."""
+        before = KVCache(state.prefix.layers, state.prefix.lengths)
+        layers, logits = prefill(self.decoder, state.pending, before)
+        return Prefix(layers, state.prefix.lengths + state.pending.lengths), logits
 
-        won = jax.tree.map(lambda x: x[jnp.arange(questions), winner], (candidates, closings, texts))
-        following = stages.openings[jnp.minimum(number + 1, count - 1)][_tail(won[0], stages.accept)]
-        unread_next = concat((won[0].text, won[1], following), unread_room)
-        earlier = jax.tree.map(lambda old, new: old.at[number].set(new), earlier, won[2])
-        return (prefix, length, unread_next, earlier), StageResult(candidates, winner, judgement, unread.lengths)
+    def _sample(
+        self,
+        prefix: Prefix,
+        logits: Float[Array, "questions vocab"],
+        keys: Key[Array, " questions"],
+        stage: Int[Array, ""],
+    ) -> Samples:
+        """Sample the candidates of a stage, [questions, candidates]."""
+        num_sequences = self.num_questions * max(self.spec.num_candidates)
+        suffix = self.decoder.init_cache(num_sequences, self.lengths.candidate)
+        stop_table = self.tables.stop_tables[stage]
+        _, samples = sample_candidates(self.decoder, self.spec, logits, prefix, suffix, stop_table, keys, stage)
+        return jax.tree.map(lambda x: x.reshape(self.num_questions, -1, *x.shape[1:]), samples)
 
-    begun = concat((prompt, stages.openings[0, BLANK_LINE]), unread_room)
-    nothing = RaggedTokens(
-        jnp.zeros((count, questions, text_room), jnp.int32), jnp.zeros((count, questions), jnp.int32)
-    )
-    zeros = jnp.zeros(questions, jnp.int32)
-    start = (decoder.init_cache(questions, prefix_room + decoder.prefill_chunk), zeros, begun, nothing)
-    return jax.lax.scan(stage, start, jnp.arange(count))[1]
+    def _choose(
+        self,
+        candidates: Samples,
+        texts: RaggedTokens,
+        earlier: RaggedTokens,
+        keys: Key[Array, " questions"],
+        stage: Int[Array, ""],
+    ) -> tuple[Int[Array, " questions"], StageJudgement | None]:
+        """Return the candidate that wins a stage, int32, and the outcome of the judge's tournament, if there is one."""
+        mean_log_prob = candidates.log_prob / jnp.maximum(candidates.num_sampled, 1)
+        mean_log_prob = jnp.where(candidates.ended == EndReason.UNUSED, -jnp.inf, mean_log_prob)
+        if self.judge_tables is not None and self.spec.judge is not None:
+            num_candidates = jnp.array(self.spec.num_candidates)[stage]
+            headers, question = self.inputs.chat_headers, self.inputs.question
+            inputs = JudgeInputs(stage, texts, mean_log_prob, num_candidates, headers, question, earlier, keys)
+            judge = StageJudge(self.decoder, self.spec.judge, inputs, self.judge_tables, self.spec.sampling)
+            judgement = run_tournament(judge)
+            return judgement.winner, judgement
+        if isinstance(self.spec.scorer, LogProbability):
+            return jnp.argmax(mean_log_prob, axis=-1).astype(jnp.int32), None
+        return jnp.zeros(self.num_questions, jnp.int32), None
 
 
-def _choose(
-    decoder: Decoder, spec: SearchSpec, case: JudgeInputs, judging: JudgeTables | None
-) -> tuple[jax.Array, StageJudgement | None]:
-    """The candidate that wins a stage, int32 [questions], and what the judge said, where the plan has one."""
-    if judging is not None and spec.judge is not None:
-        judgement = run_tournament(decoder, spec.judge, case, judging, spec.sampling)
-        return judgement.winner, judgement
-    if isinstance(spec.scorer, LogProbability):
-        return jnp.argmax(case.scores, axis=-1).astype(jnp.int32), None
-    return jnp.zeros(len(case.keys), jnp.int32), None
-
-
+@jax.named_scope("candidates")
 def sample_candidates(
     decoder: Decoder,
     spec: SearchSpec,
-    logits: jax.Array,
+    logits: Float[Array, "questions vocab"],
     prefix: Prefix,
     suffix: CacheLayers,
-    stop_table: jax.Array,
-    keys: jax.Array,
-    number: jax.Array,
+    stop_table: UInt8[Array, "states vocab"],
+    keys: Key[Array, " questions"],
+    stage: Int[Array, ""],
 ) -> tuple[CacheLayers, Samples]:
-    """Draw the candidates of a stage.
+    """Sample the candidates of a stage, those of a question side by side.
 
     Args:
         decoder: Model and images.
-        plan: what the strategy comes to.
-        logits: Logits after the prefix, float32 [questions, vocab].
+        spec: Static part of the search.
+        logits: float32 logits after the prefix.
         prefix: Tokens that the candidates of a question share.
-        suffix: Room for the candidates, [questions * candidates].
-        stop_table: Stop table of the stage's closing tag, uint8 [states, vocab].
-        keys: [questions], the stage's random keys.
-        number: int32, the stage.
+        suffix: Room for the candidates' keys and values, [questions * candidates].
+        stop_table: Stop table of the stage's closing tag.
+        keys: Random keys of the stage.
+        stage: int32, index of the stage.
 
     Returns:
-        The candidates' own keys and values, and what was drawn, [questions * candidates].
+        The candidates' keys and values, and the candidates, [questions * candidates].
     """
     questions, most = len(keys), max(spec.num_candidates)
-    of_candidates = jax.vmap(jax.random.fold_in, (0, None))(keys, CANDIDATE)
-    each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_candidates, jnp.arange(most))
-    used = jnp.arange(most) < jnp.array(spec.num_candidates)[number]
+    candidate_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, Draw.CANDIDATE)
+    each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(candidate_keys, jnp.arange(most))
+    used = jnp.arange(most) < jnp.array(spec.num_candidates)[stage]
     stop = StopConditions(
         stop_table=stop_table,
-        max_new_tokens=jnp.array(spec.max_new_tokens)[number],
-        temperature=jnp.array(spec.temperatures, jnp.float32)[number],
+        max_new_tokens=jnp.array(spec.max_new_tokens)[stage],
+        temperature=jnp.array(spec.temperatures, jnp.float32)[stage],
         keys=each.reshape(-1),
         used=jnp.tile(used, questions),
     )
@@ -217,6 +278,6 @@ def sample_candidates(
     return sample(decoder, logits, cache, stop, capacity=max(spec.max_new_tokens), sampling=spec.sampling)
 
 
-def _tail(written: Samples, accept: int) -> jax.Array:
-    """How many line breaks a stage ends in, once it is closed: int32 [questions]."""
-    return jnp.where(written.ended == TAG, written.state - accept, BLANK_LINE)
+def _count_line_breaks(won: Samples, num_states: int) -> Int[Array, " questions"]:
+    """Return the number of line breaks, at most ``BLANK_LINE``, that a stage ends with once it is closed, int32."""
+    return jnp.where(won.ended == EndReason.TAG, won.state - num_states, BLANK_LINE)

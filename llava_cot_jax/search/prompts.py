@@ -1,10 +1,12 @@
-"""The judge's prompts: read from a file, put into the model's chat format, cut into token pieces.
+"""The judge's prompts: read from a file, put into the model's chat format, and split into texts.
 
-A prompt is one user turn and the beginning of an answer. Its front, up to the first candidate, is the same
-for all rows of a stage; a row is the rest:
+A prompt is one user turn and the beginning of an answer. Its prefix, up to the first candidate, is the same for all
+prompts of a kind in a stage, and is prefilled once:
 
-    lead | intro | question | middle | earlier stages | label |   first | between | second | ending
-    ------------------- front, read once ---------------------   ------------ row -------------
+    chat header | intro | question | middle | earlier stages | label |   first | between | second | ending
+    ---------------------------- shared prefix ----------------------   ------------ suffix ------------
+
+A check shows one candidate, so it lacks ``between`` and ``second``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,43 +17,46 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import access, as_path
+from llava_cot_jax.paths import as_path, reading_errors
 from llava_cot_jax.processing.messages import user_turn
 
 if TYPE_CHECKING:
     from llava_cot_jax.processing.processor import Processor
 
-DEFAULT_FILE = Path(__file__).with_name("judge_prompts.yaml")
+DEFAULT_JUDGE_PROMPTS = Path(__file__).with_name("judge_prompts.yaml")
 
 WHOLE_ANSWER = "whole"
-"""What stands for a stage where whole answers are judged."""
+"""Name that stands for a stage where answers are sampled whole."""
 
 PromptKind = Literal["pair", "check"]
+"""Kind of a prompt: about a pair of candidates, or a check of one."""
+
 PROMPT_KINDS: tuple[PromptKind, PromptKind] = ("pair", "check")
+"""The kinds of prompts, in the order of all tables of prompts."""
 
 PLACEHOLDERS: dict[PromptKind, tuple[str, ...]] = {
     "pair": ("question", "earlier", "first", "second"),
     "check": ("question", "earlier", "first"),
 }
-"""What a prompt leaves open, in order; ``{criterion}`` may stand anywhere."""
+"""Placeholders of each kind of prompt, in order. ``{criterion}`` may stand anywhere besides."""
 
-MARK = "\ue000"
-"""Stands for a hole while a prompt goes through the chat template: a character that no text has."""
+_MARK = "\ue000"
+"""Character that stands for a placeholder in the chat template. It is of Unicode's private use area."""
 
 
 @dataclass(frozen=True)
 class JudgePrompts:
-    """What the file says; ``judge_prompts.yaml`` explains each.
+    """Contents of a file of prompts. ``judge_prompts.yaml`` explains its keys.
 
     Attributes:
-        text: of each kind of prompt.
-        readings: what a written verdict says, of each kind: response 1 or 2; correct or incorrect.
-        stem: the beginning of a pair's verdict.
-        verdicts: the two texts that may come next.
-        criteria: by stage.
-        earlier: the words before earlier stages.
-        shows: the earlier stages shown to the judge of a stage.
-        checked: the stages whose candidates are checked.
+        text: Text of each kind of prompt.
+        readings: The two endings of a written verdict of each kind: for response 1 or 2; correct or incorrect.
+        stem: Beginning of the verdict on a pair.
+        verdicts: The two texts that may follow the stem.
+        criteria: Criterion of each stage.
+        earlier: Words before the earlier stages.
+        shows: Earlier stages that the judge of a stage is shown.
+        checked: Stages whose candidates are checked.
     """
 
     text: Mapping[PromptKind, str]
@@ -64,71 +69,81 @@ class JudgePrompts:
     checked: tuple[str, ...]
 
     @classmethod
-    def load(cls, path: str | Path = DEFAULT_FILE) -> "JudgePrompts":
+    def load(cls, path: str | Path = DEFAULT_JUDGE_PROMPTS) -> "JudgePrompts":
         """Read a file of prompts.
 
         Raises:
-            UserError: no such file, no YAML, or something in it that is missing or cannot be used.
+            UserError: The file does not exist or is no YAML, or a key is missing or has a value that cannot be used.
         """
         path = as_path(path)
-        with access(path):
+        with reading_errors(path):
             content = path.read_bytes()
         try:
-            return cls._from(yaml.safe_load(content.decode()))
+            return cls._from_dict(yaml.safe_load(content.decode()))
         except yaml.YAMLError as fault:
             raise UserError(f"{path} is not YAML: {' '.join(str(fault).split())}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as fault:
-            raise UserError(f"{path}: {fault!r}; compare it with {DEFAULT_FILE}") from None
+            raise UserError(f"{path}: {fault!r}; compare it with {DEFAULT_JUDGE_PROMPTS}") from None
         except UserError as fault:
             raise UserError(f"{path}: {fault}") from None
 
     @classmethod
-    def _from(cls, said: Mapping[str, Any]) -> "JudgePrompts":
+    def _from_dict(cls, content: Mapping[str, Any]) -> "JudgePrompts":
         for kind in PROMPT_KINDS:
-            _check_holes(kind, said[kind]["text"])
+            _check_placeholders(kind, content[kind]["text"])
         for name in (WHOLE_ANSWER, "other"):
-            if name not in said["criteria"]:
+            if name not in content["criteria"]:
                 raise UserError(f"criteria lack {name}")
         return cls(
-            text={kind: str(said[kind]["text"]) for kind in PROMPT_KINDS},
-            readings={kind: _two(f"{kind}.readings", said[kind]["readings"]) for kind in PROMPT_KINDS},
-            stem=str(said["pair"]["stem"]),
-            verdicts=_two("pair.verdicts", said["pair"]["verdicts"]),
-            criteria={str(stage): str(text) for stage, text in said["criteria"].items()},
-            earlier=str(said["earlier"]),
-            shows={str(stage): tuple(map(str, shown)) for stage, shown in said["shows"].items()},
-            checked=tuple(map(str, said["check"]["stages"])),
+            text={kind: str(content[kind]["text"]) for kind in PROMPT_KINDS},
+            readings={kind: _two_texts(f"{kind}.readings", content[kind]["readings"]) for kind in PROMPT_KINDS},
+            stem=str(content["pair"]["stem"]),
+            verdicts=_two_texts("pair.verdicts", content["pair"]["verdicts"]),
+            criteria={str(stage): str(text) for stage, text in content["criteria"].items()},
+            earlier=str(content["earlier"]),
+            shows={str(stage): tuple(map(str, shown)) for stage, shown in content["shows"].items()},
+            checked=tuple(map(str, content["check"]["stages"])),
         )
 
-    def shown(self, stage: str, stages: Sequence[str]) -> list[str]:
-        """Which of ``stages`` the judge of ``stage`` is shown: those before it alone."""
+    def shown_stages(self, stage: str, stages: Sequence[str]) -> list[str]:
+        """Return those of ``stages`` before ``stage`` that its judge is shown."""
         before = stages[: stages.index(stage)] if stage in stages else ()
         return [earlier for earlier in before if earlier in self.shows.get(stage, ())]
 
-    def cut(self, processor: "Processor", kind: PromptKind, stage: str, stages: Sequence[str], images: int) -> list[str]:
-        """The texts between the holes of a prompt in the model's chat format, from the lead on: one more than holes.
+    def split(
+        self, processor: "Processor", kind: PromptKind, stage: str, stages: Sequence[str], images: int
+    ) -> list[str]:
+        """Return the texts between the placeholders of a prompt in the model's chat format.
 
-        What comes first, up to the user's words, is a text of its own.
+        The chat header, up to the user's words, is the first text.
+
+        Args:
+            processor: Processor whose chat format is used.
+            kind: Kind of the prompt.
+            stage: Stage whose candidates are judged.
+            stages: All stages of the search in order.
+            images: Number of images in the chat header.
         """
         text = self.text[kind].replace("{criterion}", self.criteria.get(stage, self.criteria["other"]))
-        text = text.replace("{earlier}", (self.earlier if self.shown(stage, stages) else "") + MARK)
-        for hole in PLACEHOLDERS[kind]:
-            text = text.replace(f"{{{hole}}}", MARK)
-        prompt = processor.prompt(user_turn(MARK + text, images=images))
-        return prompt.split(MARK)
+        text = text.replace("{earlier}", (self.earlier if self.shown_stages(stage, stages) else "") + _MARK)
+        for name in PLACEHOLDERS[kind]:
+            text = text.replace(f"{{{name}}}", _MARK)
+        prompt = processor.prompt(user_turn(_MARK + text, images=images))
+        return prompt.split(_MARK)
 
 
-def _check_holes(kind: PromptKind, text: str) -> None:
-    """Each hole once and in order."""
-    places = [text.find(f"{{{hole}}}") for hole in PLACEHOLDERS[kind]]
-    if min(places) < 0 or places != sorted(places) or any(text.count(f"{{{hole}}}") > 1 for hole in PLACEHOLDERS[kind]):
-        wanted = ", ".join(f"{{{hole}}}" for hole in PLACEHOLDERS[kind])
-        raise UserError(f"{kind}.text must have {wanted}, each once and in this order")
-    if MARK in text:
-        raise UserError(f"{kind}.text has the character U+{ord(MARK):X}, which is used as a mark")
+def _check_placeholders(kind: PromptKind, text: str) -> None:
+    """Check that a prompt has each placeholder once, and in order."""
+    placeholders = [f"{{{name}}}" for name in PLACEHOLDERS[kind]]
+    places = [text.find(placeholder) for placeholder in placeholders]
+    if places != sorted(places) or any(text.count(placeholder) != 1 for placeholder in placeholders):
+        raise UserError(f"{kind}.text must have {', '.join(placeholders)}, each once and in this order")
+    if _MARK in text:
+        raise UserError(f"{kind}.text has the character U+{ord(_MARK):X}, which is used as a mark")
 
 
-def _two(name: str, values: Sequence[str]) -> tuple[str, str]:
+def _two_texts(name: str, values: Sequence[str]) -> tuple[str, str]:
+    """Return ``values`` of the key ``name``, which must be two different texts."""
     texts = tuple(map(str, values))
     if len(texts) != 2 or not all(texts) or texts[0] == texts[1]:
         raise UserError(f"{name} must be two different texts")

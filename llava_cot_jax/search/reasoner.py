@@ -1,10 +1,10 @@
-"""Answers by search: images and questions in, answers with the whole of their search out."""
+"""Answers to questions about images by a search, each with the trace of its search."""
 
 import string
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -13,32 +13,32 @@ from jax.sharding import Mesh
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.program import StageResult, search
-from llava_cot_jax.search.prompts import DEFAULT_FILE
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
+from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.strategies import MajorityVote, StageBeam, Strategy
-from llava_cot_jax.search.trace import SearchCosts, StageTrace, Trace, trace_stage
+from llava_cot_jax.search.trace import SearchCosts, StageTrace, Trace, trace_stages
 from llava_cot_jax.stages import find_stages
 
 ACCELERATOR_CHUNK, CPU_CHUNK = 256, 64
-"""Tokens of a question that are read at a time."""
+"""Number of tokens of each question that are prefilled at a time, on an accelerator and on a CPU."""
 
 
 def default_prefill_chunk(mesh: Mesh | None) -> int:
-    """Tokens of a question to read at a time: on an accelerator as many as hide the reading of the weights."""
+    """Return the number of tokens to prefill at a time: enough to hide the reading of the weights on an accelerator."""
     device = mesh.devices.flat[0] if mesh else jax.devices()[0]
     return CPU_CHUNK if device.platform == "cpu" else ACCELERATOR_CHUNK
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer.
+    """Answer to a question.
 
     Attributes:
-        text: all of it, with its tags.
-        stages: the body of each stage, by its tag.
-        conclusion: what a user is shown: the body of the last stage; of an answer without stages, all of it.
-        trace: how it was found.
+        text: Whole text with its tags.
+        stages: Body of each stage, by its tag.
+        conclusion: Text for the user: the body of the last stage, or the whole text of an answer without stages.
+        trace: Trace of the search.
     """
 
     text: str
@@ -48,18 +48,18 @@ class Answer:
 
 
 class Reasoner:
-    """Answers questions about images by a search, all of which is one compiled call.
+    """Answers questions about images by a search, which is one compiled call.
 
     Prompts are padded to buckets: a question of similar length compiles nothing, and neither do other seeds.
 
     Args:
-        model: in the unrolled layout.
-        processor: of the same checkpoint.
-        search: how to search.
-        judge_prompts: a file to use in place of ``search/judge_prompts.yaml``.
+        model: Model in the unrolled layout.
+        processor: Processor of the same checkpoint.
+        search: Strategy to search with; by default ``StageBeam()``.
+        judge_prompts: YAML file with the prompts of the judge.
 
     Raises:
-        UserError: the model's layers are stacked, a setting of the search or a prompt cannot be used.
+        UserError: The model's layers are stacked, or a setting of the search or a prompt cannot be used.
     """
 
     def __init__(
@@ -67,93 +67,100 @@ class Reasoner:
         model: Mllama,
         processor: Processor,
         search: Strategy | None = None,
-        judge_prompts: str | Path = DEFAULT_FILE,
+        judge_prompts: str | Path = DEFAULT_JUDGE_PROMPTS,
     ) -> None:
         if model.layout != "unrolled":
             raise UserError("a stacked model keeps no cache: call model.to_layout('unrolled') before decoding")
         self._model = model
-        self._preparation = RequestBuilder(processor, search or StageBeam(), judge_prompts)
+        self._builder = RequestBuilder(processor, search or StageBeam(), judge_prompts)
 
     def answer(self, image: Images, question: str, *, seed: int = 0) -> Answer:
-        """Answer a question about an image, about several, or, with None, about none; errors as ``answer_batch``."""
+        """Answer a question about an image, about a list of images, or, with None, without an image.
+
+        Raises:
+            UserError: ``RequestBuilder.build`` refuses the question.
+        """
         return self.answer_batch([image], [question], seeds=seed)[0]
 
     def answer_batch(
         self, images: Sequence[Images], questions: Sequence[str], *, seeds: Sequence[int] | int = 0
     ) -> list[Answer]:
-        """Answer questions side by side; each number of them compiles a program of its own.
+        """Answer a batch of questions together. Each size of a batch compiles a program of its own.
 
-        Arguments and errors as for ``RequestBuilder.prepare``.
+        Args:
+            images: Images of each question: one, several, or None.
+            questions: Texts of the questions.
+            seeds: Seed of each question's draws, or one seed for all.
+
+        Raises:
+            UserError: ``RequestBuilder.build`` refuses the questions.
         """
-        return run_search(self._model, self._preparation, self._preparation.prepare(images, questions, seeds))
+        return run_search(self._model, self._builder, self._builder.build(images, questions, seeds))
 
 
-def run_search(model: Mllama, preparation: RequestBuilder, questions: Requests) -> list[Answer]:
-    """The answers to questions that ``preparation`` has prepared, by its search."""
-    began = time.perf_counter()
-    spec, stages, judging = preparation.spec, preparation.stages, preparation.judging
-    static = {"config": model.config, "plan": spec, "chunk": default_prefill_chunk(model.mesh), "mesh": model.mesh}
-    found: StageResult = jax.device_get(search(model.params, questions.request, stages, judging, **static))
-    seconds = {"prepare": questions.seconds, "search": time.perf_counter() - began}
+def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> list[Answer]:
+    """Search for the answers to requests that ``builder`` has built."""
+    start = time.perf_counter()
+    config, spec, mesh = model.config, builder.spec, model.mesh
+    static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
+    inputs = (requests.inputs, builder.stage_tables, builder.judge_tables)
+    results: StageResult = jax.device_get(search(model.params, *inputs, **static))
+    seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}
     answers = []
-    for i, question in enumerate(questions.asked):
-        own: StageResult = jax.tree.map(lambda x: x[:, i], found)  # noqa: B023
-        traces = [
-            trace_stage(preparation.processor, spec, number, jax.tree.map(lambda x: x[number], own))  # noqa: B023
-            for number in range(len(spec.max_new_tokens))
-        ]
-        if isinstance(preparation.strategy, MajorityVote):
-            traces = [_voted(traces[0])]
-        costs = SearchCosts(model.config, spec, own, questions.images[i])
+    for i, question in enumerate(requests.questions):
+        result: StageResult = jax.tree.map(lambda x: x[:, i], results)  # noqa: B023
+        stages = trace_stages(builder.processor, spec, result)
+        if isinstance(builder.strategy, MajorityVote):
+            stages = [_vote(stages[0])]
+        costs = SearchCosts(config, spec, result, requests.num_images[i])
         trace = Trace(
             question=question,
-            seed=questions.seeds[i],
-            strategy=repr(preparation.strategy),
-            stages=traces,
-            vision_encoder_calls=min(questions.images[i], 1),
+            seed=requests.seeds[i],
+            strategy=repr(builder.strategy),
+            stages=stages,
+            vision_encoder_calls=min(requests.num_images[i], 1),
             tokens=costs.tokens,
             flops=costs.flops,
             seconds=dict(seconds),
         )
-        answers.append(_answer(trace) if spec.stages else _whole_answer(trace))
+        answers.append(_staged_answer(trace) if spec.stages else _whole_answer(trace))
     return answers
 
 
 def _whole_answer(trace: Trace) -> Answer:
-    """Of a search whose candidates are whole answers."""
+    """Return the answer that a search with whole answers as candidates found."""
     stage = trace.stages[0]
     text = stage.candidates[stage.winner].text
-    return Answer(text, find_stages(text), conclusion(text), trace)
+    return Answer(text, find_stages(text), _conclusion(text), trace)
 
 
-def _answer(trace: Trace) -> Answer:
-    """Of a search by stages."""
-    parts, bodies, body = [], {}, ""
+def _staged_answer(trace: Trace) -> Answer:
+    """Return the answer that a search by stages found."""
+    texts, bodies, body = [], {}, ""
     for stage in trace.stages:
         won = stage.candidates[stage.winner]
         body = (won.text + won.added).partition(f"</{stage.stage}>")[0].strip()
         bodies[stage.stage] = body
-        parts.append((f"<{stage.stage}>" + won.text + won.added).strip())
-    return Answer("\n\n".join(parts), bodies, body, trace)
+        texts.append((f"<{stage.stage}>" + won.text + won.added).strip())
+    return Answer("\n\n".join(texts), bodies, body, trace)
 
 
-def conclusion(text: str) -> str:
-    """The body of the conclusion of a whole answer; all of it where there is none."""
+def _conclusion(text: str) -> str:
+    """Return the body of the conclusion of a whole answer, or the whole text of an answer without one."""
     return find_stages(text).get("CONCLUSION", text.strip())
 
 
-def _voted(stage: StageTrace) -> StageTrace:
-    """The stage with the winner of a majority vote."""
-    votes = [_normalized(conclusion(candidate.text)) for candidate in stage.candidates]
+def _vote(stage: StageTrace) -> StageTrace:
+    """Return the stage with the winner of a majority vote."""
+    votes = [_normalize(_conclusion(candidate.text)) for candidate in stage.candidates]
     counts = Counter(votes)
 
-    def rank(i: int) -> tuple[int, float]:
-        return counts[votes[i]], stage.candidates[i].mean_log_prob
+    def rank(i: int) -> tuple[int, float, int]:
+        return counts[votes[i]], stage.candidates[i].mean_log_prob, -i
 
-    winner = max(range(len(votes)), key=lambda i: (rank(i), -i))
-    return StageTrace(stage.stage, stage.candidates, stage.checks, stage.matches, winner)
+    return replace(stage, winner=max(range(len(votes)), key=rank))
 
 
-def _normalized(text: str) -> str:
-    """A conclusion without case, spacing, and punctuation at its ends."""
+def _normalize(text: str) -> str:
+    """Return a conclusion without case, spacing, and punctuation at its ends."""
     return " ".join(text.casefold().split()).strip(string.punctuation + string.whitespace)

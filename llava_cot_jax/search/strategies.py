@@ -14,6 +14,12 @@ from llava_cot_jax.stages import STAGES
 _Value = TypeVar("_Value")
 
 
+def _check_positive(name: str, value: int) -> None:
+    """Check that ``value`` of the setting ``name`` is at least 1."""
+    if value < 1:
+        raise UserError(f"{name} must be at least 1, got {value}")
+
+
 @dataclass(frozen=True)
 class Judge:
     """Scorer in which the model itself chooses between two candidates, seeing the image.
@@ -278,8 +284,3 @@ class StageBeam:
                 f"{name} has {len(values)} values for {len(self.stages)} stages: give one value, or one for each stage"
             )
         return values
-
-
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name} must be at least 1, got {value}")

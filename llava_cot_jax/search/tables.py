@@ -1,10 +1,11 @@
-"""Tables of a search on the device: tokens that open and close stages, parts of the judge's prompts, stop tables."""
+"""Tables of a search on the device: tokens that open and close stages, texts of the judge's prompts, stop tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Int, UInt8
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
@@ -22,44 +23,50 @@ from llava_cot_jax.search.strategies import Judge, SearchSpec
 from llava_cot_jax.stages import STAGES
 
 BLANK_LINE = TAILS - 1
-"""The tail of a text that ends in a blank line, as a prompt and a closed stage do."""
+"""Number of line breaks at the end of a text that ends with a blank line, as a prompt and a closed stage do."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StageTables:
-    """How stages begin and end.
+    """Tags of the stages, and stop tables that find their ends.
 
-    The opening tag is given, never drawn, so it cannot be missing. What of a closing tag was not drawn
-    is put in its place: a candidate that ran into its budget after ``</SUM`` is closed by ``MARY>``.
+    An opening tag is given to the model, never sampled, so it cannot be missing. The rest of a closing tag that was not
+    sampled whole is added: a candidate that reached its largest length after ``</SUM`` is closed by ``MARY>``.
 
     Attributes:
-        openings: [stages, TAILS], the opening tag, after a text with so many line breaks at its end.
-        closings: [stages, states], the rest of the closing tag and a blank line; of a state that has seen it, nothing.
-        stop_tables: Stop table of each stage's closing tag, uint8 [stages, states, vocab].
+        openings: Opening tag of each stage after a text with 0 to ``BLANK_LINE`` line breaks at its end,
+            [stages, TAILS].
+        closings: Rest of the closing tag and a blank line, for each state of the stop table; nothing in the accepting
+            states, [stages, states + TAILS].
+        stop_tables: uint8, stop table of each stage's closing tag.
     """
 
     openings: RaggedTokens
     closings: RaggedTokens
-    stop_tables: jax.Array
+    stop_tables: UInt8[Array, "stages states vocab"]
 
     @property
-    def accept(self) -> int:
-        """First state of the stop tables in which the whole tag has been seen."""
+    def num_states(self) -> int:
+        """Number of states in which the tag is not complete; the accepting states come after them."""
         return self.stop_tables.shape[1]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class JudgeTables:
-    """The judge's prompts as pieces (``prompts`` draws them), each [kinds, stages], and how to read a verdict.
+    """Texts of the judge's prompts, each [kinds, stages], and how verdicts are read. ``prompts`` draws a prompt.
 
     Attributes:
-        intro, middle, label, between, ending: the texts between the holes.
-        shows: bool [kinds, stages, stages], which earlier stages the judge of a stage is shown.
-        checked: bool [stages], whose candidates are checked.
-        verdicts: int32 [2], the tokens that say 1 and 2.
-        stop_tables: Stop table of written verdicts for each kind of prompt, uint8 [kinds, states, vocab].
+        intro: Text between the chat header and the question.
+        middle: Text between the question and the earlier stages.
+        label: Text between the earlier stages and the first candidate.
+        between: Text between the candidates.
+        ending: Text after the last candidate.
+        shows: Whether a prompt about a stage shows another, earlier stage.
+        checked: Whether the candidates of a stage are checked.
+        verdicts: int32, the two tokens of a token verdict.
+        stop_tables: uint8, stop table of written verdicts for each kind of prompt.
     """
 
     intro: RaggedTokens
@@ -67,21 +74,23 @@ class JudgeTables:
     label: RaggedTokens
     between: RaggedTokens
     ending: RaggedTokens
-    shows: jax.Array
-    checked: jax.Array
-    verdicts: jax.Array
-    stop_tables: jax.Array
+    shows: Bool[Array, "kinds stages stages"]
+    checked: Bool[Array, " stages"]
+    verdicts: Int[Array, "2"]
+    stop_tables: UInt8[Array, "kinds states vocab"]
 
 
 def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
-    """The tables for ``spec``'s stages; for whole answers, whose end is LLaVA-CoT's last closing tag, one stage.
+    """Return the tables of the stages of ``spec``.
+
+    Whole answers are one stage, which ends with LLaVA-CoT's last closing tag and has no tag added.
 
     Raises:
-        UserError: a tokenizer that is not byte-level, or a tag that is too long.
+        UserError: The tokenizer is not byte-level, or a tag is too long.
     """
     entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size)
     tags = [f"</{stage}>" for stage in spec.stages or STAGES[-1:]]
-    stop_tables, accept = compile_stop_table([(tag_automaton(tag.encode()), TAILS) for tag in tags], entries)
+    stop_tables, num_states = compile_stop_table([(tag_automaton(tag.encode()), TAILS) for tag in tags], entries)
 
     def ids(text: str) -> list[int]:
         return token_ids(processor, text)
@@ -91,48 +100,48 @@ def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
     for stage in spec.stages or (None,):
         for tail in range(TAILS):
             openings.append([] if stage is None else ids("\n" * (BLANK_LINE - tail) + f"<{stage}>"))
-        for state in range(accept + TAILS):
-            closings.append([] if stage is None or state >= accept else ids(closing_text(stage, state)))
+        for state in range(num_states + TAILS):
+            closings.append([] if stage is None or state >= num_states else ids(closing_text(stage, state)))
     count = len(tags)
     return StageTables(
-        pad(openings, (count, TAILS)), pad(closings, (count, accept + TAILS)), jax.device_put(stop_tables)
+        pad(openings, (count, TAILS)), pad(closings, (count, num_states + TAILS)), jax.device_put(stop_tables)
     )
 
 
 def closing_text(stage: str, state: int) -> str:
-    """What closes a stage of which ``state`` bytes of the closing tag are there, and a blank line."""
+    """Return the text that closes a stage after ``state`` bytes of its closing tag, and a blank line."""
     tag = f"</{stage}>"
     return (f" {tag}" if state == 0 else tag.encode()[state:].decode(errors="ignore")) + "\n\n"
 
 
 def build_judge_tables(processor: Processor, spec: SearchSpec, judge: Judge, prompts: JudgePrompts) -> JudgeTables:
-    """The tables for the judge of ``spec``'s candidates.
+    """Return the tables of the judge of the candidates of ``spec``.
 
     Raises:
-        UserError: a stem after which a verdict is not the natural next token.
+        UserError: A verdict is not the natural next token after the stem.
     """
     stages = spec.stages or (WHOLE_ANSWER,)
-    parts: dict[str, list[list[int]]] = {name: [] for name in ("intro", "middle", "label", "between", "ending")}
+    ids: dict[str, list[list[int]]] = {name: [] for name in ("intro", "middle", "label", "between", "ending")}
     for kind in PROMPT_KINDS:
         for stage in stages:
-            _, *texts = prompts.cut(processor, kind, stage, stages, images=0)
+            _, *texts = prompts.split(processor, kind, stage, stages, images=0)
             if kind == "check":
                 texts.insert(3, "")  # there is no second candidate
-            elif judge.verdict == "token":
+            elif not judge.writes_reasons:
                 texts[-1] += prompts.stem
-            for name, text in zip(parts, texts, strict=True):
-                parts[name].append(token_ids(processor, text))
+            for name, text in zip(ids, texts, strict=True):
+                ids[name].append(token_ids(processor, text))
     entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size)
     automata = [
         (case_insensitive(string_automaton([reading.lower().encode() for reading in prompts.readings[kind]])), 2)
         for kind in PROMPT_KINDS
     ]
     shape = (len(PROMPT_KINDS), len(stages))
-    shows = [[[other in prompts.shown(stage, stages) for other in stages] for stage in stages] for _ in PROMPT_KINDS]
-    checked = [judge.verdict == "rationale" and stage in prompts.checked for stage in stages]
+    shows = [[earlier in prompts.shown_stages(stage, stages) for earlier in stages] for stage in stages]
+    checked = [judge.writes_reasons and stage in prompts.checked for stage in stages]
     return JudgeTables(
-        **{name: pad(rows, shape) for name, rows in parts.items()},
-        shows=jax.device_put(np.array(shows)),
+        **{name: pad(sequences, shape) for name, sequences in ids.items()},
+        shows=jax.device_put(np.array([shows] * len(PROMPT_KINDS))),
         checked=jax.device_put(np.array(checked)),
         verdicts=jax.device_put(np.array(_verdict_tokens(processor, stages, prompts), np.int32)),
         stop_tables=jax.device_put(compile_stop_table(automata, entries)[0]),
@@ -140,8 +149,8 @@ def build_judge_tables(processor: Processor, spec: SearchSpec, judge: Judge, pro
 
 
 def _verdict_tokens(processor: Processor, stages: Sequence[str], prompts: JudgePrompts) -> list[int]:
-    """The tokens of the two verdicts after the stem."""
-    ending = prompts.cut(processor, "pair", stages[0], stages, images=0)[-1] + prompts.stem
+    """Return the tokens of the two verdicts after the stem."""
+    ending = prompts.split(processor, "pair", stages[0], stages, images=0)[-1] + prompts.stem
     before = token_ids(processor, ending)
     found = []
     for verdict in prompts.verdicts:
@@ -155,11 +164,13 @@ def _verdict_tokens(processor: Processor, stages: Sequence[str], prompts: JudgeP
     return found
 
 
-def chat_headers(processor: Processor, prompts: JudgePrompts, kind: PromptKind, stages: Sequence[str], images: int) -> list[int]:
-    """What stands before a judge's prompt: the beginning of the text, a header, the images."""
-    return token_ids(processor, prompts.cut(processor, kind, stages[0], stages, images=images)[0])
+def chat_header_ids(
+    processor: Processor, prompts: JudgePrompts, kind: PromptKind, stages: Sequence[str], images: int
+) -> list[int]:
+    """Return the token ids at the beginning of the judge's prompts: the begin-of-text token, a header, the images."""
+    return token_ids(processor, prompts.split(processor, kind, stages[0], stages, images=images)[0])
 
 
 def token_ids(processor: Processor, text: str) -> list[int]:
-    """The ids of a text, as they stand; special tokens count."""
+    """Return the token ids of a text, with special tokens recognised and none added."""
     return processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []

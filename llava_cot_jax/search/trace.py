@@ -1,34 +1,34 @@
-"""What happened in a search, as a person can read it: every candidate, every verdict, and what they cost."""
+"""Trace of a search, for people to read: every candidate, every verdict, and what they cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from llava_cot_jax.costs import model_costs
-from llava_cot_jax.inference.decoding import ENDS, TAG, UNUSED, Samples
+from llava_cot_jax.inference.decoding import EndReason, Samples
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.search.judge import CHECK, DECISIONS, PAIR, StageJudgement, Matches, JudgeQueries
+from llava_cot_jax.search.judge import CHECK, PAIR, JudgeQueries
 from llava_cot_jax.search.program import StageResult
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.strategies import Judge, SearchSpec
 from llava_cot_jax.search.tables import closing_text
+from llava_cot_jax.search.tournament import Decision, Matches, StageJudgement
 
 
 @dataclass(frozen=True)
 class CandidateTrace:
-    """A candidate of a stage.
+    """Candidate of a stage.
 
     Attributes:
-        text: what the model wrote; a stage's opening tag is given and not part of it.
-        ended: "tag", "eos" or "budget".
-        added: the closing tag, or the rest of it, that was put in place of what was not written; "" where it was.
-        tokens: of the text.
-        log_probability: of all that was drawn, natural, before temperature, top_k and top_p.
-        mean_log_probability: the same for each token drawn.
+        text: Text that the model wrote. The stage's opening tag is given to the model, and not part of it.
+        ended: Why the candidate ended: "tag", "eos" or "max_new_tokens".
+        added: Closing tag, or the rest of it, that was added because the model did not write it.
+        tokens: Number of tokens of the text.
+        log_prob: Sum of the natural log-probabilities of all tokens sampled, before temperature, top_k and top_p.
+        mean_log_prob: Mean of these log-probabilities.
     """
 
     text: str
@@ -41,15 +41,15 @@ class CandidateTrace:
 
 @dataclass(frozen=True)
 class VerdictTrace:
-    """What one row of the judge's came to.
+    """Verdict of the judge on one prompt.
 
     Attributes:
-        first: the candidate shown as response 1; of a check, the one that is checked.
-        second: the one shown as response 2; None in a check.
-        vote: from 1 (response 1, or correct) to -1; 0 is unreadable.
-        outside: of a token verdict, the probability of anything but the two verdicts; else None.
-        reason: what was written; None for a token verdict.
-        readable: whether a verdict was found.
+        first: Candidate shown as response 1, or the one that is checked.
+        second: Candidate shown as response 2; None in a check.
+        vote: Vote, from 1 (response 1, or correct) to -1; 0 is unreadable.
+        other_probability: Probability of anything but the two verdicts; None where a reason is written.
+        reason: Written reason; None with a token verdict.
+        readable: Whether a verdict was found.
     """
 
     first: int
@@ -62,16 +62,16 @@ class VerdictTrace:
 
 @dataclass(frozen=True)
 class MatchTrace:
-    """A pair of candidates, of which one went on.
+    """Match between two candidates, of which one advanced.
 
     Attributes:
-        first: a candidate.
-        second: the other one.
-        margin: from 1, for the first, to -1.
-        decision: "judged"; "checked", where only one of them failed its check; or "scored", where the verdicts
-            were even or unreadable and the mean log-probability decided.
-        winner: the one that went on.
-        verdicts: one, or one for each order.
+        first: A candidate.
+        second: The other candidate.
+        margin: Margin, from 1, for the first candidate, to -1.
+        decision: "judged"; "checked", where one of the two alone failed its check; or "scored", where the verdicts were
+            even or unreadable and the mean log-probability decided.
+        winner: Candidate that advanced.
+        verdicts: Verdicts, one for each order in which the pair was shown.
     """
 
     first: int
@@ -84,14 +84,14 @@ class MatchTrace:
 
 @dataclass(frozen=True)
 class StageTrace:
-    """A stage.
+    """Stage of a search.
 
     Attributes:
-        stage: its tag; "whole" where answers were written whole.
-        candidates: in their order.
-        checks: of each candidate, where the stage's are checked.
-        matches: in the order they were played.
-        winner: the candidate that won.
+        stage: Tag of the stage; "whole" where answers were sampled whole.
+        candidates: Candidates in their order.
+        checks: Check of each candidate; empty where candidates are not checked.
+        matches: Matches in the order in which they were played.
+        winner: Candidate that won.
     """
 
     stage: str
@@ -103,19 +103,19 @@ class StageTrace:
 
 @dataclass
 class Trace:
-    """A search.
+    """Search for the answer to a question.
 
     Attributes:
-        question: what was asked.
-        seed: of the draws.
-        strategy: its settings.
-        stages: in their order.
-        tower_runs: of the vision tower: one, or none without an image.
-        tokens: by what they were: read of the prompt, of the winners of stages, of the fronts and rows of
-            the judge's prompts; drawn for candidates, and for written reasons.
-        flops: of the model's products, by the same parts, and for the images: ``model_costs``'s useful count,
-            in which fill and what was computed for nothing are left out.
-        seconds: of the batch that the question was in.
+        question: Text of the question.
+        seed: Seed of the draws.
+        strategy: Strategy with its settings.
+        stages: Stages in their order.
+        vision_encoder_calls: Number of runs of the vision tower: 1, or 0 without an image.
+        tokens: Number of tokens by what they were for. Prefilled: "prompt", "winners" of stages, "judge_prefixes" and
+            "judge_queries", the parts of the judge's prompts. Sampled: "candidates" and "judge_reasons".
+        flops: FLOPs by the same parts, and for the images ("vision"), by the useful count of ``model_costs``, which
+            leaves out padding and unused results.
+        seconds: Seconds of the batch that the question was in, by what they were spent on.
     """
 
     question: str
@@ -128,69 +128,111 @@ class Trace:
     seconds: dict[str, float]
 
 
-def trace_stage(processor: Processor, spec: SearchSpec, number: int, found: StageResult) -> StageTrace:
-    """Stage ``number`` of one question, from host arrays without the leading axes of stages and questions."""
-    stage = spec.stages[number] if spec.stages else WHOLE_ANSWER
-    written, judgement = found.candidates, found.judgement
-    candidates = []
+def trace_stages(processor: Processor, spec: SearchSpec, result: StageResult) -> list[StageTrace]:
+    """Return the stages of one question's search.
+
+    Args:
+        processor: Processor that decodes tokens.
+        spec: Static part of the search.
+        result: Host arrays [stages, ...] of the question.
+    """
+    return [
+        StageTrace(
+            stage=spec.stages[number] if spec.stages else WHOLE_ANSWER,
+            candidates=_trace_candidates(processor, spec, number, stage.candidates),
+            checks=[] if stage.judgement is None else _trace_checks(processor, spec, number, stage.judgement),
+            matches=[] if stage.judgement is None else _trace_matches(processor, spec, number, stage.judgement),
+            winner=int(stage.winner),
+        )
+        for number, stage in enumerate(_stages(spec, result))
+    ]
+
+
+def _stages(spec: SearchSpec, result: StageResult) -> list[StageResult]:
+    """Return the result of each stage."""
+    return [jax.tree.map(lambda x: x[number], result) for number in range(spec.num_stages)]  # noqa: B023
+
+
+def _trace_candidates(processor: Processor, spec: SearchSpec, number: int, candidates: Samples) -> list[CandidateTrace]:
+    traces = []
     for i in range(spec.num_candidates[number]):
-        one: Samples = jax.tree.map(lambda x: x[i], written)  # noqa: B023
-        ended = ENDS[int(one.ended)]
-        candidates.append(
+        one: Samples = jax.tree.map(lambda x: x[i], candidates)  # noqa: B023
+        is_closed = not spec.stages or one.ended == EndReason.TAG
+        traces.append(
             CandidateTrace(
                 text=processor.decode(np.asarray(one.tokens[: one.lengths])),
-                ended=ended,
-                added=closing_text(stage, int(one.state)).rstrip("\n") if spec.stages and ended != "tag" else "",
+                ended=EndReason(int(one.ended)).name.lower(),
+                added="" if is_closed else closing_text(spec.stages[number], int(one.state)).rstrip("\n"),
                 tokens=int(one.lengths),
                 log_prob=float(one.log_prob),
                 mean_log_prob=float(one.log_prob) / max(int(one.num_sampled), 1),
             )
         )
-    checks: list[VerdictTrace] = []
-    matches: list[MatchTrace] = []
-    if judgement is not None and spec.judge is not None:
-        orders, checked = spec.judge.orders, _checks(judgement, spec, number)
-        verdicts = [_trace_verdict(processor, spec.judge, judgement, i, checked) for i in range(int(judgement.asked))]
-        checks = verdicts[:checked]
-        for i in range(spec.num_candidates[number] - 1):
-            match: Matches = jax.tree.map(lambda x: x[i], judgement.matches)  # noqa: B023
-            judged = verdicts[checked + i * orders : checked + (i + 1) * orders]
-            decision = DECISIONS[int(match.decision)]
-            first, second, winner = (int(x) for x in (match.first, match.second, match.winner))
-            matches.append(MatchTrace(first, second, float(match.margin), decision, winner, judged))
-    return StageTrace(stage, candidates, checks, matches, int(found.winner))
+    return traces
 
 
-def _checks(judgement: StageJudgement, spec: SearchSpec, number: int) -> int:
-    """How many of the rows asked were checks."""
+def _trace_checks(processor: Processor, spec: SearchSpec, number: int, judgement: StageJudgement) -> list[VerdictTrace]:
+    """Return the check of each candidate of a stage."""
+    judge = _judge_of(spec)
+    return [_trace_verdict(processor, judge, judgement, i, CHECK) for i in range(_num_checks(spec, number, judgement))]
+
+
+def _trace_matches(processor: Processor, spec: SearchSpec, number: int, judgement: StageJudgement) -> list[MatchTrace]:
+    """Return the matches of a stage with their verdicts."""
+    judge, checks, traces = _judge_of(spec), _num_checks(spec, number, judgement), []
+    for i in range(spec.num_candidates[number] - 1):
+        match: Matches = jax.tree.map(lambda x: x[i], judgement.matches)  # noqa: B023
+        queries = range(checks + i * judge.orders, checks + (i + 1) * judge.orders)
+        traces.append(
+            MatchTrace(
+                first=int(match.first),
+                second=int(match.second),
+                margin=float(match.margin),
+                decision=Decision(int(match.decision)).name.lower(),
+                winner=int(match.winner),
+                verdicts=[_trace_verdict(processor, judge, judgement, query, PAIR) for query in queries],
+            )
+        )
+    return traces
+
+
+def _trace_verdict(processor: Processor, judge: Judge, judgement: StageJudgement, i: int, kind: int) -> VerdictTrace:
+    """Return the verdict on query ``i``, which is of kind PAIR or CHECK."""
+    query: JudgeQueries = jax.tree.map(lambda x: x[i], judgement.queries)
+    first, second, vote = int(query.first), int(query.second) if kind == PAIR else None, float(query.vote)
+    if not judge.writes_reasons:
+        return VerdictTrace(first, second, vote, float(query.other_probability), None, readable=True)
+    reason = processor.decode(np.asarray(query.reason.tokens[: query.reason.lengths]))
+    return VerdictTrace(first, second, vote, None, reason, readable=bool(query.reason.ended == EndReason.TAG))
+
+
+def _judge_of(spec: SearchSpec) -> Judge:
+    """Return the judge of a search that has one."""
     assert spec.judge is not None
-    return int(judgement.asked) - (spec.num_candidates[number] - 1) * spec.judge.orders
+    return spec.judge
 
 
-def _trace_verdict(processor: Processor, judge: Judge, judgement: StageJudgement, i: int, checks: int) -> VerdictTrace:
-    row: JudgeQueries = jax.tree.map(lambda x: x[i], judgement.rows)
-    first, second, vote = int(row.first), None if i < checks else int(row.second), float(row.vote)
-    if judge.verdict == "token":
-        return VerdictTrace(first, second, vote, float(row.other_probability), None, True)
-    reason = processor.decode(np.asarray(row.reason.tokens[: row.reason.lengths]))
-    return VerdictTrace(first, second, vote, None, reason, bool(row.reason.ended == TAG))
+def _num_checks(spec: SearchSpec, number: int, judgement: StageJudgement) -> int:
+    """Return the number of queries of a stage that were checks."""
+    return int(judgement.num_queries) - (spec.num_candidates[number] - 1) * _judge_of(spec).orders
 
 
-class DecodingRun(NamedTuple):
-    """JudgeQueries that were written side by side.
+@dataclass(frozen=True)
+class DecodingRun:
+    """Sequences that were sampled side by side, in one run of the decoding loop.
 
     Attributes:
-        rows: how many.
-        steps: of the loop, of which each reads the weights once.
-        prefix: tokens before the rows, which they share.
-        own: tokens of each row before what is written, on average.
-        text_only: whether they see no image.
+        num_sequences: Number of sequences.
+        steps: Number of steps of the loop, each of which reads the weights once.
+        prefix_tokens: Number of tokens before the sequences, which they share.
+        suffix_tokens: Number of each sequence's own tokens before those that are sampled, on average.
+        text_only: Whether the sequences see no image.
     """
 
-    rows: int
+    num_sequences: int
     steps: int
-    prefix: int
-    own: int
+    prefix_tokens: int
+    suffix_tokens: int
     text_only: bool
 
 
@@ -198,62 +240,66 @@ class SearchCosts:
     """Tokens and FLOPs of the search for one question's answer, by what they were spent on.
 
     Args:
-        config: the model's.
-        spec: of the search.
-        found: host arrays [stages, ...] of one question.
-        images: of the question.
+        config: Configuration of the model.
+        spec: Static part of the search.
+        result: Host arrays [stages, ...] of the question.
+        num_images: Number of images of the question.
 
     Attributes:
-        tokens: as in ``Trace``.
-        flops: likewise.
-        batches: what was written, as if no row had to wait for another of its stage and kind.
+        tokens: Number of tokens, as in ``Trace``.
+        flops: FLOPs, as in ``Trace``.
+        decoding_runs: Runs of the decoding loop, as if all sequences of a stage and a kind were sampled in one run.
     """
 
-    def __init__(self, config: MllamaConfig, spec: SearchSpec, found: StageResult, images: int) -> None:
+    def __init__(self, config: MllamaConfig, spec: SearchSpec, result: StageResult, num_images: int) -> None:
         self._config = config
-        self._seen = images * config.vision.image_tokens
-        parts = ("prompt", "winners", "candidates", "judge fronts", "judge rows", "reasons")
+        self._image_tokens = num_images * config.vision.image_tokens
+        parts = ("prompt", "winners", "candidates", "judge_prefixes", "judge_queries", "judge_reasons")
         self.tokens = dict.fromkeys(parts, 0)
-        vision = sum(model_costs.vision_flops(config, images).values()) if images else 0
+        vision = sum(model_costs.vision_flops(config, num_images).values()) if num_images else 0
         self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
-        self.batches: list[DecodingRun] = []
-        length = 0
-        for number in range(len(spec.max_new_tokens)):
-            here: StageResult = jax.tree.map(lambda x: x[number], found)  # noqa: B023
-            self._read("winners" if number else "prompt", int(here.read), length)
-            length += int(here.read)
-            drawn = here.candidates.num_sampled[here.candidates.ended != UNUSED].tolist()
-            self._write("candidates", drawn, length, [0] * len(drawn))
-            if here.judgement is not None and spec.judge is not None:
-                self._judge(spec.judge, here.judgement, _checks(here.judgement, spec, number))
+        self.decoding_runs: list[DecodingRun] = []
+        prefix = 0
+        for number, stage in enumerate(_stages(spec, result)):
+            self._add_prefill("winners" if number else "prompt", int(stage.num_prefilled), prefix)
+            prefix += int(stage.num_prefilled)
+            sampled = stage.candidates.num_sampled[stage.candidates.ended != EndReason.UNUSED].tolist()
+            self._add_decoding("candidates", sampled, prefix, [0] * len(sampled))
+            if stage.judgement is not None:
+                self._add_judgement(_judge_of(spec), stage.judgement, _num_checks(spec, number, stage.judgement))
 
-    def _judge(self, judge: Judge, judgement: StageJudgement, checks: int) -> None:
-        rows: JudgeQueries = jax.tree.map(lambda x: x[: int(judgement.asked)], judgement.rows)
-        for kind, part in ((CHECK, slice(checks)), (PAIR, slice(checks, None))):
-            front, text_only = int(judgement.fronts[kind]), kind == CHECK
-            self._read("judge fronts", front, 0, text_only)
-            own = rows.tokens[part].tolist()
-            for tokens in own:
-                self._read("judge rows", tokens, front, text_only)
-            if judge.verdict == "rationale":
-                self._write("reasons", rows.reason.num_sampled[part].tolist(), front, own, text_only)
+    def _add_judgement(self, judge: Judge, judgement: StageJudgement, num_checks: int) -> None:
+        queries: JudgeQueries = jax.tree.map(lambda x: x[: int(judgement.num_queries)], judgement.queries)
+        for kind, indices in ((CHECK, slice(num_checks)), (PAIR, slice(num_checks, None))):
+            prefix, text_only = int(judgement.prefix_lengths[kind]), kind == CHECK
+            self._add_prefill("judge_prefixes", prefix, 0, text_only)
+            suffixes = queries.suffix_lengths[indices].tolist()
+            for suffix in suffixes:
+                self._add_prefill("judge_queries", suffix, prefix, text_only)
+            if judge.writes_reasons:
+                sampled = queries.reason.num_sampled[indices].tolist()
+                self._add_decoding("judge_reasons", sampled, prefix, suffixes, text_only)
 
-    def _read(self, part: str, tokens: int, before: int, text_only: bool = False) -> None:
-        """``tokens`` were read at once after ``before`` others, the last one scored."""
-        self._spend(part, tokens, tokens, before, min(tokens, 1), text_only)
+    def _add_prefill(self, part: str, tokens: int, prefix: int, text_only: bool = False) -> None:
+        """Add a prefill of ``tokens`` tokens after ``prefix`` others, with logits of the last one."""
+        self._add(part, tokens, tokens, prefix, min(tokens, 1), text_only)
 
-    def _write(self, part: str, drawn: Sequence[int], prefix: int, own: Sequence[int], text_only: bool = False) -> None:
-        """JudgeQueries of ``drawn`` tokens were drawn, each after the prefix and its ``own``.
+    def _add_decoding(
+        self, part: str, sampled: Sequence[int], prefix: int, suffixes: Sequence[int], text_only: bool = False
+    ) -> None:
+        """Add sequences of ``sampled`` tokens, each after the shared prefix and its own suffix.
 
-        The first token of a row is drawn from what was read; the last is not read.
+        The first token of a sequence is sampled from the logits of the prefill; the last is not computed with.
         """
-        for tokens, before in zip(drawn, own, strict=True):
-            self._spend(part, tokens, tokens - 1, prefix + before, tokens - 1, text_only)
-        if drawn:
-            self.batches.append(DecodingRun(len(drawn), max(drawn) - 1, prefix, sum(own) // len(own), text_only))
+        for tokens, suffix in zip(sampled, suffixes, strict=True):
+            self._add(part, tokens, tokens - 1, prefix + suffix, tokens - 1, text_only)
+        if sampled:
+            steps, mean_suffix = max(sampled) - 1, sum(suffixes) // len(suffixes)
+            self.decoding_runs.append(DecodingRun(len(sampled), steps, prefix, mean_suffix, text_only))
 
-    def _spend(self, part: str, tokens: int, read: int, before: int, scored: int, text_only: bool) -> None:
+    def _add(self, part: str, tokens: int, computed: int, before: int, scored: int, text_only: bool) -> None:
+        """Add ``tokens`` tokens, and the FLOPs of computing ``computed`` of them, with logits of ``scored`` of them."""
         self.tokens[part] += tokens
-        seen = 0 if text_only else self._seen
-        work = model_costs.text_flops(self._config, read, seen, prefix=before, scored=scored)
+        image_tokens = 0 if text_only else self._image_tokens
+        work = model_costs.text_flops(self._config, computed, image_tokens, prefix=before, scored=scored)
         self.flops[part] += sum(work.values())

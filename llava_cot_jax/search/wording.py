@@ -10,7 +10,7 @@ from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace
 from llava_cot_jax.stages import STAGES, find_stages
 
-ENDINGS = {"tag": "closed its tag", "eos": "ended by the model", "budget": "cut off at the token limit"}
+ENDINGS = {"tag": "closed its tag", "eos": "ended by the model", "max_new_tokens": "cut off at the token limit"}
 """Text for how a candidate ended, by ``CandidateTrace.ended``."""
 
 DECIDED_BY = {

@@ -150,7 +150,7 @@ class Checkpoints:
         if needed > (free := shutil.disk_usage(self._folder).free):
             raise UserError(
                 f"{self._folder} has {free / 1e9:.1f} GB free; {most} checkpoints of {size / 1e9:.1f} GB "
-                f"need {needed / 1e9:.1f} GB more: free some, name another output, or lower checkpoints_kept"
+                f"need {needed / 1e9:.1f} GB more: free some, name another output, or lower checkpoints.max_to_keep"
             )
 
     def save(self, state: State, run: Mapping[str, Any], validation_loss: float | None = None) -> None:

@@ -12,13 +12,15 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint.finding import companions, read_config, resolve_checkpoint
-from llava_cot_jax.model.checkpoint.reading import OnProgress, verified_tensors
-from llava_cot_jax.model.checkpoint.writing import Entry, read_whole, write_checkpoint
+from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
+from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.reading import locate_tensors
+from llava_cot_jax.model.checkpoint.writing import TensorEntry, read_tensor, write_checkpoint
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
-from llava_cot_jax.paths import EMBEDDED
+from llava_cot_jax.paths import BUNDLED_MODEL
+from llava_cot_jax.progress import OnProgress
 from llava_cot_jax.training import checkpoints
 from llava_cot_jax.training.checkpoints import read_arrays, read_run, steps_in, stored_arrays
 from llava_cot_jax.training.checksums import find_damage
@@ -102,7 +104,7 @@ class RunExport:
         dtypes = {np.dtype(array.dtype) for array in trained.values()}
         written = dtype or (dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32))
         table = parameters(self.config, "stacked")
-        entries = [Entry(name, p.tensor_shape, written) for p in table.values() for name in p.tensors]
+        entries = [TensorEntry(name, p.tensor_shape, written) for p in table.values() for name in p.tensors]
         total = sum(entry.nbytes for entry in entries)
 
         def values() -> Iterator[np.ndarray]:
@@ -113,7 +115,7 @@ class RunExport:
                 if on_progress:
                     on_progress(done, total)
 
-        write_checkpoint(destination, config, entries, values(), extra_files=companions(self._companions))
+        write_checkpoint(destination, config, entries, values(), extra_files=list_auxiliary_files(self._companions))
 
     def _tensors(self, trained: Mapping[str, Any]) -> Iterator[np.ndarray]:
         """Every published tensor, in the order of the stacked layout."""
@@ -136,17 +138,17 @@ class RunExport:
 
     def _frozen(self) -> Callable[[str], np.ndarray]:
         """Reads a published tensor of what the run started from."""
-        if self._settings.get("random_init", self._settings["init_from"] == EMBEDDED):
+        if self._settings.get("random_init", self._settings["checkpoint"] == BUNDLED_MODEL):
             model = Mllama(self.config, rngs=nnx.Rngs(self._settings["seed"]))
             initial: dict[str, Any] = flatten_dict(model.params, sep=".")
             return lambda name: np.asarray(initial[name])
-        base = self._base or self._settings["init_from"]
+        base = self._base or self._settings["checkpoint"]
         try:
             folder = resolve_checkpoint(base)
         except UserError as fault:
             raise UserError(f"what the run started from is needed too: {fault}; say where it is by --base") from None
-        stored = verified_tensors(folder, self.config)
-        return lambda name: read_whole(stored[name], stored[name].dtype)
+        stored = locate_tensors(folder, self.config)
+        return lambda name: read_tensor(stored[name], stored[name].dtype)
 
 
 def _groups(table: Mapping[str, Any], trained: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -8,12 +8,14 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from llava_cot_jax.model.checkpoint.auxiliary_files import write_json
-from llava_cot_jax.model.checkpoint.finding import companions, find_checkpoint, read_config, resolve_checkpoint
-from llava_cot_jax.model.checkpoint.sharded import OnProgress, load_arrays
+from llava_cot_jax.files import copy_file, write_json
+from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
+from llava_cot_jax.model.checkpoint.folder import find_checkpoint, read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.sharded_loading import load_params
 from llava_cot_jax.model.config import Convention
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.progress import OnProgress
 
 
 class Origin:
@@ -26,7 +28,7 @@ class Origin:
         random_init: whether its weights are random ones.
 
     Args:
-        init_from: as ``TrainSettings`` explains.
+        checkpoint: as ``TrainSettings`` explains.
         convention: likewise.
         random_init: likewise.
 
@@ -34,8 +36,8 @@ class Origin:
         UserError: no such checkpoint, or one that cannot be read.
     """
 
-    def __init__(self, init_from: str, convention: Convention | None, random_init: bool = False) -> None:
-        self.folder = find_checkpoint(init_from, weights=False) if random_init else resolve_checkpoint(init_from)
+    def __init__(self, checkpoint: str, convention: Convention | None, random_init: bool = False) -> None:
+        self.folder = find_checkpoint(checkpoint, weights=False) if random_init else resolve_checkpoint(checkpoint)
         self.config = read_config(self.folder, convention)
         self.processor = Processor.from_pretrained(self.folder)
         self.random_init = random_init
@@ -55,11 +57,11 @@ class Origin:
         if self.random_init:
             model = Mllama(self.config, rngs=nnx.Rngs(seed), layout="stacked", dtype=dtype, mesh=mesh)
             return flatten_dict(model.params, sep=".")
-        return load_arrays(self.folder, self.config, layout="stacked", mesh=mesh, on_progress=on_progress)
+        return load_params(self.folder, self.config, layout="stacked", mesh=mesh, on_progress=on_progress)
 
-    def write_companions(self, folder: Path) -> None:
+    def write_auxiliary_files(self, folder: Path) -> None:
         """Write all but the weights: with these and the weights, a checkpoint is whole."""
         folder.mkdir(parents=True, exist_ok=True)
-        for path in companions(self.folder):
+        for path in list_auxiliary_files(self.folder):
             (folder / path.name).write_bytes(path.read_bytes())  # one of the two may be in a bucket
         write_json(folder / "config.json", self.config.to_dict("float32"))

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_cot_jax.paths import access, is_remote
+from llava_cot_jax.paths import is_remote, reading_errors
+from llava_cot_jax.training.settings import check_setting_names
 
 CONFIGURATION = "config.yaml"
 """All settings of the run; ``train --config`` takes it."""
@@ -19,7 +20,7 @@ MODEL = "model"
 
 def is_run(folder: Path) -> bool:
     """Whether this is the folder of a run."""
-    with access(folder):
+    with reading_errors(folder):
         return (folder / CHECKPOINTS).is_dir()
 
 
@@ -33,8 +34,9 @@ def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         settings: all of a run's.
         folder: of the run, absolute.
     """
+    check_setting_names(settings, folder)
     found, before = dict(settings), Path(settings["output"])
-    for name in ("data", "init_from"):
+    for name in ("data", "checkpoint"):
         path = Path(settings[name])
         if not path.is_absolute() or not before.is_absolute() or is_remote(folder) or _is_there(path):
             continue  # a name, a path in a bucket, or one that is still right

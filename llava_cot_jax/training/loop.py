@@ -77,7 +77,7 @@ def train(
     settings = settings.with_absolute_paths()
     check_wandb(settings.wandb)
     mesh = run_mesh(settings.mesh)
-    origin = Origin(settings.init_from, settings.convention, settings.random_init)
+    origin = Origin(settings.checkpoint, settings.convention, settings.random_init)
     check_batch(settings, mesh)
     check_mesh(origin.config, mesh)
     folder = as_path(settings.output)
@@ -106,7 +106,7 @@ def _train(
     steps = settings.steps or settings.epochs * training.batches_per_epoch
     program = make_program(settings, origin.config, mesh, steps=steps, steps_per_epoch=training.batches_per_epoch)
     meter = Meter(origin.config, program.trained, program.adapted)
-    kept = Kept(settings.checkpoints_kept, settings.checkpoints_kept_every, settings.checkpoints_kept_best)
+    kept = Kept(settings.checkpoints.max_to_keep, settings.checkpoints.keep_period, settings.checkpoints.best_n)
     with Checkpoints(folder / CHECKPOINTS, kept) as checkpoints:
         checkpoints.check_room(program.state)
         log(describe_run(settings, origin.config, mesh, program, training, meter, steps))
@@ -118,7 +118,7 @@ def _train(
             Metrics(folder, asdict(settings), settings.wandb, first) as metrics,
             progress_bar("training", "steps", settings.log_every) as bar,
         ):
-            stepper = Stepper(program, training, range(first, steps), meter, metrics, bar, settings.skipped_in_a_row)
+            stepper = Stepper(program, training, range(first, steps), meter, metrics, bar, settings.max_nonfinite_steps)
             for done in range(first + 1, steps + 1):
                 if settings.profile and done - first == PROFILED.start:
                     jax.profiler.start_trace(str(metrics.folder / "profile"))
@@ -129,13 +129,13 @@ def _train(
                 # One host that got a SIGTERM lets all of them stop after the same step.
                 stopped = jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(done)
                 found: dict[str, float] = {}
-                due = settings.validate_every and done % settings.validate_every == 0
+                due = settings.eval_every and done % settings.eval_every == 0
                 if validation and (done == steps or (due and not stopped)):
                     with stepper.pause("validation_seconds"):
                         found = validate(program, state, validation)
                     metrics.write(done, found)
                     log(describe_validation(done, found))
-                if done % settings.checkpoint_every == 0 or done == steps or stopped:
+                if done % settings.checkpoints.every == 0 or done == steps or stopped:
                     with stepper.pause("saving_seconds"):
                         checkpoints.save(state, description, found.get("validation_loss"))
                 if stopped and done < steps:
@@ -195,7 +195,7 @@ def _loaders(
             )
 
     training = open_loader("train", None)
-    return training, open_loader("validation", settings.validation_rows) if settings.validation_rows else None
+    return training, open_loader("validation", settings.eval_examples) if settings.eval_examples else None
 
 
 def _first_state(
@@ -224,7 +224,7 @@ def _first_state(
 
         with progress_bar("loading weights") as move:
             arrays = origin.arrays(mesh=mesh, dtype=settings.optimizer.dtype, seed=settings.seed, on_progress=count)
-        log(describe_loading(settings.init_from, read))
+        log(describe_loading(settings.checkpoint, read))
     if step is None:
         return program.begin(arrays)
     return checkpoints.restore(step, replace(program.state, frozen=program.frozen(arrays)))

@@ -17,7 +17,7 @@ cut over devices it is gathered for each such part of a batch: few tokens at a t
 
 
 def token_losses(
-    params: Params, config: MllamaConfig, batch: Mapping[str, jax.Array], checkpointing: RematPolicy
+    params: Params, config: MllamaConfig, batch: Mapping[str, jax.Array], remat: RematPolicy
 ) -> jax.Array:
     """Minus the log-probability of each token given those before it, float32 [batch, tokens].
 
@@ -29,7 +29,7 @@ def token_losses(
         batch: as ``Loader`` yields it.
         checkpointing: what of a layer is saved for the backward pass.
     """
-    hidden = hidden_states(params, config, batch, checkpointing)  # [batch, tokens, hidden]
+    hidden = hidden_states(params, config, batch, remat)  # [batch, tokens, hidden]
     targets = jnp.roll(batch["input_ids"], -1, axis=1)  # [batch, tokens]; the last one is not used
 
     @jax.checkpoint  # the logits are made again in the backward pass

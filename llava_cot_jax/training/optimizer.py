@@ -16,26 +16,27 @@ Arrays = Mapping[str, jax.Array]
 def learning_rates(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> Callable[[Any], Any]:
     """The learning rate as a function of the step, counted from 0."""
     peak = settings.learning_rate
-    falling = max(steps - settings.warmup, 1)
+    falling = max(steps - settings.warmup_steps, 1)
     after: optax.Schedule
     match settings.schedule:
         case "step":
             # By epochs of the run, its warm-up included.
             return _after_warmup(
-                settings, lambda step: peak * settings.decay ** ((step + settings.warmup) // steps_per_epoch)
+                settings,
+                lambda step: peak * settings.epoch_decay ** ((step + settings.warmup_steps) // steps_per_epoch),
             )
         case "cosine":
-            after = optax.cosine_decay_schedule(peak, falling, alpha=settings.final)
+            after = optax.cosine_decay_schedule(peak, falling, alpha=settings.final_lr_ratio)
         case _:
-            after = optax.linear_schedule(peak, peak * settings.final, falling)
+            after = optax.linear_schedule(peak, peak * settings.final_lr_ratio, falling)
     return _after_warmup(settings, after)
 
 
 def _after_warmup(settings: OptimizerSettings, after: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    if not settings.warmup:
+    if not settings.warmup_steps:
         return after
-    rising = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup)
-    return optax.join_schedules([rising, after], [settings.warmup])
+    rising = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
+    return optax.join_schedules([rising, after], [settings.warmup_steps])
 
 
 class Optimizer:

@@ -87,7 +87,7 @@ def make_program(
     """
     base = parameters(config, "stacked")
     adapters = adapter_table(base, settings.lora)
-    trained = set(adapters) if adapters else base.keys() - frozen_paths(base, settings.frozen)
+    trained = set(adapters) if adapters else base.keys() - frozen_paths(base, settings.frozen_params)
     table = {**base, **adapters}
     learning_rate = learning_rates(settings.optimizer, steps, steps_per_epoch)
     optimizer = Optimizer(settings.optimizer, learning_rate, table)
@@ -105,7 +105,7 @@ def make_program(
     )
     compute: dict[str, Any] = {
         "dtype": dtype,
-        "checkpointing": settings.checkpointing,
+        "remat": settings.remat,
         "lora_scale": settings.lora.scale,
     }
     step = make_step(
@@ -114,8 +114,8 @@ def make_program(
         optimizer,
         state,
         mesh=mesh,
-        micro_batches=settings.micro_batches,
-        clip=settings.optimizer.clip,
+        grad_accum_steps=settings.grad_accum_steps,
+        max_grad_norm=settings.optimizer.max_grad_norm,
         **compute,
     )
 
@@ -153,10 +153,10 @@ def check_batch(settings: TrainSettings, mesh: Mesh) -> None:
     Raises:
         UserError: it does not.
     """
-    batch, parts = settings.loader.batch, settings.micro_batches
+    batch, parts = settings.loader.batch_size, settings.grad_accum_steps
     over = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (over * parts):
         raise UserError(
-            f"loader.batch is {batch}: the mesh does not divide it (data x fsdp = {over} devices, {parts} "
+            f"loader.batch_size is {batch}: the mesh does not divide it (data x fsdp = {over} devices, {parts} "
             f"micro-batches on each); take a multiple of {over * parts}"
         )

@@ -46,7 +46,7 @@ def describe_run(
     device = jax.devices()[0]
     lengths = loader.index.lengths[loader.index.lengths > 0]
     sample = np.linspace(0, len(lengths) - 1, min(1000, len(lengths))).astype(int)
-    flops = settings.loader.batch * meter.flops(lengths[sample]) / len(sample)
+    flops = settings.loader.batch_size * meter.flops(lengths[sample]) / len(sample)
     trained, total = _count(state.trained), _count(state.trained) + _count(state.frozen)
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     precision = {"float32": "float32", "bfloat16_stochastic": "bfloat16, rounded stochastically"}.get(
@@ -59,7 +59,7 @@ def describe_run(
         "precision": f"computed in {settings.dtype}; parameters and moments in {precision}",
         "bytes per device": f"{_bytes_per_device(state) / 1e9:.3f} GB of parameters and moments",
         "rows": f"{len(lengths):,}; {loader.index.summary()}",
-        "tokens per step": f"{settings.loader.batch * lengths.mean():,.0f} on average, {settings.loader.batch} rows",
+        "tokens per step": f"{settings.loader.batch_size * lengths.mean():,.0f} on average, {settings.loader.batch_size} rows",
         "lengths": f"{', '.join(map(str, loader.buckets))} tokens; {loader.padding():.0%} of all tokens are padding",
         "steps": f"{steps:,}; {loader.batches_per_epoch:,} per epoch",
         "FLOPs per step": f"{flops / 1e12:,.3g} TFLOP on average",
@@ -71,17 +71,17 @@ def describe_run(
     return table
 
 
-def describe_loading(init_from: str, read: int) -> str:
+def describe_loading(checkpoint: str, read: int) -> str:
     """A line on the bytes that each host read of the weights; every process must call this.
 
     Args:
-        init_from: what they were read from.
+        checkpoint: what they were read from.
         read: bytes that this process read.
     """
     hosts = multihost_utils.process_allgather(np.float32(read / 1e9)).reshape(-1)  # float32: jax has no int64
     if not hosts.any():
-        return f"{init_from}: fresh weights"
-    return f"{init_from}: weights read by each host, GB: {', '.join(f'{host:.6g}' for host in hosts)}"
+        return f"{checkpoint}: fresh weights"
+    return f"{checkpoint}: weights read by each host, GB: {', '.join(f'{host:.6g}' for host in hosts)}"
 
 
 def describe_step(measured: Mapping[str, Any]) -> str:

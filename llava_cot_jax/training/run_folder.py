@@ -1,8 +1,7 @@
 """The folder of a run: its configuration, the files of its model, checkpoints and metrics."""
 
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import jax
 import yaml
 
-from llava_cot_jax.errors import UserError
+from llava_cot_jax.files import write_text
+from llava_cot_jax.paths import writing_errors
 from llava_cot_jax.training.initial_model import Origin
 from llava_cot_jax.training.layout import CONFIGURATION, MODEL
 from llava_cot_jax.training.settings import TrainSettings
@@ -19,24 +19,24 @@ from llava_cot_jax.training.settings import TrainSettings
 RUNNING = {
     "output",
     "data",  # its batches have a fingerprint of their own
-    "checkpoint_every",
-    "checkpoints_kept",
-    "checkpoints_kept_every",
-    "checkpoints_kept_best",
-    "validate_every",
-    "validation_rows",
+    "checkpoints.every",
+    "checkpoints.max_to_keep",
+    "checkpoints.keep_period",
+    "checkpoints.best_n",
+    "eval_every",
+    "eval_examples",
     "log_every",
-    "answers",
+    "eval_generations",
     "profile",
     "wandb",
-    "skipped_in_a_row",
+    "max_nonfinite_steps",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
-    "micro_batches",
-    "checkpointing",
-    "loader.workers",
-    "loader.threads",
+    "grad_accum_steps",
+    "remat",
+    "loader.num_workers",
+    "loader.num_threads",
 }
 """Settings of how a run runs, not of what comes out, but for rounding: they may change while it goes on."""
 
@@ -89,7 +89,7 @@ def make_run_folder(folder: Path) -> None:
         UserError: it cannot be made.
     """
     if jax.process_index() == 0:
-        with _writing(folder):
+        with writing_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -100,15 +100,7 @@ def write_run_folder(folder: Path, settings: TrainSettings, origin: Origin) -> N
         UserError: it cannot be written.
     """
     if jax.process_index() == 0:
-        with _writing(folder):
+        with writing_errors(folder):
             text = yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
-            (folder / CONFIGURATION).write_text(text, encoding="utf-8")
-            origin.write_companions(folder / MODEL)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as fault:
-        raise UserError(f"the run cannot be written to {folder}: {fault.strerror or fault}") from fault
+            write_text(folder / CONFIGURATION, text)
+            origin.write_auxiliary_files(folder / MODEL)

@@ -1,12 +1,14 @@
-"""What a training run is: every field of its configuration file."""
+"""Settings of a training run: every field of its configuration file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
-from llava_cot_jax.data.sources import SHAPES
+from llava_cot_jax.data.sources import SHAPES_DATA
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint.finding import absolute_name
+from llava_cot_jax.model.checkpoint.folder import absolute_name
 from llava_cot_jax.model.choices import MESH_AXES, Dtype, RematPolicy
 from llava_cot_jax.model.config import Convention
 from llava_cot_jax.paths import as_path
@@ -18,15 +20,15 @@ Compute = Literal["bfloat16", "float32"]
 
 @dataclass(frozen=True)
 class MeshSettings:
-    """The devices along each axis of the mesh.
+    """Mesh: how many devices each axis has.
 
     Attributes:
-        data: how often the model is repeated.
-        fsdp: pieces that parameters and batch are cut into; None is all devices that are left.
-        tensor: pieces that heads, widths and the vocabulary are cut into.
+        data: Number of replicas of the model. Between slices, this axis runs over the data center network.
+        fsdp: Number of shards that parameters and the batch are cut into. By default, all remaining devices.
+        tensor: Number of shards that attention heads, MLP widths and the vocabulary are cut into.
 
     Raises:
-        UserError: an axis below 1.
+        UserError: An axis has fewer than one device.
     """
 
     data: int = 1
@@ -40,47 +42,73 @@ class MeshSettings:
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); the defaults are LLaVA-CoT's own recipe.
+class CheckpointSettings:
+    """Checkpoints: how often the training state is saved, and which saved states are kept.
 
     Attributes:
-        learning_rate: at its highest.
-        schedule: ``step`` multiplies it by ``decay`` after each epoch; ``cosine`` and ``linear`` bring
-            it down to ``final`` of itself over all steps.
-        decay: of ``step``.
-        final: of ``cosine`` and ``linear``, a share.
-        warmup: steps over which it rises from 0 first.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: a step, times the learning rate; of matrices alone, not of norms, gates and biases.
-        clip: the global norm that gradients are scaled down to; 0 leaves them as they are.
-        precision: of parameters and moments between steps. ``bfloat16_stochastic`` halves the memory
-            and is right on average; ``bfloat16_nearest`` is what upstream trained with, for
-            comparison: with it a second moment hardly decays (b2 = 0.999 is less than half a unit in
-            the last place), and an update of 1e-5 is rounded away for most weights.
+        every: Number of steps between checkpoints. The last step is always saved.
+        max_to_keep: Number of the most recent checkpoints to keep.
+        keep_period: Checkpoints whose step is a multiple of this number are kept too; 0 keeps none of them.
+        best_n: Number of checkpoints with the lowest validation loss to keep too, among the validated steps.
 
     Raises:
-        UserError: a value that means nothing.
+        UserError: A value is out of range.
+    """
+
+    every: int = 1000
+    max_to_keep: int = 2
+    keep_period: int = 0
+    best_n: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("max_to_keep", 1), ("keep_period", 0), ("best_n", 0)):
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"checkpoints.{name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Optimizer: AdamW (Loshchilov and Hutter, arXiv 1711.05101), by default with LLaVA-CoT's own recipe.
+
+    Attributes:
+        learning_rate: Highest learning rate of the schedule.
+        schedule: Schedule of the learning rate. ``step`` multiplies it by ``epoch_decay`` after each epoch;
+            ``cosine`` and ``linear`` lower it to ``final_lr_ratio`` of itself over all steps.
+        epoch_decay: Factor applied to the learning rate after each epoch, with schedule ``step``.
+        final_lr_ratio: Ratio of the last learning rate to the highest, with schedule ``cosine`` or ``linear``.
+        warmup_steps: Number of steps over which the learning rate first rises from 0.
+        b1: Decay rate of the first moment.
+        b2: Decay rate of the second moment.
+        eps: Constant added to the square root of the second moment.
+        weight_decay: Weight decay of a step, in units of the learning rate. It applies to matrices, not to norms,
+            gates and biases.
+        max_grad_norm: Global norm to which larger gradients are scaled down; 0 leaves gradients as they are.
+        precision: Precision of parameters and moments between steps. ``bfloat16_stochastic`` halves their memory
+            and is right on average. ``bfloat16_nearest`` is what upstream trained with, for comparison: a second
+            moment then hardly decays (b2 = 0.999 is less than half a unit in the last place), and an update of
+            1e-5 is rounded away for most weights.
+
+    Raises:
+        UserError: A value is out of range.
     """
 
     learning_rate: float = 1e-5
     schedule: Schedule = "step"
-    decay: float = 0.85
-    final: float = 0.0
-    warmup: int = 0
+    epoch_decay: float = 0.85
+    final_lr_ratio: float = 0.0
+    warmup_steps: int = 0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip: float = 0.0
+    max_grad_norm: float = 0.0
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         for name, known in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
-        for name in ("learning_rate", "decay", "final", "warmup", "weight_decay", "clip"):
+        for name in ("learning_rate", "epoch_decay", "final_lr_ratio", "warmup_steps", "weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("b1", "b2"):
@@ -91,24 +119,24 @@ class OptimizerSettings:
 
     @property
     def dtype(self) -> Dtype:
-        """In which parameters and moments are kept."""
+        """Dtype in which parameters and moments are kept between steps."""
         return "float32" if self.precision == "float32" else "bfloat16"
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which weights get adapters, and how large.
+    """LoRA: which weights get adapters, and how large these are. With a rank, only adapters are trained.
 
     Attributes:
-        rank: of every adapter; 0 is none: whole parameters are trained.
-        alpha: over the rank, what adapters are multiplied by, so that another rank needs no other
+        rank: Rank of every adapter; 0 trains whole parameters without adapters.
+        alpha: Scale of the adapters' output, which is divided by the rank, so that another rank needs no other
             learning rate.
-        targets: regular expressions; projections in whose names one is found get an adapter. By
-            default all of the language model, which it takes to reach what training every weight
-            reaches (Dettmers et al., arXiv 2305.14314).
+        targets: Regular expressions of projections that get an adapter: those in whose name one is found. The
+            default, all projections of the language model, is what it takes to reach full fine-tuning (Dettmers
+            et al., arXiv 2305.14314).
 
     Raises:
-        UserError: a value that means nothing.
+        UserError: A value is out of range.
     """
 
     rank: int = 0
@@ -125,56 +153,53 @@ class LoraSettings:
 
     @property
     def scale(self) -> float:
-        """alpha / rank; 1 where there are no adapters."""
+        """Factor of the adapters' output, alpha / rank; 1 without adapters."""
         return self.alpha / self.rank if self.rank else 1.0
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """A training run.
+    """Training run: every field of its configuration file.
 
     Attributes:
-        output: the folder of the run, which takes the configuration, checkpoints, metrics, and the
-            files that belong to the model; over several hosts one that all of them see, a bucket say.
-        init_from: the checkpoint to start from: a folder in Hugging Face form, an id on the hub, a
-            bucket path, or ``shapes``: the small trained model that comes with the package.
-        random_init: start from random weights in place of those of ``init_from``, of which the configuration,
-            the tokenizer and the image settings are used.
-        data: a directory that ``llava_cot_jax.prepare`` made, or ``shapes``.
-        convention: what the weights were trained with, where their config.json does not say so.
-        epochs: how often each row is seen.
-        steps: how many there are, whatever ``epochs`` says; None is all of those.
-        seed: of fresh weights and adapters; the order of the data has its own, ``loader.seed``.
-        dtype: of the computation.
-        checkpointing: what of a layer the backward pass finds saved: everything (``none``), its
-            matrix products (``dots``), or its input alone (``full``).
-        micro_batches: parts that each device computes its rows of a batch in, one after the other.
-        frozen: regular expressions; parameters in whose names one is found are not trained. Names are
-            those of stacked layers: ``layers.3`` stands for layers 3, 8, 13 and so on of the 11B.
-        checkpoint_every: steps between checkpoints; the last step is always kept.
-        checkpoints_kept: so many of the newest.
-        checkpoints_kept_every: those of steps that are multiples of it, too; 0 is none.
-        checkpoints_kept_best: so many of the lowest validation loss, too, of the steps that are validated.
-        skipped_in_a_row: so many steps in a row whose loss or gradient is not finite end the run.
-        validate_every: steps between validations; 0 is none but the one at the end.
-        validation_rows: of the validation split, the first so many; 0 leaves validation out.
-        log_every: steps between the lines that are printed where no progress bar can be.
-        answers: questions of the validation split that are answered at the end, to count how many
-            captions and conclusions are the row's own; 0 leaves this out.
-        profile: a trace of a few steps is written to the folder of the run.
-        wandb: the Params & Biases project to log to as well.
-        mesh: see there.
-        chat: how turns become tokens.
-        loader: how rows become batches.
-        optimizer: see there.
-        lora: see there; with a rank, adapters alone are trained.
+        output: Folder of the run, which takes its configuration, checkpoints, metrics, and the files of the model
+            beside its weights. With several hosts, it is one that all of them see, such as a bucket.
+        checkpoint: Checkpoint to start from: a folder in Hugging Face form, an id on the hub, a bucket path, or
+            ``shapes`` for the small trained model of the package.
+        data: Data set to train on: a directory made by ``llava_cot_jax.prepare``, or ``shapes``.
+        random_init: Start from random weights; only the configuration, tokenizer and image settings of
+            ``checkpoint`` are used.
+        convention: Convention that the weights were trained with, where their config.json does not state it.
+        epochs: Number of times that each example is seen.
+        steps: Number of steps in place of the number that follows from ``epochs``.
+        seed: Seed of random weights and adapters. The order of the data has its own, ``loader.seed``.
+        dtype: Dtype of the computation.
+        remat: Activations of a layer that are saved for the backward pass: all (``none``), the results of its
+            matrix products (``dots``), or its input alone (``full``), from which the rest is recomputed.
+        grad_accum_steps: Number of micro-batches that a batch is computed in, one after the other.
+        frozen_params: Regular expressions of parameters that are not trained: those in whose name one is found.
+            Layers are stacked in these names: ``layers.3`` stands for layers 3, 8, 13 and so on of the 11B.
+        max_nonfinite_steps: Number of consecutive steps with a loss or gradient that is not finite that ends the run.
+        eval_every: Number of steps between validations; 0 validates only at the end.
+        eval_examples: Number of examples of the validation split to validate on; 0 leaves validation out.
+        log_every: Number of steps between printed lines where the output is not a terminal with a progress bar.
+        eval_generations: Number of validation questions to answer at the end, to count how many captions and
+            conclusions match; 0 leaves this out.
+        profile: Write a profiler trace of a few steps to the folder of the run.
+        wandb: Weights & Biases project to log to as well.
+        checkpoints: Checkpoints: how often the training state is saved, and which saved states are kept.
+        mesh: Mesh: how many devices each axis has.
+        chat: Chat: how conversations become tokens.
+        loader: Loader: how examples become batches.
+        optimizer: Optimizer: AdamW, its learning rate schedule and its precision.
+        lora: LoRA: which weights get adapters, and how large these are.
 
     Raises:
-        UserError: a value that means nothing, or two that contradict each other.
+        UserError: A value is out of range, or two values contradict each other.
     """
 
     output: str
-    init_from: str
+    checkpoint: str
     data: str
     random_init: bool = False
     convention: Convention | None = None
@@ -182,20 +207,17 @@ class TrainSettings:
     steps: int | None = None
     seed: int = 0
     dtype: Compute = "bfloat16"
-    checkpointing: RematPolicy = "full"
-    micro_batches: int = 1
-    frozen: list[str] = field(default_factory=list)
-    checkpoint_every: int = 1000
-    checkpoints_kept: int = 2
-    checkpoints_kept_every: int = 0
-    checkpoints_kept_best: int = 0
-    skipped_in_a_row: int = 5
-    validate_every: int = 1000
-    validation_rows: int = 1000
+    remat: RematPolicy = "full"
+    grad_accum_steps: int = 1
+    frozen_params: list[str] = field(default_factory=list)
+    max_nonfinite_steps: int = 5
+    eval_every: int = 1000
+    eval_examples: int = 1000
     log_every: int = 10
-    answers: int = 0
+    eval_generations: int = 0
     profile: bool = False
     wandb: str | None = None
+    checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
     chat: ChatSettings = field(default_factory=ChatSettings)
     loader: LoaderSettings = field(default_factory=LoaderSettings)
@@ -203,31 +225,85 @@ class TrainSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "micro_batches", "checkpoint_every", "checkpoints_kept", "skipped_in_a_row", "log_every")
-        for name in counts:
+        for name in ("epochs", "grad_accum_steps", "max_nonfinite_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        kept = ("checkpoints_kept_every", "checkpoints_kept_best")
-        for name in ("seed", *kept, "validate_every", "validation_rows", "answers"):
+        for name in ("seed", "eval_every", "eval_examples", "eval_generations"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}; it must be at least 1, or left out")
-        for name, kind in (("dtype", Compute), ("checkpointing", RematPolicy)):
+        for name, kind in (("dtype", Compute), ("remat", RematPolicy)):
             if getattr(self, name) not in get_args(kind):
                 raise UserError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(get_args(kind))}")
-        if self.checkpoints_kept_best and not self.validation_rows:
-            raise UserError("checkpoints_kept_best is set, but validation_rows is 0: nothing tells which are best")
-        if self.loader.batch % self.micro_batches:
-            raise UserError(f"micro_batches is {self.micro_batches}; it must divide loader.batch, {self.loader.batch}")
-        if self.lora.rank and self.frozen:
-            raise UserError("frozen is set, and lora.rank: with adapters, all else is frozen; leave one of them out")
+        if self.checkpoints.best_n and not self.eval_examples:
+            raise UserError("checkpoints.best_n is set, but eval_examples is 0: nothing tells which are best")
+        if self.loader.batch_size % self.grad_accum_steps:
+            raise UserError(
+                f"grad_accum_steps is {self.grad_accum_steps}; it must divide "
+                f"loader.batch_size, {self.loader.batch_size}"
+            )
+        if self.lora.rank and self.frozen_params:
+            raise UserError(
+                "frozen_params is set, and lora.rank: with adapters, all else is frozen; leave one of them out"
+            )
 
     def with_absolute_paths(self) -> "TrainSettings":
-        """The same settings, with paths that mean the same from any working directory.
+        """Return the same settings, with paths that mean the same from any working directory.
 
         Raises:
-            UserError: a path that ``as_path`` refuses.
+            UserError: ``as_path`` refuses a path.
         """
-        data = self.data if self.data == SHAPES else str(as_path(self.data))
-        return replace(self, output=str(as_path(self.output)), data=data, init_from=absolute_name(self.init_from))
+        data = self.data if self.data == SHAPES_DATA else str(as_path(self.data))
+        return replace(self, output=str(as_path(self.output)), data=data, checkpoint=absolute_name(self.checkpoint))
+
+
+RENAMED_SETTINGS = {
+    "init_from": "checkpoint",
+    "checkpointing": "remat",
+    "micro_batches": "grad_accum_steps",
+    "frozen": "frozen_params",
+    "skipped_in_a_row": "max_nonfinite_steps",
+    "validate_every": "eval_every",
+    "validation_rows": "eval_examples",
+    "answers": "eval_generations",
+    "checkpoint_every": "checkpoints.every",
+    "checkpoints_kept": "checkpoints.max_to_keep",
+    "checkpoints_kept_every": "checkpoints.keep_period",
+    "checkpoints_kept_best": "checkpoints.best_n",
+    "chat.upstream": "chat.upstream_quirks",
+    "loader.batch": "loader.batch_size",
+    "loader.buckets": "loader.num_buckets",
+    "loader.multiple": "loader.pad_to_multiple_of",
+    "loader.workers": "loader.num_workers",
+    "loader.threads": "loader.num_threads",
+    "optimizer.decay": "optimizer.epoch_decay",
+    "optimizer.final": "optimizer.final_lr_ratio",
+    "optimizer.warmup": "optimizer.warmup_steps",
+    "optimizer.clip": "optimizer.max_grad_norm",
+}
+"""Former names of settings, which are refused, and their present names."""
+
+
+def check_setting_names(settings: Mapping[str, Any], folder: Path) -> None:
+    """Check that the settings that a run stored have their present names.
+
+    Args:
+        settings: Settings of the run, nested.
+        folder: Folder of the run, for the error.
+
+    Raises:
+        UserError: Settings have former names; the message gives the present ones.
+    """
+    if former := [old for old in RENAMED_SETTINGS if _contains(settings, old)]:
+        changes = ", ".join(f"{old} is {RENAMED_SETTINGS[old]}" for old in former)
+        raise UserError(f"the run in {folder} was begun by a version with other names of settings: {changes} now")
+
+
+def _contains(settings: Any, name: str) -> bool:
+    """Whether nested settings have a dotted name."""
+    for key in name.split("."):
+        if not isinstance(settings, Mapping) or key not in settings:
+            return False
+        settings = settings[key]
+    return True

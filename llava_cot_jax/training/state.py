@@ -67,7 +67,7 @@ def frozen_paths(paths: Collection[str], patterns: Sequence[str]) -> set[str]:
     Raises:
         UserError: a pattern that is none or matches nothing, or nothing left to train.
     """
-    found = {path for pattern in patterns for path in matching(paths, pattern, "frozen")}
+    found = {path for pattern in patterns for path in matching(paths, pattern, "frozen_params")}
     if len(found) == len(paths):
         raise UserError("every parameter is frozen: leave one to train")
     return found
@@ -129,14 +129,14 @@ def losses(
     *,
     config: MllamaConfig,
     dtype: Any,
-    checkpointing: RematPolicy,
+    remat: RematPolicy,
     lora_scale: float = 1.0,
 ) -> Losses:
     """The losses of a batch, computed in ``dtype``; ``lora_b`` of every adapter is multiplied by ``lora_scale``."""
     arrays = {**trained, **frozen}
     arrays |= {path: lora_scale * array for path, array in arrays.items() if path.endswith(".lora_b")}
     params = unflatten_dict({path: array.astype(dtype) for path, array in arrays.items()}, sep=".")
-    each = token_losses(params, config, batch, checkpointing)  # [batch, tokens]
+    each = token_losses(params, config, batch, remat)  # [batch, tokens]
     stages = jax.nn.one_hot(batch["stage"], 1 + len(STAGES)) * batch["loss_mask"][..., None]
     return Losses(jnp.einsum("bt,bts->s", each, stages), jnp.einsum("bts->s", stages))
 
@@ -149,9 +149,9 @@ def make_step(
     *,
     mesh: Mesh | None,
     dtype: Any,
-    checkpointing: RematPolicy,
-    micro_batches: int = 1,
-    clip: float = 0.0,
+    remat: RematPolicy,
+    grad_accum_steps: int = 1,
+    max_grad_norm: float = 0.0,
     lora_scale: float = 1.0,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """The compiled step: the state after a batch, and what is to be told of it.
@@ -166,16 +166,16 @@ def make_step(
         state: the first one, or shapes and dtypes like it.
         mesh: that the arrays lie on; the state after a step lies as ``state_sharding`` says.
         dtype: of the computation.
-        checkpointing: what of a layer is saved for the backward pass.
-        micro_batches: parts that a batch is computed in, one after the other; it must be divisible.
-        clip: the global norm that gradients are scaled down to; 0 leaves them as they are.
+        remat: what of a layer is saved for the backward pass.
+        grad_accum_steps: parts that a batch is computed in, one after the other; it must be divisible.
+        max_grad_norm: the global norm that gradients are scaled down to; 0 leaves them as they are.
         lora_scale: of the adapters, ``LoraSettings.scale``.
 
     Returns:
         A function; its measures are ``loss``, ``gradient_norm``, ``tokens`` (trained ones),
         ``stage_losses`` and ``stage_tokens`` float32 [1 + stages], ``finite``, and ``skipped`` as in the state.
     """
-    compute = partial(losses, config=config, dtype=dtype, checkpointing=checkpointing, lora_scale=lora_scale)
+    compute = partial(losses, config=config, dtype=dtype, remat=remat, lora_scale=lora_scale)
 
     def gradients(state: State, batch: Batch) -> tuple[dict[str, jax.Array], Losses]:
         count = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
@@ -185,7 +185,7 @@ def make_step(
             return found.total.sum() / count, found
 
         gradient = jax.grad(loss, has_aux=True)
-        if micro_batches == 1:
+        if grad_accum_steps == 1:
             return gradient(state.trained, batch)
 
         def add(sums: Any, part: Batch) -> tuple[Any, None]:
@@ -193,15 +193,15 @@ def make_step(
 
         wide = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), state.trained)
         nothing = jnp.zeros(1 + len(STAGES))
-        return jax.lax.scan(add, (wide, Losses(nothing, nothing)), _in_parts(batch, micro_batches))[0]
+        return jax.lax.scan(add, (wide, Losses(nothing, nothing)), _in_parts(batch, grad_accum_steps))[0]
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         with use_mesh(mesh):
             grads, found = gradients(state, batch)
         norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         loss = found.total.sum() / jnp.maximum(found.tokens.sum(), 1.0)
-        if clip:
-            scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+        if max_grad_norm:
+            scale = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         after = optimizer.update(grads, state.optimizer, state.trained, state.step - state.skipped)

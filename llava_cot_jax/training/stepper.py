@@ -45,7 +45,7 @@ class Stepper:
         meter: of their rates.
         metrics: takes what was measured.
         bar: is moved.
-        skipped_in_a_row: so many steps that are not finite end the run.
+        max_nonfinite_steps: so many steps that are not finite end the run.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Stepper:
         meter: Meter,
         metrics: Metrics,
         bar: Bar,
-        skipped_in_a_row: int,
+        max_nonfinite_steps: int,
     ) -> None:
         self._program, self._loader, self._meter, self._metrics, self._bar = program, loader, meter, metrics, bar
         self._batches = enumerate(loader.batches(steps.start, steps.stop), steps.start)
         self._total = steps.stop
         self._under_way: _UnderWay | None = None
-        self._most_skipped = skipped_in_a_row
+        self._most_skipped = max_nonfinite_steps
         self._skipped: list[tuple[int, list[str]]] = []  # steps in a row, and the ids of their rows
         self._lengths_seen: set[int] = set()
         meter.begin()

@@ -15,7 +15,7 @@ from tests.demo import CORPUS, VOCAB_SIZE, demo_config
 
 @cache
 def demo_processor() -> Processor:
-    """The demo's: tiles of 56 x 56 pixels, four at most."""
+    """Processor of the demo model, with at most four tiles of 56 x 56 pixels."""
     tokenizer = make_tokenizer(CORPUS, VOCAB_SIZE)
     return Processor(demo_config(tokenizer), tokenizer)
 
@@ -29,7 +29,7 @@ def staged(summary: str, caption: str, reasoning: str, conclusion: str) -> str:
 
 @dataclass
 class Noise:
-    """``count`` rows of noise pictures of many sizes, with answers of ``words`` lengths, repeated."""
+    """Rows with noise pictures of many sizes, whose answers have the lengths ``words`` in turn."""
 
     count: int
     words: tuple[int, ...] = (3, 40, 8, 70, 15, 5, 100, 22)

@@ -1,4 +1,4 @@
-"""Streams batches without end from two worker processes; prints their ids.
+"""Program that streams endless batches from two worker processes and prints their process ids.
 
 python -m tests.data.stream CACHE [PREPARED]
 """
@@ -18,7 +18,7 @@ from tests.data.rows import Noise, demo_processor
 
 
 def make_loader(rows: Rows, cache: Path, workers: int) -> Loader:
-    settings = LoaderSettings(batch=4, workers=workers, threads=2)
+    settings = LoaderSettings(batch_size=4, num_workers=workers, num_threads=2)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return Loader(rows, demo_processor(), ChatSettings(), settings, sharding, cache=cache)
 

@@ -1,4 +1,4 @@
-"""Buckets against brute force; what a plan of batches promises."""
+"""Buckets against brute force, and the properties of an order of batches."""
 
 import pickle
 from itertools import combinations
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_cot_jax.data.batching import FILLER, Plan, choose_buckets
+from llava_cot_jax.data.batching import FILLER, BatchOrder, choose_buckets
 from llava_cot_jax.errors import UserError
 
 
@@ -43,15 +43,15 @@ LENGTHS = draw_lengths()
 BUCKETS = choose_buckets(LENGTHS[LENGTHS > 0], 4, 128)
 
 
-def make(batch: int = 32, seed: int = 1, shuffle: bool = True, lengths: np.ndarray = LENGTHS) -> Plan:
-    return Plan(lengths, BUCKETS, batch, seed=seed, shuffle=shuffle)
+def make(batch: int = 32, seed: int = 1, shuffle: bool = True, lengths: np.ndarray = LENGTHS) -> BatchOrder:
+    return BatchOrder(lengths, BUCKETS, batch, seed=seed, shuffle=shuffle)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 32])
 def test_an_epoch_visits_rows_once_and_leaves_out_less_than_a_batch(batch):
-    plan = make(batch)
+    order = make(batch)
     for epoch in range(3):
-        batches = [plan[epoch * plan.batches_per_epoch + i] for i in range(plan.batches_per_epoch)]
+        batches = [order[epoch * order.batches_per_epoch + i] for i in range(order.batches_per_epoch)]
         rows = np.concatenate([b.rows for b in batches])
         assert len(set(rows.tolist())) == len(rows)
         assert LENGTHS[rows].all()
@@ -62,17 +62,17 @@ def test_an_epoch_visits_rows_once_and_leaves_out_less_than_a_batch(batch):
 
 
 def test_batches_are_of_one_bucket_but_where_two_meet():
-    plan = make()
+    order = make()
     mixed = 0
-    for i in range(plan.batches_per_epoch):
-        b = plan[i]
+    for i in range(order.batches_per_epoch):
+        b = order[i]
         mixed += min(padded(LENGTHS[[row]], BUCKETS) for row in b.rows) < b.length
     assert mixed <= len(BUCKETS) - 1
 
 
 def test_epochs_differ_in_order_and_in_what_they_leave_out():
-    plan = make()
-    epochs = [[plan[e * plan.batches_per_epoch + i] for i in range(plan.batches_per_epoch)] for e in range(2)]
+    order = make()
+    epochs = [[order[e * order.batches_per_epoch + i] for i in range(order.batches_per_epoch)] for e in range(2)]
     assert not np.array_equal(epochs[0][0].rows, epochs[1][0].rows)
     assert [b.length for b in epochs[0]] != [b.length for b in epochs[1]]
     assert [b.length for b in epochs[0]] != sorted(b.length for b in epochs[0])  # lengths come mixed
@@ -81,16 +81,16 @@ def test_epochs_differ_in_order_and_in_what_they_leave_out():
 
 
 def test_equal_arguments_give_equal_plans():
-    plan, same, other = make(), pickle.loads(pickle.dumps(make())), make(seed=2)
-    some = [0, 5, plan.batches_per_epoch - 1, plan.batches_per_epoch, 100]
-    assert all(np.array_equal(plan[i].rows, same[i].rows) and plan[i].length == same[i].length for i in some)
-    assert not any(np.array_equal(plan[i].rows, other[i].rows) for i in some)
+    order, same, other = make(), pickle.loads(pickle.dumps(make())), make(seed=2)
+    some = [0, 5, order.batches_per_epoch - 1, order.batches_per_epoch, 100]
+    assert all(np.array_equal(order[i].rows, same[i].rows) and order[i].length == same[i].length for i in some)
+    assert not any(np.array_equal(order[i].rows, other[i].rows) for i in some)
 
 
 def test_unshuffled_every_row_comes_once_and_fillers_last():
-    plan = make(shuffle=False)
+    order = make(shuffle=False)
     for epoch in range(2):
-        rows = np.concatenate([plan[epoch * plan.batches_per_epoch + i].rows for i in range(plan.batches_per_epoch)])
+        rows = np.concatenate([order[epoch * order.batches_per_epoch + i].rows for i in range(order.batches_per_epoch)])
         assert sorted(rows[rows != FILLER].tolist()) == np.flatnonzero(LENGTHS).tolist()
         assert len(rows) % 32 == 0 and len(rows) - np.count_nonzero(LENGTHS) < 32
         assert (np.diff(np.flatnonzero(rows == FILLER)) == 1).all() and rows[-1] == FILLER

@@ -1,11 +1,11 @@
-"""Which tokens a conversation becomes, and which of them are trained, against the rules read plainly."""
+"""Tests of the tokens of a conversation and of those that are trained on, against a plain version of the rules."""
 
 import pickle
 
 import numpy as np
 import pytest
 
-from llava_cot_jax.data.chat import Chat, LeftOut
+from llava_cot_jax.data.chat import Chat, SkippedConversation
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.errors import UserError
@@ -86,7 +86,7 @@ CONCLUSION = tagged(4, "It's 2.")
 
 
 def whole(first: Marked, blank_trained: bool = False) -> list[Marked]:
-    """The three turns."""
+    """Tokens of the three turns."""
     return [
         turn("How many circles?", first, True, blank_trained),
         turn("And what\ncolour? é ☃", mark("They are red.", True), False, blank_trained),
@@ -106,8 +106,8 @@ def test_every_token_of_a_conversation(variant, first):
 
 
 def test_upstreams_choices():
-    """LLAVA-CoT's own code: two BOS, and the blank line after an assistant's header trained on."""
-    check(chat(upstream=True).encode(TURNS), sum(whole(STAGED, blank_trained=True), bos(2)))
+    """LLaVA-CoT's own code has two BOS and trains on the blank line after an assistant's header."""
+    check(chat(upstream_quirks=True).encode(TURNS), sum(whole(STAGED, blank_trained=True), bos(2)))
 
 
 @pytest.mark.parametrize("upstream", [False, True])
@@ -116,20 +116,20 @@ def test_what_is_too_long_loses_whole_turns(kept, upstream):
     turns = whole(STAGED, blank_trained=upstream)
     expected = sum(turns[:kept], bos(1 + upstream))
     for room in (0, len(turns[kept]) - 1):
-        conversation = chat(max_length=len(expected) + room, upstream=upstream).encode(TURNS)
+        conversation = chat(max_length=len(expected) + room, upstream_quirks=upstream).encode(TURNS)
         check(conversation, expected)
         assert conversation.turns == kept
-    assert chat(max_length=len(expected) + len(turns[kept]), upstream=upstream).encode(TURNS).turns == kept + 1
+    assert chat(max_length=len(expected) + len(turns[kept]), upstream_quirks=upstream).encode(TURNS).turns == kept + 1
 
 
 def test_a_first_answer_that_does_not_fit():
     needed = 1 + len(whole(STAGED)[0])
-    with pytest.raises(LeftOut, match=f"first answer does not fit into {needed - 1} tokens"):
+    with pytest.raises(SkippedConversation, match=f"first answer does not fit into {needed - 1} tokens"):
         chat(max_length=needed - 1).encode(TURNS)
 
 
 def test_a_token_that_runs_past_a_tag_belongs_to_the_stage():
-    """As Llama 3's vocabulary has it: ">" and the blank line are one token."""
+    """Llama 3's vocabulary has ">" and the blank line as one token."""
     merged = make_tokenizer([*CORPUS, *[ANSWER] * 40], VOCAB_SIZE)
     processor = Processor(demo_config(merged), merged)
     conversation = Chat(processor, ChatSettings()).encode(TURNS[:1])
@@ -161,17 +161,17 @@ def test_an_answer_out_of_the_ordinary(answer, variant, kept):
     added = [token for token, trained in zip(both.ids, both.loss_mask, strict=True) if trained][alone.loss_mask.sum() :]
     assert TOKENIZER.decode(added) == ("" if kept is None else f"{kept}<|eot_id|>")
     if kept is None:
-        with pytest.raises(LeftOut, match="nothing is left"):
+        with pytest.raises(SkippedConversation, match="nothing is left"):
             chat(variant=variant).encode([second, first])
 
 
 def test_a_text_that_spells_a_special_token_is_left_out():
     for turns in ([Turn("a<|eot_id|>", "b")], [Turn("a", "b<|image|>")], [*TURNS, Turn("a", "<|start_header_id|>")]):
-        with pytest.raises(LeftOut, match="special token"):
+        with pytest.raises(SkippedConversation, match="special token"):
             chat().encode(turns)
 
 
-@pytest.mark.parametrize("settings", [{}, {"upstream": True}, {"variant": "conclusion"}, {"max_length": 60}])
+@pytest.mark.parametrize("settings", [{}, {"upstream_quirks": True}, {"variant": "conclusion"}, {"max_length": 60}])
 def test_lengths_are_those_of_the_tokens(settings):
     conversations = [TURNS, TURNS[:1], TURNS[1:], [Turn("a", "<|eot_id|>")], [Turn("a", " ")], TURNS[::-1]]
     made = pickle.loads(pickle.dumps(chat(**settings)))
@@ -179,7 +179,7 @@ def test_lengths_are_those_of_the_tokens(settings):
         if isinstance(length, int):
             assert len(made.encode(conversation).ids) == length
         else:
-            with pytest.raises(LeftOut, match=length):
+            with pytest.raises(SkippedConversation, match=length):
                 made.encode(conversation)
 
 

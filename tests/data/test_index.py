@@ -1,4 +1,4 @@
-"""The index of lengths: counted once, kept, and never taken for another's."""
+"""Tests of the index of lengths: built once, saved, and never mistaken for that of other data."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llava_cot_jax.data import index as index_module
-from llava_cot_jax.data.chat import Chat, LeftOut
+from llava_cot_jax.data.chat import Chat, SkippedConversation
 from llava_cot_jax.data.index import Index
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.data.settings import ChatSettings
@@ -21,7 +21,7 @@ SETTINGS = ChatSettings(max_length=150)
 
 
 class Flawed(Noise):
-    """Every eleventh row spells a special token."""
+    """Rows of which every eleventh contains a special token."""
 
     def turns(self, index):
         return super().turns(index) if index % 11 else (Turn("a", "<|eot_id|>"),)
@@ -39,7 +39,7 @@ def test_the_lengths_are_those_of_the_rows(tmp_path):
         try:
             assert index.lengths[i] == len(chat.encode(Flawed(1200).turns(i)).ids)
             assert i not in index.left_out
-        except LeftOut as reason:
+        except SkippedConversation as reason:
             assert index.lengths[i] == 0
             assert index.left_out[i] == str(reason)
     assert calls[-1] == (1200, 1200) and len(calls) > 1
@@ -66,7 +66,7 @@ def test_whatever_the_lengths_depend_on_makes_another_index(tmp_path):
         {"rows": Flawed(1200, fingerprint="other")},
         {"settings": replace(SETTINGS, max_length=151)},
         {"settings": replace(SETTINGS, variant="conclusion")},
-        {"settings": replace(SETTINGS, upstream=True)},
+        {"settings": replace(SETTINGS, upstream_quirks=True)},
         {"processor": Processor(demo_config(tokenizer), tokenizer)},
         {"processor": Processor(demo_config(templated), templated)},
     ]
@@ -93,5 +93,5 @@ def test_nothing_to_train_on(tmp_path):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be kept"):
+    with pytest.raises(UserError, match="cannot be saved"):
         open_index(tmp_path / "file" / "cache", Noise(5))

@@ -1,4 +1,4 @@
-"""Batches on the mesh: what is in them, from where they resume, what they refuse, and who ends with whom."""
+"""Tests of batches on the mesh: their content, resuming, errors, and the end of threads and processes."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_cot_jax.data.batching import FILLER
-from llava_cot_jax.data.chat import Chat, LeftOut
+from llava_cot_jax.data.chat import Chat, SkippedConversation
 from llava_cot_jax.data.loader import READY, Loader
 from llava_cot_jax.data.prepared import PreparedRows
-from llava_cot_jax.data.raw.preparation import prepare
+from llava_cot_jax.data.raw.preparation import prepare_dataset
 from llava_cot_jax.data.rows import Row
-from llava_cot_jax.data.settings import ChatSettings, LoaderSettings, Request
+from llava_cot_jax.data.settings import ChatSettings, LoaderSettings, PrepareSettings
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import user_turn
 from tests.data.raw.raw_set import make_raw_set
@@ -49,7 +49,7 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def make(cache):
     def make(rows=ROWS, chat=CHAT, sharding=None, *, shuffle=True, **settings) -> Loader:
-        settings = {"batch": 8, "buckets": 3, "multiple": 16, "threads": 2} | settings
+        settings = {"batch_size": 8, "num_buckets": 3, "pad_to_multiple_of": 16, "num_threads": 2} | settings
         sharding = sharding or mesh_of(4, 2)
         return Loader(rows, demo_processor(), chat, LoaderSettings(**settings), sharding, shuffle=shuffle, cache=cache)
 
@@ -95,7 +95,7 @@ def test_rows_that_are_left_out_never_come(make):
     rows = {row for batch in read(loader, 0, loader.batches_per_epoch) for row in batch["row"].tolist()}
     assert rows.isdisjoint(loader.index.left_out) and len(loader.index.left_out) == 12
     for row in loader.index.left_out:
-        with pytest.raises(LeftOut):
+        with pytest.raises(SkippedConversation):
             Chat(demo_processor(), CHAT).encode(ROWS.turns(row))
 
 
@@ -144,20 +144,20 @@ def test_padding_is_the_share_of_tokens_without_attention(make):
 def test_the_fingerprint_tells_other_batches(make):
     others = [
         make(),
-        make(batch=16),
-        make(buckets=1),
-        make(multiple=8),
+        make(batch_size=16),
+        make(num_buckets=1),
+        make(pad_to_multiple_of=8),
         make(seed=1),
         make(shuffle=False),
         make(chat=ChatSettings(max_length=160)),
         make(Noise(101, fingerprint="more")),
     ]
     assert len({loader.fingerprint for loader in others}) == len(others)
-    assert make(threads=1, workers=1, sharding=mesh_of(1, 2)).fingerprint == others[0].fingerprint
+    assert make(num_threads=1, num_workers=1, sharding=mesh_of(1, 2)).fingerprint == others[0].fingerprint
 
 
 class Damaged(Noise):
-    """Row 5 has half an image."""
+    """Rows of which row 5 has half an image."""
 
     def __getitem__(self, index):
         row = super().__getitem__(index)
@@ -165,7 +165,7 @@ class Damaged(Noise):
 
 
 class Changed(Noise):
-    """Row 5 reads otherwise than it did when its length was counted."""
+    """Rows of which row 5 has changed since its tokens were counted."""
 
     def __getitem__(self, index):
         row = super().__getitem__(index)
@@ -204,7 +204,7 @@ def test_a_reader_that_stops_early_leaves_nothing_running(make):
 
 
 def test_it_reads_ahead_by_a_few_batches_alone(make):
-    """A batch of 11B tiles takes 120 MB: no more than what the next steps need may wait."""
+    """A batch of tiles of the 11B model takes 120 MB, so that only a few batches may be read ahead."""
     started: list[int] = []
 
     class Watched(Noise):
@@ -224,11 +224,11 @@ def test_it_reads_ahead_by_a_few_batches_alone(make):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch": 0}, "batch is 0; it must be at least 1"),
-        ({"workers": -1}, "workers is -1"),
-        ({"threads": 0}, "threads is 0"),
-        ({"batch": 12}, "a batch of 12 rows does not divide over the devices"),
-        ({"batch": 96}, "88 rows do not fill a batch of 96"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"num_threads": 0}, "num_threads is 0"),
+        ({"batch_size": 12}, "a batch of 12 rows does not divide over the devices"),
+        ({"batch_size": 96}, "88 rows do not fill a batch of 96"),
     ],
 )
 def test_wrong_settings(make, settings, message):
@@ -238,7 +238,7 @@ def test_wrong_settings(make, settings, message):
 
 @contextmanager
 def stream(*arguments: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
-    """A process that streams from two workers, and the ids of these."""
+    """Start a process that streams from two workers. Give the process and the ids of its workers."""
     command = [sys.executable, "-m", "tests.data.stream", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -285,7 +285,7 @@ def test_workers_do_not_outlive_a_killed_run(cache):
 def test_a_worker_that_meets_a_damaged_record_names_it(tmp_path):
     raw = make_raw_set(tmp_path, faults=False)
     images = raw.write_folder(tmp_path / "images")
-    prepare(Request(raw.annotations, images, tmp_path / "data", validation_share=0))
+    prepare_dataset(PrepareSettings(raw.annotations, images, tmp_path / "data", validation_share=0))
     rows = PreparedRows(tmp_path / "data", "train")
     late = read(make_loader(rows, tmp_path, workers=0), 10, 11)[0]["row"][0]
     (shard,) = (tmp_path / "data").glob("*-train.array_record-*")

@@ -1,4 +1,4 @@
-"""Prepared rows are what was prepared; damage is noticed where it is, and named."""
+"""Tests of prepared rows: they equal the raw rows, and damage is found and named."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import pytest
 
 from llava_cot_jax.data.prepared import PreparedRows
 from llava_cot_jax.data.raw import preparation
-from llava_cot_jax.data.raw.preparation import prepare
+from llava_cot_jax.data.raw.preparation import prepare_dataset
 from llava_cot_jax.data.rows import Row, Rows, Turn
-from llava_cot_jax.data.settings import Request
+from llava_cot_jax.data.settings import PrepareSettings
 from llava_cot_jax.errors import UserError
 from tests.data.raw.raw_set import RawSet, make_raw_set
 
@@ -24,12 +24,14 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> RawSet:
 
 @pytest.fixture(scope="module")
 def directory(raw: RawSet) -> Path:
-    """In two shards for training."""
+    """A prepared data set with two shards for training."""
     folder = raw.annotations.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "SHARD_ROWS", 30)
-        request = Request(raw.annotations, raw.write_folder(folder / "images"), folder / "out", validation_share=0.1)
-        prepare(request)
+        request = PrepareSettings(
+            raw.annotations, raw.write_folder(folder / "images"), folder / "out", validation_share=0.1
+        )
+        prepare_dataset(request)
     return folder / "out"
 
 
@@ -43,7 +45,7 @@ def shards(directory: Path) -> list[Path]:
 
 
 def expected(raw: RawSet) -> list[Row]:
-    """The rows of both splits, by line, made from the raw set."""
+    """Rows of both splits by line, made from the raw data set."""
     rows = []
     for row in raw.rows.values():
         texts = [turn["value"] for turn in row["conversations"]]
@@ -98,18 +100,18 @@ class TestFingerprint:
         images = directory.parent / "images"
         fingerprints = {PreparedRows(directory, "train").fingerprint}
         requests = [
-            Request(tmp_path / "a.jsonl", images, tmp_path / "1", validation_share=0.1),
-            Request(raw.annotations, images, tmp_path / "2", validation_share=0.2),
-            Request(raw.annotations, images, tmp_path / "3", validation_share=0.1, max_side=10),
-            Request(raw.annotations, images, tmp_path / "4", validation_share=0.1, limit=50),
+            PrepareSettings(tmp_path / "a.jsonl", images, tmp_path / "1", validation_share=0.1),
+            PrepareSettings(raw.annotations, images, tmp_path / "2", validation_share=0.2),
+            PrepareSettings(raw.annotations, images, tmp_path / "3", validation_share=0.1, max_side=10),
+            PrepareSettings(raw.annotations, images, tmp_path / "4", validation_share=0.1, limit=50),
         ]
         for request in requests:
-            prepare(request)
+            prepare_dataset(request)
             fingerprints.add(PreparedRows(request.output, "train").fingerprint)
         image = images / "sqa/train/0/image.png"
         time = image.stat().st_mtime_ns
         os.utime(image, ns=(time + 1_000_000_000, time + 1_000_000_000))
-        prepare(Request(raw.annotations, images, tmp_path / "5", validation_share=0.1))
+        prepare_dataset(PrepareSettings(raw.annotations, images, tmp_path / "5", validation_share=0.1))
         os.utime(image, ns=(time, time))
         fingerprints.add(PreparedRows(tmp_path / "5", "train").fingerprint)
         assert len(fingerprints) == 6
@@ -229,7 +231,7 @@ class TestConversations:
         self.edit(copy, slice(4, 5), [line + "\n"])
         rows = PreparedRows(copy, "train")
         assert rows.turns(4) == (Turn("a", "b"),)
-        with pytest.raises(UserError, match=r"train\.turns\.jsonl, line 5 is not what its record has"):
+        with pytest.raises(UserError, match=r"train\.turns\.jsonl, line 5 differs from its record"):
             rows[4]
 
     def test_none(self, copy: Path) -> None:

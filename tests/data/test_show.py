@@ -1,4 +1,4 @@
-"""What a person is shown of rows: which text is trained, and the tiles as the model gets them."""
+"""Tests of the display of rows: the trained text, and the tiles as the model gets them."""
 
 import re
 
@@ -9,7 +9,7 @@ from PIL import Image
 from llava_cot_jax.data.chat import Chat
 from llava_cot_jax.data.rows import Row, Turn
 from llava_cot_jax.data.settings import ChatSettings
-from llava_cot_jax.data.show import GAP, SIDE, describe, draw_sheet, processor_to_look_with
+from llava_cot_jax.data.show import GAP, SHEET_SIDE, describe_row, display_processor, draw_sheet
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import VisionConfig
 from llava_cot_jax.prepare import main
@@ -21,7 +21,7 @@ ROW = Row("a/1", "vg", PICTURE, (Turn("<image>\nHow many?", ANSWER), Turn("[b]Su
 
 
 def test_the_trained_text_stands_between_marks():
-    text = describe(3, ROW, Chat(demo_processor(), ChatSettings()).encode(ROW.turns), demo_processor().tokenizer)
+    text = describe_row(3, ROW, Chat(demo_processor(), ChatSettings()).encode(ROW.turns), demo_processor().tokenizer)
     facts, _, body = text.plain.partition("\n")
     assert facts.startswith("row 3 (a/1) from vg: image 70 x 30, 2 of 2 turns, ")
     assert re.findall("⟦(.*?)⟧", body, re.DOTALL) == [f"{ANSWER}<|eot_id|>", "Yes.<|eot_id|>"]
@@ -31,28 +31,28 @@ def test_the_trained_text_stands_between_marks():
 
 
 def test_a_sheet_shows_the_image_and_its_tiles_in_their_places():
-    """70 x 30 pixels on tiles of 35: two of them, side by side, the rest of the canvas black."""
+    """An image of 70 x 30 pixels fills two tiles of 35 side by side; the rest of the canvas is black."""
     vision = VisionConfig(image_size=35, patch_size=7)
     sheet = np.asarray(draw_sheet([(0, ROW), (1, ROW)], vision))
     strip = sheet.shape[0] // 2
     tops = [top for top in range(strip) if (sheet[top, GAP] == np.asarray(PICTURE)[0, 0]).all()]
-    scaled = PICTURE.resize((SIDE, SIDE * 30 // 70), Image.Resampling.NEAREST)
+    scaled = PICTURE.resize((SHEET_SIDE, SHEET_SIDE * 30 // 70), Image.Resampling.NEAREST)
     for top in (tops[0], tops[0] + strip):
-        np.testing.assert_array_equal(sheet[top : top + scaled.height, GAP : GAP + SIDE], np.asarray(scaled))
+        np.testing.assert_array_equal(sheet[top : top + scaled.height, GAP : GAP + SHEET_SIDE], np.asarray(scaled))
         for tile in range(2):
-            left = 2 * GAP + SIDE + (SIDE + GAP) * tile
+            left = 2 * GAP + SHEET_SIDE + (SHEET_SIDE + GAP) * tile
             part = np.zeros((35, 35, 3), np.uint8)
             part[:30] = np.asarray(PICTURE)[:, 35 * tile : 35 * tile + 35]
-            whole = Image.fromarray(part).resize((SIDE, SIDE), Image.Resampling.NEAREST)
-            np.testing.assert_array_equal(sheet[top : top + SIDE, left : left + SIDE], np.asarray(whole))
-    assert sheet.shape[1] == 2 * GAP + SIDE + 2 * (SIDE + GAP)
+            whole = Image.fromarray(part).resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.NEAREST)
+            np.testing.assert_array_equal(sheet[top : top + SHEET_SIDE, left : left + SHEET_SIDE], np.asarray(whole))
+    assert sheet.shape[1] == 2 * GAP + SHEET_SIDE + 2 * (SHEET_SIDE + GAP)
 
 
 def test_what_rows_are_looked_at_with(tmp_path):
-    assert processor_to_look_with("shapes", None).config.vision.image_size == 48
-    assert processor_to_look_with("data/prepared", None).config.vision == VisionConfig()
+    assert display_processor("shapes", None).config.vision.image_size == 48
+    assert display_processor("data/prepared", None).config.vision == VisionConfig()
     with pytest.raises(UserError, match="nowhere"):
-        processor_to_look_with("shapes", str(tmp_path / "nowhere"))
+        display_processor("shapes", str(tmp_path / "nowhere"))
 
 
 def test_the_command(tmp_path, capsys):
@@ -64,7 +64,7 @@ def test_the_command(tmp_path, capsys):
     ]
     assert f"wrote the tiles to {sheet}" in out
     with Image.open(sheet) as image:
-        assert image.width == 2 * GAP + 2 * SIDE + GAP
+        assert image.width == 2 * GAP + 2 * SHEET_SIDE + GAP
 
 
 def test_the_command_says_what_is_left_out_and_follows_the_settings(tmp_path, capsys):

@@ -56,7 +56,7 @@ def main() -> None:
         mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
         sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         for workers in all_workers if order == "in order" else (0,):
-            settings = LoaderSettings(batch=BATCH, multiple=16, workers=workers, threads=2)
+            settings = LoaderSettings(batch_size=BATCH, pad_to_multiple_of=16, num_workers=workers, num_threads=2)
             loader = Loader(Counted(100), demo_processor(), ChatSettings(), settings, sharding, cache=scratch / "cache")
             assert loader.batches_per_epoch == 12
             for start, stop in RANGES if workers < 2 else RANGES[:1]:  # a worker takes seconds to start

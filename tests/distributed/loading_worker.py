@@ -13,8 +13,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint.finding import read_config
-from llava_cot_jax.model.checkpoint.sharded import load_arrays, save_arrays
+from llava_cot_jax.model.checkpoint.folder import read_config
+from llava_cot_jax.model.checkpoint.sharded_loading import load_params
+from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import ParamLayout, parameters
 from llava_cot_jax.model.sharding import make_mesh
@@ -36,7 +37,7 @@ def main() -> None:
         for layout in layouts:
             progress: list[tuple[int, int]] = []
             mesh = make_mesh(*sizes)
-            arrays = load_arrays(
+            arrays = load_params(
                 folder, config, layout=layout, mesh=mesh, on_progress=lambda *counts, to=progress: to.append(counts)
             )
             read, planned = progress[-1]
@@ -52,9 +53,9 @@ def main() -> None:
                 model = Mllama.from_arrays(config, arrays, layout=layout, mesh=mesh)
                 found[f"{sizes} {layout}"]["error"] = forward_error(folder, model)
             out = Path(scratch) / f"{sizes} {layout}"
-            save_arrays(arrays, config, out, max_file_bytes=500_000)
+            save_params(arrays, config, out, max_file_bytes=500_000)
     try:
-        save_arrays(arrays, config, out)
+        save_params(arrays, config, out)
     except UserError as fault:
         found["refusal"] = str(fault)
     print(json.dumps(found))

@@ -31,7 +31,7 @@ class Hosts:
 
 
 TWO = Hosts(2, 2, {"mesh.fsdp": 2, "mesh.tensor": 2})
-FOUR = Hosts(4, 1, {"mesh.data": 2, "mesh.fsdp": 2, "micro_batches": 2})
+FOUR = Hosts(4, 1, {"mesh.data": 2, "mesh.fsdp": 2, "grad_accum_steps": 2})
 
 
 def run_alone(place: Path, name: str, cache: Path, **settings: Any) -> None:

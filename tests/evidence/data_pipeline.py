@@ -134,7 +134,7 @@ def pipeline(folder: Path, workers: int) -> Callable[[], None]:
     small = shapes_config()
     config = MllamaConfig(vision=VisionConfig(), text=small.text, image_token_index=small.image_token_index)
     rows = PreparedRows(folder / "data", "train")
-    settings = LoaderSettings(batch=8, workers=workers, threads=2 if not workers else 1)
+    settings = LoaderSettings(batch_size=8, num_workers=workers, num_threads=2 if not workers else 1)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     processor = Processor(config, shapes_tokenizer())
     loader = Loader(rows, processor, ChatSettings(max_length=4096), settings, device, cache=folder / "cache")

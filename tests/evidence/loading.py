@@ -31,7 +31,7 @@ PLAIN, PASSING = "plain read", "read, not kept"
 
 
 def main() -> None:
-    from llava_cot_jax.model.checkpoint.writing import Entry, write_checkpoint
+    from llava_cot_jax.model.checkpoint.writing import TensorEntry, write_checkpoint
     from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
     from llava_cot_jax.model.parameters import parameters
 
@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoint"
         bfloat16 = np.dtype("bfloat16")
-        entries = [Entry(name, p.shape, bfloat16) for name, p in parameters(config, "unrolled").items()]
+        entries = [TensorEntry(name, p.shape, bfloat16) for name, p in parameters(config, "unrolled").items()]
         # The writer asks for one value at a time. The bytes do not matter here.
         noise = np.random.default_rng(0).integers(0, 1 << 15, max(e.nbytes for e in entries) // 2, np.uint16)
         values = (noise[: e.nbytes // 2].view(bfloat16).reshape(e.shape) for e in entries)
@@ -86,8 +86,8 @@ def measure(folder: Path, what: str) -> dict[str, float]:
     """Measure seconds and, of a load, the peak memory in bytes beyond the arrays and what was there before."""
     import jax
 
-    from llava_cot_jax.model.checkpoint.finding import read_config
-    from llava_cot_jax.model.checkpoint.sharded import load_arrays
+    from llava_cot_jax.model.checkpoint.folder import read_config
+    from llava_cot_jax.model.checkpoint.sharded_loading import load_params
     from llava_cot_jax.model.sharding import make_mesh
 
     if what in (PLAIN, PASSING):
@@ -98,7 +98,7 @@ def measure(folder: Path, what: str) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _memory("VmRSS")
     start = time.perf_counter()
-    arrays = load_arrays(folder, config, layout="stacked" if what == STACKED else "unrolled", mesh=mesh)
+    arrays = load_params(folder, config, layout="stacked" if what == STACKED else "unrolled", mesh=mesh)
     seconds = time.perf_counter() - start
     # Replicas on simulated devices share one buffer, so each distinct shard counts once.
     buffers = {

@@ -45,7 +45,7 @@ def main() -> None:
             print(f"{what}: relative difference at most {furthest:.1e}")
 
         for parts in (2, 4):
-            run_alone(place, f"{parts} parts", place, micro_batches=parts)
+            run_alone(place, f"{parts} parts", place, grad_accum_steps=parts)
             compare(f"{parts} parts", f"{parts} gradient accumulation steps")
         for hosts in (TWO, FOUR):
             name = f"{hosts.processes} processes"

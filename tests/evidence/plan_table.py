@@ -43,17 +43,17 @@ TRAINING: dict[str, tuple[str, str, list[str]]] = {
     "11B v5e-8": ("v5e-8", "llava_cot_11b_v5e_8", []),
     "11B v5e-16": ("v5e-16", "llava_cot_11b_v5e_16", []),
     "11B v5e-64": ("v5e-64", FULL, []),
-    "11B 2 x v5e-16": ("2*v5e-16", TWO_SLICES, ["--mesh.data", "2", "--loader.batch", "32"]),
-    "11B v6e-4": ("v6e-4", FULL, [*OPEN, *HALF, "--mesh.tensor", "1", "--loader.batch", "4"]),
+    "11B 2 x v5e-16": ("2*v5e-16", TWO_SLICES, ["--mesh.data", "2", "--loader.batch_size", "32"]),
+    "11B v6e-4": ("v6e-4", FULL, [*OPEN, *HALF, "--mesh.tensor", "1", "--loader.batch_size", "4"]),
     "11B v6e-8": ("v6e-8", FULL, [*OPEN, "--mesh.tensor", "1"]),
     "11B v5p-8": ("v5p-8", FULL, [*OPEN, "--mesh.tensor", "1"]),
     "11B LoRA v5e-4": ("v5e-4", LORA, [*OPEN, "--mesh.tensor", "2"]),
-    "11B LoRA v6e-1": ("v6e-1", LORA, [*OPEN, "--micro_batches", "16"]),
-    "90B v5e-64": ("v5e-64", NINETY, [*OPEN, "--mesh.tensor", "8", "--loader.batch", "8"]),
+    "11B LoRA v6e-1": ("v6e-1", LORA, [*OPEN, "--grad_accum_steps", "16"]),
+    "90B v5e-64": ("v5e-64", NINETY, [*OPEN, "--mesh.tensor", "8", "--loader.batch_size", "8"]),
     "90B v6e-32": ("v6e-32", NINETY, [*OPEN, "--mesh.tensor", "1"]),
-    "90B v5p-16": ("v5p-16", NINETY, [*OPEN, "--loader.batch", "8"]),
+    "90B v5p-16": ("v5p-16", NINETY, [*OPEN, "--loader.batch_size", "8"]),
     "90B v5p-32": ("v5p-32", NINETY, []),
-    "90B LoRA v5e-32": ("v5e-32", NINETY_LORA, [*OPEN, "--micro_batches", "4"]),
+    "90B LoRA v5e-32": ("v5e-32", NINETY_LORA, [*OPEN, "--grad_accum_steps", "4"]),
     "90B LoRA v6e-8": ("v6e-8", NINETY_LORA, []),
     "90B LoRA v5p-8": ("v5p-8", NINETY_LORA, [*OPEN, "--mesh.tensor", "4"]),
 }
@@ -76,10 +76,13 @@ def train(name: str) -> None:
     """Print the row of a training run."""
     topology, configuration, changes = TRAINING[name]
     settings, _ = read_arguments(["--config", str(ROOT / f"configs/{configuration}.yaml"), *changes])
-    config = model_config_for(settings.init_from)
+    config = model_config_for(settings.checkpoint)
     plan = plan_training(settings, config, parse_topology(topology), DatasetSize())
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    print(f"{name}: {plan.slice.name}, {mesh}; batch {settings.loader.batch} in {settings.micro_batches}, ", end="")
+    print(
+        f"{name}: {plan.slice.name}, {mesh}; batch {settings.loader.batch_size} in {settings.grad_accum_steps}, ",
+        end="",
+    )
     print(f"{settings.optimizer.precision}", end="", flush=True)
     print(f"{f', rank {settings.lora.rank}' if settings.lora.rank else ''}", flush=True)
     compiled = compile_training(plan, config)

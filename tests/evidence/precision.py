@@ -38,12 +38,12 @@ def train(precision: str, output: Path) -> str:
     settings = {
         "output": output,
         "steps": STEPS,
-        "loader.batch": 16,
+        "loader.batch_size": 16,
         "optimizer.precision": precision,
         "optimizer.b2": 0.999,
-        "validate_every": 0,
-        "checkpoint_every": 500,
-        "answers": 512,
+        "eval_every": 0,
+        "checkpoints.every": 500,
+        "eval_generations": 512,
     }
     arguments = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "llava_cot_jax.train", "--config", ROOT / "configs/shapes_cpu.yaml", *arguments]

@@ -30,13 +30,13 @@ sys.path.insert(0, str(ROOT))
 
 from llava_cot_jax.data.chat import Chat  # noqa: E402
 from llava_cot_jax.data.settings import ChatSettings  # noqa: E402
-from llava_cot_jax.data.shapes.rows import KINDS, ShapesRows  # noqa: E402
+from llava_cot_jax.data.shapes.rows import QUESTION_KINDS, ShapesRows  # noqa: E402
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, train_tokenizer  # noqa: E402
 from llava_cot_jax.evaluation.held_out import accuracy, answer_held_out  # noqa: E402
 from llava_cot_jax.inference.generator import Generator  # noqa: E402
-from llava_cot_jax.model.checkpoint.auxiliary_files import write_companions  # noqa: E402
+from llava_cot_jax.model.checkpoint.auxiliary_files import write_auxiliary_files  # noqa: E402
 from llava_cot_jax.model.mllama import Mllama  # noqa: E402
-from llava_cot_jax.paths import EMBEDDED_FOLDER  # noqa: E402
+from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER  # noqa: E402
 from llava_cot_jax.processing.processor import Processor  # noqa: E402
 from tests.parity.reference import under  # noqa: E402
 from tests.training.small_run import losses, metrics  # noqa: E402
@@ -77,7 +77,7 @@ def export(trained: Path, scratch: Path) -> Path:
     run(scratch, "llava_cot_jax.convert", str(trained), str(scratch / "made"))
     # The exported files beside the weights are copies of the shipped ones. The code must still make the same.
     (scratch / "beside").mkdir()
-    write_companions(
+    write_auxiliary_files(
         scratch / "beside", shapes_config(), train_tokenizer(), "float32", generation={"max_new_tokens": LONGEST}
     )
     for path in (scratch / "beside").iterdir():
@@ -96,7 +96,7 @@ def right_answers(checkpoint: Path) -> tuple[np.ndarray, list[str]]:
 
 def tell_accuracy(name: str, right: np.ndarray) -> None:
     """Print the share of right conclusions by type of question, with standard errors."""
-    parts = {kind: right[k :: len(KINDS)] for k, kind in enumerate(KINDS)} | {"all": right}
+    parts = {kind: right[k :: len(QUESTION_KINDS)] for k, kind in enumerate(QUESTION_KINDS)} | {"all": right}
     shares = {kind: accuracy(list(part)) for kind, part in parts.items()}
     told = ", ".join(f"{kind.replace('_', ' ')} {p:.1%} ({error:.1%})" for kind, (p, error) in shares.items())
     print(f"{name}: right conclusions of {len(right)}, with standard errors: {told}")
@@ -104,7 +104,7 @@ def tell_accuracy(name: str, right: np.ndarray) -> None:
 
 def compare(made: Path) -> None:
     """Compare the new model with the shipped one."""
-    (first, answers), (second, others) = right_answers(EMBEDDED_FOLDER), right_answers(made)
+    (first, answers), (second, others) = right_answers(BUNDLED_MODEL_FOLDER), right_answers(made)
     tell_accuracy("shipped", first)
     tell_accuracy("made now", second)
     paired = second.astype(float) - first
@@ -112,7 +112,7 @@ def compare(made: Path) -> None:
     print(f"difference, paired: {paired.mean():+.1%} (standard error {error:.1%});", end=" ")
     same = np.mean([a == b for a, b in zip(answers, others, strict=True)])
     print(f"answers that are word for word the same: {same:.1%}")
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (EMBEDDED_FOLDER, made))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (BUNDLED_MODEL_FOLDER, made))
     equal = ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
     print(f"weights are {'the same bit for bit' if equal else 'not the same bit for bit'}")
 
@@ -158,8 +158,8 @@ def main() -> None:
         hold_to_transformers(made)
         if options.install:
             for path in made.iterdir():
-                shutil.copyfile(path, EMBEDDED_FOLDER / path.name)
-            print(f"installed in {EMBEDDED_FOLDER.relative_to(ROOT)}")
+                shutil.copyfile(path, BUNDLED_MODEL_FOLDER / path.name)
+            print(f"installed in {BUNDLED_MODEL_FOLDER.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

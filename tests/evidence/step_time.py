@@ -43,7 +43,7 @@ WARM = 4
 """Number of steps before the timed ones, after which a heap that keeps freed memory has its final size."""
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
 KINDS = ("ours none", "torch none", "ours full", "torch full")
-"""Library and activation checkpointing: all activations of a layer are saved, or its input alone."""
+"""Library and activation remat: all activations of a layer are saved, or its input alone."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest relative difference between the losses of two runs, by dtype."""
 
@@ -60,7 +60,7 @@ def prepare(folder: Path) -> Report:
     from llava_cot_jax.data.settings import ChatSettings
     from llava_cot_jax.data.shapes.rows import ShapesRows
     from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
-    from llava_cot_jax.model.checkpoint.sharded import save_arrays
+    from llava_cot_jax.model.checkpoint.sharded_saving import save_params
     from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.model.vision_tower import normalize
@@ -92,7 +92,7 @@ def prepare(folder: Path) -> Report:
     arrays = flatten_dict(Mllama(config, rngs=nnx.Rngs(0)).params, sep=".")
     # The gates of a new model are shut, so that images would have no part in the loss.
     arrays = {path: array + 0.5 if "gate" in path.rsplit(".", 1)[-1] else array for path, array in arrays.items()}
-    save_arrays(arrays, config, folder / "model")
+    save_params(arrays, config, folder / "model")
 
     processor = Processor(config, shapes_tokenizer())
     chat, rows = Chat(processor, ChatSettings(max_length=TOKENS)), ShapesRows("train")
@@ -119,13 +119,13 @@ def prepare(folder: Path) -> Report:
     }
 
 
-def ours(folder: Path, checkpointing: Any, dtype: str, steps: int) -> Report:
+def ours(folder: Path, remat: Any, dtype: str, steps: int) -> Report:
     """Measure steps of ``llava_cot_jax.training``."""
     import jax
     import jax.numpy as jnp
 
-    from llava_cot_jax.model.checkpoint.finding import read_config
-    from llava_cot_jax.model.checkpoint.sharded import load_arrays
+    from llava_cot_jax.model.checkpoint.folder import read_config
+    from llava_cot_jax.model.checkpoint.sharded_loading import load_params
     from llava_cot_jax.model.parameters import parameters
     from llava_cot_jax.training.optimizer import Optimizer
     from llava_cot_jax.training.settings import OptimizerSettings
@@ -136,10 +136,10 @@ def ours(folder: Path, checkpointing: Any, dtype: str, steps: int) -> Report:
     config = read_config(folder / "model")
     table = parameters(config, "stacked")
     optimizer = Optimizer(OptimizerSettings(), lambda step: LEARNING_RATE, table)
-    arrays = load_arrays(folder / "model", config, layout="stacked", dtype=jnp.float32)
+    arrays = load_params(folder / "model", config, layout="stacked", dtype=jnp.float32)
     state = State.begin(arrays, {}, optimizer, jnp.float32)
     batch = {name: jnp.asarray(x) for name, x in np.load(folder / "batch.npz").items()}
-    step = make_step(config, table, optimizer, state, mesh=None, dtype=jnp.dtype(dtype), checkpointing=checkpointing)
+    step = make_step(config, table, optimizer, state, mesh=None, dtype=jnp.dtype(dtype), remat=remat)
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start
@@ -160,7 +160,7 @@ def ours(folder: Path, checkpointing: Any, dtype: str, steps: int) -> Report:
     return report | {"device": device.device_kind, "compile": compile_seconds, "product": rate}
 
 
-def by_torch(folder: Path, checkpointing: str, dtype: str, steps: int) -> Report:
+def by_torch(folder: Path, remat: str, dtype: str, steps: int) -> Report:
     """Measure steps of transformers' model with its own loss and torch's fused AdamW."""
     import torch
     from transformers import MllamaForConditionalGeneration
@@ -173,7 +173,7 @@ def by_torch(folder: Path, checkpointing: str, dtype: str, steps: int) -> Report
         folder / "model", dtype=torch.float32, attn_implementation="sdpa"
     )
     model = model.to(device).train()
-    if checkpointing == "full":
+    if remat == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = {name: torch.tensor(x, device=device) for name, x in np.load(folder / "batch.npz").items()}
     inputs = {name: x if x.is_floating_point() else x.long() for name, x in batch.items()}
@@ -271,10 +271,10 @@ def main(dtype: str, steps: int) -> None:
             + f"\n  loss        {report['first']:.6f} at first, {report['last']:.6f} at step {WARM + steps}"
         )
     print()
-    for checkpointing in ("none", "full"):
-        mine, other = f"ours {checkpointing}", f"torch {checkpointing}"
+    for remat in ("none", "full"):
+        mine, other = f"ours {remat}", f"torch {remat}"
         print(
-            f"checkpointing {checkpointing}: a step here takes {medians[mine] / medians[other]:.2f} of torch's time "
+            f"checkpointing {remat}: a step here takes {medians[mine] / medians[other]:.2f} of torch's time "
             f"and {reports[mine]['memory'] / reports[other]['memory']:.2f} of its memory"
         )
     apart = {when: largest_difference([r[when] for r in reports.values()]) for when in ("first", "last")}
@@ -298,8 +298,8 @@ if __name__ == "__main__":
     if options.prepare:
         print(json.dumps(prepare(options.prepare)))
     elif options.measure:
-        folder, (library, checkpointing) = Path(options.measure[0]), options.measure[1].split()
+        folder, (library, remat) = Path(options.measure[0]), options.measure[1].split()
         measure = {"ours": ours, "torch": by_torch}[library]
-        print(json.dumps(measure(folder, checkpointing, options.dtype, options.steps)))
+        print(json.dumps(measure(folder, remat, options.dtype, options.steps)))
     else:
         main(options.dtype, options.steps)

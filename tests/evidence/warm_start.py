@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 SEARCHES = {
     "streamed, to the first token": ["--max_new_tokens", "64"],
-    "stage beam, to the answer": ["--search", "stage_beam", "--budget", "[20, 40, 60, 10]"],
+    "stage beam, to the answer": ["--search", "stage_beam", "--max_new_tokens", "[20, 40, 60, 10]"],
 }
 
 

@@ -149,9 +149,9 @@ def test_in_llama3s_vocabulary_a_tag_ends_within_a_token(published):
     state = 0
     for token in ids:
         state = int(tables.stop_tables[0, state, token])
-        if state >= tables.accept:
+        if state >= tables.num_states:
             break
-    assert state == tables.accept + 2
+    assert state == tables.num_states + 2
     assert published.tokenizer.decode([token]) == ">\n\n"
 
 
@@ -164,7 +164,7 @@ def test_a_stage_that_is_closed_for_the_model_reads_as_one_it_closed(processor):
             rest = decoded(processor, tables.closings[number, state])
             assert tag[:state] + rest == ("" if state else " ") + tag + "\n\n"
         for tail in range(TAILS):
-            assert decoded(processor, tables.closings[number, tables.accept + tail]) == ""
+            assert decoded(processor, tables.closings[number, tables.num_states + tail]) == ""
             assert "\n" * tail + decoded(processor, tables.openings[number, tail]) == f"\n\n<{stage}>"
 
 
@@ -178,7 +178,7 @@ def test_both_verdicts_are_the_natural_next_token(processor, stages):
     spec = StageBeam(stages=stages).to_spec()
     one, two = build_judge_tables(processor, spec, spec.judge, prompts).verdicts.tolist()
     for stage in stages:
-        *_, ending = prompts.cut(processor, "pair", stage, stages, images=1)
+        *_, ending = prompts.split(processor, "pair", stage, stages, images=1)
         before = token_ids(processor, ending + prompts.stem)
         assert token_ids(processor, ending + prompts.stem + "1") == [*before, one]
         assert token_ids(processor, ending + prompts.stem + "2") == [*before, two]

@@ -90,12 +90,12 @@ def begin(model: Mllama, frozen=(), settings: OptimizerSettings = SETTINGS) -> t
 
 
 def step_of(model: Mllama, optimizer: Optimizer, state: State, **more):
-    settings = {"mesh": None, "dtype": jnp.float32, "checkpointing": "none"} | more
+    settings = {"mesh": None, "dtype": jnp.float32, "remat": "none"} | more
     return make_step(model.config, parameters(model.config, "stacked"), optimizer, state, **settings)
 
 
 @pytest.mark.parametrize(
-    ("seed", "padding", "frozen", "micro_batches"),
+    ("seed", "padding", "frozen", "grad_accum_steps"),
     [
         pytest.param(0, "right", (), 1, marks=pytest.mark.slow),
         pytest.param(1, "left", FROZEN, 1, marks=pytest.mark.slow),
@@ -103,7 +103,7 @@ def step_of(model: Mllama, optimizer: Optimizer, state: State, **more):
         pytest.param(5, "left", (), 2, marks=pytest.mark.slow),
     ],
 )
-def test_one_step(seed, padding, frozen, micro_batches):
+def test_one_step(seed, padding, frozen, grad_accum_steps):
     reference = random_model(Sizes.draw(seed).hf_config(), seed)
     convention = CONVENTIONS[seed % 3]
     batch = batch_for(reference, seed, padding)
@@ -117,13 +117,13 @@ def test_one_step(seed, padding, frozen, micro_batches):
     before = {**state.trained}
     count = batch["loss_mask"].sum()
 
-    compute = functools.partial(losses, config=model.config, dtype=jnp.float32, checkpointing="full")
+    compute = functools.partial(losses, config=model.config, dtype=jnp.float32, remat="full")
     gradient = jax.jit(jax.grad(lambda trained: compute(trained, state.frozen, batch).total.sum() / count))
     gradients = by_tensor(gradient(state.trained), model.config)
     held = by_tensor(before, model.config)
     with under(convention, reference):
         loss, wanted, changes = of_torch(reference, batch, still)
-    state, measures = step_of(model, optimizer, state, micro_batches=micro_batches)(state, batch)
+    state, measures = step_of(model, optimizer, state, grad_accum_steps=grad_accum_steps)(state, batch)
     assert float(measures["loss"]) == pytest.approx(loss, rel=1e-5)
     assert int(measures["tokens"]) == count
     assert measures["stage_tokens"].tolist() == np.bincount(batch["stage"][batch["loss_mask"]], minlength=5).tolist()

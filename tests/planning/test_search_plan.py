@@ -15,7 +15,7 @@ ELEVEN = MllamaConfig.llama32_11b()
 
 
 def planned(candidates=10, slice_="v6e-1", judge="token", max_new_tokens=1024, **how):
-    plan = StageBeam(candidates, Judge(judge), max_new_tokens=budget).to_spec()
+    plan = StageBeam(candidates, Judge(judge), max_new_tokens=max_new_tokens).to_spec()
     return plan_search(plan, ELEVEN, parse_topology(slice_), **how)
 
 
@@ -102,7 +102,7 @@ ADVICE = [
     ({"slice_": "v6e-1", "dtype": "float32"}, "--dtype bfloat16"),
     ({"slice_": "v5e-1"}, "--quantize int8"),
     ({"slice_": "v5e-1", "dtype": "float16", "questions": 9}, "--questions 1 --quantize int8"),
-    ({"slice_": "v5e-1", "budget": 4096, "dtype": "int8"}, "--topology v5e:2x2"),
+    ({"slice_": "v5e-1", "max_new_tokens": 4096, "dtype": "int8"}, "--topology v5e:2x2"),
     ({"slice_": "v6e-1"}, "--quantize int8"),  # predicted to fit; the compiler may have said otherwise
 ]
 

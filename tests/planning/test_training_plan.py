@@ -31,22 +31,22 @@ DATA = DatasetSize()
 
 
 def run(**fields) -> TrainSettings:
-    return replace(TrainSettings("o", "11b", "d", loader=LoaderSettings(batch=32)), **fields)
+    return replace(TrainSettings("o", "11b", "d", loader=LoaderSettings(batch_size=32)), **fields)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize(("tokens", "parts"), [(64, 1), (64, 2), (1536, 1)])
 @pytest.mark.parametrize("name", ["small", "11b"])
-def test_flops_are_those_of_the_real_step(small, name, checkpointing, tokens, parts):
+def test_flops_are_those_of_the_real_step(small, name, remat, tokens, parts):
     """All matrix products of the traced step count, forward, backward and recomputed, except those of masks."""
     config = {"small": replace(small, convention="meta"), "11b": ELEVEN}[name]
-    settings = run(checkpointing=checkpointing, micro_batches=parts, loader=LoaderSettings(batch=2))
+    settings = run(remat=remat, grad_accum_steps=parts, loader=LoaderSettings(batch_size=2))
     mesh = abstract_mesh()
     program = make_program(settings, config, mesh, steps=10, steps_per_epoch=5)
     batch = abstract_batch(config, 2, tokens, mesh)
     real = model_flops(jax.make_jaxpr(lambda state, batch: program.step(state, batch))(program.state, batch))
     once = model_costs.training_flops(config, tokens, 1, as_computed=True)
-    again = model_costs.recomputed_flops(config, tokens, 1, checkpointing=checkpointing)
+    again = model_costs.recomputed_flops(config, tokens, 1, remat=remat)
     assert 2 * (sum(once.values()) + sum(again.values())) == real
 
 
@@ -62,7 +62,7 @@ def test_the_best_mesh_for_8_devices_runs_on_them_with_the_predicted_bytes():
     count = sum(model_costs.parameter_counts(config).values())
     assert 70e6 < count < 130e6
     chat = replace(run().chat, max_length=64)
-    settings = run(dtype="float32", loader=LoaderSettings(batch=8), chat=chat)
+    settings = run(dtype="float32", loader=LoaderSettings(batch_size=8), chat=chat)
     plan = best_mesh(settings, config, parse_topology("v5e-8"), DATA)
     assert plan is not None
     mesh = make_mesh(**plan.mesh)
@@ -101,7 +101,9 @@ def test_the_best_mesh_for_8_devices_runs_on_them_with_the_predicted_bytes():
 def test_bytes_between_devices_are_those_of_the_compiled_step(mesh, axis, most):
     """The compiler of a CPU all-reduces where a TPU's reduce-scatters, which sends twice as much."""
     config = about_100m()
-    settings = run(dtype="float32", mesh=mesh, loader=LoaderSettings(batch=8), chat=replace(run().chat, max_length=64))
+    settings = run(
+        dtype="float32", mesh=mesh, loader=LoaderSettings(batch_size=8), chat=replace(run().chat, max_length=64)
+    )
     plan = plan_training(settings, config, parse_topology("v5e-8"), DatasetSize(tokens_per_example=64))
     real = make_mesh(**plan.mesh)
     program = make_program(plan.settings, config, real, steps=10, steps_per_epoch=5)
@@ -131,14 +133,14 @@ def test_advice_names_the_smallest_change_first():
     assert change is not None and fits(change[1])
     assert "--optimizer.precision bfloat16_stochastic" in change[0] and "--lora" not in change[0]
 
-    roomy = best_mesh(run(checkpointing="none"), ELEVEN, parse_topology("v5p-16"), DATA)
+    roomy = best_mesh(run(remat="none"), ELEVEN, parse_topology("v5p-16"), DATA)
     assert roomy is not None
     change = smallest_training_change(roomy, ELEVEN, DATA)
-    assert change is not None and change[0] == "--checkpointing full"
+    assert change is not None and change[0] == "--remat full"
 
 
 def test_advice_is_another_mesh_where_that_is_enough():
-    settings = run(loader=LoaderSettings(batch=64))
+    settings = run(loader=LoaderSettings(batch_size=64))
     plan = plan_training(replace(settings, mesh=MeshSettings(data=8, fsdp=8)), ELEVEN, parse_topology("v5e-64"), DATA)
     assert not fits(plan)
     change = smallest_training_change(plan, ELEVEN, DATA)
@@ -178,8 +180,8 @@ def memory_of(**fields) -> int:
 def test_each_setting_moves_memory_as_it_should():
     base = {"mesh": MeshSettings(fsdp=32, tensor=2)}
     whole = memory_of(**base)
-    assert memory_of(**base, checkpointing="dots") > whole
-    assert memory_of(**base, checkpointing="none") > memory_of(**base, checkpointing="dots")
+    assert memory_of(**base, remat="dots") > whole
+    assert memory_of(**base, remat="none") > memory_of(**base, remat="dots")
     assert memory_of(**base, optimizer=OptimizerSettings(precision="bfloat16_stochastic")) < whole
     assert memory_of(**base, lora=LoraSettings(rank=8)) < whole
     assert memory_of(mesh=MeshSettings(data=2, fsdp=16, tensor=2)) > whole

@@ -23,7 +23,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import VisionConfig
 from llava_cot_jax.model.vision_tower import normalize
 from llava_cot_jax.processing import images
-from llava_cot_jax.processing.images import batch_images, check_image, check_vision, fit, open_image
+from llava_cot_jax.processing.images import batch_images, check_image, check_vision, fit_canvas, open_image
 
 RNG = np.random.default_rng(0)
 
@@ -321,7 +321,7 @@ def test_tiles_of_other_configurations(height: int, width: int, side: int, tiles
 def test_canvases_of_all_sizes(height: int, width: int, side: int, tiles: int) -> None:
     canvas = get_optimal_tiled_canvas(height, width, tiles, side)
     fitted = get_image_size_fit_to_canvas(height, width, *canvas, side)
-    assert fit(height, width, tiles, side) == ((canvas[0] // side, canvas[1] // side), fitted)
+    assert fit_canvas(height, width, tiles, side) == ((canvas[0] // side, canvas[1] // side), fitted)
 
 
 def test_an_image_is_checked_by_its_beginning(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The search in plain Python: one sequence at a time, the whole forward pass for every token, no cache, no batch.
 
-Written from the rules alone. Of the package it takes the model's forward pass, the processor, and the texts of the
-judge's prompts; tags and verdicts are looked for in decoded text.
+It is written from the rules alone. It uses the package's forward pass of the model, its processor, and the texts of the
+judge's prompts. Tags and verdicts are looked for in decoded text.
 """
 
 import re
@@ -19,20 +19,20 @@ from llava_cot_jax.search.strategies import Judge, LogProbability, MajorityVote
 from llava_cot_jax.stages import find_stages
 
 WIDTH = 64
-"""Sequences are padded to a multiple of this, so that the forward pass is compiled a few times only."""
+"""Multiple that the lengths of sequences are padded to, so that the forward pass is compiled a few times only."""
 
 CANDIDATE, BRACKET, REASON, CHECK = range(4)
 
 
 @dataclass
 class Draws:
-    """What was written after some tokens."""
+    """Tokens sampled after others."""
 
     ids: list[int]
     ended: str
     log_prob: float
     drawn: int
-    margins: list[float] = field(default_factory=list)  # of each draw, the winner's score over the runner-up's
+    margins: list[float] = field(default_factory=list)  # lead in score of each draw over the second best
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Stage:
 
 
 class Sequence:
-    """A prompt, and what follows it."""
+    """A prompt that tokens can be appended to."""
 
     def __init__(self, model: Mllama, processor: Processor, prompt: list[int], images: list) -> None:
         self._model = model
@@ -70,7 +70,7 @@ class Sequence:
         self._arrays.pop("attention_mask")
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        """After ``ids``, which begin with the prompt."""
+        """Return the logits after ``ids``, which begin with the prompt."""
         width = len(ids) + -len(ids) % WIDTH
         arrays = dict(self._arrays)
         row = np.zeros((1, width), np.int32)
@@ -84,7 +84,7 @@ class Sequence:
 
 
 def draw(logits: np.ndarray, key: jax.Array, temperature: float, top_k: int | None, top_p: float) -> tuple[int, float]:
-    """A token, and by how much it was ahead."""
+    """Sample a token. Return it with its lead in score over the second best."""
     if temperature == 0:
         order = np.argsort(-logits, kind="stable")
         return int(order[0]), float(logits[order[0]] - logits[order[1]])
@@ -108,7 +108,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def search(model: Mllama, processor: Processor, strategy, image, question: str, seed: int, prompts: JudgePrompts):
-    """The stages of an answer."""
+    """Return the stages of an answer."""
     return Search(model, processor, strategy, image, question, seed, prompts).run()
 
 
@@ -128,7 +128,7 @@ class Search:
         prompt = self.ids(self.processor.prompt(user_turn(self.question, len(self.images))))
         main = Sequence(self.model, self.processor, prompt, self.images)
         prefix, breaks = list(prompt), 2
-        for number, budget in enumerate(spec.max_new_tokens):
+        for number, max_new_tokens in enumerate(spec.max_new_tokens):
             tag = spec.stages[number] if spec.stages else None
             closing = f"</{tag or 'CONCLUSION'}>"
             if tag is not None:
@@ -140,7 +140,7 @@ class Search:
                     main,
                     prefix,
                     jax.random.fold_in(of_candidates, i),
-                    budget,
+                    max_new_tokens,
                     spec.temperatures[number],
                     lambda text, closing=closing: closing in text,
                 )
@@ -163,10 +163,10 @@ class Search:
     def text(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
 
-    def write(self, sequence, ids, key, budget, temperature, is_end) -> Draws:
-        """Draw until ``is_end`` of the text, an end-of-sequence token, or the budget."""
+    def write(self, sequence, ids, key, max_new_tokens, temperature, is_end) -> Draws:
+        """Sample until ``is_end(text)``, an end-of-sequence token, or ``max_new_tokens`` tokens."""
         written, total, margins = [], 0.0, []
-        for place in range(budget):
+        for place in range(max_new_tokens):
             logits = sequence.logits(ids + written)
             token, margin = draw(
                 logits, jax.random.fold_in(key, place), temperature, self.spec.sampling.top_k, self.spec.sampling.top_p
@@ -178,10 +178,10 @@ class Search:
             written.append(token)
             if is_end(self.text(written)):
                 return Draws(written, "tag", total, place + 1, margins)
-        return Draws(written, "budget", total, budget, margins)
+        return Draws(written, "max_new_tokens", total, max_new_tokens, margins)
 
     def missing(self, candidate: Draws, closing: str) -> str:
-        """What closes a stage that the model did not close."""
+        """Return the text that closes a stage which the model did not close."""
         if candidate.ended == "tag":
             return ""
         text = self.text(candidate.ids)
@@ -239,11 +239,11 @@ class Search:
 
     def prompt_of(self, kind: str, tag: str, texts: list[list[int]], images: int) -> list[int]:
         stages = self.spec.stages or ("whole",)
-        lead, intro, middle, label, *rest = self.prompts.cut(self.processor, kind, tag, stages, images)
+        header, intro, middle, label, *rest = self.prompts.split(self.processor, kind, tag, stages, images)
         if kind == "pair" and self.spec.scorer.verdict == "token":
             rest[-1] += self.prompts.stem
-        ids = self.ids(lead) + self.ids(intro) + self.ids(self.question) + self.ids(middle)
-        for earlier in self.prompts.shown(tag, stages):
+        ids = self.ids(header) + self.ids(intro) + self.ids(self.question) + self.ids(middle)
+        for earlier in self.prompts.shown_stages(tag, stages):
             ids += self.won[earlier]
         ids += self.ids(label)
         for text, after in zip(texts, rest, strict=True):
@@ -267,12 +267,12 @@ class Search:
         sequence = Sequence(self.model, self.processor, ids, [])
         return self.read_verdict("check", sequence, ids, key, self.spec.scorer.check_tokens, i, None)
 
-    def read_verdict(self, kind, sequence, ids, key, budget, first, second) -> Verdict:
+    def read_verdict(self, kind, sequence, ids, key, max_new_tokens, first, second) -> Verdict:
         yes, no = (r.lower() for r in self.prompts.readings[kind])
         either = re.compile("|".join(re.escape(r) for r in sorted((yes, no), key=len, reverse=True)))
         judge = self.spec.scorer
         found = self.write(
-            sequence, ids, key, budget, judge.temperature, lambda text: either.search(text.lower()) is not None
+            sequence, ids, key, max_new_tokens, judge.temperature, lambda text: either.search(text.lower()) is not None
         )
         text = self.text(found.ids)
         match = either.search(text.lower())

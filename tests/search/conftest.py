@@ -1,4 +1,4 @@
-"""What tests of the search share."""
+"""Fixtures of the tests of the search."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.search.models import PROMPTS
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory) -> Path:
-    """Short prompts of a judge, for small models."""
+    """File with short prompts of a judge, for small models."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.yaml"
     path.write_text(PROMPTS)
     return path

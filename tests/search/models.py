@@ -25,11 +25,11 @@ check:
   text: "Check. Question: {question}{earlier} Steps: {first} Right?"
   readings: [o, i]
 """
-"""A file of prompts for models that know no others: what they write anyway counts as a verdict."""
+"""File of prompts for models that were not trained to judge: letters that they often write count as verdicts."""
 
 
 def random_model(seed: int = 0, *, convention="meta", eos: tuple[int, ...] | None = None) -> tuple[Mllama, Processor]:
-    """Three text layers and one tile; ``eos`` are the tokens that end an answer."""
+    """Return a random model with three text layers and one tile, in which the tokens ``eos`` end an answer."""
     config = shapes_config()
     text = replace(config.text, num_hidden_layers=3, cross_attention_layers=(1,), initializer_range=0.25)
     if eos is not None:
@@ -42,7 +42,7 @@ def random_model(seed: int = 0, *, convention="meta", eos: tuple[int, ...] | Non
 
 
 def open_gates(model: Mllama) -> None:
-    """Let the images count as much as the text does."""
+    """Open the gates of cross-attention, so that the images count as much as the text does."""
     for layer in model.language_model.model.layers.values():
         for gate in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
             if gate in layer:
@@ -50,11 +50,11 @@ def open_gates(model: Mllama) -> None:
 
 
 def trained_model() -> tuple[Mllama, Processor]:
-    """What ``configs/shapes_cpu.yaml`` trains, after all its 1000 steps: it comes with the package."""
+    """Return the trained model that comes with the package."""
     return Mllama.from_pretrained("shapes"), Processor.from_pretrained("shapes")
 
 
 def scene(index: int) -> tuple[Image.Image, str]:
-    """A held-out picture, and the question about it."""
+    """Return a held-out picture, and the question about it."""
     row = ShapesRows("test")[index]
     return row.image, row.turns[0].question.replace("<image>", "").strip()

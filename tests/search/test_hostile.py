@@ -1,4 +1,4 @@
-"""What goes wrong in a search: each has an answer that says so, or a clear error."""
+"""Faults of models, questions and settings: each search has an answer that shows the fault, or a clear error."""
 
 import itertools
 from dataclasses import replace
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.search.prompts import DEFAULT_FILE, JudgePrompts
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, MajorityVote, Sample, StageBeam
 from llava_cot_jax.search.tables import build_judge_tables
@@ -19,9 +19,9 @@ from tests.search.models import random_model, scene, trained_model
 
 
 def parrot(text: str, *, then: str = "a"):
-    """A model that writes ``text`` after a stage's opening tag, and ``then`` for ever or, where that is "", ends.
+    """Return a model that writes ``text`` after a stage's opening tag, and then repeats ``then``, or ends if it is "".
 
-    Its layers add nothing: the next token hangs on the last one alone.
+    Its layers add nothing, so that the next token depends on the last one alone.
     """
     model, processor = random_model(0)
 
@@ -48,14 +48,16 @@ def parrot(text: str, *, then: str = "a"):
 
 
 def one_stage(model, processor, prompts, **settings):
-    strategy = StageBeam(**{"candidates": 2, "temperature": 0.0, "budget": 6, "stages": ("CONCLUSION",), **settings})
+    strategy = StageBeam(
+        **{"num_candidates": 2, "temperature": 0.0, "max_new_tokens": 6, "stages": ("CONCLUSION",), **settings}
+    )
     answer = Reasoner(model, processor, strategy, prompts).answer(None, "red?")
     return answer, answer.trace.stages[0].candidates[0]
 
 
 def test_a_model_that_never_closes_a_tag(prompts):
     answer, candidate = one_stage(*parrot(" red"), prompts)
-    assert (candidate.ended, candidate.added) == ("budget", " </CONCLUSION>")
+    assert (candidate.ended, candidate.added) == ("max_new_tokens", " </CONCLUSION>")
     assert answer.text.startswith("<CONCLUSION> red") and answer.text.endswith(" </CONCLUSION>")
 
 
@@ -66,7 +68,7 @@ def test_a_model_that_closes_a_tag_at_once(prompts):
 
 
 def test_a_model_that_ends_at_once(prompts):
-    """The end-of-sequence token is in no text; the stage is closed in its place."""
+    """The end-of-sequence token is in no text, and a closing tag is added."""
     answer, candidate = one_stage(*parrot("", then=""), prompts)
     assert (candidate.ended, candidate.text, candidate.tokens) == ("eos", "", 0)
     assert answer.text == "<CONCLUSION> </CONCLUSION>"
@@ -76,25 +78,25 @@ def test_a_model_that_stops_within_the_tag(prompts):
     model, processor = parrot(" red </CONCLUSION>")
     longest = len(processor.tokenizer(" red </CONCLUSION>", add_special_tokens=False)["input_ids"])
     answer, candidate = one_stage(model, processor, prompts, max_new_tokens=longest - 1)
-    assert candidate.ended == "budget"
+    assert candidate.ended == "max_new_tokens"
     assert 0 < len(candidate.added) < len(" </CONCLUSION>")
     assert answer.text == "<CONCLUSION> red </CONCLUSION>"
 
 
 def test_a_model_that_writes_another_stages_tag(prompts):
-    """It is text, and does not end the stage."""
+    """The tag is text, and does not end the stage."""
     answer, candidate = one_stage(*parrot(" </CAPTION>"), prompts, max_new_tokens=12)
-    assert candidate.ended == "budget" and "</CAPTION>" in answer.conclusion
+    assert candidate.ended == "max_new_tokens" and "</CAPTION>" in answer.conclusion
 
 
 @pytest.mark.slow
-def test_all_that_a_search_ends_in_is_recorded(prompts):
-    """A model that ends answers now and then: every stage is there, and no end-of-sequence token is in the text."""
+def test_a_model_that_ends_answers_now_and_then(prompts):
+    """Every stage is there, and no end-of-sequence token is in the text."""
     model, processor = random_model(1, eos=tuple(range(0, 500, 25)))
     strategy = StageBeam(3, temperature=1.0, max_new_tokens=7)
     answer = Reasoner(model, processor, strategy, prompts).answer(*scene(0), seed=3)
     assert list(answer.stages) == list(STAGES)
-    assert {c.ended for stage in answer.trace.stages for c in stage.candidates} == {"eos", "budget"}
+    assert {c.ended for stage in answer.trace.stages for c in stage.candidates} == {"eos", "max_new_tokens"}
     ids = processor.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
     assert answer.text.count("</") >= 4 and len(ids) > 4
 
@@ -143,11 +145,11 @@ def test_a_strip_of_an_image_and_none(reasoner):
 def test_one_candidate_asks_no_judge(prompts):
     answer = Reasoner(*trained_model(), StageBeam(1, max_new_tokens=(20, 40, 80, 12)), prompts).answer(*scene(0))
     assert all(not stage.matches and not stage.checks for stage in answer.trace.stages)
-    assert answer.trace.tokens["judge fronts"] == 0
+    assert answer.trace.tokens["judge_prefixes"] == 0
 
 
 @pytest.mark.slow
-def test_a_budget_of_one_token(prompts):
+def test_candidates_of_one_token(prompts):
     answer = Reasoner(*random_model(3), StageBeam(2, max_new_tokens=1), prompts).answer(*scene(0))
     assert list(answer.stages) == list(STAGES)
     assert all(c.tokens <= 1 for stage in answer.trace.stages for c in stage.candidates)
@@ -180,9 +182,9 @@ def test_what_cannot_be_asked(prompts):
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: StageBeam(0).to_spec(), "candidates must be at least 1"),
-        (lambda: StageBeam(max_new_tokens=(9, 9, 0, 9)).to_spec(), "budget must be at least 1"),
-        (lambda: StageBeam((2, 2)).to_spec(), "candidates has 2 values for 4 stages"),
+        (lambda: StageBeam(0).to_spec(), "num_candidates must be at least 1"),
+        (lambda: StageBeam(max_new_tokens=(9, 9, 0, 9)).to_spec(), "max_new_tokens must be at least 1"),
+        (lambda: StageBeam((2, 2)).to_spec(), "num_candidates has 2 values for 4 stages"),
         (lambda: StageBeam(temperature=(0.1, 0.1, -1.0, 0.2)).to_spec(), "temperature"),
         (lambda: StageBeam(stages=("A", "A")).to_spec(), "different tags"),
         (lambda: StageBeam(stages=()).to_spec(), "at least one"),
@@ -211,7 +213,7 @@ def test_settings_that_cannot_be_used(make, named):
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_used(tmp_path, old, new, named):
-    text = DEFAULT_FILE.read_text()
+    text = DEFAULT_JUDGE_PROMPTS.read_text()
     assert old in text
     path = tmp_path / "prompts.yaml"
     path.write_text(text.replace(old, new))
@@ -227,7 +229,9 @@ def test_no_file_of_prompts(tmp_path):
 
 def test_a_stem_after_which_no_verdict_comes_naturally(tmp_path):
     path = tmp_path / "prompts.yaml"
-    path.write_text(DEFAULT_FILE.read_text().replace('verdicts: ["1", "2"]', "verdicts: [the first, the second]"))
+    path.write_text(
+        DEFAULT_JUDGE_PROMPTS.read_text().replace('verdicts: ["1", "2"]', "verdicts: [the first, the second]")
+    )
     with pytest.raises(UserError, match="is not one natural next token"):
         Reasoner(*random_model(0), StageBeam(2), path)
 

@@ -1,4 +1,4 @@
-"""The compiled search against one in plain Python, and what it promises of draws, counts and compilations."""
+"""The compiled search against one in plain Python, and its promises about draws, counts and compilations."""
 
 import jax
 import numpy as np
@@ -11,10 +11,10 @@ from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search import reasoner as module
-from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
+from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.strategies import (
     BestOfN,
     Greedy,
@@ -25,6 +25,7 @@ from llava_cot_jax.search.strategies import (
     StageBeam,
 )
 from llava_cot_jax.stages import STAGES
+from tests.model.test_named_scopes import scopes
 from tests.search import brute_force
 from tests.search.models import random_model, scene, trained_model
 
@@ -45,8 +46,8 @@ def trained():
     return trained_model()
 
 
-def tokens_found(monkeypatch):
-    """Where the tokens of what a reasoner finds will be."""
+def recorded_results(monkeypatch):
+    """Return a list that takes the result of each compiled search that a reasoner runs."""
     found = []
 
     def keep(*arguments, **static):
@@ -58,8 +59,8 @@ def tokens_found(monkeypatch):
 
 
 def check_against_brute_force(monkeypatch, model, processor, strategy, prompts, image, question, seed):
-    """The same tokens, ends, verdicts and winners; what was compared."""
-    found = tokens_found(monkeypatch)
+    """Check that tokens, ends, verdicts and winners are the same. Return the answer."""
+    found = recorded_results(monkeypatch)
     answer = Reasoner(model, processor, strategy, prompts).answer(image, question, seed=seed)
     want = brute_force.search(model, processor, strategy, image, question, seed, JudgePrompts.load(prompts))
     candidates = jax.device_get(found[0].candidates)
@@ -91,7 +92,9 @@ STRATEGIES = {
     "stages": StageBeam(3, TOKEN, temperature=0.9, max_new_tokens=9),
     "stages by reasons": StageBeam(3, RATIONALE, temperature=(0.9, 0.0, 1.5, 0.7), max_new_tokens=(9, 5, 7, 8)),
     "stages, some alone": StageBeam((2, 1, 4, 3), ONE_ORDER, temperature=0.8, max_new_tokens=8, top_k=None, top_p=0.8),
-    "stages by likelihood": StageBeam(2, LogProbability(), temperature=0.9, max_new_tokens=9, stages=("PLAN", "CONCLUSION")),
+    "stages by likelihood": StageBeam(
+        2, LogProbability(), temperature=0.9, max_new_tokens=9, stages=("PLAN", "CONCLUSION")
+    ),
     "greedy stages": StageBeam(2, TOKEN, temperature=0.0, max_new_tokens=7),
     "many by reasons": StageBeam(6, SHORT, temperature=1.2, max_new_tokens=4, stages=("CAPTION", "REASONING")),
 }
@@ -146,7 +149,7 @@ def test_the_check_sees_no_image_under_any_convention(prompts, monkeypatch):
 
 
 def plain(answer) -> dict:
-    """All of an answer but the times."""
+    """Return all of an answer but the times."""
     answer.trace.seconds.clear()
     return vars(answer) | {"trace": vars(answer.trace)}
 
@@ -172,7 +175,7 @@ def test_neighbours_and_places_change_nothing(ending, prompts):
 
 
 EPSILON = 1e-3
-"""The lead in score, over the runner-up, below which rounding may give a draw to another token."""
+"""Lead in score over the second best token below which rounding may decide a draw."""
 
 
 def on(mesh, model: Mllama) -> Mllama:
@@ -187,10 +190,10 @@ def on(mesh, model: Mllama) -> Mllama:
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2), (1, 8, 1), (1, 4, 2)], ids=str)
 def test_other_batch_shapes_and_meshes_draw_the_same(ending, prompts, monkeypatch, mesh):
-    """Against brute force: where the first other token of a question is, its lead was within rounding."""
+    """Where a question's tokens first differ from those of brute force, the lead in score was within rounding."""
     model, processor = ending
     strategy = StageBeam(3, TOKEN, temperature=0.9, max_new_tokens=8)
-    found = tokens_found(monkeypatch)
+    found = recorded_results(monkeypatch)
     spread = model if mesh is None else on(make_mesh(*mesh), model)
     images, questions = zip(*map(scene, range(2)), strict=True)
     Reasoner(spread, processor, strategy, prompts).answer_batch(images, questions, seeds=[4, 5])
@@ -214,7 +217,7 @@ def test_other_batch_shapes_and_meshes_draw_the_same(ending, prompts, monkeypatc
 
 @pytest.mark.slow
 def test_more_candidates_begin_with_the_fewer(ending, prompts, monkeypatch):
-    found = tokens_found(monkeypatch)
+    found = recorded_results(monkeypatch)
     image, question = scene(2)
     for count in (2, 4):
         strategy = StageBeam(count, LogProbability(), temperature=1.0, max_new_tokens=8)
@@ -226,20 +229,21 @@ def test_more_candidates_begin_with_the_fewer(ending, prompts, monkeypatch):
 
 @pytest.mark.parametrize("name", ["greedy", "best by judge", "stages", "stages by reasons"])
 def test_the_program_sees_the_images_once(ending, prompts, name):
-    """However many candidates and whatever the search: the kernel of the patches is used in one place, in no loop."""
+    """The kernel of the patches is used in one place, outside every loop, whatever the search and its candidates."""
     model, processor = ending
-    tables = RequestBuilder(processor, STRATEGIES[name], prompts)
+    builder = RequestBuilder(processor, STRATEGIES[name], prompts)
     image, question = scene(0)
-    request = tables.prepare([image], [question]).request
-    static = {"config": model.config, "plan": tables.spec, "chunk": 64, "mesh": None}
-    program = jax.make_jaxpr(lambda p, r: search(p, r, tables.stages, tables.judging, **static))(model.params, request)
+    inputs = builder.build([image], [question]).inputs
+    static = {"config": model.config, "spec": builder.spec, "prefill_chunk": 64, "mesh": None}
+    tables = (builder.stage_tables, builder.judge_tables)
+    program = jax.make_jaxpr(lambda params, x: search(params, x, *tables, **static))(model.params, inputs)
     kernel = model.params["vision_model"]["patch_embedding"]["weight"].shape
     assert uses(program.jaxpr, kernel) == [()]
 
 
 @pytest.mark.slow
 def test_a_search_in_bfloat16(prompts):
-    """As most checkpoints are: candidates, rows of the judge and reasons, of two questions at once."""
+    """Most checkpoints are in bfloat16. Two questions are answered together, with candidates and written reasons."""
     model = Mllama.from_pretrained("shapes", dtype="bfloat16")
     reasoner = Reasoner(model, Processor.from_pretrained("shapes"), StageBeam(2, SHORT, max_new_tokens=6), prompts)
     for answer in reasoner.answer_batch(*zip(scene(0), scene(1), strict=True)):
@@ -249,7 +253,7 @@ def test_a_search_in_bfloat16(prompts):
 
 
 def uses(jaxpr, shape: tuple[int, ...], loops: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The loops around each product that takes an array of a shape."""
+    """Return the loops around each product that takes an array of a shape."""
     found = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general" and shape in [x.aval.shape for x in equation.invars]:
@@ -262,7 +266,7 @@ def uses(jaxpr, shape: tuple[int, ...], loops: tuple[str, ...] = ()) -> list[tup
 
 @pytest.mark.slow
 def test_counts_of_a_trace_are_those_of_the_texts(trained, prompts):
-    """One tower run and one reading of the prompt, for one candidate and for four; nothing is read twice."""
+    """The vision tower runs once and the prompt is prefilled once, for one candidate and for four."""
     model, processor = trained
     image, question = scene(5)
     prompt = processor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}])
@@ -277,13 +281,13 @@ def test_counts_of_a_trace_are_those_of_the_texts(trained, prompts):
         won = trace.stages[-1].candidates[trace.stages[-1].winner].tokens
         assert trace.tokens["prompt"] + trace.tokens["winners"] == len(whole) - won
         assert trace.tokens["candidates"] == sum(c.tokens for stage in trace.stages for c in stage.candidates)
-        assert (trace.tokens["judge rows"] > 0) == (trace.tokens["judge fronts"] > 0) == (count > 1)
-        assert trace.flops["vision"] > 0 and (trace.flops["judge rows"] > 0) == (count > 1)
+        assert (trace.tokens["judge_queries"] > 0) == (trace.tokens["judge_prefixes"] > 0) == (count > 1)
+        assert trace.flops["vision"] > 0 and (trace.flops["judge_queries"] > 0) == (count > 1)
 
 
 @pytest.mark.slow
 def test_fifty_questions_compile_once(ending, prompts):
-    """Of differing lengths, with other images and seeds."""
+    """The questions differ in length, images and seeds."""
     reasoner = Reasoner(*ending, StageBeam(2, RATIONALE, temperature=0.9, max_new_tokens=4), prompts)
     image, question = scene(0)
     reasoner.answer(image, question)
@@ -291,3 +295,21 @@ def test_fifty_questions_compile_once(ending, prompts):
     texts = {reasoner.answer(scene(i)[0], f"{scene(i)[1]}{' red' * (i % 17)}", seed=i).text for i in range(50)}
     assert compilations.count == 0
     assert len(texts) == 50
+
+
+def test_names_of_a_searchs_parts_in_the_program(ending, prompts):
+    """Profiles are read by these names."""
+    model, processor = ending
+    builder = RequestBuilder(processor, STRATEGIES["stages by reasons"], prompts)
+    image, question = scene(0)
+    static = {"config": model.config, "spec": builder.spec, "prefill_chunk": 64, "mesh": None}
+    inputs = builder.build([image], [question]).inputs
+    lowered = search.lower(model.params, inputs, builder.stage_tables, builder.judge_tables, **static)
+    assert scopes(lowered) >= {
+        "encode_images/vision_tower",
+        "stage/extend_prefix/prefill",
+        "stage/candidates/sample",
+        "stage/judge/tournament_round/judge_prefix/prefill",
+        "stage/judge/tournament_round/judge_queries/prefill",
+        "stage/judge/tournament_round/judge_queries/sample",
+    }

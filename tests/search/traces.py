@@ -1,4 +1,4 @@
-"""Searches made up by hand that hold every variant of what a trace can say."""
+"""Traces made by hand, which together hold every variant of a trace."""
 
 import itertools
 
@@ -52,7 +52,9 @@ def knockout(count: int) -> tuple[list[MatchTrace], int]:
     return matches, alive[0]
 
 
-def make_trace(stages: list[StageTrace], strategy: str = "StageBeam(num_candidates=4)", question: str = HOSTILE) -> Trace:
+def make_trace(
+    stages: list[StageTrace], strategy: str = "StageBeam(num_candidates=4)", question: str = HOSTILE
+) -> Trace:
     return Trace(
         question=question,
         seed=7,
@@ -63,9 +65,9 @@ def make_trace(stages: list[StageTrace], strategy: str = "StageBeam(num_candidat
             "prompt": 1650,
             "winners": 210,
             "candidates": 1830,
-            "judge fronts": 800,
-            "judge rows": 3100,
-            "reasons": 0,
+            "judge_prefixes": 800,
+            "judge_queries": 3100,
+            "judge_reasons": 0,
         },
         flops={"vision": 3 * 10**12, "prompt": 27 * 10**12, "winners": 4 * 10**12, "candidates": 31 * 10**12},
         seconds={"prepare": 0.12, "search": 9.4},
@@ -100,7 +102,7 @@ def rationale_trace() -> Trace:
     ]
     candidates = [
         candidate(f" First. {LONG} </REASONING>", -0.11),
-        candidate(f" Second. {HOSTILE}", -0.52, "budget", "</REASONING>"),
+        candidate(f" Second. {HOSTILE}", -0.52, "max_new_tokens", "</REASONING>"),
         candidate(" Third. No way to tell. </REASONING>", -1.9),
         candidate("", -3.2, "eos", "</REASONING>"),
     ]
@@ -131,4 +133,6 @@ def whole_trace(strategy: str = "MajorityVote(num_candidates=3)", count: int = 3
 
 def untagged_trace() -> Trace:
     """An answer without stages."""
-    return make_trace([StageTrace("whole", [candidate("Just four.", ended="budget")], [], [], 0)], "Greedy(max_new_tokens=3)")
+    return make_trace(
+        [StageTrace("whole", [candidate("Just four.", ended="max_new_tokens")], [], [], 0)], "Greedy(max_new_tokens=3)"
+    )

@@ -12,7 +12,7 @@ import ml_dtypes  # noqa: F401 - numpy learns bfloat16
 from safetensors.numpy import save_file
 
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
-from llava_cot_jax.model.checkpoint.auxiliary_files import write_companions
+from llava_cot_jax.model.checkpoint.auxiliary_files import write_auxiliary_files
 from llava_cot_jax.model.config import MllamaConfig
 from tests.demo import random_weights
 from tests.processes import WITHOUT_TORCH, xla_flags
@@ -32,29 +32,29 @@ def write_small(folder: Path) -> Path:
     """Its checkpoint, of random weights."""
     folder.mkdir(parents=True)
     config = small_config()
-    write_companions(folder, config, shapes_tokenizer(), "float32")
+    write_auxiliary_files(folder, config, shapes_tokenizer(), "float32")
     save_file(random_weights(config, seed=0), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def arguments(init_from: Path | str, output: Path | str, **settings: Any) -> list[str]:
+def arguments(checkpoint: Path | str, output: Path | str, **settings: Any) -> list[str]:
     """A run of few, short batches on the shapes world; settings by their dotted names, with _ for dots' sake as __."""
     defaults: dict[str, Any] = {
         "steps": 6,
         "dtype": "float32",
-        "checkpointing": "none",
-        "validation_rows": 16,
+        "remat": "none",
+        "eval_examples": 16,
         "chat.max_length": 128,
-        "loader.batch": 8,
-        "loader.buckets": 1,
-        "loader.multiple": 32,
-        "loader.threads": 2,
+        "loader.batch_size": 8,
+        "loader.num_buckets": 1,
+        "loader.pad_to_multiple_of": 32,
+        "loader.num_threads": 2,
         "optimizer.learning_rate": 0.003,
         "optimizer.b2": 0.98,
         "optimizer.schedule": "cosine",
     }
     given = defaults | {name.replace("__", "."): value for name, value in settings.items()}
-    command = ["--output", str(output), "--init_from", str(init_from), "--data", "shapes"]
+    command = ["--output", str(output), "--checkpoint", str(checkpoint), "--data", "shapes"]
     for name, value in given.items():
         command += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return command

@@ -27,7 +27,7 @@ MESH = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
-    return begin(write_small(folder / "small"), folder / "out", frozen=["vision_model"])
+    return begin(write_small(folder / "small"), folder / "out", frozen_params=["vision_model"])
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ class TestDescription:
         held = read_run(output / CHECKPOINTS / "4")
         now = describe(run.settings, "data")
         assert differences(held, now) == [] and other_versions(held, now) == []
-        assert held["settings"]["frozen"] == ["vision_model"] and held["settings"]["convention"] is None
+        assert held["settings"]["frozen_params"] == ["vision_model"] and held["settings"]["convention"] is None
         assert {"jax", "orbax-checkpoint", "python"} <= held["versions"].keys()
 
     @pytest.mark.parametrize("name", sorted({*COMPUTED, *LOADED, *STARTED} - MESH))
@@ -167,7 +167,7 @@ class TestDescription:
         value = {**COMPUTED, **LOADED, **STARTED}[name]
         found = differences(describe(BASE, "data"), describe(changed(BASE, name, value), "data"))
         # Rounding aside; and data is told by the fingerprint of its batches, wherever it lies.
-        if name in ("micro_batches", "checkpointing", "data"):
+        if name in ("grad_accum_steps", "remat", "data"):
             assert found == []
         else:
             (told,) = (line for line in found if line.startswith(f"{name} was "))
@@ -177,24 +177,24 @@ class TestDescription:
         other: dict[str, Any] = {
             "output": "x",
             "data": "x",
-            "checkpoint_every": 7,
-            "checkpoints_kept": 7,
-            "checkpoints_kept_every": 7,
-            "checkpoints_kept_best": 7,
-            "skipped_in_a_row": 7,
-            "validate_every": 7,
-            "validation_rows": 7,
+            "checkpoints.every": 7,
+            "checkpoints.max_to_keep": 7,
+            "checkpoints.keep_period": 7,
+            "checkpoints.best_n": 7,
+            "max_nonfinite_steps": 7,
+            "eval_every": 7,
+            "eval_examples": 7,
             "log_every": 7,
-            "answers": 7,
+            "eval_generations": 7,
             "profile": True,
             "wandb": "x",
             "mesh.data": 2,
             "mesh.fsdp": 8,
             "mesh.tensor": 2,
-            "loader.workers": 7,
-            "loader.threads": 7,
+            "loader.num_workers": 7,
+            "loader.num_threads": 7,
         }
-        assert {*RUN, *READ_AHEAD, *MESH, "data"} == other.keys() == RUNNING - {"micro_batches", "checkpointing"}
+        assert {*RUN, *READ_AHEAD, *MESH, "data"} == other.keys() == RUNNING - {"grad_accum_steps", "remat"}
         settings: TrainSettings = BASE
         for name, value in other.items():
             settings = changed(settings, name, value)

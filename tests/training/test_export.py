@@ -33,11 +33,11 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 KEPT = Kept(newest=2)
 
 
-def begin(init_from: Path | str, output: Path, **settings: Any) -> Run:
+def begin(checkpoint: Path | str, output: Path, **settings: Any) -> Run:
     """A run on eight devices before its first step, its trained arrays moved at random as if by some."""
-    given = TrainSettings(str(output), str(init_from), "shapes", dtype="float32", **settings)
+    given = TrainSettings(str(output), str(checkpoint), "shapes", dtype="float32", **settings)
     given = replace(given, mesh=MeshSettings(data=2, fsdp=2, tensor=2))
-    origin = Origin(given.init_from, given.convention, given.random_init)
+    origin = Origin(given.checkpoint, given.convention, given.random_init)
     mesh = run_mesh(given.mesh)
     program = make_program(given, origin.config, mesh, steps=4, steps_per_epoch=4)
     arrays = origin.arrays(mesh=mesh, dtype=given.optimizer.dtype, seed=given.seed, on_progress=lambda d, t: None)
@@ -97,7 +97,7 @@ def test_a_whole_model_is_exported_as_it_was_trained(saved, small_folder, tmp_pa
 
 def test_frozen_tensors_are_in_no_checkpoint_and_in_the_export(small_folder, tmp_path):
     shutil.copytree(small_folder, tmp_path / "base")
-    run = begin(tmp_path / "base", tmp_path / "run", frozen=["^vision_model", "embed_tokens"])
+    run = begin(tmp_path / "base", tmp_path / "run", frozen_params=["^vision_model", "embed_tokens"])
     save(run, tmp_path / "run")
     held = stored_arrays(tmp_path / "run" / CHECKPOINTS / "3")
     assert held.keys() == run.state.trained.keys() and len(held) < len(run.program.table)
@@ -112,10 +112,10 @@ def test_frozen_tensors_are_in_no_checkpoint_and_in_the_export(small_folder, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init_from", ["checkpoint", "shapes"])
-def test_adapters_are_alone_in_their_checkpoint_and_merged_in_the_export(small_folder, tmp_path, init_from):
+@pytest.mark.parametrize("checkpoint", ["checkpoint", "shapes"])
+def test_adapters_are_alone_in_their_checkpoint_and_merged_in_the_export(small_folder, tmp_path, checkpoint):
     lora = LoraSettings(rank=3, alpha=6.0, targets=["q_proj", r"mlp\.(fc1|up_proj)"])
-    source = small_folder if init_from == "checkpoint" else "shapes"
+    source = small_folder if checkpoint == "checkpoint" else "shapes"
     run = begin(source, tmp_path / "run", lora=lora, seed=4)
     save(run, tmp_path / "run")
     held = stored_arrays(tmp_path / "run" / CHECKPOINTS / "3")
@@ -163,7 +163,7 @@ class TestRestoring:
         ("changes", "message"),
         [
             ({"optimizer": OptimizerSettings(precision="bfloat16_nearest")}, "has dtype float32, not bfloat16"),
-            ({"frozen": ["vision_model"]}, r"of another model: vision_model\.\S+ is only in the checkpoint"),
+            ({"frozen_params": ["vision_model"]}, r"of another model: vision_model\.\S+ is only in the checkpoint"),
         ],
     )
     def test_of_other_arrays(self, saved, changes, message):

@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_those_that_the_merged_weights_imply(small, rows)
     base, adapters, scale = weights(small), drawn(small), EVERYTHING.scale
 
     def loss(trained, frozen, scale):
-        found = losses(trained, frozen, rows, config=small, dtype=jnp.float32, checkpointing="none", lora_scale=scale)
+        found = losses(trained, frozen, rows, config=small, dtype=jnp.float32, remat="none", lora_scale=scale)
         return found.total.sum()
 
     value = jax.jit(jax.value_and_grad(loss))
@@ -139,7 +139,7 @@ def train(config, rows, steps, mesh=None) -> tuple[list[float], State]:
     if mesh is not None:
         state = jax.device_put(state, state_sharding(state, table, mesh))
         rows = jax.device_put(rows, NamedSharding(mesh, partition_spec(("batch",))))
-    settings = {"mesh": mesh, "dtype": jnp.float32, "checkpointing": "none", "lora_scale": EVERYTHING.scale}
+    settings = {"mesh": mesh, "dtype": jnp.float32, "remat": "none", "lora_scale": EVERYTHING.scale}
     step = make_step(config, table, optimizer, state, **settings)
     found = []
     for _ in range(steps):

@@ -117,7 +117,7 @@ def test_second_moments_decay_with_stochastic_rounding_and_hardly_without():
 
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_the_step_schedule_is_upstreams(warmup):
-    rate = learning_rates(OptimizerSettings(learning_rate=1e-5, warmup=warmup), steps=30, steps_per_epoch=10)
+    rate = learning_rates(OptimizerSettings(learning_rate=1e-5, warmup_steps=warmup), steps=30, steps_per_epoch=10)
     for step in range(warmup, 30):
         assert float(rate(step)) == pytest.approx(1e-5 * 0.85 ** (step // 10))
     for step in range(warmup):
@@ -126,7 +126,7 @@ def test_the_step_schedule_is_upstreams(warmup):
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_falling_schedules(schedule):
-    settings = OptimizerSettings(learning_rate=0.1, schedule=schedule, warmup=10, final=0.05)
+    settings = OptimizerSettings(learning_rate=0.1, schedule=schedule, warmup_steps=10, final_lr_ratio=0.05)
     rate = learning_rates(settings, steps=110, steps_per_epoch=7)
     assert float(rate(5)) == pytest.approx(0.05)
     for step in (10, 35, 60, 110):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from safetensors.numpy import load_file
 
@@ -20,18 +21,18 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.sharding import make_mesh, partition_spec
-from llava_cot_jax.paths import EMBEDDED_FOLDER
-from llava_cot_jax.planning.model_sizes import sizes_of
+from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
+from llava_cot_jax.planning.model_sizes import model_config_for
 from llava_cot_jax.planning.programs import abstract_batch
-from llava_cot_jax.planning.slices import parse
+from llava_cot_jax.planning.slices import parse_topology
 from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.initial_model import Origin
 from llava_cot_jax.training.program import check_batch, make_program, run_mesh
-from llava_cot_jax.training.settings import MeshSettings, TrainSettings
+from llava_cot_jax.training.settings import RENAMED_SETTINGS, MeshSettings, TrainSettings, check_setting_names
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 QUICK = ("shapes_cpu", "llava_cot_11b_v5e_64")
-RUNS = [path for path in CONFIGS if "init_from" in path.read_text()]
+RUNS = [path for path in CONFIGS if re.search("^data:", path.read_text(), re.MULTILINE)]
 
 
 @pytest.mark.parametrize(
@@ -40,14 +41,14 @@ RUNS = [path for path in CONFIGS if "init_from" in path.read_text()]
 )
 def test_a_configuration_builds_its_model_mesh_and_optimizer(path):
     settings = read_arguments(["--config", str(path)])[0]
-    config = sizes_of(settings.init_from)
+    config = model_config_for(settings.checkpoint)
     slice_ = re.search(r"(v\d[ep])_(\d+)$", path.stem)
-    chips = parse(f"{slice_[1]}-{slice_[2]}").chips if slice_ else 1
+    chips = parse_topology(f"{slice_[1]}-{slice_[2]}").chips if slice_ else 1
     sizes = settings.mesh.data, settings.mesh.fsdp or chips, settings.mesh.tensor
     assert np.prod(sizes) == chips
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     program = make_program(settings, config, mesh, steps=100, steps_per_epoch=10)
-    batch = abstract_batch(config, settings.loader.batch, 256, mesh)
+    batch = abstract_batch(config, settings.loader.batch_size, 256, mesh)
     state, measures = jax.eval_shape(program.step, program.state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), program.state
@@ -60,9 +61,9 @@ def test_a_configuration_builds_its_model_mesh_and_optimizer(path):
 BASE = TrainSettings("runs/none", "shapes", "shapes", dtype="float32", mesh=MeshSettings(fsdp=1))
 COMPUTED: dict[str, Any] = {
     "dtype": "bfloat16",
-    "checkpointing": "dots",
-    "micro_batches": 2,
-    "frozen": ["^vision_model"],
+    "remat": "dots",
+    "grad_accum_steps": 2,
+    "frozen_params": ["^vision_model"],
     "steps": 50,
     "epochs": 2,
     "mesh.data": 2,
@@ -70,14 +71,14 @@ COMPUTED: dict[str, Any] = {
     "mesh.tensor": 2,
     "optimizer.learning_rate": 1e-3,
     "optimizer.schedule": "cosine",
-    "optimizer.decay": 0.5,
-    "optimizer.final": 0.5,
-    "optimizer.warmup": 3,
+    "optimizer.epoch_decay": 0.5,
+    "optimizer.final_lr_ratio": 0.5,
+    "optimizer.warmup_steps": 3,
     "optimizer.b1": 0.5,
     "optimizer.b2": 0.5,
     "optimizer.eps": 1e-3,
     "optimizer.weight_decay": 0.1,
-    "optimizer.clip": 1.0,
+    "optimizer.max_grad_norm": 1.0,
     "optimizer.precision": "bfloat16_nearest",
     "lora.rank": 4,
     "lora.alpha": 5.0,
@@ -87,30 +88,30 @@ LOADED: dict[str, Any] = {
     "data": "elsewhere",
     "chat.variant": "conclusion",
     "chat.max_length": 80,
-    "chat.upstream": True,
-    "loader.batch": 16,
-    "loader.buckets": 1,
-    "loader.multiple": 64,
+    "chat.upstream_quirks": True,
+    "loader.batch_size": 16,
+    "loader.num_buckets": 1,
+    "loader.pad_to_multiple_of": 64,
     "loader.seed": 1,
 }
-STARTED: dict[str, Any] = {"init_from": "elsewhere", "random_init": True, "convention": "transformers_5", "seed": 1}
+STARTED: dict[str, Any] = {"checkpoint": "elsewhere", "random_init": True, "convention": "transformers_5", "seed": 1}
 RUN = {
     "output",
-    "checkpoint_every",
-    "checkpoints_kept",
-    "checkpoints_kept_every",
-    "checkpoints_kept_best",
-    "skipped_in_a_row",
-    "validate_every",
-    "validation_rows",
+    "checkpoints.every",
+    "checkpoints.max_to_keep",
+    "checkpoints.keep_period",
+    "checkpoints.best_n",
+    "max_nonfinite_steps",
+    "eval_every",
+    "eval_examples",
     "log_every",
-    "answers",
+    "eval_generations",
     "profile",
     "wandb",
 }
 """Those that ``test_train.py`` changes in a run."""
 
-READ_AHEAD = {"loader.workers", "loader.threads"}
+READ_AHEAD = {"loader.num_workers", "loader.num_threads"}
 """Those that change no batch: ``test_loader.py`` and ``distributed/test_data.py`` show it."""
 
 
@@ -126,7 +127,7 @@ def names(settings: Any, prefix: str = "") -> set[str]:
 
 def changed(settings: TrainSettings, name: str, value: Any) -> TrainSettings:
     """``settings`` with one field changed; fields that count only with another are given that too."""
-    if name in ("optimizer.final",):
+    if name in ("optimizer.final_lr_ratio",):
         settings = replace(settings, optimizer=replace(settings.optimizer, schedule="linear"))
     if name in ("lora.alpha", "lora.targets"):
         settings = replace(settings, lora=replace(settings.lora, rank=4))
@@ -148,7 +149,7 @@ def observe(settings: TrainSettings) -> tuple[Any, ...]:
     config = shapes_config()
     steps = settings.steps or settings.epochs * 10
     program = make_program(settings, config, mesh, steps=steps, steps_per_epoch=10)
-    batch = abstract_batch(config, settings.loader.batch, 64, mesh)
+    batch = abstract_batch(config, settings.loader.batch_size, 64, mesh)
     traced = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(program.step)(program.state, batch)))
     layout = jax.tree.map(lambda x: str((x.shape, x.dtype, x.sharding)), program.state)
     return traced, [float(program.learning_rate(step)) for step in range(steps)], str(layout)
@@ -188,7 +189,7 @@ def test_each_field_of_the_data_changes_it(tmp_path):
 
 
 def test_random_weights_need_none_on_the_disk(tmp_path):
-    for path in EMBEDDED_FOLDER.glob("*.json"):
+    for path in BUNDLED_MODEL_FOLDER.glob("*.json"):
         shutil.copy(path, tmp_path)
     assert Origin(str(tmp_path), None, random_init=True).config == shapes_config()
     with pytest.raises(UserError, match=r"holds no \*\.safetensors files"):
@@ -207,10 +208,10 @@ def test_each_field_of_the_start_changes_it():
     config, weights = start(None, 0)
     assert start(STARTED["convention"], 0)[0] != config
     assert not np.array_equal(start(None, STARTED["seed"])[1], weights)
-    trained = load_file(EMBEDDED_FOLDER / "model.safetensors")["language_model.lm_head.weight"]
+    trained = load_file(BUNDLED_MODEL_FOLDER / "model.safetensors")["language_model.lm_head.weight"]
     np.testing.assert_array_equal(start(None, 0, random_init=False)[1], trained)
     with pytest.raises(UserError, match="elsewhere"):
-        Origin(STARTED["init_from"], None)
+        Origin(STARTED["checkpoint"], None)
 
 
 @pytest.mark.parametrize(
@@ -219,17 +220,17 @@ def test_each_field_of_the_start_changes_it():
         (["--epochs", "0"], "epochs is 0; it must be at least 1"),
         (["--steps", "0"], "steps is 0"),
         (["--seed", "-1"], "seed is -1"),
-        (["--micro_batches", "3"], "micro_batches is 3; it must divide loader.batch, 32"),
-        (["--lora.rank", "4", "--frozen", '["vision"]'], "leave one of them out"),
+        (["--grad_accum_steps", "3"], "grad_accum_steps is 3; it must divide loader.batch_size, 32"),
+        (["--lora.rank", "4", "--frozen_params", '["vision"]'], "leave one of them out"),
         (["--mesh.fsdp", "0"], "mesh.fsdp is 0"),
         (["--optimizer.schedule", "exponential"], "schedule"),
         (["--dtype", "float16"], "dtype"),
-        (["--checkpointing", "some"], "checkpointing"),
+        (["--remat", "some"], "remat"),
     ],
 )
 def test_a_value_that_means_nothing(arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        read_arguments(["--output", "o", "--init_from", "shapes", "--data", "shapes", *arguments])
+        read_arguments(["--output", "o", "--checkpoint", "shapes", "--data", "shapes", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -241,14 +242,39 @@ def test_a_value_that_means_nothing(arguments, message):
     ],
 )
 def test_an_unknown_key_is_told_with_the_nearest_known_one(tmp_path, content, message):
-    (tmp_path / "run.yaml").write_text(f"output: o\ninit_from: shapes\ndata: shapes\n{content}\n")
+    (tmp_path / "run.yaml").write_text(f"output: o\ncheckpoint: shapes\ndata: shapes\n{content}\n")
     with pytest.raises(UserError, match=rf"did you mean {re.escape(message)}\?$"):
         read_arguments(["--config", str(tmp_path / "run.yaml")])
 
 
-def test_an_unknown_argument_likewise():
+def test_the_nearest_name_of_an_unknown_argument():
     with pytest.raises(UserError, match=r"did you mean mesh\.tensor\?$"):
-        read_arguments(["--output", "o", "--init_from", "shapes", "--data", "shapes", "--mesh.tensors", "2"])
+        read_arguments(["--output", "o", "--checkpoint", "shapes", "--data", "shapes", "--mesh.tensors", "2"])
+
+
+@pytest.mark.parametrize(("former", "present"), RENAMED_SETTINGS.items())
+class TestFormerNames:
+    """A former name of a setting is refused with the present one, wherever it stands."""
+
+    def test_as_an_argument(self, former, present):
+        with pytest.raises(UserError, match=f"{re.escape(former)} .*it is called {re.escape(present)} now$"):
+            read_arguments(["--output", "o", "--checkpoint", "shapes", "--data", "shapes", f"--{former}", "1"])
+
+    def test_in_a_configuration(self, tmp_path, former, present):
+        content: Any = 1
+        for key in reversed(former.split(".")):
+            content = {key: content}
+        stored = {"output": "o", "checkpoint": "shapes", "data": "shapes", **content}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(stored))
+        with pytest.raises(UserError, match=f"it is called {re.escape(present)} now$"):
+            read_arguments(["--config", str(tmp_path / "run.yaml")])
+        with pytest.raises(UserError, match=f"{re.escape(former)} is {re.escape(present)} now$"):
+            check_setting_names(stored, tmp_path)
+
+    def test_the_present_name_is_one(self, former, present):
+        value: Any = BASE
+        for key in present.split("."):
+            value = getattr(value, key)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +296,7 @@ def check(**more: Any) -> None:
 
 def test_a_batch_that_the_mesh_does_not_divide():
     check()
-    with pytest.raises(UserError, match=r"loader\.batch is 12: the mesh does not divide it .* multiple of 8"):
-        check(loader=replace(BASE.loader, batch=12))
+    with pytest.raises(UserError, match=r"loader\.batch_size is 12: the mesh does not divide it .* multiple of 8"):
+        check(loader=replace(BASE.loader, batch_size=12))
     with pytest.raises(UserError, match=r"8 devices, 8 micro-batches on each\); take a multiple of 64"):
-        check(micro_batches=8)
+        check(grad_accum_steps=8)

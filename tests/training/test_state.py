@@ -47,7 +47,7 @@ def start(config, mesh=None, frozen=(), settings=SETTINGS, **more):
     state = State.begin(arrays, rest, optimizer, settings.dtype)
     if mesh is not None:
         state = jax.device_put(state, state_sharding(state, table, mesh))
-    return state, make_step(config, table, optimizer, state, mesh=mesh, dtype=jnp.float32, checkpointing="full", **more)
+    return state, make_step(config, table, optimizer, state, mesh=mesh, dtype=jnp.float32, remat="full", **more)
 
 
 def train(config, rows, steps, mesh=None, **more) -> tuple[list[float], State]:
@@ -69,7 +69,7 @@ def alone(small, rows) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_of_a_batch_add_up(small, rows, alone, parts):
-    np.testing.assert_allclose(train(small, rows, 20, micro_batches=parts)[0], alone, rtol=1e-5)
+    np.testing.assert_allclose(train(small, rows, 20, grad_accum_steps=parts)[0], alone, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_parts_of_a_batch_add_up(small, rows, alone, parts):
 def test_losses_are_those_of_one_device(small, rows, alone, sizes, parts):
     assert alone[-1] < 0.9 * alone[0]
     mesh = make_mesh(*sizes)
-    together, state = train(small, rows, 20, mesh, micro_batches=parts)
+    together, state = train(small, rows, 20, mesh, grad_accum_steps=parts)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     table = parameters(small, "stacked")
     for tree in (state.trained, state.optimizer[0].mu, state.optimizer[0].nu):
@@ -118,7 +118,7 @@ def test_a_step_that_is_not_finite_changes_nothing(small, rows):
 
 @pytest.mark.slow
 def test_gradients_are_clipped_to_a_norm(small, rows):
-    free, clipped = (start(small, settings=replace(SETTINGS, eps=1.0), clip=clip) for clip in (0.0, 1e-3))
+    free, clipped = (start(small, settings=replace(SETTINGS, eps=1.0), max_grad_norm=clip) for clip in (0.0, 1e-3))
     changes = []
     for state, step in (free, clipped):
         state, measures = step(state, rows)

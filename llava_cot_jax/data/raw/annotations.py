@@ -1,4 +1,4 @@
-"""The annotations of a raw data set: a JSON Lines file in LLaVA's format, read and checked row by row."""
+"""Annotations of a raw data set: a JSON Lines file in LLaVA's format, read and checked row by row."""
 
 import hashlib
 import json
@@ -8,19 +8,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_cot_jax.data.raw.images import Member, RawImages, shortest
+from llava_cot_jax.data.raw.images import Member, RawImages, normalise_path
 from llava_cot_jax.data.rows import MARKER, Turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.stages import is_staged
 
 SPEAKERS = ("human", "gpt")
 
-UNKNOWN = "(unknown)"
-"""The source of a row that does not say it."""
+UNKNOWN_SOURCE = "(unknown)"
+"""Source of a row whose image path does not name one."""
 
 
 class Reason(StrEnum):
-    """Why a row is left out."""
+    """Reason for which a row is left out."""
 
     BROKEN_JSON = "broken JSON"
     NOT_A_ROW = "no conversation"
@@ -31,17 +31,17 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A row without structural fault.
+class AnnotationRow:
+    """A row in the right format whose image exists.
 
     Attributes:
-        line: its number in the annotations, from 1: the key of its record, for ids may repeat.
-        offset: where the line begins, in bytes.
-        id: as the row has it.
-        source: the data set that the picture comes from.
-        image_path: as the row has it, without detours.
-        image: the file that it names.
-        unstaged: how many of its answers lack a stage.
+        line: Number of the line in the annotations, from 1. It is the key of the record, since ids may repeat.
+        offset: Offset of the line in the file, in bytes.
+        id: Id of the row.
+        source: Data set that the picture comes from.
+        image_path: Normalised path of the image in the row.
+        image: Image file at that path.
+        unstaged: Number of answers that lack a stage.
     """
 
     line: int
@@ -54,8 +54,17 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A row that is not used. ``id`` and ``image`` are empty where it has none."""
+class SkippedRow:
+    """A row that is left out.
+
+    Attributes:
+        line: Number of the line in the annotations, from 1.
+        id: Id of the row, empty if it has none.
+        source: Data set that the picture comes from, or ``UNKNOWN_SOURCE``.
+        image: Path of the image in the row, empty if it has none.
+        reason: Reason for which the row is left out.
+        detail: Fault that was found, or empty where the reason says it all.
+    """
 
     line: int
     id: str
@@ -67,27 +76,29 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Annotations:
-    """The rows of a file.
+    """Rows of a file of annotations.
 
     Attributes:
-        entries: those that can be used, as far as their images decode.
-        left_out: the others.
-        sha256: of the whole file.
+        entries: Rows that can be used if their images can be decoded.
+        left_out: Rows that cannot be used.
+        sha256: SHA-256 of the whole file, hexadecimal.
     """
 
-    entries: list[Entry]
-    left_out: list[LeftOut]
+    entries: list[AnnotationRow]
+    left_out: list[SkippedRow]
     sha256: str
 
 
 def read_annotations(path: Path, images: RawImages, limit: int | None = None) -> Annotations:
-    """Read the file once, hold every row against the format, and find its image. Blank lines are no rows.
+    """Read the file once, check the format of every row, and find its image. Blank lines are skipped.
 
     Args:
-        limit: read rows from so many lines only.
+        path: File of annotations.
+        images: Images of the data set.
+        limit: Number of lines to use, from the first. None uses all.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: The file cannot be read.
     """
     read = Annotations([], [], "")
     digest = hashlib.sha256()
@@ -96,8 +107,8 @@ def read_annotations(path: Path, images: RawImages, limit: int | None = None) ->
         for line, text in enumerate(file, 1):
             digest.update(text)
             if text.strip() and (limit is None or line <= limit):
-                row = _check(text, line, offset, images)
-                if isinstance(row, Entry):
+                row = _check_row(text, line, offset, images)
+                if isinstance(row, AnnotationRow):
                     read.entries.append(row)
                 else:
                     read.left_out.append(row)
@@ -106,10 +117,10 @@ def read_annotations(path: Path, images: RawImages, limit: int | None = None) ->
 
 
 def open_annotations(path: Path) -> BinaryIO:
-    """The file, opened to read bytes.
+    """Open the file of annotations to read bytes.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: The file cannot be opened.
     """
     try:
         return path.open("rb")
@@ -117,20 +128,20 @@ def open_annotations(path: Path) -> BinaryIO:
         raise UserError(f"annotations {path} cannot be read: {fault.strerror}") from None
 
 
-def read_conversations(file: BinaryIO, entry: Entry) -> list[dict[str, str]]:
-    """The conversation of a row that was checked, from its place in the opened file."""
+def read_conversations(file: BinaryIO, entry: AnnotationRow) -> list[dict[str, str]]:
+    """Read the conversation of a checked row from the open file."""
     file.seek(entry.offset)
     return [{key: turn[key] for key in ("from", "value")} for turn in json.loads(file.readline())["conversations"]]
 
 
 def make_turns(conversations: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
-    """The questions with their answers.
+    """Pair the questions with their answers.
 
     Raises:
-        ValueError: human and gpt do not take turns, one of them says nothing, or a question has no answer.
+        ValueError: Human and gpt do not take turns, a text is empty, or a question has no answer.
     """
     if not conversations:
-        raise ValueError("there are none")
+        raise ValueError("there are no turns")
     for i, turn in enumerate(conversations):
         speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
         if speaker != SPEAKERS[i % 2]:
@@ -144,50 +155,50 @@ def make_turns(conversations: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
 
 
 def in_validation(image_path: str, share: float) -> bool:
-    """Whether rows about the image are for validation: decided by its path alone, whatever else there is."""
+    """Whether rows about an image are for validation. This depends on the image path and the share alone."""
     draw = int.from_bytes(hashlib.sha256(image_path.encode()).digest()[:8])
     return draw < share * 2**64
 
 
-def _check(text: bytes, line: int, offset: int, images: RawImages) -> Entry | LeftOut:
+def _check_row(text: bytes, line: int, offset: int, images: RawImages) -> AnnotationRow | SkippedRow:
     try:
         row = _parse(text)
     except (ValueError, RecursionError) as fault:
-        return LeftOut(line, "", UNKNOWN, "", Reason.BROKEN_JSON, getattr(fault, "msg", str(fault)))
+        return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.BROKEN_JSON, getattr(fault, "msg", str(fault)))
     if not isinstance(row, dict):
-        return LeftOut(line, "", UNKNOWN, "", Reason.NOT_A_ROW, "the line is no JSON object")
+        return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.NOT_A_ROW, "the line is no JSON object")
     id = "" if row.get("id") is None else str(row["id"])
     path = row["image"] if isinstance(row.get("image"), str) else ""
-    source = _source(path)
+    source = _source_of(path)
 
-    def leave(reason: Reason, detail: str = "") -> LeftOut:
-        return LeftOut(line, id, source, path, reason, detail)
+    def skip(reason: Reason, detail: str = "") -> SkippedRow:
+        return SkippedRow(line, id, source, path, reason, detail)
 
     conversations = row.get("conversations")
     if not isinstance(conversations, list):
-        return leave(Reason.NOT_A_ROW)
+        return skip(Reason.NOT_A_ROW)
     if not path:
-        return leave(Reason.NO_IMAGE)
+        return skip(Reason.NO_IMAGE)
     try:
         turns = make_turns(conversations)
     except ValueError as fault:
-        return leave(Reason.BAD_TURNS, str(fault))
-    image_path, image = shortest(path), images.find(path)
+        return skip(Reason.BAD_TURNS, str(fault))
+    image_path, image = normalise_path(path), images.find(path)
     if image_path is None or image is None:
-        return leave(Reason.MISSING_IMAGE)
+        return skip(Reason.MISSING_IMAGE)
     unstaged = sum(not is_staged(turn.answer) for turn in turns)
-    return Entry(line, offset, id, source, image_path, image, unstaged)
+    return AnnotationRow(line, offset, id, source, image_path, image, unstaged)
 
 
 def _parse(text: bytes) -> Any:
     row = json.loads(text)
     if b"\\ud" in text.lower():
-        # Half of a surrogate pair is JSON, but no text that can be written.
+        # Half of a surrogate pair is valid JSON, but cannot be encoded as UTF-8.
         json.dumps(row, ensure_ascii=False).encode()
     return row
 
 
-def _source(image_path: str) -> str:
-    """The first folder of the path."""
-    folder, found, _ = (shortest(image_path) or "").partition("/")
-    return folder if found else UNKNOWN
+def _source_of(image_path: str) -> str:
+    """Return the first folder of the path, or ``UNKNOWN_SOURCE``."""
+    folder, found, _ = (normalise_path(image_path) or "").partition("/")
+    return folder if found else UNKNOWN_SOURCE

@@ -1,4 +1,4 @@
-"""The images of a raw data set where they lie: in a folder, in a zip archive, in the parts of one."""
+"""Images of a raw data set, read in place from a folder, a zip archive or the parts of a split archive."""
 
 import os
 import posixpath
@@ -14,17 +14,17 @@ from llava_cot_jax.data.raw.split_zip import find_parts, open_zip
 from llava_cot_jax.errors import UserError
 
 PREFIXES = ("", "image_files/", "images/", "image/")
-"""Folders that an archive may put around the paths that rows give."""
+"""Folders that an archive may have in front of the paths in the annotations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An image file, undecoded.
+    """An image file that is not decoded.
 
     Attributes:
-        name: what ``read`` knows it by.
-        size: in bytes.
-        version: changes when the file does: its CRC-32 in a zip, its time of change in a folder.
+        name: Name of the file, for ``RawImages.read``.
+        size: Size in bytes.
+        version: Number that changes with the file: its CRC-32 in a zip, its modification time in a folder.
     """
 
     name: str
@@ -33,27 +33,27 @@ class Member:
 
 
 class RawImages(Protocol):
-    """Image files by name. Can be pickled: another process opens them anew."""
+    """Image files by name. The object can be pickled; another process opens the files anew."""
 
     def find(self, path: str) -> Member | None:
-        """The file that a row calls ``path``; None if there is none, or if the path leads out."""
+        """Find the file at a row's path. Return None if it does not exist or the path leads out of the folder."""
 
     def read(self, name: str) -> bytes:
-        """The content of the file.
+        """Read the content of a file.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: The file cannot be read.
         """
 
     def names(self) -> Iterator[str]:
-        """All files that are there."""
+        """Return the names of all files."""
 
 
 def open_images(path: Path) -> RawImages:
-    """The images at ``path``: a folder, a zip, or what ``find_parts`` takes.
+    """Open the images of a folder, a zip, or a split zip by a path that ``find_parts`` accepts.
 
     Raises:
-        UserError: nothing is there, or it is no whole zip archive.
+        UserError: The path does not exist, or is neither a folder nor a zip nor a part of one; or parts are missing.
     """
     if path.is_file() and path.suffix.lower() == ".zip":
         return ZippedImages((path,))
@@ -66,8 +66,8 @@ def open_images(path: Path) -> RawImages:
     raise UserError(f"there is no {path}, and no parts such as {path.name}.part-aa beside it")
 
 
-def shortest(path: str) -> str | None:
-    """``path`` without detours, as in ``a/b.png`` for ``./a//b.png``; None if it leads out of its folder."""
+def normalise_path(path: str) -> str | None:
+    """Normalise a path, as ``./a//b.png`` to ``a/b.png``. Return None if it leads out of its folder."""
     short = posixpath.normpath(path)
     outside = short.startswith(("/", "../")) or short in (".", "..") or "\0" in short
     return None if outside else short
@@ -77,10 +77,10 @@ class ZippedImages:
     """``RawImages`` in a zip archive, or in the parts of one.
 
     Args:
-        parts: the files that make the archive when they are read one after the other.
+        parts: Files of the archive, in order.
 
     Raises:
-        UserError: on first use, what ``open_zip`` refuses.
+        UserError: The archive cannot be opened. This is raised on first use.
     """
 
     def __init__(self, parts: tuple[Path, ...]) -> None:
@@ -99,7 +99,7 @@ class ZippedImages:
         return {name: info for name, info in names.items() if not name.startswith("__MACOSX/")}
 
     def find(self, path: str) -> Member | None:
-        if (short := shortest(path)) is None:
+        if (short := normalise_path(path)) is None:
             return None
         name = next((prefix + short for prefix in PREFIXES if prefix + short in self._infos), None)
         return Member(name, self._infos[name].file_size, self._infos[name].CRC) if name else None
@@ -107,7 +107,7 @@ class ZippedImages:
     def read(self, name: str) -> bytes:
         try:
             return self._zip.read(self._infos[name])
-        except Exception as fault:  # damaged data makes zipfile raise almost anything
+        except Exception as fault:  # zipfile raises various exceptions for damaged data
             raise UserError(f"{name} cannot be read from {self._parts[0]}: {fault}") from fault
 
     def names(self) -> Iterator[str]:
@@ -121,7 +121,7 @@ class ImageFolder:
         self._root = root
 
     def find(self, path: str) -> Member | None:
-        short = shortest(path)
+        short = normalise_path(path)
         for prefix in PREFIXES if short else ():
             name = f"{prefix}{short}"
             try:

@@ -1,4 +1,4 @@
-"""LLaVA-CoT-100k as tfds reads it: the records, the shards that hold them, and the builder that binds these."""
+"""LLaVA-CoT-100k in the format of tfds: records, shards, and the builder of the data set."""
 
 import contextlib
 import errno
@@ -17,9 +17,10 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 
-from llava_cot_jax.data.raw.annotations import Entry, open_annotations, read_conversations
+from llava_cot_jax.data.raw.annotations import AnnotationRow, open_annotations, read_conversations
 from llava_cot_jax.data.raw.images import RawImages
-from llava_cot_jax.data.raw.work_folder import NO_SPACE, beside, whole_file
+from llava_cot_jax.files import atomic_file, atomic_path
+from llava_cot_jax.paths import NO_SPACE
 from llava_cot_jax.processing.images import open_image
 
 NAME = "llava_cot_100k"
@@ -27,7 +28,7 @@ FILE_FORMAT = "array_record"
 
 JPEG_QUALITY = 95
 
-# A record is a group of its own, for random access. Images are compressed already.
+# Each record is a group of its own, for random access. Images are already compressed.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 FEATURES = tfds.features.FeaturesDict(
@@ -45,25 +46,25 @@ _SERIALIZER = tfds.core.ExampleSerializer(FEATURES.get_serialized_info())
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of records, and what goes into it.
+    """A file of records, with the rows to write into it.
 
     Attributes:
-        path: the file.
-        turns: another file, of the conversations alone: a line of JSON for each record.
-        entries: the rows, in order.
+        path: File of the records.
+        turns: File of the conversations alone, with one line of JSON per record.
+        entries: Rows, in order.
     """
 
     path: Path
     turns: Path
-    entries: tuple[Entry, ...]
+    entries: tuple[AnnotationRow, ...]
 
     def __len__(self) -> int:
         return len(self.entries)
 
 
-def cut_into_shards(entries: Iterable[Entry], max_bytes: int, max_rows: int) -> list[tuple[Entry, ...]]:
-    """Rows in their order, as many to a shard as come to at most ``max_bytes`` of image files and ``max_rows``."""
-    shards: list[list[Entry]] = []
+def cut_into_shards(entries: Iterable[AnnotationRow], max_bytes: int, max_rows: int) -> list[tuple[AnnotationRow, ...]]:
+    """Divide rows, in their order, into shards of at most ``max_bytes`` of image files and ``max_rows`` rows each."""
+    shards: list[list[AnnotationRow]] = []
     size = 0
     for entry in entries:
         size += entry.image.size
@@ -75,18 +76,18 @@ def cut_into_shards(entries: Iterable[Entry], max_bytes: int, max_rows: int) -> 
 
 
 def shard_name(split: str, index: int, count: int) -> str:
-    """The file name of shard ``index`` of ``count``, as tfds wants it."""
+    """Return the file name of shard ``index`` of ``count``, as tfds requires it."""
     return f"{NAME}-{split}.{FILE_FORMAT}-{index:05d}-of-{count:05d}"
 
 
 @dataclass(frozen=True)
-class WriteShard:
-    """Writes shards, each whole or not at all. Can be pickled.
+class ShardWriter:
+    """Writer of shards, each complete or not at all. It can be pickled.
 
     Attributes:
-        annotations: the file that the entries were read from.
-        images: where their images are.
-        max_side: pixels; larger images are shrunk to so many on their longest side.
+        annotations: File that the rows were read from.
+        images: Images of the rows.
+        max_side: Longest side in pixels of a written image; larger images are shrunk. None keeps every size.
     """
 
     annotations: Path
@@ -94,20 +95,24 @@ class WriteShard:
     max_side: int | None
 
     def __call__(self, shard: Shard) -> None:
-        """Write one.
+        """Write one shard.
 
         Raises:
-            UserError: a row cannot be read any more.
-            OSError: the disk is full, or else not fit to be written.
+            UserError: A row can no longer be read.
+            OSError: The disk is full or cannot be written.
         """
-        # The conversations first: where the shard is, they are.
-        with beside(shard.path) as path, whole_file(shard.turns) as turns, open_annotations(self.annotations) as lines:
+        # The conversations appear before the shard, so that a finished shard always has them.
+        with (
+            atomic_path(shard.path) as path,
+            atomic_file(shard.turns) as turns,
+            open_annotations(self.annotations) as lines,
+        ):
             _write_records(path, (self._record(entry, lines, turns) for entry in shard.entries))
             if (written := count_records(path)) != len(shard):
                 raise OSError(errno.EIO, f"{written} of {len(shard)} records are there after writing", str(path))
 
-    def _record(self, entry: Entry, lines: BinaryIO, turns: BinaryIO) -> bytes:
-        """The record of a row; its line of the conversations is written on the way."""
+    def _record(self, entry: AnnotationRow, lines: BinaryIO, turns: BinaryIO) -> bytes:
+        """Return the record of a row, and write its line to the file of conversations."""
         conversations = read_conversations(lines, entry)
         line = {"id": entry.id, "source": entry.source, "conversations": conversations}
         turns.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
@@ -118,7 +123,7 @@ class WriteShard:
             "image_path": entry.image_path,
             "image": shrink(image, self.max_side) if self.max_side else image,
         }
-        # Else the fields of a record would stand in another order in every process.
+        # Without this the order of a record's fields would differ between processes.
         return _SERIALIZER.get_tf_example(FEATURES.encode_example(example)).SerializeToString(deterministic=True)
 
 
@@ -130,25 +135,25 @@ def _write_records(path: Path, records: Iterable[bytes]) -> None:
     finally:
         try:
             writer.close()
-        except RuntimeError as fault:  # it keeps to itself until now that the disk was full
+        except RuntimeError as fault:  # a full disk is reported only on closing
             number = next((n for n in NO_SPACE if os.strerror(n) in str(fault)), errno.EIO)
             raise OSError(number, str(fault), str(path)) from fault
 
 
 def count_records(path: Path) -> int:
-    """How many records a shard has; 0 if it was cut short, or its index is damaged."""
+    """Count the records of a shard. Return 0 if it was cut short or its index is damaged."""
     reader = ArrayRecordReader(str(path))
     count: int = reader.num_records()
-    with contextlib.suppress(RuntimeError):  # damage, of which the count knows
+    with contextlib.suppress(RuntimeError):  # a damaged shard, whose count is 0 already
         reader.close()
     return count
 
 
 def shrink(image: bytes, max_side: int) -> bytes:
-    """The image file itself, or, if it is larger than ``max_side`` pixels, a smaller one of what ``open_image`` sees.
+    """Return the image file, or a shrunk one if its longest side exceeds ``max_side`` pixels.
 
     Raises:
-        UserError: what ``open_image`` refuses.
+        UserError: ``open_image`` cannot decode the image.
     """
     with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image)) as file:
         longest, is_jpeg = max(file.size), file.format in ("JPEG", "MPO")
@@ -163,11 +168,11 @@ def shrink(image: bytes, max_side: int) -> bytes:
 
 
 class LlavaCot100k(tfds.core.ShardBasedBuilder):
-    """Makes a tfds data set of finished shards: their bytes are linked, not written anew.
+    """Builder of a tfds data set from finished shards, which are linked and not written again.
 
     Args:
-        shards: those of each split, in order; no split is empty.
-        data_dir: where to, in tfds' own layout.
+        shards: Shards of each split, in order. No split is empty.
+        data_dir: Output folder, in tfds' own layout.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -181,7 +186,7 @@ class LlavaCot100k(tfds.core.ShardBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=FEATURES)
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator[tuple[int, None]]]]]:
-        # Only counted: see _LinkShard.
+        # tfds only counts these keys, since ``_LinkShard`` links the records.
         return {split: [partial(_keys, shard) for shard in shards] for split, shards in self._shards.items()}
 
     def _example_writer(self) -> tfds.core.ExampleWriter:
@@ -193,7 +198,7 @@ def _keys(shard: Shard) -> Iterator[tuple[int, None]]:
 
 
 class _LinkShard(tfds.core.ExampleWriter):
-    """Puts a finished shard where tfds would write it."""
+    """Writer for tfds that links a finished shard instead of writing it."""
 
     def __init__(self, finished: Mapping[str, Path]) -> None:
         super().__init__(tfds.core.FileFormat.ARRAY_RECORD)

@@ -1,4 +1,4 @@
-"""A zip archive, whole or in the parts that ``split -b`` cut it into, read in place."""
+"""Reading of a zip archive in place, whole or in the parts that ``split -b`` made of it."""
 
 import io
 import os
@@ -21,10 +21,10 @@ BUFFER_BYTES = 1 << 16
 
 
 class PartsFile(io.RawIOBase):
-    """Several files read as one, in the order given.
+    """Several files that are read as one, in the order given.
 
     Raises:
-        OSError: one of them cannot be opened.
+        OSError: A file cannot be opened.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -53,7 +53,7 @@ class PartsFile(io.RawIOBase):
         if i == len(self._ends):
             return 0
         part, begin = self._files[i], self._ends[i - 1] if i else 0
-        # Up to the end of this part: a raw file may give less than it is asked for.
+        # The read ends with this part, since a raw file may return less than it is asked for.
         within = memoryview(buffer).cast("B")[: self._ends[i] - self._position]
         part.seek(self._position - begin)
         count = part.readinto(within)
@@ -67,13 +67,13 @@ class PartsFile(io.RawIOBase):
 
 
 def find_parts(path: Path) -> list[Path]:
-    """The parts of the split zip that ``path`` stands for, in order; nothing if it stands for none.
+    """Find the parts of a split zip, in order. Return an empty list if ``path`` names none.
 
     Args:
-        path: one part, the name that the whole zip would have beside its parts, or their folder.
+        path: One of the parts, the path of the whole zip if it stood beside its parts, or the folder of the parts.
 
     Raises:
-        UserError: a part before the last one is missing or has another size, or the folder holds
+        UserError: A part before the last one is missing, a part has another size than the others, or the folder has
             the parts of more than one zip.
     """
     named = PART.fullmatch(path.name)
@@ -108,10 +108,10 @@ def _check_parts(folder: Path, whole: str, parts: list[Path]) -> None:
 
 
 def open_zip(parts: Sequence[Path]) -> zipfile.ZipFile:
-    """The zip archive that the files make when they are read one after the other.
+    """Open the zip archive that is in one file, or in several files that follow each other.
 
     Raises:
-        UserError: a file cannot be read, or together they are no whole zip archive.
+        UserError: A file cannot be read, or together they are no complete zip archive.
     """
     try:
         file = io.BufferedReader(PartsFile(parts), BUFFER_BYTES)
@@ -119,7 +119,7 @@ def open_zip(parts: Sequence[Path]) -> zipfile.ZipFile:
         raise UserError(f"{fault.filename} cannot be read: {fault.strerror}") from None
     try:
         return zipfile.ZipFile(file)
-    except Exception as fault:  # a damaged directory makes zipfile raise almost anything
+    except Exception as fault:  # zipfile raises various exceptions for a damaged directory
         file.close()
         otherwise = "parts after it are missing" if len(parts) > 1 else "it is no zip archive"
         raise UserError(f"{parts[-1]} is cut short, or {otherwise}: fetch it again ({fault})") from fault

@@ -1,11 +1,11 @@
-"""What became of the rows of a raw data set, counted by the data sets that it was made of."""
+"""Counts of the rows that were written and left out, by the data sets that a raw data set was made of."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from llava_cot_jax.data.raw.annotations import Entry, LeftOut, Reason
+from llava_cot_jax.data.raw.annotations import AnnotationRow, Reason, SkippedRow
 
 SPLITS = ("train", "validation")
 ROWS = "rows"
@@ -18,12 +18,12 @@ WHERE_ANY = (*Reason, UNSTAGED, REPEATED)
 
 @dataclass(frozen=True)
 class Summary:
-    """The counts.
+    """Counts of the rows of a data set.
 
     Attributes:
-        sources: by source, then by what is counted: the rows, those written to each split, those
-            left out for each reason, and among the written ones what is odd about them.
-        unnamed_images: how many images there are that no row names.
+        sources: Counts by source and column: all rows, rows written to each split, rows left out for each reason, and
+            among the written rows the unstaged answers and repeated ids.
+        unnamed_images: Number of images that no row names.
     """
 
     sources: dict[str, dict[str, int]]
@@ -31,20 +31,21 @@ class Summary:
 
     @property
     def totals(self) -> Counter[str]:
-        """What is counted, over all sources."""
+        """Counts by column, over all sources."""
         return sum(map(Counter, self.sources.values()), Counter())
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return self.totals[ROWS]
 
     @property
     def left_out(self) -> int:
-        """How many rows are left out."""
+        """Number of rows that are left out."""
         return sum(self.totals[reason] for reason in Reason)
 
     def table(self) -> str:
-        """The counts as lines of text: a line for each source, and one for all."""
+        """Return the counts as lines of text, with one line for each source and one for all."""
         columns = [*ALWAYS, *(column for column in WHERE_ANY if self.totals[column])]
         headings = list(zip_longest(*(reversed(name.split()) for name in ("source", *columns)), fillvalue=""))[::-1]
         counts = {**self.sources, "all": self.totals}
@@ -58,8 +59,8 @@ class Summary:
         return "\n".join([*lines, f"images that no row names: {self.unnamed_images:,}"])
 
 
-def summarise(splits: dict[str, list[Entry]], left_out: Iterable[LeftOut], unnamed_images: int) -> Summary:
-    """Count the rows of each split and those left out. Of rows that share an id, all but the first repeat it."""
+def summarise(splits: dict[str, list[AnnotationRow]], left_out: Iterable[SkippedRow], unnamed_images: int) -> Summary:
+    """Count the rows of each split and those left out. An id counts as repeated in all its rows but the first."""
     sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in left_out:
         sources[row.source].update((ROWS, row.reason.value))

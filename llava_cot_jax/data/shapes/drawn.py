@@ -1,4 +1,4 @@
-"""Pictures of the shapes world, drawn and saved for somebody who has no picture at hand, with a question about each."""
+"""Pictures of the shapes world that are drawn and saved as files, with a question about each."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,16 +7,17 @@ from PIL import Image
 
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import writing_errors
 
 
 @dataclass(frozen=True)
 class DrawnQuestion:
-    """A question about a picture that was drawn.
+    """A question about a drawn picture.
 
     Attributes:
-        image: the file of the picture, a PNG of 48 x 48 pixels.
-        question: what is asked about it.
-        answer: the right answer, a word or two.
+        image: File of the picture, a PNG of 48 x 48 pixels.
+        question: Text of the question.
+        answer: Right answer, one word or two.
     """
 
     image: Path
@@ -25,29 +26,27 @@ class DrawnQuestion:
 
 
 def draw_questions(folder: Path, count: int, seed: int) -> list[DrawnQuestion]:
-    """Draw pictures of the test split, in which no picture is one that the package's own model was trained on.
+    """Draw and save pictures of the test split, on which the package's own model was not trained.
 
-    Questions of the four types take turns. The same seed draws the same pictures and asks the same questions.
+    Questions of the four kinds take turns. The same seed gives the same pictures and questions.
 
     Args:
-        folder: where the pictures are saved; made where there is none.
-        count: how many pictures.
-        seed: of the pictures.
+        folder: Folder where the pictures are saved. It is made if it does not exist.
+        count: Number of pictures.
+        seed: Seed of the pictures and questions.
 
     Raises:
-        UserError: fewer than one picture, a negative seed, or a folder that cannot be written.
+        UserError: The count is less than one, the seed is negative, or the folder cannot be written.
     """
     if count < 1:
         raise UserError(f"draw is {count}; it must be at least 1")
     rows = ShapesRows("test", seed=seed, size=count)
     drawn = []
-    try:
+    with writing_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             row, path = rows[index], folder / f"shapes-{seed}-{index}.png"
             assert isinstance(row.image, Image.Image)
             row.image.save(path)
             drawn.append(DrawnQuestion(path, row.turns[0].question, rows.answer(index)))
-    except OSError as fault:
-        raise UserError(f"the pictures cannot be written to {folder}: {fault.strerror or fault}") from None
     return drawn

@@ -1,7 +1,7 @@
-"""Rows of the shapes world for a judge: two texts for one stage of an answer, one of them true, one false.
+"""Rows of the shapes world for a judge: two texts for one stage of an answer, one true and one false.
 
-What is wrong is what a model gets wrong: a thing misread, missed, imagined or put elsewhere, and all
-that follows from it; a slip while counting; a result that the steps do not give; another question.
+False texts have the mistakes of a model: a thing that is misread, missed, imagined or in another cell, with all
+consequences; a slip in counting; a result that does not follow from the steps; a summary of another question.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from llava_cot_jax.data.shapes.questions import (
     BALANCED,
     CELLS,
     COLOURS,
-    KINDS,
+    QUESTION_KINDS,
     QUESTIONS,
     SHAPES,
-    Layout,
+    GridLayout,
     Question,
     Tally,
     Thing,
@@ -30,20 +30,20 @@ from llava_cot_jax.data.shapes.questions import (
 from llava_cot_jax.data.shapes.rows import FEWEST, MOST, ShapesRows, Split, draw_picture, pick
 from llava_cot_jax.stages import STAGES
 
-Change = Literal["colour", "shape", "cell", "missing", "added"]
+LayoutChange = Literal["colour", "shape", "cell", "missing", "added"]
 
 
 @dataclass(frozen=True)
 class JudgeRow:
-    """Two texts for a stage, to choose between.
+    """A pair of texts for a stage, to choose between.
 
     Attributes:
-        image: the picture, RGB.
-        question: what is asked about it.
-        context: the true stages before this one, tags included, joined by blank lines; empty for the summary.
-        stage: one of ``STAGES``.
-        texts: the stage, tags included, once true and once false.
-        better: which of them is true, 1 or 2.
+        image: Picture, RGB.
+        question: Text of the question about the picture.
+        context: True stages before this one, tags included, joined by blank lines; empty for the summary.
+        stage: Name of the stage, one of ``STAGES``.
+        texts: Two texts of the stage, tags included, one true and one false.
+        better: Number of the true text, 1 or 2.
     """
 
     image: Image.Image
@@ -56,16 +56,18 @@ class JudgeRow:
 
 @dataclass(frozen=True)
 class JudgeRows:
-    """Pairs by index, about the pictures and first questions of ``ShapesRows``.
+    """Pairs of texts by index, about the pictures and first questions of ``ShapesRows``.
 
-    The stage goes round with the index, so that 16 rows in order have every stage of every kind of
-    question. No layout is in two splits.
+    The stage changes with the index, so that 16 rows in order have every stage of every kind of question. No layout is
+    in two splits.
 
     Attributes:
-        split, seed, size: as for ``ShapesRows``.
+        split: ``train``, ``validation`` or ``test``.
+        seed: Seed of the rows.
+        size: Number of rows; None takes that of ``SIZES``. A row does not depend on it.
 
     Raises:
-        UserError: as for ``ShapesRows``.
+        UserError: The split is unknown, the seed is negative, or the size is less than one.
     """
 
     split: Split
@@ -77,18 +79,22 @@ class JudgeRows:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever a row does."""
+        """Identification of the content, which changes whenever a row does."""
         return f"judge-{self._rows.fingerprint}"
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> JudgeRow:
-        """The row at ``index``, which counts from 0; IndexError beyond the last."""
+        """Make the row at ``index``.
+
+        Raises:
+            IndexError: There is no row at ``index``.
+        """
         scene = self._rows.scene(index)
         question, layout = scene.questions[0], scene.layout
         stages = answer_stages(question, layout)
-        stage = STAGES[index // len(KINDS) % len(STAGES)]
+        stage = STAGES[index // len(QUESTION_KINDS) % len(STAGES)]
         draw = self._rows.generator(index, purpose=1)
         right, wrong = stages[stage], tag(stage, _corrupt(stage, question, layout, draw))
         context = "\n\n".join(stages[earlier] for earlier in STAGES[: STAGES.index(stage)])
@@ -102,8 +108,8 @@ class JudgeRows:
         return ShapesRows(self.split, self.seed, self.size)
 
 
-def _corrupt(stage: str, question: Question, layout: Layout, draw: np.random.Generator) -> str:
-    """A false body of the stage."""
+def _corrupt(stage: str, question: Question, layout: GridLayout, draw: np.random.Generator) -> str:
+    """Make a false body of the stage."""
     match stage:
         case "SUMMARY":
             return _wrong_summary(question, draw)
@@ -116,7 +122,7 @@ def _corrupt(stage: str, question: Question, layout: Layout, draw: np.random.Gen
 
 
 def _wrong_summary(question: Question, draw: np.random.Generator) -> str:
-    """That of a question which differs in one thing that it names."""
+    """Return the summary of a question that differs from this one in one value."""
     others = [
         other
         for other in QUESTIONS[question.kind]
@@ -125,18 +131,18 @@ def _wrong_summary(question: Question, draw: np.random.Generator) -> str:
     return pick(others, draw).summary
 
 
-def _wrong_reasoning(question: Question, layout: Layout, draw: np.random.Generator) -> str:
-    """One that misreads a thing, slips in counting, or ends in another result than its steps give."""
+def _wrong_reasoning(question: Question, layout: GridLayout, draw: np.random.Generator) -> str:
+    """Make a reasoning that misreads a thing, slips in counting, or ends in a result that its steps do not give."""
     if isinstance(question, Tally) and draw.integers(3) == 0:
         return _miscount(question, layout, draw)
     if draw.integers(2):
         return conclude(question.steps(layout), _wrong_answer(question, layout, draw))
-    # Nothing is left out: what remained might all be true.
+    # No thing is left out, because all remaining steps might be true.
     return _misread(question.reasoning, question, layout, ("colour", "shape", "cell", "added"), draw)
 
 
-def _wrong_answer(question: Question, layout: Layout, draw: np.random.Generator) -> str:
-    """Another answer to the question: of a thing's name, one word is another."""
+def _wrong_answer(question: Question, layout: GridLayout, draw: np.random.Generator) -> str:
+    """Make a wrong answer to the question. In the name of a thing, one word is changed."""
     answer = question.answer(layout)
     if question.kind in BALANCED:
         return pick([other for other in BALANCED[question.kind] if other != answer], draw)
@@ -144,8 +150,8 @@ def _wrong_answer(question: Question, layout: Layout, draw: np.random.Generator)
     return answer.replace(word, _other(COLOURS if word in COLOURS else SHAPES, word, draw))
 
 
-def _miscount(question: Tally, layout: Layout, draw: np.random.Generator) -> str:
-    """A reasoning that leaves a thing out of a count, or counts one that does not belong, and goes on from there."""
+def _miscount(question: Tally, layout: GridLayout, draw: np.random.Generator) -> str:
+    """Make a reasoning that misses a thing in a count, or counts a wrong one, and continues with the wrong counts."""
     things = list(layout.values())
     while True:
         counters = question.counters(layout)
@@ -157,28 +163,28 @@ def _miscount(question: Tally, layout: Layout, draw: np.random.Generator) -> str
 
 
 def _misread(
-    describe: Callable[[Layout], str],
+    describe: Callable[[GridLayout], str],
     question: Question,
-    layout: Layout,
-    changes: Sequence[Change],
+    layout: GridLayout,
+    changes: Sequence[LayoutChange],
     draw: np.random.Generator,
 ) -> str:
-    """What ``describe`` says of a layout with one change, about which the question could still be asked."""
+    """Describe the layout after one change with which the question could still be asked."""
     while True:
         misread = _changed(layout, pick(changes, draw), draw)
         if _is_usual(misread, question) and describe(misread) != describe(layout):
             return describe(misread)
 
 
-def _is_usual(layout: Layout, question: Question) -> bool:
-    """Whether a row could have this layout and question: what no row has would give a false text away."""
+def _is_usual(layout: GridLayout, question: Question) -> bool:
+    """Whether a row could have this layout and question. An impossible layout would reveal a false text."""
     if not FEWEST <= len(layout) <= MOST or not question.admits(layout):
         return False
     return question.kind not in BALANCED or question.answer(layout) in BALANCED[question.kind]
 
 
-def _changed(layout: Layout, change: Change, draw: np.random.Generator) -> Layout:
-    """The layout after the change of a random thing, or with one more."""
+def _changed(layout: GridLayout, change: LayoutChange, draw: np.random.Generator) -> GridLayout:
+    """Return the layout after a change of one random thing, or with one more thing."""
     cell = pick(list(layout), draw)
     free = pick([cell for cell in CELLS if cell not in layout], draw)
     things = dict(layout)

@@ -1,9 +1,9 @@
-"""What can be asked about a picture of the shapes world, and the staged answers.
+"""Questions about a picture of the shapes world, and their staged answers.
 
-The forms are the ones that a model of a million parameters learns: a caption that lists every shape
-in order, a reasoning that visits every one of them with a running counter, counts in words. (Llama 3
-makes " 1" two tokens, the second of which is also that of the cell a1; with digits counting was
-learned later by far.)
+The texts have forms that a model of a million parameters can learn: a caption that lists every shape in order, and a
+reasoning that visits every shape with a running counter. Counts are written in words, because Llama 3's tokenizer
+splits " 1" into two tokens, the second of which also occurs in the cell a1; with digits, counting was learned much
+later.
 """
 
 from abc import ABC, abstractmethod
@@ -17,15 +17,15 @@ from llava_cot_jax.stages import STAGES
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle", "star")
 CELLS = tuple(row + column for row in "abc" for column in "123")
-"""The cells of the grid in reading order: rows a to c from the top, columns 1 to 3 from the left."""
+"""Cells of the grid in reading order: rows a to c from the top, columns 1 to 3 from the left."""
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-"""Steps down and to the right."""
+"""Steps down and to the right that lead to the neighbour in each direction."""
 
 Attribute = Literal["name", "colour", "shape"]
-Kind = Literal["look_up", "count", "compare", "relation"]
+QuestionKind = Literal["look_up", "count", "compare", "relation"]
 
 
 class Thing(NamedTuple):
@@ -39,15 +39,18 @@ class Thing(NamedTuple):
         return f"{self.colour} {self.shape}"
 
 
-Layout = Mapping[str, Thing]
-"""What a picture shows: the things by their cells, in the order of ``CELLS``."""
+GridLayout = Mapping[str, Thing]
+"""Content of a picture: the things by their cells, in the order of ``CELLS``."""
 
 
 @dataclass(frozen=True)
 class Question(ABC):
-    """A question with exactly one true answer for every layout that it admits. Its fields are what it names."""
+    """A question with exactly one true answer for every layout that it admits.
 
-    kind: ClassVar[Kind]
+    The fields of a subclass are the values that the question names.
+    """
+
+    kind: ClassVar[QuestionKind]
 
     @property
     @abstractmethod
@@ -57,24 +60,24 @@ class Question(ABC):
     @abstractmethod
     def summary(self) -> str: ...
 
-    def admits(self, layout: Layout) -> bool:
-        """Whether what the question presupposes is there."""
+    def admits(self, layout: GridLayout) -> bool:
+        """Whether the layout has everything that the question presupposes."""
         return True
 
     @abstractmethod
-    def steps(self, layout: Layout) -> str:
-        """The reasoning before its result."""
+    def steps(self, layout: GridLayout) -> str:
+        """Return the reasoning without its result."""
 
     @abstractmethod
-    def answer(self, layout: Layout) -> str: ...
+    def answer(self, layout: GridLayout) -> str: ...
 
-    def reasoning(self, layout: Layout) -> str:
+    def reasoning(self, layout: GridLayout) -> str:
         return conclude(self.steps(layout), self.answer(layout))
 
 
 @dataclass(frozen=True)
 class LookUp(Question):
-    """What is in a cell?"""
+    """A question for the content of a cell."""
 
     kind = "look_up"
     attribute: Attribute
@@ -88,18 +91,18 @@ class LookUp(Question):
     def summary(self) -> str:
         return f"find {_sought(self.attribute)} at {self.cell}"
 
-    def admits(self, layout: Layout) -> bool:
+    def admits(self, layout: GridLayout) -> bool:
         return self.cell in layout
 
-    def steps(self, layout: Layout) -> str:
+    def steps(self, layout: GridLayout) -> str:
         return f"{self.cell} {layout[self.cell].name}"
 
-    def answer(self, layout: Layout) -> str:
+    def answer(self, layout: GridLayout) -> str:
         return getattr(layout[self.cell], self.attribute)
 
 
 class Tally(Question):
-    """A question that is answered by counting the things of one or two values (colours or shapes)."""
+    """A question that is answered by counting the things of one or two colours or shapes."""
 
     @property
     @abstractmethod
@@ -107,31 +110,36 @@ class Tally(Question):
 
     @abstractmethod
     def result(self, counts: Sequence[int]) -> str:
-        """The answer that follows from the final counts, one of each value."""
+        """Return the answer that follows from the final counts, one for each value."""
 
-    def counters(self, layout: Layout) -> list[list[int]]:
-        """The running counts of each value after each thing: [things, values]."""
+    def counters(self, layout: GridLayout) -> list[list[int]]:
+        """Return the running counts of each value after each thing, [things, values]."""
         things = list(layout.values())
         return [[sum(value in thing for thing in things[: i + 1]) for value in self.values] for i in range(len(things))]
 
-    def visit(self, layout: Layout, counters: Sequence[Sequence[int]]) -> str:
-        """Every thing, what of it matters, and the counters [things, values] after it."""
+    def visit(self, layout: GridLayout, counters: Sequence[Sequence[int]]) -> str:
+        """List each thing with its relevant attribute and the counters after it.
+
+        Args:
+            layout: Content of the picture.
+            counters: Running counts, [things, values].
+        """
         seen = "colour" if self.values[0] in COLOURS else "shape"
         return " ".join(
             " ".join([cell, getattr(thing, seen), *(NUMBERS[n] for n in counts)])
             for (cell, thing), counts in zip(layout.items(), counters, strict=True)
         )
 
-    def steps(self, layout: Layout) -> str:
+    def steps(self, layout: GridLayout) -> str:
         return self.visit(layout, self.counters(layout))
 
-    def answer(self, layout: Layout) -> str:
+    def answer(self, layout: GridLayout) -> str:
         return self.result(self.counters(layout)[-1])
 
 
 @dataclass(frozen=True)
 class Count(Tally):
-    """How many are there?"""
+    """A question for the number of things of a colour or shape."""
 
     kind = "count"
     value: str
@@ -142,11 +150,11 @@ class Count(Tally):
 
     @property
     def text(self) -> str:
-        return f"How many {_group(self.value)} are there?"
+        return f"How many {_group_name(self.value)} are there?"
 
     @property
     def summary(self) -> str:
-        return f"count the {_group(self.value)}"
+        return f"count the {_group_name(self.value)}"
 
     def result(self, counts: Sequence[int]) -> str:
         return NUMBERS[counts[0]]
@@ -154,7 +162,7 @@ class Count(Tally):
 
 @dataclass(frozen=True)
 class Compare(Tally):
-    """Are there more of one kind than of another?"""
+    """A question whether there are more things of one colour or shape than of another."""
 
     kind = "compare"
     more: str
@@ -166,11 +174,11 @@ class Compare(Tally):
 
     @property
     def text(self) -> str:
-        return f"Are there more {_group(self.more)} than {_group(self.fewer)}?"
+        return f"Are there more {_group_name(self.more)} than {_group_name(self.fewer)}?"
 
     @property
     def summary(self) -> str:
-        return f"compare the {_group(self.more)} and the {_group(self.fewer)}"
+        return f"compare the {_group_name(self.more)} and the {_group_name(self.fewer)}"
 
     def result(self, counts: Sequence[int]) -> str:
         return "yes" if counts[0] > counts[1] else "no"
@@ -178,7 +186,7 @@ class Compare(Tally):
 
 @dataclass(frozen=True)
 class Relation(Question):
-    """What is in the cell next to a thing that the picture has once?"""
+    """A question for the content of the cell next to a thing that occurs once in the picture."""
 
     kind = "relation"
     attribute: Attribute
@@ -194,20 +202,20 @@ class Relation(Question):
     def summary(self) -> str:
         return f"find {_sought(self.attribute)} {self.direction} the {self.colour} {self.shape}"
 
-    def admits(self, layout: Layout) -> bool:
+    def admits(self, layout: GridLayout) -> bool:
         once = list(layout.values()).count(Thing(self.colour, self.shape)) == 1
         return once and self._places(layout)[1] in layout
 
-    def steps(self, layout: Layout) -> str:
+    def steps(self, layout: GridLayout) -> str:
         anchor, beside = self._places(layout)
         side = self.direction.removesuffix(" of")
         return f"{self.colour} {self.shape} {anchor} {side} {beside} {layout[beside].name}"
 
-    def answer(self, layout: Layout) -> str:
+    def answer(self, layout: GridLayout) -> str:
         return getattr(layout[self._places(layout)[1]], self.attribute)
 
-    def _places(self, layout: Layout) -> tuple[str, str]:
-        """The cell of the thing that is named, and the cell that is meant: none of the grid if it lies outside."""
+    def _places(self, layout: GridLayout) -> tuple[str, str]:
+        """Return the cell of the named thing and its neighbour, which may lie outside the grid."""
         anchor = next(cell for cell, thing in layout.items() if thing == (self.colour, self.shape))
         down, right = DIRECTIONS[self.direction]
         return anchor, chr(ord(anchor[0]) + down) + chr(ord(anchor[1]) + right)
@@ -215,7 +223,7 @@ class Relation(Question):
 
 ATTRIBUTES: tuple[Attribute, ...] = ("name", "colour", "shape")
 
-QUESTIONS: dict[Kind, tuple[Question, ...]] = {
+QUESTIONS: dict[QuestionKind, tuple[Question, ...]] = {
     "look_up": tuple(LookUp(attribute, cell) for attribute in ATTRIBUTES for cell in CELLS),
     "count": tuple(Count(value) for value in COLOURS + SHAPES),
     "compare": tuple(Compare(*pair) for values in (COLOURS, SHAPES) for pair in permutations(values, 2)),
@@ -227,31 +235,31 @@ QUESTIONS: dict[Kind, tuple[Question, ...]] = {
         for shape in SHAPES
     ),
 }
-"""Every question there is."""
+"""All questions of each kind."""
 
-KINDS = tuple(QUESTIONS)
+QUESTION_KINDS = tuple(QUESTIONS)
 
-BALANCED: dict[Kind, tuple[str, ...]] = {"count": NUMBERS[:4], "compare": ("yes", "no")}
-"""Answers that are made equally frequent; by chance they would not be. Those of the other kinds are by symmetry."""
+BALANCED: dict[QuestionKind, tuple[str, ...]] = {"count": NUMBERS[:4], "compare": ("yes", "no")}
+"""Answers that are drawn equally often. For the other kinds of question, symmetry alone makes them equally frequent."""
 
 
-def caption(layout: Layout) -> str:
-    """Every thing with its cell, in order: says all that there is to say about a layout."""
+def caption(layout: GridLayout) -> str:
+    """Return the caption, which describes a layout completely: every cell with its thing, in order."""
     return " ".join(f"{cell} {thing.name}" for cell, thing in layout.items())
 
 
 def tag(stage: str, body: str) -> str:
-    """A stage of an answer as LLaVA-CoT writes it."""
+    """Return a stage of an answer with its tags, as LLaVA-CoT writes it."""
     return f"<{stage}> {body} </{stage}>"
 
 
 def conclude(steps: str, answer: str) -> str:
-    """A reasoning: steps, and what they come to."""
+    """Return the reasoning with these steps and their result."""
     return f"{steps} so {answer}"
 
 
-def answer_stages(question: Question, layout: Layout) -> dict[str, str]:
-    """The four stages of the true answer, tags included, by name in order; a blank line joins them."""
+def answer_stages(question: Question, layout: GridLayout) -> dict[str, str]:
+    """Return the four stages of the true answer by name, in order and tags included."""
     bodies = (question.summary, caption(layout), question.reasoning(layout), question.answer(layout))
     return {stage: tag(stage, body) for stage, body in zip(STAGES, bodies, strict=True)}
 
@@ -264,5 +272,5 @@ def _sought(attribute: Attribute) -> str:
     return "what is" if attribute == "name" else f"the {attribute}"
 
 
-def _group(value: str) -> str:
+def _group_name(value: str) -> str:
     return f"{value} shapes" if value in COLOURS else f"{value}s"

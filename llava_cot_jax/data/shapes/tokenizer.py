@@ -1,18 +1,18 @@
-"""The tokenizer of the shapes world, and the small model that fits it.
+"""Tokenizer of the shapes world, and configuration of its small model.
 
-Both come with the package, the model with trained weights: ``tests/evidence/shapes_model.py`` makes them.
+Both come with the package, the model with trained weights; ``tests/evidence/shapes_model.py`` makes the files.
 """
 
 from transformers import PreTrainedTokenizerFast
 
 from llava_cot_jax.data.shapes.rows import CELL, GROUND, SIDE, ShapesRows
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
-from llava_cot_jax.paths import EMBEDDED_FOLDER
+from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
 from llava_cot_jax.processing.tokenizer import make_tokenizer
 
 VOCAB_SIZE = 512
 SAMPLES = 512
-"""Rows of the training split that the merges are learned from: they have every word of the world."""
+"""Number of training rows that the merges are learned from. They contain every word of the shapes world."""
 
 OTHER_WORDS = (
     "system\n\nuser\n\nassistant\n\n",
@@ -20,11 +20,11 @@ OTHER_WORDS = (
     "Question: Which response is better? Is the response correct or incorrect?",
     *("correct", "incorrect", "0123456789"),
 )
-"""What the chat format and a judge say."""
+"""Texts of the chat format and of a judge."""
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer whose files are shipped. Every word of the world, with the space before it, is one token."""
+    """Train the tokenizer of the package. Every word of the shapes world, with the space before it, is one token."""
     rows = ShapesRows("train", size=SAMPLES)
     turns = [turn for i in range(SAMPLES) for turn in rows.turns(i)]
     texts = [text for turn in turns for text in (turn.question, turn.answer)]
@@ -32,14 +32,14 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def shapes_tokenizer() -> PreTrainedTokenizerFast:
-    """The shipped tokenizer, of 512 entries, with Llama 3's pieces, special tokens and chat format."""
-    return PreTrainedTokenizerFast.from_pretrained(EMBEDDED_FOLDER, local_files_only=True)
+    """Load the package's tokenizer of 512 entries, with Llama 3's pre-tokenizer, special tokens and chat format."""
+    return PreTrainedTokenizerFast.from_pretrained(BUNDLED_MODEL_FOLDER, local_files_only=True)
 
 
 def shapes_config() -> MllamaConfig:
-    """A model of 1.3 million parameters for the shapes world, with every part of the published ones.
+    """Return the configuration of a model of 1.3 million parameters, with every part of the published models.
 
-    A patch is a cell. The cross layers are those of two super-blocks, as in the published models.
+    A patch is a cell. The cross-attention layers belong to two super-blocks, laid out as in the published models.
     """
     tokenizer = shapes_tokenizer()
     special = tokenizer.get_added_vocab()
@@ -54,15 +54,15 @@ def shapes_config() -> MllamaConfig:
         max_num_tiles=1,
         supported_aspect_ratios=((1, 1),),
         intermediate_layers_indices=(1,),
-        # An empty cell is 0 and what is in a cell is small at first: larger, they drown the positions,
-        # and captions come out right hundreds of steps later.
+        # An empty cell is 0, and other pixel values are small at first: larger values would hide the position
+        # embeddings, and captions would be learned hundreds of steps later.
         image_mean=tuple(value / 255 for value in GROUND),
         image_std=(1.0, 1.0, 1.0),
     )
     text = TextConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=96,
-        intermediate_size=240,  # with 256 the rows of an array meet in a CPU's cache: a step takes 1.4 times as long
+        intermediate_size=240,  # 256 would cause conflicts in a CPU's cache, and a step would take 1.4 times as long
         num_hidden_layers=10,
         num_attention_heads=4,
         num_key_value_heads=2,

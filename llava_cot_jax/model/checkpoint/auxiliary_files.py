@@ -1,42 +1,64 @@
-"""The files that lie beside a model's weights: configuration, tokenizer, image and generation settings."""
+"""The files beside a model's weights: configuration, tokenizer, image settings and generation settings."""
 
-import json
+from __future__ import annotations
+
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
 
+from llava_cot_jax.files import write_json
+from llava_cot_jax.model.checkpoint.folder import AUXILIARY_PATTERNS, INDEX_FILE
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
+from llava_cot_jax.paths import files_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
-def write_companions(
+def list_auxiliary_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint that a copy of it needs besides its weights, their index and config.json."""
+    kept = files_in(folder) - {"config.json", INDEX_FILE}
+    return [folder / name for name in sorted(kept) if any(fnmatchcase(name, pattern) for pattern in AUXILIARY_PATTERNS)]
+
+
+def write_auxiliary_files(
     folder: Path,
     config: MllamaConfig,
     tokenizer: PreTrainedTokenizerFast,
     dtype: str,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what a published checkpoint has beside its weights, config.json included.
+    """Write all files of a published checkpoint but its weights, config.json included.
 
     Args:
-        folder: there already.
-        config: the model's.
-        tokenizer: its own.
-        dtype: of the weights, for config.json.
-        generation: what generation_config.json says besides the token ids and LLaVA-CoT's sampling.
+        folder: Folder that exists.
+        config: Configuration of the model.
+        tokenizer: Tokenizer of the model.
+        dtype: Name of the weights' dtype, for config.json.
+        generation: Settings for generation_config.json besides the token ids and LLaVA-CoT's sampling.
     """
     # The template goes into tokenizer_config.json, where published checkpoints have it.
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     write_json(folder / "config.json", config.to_dict(dtype))
     write_json(folder / "generation_config.json", _generation_settings(config.text) | dict(generation or {}))
-    write_json(folder / "preprocessor_config.json", _image_settings(config.vision))
+    image_settings = {"image_processor_type": "MllamaImageProcessor", **expected_image_settings(config.vision)}
+    write_json(folder / "preprocessor_config.json", image_settings)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` for people to read too."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def expected_image_settings(vision: VisionConfig) -> dict[str, Any]:
+    """Return the image settings of preprocessor_config.json by which images become what a model expects."""
+    return {
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "max_image_tiles": vision.max_num_tiles,
+        "resample": int(Image.Resampling.BILINEAR),
+        "rescale_factor": 1 / 255,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_pad", "do_rescale", "do_normalize"), True),
+    }
 
 
 def _generation_settings(text: TextConfig) -> dict[str, Any]:
@@ -47,17 +69,4 @@ def _generation_settings(text: TextConfig) -> dict[str, Any]:
         "do_sample": True,
         "temperature": 0.6,
         "top_p": 0.9,
-    }
-
-
-def _image_settings(vision: VisionConfig) -> dict[str, Any]:
-    return {
-        "image_processor_type": "MllamaImageProcessor",
-        "size": {"height": vision.image_size, "width": vision.image_size},
-        "max_image_tiles": vision.max_num_tiles,
-        "resample": int(Image.Resampling.BILINEAR),
-        "rescale_factor": 1 / 255,
-        "image_mean": list(vision.image_mean),
-        "image_std": list(vision.image_std),
-        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_pad", "do_rescale", "do_normalize"), True),
     }

@@ -1,4 +1,4 @@
-"""Writing a checkpoint that transformers and this package read: tensor by tensor, and whole or not at all."""
+"""Writing of checkpoints that transformers and this package read: tensor by tensor, and whole or not at all."""
 
 import contextlib
 import json
@@ -13,29 +13,33 @@ from typing import BinaryIO
 import numpy as np
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint.finding import INDEX_FILE, SINGLE_FILE, companions
+from llava_cot_jax.files import copy_file, synced_file, write_json
+from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
+from llava_cot_jax.model.checkpoint.folder import INDEX_FILE, SINGLE_FILE
 from llava_cot_jax.model.checkpoint.reading import (
     DTYPE_TENSOR,
-    FORMAT_DTYPES,
-    OnProgress,
+    SAFETENSORS_DTYPES,
     StoredTensor,
-    read_shards,
-    verified_tensors,
+    locate_tensors,
+    read_slices,
 )
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.paths import access, bucket_files, check_folder_can_be_made, is_remote
+from llava_cot_jax.paths import bucket_filesystem, check_folder_writable, is_remote, reading_errors, writing_errors
+from llava_cot_jax.progress import OnProgress
 
 MAX_FILE_BYTES = 5_000_000_000
-_FORMAT_NAMES = {dtype: name for name, dtype in FORMAT_DTYPES.items()}
+"""Largest number of bytes of tensors in a file, by default."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor that is to be written.
+class TensorEntry:
+    """Description of a tensor to be written.
 
     Attributes:
-        name: its published name.
-        shape: its shape.
+        name: Published name of the tensor.
+        shape: Shape of the tensor.
         dtype: float32, float16 or bfloat16.
     """
 
@@ -45,6 +49,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -56,87 +61,87 @@ def convert_checkpoint(
     dtype: np.dtype | None = None,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Write ``source``'s weights under published names, one tensor in memory at a time, and carry its companions along.
+    """Write a checkpoint anew under published names, with one tensor in memory at a time. Copy its auxiliary files.
 
     Args:
-        source: the folder of a checkpoint.
-        destination: the folder to make; it must not exist, or be empty.
-        config: what to write as config.json; of the same shapes as the source's.
-        dtype: of the weights written; None keeps each tensor's own.
-        on_progress: called after each tensor.
+        source: Folder of the checkpoint to read.
+        destination: Folder to write. It must be empty or not exist.
+        config: Configuration to write as config.json. Its parameters must have the shapes of the source's.
+        dtype: Dtype of the weights to write. None keeps the dtype of each tensor.
+        on_progress: Called after each tensor with the number of bytes written, and to be written.
 
     Raises:
-        UserError: both folders are one; or anything that ``verified_tensors`` or ``write_checkpoint`` refuses.
+        UserError: Both folders are the same, or ``locate_tensors`` or ``write_checkpoint`` refuses.
     """
-    if os.path.realpath(destination) == os.path.realpath(source):  # of paths in a bucket too
-        raise UserError(f"{destination} is the checkpoint that is to be converted: name another folder for the result")
-    stored = verified_tensors(source, config)
-    entries = [Entry(name, tensor.shape, dtype or tensor.dtype) for name, tensor in stored.items()]
+    if os.path.realpath(destination) == os.path.realpath(source):  # works for paths in a bucket too
+        raise UserError(f"{destination} is the checkpoint to be converted: name another folder for the result")
+    stored = locate_tensors(source, config)
+    entries = [TensorEntry(name, tensor.shape, dtype or tensor.dtype) for name, tensor in stored.items()]
     total = sum(entry.nbytes for entry in entries)
 
     def values() -> Iterator[np.ndarray]:
         done = 0
         for entry in entries:
-            yield read_whole(stored[entry.name], entry.dtype)
+            yield read_tensor(stored[entry.name], entry.dtype)
             done += entry.nbytes
             if on_progress:
                 on_progress(done, total)
 
-    write_checkpoint(destination, config, entries, values(), extra_files=companions(source))
+    write_checkpoint(destination, config, entries, values(), extra_files=list_auxiliary_files(source))
 
 
-def read_whole(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
-    """All of a tensor, in ``dtype``."""
+def read_tensor(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
+    """Read a whole tensor, cast to ``dtype``."""
     value = np.empty(tensor.shape, dtype)
-    read_shards(tensor, {tuple((0, size) for size in tensor.shape): value})
+    read_slices(tensor, {tuple((0, size) for size in tensor.shape): value})
     return value
 
 
 def write_checkpoint(
     folder: Path,
     config: MllamaConfig,
-    entries: Sequence[Entry],
+    entries: Sequence[TensorEntry],
     values: Iterable[np.ndarray],
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     extra_files: Sequence[Path] = (),
 ) -> None:
-    """Write a checkpoint of one safetensors file, or of several and their index.
+    """Write a checkpoint with one safetensors file, or with several and their index.
 
-    Everything is written into a hidden folder beside, which is then renamed; in a bucket, where nothing
-    can be, into the folder itself. config.json comes last: a kill or a full disk leaves nothing that
-    could pass for a checkpoint.
+    On a disk, all is written into a hidden folder beside ``folder``, which is then renamed. In a bucket, which cannot
+    rename a folder, all is written to its place, config.json last. So a killed process or a full disk leaves nothing
+    that could be taken for a checkpoint.
 
     Args:
-        folder: where, on a disk or in a bucket; it must not exist, or be empty.
-        config: what config.json is to say.
-        entries: every tensor, in the order of ``values``.
-        values: the tensors, each asked for when the one before is written.
-        max_file_bytes: bytes of tensors in a file at most; a larger tensor has a file of its own.
-        extra_files: files to copy along.
+        folder: Folder to write, on a disk or in a bucket. It must be empty or not exist.
+        config: Configuration to write as config.json.
+        entries: Descriptions of all tensors, in the order of ``values``.
+        values: The tensors. Each is taken after the one before it is written.
+        max_file_bytes: Largest number of bytes of tensors in a file. A larger tensor gets a file of its own.
+        extra_files: Files to copy too.
 
     Raises:
         UserError: ``folder`` is not empty, or it cannot be written (a full disk, no permission, no bucket).
     """
-    groups = _group(entries, max_file_bytes)
+    groups = _divide_into_files(entries, max_file_bytes)
     count = len(groups)
     names = [SINGLE_FILE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    begin = _in_bucket if is_remote(folder) else _on_disk
+    begin = _new_folder_in_bucket if is_remote(folder) else _new_folder_on_disk
     with begin(folder, sum(entry.nbytes for entry in entries)) as partial:
         remaining = iter(values)
         for name, group in zip(names, groups, strict=True):
             _write_tensors(partial / name, group, remaining)
         if count > 1:
-            _write_json(partial / INDEX_FILE, _index(names, groups))
+            write_json(partial / INDEX_FILE, _index(names, groups))
         for extra in extra_files:
-            (partial / extra.name).write_bytes(extra.read_bytes())
+            copy_file(extra, partial / extra.name)
         dtype = next(entry.dtype for entry in entries if entry.name == DTYPE_TENSOR)
-        _write_json(partial / "config.json", config.to_dict(dtype.name))
+        write_json(partial / "config.json", config.to_dict(dtype.name))
 
 
-def _group(entries: Sequence[Entry], max_file_bytes: int) -> list[list[Entry]]:
-    """``entries`` in order, cut before each that would not fit into the file of those before it."""
-    groups: list[list[Entry]] = []
+def _divide_into_files(entries: Sequence[TensorEntry], max_file_bytes: int) -> list[list[TensorEntry]]:
+    """Divide tensors, in order, into files. A new file begins where a tensor no longer fits into the last one."""
+    groups: list[list[TensorEntry]] = []
     room = 0
     for entry in entries:
         if not groups or entry.nbytes > room:
@@ -147,90 +152,73 @@ def _group(entries: Sequence[Entry], max_file_bytes: int) -> list[list[Entry]]:
     return groups
 
 
-def _index(names: Sequence[str], groups: Sequence[Sequence[Entry]]) -> dict[str, object]:
+def _index(names: Sequence[str], groups: Sequence[Sequence[TensorEntry]]) -> dict[str, object]:
+    """Return the content of the index: which file holds each tensor."""
     total = sum(entry.nbytes for group in groups for entry in group)
     places = {entry.name: name for name, group in zip(names, groups, strict=True) for entry in group}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
 @contextlib.contextmanager
-def _on_disk(folder: Path, nbytes: int) -> Iterator[Path]:
-    """A hidden folder beside ``folder`` that takes its place when the block ends well, and else is deleted."""
-    folder = folder.resolve()  # a symbolic link that is named stays one
+def _new_folder_on_disk(folder: Path, nbytes: int) -> Iterator[Path]:
+    """Give a hidden folder beside ``folder`` that takes its place if the block succeeds, and is deleted otherwise."""
+    folder = folder.resolve()  # so that a symbolic link is kept
     partial = folder.with_name(f".{folder.name}.partial")
-    with access(folder):
-        check_folder_can_be_made(folder.parent)
+    with reading_errors(folder):
+        check_folder_writable(folder.parent)
         is_taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     if is_taken:
         raise UserError(f"{folder} exists and is not empty: name another folder, or remove it")
-    try:
+    with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    except FileExistsError:
-        raise UserError(f"{partial} is being written, or is left from a run that was killed: remove it") from None
-    except OSError as fault:
-        raise UserError(f"cannot write {folder}: {fault.strerror}") from None
-    try:
-        if nbytes > (free := shutil.disk_usage(partial).free):
-            raise UserError(f"{folder} needs {nbytes / 1e9:.1f} GB; its disk has {free / 1e9:.1f} GB free")
-        yield partial
-        partial.rename(folder)  # onto an empty folder too
-    except OSError as fault:
-        raise UserError(f"cannot write {folder} ({nbytes / 1e9:.1f} GB): {fault.strerror or fault}") from fault
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            raise UserError(f"{partial} is being written, or is left from a run that was killed: remove it") from None
+        try:
+            if nbytes > (free := shutil.disk_usage(partial).free):
+                raise UserError(f"{folder} needs {nbytes / 1e9:.1f} GB; its disk has {free / 1e9:.1f} GB free")
+            yield partial
+            partial.rename(folder)  # this replaces an empty folder
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _in_bucket(folder: Path, nbytes: int) -> Iterator[Path]:
-    """``folder`` itself; all in it is deleted where the block does not end well."""
-    with access(folder):
-        if bucket_files().exists(str(folder)):
+def _new_folder_in_bucket(folder: Path, nbytes: int) -> Iterator[Path]:
+    """Give ``folder`` itself, whose files are deleted if the block fails."""
+    with writing_errors(folder):
+        if bucket_filesystem().exists(str(folder)):
             raise UserError(f"{folder} exists and is not empty: name another folder, or remove it")
         try:
             yield folder
         except BaseException:
             with contextlib.suppress(Exception):
-                bucket_files().rm(str(folder), recursive=True)
+                bucket_filesystem().rm(str(folder), recursive=True)
             raise
 
 
-def _write_tensors(path: Path, entries: Sequence[Entry], values: Iterator[np.ndarray]) -> None:
-    """A safetensors file of ``entries``, their values taken from the head of ``values``."""
+def _write_tensors(path: Path, entries: Sequence[TensorEntry], values: Iterator[np.ndarray]) -> None:
+    """Write a safetensors file of the tensors that ``entries`` describe, taken from the head of ``values``."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers 4 refuses a file without it
     position = 0
     for entry in entries:
         offsets = [position, position + entry.nbytes]
         header[entry.name] = {
-            "dtype": _FORMAT_NAMES[entry.dtype],
+            "dtype": _DTYPE_NAMES[entry.dtype],
             "shape": entry.shape,
             "data_offsets": offsets,
         }
         position = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the first tensor to 8 bytes
-    with _new_file(path) as file:
+    with synced_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            _write_value(file, entry, next(values))  # no name here holds it while the next is made
+            _write_value(file, entry, next(values))  # no variable keeps the tensor while the next is made
 
 
-def _write_value(file: BinaryIO, entry: Entry, value: np.ndarray) -> None:
+def _write_value(file: BinaryIO, entry: TensorEntry, value: np.ndarray) -> None:
     if value.shape != entry.shape or value.dtype != entry.dtype:
         raise ValueError(f"{entry.name} should be {entry.dtype} {entry.shape}, got {value.dtype} {value.shape}")
     file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-
-
-def _write_json(path: Path, value: dict[str, object]) -> None:
-    with _new_file(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file whose bytes are on the disk when the block ends, so that a crash after the rename finds them there."""
-    with path.open("wb") as file:
-        yield file
-        if not is_remote(path):  # a bucket has them once the file is closed
-            file.flush()
-            os.fsync(file.fileno())

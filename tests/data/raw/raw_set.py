@@ -1,4 +1,4 @@
-"""A raw data set in LLaVA-CoT-100k's published layout, small, with every fault that it may have planted once."""
+"""A small raw data set in LLaVA-CoT-100k's published layout, in which every kind of fault occurs once."""
 
 import io
 import json
@@ -17,13 +17,13 @@ SOURCES = ("sqa", "chartqa", "geoqa+", "vg", "ai2d", "docvqa", "pisc", "CLEVR_v1
 
 @dataclass(frozen=True)
 class RawSet:
-    """The set, and what is known of it.
+    """A raw data set with the facts that tests compare with.
 
     Attributes:
-        annotations: the file of rows.
-        files: the image files, by the path that rows give.
-        rows: the sound rows, by line.
-        left_out: of the others the reason, by line.
+        annotations: File of the rows.
+        files: Image files by their path in the rows.
+        rows: Usable rows, by line.
+        left_out: Reasons for which the other rows are left out, by line.
     """
 
     annotations: Path
@@ -74,7 +74,7 @@ def noise(draw: np.random.Generator, width: int = 40, height: int = 30) -> Image
 
 
 def unusual_images(draw: np.random.Generator) -> Iterator[tuple[str, bytes]]:
-    """Image files of kinds that published sets hold, by name."""
+    """Image files by name, of the kinds that published data sets have."""
     exif = Image.Exif()
     exif[0x0112] = 6
     grey = draw.integers(0, 65536, (30, 40), dtype=np.uint16)
@@ -86,11 +86,12 @@ def unusual_images(draw: np.random.Generator) -> Iterator[tuple[str, bytes]]:
 
 
 def make_raw_set(folder: Path, *, faults: bool = True, scale: int = 1) -> RawSet:
-    """Write the annotations; the images are kept, to be written in one form or another.
+    """Write the annotations, and return the images for writing in one form or another.
 
     Args:
-        faults: plant them.
-        scale: of the images; with 1, a file has about 4 kB.
+        folder: Folder to write to.
+        faults: Whether to include faulty rows.
+        scale: Scale of the image sides; with 1, a file has about 4 kB.
     """
     draw = np.random.default_rng(0)
     files: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""Rows are held against the format; what is wrong with one is said, and it is not used."""
+"""Tests that rows are checked against the format, and that faulty rows are left out with their fault."""
 
 import hashlib
 import json
@@ -93,7 +93,7 @@ class TestTurns:
     @pytest.mark.parametrize(
         ("conversations", "message"),
         [
-            ([], "there are none"),
+            ([], "there are no turns"),
             (said("a"), "the last question has no answer"),
             (said("a", "b", "c"), "the last question has no answer"),
             (said("a", "b", first=1), "turn 1 is from 'gpt', not from human"),

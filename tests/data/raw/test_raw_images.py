@@ -1,4 +1,4 @@
-"""Image files are found in a folder and in a zip alike, under whatever folder the archive put them."""
+"""Tests that image files are found in a folder and in a zip, under any folder that the archive has in front."""
 
 import os
 import pickle
@@ -62,7 +62,7 @@ def test_nothing_outside(tmp_path: Path, write: Writer, path: str) -> None:
 
 
 def test_a_changed_file_has_another_version(tmp_path: Path) -> None:
-    """Though neither its name nor its size changes."""
+    """The version changes although neither name nor size does."""
     folder, archive = open_images(in_folder(tmp_path / "folder", "")), open_images(in_zip(tmp_path, ""))
     before = [folder.find("pisc/ü.jpg"), archive.find("pisc/ü.jpg")]
     os.utime(tmp_path / "folder/pisc/ü.jpg", ns=(1, 1))

@@ -1,4 +1,4 @@
-"""Records and shards: what goes in comes out of tfds, and the bytes are the same every time."""
+"""Tests of records and shards: tfds reads what was written, and the bytes are the same every time."""
 
 import errno
 import io
@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_cot_jax.data.raw.annotations import Entry
+from llava_cot_jax.data.raw.annotations import AnnotationRow
 from llava_cot_jax.data.raw.images import ImageFolder, Member
-from llava_cot_jax.data.raw.shards import LlavaCot100k, Shard, WriteShard, count_records, cut_into_shards, shrink
+from llava_cot_jax.data.raw.shards import LlavaCot100k, Shard, ShardWriter, count_records, cut_into_shards, shrink
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.images import open_image
 from tests.data.raw.raw_set import encode, make_raw_set, noise, unusual_images
 
-ENTRY = Entry(1, 0, "id", "sqa", "sqa/1.png", Member("sqa/1.png", 10, 0), 0)
+ENTRY = AnnotationRow(1, 0, "id", "sqa", "sqa/1.png", Member("sqa/1.png", 10, 0), 0)
 
 
 @settings(deadline=None)
@@ -75,13 +75,13 @@ def test_tfds_reads_finished_shards(tmp_path: Path) -> None:
     for line, row in list(raw.rows.items())[:5]:
         image = images.find(row["image"])
         assert image is not None
-        entries.append(Entry(line, sum(map(len, lines[: line - 1])), row["id"], "sqa", row["image"], image, 0))
+        entries.append(AnnotationRow(line, sum(map(len, lines[: line - 1])), row["id"], "sqa", row["image"], image, 0))
     names = [f"llava_cot_100k-train.array_record-0000{i}-of-00002" for i in range(2)]
     shards = [
         Shard(tmp_path / name, tmp_path / f"{i}.turns", tuple(entries[3 * i :][:3])) for i, name in enumerate(names)
     ]
     for shard in shards:
-        WriteShard(raw.annotations, images, max_side=None)(shard)
+        ShardWriter(raw.annotations, images, max_side=None)(shard)
         assert count_records(shard.path) == shard.turns.read_bytes().count(b"\n") == len(shard)
     builder = LlavaCot100k({"train": shards}, data_dir=tmp_path / "tfds")
     builder.download_and_prepare()
@@ -102,7 +102,7 @@ def test_tfds_reads_finished_shards(tmp_path: Path) -> None:
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Shard:
-    """Of one row; the writer below has what it needs."""
+    """Shard of one row, which the writer below can write."""
     raw = make_raw_set(tmp_path, faults=False)
     image = ImageFolder(raw.write_folder(tmp_path / "images")).find("sqa/train/0/image.png")
     assert image is not None
@@ -110,12 +110,12 @@ def shard(tmp_path: Path) -> Shard:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> WriteShard:
-    return WriteShard(tmp_path / "train.jsonl", ImageFolder(tmp_path / "images"), max_side=None)
+def write(tmp_path: Path) -> ShardWriter:
+    return ShardWriter(tmp_path / "train.jsonl", ImageFolder(tmp_path / "images"), max_side=None)
 
 
-def test_a_shard_is_there_whole_or_not_at_all(shard: Shard, write: WriteShard, tmp_path: Path) -> None:
-    """Its second row's image is gone."""
+def test_a_shard_is_there_whole_or_not_at_all(shard: Shard, write: ShardWriter, tmp_path: Path) -> None:
+    """A shard whose second row has no image."""
     (entry,) = shard.entries
     gone = replace(entry, image=replace(entry.image, name="gone.png"))
     before = set(tmp_path.iterdir())
@@ -124,8 +124,8 @@ def test_a_shard_is_there_whole_or_not_at_all(shard: Shard, write: WriteShard, t
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_full_disk_under_the_records(shard: Shard, write: WriteShard, tmp_path: Path) -> None:
-    """array_record says so only when it closes the file, and not as an OSError."""
+def test_a_full_disk_under_the_records(shard: Shard, write: ShardWriter, tmp_path: Path) -> None:
+    """array_record reports a full disk only when it closes the file, and not as an OSError."""
     before = set(tmp_path.iterdir())
     (tmp_path / "shard.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as fault:

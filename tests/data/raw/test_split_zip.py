@@ -1,4 +1,4 @@
-"""A zip in parts is read as the whole would be, and what is wrong with the parts is named."""
+"""Tests that a zip in parts is read like the whole zip, and that faults of the parts are named."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Reads pictures, questions and answers of the shapes world without any of its code: from pixels and words alone."""
+"""Reader of pictures, questions and answers of the shapes world that uses none of its code."""
 
 import re
 
@@ -15,7 +15,7 @@ OFFSETS = {"left of": -1, "right of": 1, "above": -3, "below": 3}
 
 
 def read_picture(picture: Image.Image) -> Seen:
-    """What each of the nine squares of 16 pixels shows."""
+    """Return the content of each of the nine squares of 16 pixels."""
     pixels = np.asarray(picture, float)
     ground = np.median(pixels, axis=(0, 1))
     seen: Seen = {}
@@ -34,7 +34,7 @@ def read_colour(rgb: np.ndarray) -> str:
 
 
 def read_shape(there: np.ndarray) -> str:
-    """By how much of its bounding box is filled: near the top, near the bottom, and in all."""
+    """Name the shape by the filled share of its bounding box: near the top, near the bottom, and in total."""
     rows, columns = np.flatnonzero(there.any(axis=1)), np.flatnonzero(there.any(axis=0))
     box = there[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     top, bottom = box[1].mean(), box[-2].mean()
@@ -44,7 +44,7 @@ def read_shape(there: np.ndarray) -> str:
 
 
 def members(group: str, seen: Seen) -> int:
-    """How many belong to "red shapes" or to "stars"."""
+    """Count the things of a group such as "red shapes" or "stars"."""
     name = group.removesuffix(" shapes") if group.endswith(" shapes") else group.removesuffix("s")
     return sum(name in thing for thing in seen.values())
 
@@ -54,7 +54,7 @@ def part(attribute: str, thing: tuple[str, str]) -> str:
 
 
 def solve(question: str, seen: Seen) -> str:
-    """The answer. Fails where the question presupposes what is not there."""
+    """Answer the question. Fail where the picture lacks what the question presupposes."""
     if match := re.fullmatch(r"What( colour| shape|) is at (\w\d)\?", question):
         return part(match[1], seen[match[2]])
     if match := re.fullmatch(r"How many ([\w ]+) are there\?", question):
@@ -81,7 +81,7 @@ def beside(direction: str, cell: str) -> str:
 
 
 def summarise(question: str) -> str:
-    """The summary that belongs to a question."""
+    """Return the summary that belongs to a question."""
     for pattern, summary in (
         (r"What is at (\w\d)\?", r"find what is at \1"),
         (r"What (colour|shape) is at (\w\d)\?", r"find the \1 at \2"),
@@ -96,7 +96,7 @@ def summarise(question: str) -> str:
 
 
 def is_true_reasoning(text: str, question: str, seen: Seen) -> bool:
-    """Whether every step says what is there, none is left out, and the result answers the question."""
+    """Whether every step is true, no step is missing, and the result answers the question."""
     steps, _, result = text.rpartition(" so ")
     words = steps.split()
     if result != solve(question, seen):
@@ -121,7 +121,7 @@ def is_true_reasoning(text: str, question: str, seen: Seen) -> bool:
 
 
 def is_true(stage: str, text: str, question: str, seen: Seen) -> bool:
-    """Whether the body of a stage is true of what is seen, and complete."""
+    """Whether the body of a stage is true of the picture, and complete."""
     match stage:
         case "SUMMARY":
             return text == summarise(question)

@@ -1,4 +1,4 @@
-"""Judge rows: of the two texts one is true of the picture, and the other is not."""
+"""Tests of judge rows: exactly one of the two texts is true of the picture."""
 
 import pickle
 from collections import Counter
@@ -22,7 +22,7 @@ def rows() -> list[JudgeRow]:
 
 
 def body(text: str, stage: str) -> str:
-    """What stands between the tags."""
+    """Return the text between the tags."""
     opening, closing = f"<{stage}> ", f" </{stage}>"
     assert text.startswith(opening) and text.endswith(closing)
     return text.removeprefix(opening).removesuffix(closing)
@@ -57,7 +57,7 @@ def test_stages_kinds_and_orders_are_balanced(rows: list[JudgeRow]) -> None:
 
 
 def test_a_false_text_is_one_that_another_picture_could_have(rows: list[JudgeRow]) -> None:
-    """Nothing in its form gives it away: it is as long as true ones, and counts no further."""
+    """The form of a false text does not reveal it: its length and its counts are those of true texts."""
     true: dict[str, set[int]] = {stage: set() for stage in STAGES}
     for row in rows:
         true[row.stage].add(len(row.texts[row.better - 1].split()))
@@ -80,7 +80,7 @@ def test_captions_are_wrong_in_every_way(rows: list[JudgeRow]) -> None:
 
 
 def change(seen: dict, said: dict) -> str:
-    """The one thing in which a caption differs from the picture."""
+    """Return the one thing in which a caption differs from the picture."""
     lost, new = seen.keys() - said.keys(), said.keys() - seen.keys()
     differing = [cell for cell in seen.keys() & said.keys() if seen[cell] != said[cell]]
     assert len(differing) + max(len(lost), len(new)) == 1
@@ -95,7 +95,7 @@ def change(seen: dict, said: dict) -> str:
 
 
 def test_reasonings_are_wrong_in_every_way(rows: list[JudgeRow]) -> None:
-    """In the result alone, in a counter and what follows from it, or in what is read off the picture; none is cut."""
+    """A false reasoning has a wrong result, a wrong counter with its consequences, or a misread thing; none is cut."""
     wrongs: Counter[str] = Counter()
     for row in rows:
         if row.stage == "REASONING":

@@ -1,4 +1,4 @@
-"""The shapes world: what its answers say is what its pictures show, and no split has a picture of another."""
+"""Tests of the shapes world: its answers are true of its pictures, and no two splits share a layout."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ SPLITS = get_args(Split)
 
 
 def digest(rows: list[Row]) -> str:
-    """Of everything in the rows: pixels and words."""
+    """Hash everything in the rows, pixels and words."""
     content = hashlib.sha256()
     for row in rows:
         content.update(np.asarray(row.image).tobytes())
@@ -50,7 +50,7 @@ def test_every_stage_is_true_of_the_pixels(split: Split) -> None:
 
 
 def test_pictures() -> None:
-    """RGB, 48 pixels wide and high; each thing has a colour, each pixel a noise of its own."""
+    """Pictures are RGB with 48 x 48 pixels; the colour of each thing and the noise of each pixel vary."""
     pixels = np.stack(
         [np.asarray(row.image, float) for row in map(ShapesRows("train", size=200).__getitem__, range(200))]
     )
@@ -63,7 +63,7 @@ def test_pictures() -> None:
 
 
 def test_no_layout_is_in_two_splits() -> None:
-    """By chance some would be: of three things there are but 344,064 layouts."""
+    """Chance alone would put some layouts into two splits, since three things have only 344,064 layouts."""
     captions = {
         split: {
             find_stages(rows.turns(i)[0].answer)["CAPTION"]
@@ -107,7 +107,7 @@ print(digest([ShapesRows("train")[i] for i in range(64)]))
 
 @pytest.mark.slow
 def test_the_same_bytes_every_time() -> None:
-    """In another process, too, with strings hashed another way."""
+    """The rows are the same in another process, where strings have other hashes."""
     assert digest([ShapesRows("train")[i] for i in range(64)]) == GOLDEN
     result = subprocess.run(
         [sys.executable, "-c", PRINT_DIGEST],
@@ -143,7 +143,7 @@ QUESTIONS = {"look_up": 27, "count": 8, "compare": 24, "relation": 192}
 
 @pytest.mark.parametrize("kind", BEGINNINGS)
 def test_kinds_and_answers(kind: str) -> None:
-    """A quarter of each kind, of many questions; to know the most frequent answer, even for the question, is little."""
+    """Each kind has a quarter of the rows and many questions, and no answer is too frequent, even for one question."""
     pairs = questions_and_answers(kind)
     assert len(pairs) == 1000 and all(BEGINNINGS[kind] in question for question, _ in pairs)
     assert Counter(answer for _, answer in pairs).most_common(1)[0][1] < MAJORITY[kind] * 1000
@@ -153,7 +153,7 @@ def test_kinds_and_answers(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "chance"), [("count", 0.25), ("compare", 0.5)])
 def test_nothing_but_the_picture_gives_a_balanced_answer_away(kind: str, chance: float) -> None:
-    """To guess what is most frequent for the question, or for the number of things, hardly beats chance."""
+    """The most frequent answer for a question, or for a number of things, is hardly more accurate than chance."""
     rows = ShapesRows("train", size=8000)
     turns = [rows.turns(i)[0] for i in range(8000) if rows.kind(i) == kind]
     by_clue: dict[str | int, Counter[str]] = defaultdict(Counter)

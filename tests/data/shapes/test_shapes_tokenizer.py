@@ -1,4 +1,4 @@
-"""The shipped tokenizer: made from the package alone, one token a word, Llama 3's pieces and chat format."""
+"""Tests of the package's tokenizer: made from the package alone, one token per word, Llama 3's chat format."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from flax import nnx
 
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.data.shapes.tokenizer import VOCAB_SIZE, shapes_config, shapes_tokenizer, train_tokenizer
-from llava_cot_jax.model.checkpoint.auxiliary_files import write_companions
+from llava_cot_jax.model.checkpoint.auxiliary_files import write_auxiliary_files
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
-from llava_cot_jax.paths import EMBEDDED_FOLDER
+from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.stages import STAGES
@@ -37,19 +37,19 @@ def processor() -> Processor:
 
 
 def test_the_shipped_files_are_those_that_the_code_makes(tmp_path: Path) -> None:
-    """All but the weights, which ``tests/evidence/shapes_model.py`` makes."""
-    write_companions(tmp_path, shapes_config(), train_tokenizer(), "float32", generation={"max_new_tokens": 128})
+    """All files are compared but the weights, which ``tests/evidence/shapes_model.py`` makes."""
+    write_auxiliary_files(tmp_path, shapes_config(), train_tokenizer(), "float32", generation={"max_new_tokens": 128})
     made, shipped = (
         {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
-        for folder in (tmp_path, EMBEDDED_FOLDER)
+        for folder in (tmp_path, BUNDLED_MODEL_FOLDER)
     )
-    assert {path.name for path in EMBEDDED_FOLDER.iterdir()} == {*made, "model.safetensors"}
+    assert {path.name for path in BUNDLED_MODEL_FOLDER.iterdir()} == {*made, "model.safetensors"}
     # Each version of transformers writes more or less of its own into this file.
     theirs, ours = made.pop("tokenizer_config.json"), shipped.pop("tokenizer_config.json")
     for name in ("bos_token", "eos_token", "pad_token", "chat_template", "clean_up_tokenization_spaces"):
         assert theirs[name] == ours[name]
     assert made == shipped
-    assert MllamaConfig.from_pretrained(EMBEDDED_FOLDER) == shapes_config()
+    assert MllamaConfig.from_pretrained(BUNDLED_MODEL_FOLDER) == shapes_config()
 
 
 def test_layout_of_the_vocabulary() -> None:
@@ -60,7 +60,7 @@ def test_layout_of_the_vocabulary() -> None:
 
 
 def test_every_word_is_one_token() -> None:
-    """Llama 3 parts letters from digits, so the name of a cell is two."""
+    """Llama 3 separates letters from digits, so that the name of a cell has two tokens."""
     tokenizer = shapes_tokenizer()
     words = {word for text in TEXTS for word in re.findall(r" ?[A-Za-z]+|\d", text)}
     words |= {" response", " choose", "Response", "correct", "incorrect", *"0123456789"}
@@ -70,7 +70,7 @@ def test_every_word_is_one_token() -> None:
 
 
 def test_tags_are_text_in_llama_3_s_pieces() -> None:
-    """As cl100k and Llama 3 cut them: a space with the bracket, the name, the bracket with the blank line."""
+    """Tags are cut as in cl100k and Llama 3: a space with the bracket, the name, the bracket with the blank line."""
     tokenizer = shapes_tokenizer()
     for stage in STAGES:
         assert tokenizer.tokenize(f"<{stage}> red </{stage}>\n\n<") == [

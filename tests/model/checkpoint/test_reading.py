@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint import reading
-from llava_cot_jax.model.checkpoint.finding import read_config, resolve_checkpoint, stated_max_new_tokens
-from llava_cot_jax.model.checkpoint.reading import StoredTensor, read_shards, verified_tensors
+from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_tokens, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.reading import StoredTensor, locate_tensors, read_slices
 from llava_cot_jax.paths import as_path
 
 FIXTURE = Path(__file__).parents[2] / "fixtures/mllama_tiny"
@@ -42,14 +42,14 @@ def write(folder: Path, *files: Tensors) -> Path:
 def refusal(folder: Path) -> str:
     """The one line with which the checkpoint is refused."""
     with pytest.raises(UserError) as caught:
-        verified_tensors(folder, read_config(FIXTURE))
+        locate_tensors(folder, read_config(FIXTURE))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 class TestVerification:
     def test_a_whole_checkpoint_passes(self) -> None:
-        assert len(verified_tensors(FIXTURE, read_config(FIXTURE))) == 216
+        assert len(locate_tensors(FIXTURE, read_config(FIXTURE))) == 216
 
     def test_missing(self, tmp_path: Path, tensors: Tensors) -> None:
         del tensors[GATE]
@@ -109,10 +109,10 @@ class TestFiles:
         assert f"{file} is damaged" in refusal(tmp_path)
 
     def test_cut_short_after_the_check(self, tmp_path: Path, tensors: Tensors) -> None:
-        stored = verified_tensors(write(tmp_path, tensors), read_config(FIXTURE))[LM_HEAD]
+        stored = locate_tensors(write(tmp_path, tensors), read_config(FIXTURE))[LM_HEAD]
         os.truncate(stored.file, stored.offset + 100)
         with pytest.raises(UserError, match=r"model\.safetensors ended early"):
-            read_shards(stored, {((0, 256), (0, 64)): np.empty((256, 64), np.float32)})
+            read_slices(stored, {((0, 256), (0, 64)): np.empty((256, 64), np.float32)})
 
     def test_file_of_the_index_is_missing(self, tmp_path: Path, tensors: Tensors) -> None:
         write(tmp_path, tensors, {})
@@ -135,7 +135,7 @@ class TestFiles:
         write(tmp_path, tensors, {"stray": tensors[GATE]})
         names = dict.fromkeys(tensors, "part-0.safetensors")
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-        assert len(verified_tensors(tmp_path, read_config(tmp_path))) == 216
+        assert len(locate_tensors(tmp_path, read_config(tmp_path))) == 216
 
 
 class TestReading:
@@ -167,15 +167,15 @@ class TestReading:
     def test_boxes(
         self,
         stored: StoredTensor,
-        boxes: list[reading.Box],
+        boxes: list[reading.TensorSlice],
         dtype: str,
         block_bytes: int,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(reading, "_BLOCK_BYTES", block_bytes)
-        shards = {box: np.empty(reading.extents(box), dtype) for box in boxes}
-        count = read_shards(stored, shards)
-        assert count == 4 * sum(reading.volume(box) for box in boxes)
+        shards = {box: np.empty(reading.slice_shape(box), dtype) for box in boxes}
+        count = read_slices(stored, shards)
+        assert count == 4 * sum(reading.slice_size(box) for box in boxes)
         for box, shard in shards.items():
             np.testing.assert_array_equal(shard, self.values[tuple(slice(*span) for span in box)].astype(dtype))
 
@@ -255,19 +255,19 @@ class TestConvention:
 
 class TestStatedLength:
     def test_the_package_s_own_model(self) -> None:
-        assert stated_max_new_tokens(resolve_checkpoint("shapes")) == 128
+        assert read_max_new_tokens(resolve_checkpoint("shapes")) == 128
 
     @pytest.mark.parametrize("content", [None, "{}"])
     def test_none(self, tmp_path: Path, content: str | None) -> None:
         if content:
             (tmp_path / "generation_config.json").write_text(content)
-        assert stated_max_new_tokens(tmp_path) is None
+        assert read_max_new_tokens(tmp_path) is None
 
     @pytest.mark.parametrize("value", ["0", "true", '"many"', "1.5"])
     def test_no_count(self, tmp_path: Path, value: str) -> None:
         (tmp_path / "generation_config.json").write_text(f'{{"max_new_tokens": {value}}}')
         with pytest.raises(UserError, match=r"generation_config\.json: max_new_tokens is .*, which is no count"):
-            stated_max_new_tokens(tmp_path)
+            read_max_new_tokens(tmp_path)
 
 
 def test_the_folder_of_a_run_is_no_checkpoint(tmp_path: Path) -> None:

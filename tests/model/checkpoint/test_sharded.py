@@ -21,8 +21,9 @@ from transformers import MllamaForConditionalGeneration
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint import reading
 from llava_cot_jax.model.checkpoint import writing as export
-from llava_cot_jax.model.checkpoint.finding import read_config
-from llava_cot_jax.model.checkpoint.sharded import load_arrays, save_arrays
+from llava_cot_jax.model.checkpoint.folder import read_config
+from llava_cot_jax.model.checkpoint.sharded_loading import load_params
+from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.parameters import ParamLayout, parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
 
@@ -63,7 +64,7 @@ class TestLoad:
         self, sizes: tuple[int, int, int] | None, layout: ParamLayout, stored: dict[str, np.ndarray]
     ) -> None:
         mesh = mesh_of(sizes)
-        arrays = load_arrays(FIXTURE, CONFIG, layout=layout, mesh=mesh)
+        arrays = load_params(FIXTURE, CONFIG, layout=layout, mesh=mesh)
         table = parameters(CONFIG, layout)
         assert arrays.keys() == table.keys()
         for path, parameter in table.items():
@@ -76,7 +77,7 @@ class TestLoad:
         self, sizes: tuple[int, int, int] | None, layout: ParamLayout, bytes_read: list[int]
     ) -> None:
         progress: list[tuple[int, int]] = []
-        load_arrays(
+        load_params(
             FIXTURE, CONFIG, layout=layout, mesh=mesh_of(sizes), on_progress=lambda *counts: progress.append(counts)
         )
         assert sum(bytes_read) == BYTES
@@ -92,28 +93,28 @@ class TestDtypes:
         model = random_model(file_dtype)
         model.save_pretrained(tmp_path)
         expected = model.state_dict()["lm_head.weight"].to(getattr(torch, held_as)).float().numpy()
-        array = load_arrays(tmp_path, CONFIG, layout="stacked", dtype=held_as, mesh=make_mesh(2, 2, 2))
+        array = load_params(tmp_path, CONFIG, layout="stacked", dtype=held_as, mesh=make_mesh(2, 2, 2))
         assert {a.dtype.name for a in array.values()} == {held_as}
         np.testing.assert_array_equal(array["language_model.lm_head.weight"].astype(jnp.float32), expected)
 
     def test_default_is_that_of_lm_head(self, tmp_path: Path) -> None:
         random_model(torch.bfloat16).save_pretrained(tmp_path)
-        assert {a.dtype for a in load_arrays(tmp_path, CONFIG, layout="stacked").values()} == {jnp.dtype("bfloat16")}
+        assert {a.dtype for a in load_params(tmp_path, CONFIG, layout="stacked").values()} == {jnp.dtype("bfloat16")}
 
     def test_no_dtype_of_weights(self) -> None:
         with pytest.raises(UserError, match="dtype int8 are not supported; one of float32, float16, bfloat16"):
-            load_arrays(FIXTURE, CONFIG, layout="stacked", dtype="int8")
+            load_params(FIXTURE, CONFIG, layout="stacked", dtype="int8")
 
 
 def test_mesh_that_does_not_divide() -> None:
     with pytest.raises(UserError, match="does not divide"):
-        load_arrays(FIXTURE, CONFIG, layout="stacked", mesh=make_mesh(tensor=8))
+        load_params(FIXTURE, CONFIG, layout="stacked", mesh=make_mesh(tensor=8))
 
 
 def test_donation_leaves_replicas_alone() -> None:
     """Replicas on CPU devices may share the buffer that was read into; a donated one must not be written to."""
     path = "language_model.model.norm.weight"
-    arrays = load_arrays(FIXTURE, CONFIG, layout="stacked", mesh=make_mesh(data=8))
+    arrays = load_params(FIXTURE, CONFIG, layout="stacked", mesh=make_mesh(data=8))
     kept = [shard.data for shard in arrays[path].addressable_shards][1:]
     before = np.array(kept[0])
     doubled = jax.jit(lambda x: 2 * x, donate_argnums=0)(arrays[path].addressable_shards[0].data)
@@ -146,8 +147,8 @@ class TestRoundTrip:
     ) -> None:
         model = random_model(torch.bfloat16)
         model.save_pretrained(tmp_path / "theirs", max_shard_size="300KB")
-        arrays = load_arrays(tmp_path / "theirs", CONFIG, layout=layout, mesh=mesh_of(sizes))
-        save_arrays(arrays, CONFIG, tmp_path / "ours", max_file_bytes=max_file_bytes)
+        arrays = load_params(tmp_path / "theirs", CONFIG, layout=layout, mesh=mesh_of(sizes))
+        save_params(arrays, CONFIG, tmp_path / "ours", max_file_bytes=max_file_bytes)
         assert_same_model(tmp_path / "ours", model)
         assert read_config(tmp_path / "ours") == CONFIG
 
@@ -155,14 +156,14 @@ class TestRoundTrip:
     def test_other_dtypes(self, tmp_path: Path, dtype: torch.dtype) -> None:
         model = random_model(dtype)
         model.save_pretrained(tmp_path / "theirs")
-        save_arrays(load_arrays(tmp_path / "theirs", CONFIG, layout="stacked"), CONFIG, tmp_path / "ours")
+        save_params(load_params(tmp_path / "theirs", CONFIG, layout="stacked"), CONFIG, tmp_path / "ours")
         assert_same_model(tmp_path / "ours", model)
 
     def test_newer_names(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
         newer = {newer_name(name): tensor for name, tensor in stored.items()}
         save_file(newer, tmp_path / "model.safetensors")
-        arrays = load_arrays(tmp_path, CONFIG, layout="unrolled")
-        save_arrays(arrays, CONFIG, tmp_path / "ours")
+        arrays = load_params(tmp_path, CONFIG, layout="unrolled")
+        save_params(arrays, CONFIG, tmp_path / "ours")
         again = load_file(tmp_path / "ours/model.safetensors")
         assert again.keys() == stored.keys()
         assert all(np.array_equal(again[name], stored[name]) for name in stored)
@@ -178,10 +179,10 @@ def newer_name(name: str) -> str:
 class TestSave:
     @pytest.fixture(scope="class")
     def arrays(self) -> dict[str, jax.Array]:
-        return load_arrays(FIXTURE, CONFIG, layout="stacked", mesh=make_mesh(1, 8, 1))
+        return load_params(FIXTURE, CONFIG, layout="stacked", mesh=make_mesh(1, 8, 1))
 
     def test_files_and_index(self, tmp_path: Path, arrays: dict[str, jax.Array]) -> None:
-        save_arrays(arrays, CONFIG, tmp_path / "out", max_file_bytes=200_000)
+        save_params(arrays, CONFIG, tmp_path / "out", max_file_bytes=200_000)
         index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
         assert index["metadata"] == {"total_size": BYTES}
         files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -193,29 +194,29 @@ class TestSave:
         assert all(sum(t.nbytes for t in load_file(file).values()) <= 200_000 for file in files)
 
     def test_a_tensor_beyond_the_limit_has_its_own_file(self, tmp_path: Path, arrays: dict[str, jax.Array]) -> None:
-        save_arrays(arrays, CONFIG, tmp_path / "out", max_file_bytes=1)
+        save_params(arrays, CONFIG, tmp_path / "out", max_file_bytes=1)
         assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(parameters(CONFIG, "unrolled"))
 
     def test_leaves_no_copy_on_the_host(self, tmp_path: Path) -> None:
-        arrays = load_arrays(FIXTURE, CONFIG, layout="unrolled", mesh=make_mesh(1, 8, 1))
-        save_arrays(arrays, CONFIG, tmp_path / "out")
+        arrays = load_params(FIXTURE, CONFIG, layout="unrolled", mesh=make_mesh(1, 8, 1))
+        save_params(arrays, CONFIG, tmp_path / "out")
         assert all(array._npy_value is None for array in arrays.values())
 
     def test_onto_an_empty_folder(self, tmp_path: Path, arrays: dict[str, jax.Array]) -> None:
         (tmp_path / "out").mkdir()
-        save_arrays(arrays, CONFIG, tmp_path / "out", extra_files=[FIXTURE / "generation_config.json"])
+        save_params(arrays, CONFIG, tmp_path / "out", extra_files=[FIXTURE / "generation_config.json"])
         assert names_in(tmp_path / "out") == {"config.json", "generation_config.json", "model.safetensors"}
 
     def test_what_is_there_stays(self, tmp_path: Path, arrays: dict[str, jax.Array]) -> None:
         (tmp_path / "notes").write_text("mine")
         with pytest.raises(UserError, match="exists and is not empty"):
-            save_arrays(arrays, CONFIG, tmp_path)
+            save_params(arrays, CONFIG, tmp_path)
         assert names_in(tmp_path) == {"notes"}
 
     def test_leftover_of_a_killed_run(self, tmp_path: Path, arrays: dict[str, jax.Array]) -> None:
         (tmp_path / ".out.partial").mkdir()
         with pytest.raises(UserError, match=r"\.out\.partial is being written, or is left from a run.*remove it"):
-            save_arrays(arrays, CONFIG, tmp_path / "out")
+            save_params(arrays, CONFIG, tmp_path / "out")
 
     @pytest.mark.parametrize("failing_write", [1, 2, 3])
     def test_full_disk(
@@ -223,7 +224,7 @@ class TestSave:
     ) -> None:
         monkeypatch.setattr(export.os, "fsync", failing_at(failing_write, os.fsync))
         with pytest.raises(UserError, match=rf"cannot write {tmp_path}/out .*No space left on device"):
-            save_arrays(arrays, CONFIG, tmp_path / "out", max_file_bytes=1_100_000)
+            save_params(arrays, CONFIG, tmp_path / "out", max_file_bytes=1_100_000)
         assert not names_in(tmp_path)
 
     def test_too_little_space(
@@ -231,12 +232,12 @@ class TestSave:
     ) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
         with pytest.raises(UserError, match=r"needs 0\.0 GB; its disk has 0\.0 GB free"):
-            save_arrays(arrays, CONFIG, tmp_path / "out")
+            save_params(arrays, CONFIG, tmp_path / "out")
         assert not names_in(tmp_path)
 
     def test_arrays_of_another_model(self, tmp_path: Path, arrays: dict[str, jax.Array]) -> None:
         with pytest.raises(ValueError, match="not those of this configuration"):
-            save_arrays(dict(list(arrays.items())[1:]), CONFIG, tmp_path / "out")
+            save_params(dict(list(arrays.items())[1:]), CONFIG, tmp_path / "out")
 
 
 def names_in(folder: Path) -> set[str]:

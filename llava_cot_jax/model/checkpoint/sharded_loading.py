@@ -1,0 +1,108 @@
+"""Loading of a checkpoint's weights straight into arrays that are sharded over devices, one parameter at a time."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from llava_cot_jax.model.checkpoint.reading import (
+    DTYPE_TENSOR,
+    StoredTensor,
+    TensorSlice,
+    bytes_to_read,
+    check_weight_dtype,
+    locate_tensors,
+    read_slices,
+    slice_shape,
+)
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.parameters import Parameter, ParamLayout, parameters
+from llava_cot_jax.model.sharding import check_mesh, parameter_sharding
+from llava_cot_jax.progress import OnProgress
+
+
+def load_params(
+    folder: Path,
+    config: MllamaConfig,
+    *,
+    layout: ParamLayout,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, jax.Array]:
+    """Load the weights of a checkpoint as arrays by path, sharded over a mesh.
+
+    Each process reads only the bytes of the shards on its own devices, and those of replicas once. Of narrow shards in
+    a bucket it reads more, as ``reading.read_slices`` explains. No process and no device holds more than its own
+    shards and the buffers of one parameter.
+
+    Args:
+        folder: Folder of a checkpoint, as ``folder.resolve_checkpoint`` returns it.
+        config: Configuration that the checkpoint must match.
+        layout: Layout of the parameters, which decides their paths and shapes.
+        dtype: float32, float16 or bfloat16. None takes the dtype of the checkpoint's lm_head.
+        mesh: Mesh over the devices of all processes. None places all on this process's first device.
+        on_progress: Called after each parameter with the number of bytes that this process has read, and is to read.
+
+    Raises:
+        UserError: ``locate_tensors`` refuses the checkpoint, or the mesh does not divide the model.
+    """
+    stored = locate_tensors(folder, config)
+    param_dtype = check_weight_dtype(stored[DTYPE_TENSOR].dtype if dtype is None else dtype)
+    if mesh is not None:
+        check_mesh(config, mesh)
+    loaders = {path: _ParamLoader(parameter, mesh) for path, parameter in parameters(config, layout).items()}
+    total = sum(loader.bytes_to_read(stored) for loader in loaders.values())
+    arrays, done = {}, 0
+    for path, loader in loaders.items():
+        arrays[path], count = loader.load(stored, param_dtype)
+        done += count
+        if on_progress:
+            on_progress(done, total)
+    return arrays
+
+
+class _ParamLoader:
+    """Loads the slices of one parameter that this process's devices hold."""
+
+    def __init__(self, parameter: Parameter, mesh: Mesh | None) -> None:
+        self._parameter = parameter
+        self._sharding: Sharding = (
+            SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else parameter_sharding(parameter, mesh)
+        )
+        indices = self._sharding.addressable_devices_indices_map(parameter.shape)
+        self._slices: dict[jax.Device, TensorSlice] = {
+            device: tuple(axis.indices(size)[:2] for axis, size in zip(index or (), parameter.shape, strict=True))
+            for device, index in indices.items()
+        }
+
+    def bytes_to_read(self, stored: Mapping[str, StoredTensor]) -> int:
+        """Return the number of bytes that ``load`` reads."""
+        slices = {span[1:] if self._parameter.stacked else span for span in self._slices.values()}
+        return sum(bytes_to_read(stored[name], slices) for name in self._parameter.tensors)
+
+    def load(self, stored: Mapping[str, StoredTensor], dtype: np.dtype) -> tuple[jax.Array, int]:
+        """Return the parameter as an array, and the number of bytes read for it."""
+        parameter = self._parameter
+        shards = {span: _aligned_empty(slice_shape(span), dtype) for span in set(self._slices.values())}
+        count = 0
+        for layer, name in enumerate(parameter.tensors):
+            of_layer = {span[1:]: shard[layer] for span, shard in shards.items()} if parameter.stacked else shards
+            count += read_slices(stored[name], of_layer)
+        on_devices = [jax.device_put(shards[span], device) for device, span in self._slices.items()]
+        array = jax.make_array_from_single_device_arrays(parameter.shape, self._sharding, on_devices, dtype=dtype)
+        # The buffers are freed on return. Without this wait, those of many parameters would queue for the device.
+        return jax.block_until_ready(array), count
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array aligned to 64 bytes, which a CPU device uses without a copy."""
+    alignment = 64
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + nbytes].view(dtype).reshape(shape)

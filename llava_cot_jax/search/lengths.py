@@ -1,0 +1,81 @@
+"""Lengths of a search in tokens: the one place where they are computed for caches, checks, plans and benchmarks.
+
+Of tables, only the shapes are read, so these functions work on abstract arrays as well.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from llava_cot_jax.search.strategies import Judge, SearchSpec
+from llava_cot_jax.search.tables import JudgeTables, StageTables
+
+
+@dataclass(frozen=True)
+class SearchLengths:
+    """Largest numbers of tokens of the parts of an answer.
+
+    Attributes:
+        candidate: Tokens that are sampled for a candidate.
+        text: A candidate with its opening tag and the closing tag that may be added.
+        pending: Tokens that are prefilled before a stage: the prompt or the last winner, and the next opening tag.
+        prefix: Tokens that the candidates of the last stage share.
+        answer: The prompt with the whole answer.
+    """
+
+    candidate: int
+    text: int
+    pending: int
+    prefix: int
+    answer: int
+
+    @classmethod
+    def of(cls, spec: SearchSpec, tables: StageTables, prompt: int) -> Self:
+        """Return the lengths of a search after a prompt of ``prompt`` tokens."""
+        candidate, tokens = max(spec.max_new_tokens), sum(spec.max_new_tokens)
+        opening, closing = tables.openings.capacity, tables.closings.capacity
+        return cls(
+            candidate=candidate,
+            text=opening + candidate + closing,
+            pending=max(prompt, candidate + closing) + opening,
+            prefix=prompt + tokens - spec.max_new_tokens[-1] + spec.num_stages * (closing + opening) - closing,
+            answer=prompt + tokens + spec.num_stages * (closing + opening),
+        )
+
+
+@dataclass(frozen=True)
+class JudgeLengths:
+    """Largest numbers of tokens of a prompt of the judge, and of what the judge writes after it.
+
+    Attributes:
+        prefix: Tokens that all prompts of a stage begin with, up to the first candidate.
+        suffix: Tokens of the rest of a prompt: two candidates, and the texts around them.
+        verdict: Tokens that the judge writes.
+    """
+
+    prefix: int
+    suffix: int
+    verdict: int
+
+    @classmethod
+    def of(cls, judge: Judge, tables: JudgeTables, *, header: int, question: int, text: int, earlier: int) -> Self:
+        """Return the lengths of the prompts that are made of ``tables``.
+
+        Args:
+            judge: Settings of the judge.
+            tables: Texts of the prompts.
+            header: Largest number of tokens of the chat header.
+            question: Largest number of tokens of the question.
+            text: Largest number of tokens of a candidate with its tags.
+            earlier: Largest number of earlier stages that a prompt shows.
+        """
+        fixed = tables.intro.capacity + tables.middle.capacity + tables.label.capacity
+        return cls(
+            prefix=header + fixed + question + earlier * text,
+            suffix=2 * text + tables.between.capacity + tables.ending.capacity,
+            verdict=judge.max_new_tokens,
+        )
+
+    @property
+    def total(self) -> int:
+        """Tokens of the longest prompt and what is written after it."""
+        return self.prefix + self.suffix + self.verdict

@@ -1,0 +1,24 @@
+"""Random keys of the draws of a search, so that each draw depends on its own key alone."""
+
+from enum import IntEnum
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+
+class Draw(IntEnum):
+    """Kinds of draws in a stage. A stage's key is folded with the kind, then with the candidates that it is for."""
+
+    CANDIDATE = 0
+    BRACKET = 1
+    REASON = 2
+    CHECK = 3
+
+
+def fold_in_each(key: Key[Array, ""], *numbers: Int[Array, " n"]) -> Key[Array, " n"]:
+    """Return ``key`` folded with each of n numbers; of several arguments, with one after the other."""
+    keys = jnp.broadcast_to(key, numbers[0].shape)
+    for number in numbers:
+        keys = jax.vmap(jax.random.fold_in)(keys, number)
+    return keys

@@ -1,0 +1,47 @@
+"""Options that say what is asked and what is shown, and that do not change how much is computed for a question."""
+
+from typing import Any, get_args
+
+from llava_cot_jax.model.config import Convention
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
+
+
+def add_request_options(parser: Any) -> None:
+    """Add these options to a parser of ``jsonargparse``: ``generate`` reads them, and ``plan`` ignores them."""
+    add = parser.add_argument
+    add("--convention", choices=get_args(Convention), help="Convention that the weights were trained with.")
+    default_prompts = str(DEFAULT_JUDGE_PROMPTS)
+    add("--judge_prompts", type=str, default=default_prompts, help="YAML file with the prompts of the judge.")
+    _add_question_options(parser.add_argument_group("Questions and pictures").add_argument)
+    _add_output_options(parser.add_argument_group("Output").add_argument)
+
+
+def _add_question_options(add: Any) -> None:
+    add(
+        "--question",
+        type=str,
+        nargs="+",
+        help="One question, or several that are asked in turn. Without any, pictures are drawn and asked about.",
+    )
+    add(
+        "--image",
+        type=str,
+        nargs="*",
+        help="One image for all questions, or one for each. Without any, the questions are asked without an image.",
+    )
+    add(
+        "--draw",
+        type=int | None,
+        default=None,
+        help="Number of pictures of coloured shapes to draw and ask about, without --question. By default, 1.",
+    )
+    add("--draw_to", type=str, default="runs/pictures", help="Folder that takes the drawn pictures.")
+    add("--seed", type=int, default=0, help="Seed of sampled tokens and of drawn pictures.")
+
+
+def _add_output_options(add: Any) -> None:
+    add("--trace", type=str, help="JSON file that takes all candidates, verdicts and counts of a search.")
+    add("--page", type=str, help="HTML file that shows all candidates, scores and verdicts of a search.")
+    add("--show_search", type=bool, default=False, help="Print all candidates, scores and verdicts of a search.")
+    add("--show_reasoning", type=bool, default=False, help="Print all four stages, not only the conclusion.")
+    add("--json", type=bool, default=False, help="Print one JSON object for each question instead of text.")
