@@ -56,7 +56,7 @@ def check_image(source: str | Path) -> None:
 
 
 def check_vision(vision: VisionConfig) -> None:
-    """Check that ``cut`` can serve the configuration.
+    """Check that ``cut_into_tiles`` can serve the configuration.
 
     Raises:
         UserError: ``vision`` takes another number of channels than 3, or other canvases than all
@@ -69,8 +69,8 @@ def check_vision(vision: VisionConfig) -> None:
         raise UserError(f"vision supported_aspect_ratios must be {canvases} for {vision.max_num_tiles} tiles")
 
 
-def cut(image: Image.Image, vision: VisionConfig, out: np.ndarray) -> tuple[int, int]:
-    """Resize an RGB image to the canvas that fits it best, and cut that into tiles, row by row.
+def cut_into_tiles(image: Image.Image, vision: VisionConfig, out: np.ndarray) -> tuple[int, int]:
+    """Resize an RGB image to the canvas that fits it best, and cut_into_tiles that into tiles, row by row.
 
     Args:
         image: what ``open_image`` returned.
@@ -117,7 +117,7 @@ def batch_images(rows: Sequence[Sequence[ImageSource]], vision: VisionConfig) ->
     mask[:, :, 0] = 1
     for i, row in enumerate(rows):
         for j, source in enumerate(row):
-            canvas = cut(open_image(source), vision, pixels[i, j])
+            canvas = cut_into_tiles(open_image(source), vision, pixels[i, j])
             ids[i, j] = vision.supported_aspect_ratios.index(canvas) + 1
             mask[i, j, : math.prod(canvas)] = 1
     return {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}

@@ -7,7 +7,7 @@ training does: at most four tiles of 560 x 560 pixels, and an answer of about 60
 fresh process on one core (on two where it says so). The kinds of runs take turns:
 
 - floor: Pillow decodes the file and resizes it to the size of its tiles.
-- tiles: ``open_image`` and ``cut``.
+- tiles: ``open_image`` and ``cut_into_tiles``.
 - pipeline: ``Loader``, from the prepared records to arrays on the device, with all threads on that core.
 - transformers: ``MllamaImageProcessorPil``, to normalised float32, without text or batches.
 """
@@ -106,11 +106,11 @@ def floor(files: list[bytes]) -> None:
 
 def tiles(files: list[bytes]) -> None:
     from llava_cot_jax.model.config import VisionConfig
-    from llava_cot_jax.processing.images import cut, open_image
+    from llava_cot_jax.processing.images import cut_into_tiles, open_image
 
     vision = VisionConfig()
     for file in files:
-        cut(open_image(file), vision, np.zeros((4, 3, 560, 560), np.uint8))
+        cut_into_tiles(open_image(file), vision, np.zeros((4, 3, 560, 560), np.uint8))
 
 
 def transformers(files: list[bytes]) -> None:
