@@ -108,7 +108,7 @@ def _model(options: jsonargparse.Namespace, folder: Path | None) -> "Mllama":
     if mesh is not None:
         check_mesh(config, mesh)
     with cli.status("loading weights"):
-        return Mllama.from_pretrained(folder, dtype=options.dtype, mesh=mesh)
+        return Mllama.from_pretrained(folder, config=config, dtype=options.dtype, mesh=mesh)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write a checkpoint anew: under published names, in another dtype, for transformers; or one of a training run.
+"""Write a checkpoint, or the result of a training run, as a new checkpoint: in another dtype, or for transformers.
 
 python -m llava_cot_jax.convert SRC DST [--for transformers] [--dtype bfloat16] [--convention transformers_4]
 """
@@ -20,15 +20,15 @@ from llava_cot_jax.training.layout import is_run
 
 _STILL_DIFFERENT = """\
 transformers now computes the same vision features. One difference stays: these weights were trained under the
-convention 'meta', where a text row that sees no image (a chat header before the image, a text-only row of a mixed
-batch) gets zero from cross-attention; in transformers it attends to every vision token."""
+convention 'meta', where a text token that sees no image (in a chat header before the image, or in a text-only sequence
+of a mixed batch) gets zero from cross-attention. In transformers it attends to every vision token."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UserError: an argument, or anything that finding, reading or writing a checkpoint refuses.
+        UserError: An argument is wrong, or the checkpoint cannot be found, read or written.
     """
     options = _parser().parse_args(argv)
     run, step = _run(options), ""
@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(options: jsonargparse.Namespace) -> Path | None:
-    """The folder of the training run that the source is, if it is one."""
+    """Return the source's folder if it is a training run. Check that options for one are given with one only."""
     folder = checkpoint_path(options.source)
     if is_run(folder):
         if options.convention:
-            raise UserError("--convention is for checkpoints that do not say it; a run does: leave it out")
+            raise UserError("--convention is for a checkpoint that does not state its own; a run does: leave it out")
         return folder
     for name in ("step", "base"):
         if options[name] is not None:
@@ -77,21 +77,37 @@ def _parser() -> cli.Parser:
     add(
         "source",
         type=str,
-        help="a folder in Hugging Face form, an id on the hub, shapes, or the folder of a training run",
+        help='Checkpoint to read: a folder in Hugging Face form, an id on the hub, "shapes" for the bundled model, or '
+        "the folder of a training run.",
     )
-    add("destination", type=str, help="the folder to make; it must not exist, or be empty")
+    add("destination", type=str, help="Folder to write. It must be empty or not exist.")
     add(
         "--for",
         choices=["transformers"],
-        help="lower the vision taps by one, so that transformers 4.56 and later compute the right features",
+        help="Lower the indices of the tapped vision layers by one, so that transformers 4.56 and later compute the "
+        "right vision features.",
     )
-    add("--step", type=int | None, default=None, help="of a training run; default: its newest checkpoint")
-    add("--base", type=str, help="of a run of adapters: where the checkpoint that it started from is now")
-    add("--dtype", choices=get_args(Dtype), help="default: each tensor's own")
+    add(
+        "--step",
+        type=int | None,
+        default=None,
+        help="Step of the training run to convert. By default, that of its newest checkpoint.",
+    )
+    add(
+        "--base",
+        type=str,
+        help="Present place of the checkpoint from which a training run of adapters started, if it has moved.",
+    )
+    add(
+        "--dtype",
+        choices=get_args(Dtype),
+        help="Dtype of the weights to write. By default, each tensor's own, or that of a run's trained parameters.",
+    )
     add(
         "--convention",
         choices=get_args(Convention),
-        help="what the weights were trained with, where config.json does not say so (LLaVA-CoT's: transformers_4)",
+        help="Convention that the weights were trained with, if config.json does not state it (transformers_4 for "
+        "LLaVA-CoT's).",
     )
     return parser
 

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     # These imports take longer than all checks so far.
     from llava_cot_jax.processing.processor import Processor
 
-    processor = Processor.from_pretrained(folder)
+    processor = Processor.from_pretrained(folder, config)
 
     import jax
 
@@ -97,9 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
     start = time.perf_counter()
     with cli.progress_bar("loading weights") as on_progress:
-        model = Mllama.from_pretrained(
-            folder, convention=options.convention, dtype=options.dtype, mesh=mesh, on_progress=on_progress
-        )
+        model = Mllama.from_pretrained(folder, config=config, dtype=options.dtype, mesh=mesh, on_progress=on_progress)
         if options.quantize:
             model.quantize()
     loading_seconds = time.perf_counter() - start

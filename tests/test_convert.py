@@ -103,7 +103,7 @@ class TestResult:
 
 class TestRefusal:
     def test_onto_itself(self, source: Path) -> None:
-        with pytest.raises(UserError, match="is the checkpoint that is to be converted"):
+        with pytest.raises(UserError, match="is the checkpoint to be converted"):
             main([str(source), str(source)])
         assert load_file(source / "model.safetensors")
 
@@ -150,5 +150,5 @@ class TestDeath:
         before = set(tmp_path.iterdir())
         result = run(source, tmp_path / "out", before=limit)
         assert result.returncode == 2
-        assert result.stderr.strip() == f"error: cannot write {tmp_path / 'out'} (0.0 GB): File too large"
+        assert result.stderr.strip() == f"error: {tmp_path / 'out'} cannot be written: File too large"
         assert set(tmp_path.iterdir()) == before

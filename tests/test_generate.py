@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from llava_cot_jax import cli
 from llava_cot_jax.data.shapes.rows import ShapesRows
+from llava_cot_jax.files import read_json
 from llava_cot_jax.generate import main
 from llava_cot_jax.inference.screen import Screen
+from llava_cot_jax.model import config as config_module
+from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
@@ -124,6 +128,37 @@ def test_an_answer_without_stages_is_shown_whole(demo, monkeypatch, capsys):
     answer = json.loads(run(monkeypatch, capsys, *arguments(demo, "--max_new_tokens", "40", "--json"))[1])
     assert shown[0] == whole[0] == 0
     assert shown[1] == whole[1] == answer["text"] + "\n"
+
+
+@pytest.mark.parametrize("convention", [None, "transformers_4"])
+def test_config_json_is_read_once_and_is_the_same_for_model_and_processor(
+    demo, monkeypatch, capsys, convention: str | None
+):
+    """The convention of the command reaches the processor, and the processor's configuration is the model's."""
+    files, processors, models = [], [], []
+
+    def counting_read(path: Path) -> dict[str, Any]:
+        files.append(path.name)
+        return read_json(path)
+
+    def recording_init(self: Processor, config: MllamaConfig, tokenizer: Any) -> None:
+        processors.append(config)
+        make_processor(self, config, tokenizer)
+
+    def recording_load(*given: Any, **options: Any) -> Mllama:
+        models.append(load(*given, **options))
+        return models[-1]
+
+    make_processor, load = Processor.__init__, Mllama.from_pretrained
+    monkeypatch.setattr(config_module, "read_json", counting_read)
+    monkeypatch.setattr(Processor, "__init__", recording_init)
+    monkeypatch.setattr(Mllama, "from_pretrained", recording_load)
+    more = ["--convention", convention] if convention else []
+    code, _, error = run(monkeypatch, capsys, *arguments(demo, "--max_new_tokens", "1", "--json", *more))
+    assert code == 0, error
+    assert files.count("config.json") == 1
+    assert processors == [model.config for model in models] and len(models) == 1
+    assert processors[0].convention == (convention or "meta")
 
 
 @pytest.mark.slow
@@ -362,7 +397,11 @@ class TestWithoutACheckpoint:
 
     @pytest.mark.parametrize(
         ("given", "message"),
-        [(["--draw", "0"], "draw is 0"), (["--seed", "-1"], "seed is -1"), (["--draw_to", "/proc/x"], "to /proc/x")],
+        [
+            (["--draw", "0"], "draw is 0"),
+            (["--seed", "-1"], "seed is -1"),
+            (["--draw_to", "/proc/x"], "/proc/x cannot be"),
+        ],
     )
     def test_what_cannot_be_drawn(self, monkeypatch, capsys, given, message):
         code, _, err = run(monkeypatch, capsys, *given)

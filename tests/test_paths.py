@@ -25,8 +25,7 @@ from llava_cot_jax.data.raw import preparation
 from llava_cot_jax.data.settings import PrepareSettings
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.checkpoint import reading
-from llava_cot_jax.model.checkpoint import writing as export
+from llava_cot_jax.model.checkpoint import reading, writing
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.reading import StoredTensor, locate_tensors, read_slices
 from llava_cot_jax.model.checkpoint.sharded_loading import load_params
@@ -236,10 +235,10 @@ class TestCheckpoint:
         [
             (lambda whole: whole[:4], "a header of"),
             (lambda whole: whole[:1000], "a header of"),
-            (lambda whole: whole[:-1], "bytes, where the header tells of"),
-            (lambda whole: whole + b"\0", "bytes, where the header tells of"),
+            (lambda whole: whole[:-1], "bytes, but by its header"),
+            (lambda whole: whole + b"\0", "bytes, but by its header"),
             (lambda whole: whole[:8] + b"?" + whole[9:], "Expecting value"),
-            (lambda whole: whole.replace(b'"shape":[64]', b'"shape":[63]', 1), "is not where its neighbours and shape"),
+            (lambda whole: whole.replace(b'"shape":[64]', b'"shape":[63]', 1), "do not match its shape or the"),
             (lambda whole: whole.replace(b'"dtype"', b'"dtypo"', 1), "dtype"),
         ],
     )
@@ -356,16 +355,16 @@ class TestWriting:
 
     def test_onto_itself(self, folder: Path) -> None:
         upload(FIXTURE, folder)
-        with pytest.raises(UserError, match="is the checkpoint that is to be converted"):
+        with pytest.raises(UserError, match="is the checkpoint to be converted"):
             convert([str(folder), f"{folder}/"])
 
-    @pytest.mark.parametrize("failing", ["_write_value", "_write_json"])
+    @pytest.mark.parametrize("failing", ["_write_value", "write_json"])
     @pytest.mark.parametrize("dies", [False, True])
     def test_half_written_is_no_checkpoint(
         self, folder: Path, failing: str, dies: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Deleted where the process can still do so; and where it dies, nothing that loads is left."""
-        calls, write = 0, getattr(export, failing)
+        calls, write = 0, getattr(writing, failing)
 
         def fail(*arguments: Any) -> None:
             nonlocal calls
@@ -374,7 +373,7 @@ class TestWriting:
                 raise OSError("Forbidden: quota\nused up")
             write(*arguments)
 
-        monkeypatch.setattr(export, failing, fail)
+        monkeypatch.setattr(writing, failing, fail)
         if dies:
             monkeypatch.setattr(bucket_filesystem(), "rm", None)
         with pytest.raises(UserError, match=f"^{folder} is closed to your credentials"):

@@ -268,7 +268,7 @@ class TestRefusal:
             (["--allow_missing", "-1"], "allow_missing is -1; it must be at least 0"),
             (["--validation_share", "1"], "validation_share is 1.0; it must be at least 0 and less than 1"),
             (["--output", "{tmp}/file"], "{tmp}/file exists and is no prepared data set: name another output"),
-            (["--output", "{tmp}/file/out"], "cannot write {tmp}/file/out.preparing: Not a directory"),
+            (["--output", "{tmp}/file/out"], "{tmp}/file/out cannot be written: Not a directory"),
             (["--output", "{tmp}"], "{tmp} exists and is no prepared data set: name another output"),
         ],
     )
@@ -437,8 +437,6 @@ shutil.copytree({str(disk / "out")!r}, {str(tmp_path / "copy")!r})
         assert result.returncode == 0, result.stderr
         complaints = result.stderr.splitlines()
         assert len(complaints) > 10
-        expected = (
-            f"error: no space left on the disk of {disk / 'out'}: free some and run the same command again to go on"
-        )
+        expected = f"error: no space left on the disk of {disk / 'out'}: free some, then run the same command again"
         assert set(complaints) == {expected}
         assert tree(tmp_path / "copy") == undisturbed

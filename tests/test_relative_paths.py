@@ -108,7 +108,7 @@ class TestConfigurationOfARun:
         (tmp_path / "new/runs/one/checkpoints").mkdir(parents=True)
         (tmp_path / "new/base").mkdir()
         old = tmp_path / "old"
-        content = f"output: {old}/runs/one\ninit_from: {old}/base\ndata: {old}/data\n"
+        content = f"output: {old}/runs/one\ncheckpoint: {old}/base\ndata: {old}/data\n"
         (tmp_path / "new/runs/one/config.yaml").write_text(content)
         (tmp_path / "more.yaml").write_text("steps: 9\n")
         monkeypatch.chdir(tmp_path)

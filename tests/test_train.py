@@ -161,7 +161,7 @@ cli.run(main)
     [
         (["--data", "nowhere"], "nowhere is no prepared data set"),
         (["--checkpoint", "nowhere"], f"no such folder: {Path.cwd() / 'nowhere'}"),
-        (["--output", "/proc/none"], "cannot be written to /proc/none"),
+        (["--output", "/proc/none"], "/proc/none cannot be written"),
         (["--loader.batch_size", "12"], "the mesh does not divide it"),
         (["--mesh.tensor", "3"], "devices idle"),
         (["--frozen_params", '["vision"]', "--lora.rank", "2"], "leave one of them out"),

@@ -25,6 +25,7 @@ from llava_cot_jax.model.layers import QUERY_BLOCK
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.text_decoder import IMAGE_TOKEN_MULTIPLE
 from llava_cot_jax.model.vision_tower import TOKEN_MULTIPLE
+from llava_cot_jax.rounding import round_up
 
 ModelPart = Literal["tower", "projector", "embedding", "self", "cross", "head"]
 """Part of the model that is trained or frozen as a whole. ``self`` and ``cross`` are the two kinds of text layers."""
@@ -125,12 +126,12 @@ def bytes_per_step(
 
 def padded_tower_tokens(config: MllamaConfig) -> int:
     """Number of tokens that the vision tower computes for one image: those of all its tiles, with their padding."""
-    return config.vision.max_num_tiles * _round_up(config.vision.tile_tokens, TOKEN_MULTIPLE)
+    return config.vision.max_num_tiles * round_up(config.vision.tile_tokens, TOKEN_MULTIPLE)
 
 
 def padded_image_tokens(config: MllamaConfig, images: int = 1) -> int:
     """Number of image tokens that the keys and values of ``images`` images have room for, padding included."""
-    return _round_up(images * config.vision.image_tokens, IMAGE_TOKEN_MULTIPLE)
+    return round_up(images * config.vision.image_tokens, IMAGE_TOKEN_MULTIPLE)
 
 
 def vision_flops(
@@ -212,7 +213,7 @@ def text_flops(
     text, hidden = config.text, config.text.hidden_size
     if as_computed:
         queries = _padded_queries(tokens)
-        causal, across = queries * (prefix + tokens), queries * _round_up(image_tokens, IMAGE_TOKEN_MULTIPLE)
+        causal, across = queries * (prefix + tokens), queries * round_up(image_tokens, IMAGE_TOKEN_MULTIPLE)
     else:
         causal, across = tokens * prefix + tokens * (tokens + 1) // 2, tokens * image_tokens
     mlp = 3 * hidden * text.intermediate_size
@@ -304,9 +305,7 @@ def recomputed_flops(config: MllamaConfig, tokens: int, images: int, *, remat: R
         "cross attention": tokens,
     }
     for kind, count in queries.items():
-        recomputed[kind] = (once[kind] // 2 if count > 2 * QUERY_BLOCK else 0) + (
-            once[kind] if remat != "none" else 0
-        )
+        recomputed[kind] = (once[kind] // 2 if count > 2 * QUERY_BLOCK else 0) + (once[kind] if remat != "none" else 0)
     if remat == "full":
         last = images * queries["tower attention"] * tower.intermediate_size * tower.hidden_size
         patches = images * tower.max_num_tiles * tower.patches * tower.hidden_size
@@ -328,13 +327,9 @@ def _key_value_width(config: MllamaConfig) -> int:
     return 2 * config.text.num_key_value_heads * config.text.head_dim
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return n + -n % multiple
-
-
 def _padded_queries(n: int) -> int:
     """Number of queries that ``attention`` computes for ``n`` queries: many are computed in blocks of a fixed size."""
-    return n if n <= 2 * QUERY_BLOCK else _round_up(n, QUERY_BLOCK)
+    return n if n <= 2 * QUERY_BLOCK else round_up(n, QUERY_BLOCK)
 
 
 def _matmul_flops(forward: int, weights: bool, inputs: bool) -> int:

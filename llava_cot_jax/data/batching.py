@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.rounding import ceil_div
 
 FILLER = -1
 """Row number that stands for no row, to fill up the last batch of an evaluation."""
@@ -81,7 +82,7 @@ class BatchOrder:
         self.shuffle = shuffle
         if shuffle and len(self.rows) < batch:
             raise UserError(f"{len(self.rows)} rows do not fill a batch of {batch}: set a smaller batch_size")
-        self.batches_per_epoch = len(self.rows) // batch if shuffle else -(-len(self.rows) // batch)
+        self.batches_per_epoch = len(self.rows) // batch if shuffle else ceil_div(len(self.rows), batch)
 
     def __getitem__(self, index: int) -> BatchIndices:
         """Batch ``index``, counted from the beginning of the first epoch."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -17,6 +16,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json, write_json
 from llava_cot_jax.paths import writing_errors
 from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.progress import OnProgress
 
 INDEX_CHUNK = 512
 """Number of rows that are tokenised at a time. The tokenizer spreads them over its own threads, on all cores."""
@@ -43,7 +43,7 @@ class Index:
         processor: Processor,
         settings: ChatSettings,
         folder: Path,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: OnProgress = lambda done, total: None,
     ) -> Self:
         """Read the index from ``folder``, or build it and save it there.
 
@@ -75,7 +75,7 @@ class Index:
         )
 
     @classmethod
-    def _build(cls, rows: Rows, chat: Chat, fingerprint: str, on_progress: Callable[[int, int], None]) -> Self:
+    def _build(cls, rows: Rows, chat: Chat, fingerprint: str, on_progress: OnProgress) -> Self:
         found: list[int | str] = []
         while len(found) < len(rows):
             some = range(len(found), min(len(found) + INDEX_CHUNK, len(rows)))

@@ -7,7 +7,7 @@ of the loader is one integer, the index of the next batch.
 import hashlib
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import cache_folder
 from llava_cot_jax.processing.images import open_image
 from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.progress import OnProgress
 
 READY = 2
 """Number of batches that are on the devices ahead of their use."""
@@ -68,7 +69,7 @@ class Loader:
         *,
         shuffle: bool = True,
         cache: Path | None = None,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: OnProgress = lambda done, total: None,
     ) -> None:
         self._rows = rows
         self._settings = settings

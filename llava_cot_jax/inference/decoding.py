@@ -22,6 +22,7 @@ from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
 from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, init_cache
 from llava_cot_jax.model.mllama import compute_logits, cross_attention_states
 from llava_cot_jax.model.parameters import Params
+from llava_cot_jax.rounding import round_up_to_power_of_two
 
 SMALLEST_BUCKET = 64
 
@@ -41,7 +42,7 @@ class EndReason(IntEnum):
 
 def bucket(length: int) -> int:
     """Return the length that ``length`` tokens are padded to: a power of two, so that few shapes are compiled."""
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    return max(SMALLEST_BUCKET, round_up_to_power_of_two(length))
 
 
 @jax.tree_util.register_dataclass

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, get_abstract_mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from llava_cot_jax.model.sharding import LOGICAL_AXIS_RULES, partition_spec
+from llava_cot_jax.rounding import ceil_div, round_up
 
 
 @jax.tree_util.register_dataclass
@@ -178,8 +179,8 @@ def _append_features(
 
 def _block_size(tokens: int) -> tuple[int, int]:
     """Return the block size for ``tokens``, and by how many tokens the last block must be padded."""
-    count = -(-tokens // LARGEST_BLOCK)
-    block = LANES * -(-tokens // (LANES * count))
+    count = ceil_div(tokens, LARGEST_BLOCK)
+    block = round_up(ceil_div(tokens, count), LANES)
     return block, count * block - tokens
 
 

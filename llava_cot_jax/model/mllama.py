@@ -203,6 +203,7 @@ class Mllama(nnx.Module):
         cls,
         path_or_hub_id: str | Path,
         *,
+        config: MllamaConfig | None = None,
         convention: Convention | None = None,
         dtype: Any = None,
         mesh: Mesh | None = None,
@@ -214,8 +215,10 @@ class Mllama(nnx.Module):
 
         Args:
             path_or_hub_id: Folder, or ``"organisation/name"`` on the hub.
-            convention: Convention that the model was trained with. None takes config.json's, and ``"meta"`` where it
-                states none. LLaVA-CoT's released weights are ``"transformers_4"`` and do not state it.
+            config: Configuration that ``folder.read_config`` read from the checkpoint. None reads it.
+            convention: Convention that the model was trained with, if ``config`` is None. None takes config.json's, and
+                ``"meta"`` where it states none. LLaVA-CoT's released weights are ``"transformers_4"`` and do not state
+                it.
             dtype: float32, float16 or bfloat16; None is the checkpoint's own.
             mesh: Devices that hold the parameters. Each process reads only the bytes of its own shards.
             layout: Layout of the parameters.
@@ -227,7 +230,7 @@ class Mllama(nnx.Module):
                 doubled or of another shape, or the mesh does not divide the model.
         """
         folder = resolve_checkpoint(path_or_hub_id)
-        config = read_config(folder, convention)
+        config = config or read_config(folder, convention)
         arrays = load_params(folder, config, layout=layout, dtype=dtype, mesh=mesh, on_progress=on_progress)
         return cls.from_arrays(config, arrays, layout=layout, mesh=mesh, remat=remat)
 

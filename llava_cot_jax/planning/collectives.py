@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llava_cot_jax.rounding import ceil_div
+
 COLLECTIVE_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
@@ -137,7 +139,7 @@ def _trip_count(condition: list[str], body: list[str]) -> int | None:
         counter = after[1].split(", ")[int(place[1])].strip()
         counting = next((_ADDITION.search(line) for line in body if line.startswith(f"  {counter} = ")), None)
         by = constants.get(counting[1], 1) if counting else 1
-    return -(-constants[compared[2]] // by)
+    return ceil_div(constants[compared[2]], by)
 
 
 def _collective(match: re.Match[str], line: str, mesh: Mapping[str, int], times: int, scattered: bool) -> Collective:

@@ -20,6 +20,7 @@ from llava_cot_jax.costs.model_costs import MODEL_PARTS, ModelPart, part_of
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.model.sharding import LOGICAL_AXIS_RULES
+from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.training.loss import LOGITS
 from llava_cot_jax.training.program import Program
 from llava_cot_jax.training.settings import TrainSettings
@@ -82,7 +83,7 @@ class TrainingStep:
     @property
     def logit_chunks(self) -> int:
         """Number of chunks of a device's batch whose logits are materialised one after the other."""
-        return -(-self.tokens * self.device_batch // LOGITS)
+        return ceil_div(self.tokens * self.device_batch, LOGITS)
 
     @property
     def tower_blocks(self) -> int:

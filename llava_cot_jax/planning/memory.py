@@ -14,6 +14,7 @@ from llava_cot_jax.costs.model_costs import ModelPart, part_of
 from llava_cot_jax.model.attention import LANES
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.planning.communication import FLOAT32_BYTES, TrainingStep, num_shards, shard_bytes, shard_size
+from llava_cot_jax.rounding import ceil_div
 
 MemoryShares = dict[str, int]
 """Bytes per device, by what they hold."""
@@ -148,7 +149,7 @@ def _logits_bytes(step: TrainingStep) -> int:
     is_gathered = step.mesh["fsdp"] > 1
     head_bytes = step.dtype_bytes * is_gathered + FLOAT32_BYTES * is_trained
     head = vocabulary * step.config.text.hidden_size * head_bytes
-    tokens = -(-step.tokens // step.logit_chunks) * step.device_batch
+    tokens = ceil_div(step.tokens, step.logit_chunks) * step.device_batch
     return head + tokens * vocabulary * (FLOAT32_LOGITS * FLOAT32_BYTES + step.dtype_bytes)
 
 

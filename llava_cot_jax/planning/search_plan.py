@@ -19,6 +19,7 @@ from llava_cot_jax.planning.memory import MemoryShares
 from llava_cot_jax.planning.programs import WeightDtype, abstract_params, lower_search
 from llava_cot_jax.planning.roofline import Roofline
 from llava_cot_jax.planning.slices import GENERATIONS, HBM_MARGIN, Slice
+from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.reasoner import ACCELERATOR_CHUNK
 from llava_cot_jax.search.strategies import Judge, SearchSpec
@@ -267,7 +268,7 @@ class _SearchCosts:
         """Least seconds for a prefill of ``tokens`` tokens per question, in chunks that each read all weights."""
         image_tokens = self.image_tokens
         one = model_costs.text_flops(self.config, tokens, image_tokens, prefix=prefix, scored=1)
-        chunks = -(-tokens // ACCELERATOR_CHUNK)
+        chunks = ceil_div(tokens, ACCELERATOR_CHUNK)
         weights = model_costs.parameters_per_step(self.config, images=image_tokens > 0) * self.weight_bytes * chunks
         flops = self.questions * sum(one.values())
         roofline = self._roofline(flops, weights / self.mesh["tensor"], caches=0.0, tokens=self.questions * tokens)

@@ -1,8 +1,8 @@
-"""From an image file to the uint8 tiles that the vision tower takes.
+"""Image files become uint8 tiles for the vision encoder.
 
-The tiles are those of transformers' ``MllamaImageProcessorPil`` before its arithmetic, byte for byte:
-pixels stay uint8, a quarter of the bytes to move, and the model normalises them on the device. For the
-common case, an upright RGB file, little is done beyond Pillow's decoding and resizing.
+The tiles equal, byte for byte, those of transformers' ``MllamaImageProcessorPil`` before it normalises them. Pixels
+stay uint8, a quarter of the bytes to move, and the model normalises them on the device. For the common case, an upright
+RGB file, little is done beyond Pillow's decoding and resizing.
 """
 
 import io
@@ -21,21 +21,21 @@ from llava_cot_jax.model.config import VisionConfig
 from llava_cot_jax.paths import as_path
 
 ImageSource = str | Path | bytes | Image.Image
-"""A local path, the bytes of an image file, or an image that Pillow has opened."""
+"""Path of an image file, the bytes of one, or an image that Pillow has opened."""
 
 MAX_PIXELS = 89_478_485
-"""The largest image that is decoded (256 MiB as RGB). Pillow warns from the same size on."""
+"""Largest number of pixels of an image that is decoded (256 MiB as RGB). Pillow warns of larger images."""
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """The image as RGB, turned upright as its EXIF says.
+    """Open an image as RGB, turned upright as its EXIF data say.
 
-    What is transparent is laid on white, as the processor of transformers does (Meta's own pipeline
-    shows the colours stored beneath). Grey of more than 8 bits is scaled to 8, not clipped. Of an
-    animation, the first frame. An opened image that needs none of this is returned itself.
+    Transparent parts are laid on white, as the processor of transformers does (Meta's own pipeline shows the colours
+    stored beneath). Grey of more than 8 bits is scaled to 8 bits, not clipped. An animation gives its first frame. An
+    opened image that needs no change is returned itself.
 
     Raises:
-        UserError: no such file, no image, a damaged one, one without pixels or of more than ``MAX_PIXELS``.
+        UserError: There is no such file, or it is no image, is damaged, or has no pixels or more than ``MAX_PIXELS``.
     """
     name = _name(source)
     if isinstance(source, Image.Image):
@@ -45,10 +45,10 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def check_image(source: str | Path) -> None:
-    """Whether there is an image, by the beginning of its file alone: quick, so that a wrong name is told at once.
+    """Check quickly, by the beginning of its file, that an image exists.
 
     Raises:
-        UserError: no such file, or no image.
+        UserError: There is no such file, or it is no image.
     """
     name = _name(source)
     with _open_file(source, name) as file:
@@ -59,8 +59,8 @@ def check_vision(vision: VisionConfig) -> None:
     """Check that ``cut_into_tiles`` can serve the configuration.
 
     Raises:
-        UserError: ``vision`` takes another number of channels than 3, or other canvases than all
-            those of at most ``max_num_tiles`` tiles.
+        UserError: The number of channels is not 3, or the canvases are not all those of at most ``max_num_tiles``
+            tiles.
     """
     if vision.num_channels != 3:
         raise UserError(f"vision num_channels is {vision.num_channels}, but images are RGB: 3 is needed")
@@ -70,23 +70,23 @@ def check_vision(vision: VisionConfig) -> None:
 
 
 def cut_into_tiles(image: Image.Image, vision: VisionConfig, out: np.ndarray) -> tuple[int, int]:
-    """Resize an RGB image to the canvas that fits it best, and cut_into_tiles that into tiles, row by row.
+    """Resize an RGB image to the canvas that fits it best, and cut it into tiles, row by row.
 
     Args:
-        image: what ``open_image`` returned.
-        vision: a configuration that passes ``check_vision``.
-        out: zeros, uint8 [max_num_tiles, 3, size, size]; the tiles are written here, without a copy
-            in between, and what the image does not cover stays 0.
+        image: Image that ``open_image`` returned.
+        vision: Configuration that passes ``check_vision``.
+        out: Zeros, uint8 [max_num_tiles, 3, size, size], into which the tiles are written. Pixels that the image does
+            not cover stay 0.
 
     Returns:
-        The canvas: tiles high, tiles wide.
+        The canvas: its height and width in tiles.
     """
     size = vision.image_size
     canvas, (height, width) = fit_canvas(image.height, image.width, vision.max_num_tiles, size)
-    fitted = image.size == (width, height)  # Pillow would make a copy
+    fitted = image.size == (width, height)  # Pillow would copy an image of the same size
     resized = image if fitted else image.resize((width, height), Image.Resampling.BILINEAR)
     for channel, name in enumerate("RGB"):
-        # One band at a time: Pillow picks it out faster than NumPy would transpose interleaved pixels.
+        # One channel at a time, because Pillow extracts it faster than NumPy transposes interleaved pixels.
         band = np.frombuffer(resized.tobytes("raw", name), np.uint8).reshape(height, width)
         for tile, (y, x) in enumerate(product(*map(range, canvas))):
             part = band[y * size : (y + 1) * size, x * size : (x + 1) * size]
@@ -94,46 +94,48 @@ def cut_into_tiles(image: Image.Image, vision: VisionConfig, out: np.ndarray) ->
     return canvas
 
 
-def batch_images(rows: Sequence[Sequence[ImageSource]], vision: VisionConfig) -> dict[str, np.ndarray]:
-    """The images of a batch's rows as one array of each kind; rows with fewer images are filled up.
+def batch_images(images: Sequence[Sequence[ImageSource]], vision: VisionConfig) -> dict[str, np.ndarray]:
+    """Return the model's image inputs for a batch, given the images of each of its sequences.
+
+    Sequences with fewer images than others are padded with images without pixels.
 
     Returns:
-        ``pixel_values`` uint8 [batch, images, tiles, channels, size, size], 0 in tiles that are not
-        used; ``aspect_ratio_ids`` int32 [batch, images], the canvas's index in
-        ``supported_aspect_ratios`` + 1, or 0 where a row has fewer images; ``aspect_ratio_mask`` int32
-        [batch, images, tiles], 1 for used tiles, which come first, and always for the first. Nothing
-        if no row has an image.
+        ``pixel_values`` uint8 [batch, images, tiles, channels, size, size], 0 in unused tiles; ``aspect_ratio_ids``
+        int32 [batch, images], the canvas's index in ``supported_aspect_ratios`` + 1, or 0 for padding;
+        ``aspect_ratio_mask`` int32 [batch, images, tiles], 1 for used tiles, which come first, and for the first tile
+        of padding. Empty if no sequence has an image.
 
     Raises:
-        UserError: an image that ``open_image`` refuses.
+        UserError: ``open_image`` refuses an image.
     """
-    images = max((len(row) for row in rows), default=0)
-    if not images:
+    num_images = max(map(len, images), default=0)
+    if not num_images:
         return {}
-    shape = (len(rows), images, vision.max_num_tiles)
+    shape = (len(images), num_images, vision.max_num_tiles)
     pixels = np.zeros((*shape, 3, vision.image_size, vision.image_size), np.uint8)
     ids = np.zeros(shape[:2], np.int32)
     mask = np.zeros(shape, np.int32)
     mask[:, :, 0] = 1
-    for i, row in enumerate(rows):
-        for j, source in enumerate(row):
+    for i, sources in enumerate(images):
+        for j, source in enumerate(sources):
             canvas = cut_into_tiles(open_image(source), vision, pixels[i, j])
             ids[i, j] = vision.supported_aspect_ratios.index(canvas) + 1
             mask[i, j, : math.prod(canvas)] = 1
     return {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
 
 
-def _canvases(tiles: int) -> list[tuple[int, int]]:
-    """All rectangles of at most so many tiles, as (tiles high, tiles wide), in the order of ``aspect_ratio_ids``."""
-    return [(high, wide) for high in range(1, tiles + 1) for wide in range(1, tiles // high + 1)]
+def _canvases(max_num_tiles: int) -> list[tuple[int, int]]:
+    """Return all canvases, as (height, width) in tiles, in the order of ``aspect_ratio_ids``."""
+    return [(high, wide) for high in range(1, max_num_tiles + 1) for wide in range(1, max_num_tiles // high + 1)]
 
 
 @lru_cache(maxsize=10_000)
 def fit_canvas(height: int, width: int, max_num_tiles: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The canvas (tiles high, tiles wide) of an image, and the (height, width) that it is resized to.
+    """Return the canvas of an image, as (height, width) in tiles, and the (height, width) that it is resized to.
 
-    The canvas is the one that enlarges the image least, or where none is large enough the one that shrinks it least;
-    of several alike the smallest. On it the image keeps its proportions, and is not enlarged beyond one tile's side.
+    The canvas is the one that enlarges the image least or, if none is large enough, the one that shrinks it least. Of
+    several such canvases it is the smallest. The image keeps its proportions, and is not enlarged beyond the side of a
+    tile.
     """
     scales = {(high, wide): min(high * size / height, wide * size / width) for high, wide in _canvases(max_num_tiles)}
     best = min((scale for scale in scales.values() if scale >= 1), default=max(scales.values()))
@@ -146,7 +148,7 @@ def fit_canvas(height: int, width: int, max_num_tiles: int, size: int) -> tuple[
 
 
 def _name(source: ImageSource) -> str:
-    """What an error calls the image, on one line."""
+    """Return on one line how an error names the image."""
     if isinstance(source, bytes):
         return f"the image of {len(source)} bytes"
     path = getattr(source, "filename", "") if isinstance(source, Image.Image) else source
@@ -169,6 +171,7 @@ def _open_file(source: str | Path | bytes, name: str) -> BinaryIO:
 
 
 def _identify(file: BinaryIO, name: str) -> Image.Image:
+    """Read the header of an image file."""
     try:
         return Image.open(file)
     except UnidentifiedImageError:
@@ -180,6 +183,7 @@ def _identify(file: BinaryIO, name: str) -> Image.Image:
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
+    """Decode an image whose header was read, and return it as upright RGB."""
     pixels = image.width * image.height
     if not pixels:
         raise UserError(f"{name} has no pixels ({image.width} x {image.height})")
@@ -188,7 +192,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        # Pillow copies whatever it need not turn or convert: do not ask it to.
+        # Pillow would copy an image that needs no turning.
         upright = ImageOps.exif_transpose(image) if turned else image
         return _on_white(_eight_bits(upright))
     except Exception as fault:  # damaged data makes Pillow's decoders raise almost anything
@@ -196,6 +200,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """Return the image as RGB, with transparent parts laid on white."""
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
@@ -203,11 +208,11 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits (modes I;16, I and F) scaled to mode L, where Pillow would clip at 255."""
+    """Scale grey of more than 8 bits (modes I;16, I and F) to mode L. Pillow would clip it at 255."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.nan_to_num(np.asarray(image, np.float32))
-    # Integers count to 65535. Floats do not say: take the smallest usual full scale that holds them all.
+    # The full scale of integers is 65535. That of floats is unknown: take the smallest usual one that holds them all.
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
     highest = float(values.max())
     full = next((scale for scale in scales if highest <= scale), highest)

@@ -1,15 +1,16 @@
-"""Messages, and the chat format that they are written in."""
+"""Messages, and the chat template that writes them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 Message = Mapping[str, Any]
-"""{"role": ..., "content": a text, or a list of {"type": "image"} and {"type": "text", "text": ...}}"""
+"""Message ``{"role": ..., "content": ...}``. Its content is a text, or a list of ``{"type": "image"}`` and
+``{"type": "text", "text": ...}``."""
 
 IMAGE_TOKEN = "<|image|>"
 
 PROMPT_DATE = "26 Jul 2024"
-"""The date that a prompt without an image names: pinned, or answers would change with the day."""
+"""Date that a prompt without an image names. It is fixed, so that answers do not change from day to day."""
 
 CHAT_TEMPLATE = r"""
 {%- macro body(content) -%}
@@ -46,9 +47,9 @@ CHAT_TEMPLATE = r"""
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
 {%- endif -%}
 """.replace("PROMPT_DATE", PROMPT_DATE)
-"""Llama 3.2's prompt format, for a checkpoint that brings no template (the base models bring none)."""
+"""Llama 3.2's chat template, for checkpoints without one, such as the base models."""
 
 
 def user_turn(question: str, images: int = 0) -> list[Message]:
-    """The messages that ask ``question`` about so many images, which stand before the text."""
+    """Return the messages that ask a question about a number of images, which come before its text."""
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]

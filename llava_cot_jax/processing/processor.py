@@ -115,10 +115,10 @@ class Processor:
             length: Number of tokens to pad every sequence to. None takes that of the longest sequence.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, int32 [batch, tokens], padded on the right. If there is any image, also
-            ``pixel_values`` uint8 [batch, images, tiles, channels, size, size], ``aspect_ratio_ids`` int32 [batch,
-            images], ``aspect_ratio_mask`` int32 [batch, images, tiles] and ``cross_attention_mask`` int32 [batch,
-            tokens, images, tiles].
+            ``input_ids`` and ``attention_mask``, int32 [batch, tokens], padded on the right. If there is any image,
+            also ``pixel_values`` uint8 [batch, images, tiles, channels, size, size], ``aspect_ratio_ids`` int32
+            [batch, images], ``aspect_ratio_mask`` int32 [batch, images, tiles] and ``cross_attention_mask`` int32
+            [batch, tokens, images, tiles].
 
         Raises:
             UserError: Prompts and images do not match, a prompt is longer than ``length``, or ``open_image`` refuses an
@@ -234,7 +234,7 @@ def check_tokenizer(folder: Path) -> None:
         UserError: A file is missing.
     """
     if missing := sorted({"tokenizer.json", "tokenizer_config.json"} - files_in(folder)):
-        raise UserError(f"{folder} lacks {' and '.join(missing)}: copy there the tokenizer of the model that the checkpoint was made from")
+        raise UserError(f"{folder} lacks {' and '.join(missing)}: copy the tokenizer of the checkpoint there")
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

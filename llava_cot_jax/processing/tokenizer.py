@@ -1,4 +1,4 @@
-"""A small tokenizer built like Llama 3's, for models that are not Llama: those of the shapes world and of the tests."""
+"""A small tokenizer built like Llama 3's, for the models of the shapes world and of the tests."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,8 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-"""Llama 3 cuts a text into these pieces before it merges bytes: words, up to three digits, symbols, space."""
+"""Pattern of the pieces into which Llama 3 cuts a text before it merges bytes: words, up to three digits, symbols and
+space."""
 
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -27,7 +28,7 @@ SPECIAL_TOKENS = (
     "<|eot_id|>",
     "<|python_tag|>",
 )
-"""The special tokens that follow the vocabulary's plain entries, in Llama 3's order."""
+"""Special tokens, which follow the vocabulary's plain entries, in Llama 3's order."""
 
 BYTES = 256
 
@@ -35,16 +36,15 @@ BYTES = 256
 def make_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE with Llama 3's pre-tokenizer, special tokens and chat format.
 
-    The special tokens keep their places relative to one another; reserved ones fill the vocabulary up
-    where the corpus gives too few merges. As in the published tokenizer, ``<|image|>`` comes after the
-    vocabulary: its id is ``vocab_size``, for which lm_head has no row.
+    If the corpus gives too few merges, reserved special tokens pad the vocabulary. As in the published tokenizer,
+    ``<|image|>`` comes after the vocabulary: its id is ``vocab_size``, for which lm_head has no row.
 
     Args:
-        corpus: the texts to learn merges from; the same texts give the same tokenizer.
-        vocab_size: plain and special entries together, ``<|image|>`` not counted.
+        corpus: Texts to learn merges from. The same texts give the same tokenizer.
+        vocab_size: Number of plain and special entries together, without ``<|image|>``.
 
     Raises:
-        UserError: too few entries for the bytes and the special tokens.
+        UserError: The vocabulary is too small for the bytes and the special tokens.
     """
     plain = vocab_size - len(SPECIAL_TOKENS)
     if plain < BYTES:
@@ -61,7 +61,7 @@ def make_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.train_from_iterator(
         corpus, trainers.BpeTrainer(vocab_size=plain, initial_alphabet=alphabet, show_progress=False)
     )
-    # 0 to 2 have their places among the named ones.
+    # Numbers 0 to 2 are among ``SPECIAL_TOKENS``.
     fillers = [f"<|reserved_special_token_{3 + i}|>" for i in range(plain - tokenizer.get_vocab_size())]
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in (*SPECIAL_TOKENS, *fillers, IMAGE_TOKEN)]

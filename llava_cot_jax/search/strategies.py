@@ -9,6 +9,7 @@ from typing import Literal, Protocol, TypeVar
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.stages import STAGES
 
 _Value = TypeVar("_Value")
@@ -72,7 +73,7 @@ class Judge:
         candidates, so the batch takes the room that the candidates' own tokens took. A token verdict needs only
         prefill, which gains nothing from larger batches: its batch is one pair, so that none is filled up.
         """
-        return -(-num_candidates // 2) if self.writes_reasons else self.orders
+        return ceil_div(num_candidates, 2) if self.writes_reasons else self.orders
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Origin:
     def __init__(self, checkpoint: str, convention: Convention | None, random_init: bool = False) -> None:
         self.folder = find_checkpoint(checkpoint, weights=False) if random_init else resolve_checkpoint(checkpoint)
         self.config = read_config(self.folder, convention)
-        self.processor = Processor.from_pretrained(self.folder)
+        self.processor = Processor.from_pretrained(self.folder, self.config)
         self.random_init = random_init
 
     def arrays(self, *, mesh: Mesh, dtype: Any, seed: int, on_progress: OnProgress) -> dict[str, jax.Array]:
@@ -63,5 +63,5 @@ class Origin:
         """Write all but the weights: with these and the weights, a checkpoint is whole."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in list_auxiliary_files(self.folder):
-            (folder / path.name).write_bytes(path.read_bytes())  # one of the two may be in a bucket
+            copy_file(path, folder / path.name)
         write_json(folder / "config.json", self.config.to_dict("float32"))

@@ -10,15 +10,14 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import compute_logits, hidden_states
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain, local_size
+from llava_cot_jax.rounding import ceil_div
 
 LOGITS = 1024
 """Tokens on a device whose logits stand at a time, 0.5 GB in float32 with the published vocabulary. Where lm_head is
 cut over devices it is gathered for each such part of a batch: few tokens at a time would cost more than memory."""
 
 
-def token_losses(
-    params: Params, config: MllamaConfig, batch: Mapping[str, jax.Array], remat: RematPolicy
-) -> jax.Array:
+def token_losses(params: Params, config: MllamaConfig, batch: Mapping[str, jax.Array], remat: RematPolicy) -> jax.Array:
     """Minus the log-probability of each token given those before it, float32 [batch, tokens].
 
     The first token of a row has none before it: 0. Of no meaning at padding.
@@ -42,8 +41,8 @@ def token_losses(
         return jax.nn.logsumexp(scores, axis=-1) - chosen
 
     tokens = targets.shape[1]
-    count = -(-tokens * local_size(len(targets), "batch") // LOGITS)
-    size = -(-tokens // count)  # chunks of one size, so that little is filled up
+    count = ceil_div(tokens * local_size(len(targets), "batch"), LOGITS)
+    size = ceil_div(tokens, count)  # chunks of one size, so that little is filled up
     parts = jax.tree.map(lambda x: _in_chunks(x, size), (hidden, targets))
     losses = jnp.moveaxis(jax.lax.map(chunk_losses, parts), 0, 1)  # [batch, chunks, size]
     losses = losses.reshape(targets.shape[0], -1)[:, : tokens - 1]

@@ -18,6 +18,7 @@ from tensorboardX import SummaryWriter
 from llava_cot_jax.costs.chips import find_chip
 from llava_cot_jax.costs.model_costs import ModelPart, training_flops
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.files import copy_file
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import is_remote
 from llava_cot_jax.stages import STAGES
@@ -119,7 +120,7 @@ class Metrics:
         for name in (FILE, SKIPPED):
             path = self.folder / name
             if self._bucket and (self._bucket / name).exists():
-                path.write_bytes((self._bucket / name).read_bytes())
+                copy_file(self._bucket / name, path)
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 path.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
@@ -167,7 +168,7 @@ class Metrics:
             if path.is_file():
                 target = self._bucket / str(path.relative_to(self.folder))
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
+                copy_file(path, target)
         self._uploaded = time.monotonic()
 
 

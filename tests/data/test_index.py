@@ -46,7 +46,7 @@ def test_the_lengths_are_those_of_the_rows(tmp_path):
     left_out = np.count_nonzero(index.lengths == 0)
     assert 110 < left_out < 600  # special tokens, and answers that are too long
     assert f"{left_out} of 1200 rows left out" in index.summary()
-    assert "110: the text of a message holds the special token" in index.summary()
+    assert "110: the text of a message contains the special token" in index.summary()
     assert "does not fit into 150 tokens" in index.summary()
 
 
@@ -93,5 +93,5 @@ def test_nothing_to_train_on(tmp_path):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be saved"):
+    with pytest.raises(UserError, match="cannot be written"):
         open_index(tmp_path / "file" / "cache", Noise(5))

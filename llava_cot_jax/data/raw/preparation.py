@@ -220,9 +220,7 @@ def _check_images(
 Task = TypeVar("Task", CheckTask, Shard)
 
 
-def _run_tasks(
-    function: Callable[[Task], None], tasks: Sequence[Task], workers: int, on_progress: OnProgress
-) -> None:
+def _run_tasks(function: Callable[[Task], None], tasks: Sequence[Task], workers: int, on_progress: OnProgress) -> None:
     """Run the tasks whose file does not exist yet."""
     pending = [task for task in tasks if not task.path.exists()]
     total = sum(map(len, tasks))

@@ -1,7 +1,6 @@
 """The folder of a checkpoint: finding it on a disk, in a bucket or on the Hugging Face hub, and what lies in it."""
 
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llava_cot_jax.errors import UserError
@@ -133,7 +132,8 @@ def read_max_new_tokens(folder: Path) -> int | None:
         return None
     stated = read_json(folder / "generation_config.json").get("max_new_tokens")
     if stated is not None and (type(stated) is not int or stated < 1):
-        raise UserError(f"{folder / 'generation_config.json'}: max_new_tokens is {stated!r}; it must be a positive integer")
+        path = folder / "generation_config.json"
+        raise UserError(f"{path}: max_new_tokens is {stated!r}; it must be a positive integer")
     return stated
 
 
@@ -171,7 +171,7 @@ def _fetch(hub_id: str, weights: bool) -> Path:
         raise UserError(f"no such folder, and not a valid id on the hub: {hub_id}") from None
     except LocalEntryNotFoundError:
         raise UserError(
-            f"there is no folder {as_path(hub_id)}; and as an id on the hub, {hub_id} is not in the local cache, and "
+            f"there is no folder {as_path(hub_id)}, and as an id on the hub, {hub_id} is not in the local cache, and "
             "the hub cannot be reached: give a local folder, or go online"
         ) from None
     except OSError as fault:  # the HTTP errors of huggingface_hub are ``OSError``s

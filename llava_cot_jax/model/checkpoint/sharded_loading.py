@@ -44,7 +44,7 @@ def load_params(
         folder: Folder of a checkpoint, as ``folder.resolve_checkpoint`` returns it.
         config: Configuration that the checkpoint must match.
         layout: Layout of the parameters, which decides their paths and shapes.
-        dtype: float32, float16 or bfloat16. None takes the dtype of the checkpoint's lm_head.
+        dtype: Dtype of the arrays: float32, float16 or bfloat16. None takes the dtype of the checkpoint's lm_head.
         mesh: Mesh over the devices of all processes. None places all on this process's first device.
         on_progress: Called after each parameter with the number of bytes that this process has read, and is to read.
 

@@ -40,7 +40,7 @@ class TensorEntry:
     Attributes:
         name: Published name of the tensor.
         shape: Shape of the tensor.
-        dtype: float32, float16 or bfloat16.
+        dtype: Dtype of the tensor: float32, float16 or bfloat16.
     """
 
     name: str

@@ -62,20 +62,20 @@ class TestVerification:
 
     def test_doubled_in_two_files(self, tmp_path: Path, tensors: Tensors) -> None:
         message = refusal(write(tmp_path, tensors, {GATE: tensors[GATE]}))
-        assert message.endswith(f": {GATE} is there 2 times (in part-0.safetensors, part-1.safetensors)")
+        assert message.endswith(f": {GATE} is stored 2 times (in part-0.safetensors, part-1.safetensors)")
 
     def test_doubled_under_old_and_new_name(self, tmp_path: Path, tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors[LM_HEAD]
-        assert refusal(write(tmp_path, tensors)).endswith(f": {LM_HEAD} is there 2 times (in model.safetensors)")
+        assert refusal(write(tmp_path, tensors)).endswith(f": {LM_HEAD} is stored 2 times (in model.safetensors)")
 
     def test_wrong_shape(self, tmp_path: Path, tensors: Tensors) -> None:
         tensors[LM_HEAD] = tensors[LM_HEAD].T.copy()
-        assert refusal(write(tmp_path, tensors)).endswith(f": {LM_HEAD} is [64, 256], should be [256, 64]")
+        assert refusal(write(tmp_path, tensors)).endswith(f": {LM_HEAD} has shape [64, 256], should have [256, 64]")
 
     @pytest.mark.parametrize("dtype", [np.int8, np.float64])
     def test_wrong_dtype(self, tmp_path: Path, tensors: Tensors, dtype: type) -> None:
         tensors[NORM] = tensors[NORM].astype(dtype)
-        assert f"{NORM} is of dtype {'I8' if dtype is np.int8 else 'F64'}" in refusal(write(tmp_path, tensors))
+        assert f"{NORM} has dtype {'I8' if dtype is np.int8 else 'F64'}" in refusal(write(tmp_path, tensors))
 
     def test_all_faults_in_one_line(self, tmp_path: Path, tensors: Tensors) -> None:
         del tensors[GATE]
@@ -84,8 +84,8 @@ class TestVerification:
         for culprit in (
             f"missing {GATE}",
             "unexpected stray",
-            f"{LM_HEAD} is there 2",
-            f"{NORM} is [3], should be [64]",
+            f"{LM_HEAD} is stored 2",
+            f"{NORM} has shape [3], should have [64]",
         ):
             assert culprit in message
 
@@ -120,11 +120,19 @@ class TestFiles:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
         assert f"{tmp_path / 'part-7.safetensors'} does not exist" in refusal(tmp_path)
 
-    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
-    def test_index_is_none(self, tmp_path: Path, tensors: Tensors, text: str) -> None:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "is not JSON"),
+            ("[]", "holds no JSON object"),
+            ("{}", "is not the index of a checkpoint: fetch it again"),
+            ('{"weight_map": 3}', "is not the index of a checkpoint: fetch it again"),
+        ],
+    )
+    def test_index_is_damaged(self, tmp_path: Path, tensors: Tensors, text: str, message: str) -> None:
         write(tmp_path, tensors, {})
         (tmp_path / "model.safetensors.index.json").write_text(text)
-        assert "model.safetensors.index.json is not the index" in refusal(tmp_path)
+        assert f"model.safetensors.index.json {message}" in refusal(tmp_path)
 
     def test_two_checkpoints_in_a_folder(self, tmp_path: Path, tensors: Tensors) -> None:
         write(tmp_path, tensors)
@@ -236,7 +244,7 @@ class TestResolve:
             resolve_checkpoint("org/model")
 
     def test_not_a_name_of_the_hub(self) -> None:
-        with pytest.raises(UserError, match="nor a valid name of the hub: org/a--b"):
+        with pytest.raises(UserError, match="not a valid id on the hub: org/a--b"):
             resolve_checkpoint("org/a--b")
 
 
@@ -266,7 +274,7 @@ class TestStatedLength:
     @pytest.mark.parametrize("value", ["0", "true", '"many"', "1.5"])
     def test_no_count(self, tmp_path: Path, value: str) -> None:
         (tmp_path / "generation_config.json").write_text(f'{{"max_new_tokens": {value}}}')
-        with pytest.raises(UserError, match=r"generation_config\.json: max_new_tokens is .*, which is no count"):
+        with pytest.raises(UserError, match=r"generation_config\.json: max_new_tokens is .*; it must be"):
             read_max_new_tokens(tmp_path)
 
 
