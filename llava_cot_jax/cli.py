@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 from rich.console import Console
@@ -30,6 +30,7 @@ from rich.text import Text
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import cache_folder
 from llava_cot_jax.paths import as_path
+from llava_cot_jax.progress import ProgressUpdate
 
 COMMANDS = {
     "generate": "Answer questions about images, with or without a search.",
@@ -250,13 +251,6 @@ class _RateColumn(ProgressColumn):
         """Return the column's text."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f}/s", style="progress.data.speed")
-
-
-class ProgressUpdate(Protocol):
-    """Function that moves a progress bar."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Show that ``done`` of ``total`` items are done, and a short note."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Fine-tune Llama-3.2-Vision on staged answers: on every host of a slice alike, or on one machine.
+"""Fine-tune Llama-3.2-Vision on staged answers, on one machine or on every host of a TPU slice.
 
 python -m llava_cot_jax.train --config FILE.yaml [dotted overrides]
 """
@@ -27,74 +27,74 @@ from llava_cot_jax.training.layout import CONFIGURATION, is_run, relocated
 from llava_cot_jax.training.settings import RENAMED_SETTINGS, TrainSettings
 
 if TYPE_CHECKING:
-    from llava_cot_jax.training.loop import Trained
+    from llava_cot_jax.training.loop import TrainResult
 
-SHOWN = 3
-"""Answers that are printed whole."""
+PRINTED_ANSWERS = 3
+"""Number of answers to validation questions that are printed."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UserError: a setting, or a file that cannot be used: before anything expensive starts.
+        UserError: A setting or a file cannot be used. This is found before anything expensive starts.
     """
-    settings, told = read_arguments(argv)
-    _check_hosts(told.hosts)
+    settings, options = read_arguments(argv)
+    _check_hosts(options.hosts)
     _check_files(settings)
 
     import jax
 
     from llava_cot_jax.training.loop import train
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of each thread, then raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of each thread, then raises
     cli.enable_compilation_cache()
-    _join_hosts(told.hosts)
+    _join_hosts(options.hosts)
     if settings.eval_generations and jax.process_count() > 1:
-        raise UserError("answers is set, but only one process can answer yet: set it to 0, and use generate later")
+        raise UserError("eval_generations is set, but only one process can answer: set it to 0, and use generate later")
     first = jax.process_index() == 0
     console = Console(highlight=False, soft_wrap=True)
 
-    def log(what: Any) -> None:
+    def log(message: Any) -> None:
         if first:
-            console.print(what, markup=False)
+            console.print(message, markup=False)
 
-    trained = train(
+    result = train(
         settings,
         log=log,
         progress_bar=cli.progress_bar if first else cli.no_progress_bar,
-        accept_changes=told.accept_changes,
+        accept_changes=options.accept_changes,
     )
-    if not trained.complete:
+    if not result.complete:
         return
     if settings.eval_generations:
-        _answer(settings, trained, log)
+        _answer(result)
     log(f"export the model: python -m llava_cot_jax.convert {shlex.quote(settings.output)} FOLDER")
 
 
 def read_arguments(argv: list[str] | None = None) -> tuple[TrainSettings, jsonargparse.Namespace]:
-    """The settings of the run; and what is said of this start of it alone: ``hosts`` and ``accept_changes``.
+    """Return the settings of the run, and the options of this start alone: ``hosts`` and ``accept_changes``.
 
     Raises:
-        UserError: an argument, or a key of a configuration file, that is not known or not of its type.
+        UserError: An argument, or a key of a configuration file, is unknown or not of its type.
     """
-    given = sys.argv[1:] if argv is None else argv
+    arguments = sys.argv[1:] if argv is None else argv
     parser = _parser()
-    options = parser.instantiate(parser.parse_args(list(given)))
+    options = parser.instantiate(parser.parse_args(list(arguments)))
     settings = TrainSettings(**{field.name: options[field.name] for field in fields(TrainSettings)})
-    return _where_the_run_lies(settings, given), options
+    return _relocate_moved_run(settings, arguments), options
 
 
-def _where_the_run_lies(settings: TrainSettings, given: Sequence[str]) -> TrainSettings:
-    """``settings``, with the paths as they are now where they come from the configuration file of a run that was moved.
+def _relocate_moved_run(settings: TrainSettings, arguments: Sequence[str]) -> TrainSettings:
+    """Return ``settings`` with their present paths, if they come from the configuration file of a run that was moved.
 
     Args:
-        settings: what the arguments come to.
-        given: the arguments.
+        settings: Settings that the arguments give.
+        arguments: Arguments of the command.
     """
-    if any(argument.split("=")[0] == "--output" for argument in given):
+    if any(argument.split("=")[0] == "--output" for argument in arguments):
         return settings
-    for configuration in reversed(cli.configurations_in(given)):
+    for configuration in reversed(cli.configurations_in(arguments)):
         folder = configuration.resolve().parent
         if configuration.resolve().name == CONFIGURATION and is_run(folder):
             stored = asdict(settings) | yaml.safe_load(configuration.read_text(encoding="utf-8"))
@@ -110,18 +110,28 @@ def _parser() -> cli.Parser:
     parser = cli.Parser("train", RENAMED_SETTINGS)
     parser.add_class_arguments(TrainSettings)
     add = parser.add_argument
-    add("--accept_changes", type=bool, default=False, help="go on from a checkpoint of other settings or other data")
-    add("--hosts.coordinator", type=str | None, default=None, help="HOST:PORT of the first process; TPUs know it")
-    add("--hosts.count", type=int | None, default=None, help="how many processes there are; TPUs know it")
-    add("--hosts.index", type=int | None, default=None, help="which of them this is, from 0; TPUs know it")
+    add(
+        "--accept_changes",
+        type=bool,
+        default=False,
+        help="Resume from a checkpoint even if settings or data have changed since.",
+    )
+    add(
+        "--hosts.coordinator",
+        type=str | None,
+        default=None,
+        help="Address HOST:PORT of the first process. TPU slices need none of these three.",
+    )
+    add("--hosts.count", type=int | None, default=None, help="Number of processes of the run.")
+    add("--hosts.index", type=int | None, default=None, help="Index of this process, counted from 0.")
     return parser
 
 
 def _check_files(settings: TrainSettings) -> None:
-    """Whether the data and the checkpoint are there, before anything slow is imported or fetched.
+    """Check that the data and the checkpoint exist, before anything slow is imported or downloaded.
 
     Raises:
-        UserError: a folder is missing, a file in it, or a split of the data.
+        UserError: A folder, a file in it, or a split of the data is missing.
     """
     from llava_cot_jax.processing.processor import check_tokenizer
 
@@ -133,10 +143,10 @@ def _check_files(settings: TrainSettings) -> None:
 
 
 def _check_hosts(hosts: jsonargparse.Namespace) -> None:
-    """Whether all of the hosts' arguments are given, or none.
+    """Check that all of the hosts' arguments are given, or none.
 
     Raises:
-        UserError: some of them.
+        UserError: Only some of them are given.
     """
     missing = [f"--hosts.{name}" for name, value in vars(hosts).items() if value is None]
     if 0 < len(missing) < len(vars(hosts)):
@@ -144,7 +154,7 @@ def _check_hosts(hosts: jsonargparse.Namespace) -> None:
 
 
 def _join_hosts(hosts: jsonargparse.Namespace) -> None:
-    """Let the processes of the run find each other: by these arguments, by what a TPU says, or this one alone."""
+    """Connect the processes of the run, by the arguments or as a TPU slice describes itself, or start with this one."""
     import jax
 
     if hosts.coordinator is not None:
@@ -154,7 +164,7 @@ def _join_hosts(hosts: jsonargparse.Namespace) -> None:
         if os.environ.get("JAX_PLATFORMS") != "cpu":
             jax.distributed.initialize()
             return
-    except ValueError:  # no cluster knows this process
+    except ValueError:  # this process belongs to no cluster
         pass
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -162,29 +172,31 @@ def _join_hosts(hosts: jsonargparse.Namespace) -> None:
     jax.distributed.initialize(f"localhost:{port}", 1, 0)
 
 
-def _answer(settings: TrainSettings, trained: Trained, log: Any) -> None:
-    """Answer held-out questions, show a few, and count how many captions and conclusions are the rows' own."""
+def _answer(result: TrainResult) -> None:
+    """Answer validation questions, print a few, and count how many captions and conclusions match the rows' own."""
     from llava_cot_jax.evaluation.held_out import accuracy, answer_held_out
     from llava_cot_jax.inference.generator import Generator
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.training.export import merged_arrays
 
-    origin = trained.origin
-    arrays = merged_arrays(trained.state, settings.lora, settings.dtype)
-    model = Mllama.from_arrays(origin.config, arrays, layout="stacked", mesh=trained.mesh)
+    run = result.run
+    settings, initial_model = run.settings, run.initial_model
+    arrays = merged_arrays(result.state, settings.lora, settings.dtype)
+    model = Mllama.from_arrays(initial_model.config, arrays, layout="stacked", mesh=run.mesh)
     model.to_layout("unrolled")
     rows = open_rows(settings.data, "validation")
     indices = range(min(settings.eval_generations, len(rows)))
-    found = []
-    with cli.progress_bar("answering", "questions") as on_progress:
-        for answered in answer_held_out(Generator(model), origin.processor, rows, indices, settings.chat.max_length):
-            found.append(answered)
-            on_progress(len(found), len(indices))
-    for answered in found[:SHOWN]:
-        log(f"\n{answered.question}\n{answered.answer}\n(the row's own: {answered.expected.splitlines()[-1]})")
+    answers = []
+    generator, max_length = Generator(model), settings.chat.max_length
+    with run.progress_bar("answering", "questions") as on_progress:
+        for answer in answer_held_out(generator, initial_model.processor, rows, indices, max_length):
+            answers.append(answer)
+            on_progress(len(answers), len(indices))
+    for answer in answers[:PRINTED_ANSWERS]:
+        run.log(f"\n{answer.question}\n{answer.answer}\n(the row's own: {answer.expected.splitlines()[-1]})")
     for stage in ("CAPTION", "CONCLUSION"):
-        part, error = accuracy([answered.agrees(stage) for answered in found])
-        log(f"{stage.lower()}s that are the row's own: {part:.1%} of {len(found)} (standard error {error:.1%})")
+        share, error = accuracy([answer.agrees(stage) for answer in answers])
+        run.log(f"{stage.lower()}s that are the row's own: {share:.1%} of {len(answers)} (standard error {error:.1%})")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.model.sharding import LOGICAL_AXIS_RULES
 from llava_cot_jax.rounding import ceil_div
-from llava_cot_jax.training.loss import LOGITS
-from llava_cot_jax.training.program import Program
+from llava_cot_jax.training.loss import LOGITS_CHUNK
+from llava_cot_jax.training.program import TrainProgram
 from llava_cot_jax.training.settings import TrainSettings
 
 FLOAT32_BYTES = 4
@@ -55,7 +55,7 @@ class TrainingStep:
 
     settings: TrainSettings
     config: MllamaConfig
-    program: Program
+    program: TrainProgram
     mesh: Mapping[str, int]
     tokens: int
 
@@ -83,7 +83,7 @@ class TrainingStep:
     @property
     def logit_chunks(self) -> int:
         """Number of chunks of a device's batch whose logits are materialised one after the other."""
-        return ceil_div(self.tokens * self.device_batch, LOGITS)
+        return ceil_div(self.tokens * self.device_batch, LOGITS_CHUNK)
 
     @property
     def tower_blocks(self) -> int:
@@ -92,7 +92,7 @@ class TrainingStep:
 
     def has_gradient(self, part: ModelPart) -> bool:
         """Whether a gradient passes back through the layers of a part of the model."""
-        learning = self.program.trained | self.program.adapted
+        learning = self.program.trained_parts | self.program.adapted_parts
         if part in ("tower", "projector"):
             return any(before in learning for before in MODEL_PARTS[: MODEL_PARTS.index(part) + 1])
         return bool(learning)
@@ -155,7 +155,7 @@ def _activation_bytes_sent(step: TrainingStep) -> float:
     text_gradient, tower_gradient = step.has_gradient("self"), step.has_gradient("tower")
     layers, cross = text.num_hidden_layers, sum(text.is_cross)
     backward = BACKWARD_REDUCTIONS * layers
-    if step.program.adapted:
+    if step.program.adapted_parts:
         adapted = ADAPTED_BACKWARD_REDUCTIONS
         backward = adapted["self"] * (layers - cross) + adapted["cross"] * cross
     reduced = hidden_states * (FORWARD_REDUCTIONS * layers + text_gradient * (backward + repeated * layers))
@@ -191,7 +191,7 @@ def training_hbm_bytes(step: TrainingStep) -> float:
     return total + 2 * layer_inputs * step.device_batch * step.dtype_bytes * settings.grad_accum_steps
 
 
-def updated_state_bytes(program: Program) -> int:
+def updated_state_bytes(program: TrainProgram) -> int:
     """Bytes per device of what a step updates: the trained arrays and the optimizer's state."""
     return sum(map(shard_bytes, jax.tree.leaves((program.state.trained, program.state.optimizer))))
 

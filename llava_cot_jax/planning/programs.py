@@ -16,7 +16,7 @@ from llava_cot_jax.model.sharding import parameter_sharding, partition_spec
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.reasoner import default_prefill_chunk
 from llava_cot_jax.search.strategies import SearchSpec
-from llava_cot_jax.training.program import Program
+from llava_cot_jax.training.program import TrainProgram
 from llava_cot_jax.training.settings import TrainSettings
 
 WeightDtype = Literal["float32", "bfloat16", "float16", "int8"]
@@ -43,7 +43,7 @@ def abstract_batch(config: MllamaConfig, batch_size: int, tokens: int, mesh: Mes
 
 
 def lower_training_step(
-    program: Program, settings: TrainSettings, config: MllamaConfig, mesh: Mesh
+    program: TrainProgram, settings: TrainSettings, config: MllamaConfig, mesh: Mesh
 ) -> jax.stages.Lowered:
     """Lower the training step for the longest batch."""
     batch = abstract_batch(config, settings.loader.batch_size, settings.chat.max_length, mesh)

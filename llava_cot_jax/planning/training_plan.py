@@ -16,7 +16,7 @@ from llava_cot_jax.planning.programs import abstract_batch, lower_training_step
 from llava_cot_jax.planning.roofline import Roofline
 from llava_cot_jax.planning.settings import DatasetSize
 from llava_cot_jax.planning.slices import Slice
-from llava_cot_jax.training.program import check_batch, make_program
+from llava_cot_jax.training.program import check_batch_size, make_program
 from llava_cot_jax.training.settings import MeshSettings, TrainSettings
 
 
@@ -73,13 +73,13 @@ def plan_training(settings: TrainSettings, config: MllamaConfig, slice_: Slice, 
     settings = replace(settings, mesh=complete_mesh(settings.mesh, slice_))
     mesh = abstract_mesh(settings.mesh.data, settings.mesh.fsdp or 1, settings.mesh.tensor)
     check_mesh(config, mesh)
-    check_batch(settings, mesh)
+    check_batch_size(settings, mesh)
     per_epoch = max(1, dataset.examples // settings.loader.batch_size)
     steps = settings.steps or settings.epochs * per_epoch
     program = make_program(settings, config, mesh, steps=steps, steps_per_epoch=per_epoch)
     longest = TrainingStep(settings, config, program, dict(mesh.shape), settings.chat.max_length)
     average = replace(longest, tokens=min(dataset.tokens_per_example, settings.chat.max_length))
-    useful = training_flops(config, average.tokens, 1, trained=program.trained, adapted=program.adapted)
+    useful = training_flops(config, average.tokens, 1, trained=program.trained_parts, adapted=program.adapted_parts)
     flops = settings.loader.batch_size * sum(useful.values())
     recomputed_by_kind = recomputed_flops(config, average.tokens, 1, remat=settings.remat)
     recomputed = settings.loader.batch_size * sum(

@@ -1,4 +1,4 @@
-"""From a run to a model on its own: what was trained, put into the checkpoint that the run started from."""
+"""Export of a run's model: its trained parameters together with those of the checkpoint that it started from."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,48 +21,46 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.paths import BUNDLED_MODEL
 from llava_cot_jax.progress import OnProgress
-from llava_cot_jax.training import checkpoints
-from llava_cot_jax.training.checkpoints import read_arrays, read_run, steps_in, stored_arrays
+from llava_cot_jax.training.checkpoints import MODEL_PART, RUN_PART, read_arrays, read_run, steps_in, stored_arrays
 from llava_cot_jax.training.checksums import find_damage
-from llava_cot_jax.training.layout import CHECKPOINTS, MODEL, relocated
-from llava_cot_jax.training.lora import merged
+from llava_cot_jax.training.layout import CHECKPOINTS, MODEL_FILES, relocated
+from llava_cot_jax.training.lora import adapter_paths, merge_adapter
 from llava_cot_jax.training.settings import LoraSettings
-from llava_cot_jax.training.state import State
+from llava_cot_jax.training.state import TrainState
 
-READ_BYTES = 1 << 30
-"""Of a checkpoint, in memory at a time; a larger parameter is there alone."""
+EXPORT_CHUNK_BYTES = 1 << 30
+"""Number of bytes of a checkpoint that are in memory at once. A larger parameter is read alone."""
 
 
-def merged_arrays(state: State, lora: LoraSettings, dtype: DTypeLike) -> dict[str, jax.Array]:
-    """The model of a state by the paths of the stacked layout, its adapters merged, in ``dtype``."""
+def merged_arrays(state: TrainState, lora: LoraSettings, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """Return the model of a state in ``dtype``, by path in the stacked layout, with its adapters merged."""
     held = {**state.frozen, **state.trained}
     found: dict[str, jax.Array] = {}
     for path, array in held.items():
-        a, b = _adapter_paths(path)
+        a, b = adapter_paths(path)
         if a in held:
-            array = merged(array, held[a], held[b], lora.scale)
+            array = merge_adapter(array, held[a], held[b], lora.scale)
         if not path.endswith((".lora_a", ".lora_b")):
             found[path] = array.astype(dtype)
     return found
 
 
 class RunExport:
-    """The model of a run at one of its steps, however many processes wrote it.
+    """Model of a run at one of its steps, however many processes wrote it.
 
-    A gigabyte of it, or one parameter, is in memory at a time.
+    At most ``EXPORT_CHUNK_BYTES`` of it, or one parameter, are in memory at once.
 
     Attributes:
-        config: the model's configuration.
-        step: whose checkpoint is read.
+        config: Configuration of the model.
+        step: Step whose checkpoint is read.
 
     Args:
-        folder: of the run.
-        step: None is the newest.
-        base: the checkpoint that the run started from, where it is no longer where the run found it; None is
-            what the run stored.
+        folder: Folder of the run.
+        step: Step to export; None is the latest.
+        base: Present place of the checkpoint that the run started from, if it has moved.
 
     Raises:
-        UserError: no such step, or none at all, or it is damaged.
+        UserError: There is no checkpoint, or none of this step, or it is damaged.
     """
 
     def __init__(self, folder: Path, step: int | None = None, base: str | None = None) -> None:
@@ -72,10 +70,10 @@ class RunExport:
         self.step = steps[-1] if step is None else step
         if self.step not in steps:
             raise UserError(f"{folder} has no checkpoint of step {step}, only of {', '.join(map(str, steps))}")
-        self._companions = folder / MODEL
+        self._auxiliary_folder = folder / MODEL_FILES
         self._checkpoint = folder / CHECKPOINTS / str(self.step)
-        self.config = read_config(self._companions)
-        if damage := find_damage(self._checkpoint, (checkpoints.MODEL, checkpoints.RUN)):
+        self.config = read_config(self._auxiliary_folder)
+        if damage := find_damage(self._checkpoint, (MODEL_PART, RUN_PART)):
             others = ", ".join(str(other) for other in steps if other != self.step) or "none"
             raise UserError(f"{self._checkpoint} is damaged: {damage}; take another one by --step: {others}")
         self._settings = relocated(read_run(self._checkpoint)["settings"], folder)
@@ -92,13 +90,13 @@ class RunExport:
         """Write a checkpoint in Hugging Face form.
 
         Args:
-            destination: the folder to make; it must not exist, or be empty.
-            config: what to write as config.json; of the shapes of the run's.
-            dtype: of the weights; None is float32, or bfloat16 where all that was trained is.
-            on_progress: called after each tensor.
+            destination: Folder to write. It must be empty or not exist.
+            config: Configuration to write as config.json, with the shapes of the run's.
+            dtype: Dtype of the weights. By default, that of the trained arrays if they all have the same, or float32.
+            on_progress: Function that is called after each tensor with the bytes written and to be written in all.
 
         Raises:
-            UserError: what the run started from is gone, or anything that ``write_checkpoint`` refuses.
+            UserError: The checkpoint that the run started from is gone, or ``write_checkpoint`` refuses.
         """
         trained = stored_arrays(self._checkpoint)
         dtypes = {np.dtype(array.dtype) for array in trained.values()}
@@ -115,10 +113,12 @@ class RunExport:
                 if on_progress:
                     on_progress(done, total)
 
-        write_checkpoint(destination, config, entries, values(), extra_files=list_auxiliary_files(self._companions))
+        write_checkpoint(
+            destination, config, entries, values(), extra_files=list_auxiliary_files(self._auxiliary_folder)
+        )
 
     def _tensors(self, trained: Mapping[str, Any]) -> Iterator[np.ndarray]:
-        """Every published tensor, in the order of the stacked layout."""
+        """Yield every published tensor, in the order of the stacked layout."""
         table, scale = parameters(self.config, "stacked"), LoraSettings(**self._settings["lora"]).scale
         frozen = self._frozen() if table.keys() - trained.keys() else None
         if frozen is None and self._base:
@@ -126,18 +126,18 @@ class RunExport:
         for group in _groups(table, trained):
             held = read_arrays(self._checkpoint, wanted) if (wanted := _stored(group, trained)) else {}
             for path in group:
-                parameter, (a, b) = table[path], (held.get(name) for name in _adapter_paths(path))
+                parameter, (a, b) = table[path], (held.get(name) for name in adapter_paths(path))
                 for layer, name in enumerate(parameter.tensors):
-                    part = layer if parameter.stacked else ...
+                    index = layer if parameter.stacked else ...
                     if path in held:
-                        value = held[path][part]
+                        value = held[path][index]
                     else:
                         assert frozen is not None
                         value = frozen(name)
-                    yield value if a is None or b is None else merged(value, a[part], b[part], scale)
+                    yield value if a is None or b is None else merge_adapter(value, a[index], b[index], scale)
 
     def _frozen(self) -> Callable[[str], np.ndarray]:
-        """Reads a published tensor of what the run started from."""
+        """Return a function that reads a published tensor of the model that the run started from, by name."""
         if self._settings.get("random_init", self._settings["checkpoint"] == BUNDLED_MODEL):
             model = Mllama(self.config, rngs=nnx.Rngs(self._settings["seed"]))
             initial: dict[str, Any] = flatten_dict(model.params, sep=".")
@@ -146,31 +146,27 @@ class RunExport:
         try:
             folder = resolve_checkpoint(base)
         except UserError as fault:
-            raise UserError(f"what the run started from is needed too: {fault}; say where it is by --base") from None
+            raise UserError(
+                f"the checkpoint that the run started from is needed too: {fault}; say where it is by --base"
+            ) from None
         stored = locate_tensors(folder, self.config)
         return lambda name: read_tensor(stored[name], stored[name].dtype)
 
 
 def _groups(table: Mapping[str, Any], trained: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The paths of ``table``, in order, so many at a time as ``READ_BYTES`` allows: a read has its own cost."""
+    """Yield the paths of ``table`` in order, in groups of at most ``EXPORT_CHUNK_BYTES``, since a read has a cost."""
     group: list[str] = []
-    room = READ_BYTES
+    room = EXPORT_CHUNK_BYTES
     for path in table:
         size = sum(math.prod(trained[name].shape) * trained[name].dtype.itemsize for name in _stored([path], trained))
         if group and size > room:
             yield group
-            group, room = [], READ_BYTES
+            group, room = [], EXPORT_CHUNK_BYTES
         group.append(path)
         room -= size
     yield group
 
 
 def _stored(paths: list[str], trained: Mapping[str, Any]) -> list[str]:
-    """Of these parameters and their adapters, those that a checkpoint holds."""
-    return [name for path in paths for name in (path, *_adapter_paths(path)) if name in trained]
-
-
-def _adapter_paths(path: str) -> tuple[str, str]:
-    """Of the adapter of a weight."""
-    projection = path.removesuffix("weight")
-    return projection + "lora_a", projection + "lora_b"
+    """Return the paths of those parameters, and of their adapters, that a checkpoint holds."""
+    return [name for path in paths for name in (path, *adapter_paths(path)) if name in trained]

@@ -1,4 +1,4 @@
-"""What a run starts from: a published checkpoint, or the same model with random weights."""
+"""Model that a run starts from: a checkpoint, or the same architecture with random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,22 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.progress import OnProgress
 
 
-class Origin:
-    """A model before its training.
+class InitialModel:
+    """Model before its training.
 
     Attributes:
-        config: the model's configuration.
-        processor: its tokenizer and image settings.
-        folder: of the checkpoint.
-        random_init: whether its weights are random ones.
+        config: Configuration of the model.
+        processor: Tokenizer and image settings of the model.
+        folder: Folder of the checkpoint.
+        random_init: Whether the weights are random.
 
     Args:
-        checkpoint: as ``TrainSettings`` explains.
-        convention: likewise.
-        random_init: likewise.
+        checkpoint: Checkpoint to start from, as in ``TrainSettings.checkpoint``.
+        convention: Convention that the weights were trained with, if config.json does not state it.
+        random_init: Whether to start from random weights.
 
     Raises:
-        UserError: no such checkpoint, or one that cannot be read.
+        UserError: There is no such checkpoint, or it cannot be read.
     """
 
     def __init__(self, checkpoint: str, convention: Convention | None, random_init: bool = False) -> None:
@@ -42,17 +42,17 @@ class Origin:
         self.processor = Processor.from_pretrained(self.folder, self.config)
         self.random_init = random_init
 
-    def arrays(self, *, mesh: Mesh, dtype: Any, seed: int, on_progress: OnProgress) -> dict[str, jax.Array]:
-        """The weights by path, stacked, on the mesh; each process reads the bytes of its own shards.
+    def load_arrays(self, *, mesh: Mesh, dtype: Any, seed: int, on_progress: OnProgress) -> dict[str, jax.Array]:
+        """Load the weights onto the mesh, by path in the stacked layout. Each process reads only its own shards.
 
         Args:
-            mesh: over all devices.
-            dtype: of random weights; those of a checkpoint keep its own.
-            seed: of random weights.
-            on_progress: called with the bytes that this process has read and is to read.
+            mesh: Mesh over all devices.
+            dtype: Dtype of random weights. Those of a checkpoint keep their own.
+            seed: Seed of random weights.
+            on_progress: Function that is called with the bytes that this process has read, and will read in all.
 
         Raises:
-            UserError: tensors that are not those of the configuration, or a mesh that does not divide them.
+            UserError: The tensors do not match the configuration, or the mesh does not divide them.
         """
         if self.random_init:
             model = Mllama(self.config, rngs=nnx.Rngs(seed), layout="stacked", dtype=dtype, mesh=mesh)
@@ -60,7 +60,7 @@ class Origin:
         return load_params(self.folder, self.config, layout="stacked", mesh=mesh, on_progress=on_progress)
 
     def write_auxiliary_files(self, folder: Path) -> None:
-        """Write all but the weights: with these and the weights, a checkpoint is whole."""
+        """Write all files of a checkpoint but the weights."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in list_auxiliary_files(self.folder):
             copy_file(path, folder / path.name)

@@ -1,192 +1,205 @@
-"""The training loop: from settings to a trained model, top to bottom."""
+"""Training loop: from settings to a trained model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.data.rows import FirstRows
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.sharding import check_mesh, partition_spec
-from llava_cot_jax.paths import as_path
+from llava_cot_jax.model.sharding import partition_spec
+from llava_cot_jax.progress import ProgressBar
 from llava_cot_jax.stages import STAGES
-from llava_cot_jax.training.checkpoints import Checkpoints, Kept, newest_whole, read_run
-from llava_cot_jax.training.initial_model import Origin
-from llava_cot_jax.training.layout import CHECKPOINTS, relocated
-from llava_cot_jax.training.metrics import Meter, Metrics, by_stage, check_wandb
-from llava_cot_jax.training.program import Program, check_batch, make_program, run_mesh
-from llava_cot_jax.training.report import ProgressBar, describe_loading, describe_run, describe_validation
+from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run
+from llava_cot_jax.training.layout import relocated
+from llava_cot_jax.training.metrics import MetricsWriter, Throughput, check_wandb, losses_by_stage
+from llava_cot_jax.training.program import TrainProgram, make_program
+from llava_cot_jax.training.report import loading_line, run_table, validation_line
+from llava_cot_jax.training.run import Run
 from llava_cot_jax.training.run_folder import (
-    describe,
-    differences,
+    changed_settings,
+    changed_versions,
     make_run_folder,
-    other_versions,
+    run_description,
     write_run_folder,
 )
 from llava_cot_jax.training.run_lock import RunLock
 from llava_cot_jax.training.settings import TrainSettings
-from llava_cot_jax.training.state import State
+from llava_cot_jax.training.state import TrainState
 from llava_cot_jax.training.stepper import Stepper
 
-PROFILED = range(5, 8)
-"""Of the steps since a start, those whose trace is written."""
+PROFILED_STEPS = range(5, 8)
+"""Steps since the start whose profiler trace is written."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a run leaves in memory.
+class TrainResult:
+    """Result of a run, in memory.
 
     Attributes:
-        origin: what it started from.
-        mesh: that the state lies on.
-        state: the last one.
-        complete: whether no step is left; a SIGTERM ends a run before.
+        run: The run.
+        state: State after its last step.
+        complete: Whether all steps are done; a SIGTERM ends a run earlier.
     """
 
-    origin: Origin
-    mesh: Mesh
-    state: State
+    run: Run
+    state: TrainState
     complete: bool
 
 
 def train(
     settings: TrainSettings, *, log: Callable[[Any], None], progress_bar: ProgressBar, accept_changes: bool = False
-) -> Trained:
-    """Run ``settings``: from the newest checkpoint in its folder on, where there is one.
+) -> TrainResult:
+    """Train a model, from the latest checkpoint in the run's folder on, if there is one.
 
-    Every process of the run calls this.
+    All processes of the run must call this.
 
     Args:
-        settings: see there.
+        settings: Settings of the run.
         log: Function that shows a line, or a table of rich, to the user.
-        progress_bar: Context manager that shows a progress bar, such as ``cli.progress_bar``.
-        accept_changes: go on from a checkpoint of other settings, or other data.
+        progress_bar: Function that opens a progress bar, such as ``cli.progress_bar``.
+        accept_changes: Whether to resume from a checkpoint of other settings, or other data.
 
     Raises:
-        UserError: anything in the settings, or in the files that they name, that cannot be used, or another
-            run in the folder: before the first step; damaged data, a full disk, or several steps in a row
-            whose loss or gradient is not finite: later.
+        UserError: Before the first step: a setting, or a file that it names, cannot be used, or another run works in
+            the folder. Later: data is damaged, the disk is full, or too many consecutive steps had a loss or gradient
+            that is not finite.
     """
-    settings = settings.with_absolute_paths()
     check_wandb(settings.wandb)
-    mesh = run_mesh(settings.mesh)
-    origin = Origin(settings.checkpoint, settings.convention, settings.random_init)
-    check_batch(settings, mesh)
-    check_mesh(origin.config, mesh)
-    folder = as_path(settings.output)
-    make_run_folder(folder)
-    with RunLock(folder):
-        return _train(settings, origin, mesh, folder, log, progress_bar, accept_changes)
+    run = Run.open(settings, log, progress_bar)
+    make_run_folder(run.folder)
+    with RunLock(run.folder):
+        return _train(run, accept_changes)
 
 
-def _train(
-    settings: TrainSettings,
-    origin: Origin,
-    mesh: Mesh,
-    folder: Path,
-    log: Callable[[Any], None],
-    progress_bar: ProgressBar,
-    accept_changes: bool,
-) -> Trained:
-    newest = newest_whole(folder / CHECKPOINTS, log)
-    training, validation = _loaders(settings, origin, mesh, progress_bar)
-    description = describe(settings, training.fingerprint)
-    if newest is not None:
-        before = read_run(folder / CHECKPOINTS / str(newest))
-        before["settings"] = relocated(before["settings"], folder)
-        _check_unchanged(before, description, log, accept_changes)
-    write_run_folder(folder, settings, origin)
+def _train(run: Run, accept_changes: bool) -> TrainResult:
+    settings = run.settings
+    latest = latest_valid_step(run.checkpoints_folder, run.log)
+    training, validation = _open_loaders(run)
+    description = run_description(settings, training.fingerprint)
+    if latest is not None:
+        _check_unchanged(run, latest, description, accept_changes)
+    write_run_folder(run.folder, settings, run.initial_model)
     steps = settings.steps or settings.epochs * training.batches_per_epoch
-    program = make_program(settings, origin.config, mesh, steps=steps, steps_per_epoch=training.batches_per_epoch)
-    meter = Meter(origin.config, program.trained, program.adapted)
-    kept = Kept(settings.checkpoints.max_to_keep, settings.checkpoints.keep_period, settings.checkpoints.best_n)
-    with Checkpoints(folder / CHECKPOINTS, kept) as checkpoints:
-        checkpoints.check_room(program.state)
-        log(describe_run(settings, origin.config, mesh, program, training, meter, steps))
-        state = _first_state(settings, origin, mesh, program, checkpoints, newest, log, progress_bar)
+    config, per_epoch = run.initial_model.config, training.batches_per_epoch
+    program = make_program(settings, config, run.mesh, steps=steps, steps_per_epoch=per_epoch)
+    throughput = Throughput(config, program.trained_parts, program.adapted_parts)
+    with Checkpoints(run.checkpoints_folder, settings.checkpoints) as checkpoints:
+        checkpoints.check_disk_space(program.state)
+        run.log(run_table(run, program, training, throughput, steps))
+        state = _first_state(run, program, checkpoints, latest)
         first = int(state.step)
         if first:
-            log(f"going on from step {first}, the newest checkpoint in {folder}")
+            run.log(f"going on from step {first}, the newest checkpoint in {run.folder}")
         with (
-            Metrics(folder, asdict(settings), settings.wandb, first) as metrics,
-            progress_bar("training", "steps", settings.log_every) as bar,
+            MetricsWriter(run.folder, asdict(settings), settings.wandb, first) as metrics,
+            run.progress_bar("training", "steps", settings.log_every) as update_bar,
         ):
-            stepper = Stepper(program, training, range(first, steps), meter, metrics, bar, settings.max_nonfinite_steps)
-            for done in range(first + 1, steps + 1):
-                if settings.profile and done - first == PROFILED.start:
-                    jax.profiler.start_trace(str(metrics.folder / "profile"))
-                state = stepper.step(state)
-                if settings.profile and done - first == PROFILED.stop:
-                    stepper.finish()
-                    jax.profiler.stop_trace()
-                # One host that got a SIGTERM lets all of them stop after the same step.
-                stopped = jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(done)
-                found: dict[str, float] = {}
-                due = settings.eval_every and done % settings.eval_every == 0
-                if validation and (done == steps or (due and not stopped)):
-                    with stepper.pause("validation_seconds"):
-                        found = validate(program, state, validation)
-                    metrics.write(done, found)
-                    log(describe_validation(done, found))
-                if done % settings.checkpoints.every == 0 or done == steps or stopped:
-                    with stepper.pause("saving_seconds"):
-                        checkpoints.save(state, description, found.get("validation_loss"))
-                if stopped and done < steps:
-                    checkpoints.wait()
-                    log(f"stopped by a SIGTERM after step {done}: the same command goes on from there")
-                    return Trained(origin, mesh, state, complete=False)
-            stepper.finish()
-    return Trained(origin, mesh, state, complete=True)
+            stepper = Stepper(program, training, range(first, steps), metrics, throughput, update_bar)
+            loop = _Loop(run, program, stepper, metrics, checkpoints, validation, description)
+            return loop.run_steps(state, first, steps)
 
 
-def _check_unchanged(
-    before: Mapping[str, Any], now: Mapping[str, Any], log: Callable[[Any], None], accept_changes: bool
-) -> None:
-    """Whether a run goes on as it was begun.
+@dataclass(frozen=True)
+class _Loop:
+    """Steps of a run, and the work between them."""
 
-    Raises:
-        UserError: it does not, and nobody said that it may.
-    """
-    if versions := other_versions(before, now):
-        log(f"the newest checkpoint was written with other versions: {'; '.join(versions)}")
-    if changed := differences(before, now):
-        if not accept_changes:
-            raise UserError(
-                f"the run was begun otherwise: {'; '.join(changed)}. Take that back, name another output, or go on "
-                "with it by --accept_changes true"
-            )
-        log(f"going on with changes: {'; '.join(changed)}")
+    run: Run
+    program: TrainProgram
+    stepper: Stepper
+    metrics: MetricsWriter
+    checkpoints: Checkpoints
+    validation: Loader | None
+    description: Mapping[str, Any]
+
+    def run_steps(self, state: TrainState, first: int, last: int) -> TrainResult:
+        """Run the steps after ``first`` up to ``last``, or to the step in which a SIGTERM arrives."""
+        settings = self.run.settings
+        for done in range(first + 1, last + 1):
+            self._start_profile(done - first)
+            state = self.stepper.step(state)
+            self._stop_profile(done - first)
+            # One host that got a SIGTERM lets all of them stop after the same step.
+            stopped = jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(done)
+            losses: dict[str, float] = {}
+            due = settings.eval_every and done % settings.eval_every == 0
+            if self.validation and (done == last or (due and not stopped)):
+                losses = self._validate(state, done)
+            if done % settings.checkpoints.every == 0 or done == last or stopped:
+                with self.stepper.pause("saving_seconds"):
+                    self.checkpoints.save(state, self.description, losses.get("validation_loss"))
+            if stopped and done < last:
+                self.checkpoints.wait()
+                self.run.log(f"stopped by a SIGTERM after step {done}: the same command goes on from there")
+                return TrainResult(self.run, state, complete=False)
+        self.stepper.finish()
+        return TrainResult(self.run, state, complete=True)
+
+    def _validate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Compute, write and show the validation losses."""
+        assert self.validation is not None
+        with self.stepper.pause("validation_seconds"):
+            losses = validate(self.program, state, self.validation)
+        self.metrics.write(step, losses)
+        self.run.log(validation_line(step, losses))
+        return losses
+
+    def _start_profile(self, since_start: int) -> None:
+        if self.run.settings.profile and since_start == PROFILED_STEPS.start:
+            jax.profiler.start_trace(str(self.metrics.folder / "profile"))
+
+    def _stop_profile(self, since_start: int) -> None:
+        if self.run.settings.profile and since_start == PROFILED_STEPS.stop:
+            self.stepper.finish()
+            jax.profiler.stop_trace()
 
 
-def validate(program: Program, state: State, loader: Loader) -> dict[str, float]:
-    """The mean loss over all trained tokens of a loader's rows: ``validation_loss``, and that of each stage."""
+def validate(program: TrainProgram, state: TrainState, loader: Loader) -> dict[str, float]:
+    """Return the mean loss over all trained tokens of a loader's rows, ``validation_loss``, and that of each stage."""
     totals, tokens = np.zeros(1 + len(STAGES)), np.zeros(1 + len(STAGES))
     for batch in loader.batches(0, loader.batches_per_epoch):
-        found = jax.device_get(program.evaluate(state.trained, state.frozen, batch))
-        totals, tokens = totals + found.total, tokens + found.tokens
-    whole = float(totals.sum() / tokens.sum())
-    return {"validation_loss": whole, **by_stage("validation_loss", totals / np.maximum(tokens, 1), tokens)}
+        sums = jax.device_get(program.evaluate(state.trained, state.frozen, batch))
+        totals, tokens = totals + sums.total, tokens + sums.tokens
+    mean = float(totals.sum() / tokens.sum())
+    return {"validation_loss": mean, **losses_by_stage("validation_loss", totals / np.maximum(tokens, 1), tokens)}
 
 
-def _loaders(
-    settings: TrainSettings, origin: Origin, mesh: Mesh, progress_bar: ProgressBar
-) -> tuple[Loader, Loader | None]:
-    """Of the rows to train on, and of those to validate with."""
-    sharding = NamedSharding(mesh, partition_spec(("batch",)))
+def _check_unchanged(run: Run, step: int, description: Mapping[str, Any], accept_changes: bool) -> None:
+    """Check that a run is resumed with the settings and data with which it was started.
+
+    Raises:
+        UserError: Something changed that affects the result, and the user did not accept changes.
+    """
+    before = read_run(run.checkpoints_folder / str(step))
+    before["settings"] = relocated(before["settings"], run.folder)
+    if versions := changed_versions(before, description):
+        run.log(f"the newest checkpoint was written with other versions: {'; '.join(versions)}")
+    if changes := changed_settings(before, description):
+        if not accept_changes:
+            raise UserError(
+                f"the run was begun otherwise: {'; '.join(changes)}. Take that back, name another output, or go on "
+                "with it by --accept_changes"
+            )
+        run.log(f"going on with changes: {'; '.join(changes)}")
+
+
+def _open_loaders(run: Run) -> tuple[Loader, Loader | None]:
+    """Return the loader of the rows to train on, and that of the rows to validate on, if there are any."""
+    settings = run.settings
+    sharding = NamedSharding(run.mesh, partition_spec(("batch",)))
 
     def open_loader(split: str, count: int | None) -> Loader:
         rows = open_rows(settings.data, split)
-        with progress_bar(f"counting the tokens of {split}", "rows") as on_progress:
+        with run.progress_bar(f"counting the tokens of {split}", "rows") as on_progress:
             return Loader(
                 rows if count is None else FirstRows(rows, count),
-                origin.processor,
+                run.initial_model.processor,
                 settings.chat,
                 settings.loader,
                 sharding,
@@ -198,21 +211,13 @@ def _loaders(
     return training, open_loader("validation", settings.eval_examples) if settings.eval_examples else None
 
 
-def _first_state(
-    settings: TrainSettings,
-    origin: Origin,
-    mesh: Mesh,
-    program: Program,
-    checkpoints: Checkpoints,
-    step: int | None,
-    log: Callable[[Any], None],
-    progress_bar: ProgressBar,
-) -> State:
-    """The state to go on from.
+def _first_state(run: Run, program: TrainProgram, checkpoints: Checkpoints, step: int | None) -> TrainState:
+    """Return the state to start from.
 
-    1. The parameters of the checkpoint that the run starts from, or fresh ones.
-    2. Where the run was cut off, in place of those that are trained, those that it saved after ``step``.
+    It has the parameters of the initial model. If the run is resumed, those that are trained are replaced by those of
+    the checkpoint of ``step``.
     """
+    settings = run.settings
     arrays: dict[str, jax.Array] = {}
     if step is None or program.state.frozen:
         read = 0
@@ -220,11 +225,13 @@ def _first_state(
         def count(done: int, total: int) -> None:
             nonlocal read
             read = done
-            move(done, total)
+            update_bar(done, total)
 
-        with progress_bar("loading weights") as move:
-            arrays = origin.arrays(mesh=mesh, dtype=settings.optimizer.dtype, seed=settings.seed, on_progress=count)
-        log(describe_loading(settings.checkpoint, read))
+        with run.progress_bar("loading weights") as update_bar:
+            arrays = run.initial_model.load_arrays(
+                mesh=run.mesh, dtype=settings.optimizer.dtype, seed=settings.seed, on_progress=count
+            )
+        run.log(loading_line(settings.checkpoint, read))
     if step is None:
-        return program.begin(arrays)
-    return checkpoints.restore(step, replace(program.state, frozen=program.frozen(arrays)))
+        return program.init_state(arrays)
+    return checkpoints.restore(step, replace(program.state, frozen=program.frozen_arrays(arrays)))

@@ -1,8 +1,8 @@
-"""LoRA (Hu et al., arXiv 2106.09685): frozen weights, and low-rank adapters beside them that are trained.
+"""LoRA (Hu et al., arXiv 2106.09685, section 4.1): low-rank adapters that are trained beside frozen weights.
 
-A projection W [out, in] with an adapter A [rank, in], B [out, rank] gives x (W + alpha / rank B A)^T;
-``layers.linear`` applies it, and ``state.losses`` multiplies B by alpha / rank before. Adapters are
-parameters like others, named after the weight that they stand beside: ``...q_proj.lora_a``.
+A projection W [out, in] with an adapter A [rank, in], B [out, rank] gives x (W + alpha / rank B A)^T.
+``layers.linear`` applies it, after ``step.loss_sums`` has multiplied B by alpha / rank. Adapters are parameters like
+others, named after the weight that they stand beside: ``...q_proj.lora_a``.
 """
 
 import re
@@ -17,30 +17,30 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import init_params
 from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.training.settings import LoraSettings
-from llava_cot_jax.training.state import matching
+from llava_cot_jax.training.state import matching_paths
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 
 PROJECTION = re.compile(r"(_proj|\.fc[12]|projector)\.weight$")
-"""What the weights that go through ``layers.linear`` are named."""
+"""Pattern of the names of weights that ``layers.linear`` applies."""
 
 
 def adapter_table(table: Mapping[str, Parameter], settings: LoraSettings) -> dict[str, Parameter]:
-    """The declarations of all adapters by their paths: for each weight lora_a [..., rank, in], lora_b [..., out, rank].
+    """Return the declarations of all adapters, by path: lora_a [..., rank, in] and lora_b [..., out, rank] per weight.
 
-    They are stacked and cut as their weights are; the rank is never cut. A fresh B is 0, so that a run
-    starts from the model as it is, and A is drawn so that A x is about as large as x.
+    They are stacked and sharded as their weights are; the rank is never sharded. B starts at 0, so that a run starts
+    from the model as it is, and A is drawn so that A x is about as large as x.
 
     Args:
-        table: of the model, in either layout.
-        settings: see there; of rank 0 there are none.
+        table: Declarations of the model's parameters, in either layout.
+        settings: Settings of LoRA. With rank 0 there are no adapters.
 
     Raises:
-        UserError: a target that is no regular expression, or matches no projection.
+        UserError: A target is no regular expression, or matches no projection.
     """
     weights: set[str] = set()
     for pattern in settings.targets if settings.rank else ():
-        found = {path for path in matching(table, pattern, "lora.targets") if PROJECTION.search(path)}
+        found = {path for path in matching_paths(table, pattern, "lora.targets") if PROJECTION.search(path)}
         if not found:
             raise UserError(
                 f"lora.targets: {pattern!r} matches no projection, and nothing else can carry an adapter: "
@@ -49,45 +49,56 @@ def adapter_table(table: Mapping[str, Parameter], settings: LoraSettings) -> dic
         weights |= found
     adapters: dict[str, Parameter] = {}
     for path in sorted(weights):
-        projection, weight = path.removesuffix("weight"), table[path]
-        adapters[projection + "lora_a"], adapters[projection + "lora_b"] = _adapter(weight, settings.rank)
+        a_path, b_path = adapter_paths(path)
+        adapters[a_path], adapters[b_path] = _adapter(table[path], settings.rank)
     return adapters
 
 
+def adapter_paths(path: str) -> tuple[str, str]:
+    """Return the paths of lora_a and lora_b of the weight at ``path``."""
+    projection = path.removesuffix("weight")
+    return projection + "lora_a", projection + "lora_b"
+
+
 def _adapter(weight: Parameter, rank: int) -> tuple[Parameter, Parameter]:
-    """lora_a [..., rank, in] and lora_b [..., out, rank] of a weight [..., out, in]."""
+    """Return the declarations of lora_a [..., rank, in] and lora_b [..., out, rank] of a weight [..., out, in]."""
     *layers, n_out, n_in = weight.shape
     *layers_axis, out_axis, in_axis = weight.axes
 
-    def beside(name: str) -> tuple[str, ...]:
+    def tensors(name: str) -> tuple[str, ...]:
         return tuple(tensor.removesuffix("weight") + name for tensor in weight.tensors)
 
     a_shape, a_axes = (*layers, rank, n_in), (*layers_axis, None, in_axis)
     b_shape, b_axes = (*layers, n_out, rank), (*layers_axis, out_axis, None)
     return (
-        Parameter(a_shape, a_axes, "normal", n_in**-0.5, beside("lora_a"), weight.stacked),
-        Parameter(b_shape, b_axes, "zeros", 0.0, beside("lora_b"), weight.stacked),
+        Parameter(a_shape, a_axes, "normal", n_in**-0.5, tensors("lora_a"), weight.stacked),
+        Parameter(b_shape, b_axes, "zeros", 0.0, tensors("lora_b"), weight.stacked),
     )
 
 
-def fresh_adapters(table: Mapping[str, Parameter], seed: int, dtype: Any, mesh: Mesh | None) -> dict[str, jax.Array]:
-    """The adapters of ``adapter_table`` before the first step, in ``dtype``, made where ``mesh`` holds them.
-
-    Raises:
-        UserError: the mesh does not divide one.
-    """
-    key = jax.random.key(seed)
-    return init_params(table, key, np.dtype(dtype), mesh)
-
-
-def merged(weight: Array, a: Array, b: Array, scale: float) -> Array:
-    """The weight that gives what ``weight`` and its adapter give together.
+def init_adapters(table: Mapping[str, Parameter], seed: int, dtype: Any, mesh: Mesh | None) -> dict[str, jax.Array]:
+    """Return the adapters before the first step, by path, in ``dtype``, made where ``mesh`` holds them.
 
     Args:
-        weight: [..., out, in], numpy's or jax's; the result is the like, in its dtype.
-        a: [..., rank, in].
-        b: [..., out, rank].
-        scale: ``LoraSettings.scale``.
+        table: Declarations of the adapters, as ``adapter_table`` returns them.
+        seed: Seed of the random values.
+        dtype: Dtype of the adapters.
+        mesh: Mesh to shard them over. By default, they are on one device.
+
+    Raises:
+        UserError: The mesh does not divide an adapter.
+    """
+    return init_params(table, jax.random.key(seed), np.dtype(dtype), mesh)
+
+
+def merge_adapter(weight: Array, a: Array, b: Array, scale: float) -> Array:
+    """Return the weight that has the effect of ``weight`` and its adapter together, in the dtype of ``weight``.
+
+    Args:
+        weight: Weight [..., out, in], an array of NumPy or JAX, as the result is.
+        a: Matrix lora_a [..., rank, in] of the adapter.
+        b: Matrix lora_b [..., out, rank] of the adapter.
+        scale: Factor of the adapter's output, ``LoraSettings.scale``.
     """
     with jax.default_matmul_precision("highest"):  # a TPU would multiply float32 in bfloat16
         product = b.astype(np.float32) @ a.astype(np.float32)

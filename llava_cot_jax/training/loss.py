@@ -1,9 +1,10 @@
-"""The loss: cross-entropy in float32 over the trained tokens of a batch."""
+"""Loss: cross-entropy in float32 over the trained tokens of a batch."""
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig
@@ -12,44 +13,50 @@ from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain, local_size
 from llava_cot_jax.rounding import ceil_div
 
-LOGITS = 1024
-"""Tokens on a device whose logits stand at a time, 0.5 GB in float32 with the published vocabulary. Where lm_head is
-cut over devices it is gathered for each such part of a batch: few tokens at a time would cost more than memory."""
+LOGITS_CHUNK = 1024
+"""Number of tokens per device whose logits are materialised at once: 0.5 GB in float32 with the published vocabulary.
+
+Where lm_head is sharded over devices, it is gathered once for each such chunk, so that small chunks would cost more
+time than they save memory.
+"""
 
 
-def token_losses(params: Params, config: MllamaConfig, batch: Mapping[str, jax.Array], remat: RematPolicy) -> jax.Array:
-    """Minus the log-probability of each token given those before it, float32 [batch, tokens].
+def token_losses(
+    params: Params, config: MllamaConfig, batch: Mapping[str, jax.Array], remat: RematPolicy
+) -> Float32[Array, "batch tokens"]:
+    """Return the negative log-probability of each token given those before it.
 
-    The first token of a row has none before it: 0. Of no meaning at padding.
+    The first token of a row, which has none before it, has loss 0. Losses of padding have no meaning.
 
     Args:
-        params: the parameters as a nest of dicts.
-        config: the model's configuration.
-        batch: as ``Loader`` yields it.
-        checkpointing: what of a layer is saved for the backward pass.
+        params: Parameters as nested mappings.
+        config: Configuration of the model.
+        batch: Arrays of the batch, as ``Loader.batches`` yields them.
+        remat: Activations of a layer that are saved for the backward pass.
     """
     hidden = hidden_states(params, config, batch, remat)  # [batch, tokens, hidden]
     targets = jnp.roll(batch["input_ids"], -1, axis=1)  # [batch, tokens]; the last one is not used
 
-    @jax.checkpoint  # the logits are made again in the backward pass
-    def chunk_losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden, targets = part  # [batch, size, hidden], [batch, size]
-        scores = constrain(compute_logits(params, hidden), "batch", None, "vocab")
-        # Not a gather, which would bring a vocabulary that is cut over devices together.
-        places = jax.lax.broadcasted_iota(targets.dtype, scores.shape, 2) == targets[..., None]
-        chosen = jnp.sum(jnp.where(places, scores, 0.0), axis=-1)
-        return jax.nn.logsumexp(scores, axis=-1) - chosen
+    @jax.checkpoint  # the logits are recomputed in the backward pass
+    def chunk_losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, targets = chunk  # [batch, size, hidden], [batch, size]
+        logits = constrain(compute_logits(params, hidden), "batch", None, "vocab")
+        with jax.named_scope("cross_entropy"):
+            # A gather would bring a vocabulary that is sharded over devices together.
+            is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+            target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+            return jax.nn.logsumexp(logits, axis=-1) - target_logits
 
     tokens = targets.shape[1]
-    count = ceil_div(tokens * local_size(len(targets), "batch"), LOGITS)
-    size = ceil_div(tokens, count)  # chunks of one size, so that little is filled up
-    parts = jax.tree.map(lambda x: _in_chunks(x, size), (hidden, targets))
-    losses = jnp.moveaxis(jax.lax.map(chunk_losses, parts), 0, 1)  # [batch, chunks, size]
+    count = ceil_div(tokens * local_size(len(targets), "batch"), LOGITS_CHUNK)
+    size = ceil_div(tokens, count)  # chunks of equal size need little padding
+    chunks = jax.tree.map(lambda x: _split(x, size), (hidden, targets))
+    losses = jnp.moveaxis(jax.lax.map(chunk_losses, chunks), 0, 1)  # [batch, chunks, size]
     losses = losses.reshape(targets.shape[0], -1)[:, : tokens - 1]
     return jnp.pad(losses, ((0, 0), (1, 0)))
 
 
-def _in_chunks(x: jax.Array, size: int) -> jax.Array:
+def _split(x: jax.Array, size: int) -> jax.Array:
     """[batch, tokens, ...] -> [chunks, batch, size, ...]."""
     x = jnp.pad(x, [(0, -x.shape[1] % size if axis == 1 else 0) for axis in range(x.ndim)])
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

@@ -1,4 +1,4 @@
-"""What a run tells of itself: rates and MFU, and the files and services that keep them."""
+"""Metrics of a run: its rates and MFU, and the files and services that keep them."""
 
 import json
 import math
@@ -23,21 +23,23 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import is_remote
 from llava_cot_jax.stages import STAGES
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
+"""Name of the file in the folder of a run with a JSON line of metrics for each step."""
 
-SKIPPED = "skipped.jsonl"
-"""A line for each step that was skipped, with the ids of its rows."""
+SKIPPED_STEPS_FILE = "skipped.jsonl"
+"""Name of the file in the folder of a run with a JSON line for each skipped step and the ids of its rows."""
 
 UPLOAD_SECONDS = 60.0
+"""Least time between two uploads of the metrics of a run whose folder is in a bucket."""
 
 
-class Meter:
-    """Rates of the steps of a run.
+class Throughput:
+    """Clock that measures the rates of the steps of a run.
 
     Args:
-        config: the model's.
-        trained: the parts that are trained (``costs.counts.parts_of``).
-        adapted: the parts that have adapters.
+        config: Configuration of the model.
+        trained: Parts of the model that are trained whole.
+        adapted: Parts of the model that have adapters.
     """
 
     def __init__(self, config: MllamaConfig, trained: frozenset[ModelPart], adapted: frozenset[ModelPart]) -> None:
@@ -53,22 +55,26 @@ class Meter:
         self._row_flops = row_flops
 
     def flops(self, lengths: np.ndarray) -> int:
-        """Useful FLOPs of a step whose rows have so many tokens, padding left out."""
+        """Return the useful FLOPs of a step.
+
+        Args:
+            lengths: Number of tokens of each row of its global batch without padding, int [rows].
+        """
         return sum(self._row_flops(length) for length in lengths.tolist())
 
-    def begin(self) -> None:
-        """Time from now on: what went before was none of a step's."""
+    def restart(self) -> None:
+        """Measure from now on: the time before belongs to no step."""
         self._last = time.perf_counter()
 
     def lap(self, lengths: np.ndarray) -> dict[str, float | None]:
-        """The rates since the last call, in which one step was finished.
+        """Return the rates since the last call or restart, in which one step was finished.
 
         Args:
-            lengths: int [rows], tokens of the rows of its global batch.
+            lengths: Number of tokens of each row of its global batch without padding, int [rows].
 
         Returns:
-            ``seconds``, ``samples_per_second`` and ``tokens_per_second`` of all devices together,
-            ``tflops_per_second_per_device``, ``mfu`` (None where the chip is not in ``chips.CHIPS``).
+            ``seconds``; ``samples_per_second`` and ``tokens_per_second`` of all devices together;
+            ``tflops_per_second_per_device``; and ``mfu``, which is None if the chip is not in ``chips.CHIPS``.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -82,31 +88,32 @@ class Meter:
         }
 
 
-def by_stage(name: str, losses: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
-    """Mean losses of the stages that have tokens, named as in ``loss_summary``.
+def losses_by_stage(name: str, losses: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """Return the mean losses of the stages that have tokens, by names such as ``loss_summary``.
 
     Args:
-        name: of the loss.
-        losses: float32 [1 + stages], means.
-        tokens: float32 [1 + stages].
+        name: Name of the loss.
+        losses: Mean losses, float32 [1 + stages].
+        tokens: Numbers of tokens, float32 [1 + stages].
     """
     return {f"{name}_{stage.lower()}": float(losses[i]) for i, stage in enumerate(STAGES, 1) if tokens[i]}
 
 
-class Metrics:
-    """Writes each measure to metrics.jsonl, to TensorBoard and, where asked, to Weights & Biases.
+class MetricsWriter:
+    """Writer of metrics to metrics.jsonl, to TensorBoard and, if asked for, to Weights & Biases.
 
-    Only the first of several processes writes what others read.
+    Only the first of several processes writes files that last.
 
     Attributes:
-        folder: where they are written: the run's or, where that is in a bucket, a temporary one that
-            is copied there now and then. Of other processes, a temporary one.
+        folder: Folder of the files: that of the run or, if that is in a bucket, a temporary one that is uploaded now
+            and then. In other processes, a temporary one.
 
     Args:
-        folder: of the run.
-        settings: all of the run's, for Weights & Biases.
-        wandb: the project there; None leaves it out.
-        step: the run's first step; lines of later ones, from before it was cut off, are dropped.
+        folder: Folder of the run.
+        settings: All settings of the run, for Weights & Biases.
+        wandb: Project of Weights & Biases; None does not log there.
+        step: Number of steps done when the run starts. Lines of later steps, which an interrupted run left, are
+            dropped.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], wandb: str | None, step: int) -> None:
@@ -117,16 +124,16 @@ class Metrics:
         if not self._writes:
             return
         self._uploaded = time.monotonic()
-        for name in (FILE, SKIPPED):
+        for name in (METRICS_FILE, SKIPPED_STEPS_FILE):
             path = self.folder / name
             if self._bucket and (self._bucket / name).exists():
                 copy_file(self._bucket / name, path)
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 path.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
-        self._lines = (self.folder / FILE).open("a", encoding="utf-8")
+        self._lines = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}")
-        self._wandb = _begin_wandb(wandb, self.folder, settings) if wandb else None
+        self._wandb = _init_wandb(wandb, self.folder, settings) if wandb else None
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +150,7 @@ class Metrics:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """The measures after ``step`` steps; those that are None or not finite are left out."""
+        """Write the metrics after ``step`` steps. Values that are None or not finite are left out."""
         if not self._writes:
             return
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
@@ -156,11 +163,11 @@ class Metrics:
         if self._bucket and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
             self._upload()
 
-    def note_skipped(self, step: int, what: Mapping[str, Any]) -> None:
-        """Write down that ``step`` was skipped, and ``what`` is known of it."""
+    def write_skipped(self, step: int, details: Mapping[str, Any]) -> None:
+        """Write that ``step`` was skipped, with details such as the ids of its rows."""
         if self._writes:
-            with (self.folder / SKIPPED).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"step": step, **what}) + "\n")
+            with (self.folder / SKIPPED_STEPS_FILE).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": step, **details}) + "\n")
 
     def _upload(self) -> None:
         assert self._bucket is not None
@@ -173,7 +180,7 @@ class Metrics:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; a line that was cut off counts as one of the far future."""
+    """Return the step of a line, or infinity for a line that was cut off."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -181,16 +188,16 @@ def _step_of(line: str) -> float:
 
 
 def check_wandb(project: str | None) -> None:
-    """Whether Weights & Biases can be logged to, where it is asked for.
+    """Check that Weights & Biases is installed if a project is given.
 
     Raises:
-        UserError: it is not installed.
+        UserError: It is not installed.
     """
     if project and find_spec("wandb") is None:
         raise UserError("wandb is set, but not installed: pip install 'llava-cot-jax[wandb]'")
 
 
-def _begin_wandb(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:
+def _init_wandb(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:
     import wandb
 
     return wandb.init(project=project, config=dict(settings), dir=str(folder))

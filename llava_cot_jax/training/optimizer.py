@@ -1,6 +1,6 @@
-"""AdamW with its schedules, and the precisions in which parameters and moments are kept."""
+"""Optimizer: AdamW with its schedules, and the precisions in which parameters and moments are kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,46 +11,51 @@ from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.training.settings import OptimizerSettings
 
 Arrays = Mapping[str, jax.Array]
+"""Arrays by path."""
 
 
-def learning_rates(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> Callable[[Any], Any]:
-    """The learning rate as a function of the step, counted from 0."""
+def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """Return the learning rate as a function of the step, counted from 0.
+
+    Args:
+        settings: Settings of the optimizer.
+        steps: Number of steps of the run.
+        steps_per_epoch: Number of steps of an epoch.
+    """
     peak = settings.learning_rate
-    falling = max(steps - settings.warmup_steps, 1)
+    decay_steps = max(steps - settings.warmup_steps, 1)
     after: optax.Schedule
     match settings.schedule:
         case "step":
-            # By epochs of the run, its warm-up included.
+            # Epochs are those of the run, including its warm-up.
             return _after_warmup(
                 settings,
                 lambda step: peak * settings.epoch_decay ** ((step + settings.warmup_steps) // steps_per_epoch),
             )
         case "cosine":
-            after = optax.cosine_decay_schedule(peak, falling, alpha=settings.final_lr_ratio)
+            after = optax.cosine_decay_schedule(peak, decay_steps, alpha=settings.final_lr_ratio)
         case _:
-            after = optax.linear_schedule(peak, peak * settings.final_lr_ratio, falling)
+            after = optax.linear_schedule(peak, peak * settings.final_lr_ratio, decay_steps)
     return _after_warmup(settings, after)
 
 
-def _after_warmup(settings: OptimizerSettings, after: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _after_warmup(settings: OptimizerSettings, after: optax.Schedule) -> optax.Schedule:
     if not settings.warmup_steps:
         return after
-    rising = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
-    return optax.join_schedules([rising, after], [settings.warmup_steps])
+    warmup = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
+    return optax.join_schedules([warmup, after], [settings.warmup_steps])
 
 
 class Optimizer:
-    """AdamW over a dict of arrays by path: in float32 inside, in ``settings.precision`` between steps.
+    """AdamW over arrays by path, which computes in float32 and keeps its state in ``settings.precision``.
 
     Args:
-        settings: see there.
-        schedule: the learning rate of each step.
-        table: what the paths are of.
+        settings: Settings of the optimizer.
+        schedule: Schedule of the learning rate.
+        table: Declarations of the parameters, by path.
     """
 
-    def __init__(
-        self, settings: OptimizerSettings, schedule: Callable[[Any], Any], table: Mapping[str, Parameter]
-    ) -> None:
+    def __init__(self, settings: OptimizerSettings, schedule: optax.Schedule, table: Mapping[str, Parameter]) -> None:
         self._settings = settings
         self._adamw = optax.adamw(
             schedule,
@@ -62,46 +67,48 @@ class Optimizer:
         )
 
     def init(self, params: Arrays) -> Any:
-        """The state before the first step, in the dtype of ``params``."""
+        """Return the state before the first step, in the dtypes of ``params``."""
         return self._adamw.init(params)
 
     def update(self, grads: Arrays, state: Any, params: Arrays, step: jax.Array) -> tuple[Arrays, Any]:
-        """The parameters and the state after a step.
+        """Return the parameters and the optimizer's state after a step.
 
         Args:
-            grads: by the paths of ``params``, already clipped.
-            step: its number, from which the draws of stochastic rounding are keyed.
+            grads: Gradients, by the paths of ``params``, after clipping.
+            state: State of the optimizer before the step.
+            params: Parameters before the step.
+            step: Number of the step, by which the draws of stochastic rounding are keyed.
         """
-        wide = jax.tree.map(_widened, (grads, state, params))
+        wide = jax.tree.map(_to_float32, (grads, state, params))
         updates, state_after = self._adamw.update(*wide)
         after = optax.apply_updates(wide[2], updates), state_after
-        # Whole parameters are rounded, not their updates, whose last bits would be lost again in the sum.
+        # Parameters are rounded, rather than their updates, whose last bits would be lost again in the sum.
         key = jax.random.fold_in(jax.random.key(0), step)
-        return _narrowed(after, (params, state), key if self._settings.precision == "bfloat16_stochastic" else None)
+        return _rounded(after, (params, state), key if self._settings.precision == "bfloat16_stochastic" else None)
 
 
-def _widened(x: jax.Array) -> jax.Array:
+def _to_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
 
 
-def _narrowed(wide: Any, like: Any, key: jax.Array | None) -> Any:
-    """``wide`` in the dtypes of ``like``: rounded at random by ``key``, without one to the nearest."""
+def _rounded(wide: Any, like: Any, key: jax.Array | None) -> Any:
+    """Return ``wide`` in the dtypes of ``like``, rounded stochastically by ``key`` or, without one, to the nearest."""
     leaves, structure = jax.tree.flatten(wide)
     kept = [
         x
         if x.dtype == old.dtype
         else x.astype(old.dtype)
         if key is None
-        else stochastically_rounded(x, jax.random.fold_in(key, i))
+        else round_stochastically(x, jax.random.fold_in(key, i))
         for i, (x, old) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
     ]
     return jax.tree.unflatten(structure, kept)
 
 
-def stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
-    """x, float32, as bfloat16: up or down at random, so that the mean of many roundings is x."""
+def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Round float32 to bfloat16, up or down at random, so that the mean of many roundings is ``x``."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    # What bfloat16 cuts off is the lower half: a uniform draw of it carries as often as it should.
+    # bfloat16 is the upper half of float32: a uniform draw added to the lower half carries with the right probability.
     carried = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     rounded = jax.lax.bitcast_convert_type(carried & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)

@@ -1,12 +1,12 @@
-"""A run's programs and the shapes of its state: all that training compiles, made without an array."""
+"""Compiled programs of a run and the shapes of its state, which are made without any array."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from llava_cot_jax.costs.model_costs import ModelPart, parts_of
@@ -14,126 +14,151 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter, parameters
 from llava_cot_jax.model.sharding import make_mesh, use_mesh
-from llava_cot_jax.training.lora import adapter_table, fresh_adapters
-from llava_cot_jax.training.optimizer import Optimizer, learning_rates
+from llava_cot_jax.training.lora import adapter_table, init_adapters
+from llava_cot_jax.training.optimizer import Optimizer, make_schedule
 from llava_cot_jax.training.settings import MeshSettings, TrainSettings
-from llava_cot_jax.training.state import Batch, Losses, State, frozen_paths, losses, make_step, state_sharding
+from llava_cot_jax.training.state import TrainState, frozen_paths, state_sharding
+from llava_cot_jax.training.step import Batch, LossSums, Metrics, loss_sums, make_train_step
 
 
-@dataclass(frozen=True)
-class Program:
-    """What a run computes with.
+@dataclass(frozen=True, kw_only=True)
+class TrainProgram:
+    """Compiled programs of a run.
 
     Attributes:
-        table: the declarations of the model's arrays and of the adapters.
-        state: of the run, as ``jax.ShapeDtypeStruct``s that know their shardings.
-        trained: the parts of the model that are trained whole, for ``costs.counts.training_flops``.
-        adapted: the parts that have adapters, likewise.
-        learning_rate: of each step, counted from 0.
-        step: the compiled step, as ``make_step`` explains.
-        evaluate: the compiled losses of a batch, of trained and frozen arrays.
+        settings: Settings of the run.
+        mesh: Mesh on which the state is.
+        table: Declarations of the model's parameters and of the adapters, by path.
+        optimizer: Optimizer of the run.
+        state: Shapes, dtypes and shardings of the state, as ``jax.ShapeDtypeStruct``.
+        trained_parts: Parts of the model that are trained whole.
+        adapted_parts: Parts of the model that have adapters.
+        learning_rate: Learning rate as a function of the step, counted from 0.
+        step: Compiled training step, as ``make_train_step`` describes it.
+        evaluate: Compiled sums of the losses of a batch, a function of trained arrays, frozen arrays and the batch.
     """
 
+    settings: TrainSettings
+    mesh: Mesh
     table: Mapping[str, Parameter]
-    state: State
-    trained: frozenset[ModelPart]
-    adapted: frozenset[ModelPart]
-    learning_rate: Callable[[Any], Any]
-    step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
-    evaluate: Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array], Batch], Losses]
-    _settings: TrainSettings
-    _optimizer: Optimizer
-    _mesh: Mesh
+    optimizer: Optimizer
+    state: TrainState
+    trained_parts: frozenset[ModelPart]
+    adapted_parts: frozenset[ModelPart]
+    learning_rate: optax.Schedule
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array], Batch], LossSums]
 
-    def begin(self, arrays: dict[str, jax.Array]) -> State:
-        """The state before the first step.
+    def init_state(self, arrays: dict[str, jax.Array]) -> TrainState:
+        """Make the state before the first step.
 
         Args:
-            arrays: the model, by the paths of the stacked layout; emptied, so that no array is there twice.
+            arrays: Parameters of the model by path, in the stacked layout. The dict is emptied, so that no array is in
+                memory twice.
         """
         trained = {
             path: arrays.pop(path).astype(like.dtype) for path, like in self.state.trained.items() if path in arrays
         }
-        frozen = self.frozen(arrays)
-        dtype = self._settings.optimizer.dtype
-        if self._settings.lora.rank:
+        frozen = self.frozen_arrays(arrays)
+        dtype = self.settings.optimizer.dtype
+        if self.settings.lora.rank:
             adapters = {path: self.table[path] for path in self.state.trained}
-            trained = fresh_adapters(adapters, self._settings.seed, dtype, self._mesh)
-        sharding = state_sharding(self.state, self.table, self._mesh)
-        init = jax.jit(self._optimizer.init, out_shardings=sharding.optimizer)
-        zero = jax.device_put(jnp.int32(0), sharding.step)
-        return State(zero, trained, frozen, init(trained), zero.copy())
+            trained = init_adapters(adapters, self.settings.seed, dtype, self.mesh)
+        shardings = state_sharding(self.state, self.table, self.mesh)
+        return TrainState.init(trained, frozen, self.optimizer, dtype, shardings)
 
-    def frozen(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Those of the model's arrays that the run does not change, as ``begin`` keeps them."""
+    def frozen_arrays(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Remove from the parameters of the model those that are not trained, and return them in the state's dtype."""
         return {path: arrays.pop(path).astype(like.dtype) for path, like in self.state.frozen.items()}
 
 
 def make_program(
     settings: TrainSettings, config: MllamaConfig, mesh: Mesh, *, steps: int, steps_per_epoch: int
-) -> Program:
-    """The programs of a run.
+) -> TrainProgram:
+    """Return the programs of a run.
 
     Args:
-        settings: of the run.
-        config: the model's.
-        mesh: over all devices, or over those of a topology that is compiled for.
-        steps: that the learning rate is scheduled over.
-        steps_per_epoch: likewise.
+        settings: Settings of the run.
+        config: Configuration of the model.
+        mesh: Mesh over all devices, or over those of a topology to compile for.
+        steps: Number of steps of the run, for the schedule of the learning rate.
+        steps_per_epoch: Number of steps of an epoch, for the schedule of the learning rate.
 
     Raises:
-        UserError: the mesh does not divide a parameter, or a pattern of ``frozen`` or ``lora.targets``
-            cannot be meant.
+        UserError: The mesh does not divide a parameter, or a pattern of ``frozen_params`` or ``lora.targets`` is no
+            regular expression or matches nothing.
     """
     base = parameters(config, "stacked")
     adapters = adapter_table(base, settings.lora)
     trained = set(adapters) if adapters else base.keys() - frozen_paths(base, settings.frozen_params)
     table = {**base, **adapters}
-    learning_rate = learning_rates(settings.optimizer, steps, steps_per_epoch)
+    learning_rate = make_schedule(settings.optimizer, steps, steps_per_epoch)
     optimizer = Optimizer(settings.optimizer, learning_rate, table)
+    state = _abstract_state(settings, table, trained, optimizer, mesh)
     dtype = jnp.dtype(settings.dtype)
-    shapes = {path: jax.ShapeDtypeStruct(p.shape, dtype) for path, p in table.items()}
-    state = jax.eval_shape(
-        partial(State.begin, optimizer=optimizer, dtype=settings.optimizer.dtype),
-        {path: shape for path, shape in shapes.items() if path in trained},
-        {path: shape for path, shape in shapes.items() if path not in trained},
-    )
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_sharding(state, table, mesh),
-    )
-    compute: dict[str, Any] = {
-        "dtype": dtype,
-        "remat": settings.remat,
-        "lora_scale": settings.lora.scale,
-    }
-    step = make_step(
+    step = make_train_step(
         config,
         table,
         optimizer,
         state,
         mesh=mesh,
+        dtype=dtype,
+        remat=settings.remat,
         grad_accum_steps=settings.grad_accum_steps,
         max_grad_norm=settings.optimizer.max_grad_norm,
-        **compute,
+        lora_scale=settings.lora.scale,
     )
 
     @jax.jit
-    def evaluate(trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], batch: Batch) -> Losses:
+    def evaluate(trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], batch: Batch) -> LossSums:
         with use_mesh(mesh):
-            return losses(trained, frozen, batch, config=config, **compute)
+            return loss_sums(
+                trained,
+                frozen,
+                batch,
+                config=config,
+                dtype=dtype,
+                remat=settings.remat,
+                lora_scale=settings.lora.scale,
+            )
 
-    parts = parts_of(config, trained)
-    whole, adapted = (frozenset[ModelPart](), parts) if adapters else (parts, frozenset[ModelPart]())
-    return Program(table, state, whole, adapted, learning_rate, step, evaluate, settings, optimizer, mesh)
+    parts, none = parts_of(config, trained), frozenset[ModelPart]()
+    return TrainProgram(
+        settings=settings,
+        mesh=mesh,
+        table=table,
+        optimizer=optimizer,
+        state=state,
+        trained_parts=none if adapters else parts,
+        adapted_parts=parts if adapters else none,
+        learning_rate=learning_rate,
+        step=step,
+        evaluate=evaluate,
+    )
 
 
-def run_mesh(settings: MeshSettings) -> Mesh:
-    """The mesh over all devices of all hosts.
+def _abstract_state(
+    settings: TrainSettings, table: Mapping[str, Parameter], trained: set[str], optimizer: Optimizer, mesh: Mesh
+) -> TrainState:
+    """Return the shapes, dtypes and shardings of the state of a run."""
+    shapes = {path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(settings.dtype)) for path, p in table.items()}
+    state = jax.eval_shape(
+        partial(TrainState.init, optimizer=optimizer, dtype=settings.optimizer.dtype),
+        {path: shape for path, shape in shapes.items() if path in trained},
+        {path: shape for path, shape in shapes.items() if path not in trained},
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_sharding(state, table, mesh),
+    )
+
+
+def make_run_mesh(settings: MeshSettings) -> Mesh:
+    """Return the mesh of a run over all devices of all hosts.
 
     Raises:
-        UserError: it takes more devices than there are, or leaves some out.
+        UserError: The mesh takes more devices than there are, or leaves some idle.
     """
     count = jax.device_count()
     rest = settings.data * settings.tensor
@@ -147,16 +172,16 @@ def run_mesh(settings: MeshSettings) -> Mesh:
     return mesh
 
 
-def check_batch(settings: TrainSettings, mesh: Mesh) -> None:
-    """Whether each device gets as many rows of a batch as the others, and of each of its parts.
+def check_batch_size(settings: TrainSettings, mesh: Mesh) -> None:
+    """Check that the mesh divides a batch, and each of its micro-batches.
 
     Raises:
-        UserError: it does not.
+        UserError: It does not.
     """
-    batch, parts = settings.loader.batch_size, settings.grad_accum_steps
-    over = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % (over * parts):
+    batch_size, micro_batches = settings.loader.batch_size, settings.grad_accum_steps
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (shards * micro_batches):
         raise UserError(
-            f"loader.batch_size is {batch}: the mesh does not divide it (data x fsdp = {over} devices, {parts} "
-            f"micro-batches on each); take a multiple of {over * parts}"
+            f"loader.batch_size is {batch_size}: the mesh does not divide it (data x fsdp = {shards} devices, "
+            f"{micro_batches} micro-batches on each); take a multiple of {shards * micro_batches}"
         )

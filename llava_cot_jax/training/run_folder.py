@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, the files of its model, checkpoints and metrics."""
+"""Folder of a run: its configuration, the files of its model, and the description stored in each checkpoint."""
 
 import platform
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ import yaml
 
 from llava_cot_jax.files import write_text
 from llava_cot_jax.paths import writing_errors
-from llava_cot_jax.training.initial_model import Origin
-from llava_cot_jax.training.layout import CONFIGURATION, MODEL
+from llava_cot_jax.training.initial_model import InitialModel
+from llava_cot_jax.training.layout import CONFIGURATION, MODEL_FILES
 from llava_cot_jax.training.settings import TrainSettings
 
-RUNNING = {
+CHANGEABLE_SETTINGS = {
     "output",
     "data",  # its batches have a fingerprint of their own
     "checkpoints.every",
@@ -38,26 +38,27 @@ RUNNING = {
     "loader.num_workers",
     "loader.num_threads",
 }
-"""Settings of how a run runs, not of what comes out, but for rounding: they may change while it goes on."""
+"""Settings that may change when a run is resumed, since they do not affect the result, apart from rounding."""
 
 PACKAGES = ("llava_cot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+"""Packages whose versions are stored in each checkpoint."""
 
 
-def describe(settings: TrainSettings, data: str) -> dict[str, Any]:
-    """What is kept of a run in each checkpoint beside its arrays.
+def run_description(settings: TrainSettings, data: str) -> dict[str, Any]:
+    """Return the description of a run that each checkpoint stores: its settings, data, and versions of packages.
 
     Args:
-        settings: of the run.
-        data: the fingerprint of its batches; the index of the next one is the step.
+        settings: Settings of the run.
+        data: Fingerprint of the batches, ``Loader.fingerprint``. The index of the next batch is the step.
     """
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     return {"settings": asdict(settings), "data": data, "versions": versions}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What comes out otherwise in two descriptions of a run: "optimizer.learning_rate was 0.003, now 0.001"."""
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the differences of two descriptions that affect the result, as "optimizer.b2 was 0.98, now 0.9"."""
     old, new = ({**_flat(found["settings"]), "the data's batches": found["data"]} for found in (before, now))
-    names = sorted((old.keys() | new.keys()) - RUNNING)
+    names = sorted((old.keys() | new.keys()) - CHANGEABLE_SETTINGS)
     return [
         f"{name} was {old.get(name, 'not known')}, now {new.get(name, 'not known')}"
         for name in names
@@ -65,14 +66,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The libraries whose versions differ in two descriptions of a run, likewise."""
+def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the packages whose versions differ in two descriptions, as "jax was 0.10.2, now 0.11.2"."""
     old, new = before["versions"], now["versions"]
     return [f"{name} was {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """By dotted names; lists and tuples alike."""
+    """Return nested settings by dotted names, with tuples as lists."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -83,24 +84,24 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def make_run_folder(folder: Path) -> None:
-    """Make the folder. Only the first process does.
+    """Make the folder of a run, in the first process.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: It cannot be made.
     """
     if jax.process_index() == 0:
         with writing_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
 
-def write_run_folder(folder: Path, settings: TrainSettings, origin: Origin) -> None:
-    """Write what is known before the first step. Only the first process writes.
+def write_run_folder(folder: Path, settings: TrainSettings, initial_model: InitialModel) -> None:
+    """Write the configuration of a run and the files of its model other than weights, in the first process.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: They cannot be written.
     """
     if jax.process_index() == 0:
         with writing_errors(folder):
             text = yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
             write_text(folder / CONFIGURATION, text)
-            origin.write_auxiliary_files(folder / MODEL)
+            initial_model.write_auxiliary_files(folder / MODEL_FILES)

@@ -1,7 +1,8 @@
-"""Only one run at a time works in a folder.
+"""Lock on the folder of a run, so that only one run at a time works in it.
 
-On a disk the operating system holds the lock, and lets go of it when the process ends, however it ends. A bucket has
-no locks: there the run renews a small file, and one that finds such a file waits to see whether it is renewed.
+On a disk, the operating system holds the lock, and releases it when the process ends, however it ends. A bucket has no
+locks: there, the run creates a small file, which fails if there is one, and renews it. A run that finds such a file
+waits to see whether it is renewed.
 """
 
 import contextlib
@@ -12,29 +13,31 @@ import socket
 import threading
 import uuid
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import jax
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import is_remote
-from llava_cot_jax.training.broadcast import first_said
+from llava_cot_jax.paths import bucket_filesystem, is_remote
+from llava_cot_jax.training.broadcast import broadcast_string
 
-FILE = ".running"
-"""Says which process the run in a folder is."""
+LOCK_FILE = ".running"
+"""Name of the file in the folder of a run that says which process holds the lock."""
 
-RENEWED_SECONDS = 10.0
-"""In a bucket; a file that is left alone for three times as long is of a run that was killed."""
+RENEWAL_SECONDS = 10.0
+"""Time between two renewals of a lock in a bucket. One that is not renewed for three times as long is abandoned."""
+
+_AT_THE_SAME_TIME = "another run began there at the same time"
 
 
 class RunLock:
-    """Holds a folder, which must exist, for the run of these processes: a context manager.
+    """Lock on a folder for the processes of a run: a context manager that all of them enter.
 
     Args:
-        folder: of the run.
+        folder: Folder of the run, which exists.
 
     Raises:
-        UserError: another run works in it; every process raises it.
+        UserError: Another run works in the folder. Every process raises it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,12 +45,12 @@ class RunLock:
         self._lock: _DiskLock | _BucketLock | None = None
 
     def __enter__(self) -> Self:
-        refused = ""
+        refusal = ""
         if jax.process_index() == 0:
             self._lock = _BucketLock(self._folder) if is_remote(self._folder) else _DiskLock(self._folder)
-            refused = self._lock.acquire()
-        if refused := first_said(refused):
-            raise UserError(f"{self._folder}: {refused}; wait for it to end, or name another output")
+            refusal = self._lock.acquire()
+        if refusal := broadcast_string(refusal):
+            raise UserError(f"{self._folder}: {refusal}; wait for it to end, or name another output")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,17 +58,17 @@ class RunLock:
             self._lock.release()
 
 
-def _me() -> str:
+def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 class _DiskLock:
     def __init__(self, folder: Path) -> None:
-        self._path = folder / FILE
+        self._path = folder / LOCK_FILE
         self._file: IO[str] | None = None
 
     def acquire(self) -> str:
-        """Why it cannot be had; nothing if it was."""
+        """Take the lock, or return why it cannot be had."""
         file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,56 +76,84 @@ class _DiskLock:
             file.seek(0)
             return f"a run is under way there ({file.read()})"
         file.truncate(0)
-        file.write(_me())
+        file.write(_this_process())
         file.flush()
         self._file = file
         return ""
 
     def release(self) -> None:
+        """Let go of the lock, if it was had."""
         if self._file:
             self._file.close()
 
 
 class _BucketLock:
     def __init__(self, folder: Path) -> None:
-        self._path = folder / FILE
+        self._path = folder / LOCK_FILE
         self._id = uuid.uuid4().hex
-        self._renewed = 0
+        self._renewals = 0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def acquire(self) -> str:
-        """Why it cannot be had; nothing if it was."""
-        if (found := self._read()) is not None:
-            self._ended.wait(3 * RENEWED_SECONDS)
-            if (later := self._read()) is not None and later != found:
-                return f"a run is under way there ({later['who']})"
-        self._write()
-        self._ended.wait(RENEWED_SECONDS / 10)  # of two that begin at once, the one that wrote last has it
-        if (later := self._read()) is None or later["id"] != self._id:
-            return "another run began there at the same time"
+        """Take the lock, or return why it cannot be had."""
+        if not self._create(self._path) and (refusal := self._take_over()):
+            return refusal
         self._thread.start()
         return ""
 
     def release(self) -> None:
+        """Let go of the lock, if it was had."""
         if self._thread.is_alive():
             self._ended.set()
             self._thread.join()
             self._path.unlink(missing_ok=True)
 
-    def _keep(self) -> None:
-        while not self._ended.wait(RENEWED_SECONDS):
-            with contextlib.suppress(Exception):  # a bucket that cannot be reached now may be the next time
-                self._write()
+    def _take_over(self) -> str:
+        """Take the lock of a run that was killed, or return why it cannot be had.
 
-    def _read(self) -> dict[str, str] | None:
+        Of several runs that find the same abandoned lock, one alone can create the file that claims it.
+        """
+        found = self._read()
+        self._ended.wait(3 * RENEWAL_SECONDS)
+        later = self._read()
+        if later is None:
+            return "" if self._create(self._path) else _AT_THE_SAME_TIME
+        if later != found:
+            return f"a run is under way there ({later['process']})"
+        claim = self._path.with_name(f"{LOCK_FILE}.{later['id']}")
+        if not self._create(claim):
+            return f"{_AT_THE_SAME_TIME} (if none did, delete {claim})"
         try:
-            found: dict[str, str] = json.loads(self._path.read_text(encoding="utf-8"))
+            if self._read() != later:  # an earlier claim was fulfilled meanwhile
+                return _AT_THE_SAME_TIME
+            self._path.write_bytes(self._content())
+            return ""
+        finally:
+            claim.unlink()
+
+    def _create(self, path: Path) -> bool:
+        """Create a file with this lock's content, and return whether it did not exist. The bucket decides."""
+        try:
+            bucket_filesystem().pipe_file(str(path), self._content(), mode="create")
+        except FileExistsError:
+            # A request whose answer was lost is sent again, and then meets its own file.
+            return (existing := self._read(path)) is not None and existing["id"] == self._id
+        return True
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEWAL_SECONDS):
+            with contextlib.suppress(Exception):  # a bucket that cannot be reached now may be the next time
+                self._path.write_bytes(self._content())
+
+    def _read(self, path: Path | None = None) -> dict[str, Any] | None:
+        """Return what a lock's file says, or None if there is none."""
+        try:
+            found: dict[str, Any] = json.loads((path or self._path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         return found
 
-    def _write(self) -> None:
-        self._renewed += 1
-        said = {"id": self._id, "renewed": self._renewed, "who": _me()}
-        self._path.write_text(json.dumps(said), encoding="utf-8")
+    def _content(self) -> bytes:
+        self._renewals += 1
+        return json.dumps({"id": self._id, "renewals": self._renewals, "process": _this_process()}).encode()

@@ -1,4 +1,4 @@
-"""The steps of a run, one after the other, and what each is measured by."""
+"""Execution of the steps of a run, and the metrics of each."""
 
 import time
 from collections.abc import Iterator
@@ -12,136 +12,139 @@ import numpy as np
 from llava_cot_jax.costs.device_memory import peak_memory
 from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.training.metrics import Meter, Metrics, by_stage
-from llava_cot_jax.training.program import Program
-from llava_cot_jax.training.report import Bar, describe_step
-from llava_cot_jax.training.state import State
+from llava_cot_jax.progress import ProgressUpdate
+from llava_cot_jax.training.metrics import MetricsWriter, Throughput, losses_by_stage
+from llava_cot_jax.training.program import TrainProgram
+from llava_cot_jax.training.report import step_note
+from llava_cot_jax.training.state import TrainState
+from llava_cot_jax.training.step import Metrics
 
 
 @dataclass(frozen=True)
-class _UnderWay:
-    """A step that the devices may still be at.
+class _PendingStep:
+    """Step that the devices may still be computing.
 
     Attributes:
-        index: counted from 0.
-        measures: what ``make_step`` tells of it.
-        compiled: whether its shape was the first of its kind, so that its time is that of the compiler.
-        waited: seconds that it waited for its batch.
+        index: Index of the step, counted from 0.
+        measures: Measures of the step, as ``make_train_step`` describes them.
+        compiles: Whether it is the first step of its shape, so that its time is that of the compiler.
+        waiting_seconds: Time that it waited for its batch.
     """
 
     index: int
-    measures: dict[str, jax.Array]
-    compiled: bool
-    waited: float
+    measures: Metrics
+    compiles: bool
+    waiting_seconds: float
 
 
 class Stepper:
-    """Runs the steps in order and writes each down, one behind: while its measures are fetched, the next runs.
+    """Executor of the steps of a run in order.
+
+    It writes the metrics of a step while the devices compute the next one.
 
     Args:
-        program: of the run.
-        loader: of its batches.
-        steps: their indices, from 0; they are those of the batches too.
-        meter: of their rates.
-        metrics: takes what was measured.
-        bar: is moved.
-        max_nonfinite_steps: so many steps that are not finite end the run.
+        program: Programs of the run.
+        loader: Loader of its batches.
+        steps: Indices of the steps, counted from 0, which are those of the batches too.
+        metrics: Writer of the metrics.
+        throughput: Clock of the steps.
+        update_bar: Function that moves the progress bar.
     """
 
     def __init__(
         self,
-        program: Program,
+        program: TrainProgram,
         loader: Loader,
         steps: range,
-        meter: Meter,
-        metrics: Metrics,
-        bar: Bar,
-        max_nonfinite_steps: int,
+        metrics: MetricsWriter,
+        throughput: Throughput,
+        update_bar: ProgressUpdate,
     ) -> None:
-        self._program, self._loader, self._meter, self._metrics, self._bar = program, loader, meter, metrics, bar
+        self._program, self._loader = program, loader
+        self._metrics, self._throughput, self._update_bar = metrics, throughput, update_bar
         self._batches = enumerate(loader.batches(steps.start, steps.stop), steps.start)
         self._total = steps.stop
-        self._under_way: _UnderWay | None = None
-        self._most_skipped = max_nonfinite_steps
-        self._skipped: list[tuple[int, list[str]]] = []  # steps in a row, and the ids of their rows
+        self._pending: _PendingStep | None = None
+        self._nonfinite: list[tuple[int, list[str]]] = []  # consecutive steps, and the ids of their rows
         self._lengths_seen: set[int] = set()
-        meter.begin()
+        throughput.restart()
 
-    def step(self, state: State) -> State:
-        """The state after the next batch; ``state`` is donated.
+    def step(self, state: TrainState) -> TrainState:
+        """Start the step of the next batch, and return the state after it. ``state`` is donated.
 
         Raises:
-            UserError: damaged data, or too many steps in a row whose loss or gradient is not finite.
+            UserError: Data is damaged, or too many consecutive steps had a loss or gradient that is not finite.
         """
         began = time.perf_counter()
         index, batch = next(self._batches)
-        waited = time.perf_counter() - began
+        waiting_seconds = time.perf_counter() - began
         length = batch["input_ids"].shape[1]
         if compiles := length not in self._lengths_seen:
             self.finish()
             self._lengths_seen.add(length)
         state, measures = self._program.step(state, batch)
-        before, self._under_way = self._under_way, _UnderWay(index, measures, compiles, waited)
-        if before:
-            self._write(before)
+        previous, self._pending = self._pending, _PendingStep(index, measures, compiles, waiting_seconds)
+        if previous:
+            self._write(previous)
         if compiles:
             self.finish()
         return state
 
     def finish(self) -> None:
-        """Wait for the step that is under way, and write it down."""
-        if self._under_way:
-            self._write(self._under_way)
-            self._under_way = None
+        """Wait for the pending step, and write its metrics."""
+        if self._pending:
+            self._write(self._pending)
+            self._pending = None
 
     @contextmanager
     def pause(self, name: str) -> Iterator[None]:
-        """For work between two steps, whose seconds are written down by ``name`` and are no step's."""
+        """Time the work of the block, between two steps, apart from them, and write its seconds as ``name``."""
         self.finish()
         began = time.perf_counter()
         yield
         self._metrics.write(self._done, {name: time.perf_counter() - began})
-        self._meter.begin()
+        self._throughput.restart()
 
-    def _write(self, step: _UnderWay) -> None:
+    def _write(self, step: _PendingStep) -> None:
         found = jax.device_get(step.measures)  # waits for the step
-        rates = self._meter.lap(self._loader.lengths(step.index))
-        if step.compiled:
+        rates = self._throughput.lap(self._loader.lengths(step.index))
+        if step.compiles:
             rates = {"compiling_seconds": rates["seconds"]}
         self._done = step.index + 1
         updates = step.index - int(found["skipped"]) + int(not found["finite"])  # before this step
         measured = {
             "loss": float(found["loss"]),
-            **by_stage("loss", found["stage_losses"], found["stage_tokens"]),
+            **losses_by_stage("loss", found["stage_losses"], found["stage_tokens"]),
             "learning_rate": float(self._program.learning_rate(np.int32(updates))),
             "gradient_norm": float(found["gradient_norm"]),
             "trained_tokens": int(found["tokens"]),
             "skipped": int(found["skipped"]),
             "epoch": self._done / self._loader.batches_per_epoch,
             **rates,
-            "waiting_seconds": step.waited,
+            "waiting_seconds": step.waiting_seconds,
             "peak_memory_bytes": peak_memory(),
         }
         self._metrics.write(self._done, measured)
-        self._bar(self._done, self._total, describe_step(measured))
-        self._watch(step.index, bool(found["finite"]), measured)
+        self._update_bar(self._done, self._total, step_note(measured))
+        if found["finite"]:
+            self._nonfinite.clear()
+        else:
+            self._report_nonfinite(step.index, measured)
 
-    def _watch(self, index: int, finite: bool, measured: dict[str, Any]) -> None:
-        """Keep the rows of a step that is not finite.
+    def _report_nonfinite(self, index: int, measured: dict[str, Any]) -> None:
+        """Write which rows a step had whose loss or gradient was not finite.
 
         Raises:
-            UserError: it is one too many in a row.
+            UserError: The number of such consecutive steps has reached ``max_nonfinite_steps``.
         """
-        if finite:
-            self._skipped.clear()
-            return
         rows = self._loader.row_ids(index)
-        self._skipped.append((index + 1, rows))
-        what = {"loss": str(measured["loss"]), "gradient_norm": str(measured["gradient_norm"]), "rows": rows}
-        self._metrics.note_skipped(index + 1, what)
-        if len(self._skipped) >= self._most_skipped:
-            told = "; ".join(f"step {done}: rows {', '.join(ids)}" for done, ids in self._skipped)
+        self._nonfinite.append((index + 1, rows))
+        details = {"loss": str(measured["loss"]), "gradient_norm": str(measured["gradient_norm"]), "rows": rows}
+        self._metrics.write_skipped(index + 1, details)
+        if len(self._nonfinite) >= self._program.settings.max_nonfinite_steps:
+            steps = "; ".join(f"step {done}: rows {', '.join(ids)}" for done, ids in self._nonfinite)
             raise UserError(
-                f"{len(self._skipped)} steps in a row had a loss or gradient that is not finite, and changed nothing: "
-                f"mend their rows, or lower the learning rate, and start again from the newest checkpoint. {told}"
+                f"{len(self._nonfinite)} steps in a row had a loss or gradient that is not finite, and changed "
+                f"nothing: mend their rows, or lower the learning rate, and start again from the newest checkpoint. "
+                f"{steps}"
             )

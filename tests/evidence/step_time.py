@@ -129,7 +129,8 @@ def ours(folder: Path, remat: Any, dtype: str, steps: int) -> Report:
     from llava_cot_jax.model.parameters import parameters
     from llava_cot_jax.training.optimizer import Optimizer
     from llava_cot_jax.training.settings import OptimizerSettings
-    from llava_cot_jax.training.state import State, make_step
+    from llava_cot_jax.training.state import TrainState
+    from llava_cot_jax.training.step import make_train_step
 
     if dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would take fewer digits than torch
@@ -137,9 +138,9 @@ def ours(folder: Path, remat: Any, dtype: str, steps: int) -> Report:
     table = parameters(config, "stacked")
     optimizer = Optimizer(OptimizerSettings(), lambda step: LEARNING_RATE, table)
     arrays = load_params(folder / "model", config, layout="stacked", dtype=jnp.float32)
-    state = State.begin(arrays, {}, optimizer, jnp.float32)
+    state = TrainState.init(arrays, {}, optimizer, jnp.float32)
     batch = {name: jnp.asarray(x) for name, x in np.load(folder / "batch.npz").items()}
-    step = make_step(config, table, optimizer, state, mesh=None, dtype=jnp.dtype(dtype), remat=remat)
+    step = make_train_step(config, table, optimizer, state, mesh=None, dtype=jnp.dtype(dtype), remat=remat)
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start

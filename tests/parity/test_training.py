@@ -14,7 +14,8 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.training.optimizer import Optimizer
 from llava_cot_jax.training.settings import OptimizerSettings
-from llava_cot_jax.training.state import State, frozen_paths, losses, make_step
+from llava_cot_jax.training.state import TrainState, frozen_paths
+from llava_cot_jax.training.step import loss_sums, make_train_step
 from tests.parity.reference import Sizes, batch_of_rows, published_weights, random_model, under
 from tests.parity.test_transformers import CONVENTIONS, ours
 
@@ -81,17 +82,17 @@ def by_tensor(arrays: dict[str, jax.Array], config: MllamaConfig) -> dict[str, n
     return found
 
 
-def begin(model: Mllama, frozen=(), settings: OptimizerSettings = SETTINGS) -> tuple[State, Optimizer]:
+def begin(model: Mllama, frozen=(), settings: OptimizerSettings = SETTINGS) -> tuple[TrainState, Optimizer]:
     optimizer = Optimizer(settings, lambda step: settings.learning_rate, parameters(model.config, "stacked"))
     # Copied: the step donates its state.
     arrays = {path: jnp.array(array) for path, array in flatten_dict(model.params, sep=".").items()}
     rest = {path: arrays.pop(path) for path in frozen_paths(arrays, frozen)}
-    return State.begin(arrays, rest, optimizer, settings.dtype), optimizer
+    return TrainState.init(arrays, rest, optimizer, settings.dtype), optimizer
 
 
-def step_of(model: Mllama, optimizer: Optimizer, state: State, **more):
+def step_of(model: Mllama, optimizer: Optimizer, state: TrainState, **more):
     settings = {"mesh": None, "dtype": jnp.float32, "remat": "none"} | more
-    return make_step(model.config, parameters(model.config, "stacked"), optimizer, state, **settings)
+    return make_train_step(model.config, parameters(model.config, "stacked"), optimizer, state, **settings)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +118,9 @@ def test_one_step(seed, padding, frozen, grad_accum_steps):
     before = {**state.trained}
     count = batch["loss_mask"].sum()
 
-    compute = functools.partial(losses, config=model.config, dtype=jnp.float32, remat="full")
-    gradient = jax.jit(jax.grad(lambda trained: compute(trained, state.frozen, batch).total.sum() / count))
-    gradients = by_tensor(gradient(state.trained), model.config)
+    compute = functools.partial(loss_sums, config=model.config, dtype=jnp.float32, remat="full")
+    gradient = jax.jit(jax.grad(lambda trained, batch: compute(trained, state.frozen, batch).total.sum() / count))
+    gradients = by_tensor(gradient(state.trained, batch), model.config)
     held = by_tensor(before, model.config)
     with under(convention, reference):
         loss, wanted, changes = of_torch(reference, batch, still)

@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.training.checkpoints import Checkpoints, Kept, newest_whole, read_run, steps_in
-from llava_cot_jax.training.checksums import FILE, find_damage
+from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run, steps_in
+from llava_cot_jax.training.checksums import CHECKSUMS_FILE, find_damage
 from llava_cot_jax.training.export import RunExport
 from llava_cot_jax.training.layout import CHECKPOINTS
-from llava_cot_jax.training.run_folder import RUNNING, describe, differences, other_versions
-from llava_cot_jax.training.settings import TrainSettings
+from llava_cot_jax.training.run_folder import (
+    CHANGEABLE_SETTINGS,
+    changed_settings,
+    changed_versions,
+    run_description,
+)
+from llava_cot_jax.training.settings import CheckpointSettings, TrainSettings
 from tests.training.small_run import write_small
 from tests.training.test_export import Run, begin, save
 from tests.training.test_settings import BASE, COMPUTED, LOADED, READ_AHEAD, RUN, STARTED, changed
@@ -40,12 +45,15 @@ def output(run: Run, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("kept", "steps"),
     [
-        (Kept(newest=1), [6]),
-        (Kept(newest=2), [5, 6]),
-        (Kept(newest=1, every=2), [2, 4, 6]),
-        (Kept(newest=1, best=1), [3, 6]),
-        (Kept(newest=1, best=2), [1, 3, 6]),  # step 2 has the lowest of those that were not validated: none
-        (Kept(newest=1, every=5, best=1), [3, 5, 6]),
+        (CheckpointSettings(max_to_keep=1), [6]),
+        (CheckpointSettings(max_to_keep=2), [5, 6]),
+        (CheckpointSettings(max_to_keep=1, keep_period=2), [2, 4, 6]),
+        (CheckpointSettings(max_to_keep=1, best_n=1), [3, 6]),
+        (
+            CheckpointSettings(max_to_keep=1, best_n=2),
+            [1, 3, 6],
+        ),  # step 2 was not validated
+        (CheckpointSettings(max_to_keep=1, keep_period=5, best_n=1), [3, 5, 6]),
     ],
 )
 def test_what_is_kept(run, tmp_path, kept, steps):
@@ -84,13 +92,13 @@ def flip(step: Path) -> str:
 
 
 def delete_checksums(step: Path) -> str:
-    (step / FILE).unlink()
-    return f"{FILE} is missing"
+    (step / CHECKSUMS_FILE).unlink()
+    return f"{CHECKSUMS_FILE} is missing"
 
 
 def truncate_checksums(step: Path) -> str:
-    os.truncate(step / FILE, 100)
-    return f"{FILE} is damaged"
+    os.truncate(step / CHECKSUMS_FILE, 100)
+    return f"{CHECKSUMS_FILE} is damaged"
 
 
 SPOILING = [truncate, delete, flip, delete_checksums, truncate_checksums]
@@ -103,23 +111,23 @@ class TestDamage:
         whole = {path.name: path.read_bytes() for path in (folder / "3").rglob("*") if path.is_file()}
         named = spoil(folder / "4")
         spoilt = {path.name for path in (folder / "4").rglob("*")}
-        assert newest_whole(folder, told.append) == 3
+        assert latest_valid_step(folder, told.append) == 3
         (line,) = told
         assert line.startswith("the checkpoint of step 4 is damaged: ")
         assert re.search(named, line)
         assert {path.name for path in (output / "damaged/4").rglob("*")} == spoilt  # nothing of it is lost
         assert {path.name: path.read_bytes() for path in (folder / "3").rglob("*") if path.is_file()} == whole
-        with Checkpoints(folder, Kept(2)) as checkpoints:
+        with Checkpoints(folder, CheckpointSettings(max_to_keep=2)) as checkpoints:
             state = checkpoints.restore(3, replace(run.program.state, frozen=run.state.frozen))
             jax.tree.map(np.testing.assert_array_equal, state.trained, run.state.trained)
             checkpoints.save(replace(state, step=state.step + 1), {})  # step 4 again
-        assert newest_whole(folder, told.append) == 4
+        assert latest_valid_step(folder, told.append) == 4
 
     def test_all_are_damaged(self, output):
         told: list[str] = []
         for step in ("3", "4"):
             flip(output / CHECKPOINTS / step)
-        assert newest_whole(output / CHECKPOINTS, told.append) is None
+        assert latest_valid_step(output / CHECKPOINTS, told.append) is None
         assert len(told) == 2 and steps_in(output / CHECKPOINTS) == []
 
     def test_each_process_reads_its_share(self, output):
@@ -151,21 +159,21 @@ class TestDamage:
 def unverified(path: Path) -> set[str]:
     """The checksums themselves, and what orbax changes once more after they are taken."""
     outer = {"commit_success.txt"} if path.parent.name.isdigit() else set()
-    return {FILE, "_CHECKPOINT_METADATA", *outer}
+    return {CHECKSUMS_FILE, "_CHECKPOINT_METADATA", *outer}
 
 
 class TestDescription:
     def test_a_checkpoint_holds_it(self, run, output):
         held = read_run(output / CHECKPOINTS / "4")
-        now = describe(run.settings, "data")
-        assert differences(held, now) == [] and other_versions(held, now) == []
+        now = run_description(run.settings, "data")
+        assert changed_settings(held, now) == [] and changed_versions(held, now) == []
         assert held["settings"]["frozen_params"] == ["vision_model"] and held["settings"]["convention"] is None
         assert {"jax", "orbax-checkpoint", "python"} <= held["versions"].keys()
 
     @pytest.mark.parametrize("name", sorted({*COMPUTED, *LOADED, *STARTED} - MESH))
     def test_what_changes_the_outcome_is_told(self, name):
         value = {**COMPUTED, **LOADED, **STARTED}[name]
-        found = differences(describe(BASE, "data"), describe(changed(BASE, name, value), "data"))
+        found = changed_settings(run_description(BASE, "data"), run_description(changed(BASE, name, value), "data"))
         # Rounding aside; and data is told by the fingerprint of its batches, wherever it lies.
         if name in ("grad_accum_steps", "remat", "data"):
             assert found == []
@@ -194,21 +202,21 @@ class TestDescription:
             "loader.num_workers": 7,
             "loader.num_threads": 7,
         }
-        assert {*RUN, *READ_AHEAD, *MESH, "data"} == other.keys() == RUNNING - {"grad_accum_steps", "remat"}
+        assert {*RUN, *READ_AHEAD, *MESH, "data"} == other.keys() == CHANGEABLE_SETTINGS - {"grad_accum_steps", "remat"}
         settings: TrainSettings = BASE
         for name, value in other.items():
             settings = changed(settings, name, value)
         assert asdict(settings) != asdict(BASE)
-        assert differences(describe(BASE, "data"), describe(settings, "data")) == []
+        assert changed_settings(run_description(BASE, "data"), run_description(settings, "data")) == []
 
     @pytest.mark.parametrize("name", ["output_dtype", "mesh_order", "profiles", "loader.threads_order"])
     def test_a_name_that_begins_like_one_of_those_is_told(self, name):
-        before, now = describe(BASE, "data"), describe(BASE, "data")
+        before, now = run_description(BASE, "data"), run_description(BASE, "data")
         now["settings"][name] = 1
-        assert differences(before, now) == [f"{name} was not known, now 1"]
+        assert changed_settings(before, now) == [f"{name} was not known, now 1"]
 
     def test_other_data_and_versions_are_told(self):
-        before, now = describe(BASE, "some"), describe(BASE, "other")
-        assert differences(before, now) == ["the data's batches was some, now other"]
+        before, now = run_description(BASE, "some"), run_description(BASE, "other")
+        assert changed_settings(before, now) == ["the data's batches was some, now other"]
         before["versions"]["jax"] = "0.1"
-        assert other_versions(before, now) == [f"jax was 0.1, now {jax.__version__}"]
+        assert changed_versions(before, now) == [f"jax was 0.1, now {jax.__version__}"]

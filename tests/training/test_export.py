@@ -12,17 +12,23 @@ import pytest
 from safetensors.numpy import load_file
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.training.checkpoints import Checkpoints, Kept, steps_in, stored_arrays
+from llava_cot_jax.training.checkpoints import Checkpoints, steps_in, stored_arrays
 from llava_cot_jax.training.export import RunExport
-from llava_cot_jax.training.initial_model import Origin
+from llava_cot_jax.training.initial_model import InitialModel
 from llava_cot_jax.training.layout import CHECKPOINTS, is_run
-from llava_cot_jax.training.program import Program, make_program, run_mesh
-from llava_cot_jax.training.run_folder import describe, make_run_folder, write_run_folder
-from llava_cot_jax.training.settings import LoraSettings, MeshSettings, OptimizerSettings, TrainSettings
-from llava_cot_jax.training.state import State
+from llava_cot_jax.training.program import TrainProgram, make_program, make_run_mesh
+from llava_cot_jax.training.run_folder import make_run_folder, run_description, write_run_folder
+from llava_cot_jax.training.settings import (
+    CheckpointSettings,
+    LoraSettings,
+    MeshSettings,
+    OptimizerSettings,
+    TrainSettings,
+)
+from llava_cot_jax.training.state import TrainState
 from tests.training.small_run import write_small
 
-Run = namedtuple("Run", "settings origin program state")
+Run = namedtuple("Run", "settings initial_model program state")
 
 
 @pytest.fixture(scope="module")
@@ -30,33 +36,35 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small(tmp_path_factory.mktemp("export") / "small")
 
 
-KEPT = Kept(newest=2)
+KEPT = CheckpointSettings(max_to_keep=2)
 
 
 def begin(checkpoint: Path | str, output: Path, **settings: Any) -> Run:
     """A run on eight devices before its first step, its trained arrays moved at random as if by some."""
     given = TrainSettings(str(output), str(checkpoint), "shapes", dtype="float32", **settings)
     given = replace(given, mesh=MeshSettings(data=2, fsdp=2, tensor=2))
-    origin = Origin(given.checkpoint, given.convention, given.random_init)
-    mesh = run_mesh(given.mesh)
-    program = make_program(given, origin.config, mesh, steps=4, steps_per_epoch=4)
-    arrays = origin.arrays(mesh=mesh, dtype=given.optimizer.dtype, seed=given.seed, on_progress=lambda d, t: None)
-    state = program.begin(arrays)
+    initial_model = InitialModel(given.checkpoint, given.convention, given.random_init)
+    mesh = make_run_mesh(given.mesh)
+    program = make_program(given, initial_model.config, mesh, steps=4, steps_per_epoch=4)
+    arrays = initial_model.load_arrays(
+        mesh=mesh, dtype=given.optimizer.dtype, seed=given.seed, on_progress=lambda d, t: None
+    )
+    state = program.init_state(arrays)
     draw = np.random.default_rng(0)
 
     def move(x: jax.Array) -> jax.Array:
         return jax.device_put((np.asarray(x, np.float32) + draw.normal(0, 0.1, x.shape)).astype(x.dtype), x.sharding)
 
-    return Run(given, origin, program, replace(state, trained=jax.tree.map(move, state.trained)))
+    return Run(given, initial_model, program, replace(state, trained=jax.tree.map(move, state.trained)))
 
 
 def save(run: Run, output: Path, steps: tuple[int, ...] = (3,)) -> None:
     make_run_folder(output)
-    write_run_folder(output, run.settings, run.origin)
+    write_run_folder(output, run.settings, run.initial_model)
     with Checkpoints(output / CHECKPOINTS, KEPT) as checkpoints:
         for step in steps:
             state = replace(run.state, step=jax.device_put(np.int32(step), run.state.step.sharding))
-            checkpoints.save(state, describe(run.settings, "data"))
+            checkpoints.save(state, run_description(run.settings, "data"))
 
 
 def exported(output: Path, folder: Path, **more: Any) -> dict[str, np.ndarray]:
@@ -66,7 +74,7 @@ def exported(output: Path, folder: Path, **more: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def tensors_of(program: Program, state: State) -> dict[str, np.ndarray]:
+def tensors_of(program: TrainProgram, state: TrainState) -> dict[str, np.ndarray]:
     """Every published tensor of a state, by its name."""
     found: dict[str, np.ndarray] = {}
     for path, array in {**state.trained, **state.frozen}.items():
@@ -149,8 +157,8 @@ def test_another_dtype_and_an_earlier_step(saved, tmp_path):
 class TestRestoring:
     def test_onto_another_mesh(self, saved):
         run, output = saved
-        mesh = run_mesh(MeshSettings(fsdp=4, tensor=2))
-        program = make_program(run.settings, run.origin.config, mesh, steps=4, steps_per_epoch=4)
+        mesh = make_run_mesh(MeshSettings(fsdp=4, tensor=2))
+        program = make_program(run.settings, run.initial_model.config, mesh, steps=4, steps_per_epoch=4)
         with Checkpoints(output / CHECKPOINTS, KEPT) as checkpoints:
             state = checkpoints.restore(3, program.state)
         assert int(state.step) == 3
@@ -169,14 +177,16 @@ class TestRestoring:
     def test_of_other_arrays(self, saved, changes, message):
         run, output = saved
         settings = replace(run.settings, **changes)
-        program = make_program(settings, run.origin.config, run_mesh(settings.mesh), steps=4, steps_per_epoch=4)
+        program = make_program(
+            settings, run.initial_model.config, make_run_mesh(settings.mesh), steps=4, steps_per_epoch=4
+        )
         with Checkpoints(output / CHECKPOINTS, KEPT) as checkpoints, pytest.raises(UserError, match=message):
             checkpoints.restore(3, program.state)
 
     def test_of_another_model(self, saved):
         run, output = saved
-        config = replace(run.origin.config, text=replace(run.origin.config.text, intermediate_size=128))
-        program = make_program(run.settings, config, run_mesh(run.settings.mesh), steps=4, steps_per_epoch=4)
+        config = replace(run.initial_model.config, text=replace(run.initial_model.config.text, intermediate_size=128))
+        program = make_program(run.settings, config, make_run_mesh(run.settings.mesh), steps=4, steps_per_epoch=4)
         message = r"of another model: \S+mlp\S+ has shape .*240.*, not .*128"
         with Checkpoints(output / CHECKPOINTS, KEPT) as checkpoints, pytest.raises(UserError, match=message):
             checkpoints.restore(3, program.state)
@@ -189,10 +199,10 @@ def test_no_room(saved, tmp_path, monkeypatch):
     disk = namedtuple("disk", "total used free")
     with Checkpoints(tmp_path / "run", KEPT) as checkpoints:
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk(0, 0, 3 * size))
-        checkpoints.check_room(run.program.state)
+        checkpoints.check_disk_space(run.program.state)
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk(0, 0, 3 * size - 1))
         with pytest.raises(UserError, match=r"3 checkpoints of 0\.0 GB need 0\.0 GB more"):
-            checkpoints.check_room(run.program.state)
+            checkpoints.check_disk_space(run.program.state)
 
 
 def test_a_disk_that_fills_up_during_a_save(saved, tmp_path, monkeypatch):

@@ -16,10 +16,11 @@ from llava_cot_jax.model.layers import linear
 from llava_cot_jax.model.mllama import Mllama, hidden_states
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.sharding import make_mesh, partition_spec
-from llava_cot_jax.training.lora import adapter_table, fresh_adapters, merged
+from llava_cot_jax.training.lora import adapter_table, init_adapters, merge_adapter
 from llava_cot_jax.training.optimizer import Optimizer
 from llava_cot_jax.training.settings import LoraSettings, OptimizerSettings
-from llava_cot_jax.training.state import State, losses, make_step, state_sharding
+from llava_cot_jax.training.state import TrainState, state_sharding
+from llava_cot_jax.training.step import loss_sums, make_train_step
 from tests.conftest import INPUTS
 
 EVERYTHING = LoraSettings(rank=4, alpha=6.0, targets=["_proj", r"\.fc[12]", "projector"])
@@ -41,7 +42,7 @@ def weights(config, layout="stacked"):
 
 
 def fresh(config, layout="stacked", mesh=None, seed=0, settings=EVERYTHING):
-    return fresh_adapters(adapter_table(parameters(config, layout), settings), seed, jnp.float32, mesh)
+    return init_adapters(adapter_table(parameters(config, layout), settings), seed, jnp.float32, mesh)
 
 
 def drawn(config, layout="stacked"):
@@ -59,7 +60,7 @@ def merge(base, adapters, scale):
     adapters = {path: np.asarray(x) for path, x in adapters.items()}
     for projection in {path.rpartition(".")[0] for path in adapters}:
         w, a, b = whole[f"{projection}.weight"], adapters[f"{projection}.lora_a"], adapters[f"{projection}.lora_b"]
-        whole[f"{projection}.weight"] = merged(w, a, b, scale)
+        whole[f"{projection}.weight"] = merge_adapter(w, a, b, scale)
     return whole
 
 
@@ -68,8 +69,10 @@ def test_loss_and_gradients_are_those_that_the_merged_weights_imply(small, rows)
     """With W' = W + s B A, the chain rule has dA = s B^T dW' and dB = s dW' A^T."""
     base, adapters, scale = weights(small), drawn(small), EVERYTHING.scale
 
+    batch = jax.tree.map(jnp.asarray, rows)
+
     def loss(trained, frozen, scale):
-        found = losses(trained, frozen, rows, config=small, dtype=jnp.float32, remat="none", lora_scale=scale)
+        found = loss_sums(trained, frozen, batch, config=small, dtype=jnp.float32, remat="none", lora_scale=scale)
         return found.total.sum()
 
     value = jax.jit(jax.value_and_grad(loss))
@@ -130,17 +133,17 @@ def test_every_weight_of_linear_can_carry_an_adapter_and_no_other(small, rows, m
     assert carrying
 
 
-def train(config, rows, steps, mesh=None) -> tuple[list[float], State]:
+def train(config, rows, steps, mesh=None) -> tuple[list[float], TrainState]:
     """The losses of a run in which adapters alone are trained."""
     adapters = adapter_table(parameters(config, "stacked"), EVERYTHING)
     table = parameters(config, "stacked") | adapters
     optimizer = Optimizer(OPTIMIZER, lambda step: OPTIMIZER.learning_rate, table)
-    state = State.begin(fresh_adapters(adapters, 0, jnp.float32, mesh), weights(config), optimizer, OPTIMIZER.dtype)
+    state = TrainState.init(init_adapters(adapters, 0, jnp.float32, mesh), weights(config), optimizer, OPTIMIZER.dtype)
     if mesh is not None:
         state = jax.device_put(state, state_sharding(state, table, mesh))
         rows = jax.device_put(rows, NamedSharding(mesh, partition_spec(("batch",))))
     settings = {"mesh": mesh, "dtype": jnp.float32, "remat": "none", "lora_scale": EVERYTHING.scale}
-    step = make_step(config, table, optimizer, state, **settings)
+    step = make_train_step(config, table, optimizer, state, **settings)
     found = []
     for _ in range(steps):
         state, measures = step(state, rows)
@@ -201,7 +204,7 @@ def test_merged_is_computed_in_float32_and_given_back_as_it_came(kind):
     draw = np.random.default_rng(0)
     w, a, b = (draw.normal(size=shape) for shape in ((6, 8), (2, 8), (6, 2)))
     w, a, b = kind(w.astype(jnp.bfloat16)), kind(a.astype(np.float32)), kind(b.astype(jnp.bfloat16))
-    got = merged(w, a, b, 0.5)
+    got = merge_adapter(w, a, b, 0.5)
     want = np.asarray(w, np.float64) + 0.5 * np.asarray(b, np.float64) @ np.asarray(a, np.float64)
     assert type(got) is type(w) and got.dtype == w.dtype
     np.testing.assert_array_equal(np.asarray(got), want.astype(np.float32).astype(jnp.bfloat16))

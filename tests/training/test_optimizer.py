@@ -10,13 +10,13 @@ import pytest
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.parameters import Parameter
-from llava_cot_jax.training.optimizer import Optimizer, learning_rates, stochastically_rounded
+from llava_cot_jax.training.optimizer import Optimizer, make_schedule, round_stochastically
 from llava_cot_jax.training.settings import OptimizerSettings
 
 
 def test_a_rounding_is_one_of_the_two_neighbours_and_right_on_average():
     x = jnp.float32([1.0, 1.001, -1.0035, 3.14159, 1e-30, 255.9, 65504.0])
-    many = jax.vmap(lambda key: stochastically_rounded(x, key))(jax.random.split(jax.random.key(0), 20_000))
+    many = jax.vmap(lambda key: round_stochastically(x, key))(jax.random.split(jax.random.key(0), 20_000))
     many = np.asarray(many, np.float64)
     near = np.asarray(x.astype(jnp.bfloat16).astype(jnp.float32), np.float64)
     spacing = np.exp2(np.floor(np.log2(np.abs(np.asarray(x, np.float64)))) - 7)
@@ -30,7 +30,7 @@ def test_a_rounding_is_one_of_the_two_neighbours_and_right_on_average():
 def test_what_is_not_finite_stays_so():
     x = jnp.float32([jnp.inf, -jnp.inf, jnp.nan])
     for seed in range(50):
-        got = np.asarray(stochastically_rounded(x, jax.random.key(seed)), np.float32)
+        got = np.asarray(round_stochastically(x, jax.random.key(seed)), np.float32)
         np.testing.assert_array_equal(got, np.asarray(x))
 
 
@@ -117,7 +117,7 @@ def test_second_moments_decay_with_stochastic_rounding_and_hardly_without():
 
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_the_step_schedule_is_upstreams(warmup):
-    rate = learning_rates(OptimizerSettings(learning_rate=1e-5, warmup_steps=warmup), steps=30, steps_per_epoch=10)
+    rate = make_schedule(OptimizerSettings(learning_rate=1e-5, warmup_steps=warmup), steps=30, steps_per_epoch=10)
     for step in range(warmup, 30):
         assert float(rate(step)) == pytest.approx(1e-5 * 0.85 ** (step // 10))
     for step in range(warmup):
@@ -127,7 +127,7 @@ def test_the_step_schedule_is_upstreams(warmup):
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_falling_schedules(schedule):
     settings = OptimizerSettings(learning_rate=0.1, schedule=schedule, warmup_steps=10, final_lr_ratio=0.05)
-    rate = learning_rates(settings, steps=110, steps_per_epoch=7)
+    rate = make_schedule(settings, steps=110, steps_per_epoch=7)
     assert float(rate(5)) == pytest.approx(0.05)
     for step in (10, 35, 60, 110):
         along = (step - 10) / 100

@@ -26,8 +26,8 @@ from llava_cot_jax.planning.model_sizes import model_config_for
 from llava_cot_jax.planning.programs import abstract_batch
 from llava_cot_jax.planning.slices import parse_topology
 from llava_cot_jax.train import read_arguments
-from llava_cot_jax.training.initial_model import Origin
-from llava_cot_jax.training.program import check_batch, make_program, run_mesh
+from llava_cot_jax.training.initial_model import InitialModel
+from llava_cot_jax.training.program import check_batch_size, make_program, make_run_mesh
 from llava_cot_jax.training.settings import RENAMED_SETTINGS, MeshSettings, TrainSettings, check_setting_names
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -175,12 +175,14 @@ def _get(settings: Any, name: str) -> Any:
 
 def test_each_field_of_the_data_changes_it(tmp_path):
     """And the fingerprint that a run goes on with."""
-    origin = Origin("shapes", None)
+    initial_model = InitialModel("shapes", None)
     sharding = NamedSharding(make_mesh(devices=jax.devices()[:1]), partition_spec(("batch",)))
 
     def fingerprint(settings: TrainSettings) -> str:
         rows = ShapesRows("train", size=200)
-        return Loader(rows, origin.processor, settings.chat, settings.loader, sharding, cache=tmp_path).fingerprint
+        return Loader(
+            rows, initial_model.processor, settings.chat, settings.loader, sharding, cache=tmp_path
+        ).fingerprint
 
     before = fingerprint(BASE)
     for name, value in LOADED.items():
@@ -191,9 +193,9 @@ def test_each_field_of_the_data_changes_it(tmp_path):
 def test_random_weights_need_none_on_the_disk(tmp_path):
     for path in BUNDLED_MODEL_FOLDER.glob("*.json"):
         shutil.copy(path, tmp_path)
-    assert Origin(str(tmp_path), None, random_init=True).config == shapes_config()
+    assert InitialModel(str(tmp_path), None, random_init=True).config == shapes_config()
     with pytest.raises(UserError, match=r"holds no \*\.safetensors files"):
-        Origin(str(tmp_path), None)
+        InitialModel(str(tmp_path), None)
 
 
 @pytest.mark.slow
@@ -201,9 +203,11 @@ def test_each_field_of_the_start_changes_it():
     mesh = make_mesh(devices=jax.devices()[:1])
 
     def start(convention: Any, seed: int, random_init: bool = True) -> tuple[MllamaConfig, np.ndarray]:
-        origin = Origin("shapes", convention, random_init)
-        arrays = origin.arrays(mesh=mesh, dtype=jnp.float32, seed=seed, on_progress=lambda done, total: None)
-        return origin.config, np.asarray(arrays["language_model.lm_head.weight"])
+        initial_model = InitialModel("shapes", convention, random_init)
+        arrays = initial_model.load_arrays(
+            mesh=mesh, dtype=jnp.float32, seed=seed, on_progress=lambda done, total: None
+        )
+        return initial_model.config, np.asarray(arrays["language_model.lm_head.weight"])
 
     config, weights = start(None, 0)
     assert start(STARTED["convention"], 0)[0] != config
@@ -211,7 +215,7 @@ def test_each_field_of_the_start_changes_it():
     trained = load_file(BUNDLED_MODEL_FOLDER / "model.safetensors")["language_model.lm_head.weight"]
     np.testing.assert_array_equal(start(None, 0, random_init=False)[1], trained)
     with pytest.raises(UserError, match="elsewhere"):
-        Origin(STARTED["checkpoint"], None)
+        InitialModel(STARTED["checkpoint"], None)
 
 
 @pytest.mark.parametrize(
@@ -286,12 +290,12 @@ class TestFormerNames:
 )
 def test_a_mesh_that_is_not_all_devices(mesh, message):
     with pytest.raises(UserError, match=message):
-        run_mesh(mesh)
+        make_run_mesh(mesh)
 
 
 def check(**more: Any) -> None:
     settings = replace(BASE, mesh=MeshSettings(), **more)
-    check_batch(settings, run_mesh(settings.mesh))
+    check_batch_size(settings, make_run_mesh(settings.mesh))
 
 
 def test_a_batch_that_the_mesh_does_not_divide():
