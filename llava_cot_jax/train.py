@@ -120,7 +120,7 @@ def _parser() -> cli.Parser:
         "--hosts.coordinator",
         type=str | None,
         default=None,
-        help="Address HOST:PORT of the first process. TPU slices need none of these three.",
+        help="Address HOST:PORT of the first process. On TPU slices, leave out all three options of hosts.",
     )
     add("--hosts.count", type=int | None, default=None, help="Number of processes of the run.")
     add("--hosts.index", type=int | None, default=None, help="Index of this process, counted from 0.")

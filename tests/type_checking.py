@@ -1,10 +1,11 @@
-"""Checks of array shapes and dtypes while tests run: jaxtyping's annotations, checked by beartype."""
+"""Checks of arrays and of trees of arrays while tests run: jaxtyping's annotations, checked by beartype."""
 
-from collections.abc import Callable
-from typing import Any, get_args
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, get_args
 
-from beartype import beartype
-from jaxtyping import AbstractArray, install_import_hook
+from beartype import BeartypeConf, FrozenDict, beartype
+from beartype.vale import IsInstance
+from jaxtyping import AbstractArray, PyTree, Shaped, install_import_hook
 
 CHECKED = [
     "llava_cot_jax.model",
@@ -13,20 +14,28 @@ CHECKED = [
     "llava_cot_jax.search.judge",
     "llava_cot_jax.search.tournament",
     "llava_cot_jax.search.random_keys",
+    "llava_cot_jax.training.loss",
 ]
+
+_TREE = PyTree[Shaped[Any, "..."]]
+
+WHOLE_TREES = BeartypeConf(
+    hint_overrides=FrozenDict({Mapping[str, _TREE]: Annotated[Mapping[str, Any], IsInstance[_TREE]]})
+)
+"""Checks every leaf of ``parameters.Params``; by itself, beartype looks at one item of a mapping."""
 
 
 def check_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check a function's arguments and result, where it has annotations of array shapes.
+    """Check a function's arguments and result, where it has annotations of array shapes or of trees of arrays.
 
     The fields of dataclasses are not checked, since JAX also makes those dataclasses of placeholders.
     """
     checked = function.__name__ != "__init__" and any(map(_is_of_arrays, function.__annotations__.values()))
-    return beartype(function) if checked else function
+    return beartype(conf=WHOLE_TREES)(function) if checked else function
 
 
 def _is_of_arrays(annotation: Any) -> bool:
-    if isinstance(annotation, type) and issubclass(annotation, AbstractArray):
+    if isinstance(annotation, type) and issubclass(annotation, AbstractArray | PyTree):
         return True
     return any(map(_is_of_arrays, get_args(annotation)))
 

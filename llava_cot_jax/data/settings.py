@@ -18,7 +18,7 @@ class ChatSettings:
     Attributes:
         variant: Parts of a staged answer that are kept (the ablations of the LLaVA-CoT paper, table 3). An answer
             without tags is kept whole in each.
-        max_length: Maximum number of tokens of a conversation, including the image's one. A longer conversation
+        max_length: Maximum number of tokens of a conversation, including the image token. A longer conversation
             loses whole turns from its end; one whose first answer does not fit is left out.
         upstream_quirks: Train as PKU-YuanGroup/LLaVA-CoT does: with a second BOS, and also on the blank line after
             an assistant's header.
@@ -45,7 +45,7 @@ class LoaderSettings:
     Attributes:
         batch_size: Number of examples in a global batch.
         num_buckets: Number of lengths that batches may have. A step is compiled for each.
-        pad_to_multiple_of: Number of tokens that each of these lengths is a multiple of.
+        pad_to_multiple_of: Number of tokens to a multiple of which the lengths of batches are rounded up.
         seed: Seed of the order of examples and batches.
         num_workers: Number of processes that decode images; with 0, threads of this process do.
         num_threads: Number of threads in this process or in each worker, each at work on a batch of its own.
