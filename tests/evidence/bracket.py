@@ -53,8 +53,8 @@ def bracket(quality: np.ndarray, sharpness: float, rng: np.random.Generator) -> 
     alive = rng.permuted(np.tile(np.arange(quality.shape[1]), (len(quality), 1)), axis=1)
     while (count := alive.shape[1]) > 1:
         first, second = alive[:, 0 : count - count % 2 : 2], alive[:, 1::2]
-        values = (np.take_along_axis(quality, x, 1) for x in (first, second))
-        kept = np.where(prefers_first(*values, sharpness, rng), first, second)
+        a, b = (np.take_along_axis(quality, x, 1) for x in (first, second))
+        kept = np.where(prefers_first(a, b, sharpness, rng), first, second)
         alive = np.concatenate([alive[:, count - count % 2 :], kept], axis=1)
     return alive[:, 0]
 

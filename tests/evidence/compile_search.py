@@ -147,7 +147,7 @@ def most(mesh: Mesh, candidates: int, verdict: str, memory: float | None, dtype:
 
 def whole(mesh: Mesh, questions: int, candidates: int, verdict: str, dtype: Any) -> float | None:
     """Compile the whole search. Return its bytes per chip; None where it does not fit."""
-    spec = StageBeam(candidates, Judge(verdict), max_new_tokens=BUDGET).to_spec()  # type: ignore[arg-type]
+    spec = StageBeam(candidates, Judge(verdict), max_new_tokens=BUDGET).to_spec()
     return report(lower_search(CONFIG, spec, WORK, questions, dtype, mesh))[1]
 
 

@@ -43,7 +43,8 @@ def main() -> None:
 
     wide = random_model("100m", jnp.bfloat16, None)
     given = {
-        name: np.asarray(x) for name, x in random_search_inputs(RANDOM_MODELS["100m"](), Workload()).inputs.items()
+        name: np.asarray(x)
+        for name, x in random_search_inputs(RANDOM_MODELS["100m"](), Workload()).model_inputs.items()
     }
     compare("random, 100m", wide, given, np.ones(given["input_ids"].shape, bool), lambda: "")
 

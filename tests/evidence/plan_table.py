@@ -110,7 +110,7 @@ def search(name: str) -> None:
     topology, dtype, count = SEARCH[name]
     config = MllamaConfig.llama32_11b()
     spec = StageBeam(count, max_new_tokens=1024).to_spec()
-    plan = plan_search(spec, config, parse_topology(topology), dtype=dtype)  # type: ignore[arg-type]
+    plan = plan_search(spec, config, parse_topology(topology), dtype=dtype)
     print(f"{name}: {plan.slice.name}, tensor={plan.mesh['tensor']}, {dtype}", flush=True)
     compiled = compile_search(plan, config)
     memory(compiled, sum(plan.memory.values()), plan.slice.generation.usable_hbm_bytes)
