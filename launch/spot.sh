@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage="Usage: launch/spot.sh NAME --accelerator-type TYPE --zone ZONE [options] -- COMMAND...
 
 Trains on spot capacity: queues for it, installs the last commit, and runs COMMAND on all hosts. If
-the capacity is taken away, asks for it again, and the command goes on from the newest checkpoint in
+the capacity is taken away, asks for it again, and the command resumes from the newest checkpoint in
 its --output, which must be in a bucket. A command that fails is started again, except after exit
 code 2. Deletes the capacity at the end, and ends with the command's exit code. This script must
 keep running. If it is interrupted, the same call asks for confirmation and continues.

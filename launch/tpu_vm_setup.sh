@@ -22,4 +22,8 @@ if [ ! -x .venv/bin/pip ]; then
   fi
 fi
 .venv/bin/pip install --quiet -e '.[tpu]'
-.venv/bin/python -c 'import jax; print(f"{jax.device_count()} devices: {jax.devices()[0].device_kind}")'
+.venv/bin/python -c '
+import jax
+if jax.devices()[0].platform != "tpu":
+    raise SystemExit("error: JAX finds no TPU on this host")
+print(f"{jax.device_count()} devices: {jax.devices()[0].device_kind}")'

@@ -96,7 +96,8 @@ def _parser() -> cli.Parser:
     add(
         "--base",
         type=str,
-        help="Present place of the checkpoint from which a training run of adapters started, if it has moved.",
+        help="Present folder of the checkpoint that a training run with adapters or frozen parameters started from, if "
+        "it was moved.",
     )
     add(
         "--dtype",

@@ -139,7 +139,8 @@ def _parser() -> cli.Parser:
             f"--mesh.{axis}",
             type=int | None,
             default=None,
-            help=f'Number of devices on the mesh axis "{axis}". By default, all devices are used.',
+            help=f'Number of devices on the mesh axis "{axis}", by default 1; without any of these options, all '
+            "devices are used.",
         )
     add_arguments(parser)
     add_request_options(parser)

@@ -55,7 +55,7 @@ def _prepare(options: jsonargparse.Namespace) -> None:
     open_images(settings.images)
     open_annotations(settings.annotations).close()
 
-    from llava_cot_jax.data.raw.preparation import TooManyLeftOut, find_prepared, prepare_dataset
+    from llava_cot_jax.data.raw.preparation import TooManySkipped, find_prepared, prepare_dataset
 
     if summary := find_prepared(settings):
         print(f"{settings.output} was prepared before")
@@ -64,7 +64,7 @@ def _prepare(options: jsonargparse.Namespace) -> None:
             summary = prepare_dataset(
                 settings, workers=options.workers, allow_missing=options.allow_missing, progress=cli.progress_bar
             )
-        except TooManyLeftOut as refusal:
+        except TooManySkipped as refusal:
             print(refusal.summary.table())
             raise
     print(summary.table())
@@ -90,7 +90,7 @@ def _show(options: jsonargparse.Namespace) -> None:
         try:
             console.print(describe_row(index, row, chat.encode(row.turns), processor.tokenizer))
         except SkippedConversation as reason:
-            console.print(f"row {index} ({row.id}) is left out: {reason}", markup=False)
+            console.print(f"row {index} ({row.id}) is skipped: {reason}", markup=False)
     if rows:
         sheet = draw_sheet(rows, processor.config.vision)
         with writing_errors(path):
@@ -124,7 +124,7 @@ def _add_preparation_options(add: Callable[..., object]) -> None:
         help="Number of worker processes; with 0, this process does the work (default: one per core, up to 16).",
     )
     add("--limit", type=int, help="Number of lines to use, from the first (default: all).")
-    add("--allow_missing", type=int, default=0, help="Number of rows that may be left out.")
+    add("--allow_missing", type=int, default=0, help="Number of rows that may be skipped.")
     add(
         "--validation_share",
         type=float,

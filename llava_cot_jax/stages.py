@@ -1,6 +1,7 @@
-"""The four stages of an answer, and how they are found in its text."""
+"""The four stages of an answer, how they are found in its text, and when two answers count as the same."""
 
 import re
+import string
 from dataclasses import dataclass
 
 STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
@@ -48,6 +49,17 @@ def locate_stages(text: str) -> dict[str, Stage]:
 def find_stages(text: str) -> dict[str, str]:
     """Return the body of each stage of ``text`` that was opened, as ``locate_stages`` finds it."""
     return {name: stage.body for name, stage in locate_stages(text).items()}
+
+
+def find_conclusion(text: str) -> str:
+    """Return the body of the conclusion of a whole answer, or the whole text of an answer without one."""
+    return find_stages(text).get("CONCLUSION", text.strip())
+
+
+def normalize_answer(text: str) -> str:
+    """Return an answer without case, spacing, and punctuation at its ends. Punctuation alone stays."""
+    spaced = " ".join(text.casefold().split())
+    return spaced.strip(string.punctuation + string.whitespace) or spaced
 
 
 def is_staged(text: str) -> bool:

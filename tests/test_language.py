@@ -18,22 +18,31 @@ MODULES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for pa
 BAD_START = re.compile(r"(Of|Likewise|As|So|See|That|Those|From|In|To|By|With|For|At|On)\b", re.IGNORECASE)
 """Words with which no sentence begins that stands alone."""
 
+CLASS_NAME = re.compile(r"[A-Z][a-z]+(?:[A-Z][a-z]+)+\b")
+"""Name of a class where a word of the language belongs, such as a search for a class puts there."""
+
 BAD_PHRASE = re.compile(
     r"\bsee there\b|\blikewise\b|\bso many\b|\bthe same of\b|\bwhat came of\b|\bof all that\b", re.IGNORECASE
 )
 
+SENTENCE_START = r"[A-Z`\"]"
 
-def faults_of_sentence(text: str, least: int = 1) -> Iterator[str]:
+ENTRY_START = rf"{SENTENCE_START}|(u?int|b?float)\d+\b|bool\b|\d|[a-z]+_\w"
+"""Beginnings of an entry: that of a sentence, a dtype, a digit, or an identifier such as ``top_k``."""
+
+
+def faults_of_sentence(text: str, least: int = 1, start: str = SENTENCE_START) -> Iterator[str]:
     """Yield what is wrong with a help text or with the entry of a section.
 
     Args:
         text: The sentences.
         least: Least number of words.
+        start: Pattern of the beginnings that are allowed.
     """
     text = " ".join(text.split())
     if BAD_START.match(text):
         yield f"begins with {text.split()[0]!r}"
-    elif not re.match(r"[A-Z`\"]", text):
+    elif not re.match(start, text):
         yield "does not begin with a capital letter"
     if phrase := BAD_PHRASE.search(text):
         yield f"says {phrase[0]!r}"
@@ -46,14 +55,14 @@ def faults_of_sentence(text: str, least: int = 1) -> Iterator[str]:
 def faults_of_docstring(docstring: str) -> Iterator[str]:
     """Yield what is wrong with a docstring, with the line of it."""
     first, *_ = docstring.partition("\n\n")
-    if BAD_START.match(first) or first.startswith("What "):
+    if BAD_START.match(first) or first.startswith("What ") or CLASS_NAME.match(first):
         yield f"begins with {first.split()[0]!r}: {first.splitlines()[0]}"
     if phrase := BAD_PHRASE.search(docstring):
         yield f"says {phrase[0]!r}: {first.splitlines()[0]}"
     if not first.rstrip().endswith((".", "?", ":")):
         yield f"does not end with a period: {first.splitlines()[0]}"
     for name, text in entries(docstring):
-        for fault in faults_of_sentence(text):
+        for fault in faults_of_sentence(text, start=ENTRY_START):
             yield f"entry {name} {fault}: {text}"
 
 
@@ -148,6 +157,10 @@ Args:
 
 Attributes:
     size: Its size
+    mode: integer, the mode.
+    count: int32, number of bytes.
+    draws: top_k and top_p.
+    flag: 0 or 1.
 
 Raises:
     UserError: no such file
@@ -159,11 +172,17 @@ def test_what_counts_as_a_fault():
         ("name", "Name of the file, with its folder."),
         ("*others", "of other files."),
         ("size", "Its size"),
+        ("mode", "integer, the mode."),
+        ("count", "int32, number of bytes."),
+        ("draws", "top_k and top_p."),
+        ("flag", "0 or 1."),
     ]
     assert list(faults_of_docstring(EXAMPLE)) == [
         "entry *others begins with 'of': of other files.",
         "entry size does not end with a period: Its size",
+        "entry mode does not begin with a capital letter: integer, the mode.",
     ]
+    assert list(faults_of_docstring("FileReader of a file.")) == ["begins with 'FileReader': FileReader of a file."]
     assert list(faults_of_docstring("Of a file: its name")) == [
         "begins with 'Of': Of a file: its name",
         "does not end with a period: Of a file: its name",
@@ -175,3 +194,4 @@ def test_what_counts_as_a_fault():
         "has fewer than 3 words",
     ]
     assert list(faults_of_sentence("`--flag` turns it on.", 3)) == []
+    assert list(faults_of_sentence("int32, number of bytes.", 3)) == ["does not begin with a capital letter"]

@@ -47,9 +47,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arguments(raw: RawSet, output: Path, *more: str) -> list[str]:
-    """Arguments of a run in one process that leaves out unusable rows; ``more`` overrides them."""
+    """Arguments of a run in one process that skips unusable rows; ``more`` overrides them."""
     files = ["--annotations", str(raw.annotations), "--images", str(raw.annotations.parent / "hub")]
-    numbers = ["--allow_missing", str(len(raw.left_out)), "--validation_share", "0.1", "--workers", "0"]
+    numbers = ["--allow_missing", str(len(raw.skipped)), "--validation_share", "0.1", "--workers", "0"]
     return [*files, "--output", str(output), *numbers, *more]
 
 
@@ -90,24 +90,24 @@ class TestResult:
     def test_every_fault_is_counted_and_named(
         self, raw: RawSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        out, count = tmp_path / "out", len(raw.left_out)
+        out, count = tmp_path / "out", len(raw.skipped)
         with pytest.raises(UserError, match=rf"^{count} of {count + len(raw.rows)} rows .* --allow_missing {count}$"):
             main(arguments(raw, out, "--allow_missing", str(count - 1)))
         refused = capsys.readouterr().out
         assert not out.exists()
-        names = tmp_path / "out.preparing/result/left_out.jsonl"
-        assert {row["line"]: row["reason"] for row in map(json.loads, names.open())} == raw.left_out
+        names = tmp_path / "out.preparing/result/skipped.jsonl"
+        assert {row["line"]: row["reason"] for row in map(json.loads, names.open())} == raw.skipped
 
         main(arguments(raw, out))
         assert capsys.readouterr().out == refused
-        assert {row["line"]: row["reason"] for row in map(json.loads, (out / "left_out.jsonl").open())} == raw.left_out
+        assert {row["line"]: row["reason"] for row in map(json.loads, (out / "skipped.jsonl").open())} == raw.skipped
         description = json.loads((out / "prepared.json").read_text())
         totals: Counter[str] = sum(map(Counter, description["sources"].values()), Counter())
         assert totals == {
             "rows": count + len(raw.rows),
             "train": description["splits"]["train"],
             "validation": description["splits"]["validation"],
-            **Counter(raw.left_out.values()),
+            **Counter(raw.skipped.values()),
             "unstaged answers": 1,
             "repeated ids": 1,
         }
@@ -128,7 +128,7 @@ class TestResult:
         assert images == "images that no row names: 1"
         cells = [int(cell) for cell in total.split()[1:]]
         assert total.split()[0] == "all"
-        assert cells[0] == sum(cells[1:3]) + sum(cells[3:9]) == len(raw.rows) + len(raw.left_out)
+        assert cells[0] == sum(cells[1:3]) + sum(cells[3:9]) == len(raw.rows) + len(raw.skipped)
 
     def test_tfds_opens_it(self, raw: RawSet, tmp_path: Path) -> None:
         main(arguments(raw, tmp_path / "out", "--validation_share", "0.3"))

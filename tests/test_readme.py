@@ -142,4 +142,8 @@ def test_every_figure_has_a_script_and_its_output():
     text = TEXTS[guide / "README.md"]
     named = set(re.findall(r"python tests/evidence/(\w+)\.py", text))
     assert named == {path.stem for path in guide.glob("*.py")}
-    assert {path.stem for path in guide.glob("*.txt")} == named - {"versions"} | {"versions_oldest", "versions_newest", "bench_cpu"}
+    assert {path.stem for path in guide.glob("*.txt")} == named - {"versions"} | {
+        "versions_oldest",
+        "versions_newest",
+        "bench_cpu",
+    }

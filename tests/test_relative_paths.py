@@ -179,12 +179,12 @@ def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_
     # The same run, from another working directory and from its own configuration file.
     elsewhere = Shell(tmp_path, cache)
     printed = elsewhere("train", "--config", f"{PLACE}/{name}/config.yaml", "--steps", "4", "--accept_changes", "true")
-    assert "going on from step 2" in printed and len(losses(shell.place / name)) == 4
+    assert "resuming from step 2" in printed and len(losses(shell.place / name)) == 4
 
     (tmp_path / "new home").mkdir()
     moved = Shell(shell.place.rename(tmp_path / "new home/ganz woanders"), cache)
     printed = moved("train", "--config", f"{name}/config.yaml", "--steps", "6", "--accept_changes", "true")
-    assert "going on from step 4" in printed and "checkpoint" not in printed
+    assert "resuming from step 4" in printed and "checkpoint" not in printed
     assert len(losses(moved.place / name)) == 6 and not shell.place.exists()
 
     # Its configuration file counts wherever it stands among others, and by another name.
@@ -192,7 +192,7 @@ def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_
     (moved.place / "Verweis.yaml").symlink_to(moved.place / name / "config.yaml")
     for more in (["--config", f"{name}/config.yaml", "--config", "mehr.yaml"], ["--config", "Verweis.yaml"]):
         printed = moved("train", *more, "--steps", "6", "--accept_changes", "true")
-        assert "going on from step 6" in printed
+        assert "resuming from step 6" in printed
 
     # The base lies where it lay beside the run; then it has gone, and --base says where.
     moved("convert", name, "exportiert/das Modell")
@@ -213,7 +213,7 @@ def test_data_is_prepared_looked_at_trained_on_and_moved(shell):
     raw = make_raw_set(shell.place / "roh für alle")
     raw.write_zip(shell.place / "roh für alle/alle Bilder.zip")
     given = ["--annotations", f"roh für alle/{raw.annotations.name}", "--images", "roh für alle/alle Bilder.zip"]
-    given += ["--allow_missing", str(len(raw.left_out)), "--validation_share", "0.1", "--workers", "0"]
+    given += ["--allow_missing", str(len(raw.skipped)), "--validation_share", "0.1", "--workers", "0"]
     shell("prepare", *given, "--output", "~/Daten/fertig gemacht")
     assert (shell.place / "Daten/fertig gemacht/prepared.json").is_file()
     shell("prepare", "--show", "Daten/fertig gemacht", "--rows", "1", "--sheet", "ein Blatt.png")
@@ -223,7 +223,7 @@ def test_data_is_prepared_looked_at_trained_on_and_moved(shell):
     shell("train", *arguments("shapes", "Lauf", **few), "--data", "Daten/fertig gemacht")
     (shell.place / "Daten").rename(shell.place / "Daten neu")
     again = [*arguments("shapes", "Lauf", **few), "--data", "./Daten neu/fertig gemacht", "--steps", "3"]
-    assert "going on from step 2" in shell("train", *again, "--accept_changes", "true")
+    assert "resuming from step 2" in shell("train", *again, "--accept_changes", "true")
 
 
 @pytest.mark.slow

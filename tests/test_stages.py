@@ -2,7 +2,14 @@
 
 import pytest
 
-from llava_cot_jax.stages import find_stages, is_staged, locate_stages, may_be_staged
+from llava_cot_jax.stages import (
+    find_conclusion,
+    find_stages,
+    is_staged,
+    locate_stages,
+    may_be_staged,
+    normalize_answer,
+)
 
 WHOLE = (
     "<SUMMARY> Count. </SUMMARY>\n\n<CAPTION> Two circles. </CAPTION>\n\n"
@@ -29,6 +36,22 @@ BODIES = {"SUMMARY": "Count.", "CAPTION": "Two circles.", "REASONING": "One and 
 def test_stages(text, found):
     assert find_stages(text) == found
     assert list(find_stages(text)) == list(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "conclusion"),
+    [(WHOLE, "2"), ("<CONCLUSION> a", "a"), (" <CAPTION> c </CAPTION>", "<CAPTION> c </CAPTION>"), (" 2.\n", "2.")],
+)
+def test_the_conclusion_of_a_whole_answer(text, conclusion):
+    assert find_conclusion(text) == conclusion
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [("Four.", "four"), (' "15.0\n  Million"! ', "15.0 million"), ("", ""), (" ?! ", "?!"), ("+ +", "+ +")],
+)
+def test_answers_differ_in_more_than_punctuation_at_their_ends(text, normal):
+    assert normalize_answer(text) == normal
 
 
 @pytest.mark.parametrize("cut", range(len(WHOLE)))

@@ -100,7 +100,7 @@ def end_by_sigterm(place: Path, cache: Path, name: str, disturb: str, undisturbe
     done = disturbed(place, cache, name, f"{SLOWLY}\n{disturb}")
     assert done.returncode == 0, done.stderr
     step = steps_in(place / name / "checkpoints")[-1]
-    assert f"stopped by a SIGTERM after step {step}: the same command goes on from there" in done.stdout
+    assert f"stopped by a SIGTERM after step {step}: the same command resumes from there" in done.stdout
     assert 0 < step < STEPS and losses(place / name) == undisturbed[:step]
     assert losses_of(place, cache, name) == undisturbed
     return step
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(place, cache, und
     done = command("train", *arguments(place / "small", place / "damaged", steps=STEPS, **EVERY), cache=cache)
     assert done.returncode == 0, done.stderr
     assert f"the checkpoint of step {STEPS} is damaged: progress/" in done.stdout.replace("\n", " ")
-    assert f"going on from step {STEPS - 2}" in done.stdout
+    assert f"resuming from step {STEPS - 2}" in done.stdout
     assert losses(place / "damaged") == undisturbed
 
 
@@ -145,8 +145,8 @@ def test_a_changed_configuration_is_refused_unless_told(place, cache, undisturbe
     assert (place / "changed/config.yaml").read_text() == kept
     done = command("train", *given, "--accept_changes", "true", cache=cache)
     assert done.returncode == 0, done.stderr
-    assert "going on with changes: optimizer.b2 was 0.98" in done.stdout.replace("\n", " ")
-    assert f"going on from step {STEPS}" in done.stdout and len(losses(place / "changed")) == STEPS + 1
+    assert "resuming with changes: optimizer.b2 was 0.98" in done.stdout.replace("\n", " ")
+    assert f"resuming from step {STEPS}" in done.stdout and len(losses(place / "changed")) == STEPS + 1
 
 
 NOT_FINITE = """

@@ -103,7 +103,7 @@ class TestRun:
         shutil.copytree(place / "whole", place / "cut")
         for step in (8, 9):
             shutil.rmtree(place / "cut/checkpoints" / str(step))
-        assert "going on from step 4" in train(place, cache, "cut", steps=9, optimizer__max_grad_norm=1.0)
+        assert "resuming from step 4" in train(place, cache, "cut", steps=9, optimizer__max_grad_norm=1.0)
         assert losses(place / "cut") == losses(place / "whole")
         assert validation_loss(place / "cut") == validation_loss(place / "whole")
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, get_args
 
 from beartype import BeartypeConf, FrozenDict, beartype
 from beartype.vale import IsInstance
-from jaxtyping import AbstractArray, PyTree, Shaped, install_import_hook
+from jaxtyping import AbstractArray, Array, PyTree, install_import_hook
 
 CHECKED = [
     "llava_cot_jax.model",
@@ -17,10 +17,8 @@ CHECKED = [
     "llava_cot_jax.training.loss",
 ]
 
-_TREE = PyTree[Shaped[Any, "..."]]
-
 WHOLE_TREES = BeartypeConf(
-    hint_overrides=FrozenDict({Mapping[str, _TREE]: Annotated[Mapping[str, Any], IsInstance[_TREE]]})
+    hint_overrides=FrozenDict({Mapping[str, PyTree[Array]]: Annotated[Mapping[str, Any], IsInstance[PyTree[Array]]]})
 )
 """Checks every leaf of ``parameters.Params``; by itself, beartype looks at one item of a mapping."""
 

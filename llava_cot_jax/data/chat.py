@@ -89,7 +89,7 @@ class Chat:
         )
 
     def lengths(self, conversations: Sequence[Sequence[Turn]]) -> list[int | str]:
-        """Return the number of tokens that ``encode`` gives for each conversation, or the reason why it is left out."""
+        """Return the number of tokens that ``encode`` gives for each conversation, or the reason why it is skipped."""
         texts: list[str | SkippedConversation] = []
         for turns in conversations:
             try:

@@ -1,4 +1,4 @@
-"""Index of a data set: the number of tokens of each row, or the reason for which it is left out."""
+"""Index of a data set: the number of tokens of each row, or the reason for which it is skipped."""
 
 import hashlib
 import json
@@ -28,13 +28,13 @@ class Index:
 
     Attributes:
         fingerprint: Hash of everything that the lengths depend on: rows, tokenizer, chat template and settings.
-        lengths: Number of tokens of each row, int32 [rows]; 0 where a row is left out.
-        left_out: Reasons for which rows are left out, by row number.
+        lengths: Number of tokens of each row, int32 [rows]; 0 where a row is skipped.
+        skipped: Reasons for which rows are skipped, by row number.
     """
 
     fingerprint: str
     lengths: np.ndarray
-    left_out: dict[int, str]
+    skipped: dict[int, str]
 
     @classmethod
     def open(
@@ -68,9 +68,9 @@ class Index:
         return index
 
     def summary(self) -> str:
-        """Return on one line how many rows are left out, and for what reasons."""
-        kinds = Counter(self.left_out.values()).most_common()
-        return f"{len(self.left_out)} of {len(self.lengths)} rows left out" + "".join(
+        """Return on one line how many rows are skipped, and for what reasons."""
+        kinds = Counter(self.skipped.values()).most_common()
+        return f"{len(self.skipped)} of {len(self.lengths)} rows skipped" + "".join(
             f"; {n}: {kind}" for kind, n in kinds
         )
 
@@ -90,14 +90,14 @@ class Index:
         try:
             kept = read_json(path)
             lengths = np.array(kept["lengths"], np.int32)
-            left_out = {int(i): str(reason) for i, reason in kept["left_out"].items()}
+            skipped = {int(i): str(reason) for i, reason in kept["left_out"].items()}
         except (ValueError, KeyError, AttributeError, TypeError):  # no such file is a ``UserError``, a ``ValueError``
             return None
         whole = kept.get("fingerprint") == fingerprint and lengths.shape == (count,)
-        return cls(fingerprint, lengths, left_out) if whole else None
+        return cls(fingerprint, lengths, skipped) if whole else None
 
     def _write(self, path: Path) -> None:
-        content = {"fingerprint": self.fingerprint, "lengths": self.lengths.tolist(), "left_out": self.left_out}
+        content = {"fingerprint": self.fingerprint, "lengths": self.lengths.tolist(), "left_out": self.skipped}
         with writing_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content, indent=None, shared=True)

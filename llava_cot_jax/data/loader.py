@@ -37,7 +37,7 @@ class Loader:
     """Stream of the batches of a data set onto a mesh.
 
     Attributes:
-        index: Lengths of the rows, and the reasons for which rows are left out.
+        index: Lengths of the rows, and the reasons for which rows are skipped.
         buckets: Lengths that batches have, in tokens, increasing.
         batches_per_epoch: Number of batches in an epoch, the same in every epoch.
         fingerprint: Hash of everything that decides which rows a batch has. A run that resumes from the number of a

@@ -19,7 +19,7 @@ class ChatSettings:
         variant: Parts of a staged answer that are kept (the ablations of the LLaVA-CoT paper, table 3). An answer
             without tags is kept whole in each.
         max_length: Maximum number of tokens of a conversation, including the image token. A longer conversation
-            loses whole turns from its end; one whose first answer does not fit is left out.
+            loses whole turns from its end; one whose first answer does not fit is skipped.
         upstream_quirks: Train as PKU-YuanGroup/LLaVA-CoT does: with a second BOS, and also on the blank line after
             an assistant's header.
 

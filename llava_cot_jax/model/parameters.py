@@ -18,12 +18,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from llava_cot_jax.model.config import EXTRA_EMBEDDINGS, MllamaConfig, TextConfig, VisionConfig
 
-Params = Mapping[str, Any]
-"""Parameters of a model or of one of its modules: nested dicts of arrays, named as in the published checkpoint."""
+Params = Mapping[str, PyTree[Array]]
+"""Parameters of a model or of one of its modules: nested dicts of arrays, named as in the published checkpoint.
+
+A leaf has any dtype, and is a tracer inside a transformation of JAX. mypy takes ``PyTree`` for ``Any``, since only the
+configuration tells which names lead to an array. The tests check every leaf at run time.
+"""
 
 ParamLayout = Literal["unrolled", "stacked"]
 """How the parameters of repeated layers are held: an array for each layer, or one for all layers of a kind."""

@@ -76,10 +76,10 @@ TOWER_WORKSPACE = LayerWorkspace(mlp_float32=2, mlp=2, hidden=8, heads=7)
 """Workspace of a block of the vision tower."""
 
 GATHERED_LAYERS = 2
-"""CacheLayers whose gathered weights are there at the same time: one that is computed, and the next one."""
+"""Number of layers whose gathered weights are in memory at once: the one that is computed, and the next."""
 
 IMAGE_TOKEN_ARRAYS = 3
-"""Number of arrays of all image tokens that are there in a text layer's backward pass, for their gradients."""
+"""Number of arrays of all image tokens that are in memory in a text layer's backward pass, for their gradients."""
 
 FLOAT32_LOGITS = 2
 """Arrays of a chunk's logits in float32: the logits and their gradients. There is one more in the step's dtype."""

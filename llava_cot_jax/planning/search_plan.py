@@ -39,7 +39,7 @@ EMBEDDING_REDUCTIONS = 1
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """SearchSpec of a search on a slice.
+    """Plan of a search on a slice.
 
     Attributes:
         spec: The search.
@@ -77,7 +77,7 @@ def plan_search(
     dtype: WeightDtype = "bfloat16",
     work: Workload = TYPICAL_WORKLOAD,
 ) -> SearchPlan:
-    """SearchSpec a search by arithmetic alone.
+    """Plan a search by arithmetic alone.
 
     Args:
         spec: The search.
@@ -138,7 +138,7 @@ def max_questions(plan: SearchPlan, config: MllamaConfig, work: Workload = TYPIC
 def smallest_slices_for_search(
     spec: SearchSpec, config: MllamaConfig, *, questions: int = 1, dtype: WeightDtype = "bfloat16"
 ) -> list[SearchPlan]:
-    """SearchSpec a search on the smallest slice of each TPU generation that holds it, fewest chip-seconds first."""
+    """Plan a search on the smallest slice of each TPU generation that holds it, fewest chip-seconds first."""
     found = []
     for generation in GENERATIONS.values():
         for shape in generation.shapes:
@@ -188,7 +188,7 @@ def _cache_shards(questions: int, mesh: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class _SearchCosts:
-    """SearchCosts of the calls that a search consists of.
+    """Costs of the calls that a search consists of.
 
     Attributes:
         spec: The search.

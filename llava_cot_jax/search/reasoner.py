@@ -1,6 +1,5 @@
 """Answers to questions about images by a search, each with the trace of its search."""
 
-import string
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.strategies import MajorityVote, StageBeam, Strategy
 from llava_cot_jax.search.trace import SearchCosts, StageTrace, Trace, trace_stages
-from llava_cot_jax.stages import find_stages
+from llava_cot_jax.stages import find_conclusion, find_stages, normalize_answer
 
 ACCELERATOR_CHUNK, CPU_CHUNK = 256, 64
 """Number of tokens of each question that are prefilled at a time, on an accelerator and on a CPU."""
@@ -131,7 +130,7 @@ def _whole_answer(trace: Trace) -> Answer:
     """Return the answer that a search with whole answers as candidates found."""
     stage = trace.stages[0]
     text = stage.candidates[stage.winner].text
-    return Answer(text, find_stages(text), _conclusion(text), trace)
+    return Answer(text, find_stages(text), find_conclusion(text), trace)
 
 
 def _staged_answer(trace: Trace) -> Answer:
@@ -145,22 +144,12 @@ def _staged_answer(trace: Trace) -> Answer:
     return Answer("\n\n".join(texts), bodies, body, trace)
 
 
-def _conclusion(text: str) -> str:
-    """Return the body of the conclusion of a whole answer, or the whole text of an answer without one."""
-    return find_stages(text).get("CONCLUSION", text.strip())
-
-
 def _vote(stage: StageTrace) -> StageTrace:
     """Return the stage with the winner of a majority vote."""
-    votes = [_normalize(_conclusion(candidate.text)) for candidate in stage.candidates]
+    votes = [normalize_answer(find_conclusion(candidate.text)) for candidate in stage.candidates]
     counts = Counter(votes)
 
     def rank(i: int) -> tuple[int, float, int]:
         return counts[votes[i]], stage.candidates[i].mean_log_prob, -i
 
     return replace(stage, winner=max(range(len(votes)), key=rank))
-
-
-def _normalize(text: str) -> str:
-    """Return a conclusion without case, spacing, and punctuation at its ends."""
-    return " ".join(text.casefold().split()).strip(string.punctuation + string.whitespace)

@@ -1,6 +1,6 @@
 """Strategies by which an answer is searched for: settings of one mechanism that samples, scores and keeps candidates.
 
-``StageBeam`` searches stage by stage (LLaVA-CoT, arXiv 2411.10440, section 3.2). The other strategies sample whole
+``StageBeam`` searches stage by stage (LLaVA-CoT, arXiv 2411.10440v3, section 3.2). The other strategies sample whole
 answers, which is the same search with a single stage that has no tags.
 """
 

@@ -20,7 +20,7 @@ _Entries = TypeVar("_Entries", "Matches", JudgeQueries)
 
 
 class Decision(IntEnum):
-    """What decided a match."""
+    """Reason that decided a match."""
 
     JUDGED = 0
     """The verdicts."""

@@ -4,11 +4,10 @@ Texts count candidates from 1, where a trace counts from 0.
 """
 
 import re
-import string
 
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace
-from llava_cot_jax.stages import STAGES, find_stages
+from llava_cot_jax.stages import STAGES, find_conclusion, normalize_answer
 
 ENDINGS = {"tag": "closed its tag", "eos": "ended by the model", "max_new_tokens": "cut off at the token limit"}
 """Text for how a candidate ended, by ``CandidateTrace.ended``."""
@@ -44,15 +43,13 @@ def conclusion_of(trace: Trace) -> str:
     last = trace.stages[-1]
     won = last.candidates[last.winner]
     if last.stage == WHOLE_ANSWER:
-        return find_stages(won.text).get("CONCLUSION", won.text.strip())
+        return find_conclusion(won.text)
     return (won.text + won.added).partition(f"</{last.stage}>")[0].strip()
 
 
 def agrees(conclusion: str, right_answer: str) -> bool:
     """Whether two answers are the same apart from case, spacing, and punctuation at their ends."""
-    first, second = (" ".join(text.casefold().split()) for text in (conclusion, right_answer))
-    edges = string.punctuation + string.whitespace
-    return (first.strip(edges) or first) == (second.strip(edges) or second)
+    return normalize_answer(conclusion) == normalize_answer(right_answer)
 
 
 def stage_title(stage: StageTrace) -> str:

@@ -19,7 +19,6 @@ from llava_cot_jax.model.checkpoint.writing import TensorEntry, read_tensor, wri
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
-from llava_cot_jax.paths import BUNDLED_MODEL
 from llava_cot_jax.progress import OnProgress
 from llava_cot_jax.training.checkpoints import MODEL_PART, RUN_PART, read_arrays, read_run, steps_in, stored_arrays
 from llava_cot_jax.training.checksums import find_damage
@@ -138,7 +137,7 @@ class RunExport:
 
     def _frozen(self) -> Callable[[str], np.ndarray]:
         """Return a function that reads a published tensor of the model that the run started from, by name."""
-        if self._settings.get("random_init", self._settings["checkpoint"] == BUNDLED_MODEL):
+        if self._settings["random_init"]:
             model = Mllama(self.config, rngs=nnx.Rngs(self._settings["seed"]))
             initial: dict[str, Any] = flatten_dict(model.params, sep=".")
             return lambda name: np.asarray(initial[name])

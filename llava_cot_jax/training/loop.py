@@ -1,6 +1,7 @@
 """Training loop: from settings to a trained model."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -96,7 +97,7 @@ def _train(run: Run, accept_changes: bool) -> TrainResult:
         state = _first_state(run, program, checkpoints, latest)
         first = int(state.step)
         if first:
-            run.log(f"going on from step {first}, the newest checkpoint in {run.folder}")
+            run.log(f"resuming from step {first}, the newest checkpoint in {run.folder}")
         with (
             MetricsWriter(run.folder, asdict(settings), settings.wandb, first) as metrics,
             run.progress_bar("training", "steps", settings.log_every) as update_bar,
@@ -121,24 +122,28 @@ class _Loop:
     def run_steps(self, state: TrainState, first: int, last: int) -> TrainResult:
         """Run the steps after ``first`` up to ``last``, or to the step in which a SIGTERM arrives."""
         settings = self.run.settings
-        for done in range(first + 1, last + 1):
-            self._start_profile(done - first)
-            state = self.stepper.step(state)
-            self._stop_profile(done - first)
-            # One host that got a SIGTERM lets all of them stop after the same step.
-            stopped = jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(done)
-            losses: dict[str, float] = {}
-            due = settings.eval_every and done % settings.eval_every == 0
-            if self.validation and (done == last or (due and not stopped)):
-                losses = self._validate(state, done)
-            if done % settings.checkpoints.every == 0 or done == last or stopped:
-                with self.stepper.pause("saving_seconds"):
-                    self.checkpoints.save(state, self.description, losses.get("validation_loss"))
-            if stopped and done < last:
-                self.checkpoints.wait()
-                self.run.log(f"stopped by a SIGTERM after step {done}: the same command goes on from there")
-                return TrainResult(self.run, state, complete=False)
-        self.stepper.finish()
+        with ExitStack() as profile:
+            for done in range(first + 1, last + 1):
+                if settings.profile and done - first == PROFILED_STEPS[0]:
+                    profile.enter_context(jax.profiler.trace(str(self.metrics.folder / "profile")))
+                state = self.stepper.step(state)
+                if settings.profile and done - first == PROFILED_STEPS[-1]:
+                    self.stepper.finish()
+                    profile.close()
+                # One host that got a SIGTERM lets all of them stop after the same step.
+                stopped = jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(done)
+                losses: dict[str, float] = {}
+                due = settings.eval_every and done % settings.eval_every == 0
+                if self.validation and (done == last or (due and not stopped)):
+                    losses = self._validate(state, done)
+                if done % settings.checkpoints.every == 0 or done == last or stopped:
+                    with self.stepper.pause("saving_seconds"):
+                        self.checkpoints.save(state, self.description, losses.get("validation_loss"))
+                if stopped and done < last:
+                    self.checkpoints.wait()
+                    self.run.log(f"stopped by a SIGTERM after step {done}: the same command resumes from there")
+                    return TrainResult(self.run, state, complete=False)
+            self.stepper.finish()
         return TrainResult(self.run, state, complete=True)
 
     def _validate(self, state: TrainState, step: int) -> dict[str, float]:
@@ -149,15 +154,6 @@ class _Loop:
         self.metrics.write(step, losses)
         self.run.log(validation_line(step, losses))
         return losses
-
-    def _start_profile(self, since_start: int) -> None:
-        if self.run.settings.profile and since_start == PROFILED_STEPS.start:
-            jax.profiler.start_trace(str(self.metrics.folder / "profile"))
-
-    def _stop_profile(self, since_start: int) -> None:
-        if self.run.settings.profile and since_start == PROFILED_STEPS.stop:
-            self.stepper.finish()
-            jax.profiler.stop_trace()
 
 
 def validate(program: TrainProgram, state: TrainState, loader: Loader) -> dict[str, float]:
@@ -183,10 +179,10 @@ def _check_unchanged(run: Run, step: int, description: Mapping[str, Any], accept
     if changes := changed_settings(before, description):
         if not accept_changes:
             raise UserError(
-                f"the run was begun otherwise: {'; '.join(changes)}. Take that back, name another output, or go on "
-                "with it by --accept_changes"
+                f"the run was begun with other settings or data: {'; '.join(changes)}. Restore them, name another "
+                "output, or resume with the changes by --accept_changes"
             )
-        run.log(f"going on with changes: {'; '.join(changes)}")
+        run.log(f"resuming with changes: {'; '.join(changes)}")
 
 
 def _open_loaders(run: Run) -> tuple[Loader, Loader | None]:

@@ -19,7 +19,7 @@ from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.training.settings import LoraSettings
 from llava_cot_jax.training.state import matching_paths
 
-Array = TypeVar("Array", np.ndarray, jax.Array)
+AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 
 PROJECTION = re.compile(r"(_proj|\.fc[12]|projector)\.weight$")
 """Pattern of the names of weights that ``layers.linear`` applies."""
@@ -91,7 +91,7 @@ def init_adapters(table: Mapping[str, Parameter], seed: int, dtype: Any, mesh: M
     return init_params(table, jax.random.key(seed), np.dtype(dtype), mesh)
 
 
-def merge_adapter(weight: Array, a: Array, b: Array, scale: float) -> Array:
+def merge_adapter(weight: AnyArray, a: AnyArray, b: AnyArray, scale: float) -> AnyArray:
     """Return the weight that has the effect of ``weight`` and its adapter together, in the dtype of ``weight``.
 
     Args:

@@ -15,7 +15,7 @@ Arrays = Mapping[str, jax.Array]
 
 
 def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step, counted from 0.
+    """Return the learning rate as a function of the number of updates before it, which leaves out skipped steps.
 
     Args:
         settings: Settings of the optimizer.
@@ -77,7 +77,7 @@ class Optimizer:
             grads: Gradients, by the paths of ``params``, after clipping.
             state: State of the optimizer before the step.
             params: Parameters before the step.
-            step: Number of the step, by which the draws of stochastic rounding are keyed.
+            step: Number of updates before this one, by which the draws of stochastic rounding are keyed.
         """
         wide = jax.tree.map(_to_float32, (grads, state, params))
         updates, state_after = self._adamw.update(*wide)

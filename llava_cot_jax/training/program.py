@@ -33,7 +33,7 @@ class TrainProgram:
         state: Shapes, dtypes and shardings of the state, as ``jax.ShapeDtypeStruct``.
         trained_parts: Parts of the model that are trained whole.
         adapted_parts: Parts of the model that have adapters.
-        learning_rate: Learning rate as a function of the step, counted from 0.
+        learning_rate: Learning rate as a function of the number of updates before it, which leaves out skipped steps.
         step: Compiled training step, as ``make_train_step`` describes it.
         evaluate: Compiled sums of the losses of a batch, a function of trained arrays, frozen arrays and the batch.
     """

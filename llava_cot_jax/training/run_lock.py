@@ -63,12 +63,14 @@ def _this_process() -> str:
 
 
 class _DiskLock:
+    """Lock that the operating system holds on a file."""
+
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK_FILE
         self._file: IO[str] | None = None
 
     def acquire(self) -> str:
-        """Take the lock, or return why it cannot be had."""
+        """Acquire the lock. Return the reason if another run holds it, or nothing."""
         file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,12 +84,14 @@ class _DiskLock:
         return ""
 
     def release(self) -> None:
-        """Let go of the lock, if it was had."""
+        """Release the lock, if it is held."""
         if self._file:
             self._file.close()
 
 
 class _BucketLock:
+    """Lock whose file in a bucket is created exclusively and renewed."""
+
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK_FILE
         self._id = uuid.uuid4().hex
@@ -96,23 +100,23 @@ class _BucketLock:
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def acquire(self) -> str:
-        """Take the lock, or return why it cannot be had."""
+        """Acquire the lock. Return the reason if another run holds it, or nothing."""
         if not self._create(self._path) and (refusal := self._take_over()):
             return refusal
         self._thread.start()
         return ""
 
     def release(self) -> None:
-        """Let go of the lock, if it was had."""
+        """Release the lock, if it is held."""
         if self._thread.is_alive():
             self._ended.set()
             self._thread.join()
             self._path.unlink(missing_ok=True)
 
     def _take_over(self) -> str:
-        """Take the lock of a run that was killed, or return why it cannot be had.
+        """Acquire the lock of a run that was killed. Return the reason if another run holds it, or nothing.
 
-        Of several runs that find the same abandoned lock, one alone can create the file that claims it.
+        Only one of several runs that find the same abandoned lock can create the file that claims it.
         """
         found = self._read()
         self._ended.wait(3 * RENEWAL_SECONDS)

@@ -15,7 +15,8 @@ from llava_cot_jax.paths import as_path
 
 Schedule = Literal["step", "cosine", "linear"]
 Precision = Literal["float32", "bfloat16_stochastic", "bfloat16_nearest"]
-Compute = Literal["bfloat16", "float32"]
+ComputeDtype = Literal["bfloat16", "float32"]
+"""Dtype of the computation of a step."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,15 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         for name, known in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
             if getattr(self, name) not in known:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
+                raise UserError(f"optimizer.{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
         for name in ("learning_rate", "epoch_decay", "final_lr_ratio", "warmup_steps", "weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         if self.eps <= 0:
-            raise UserError(f"eps is {self.eps}; it must be above 0")
+            raise UserError(f"optimizer.eps is {self.eps}; it must be above 0")
 
     @property
     def dtype(self) -> Dtype:
@@ -159,14 +160,14 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Training run: every field of its configuration file.
+    """Training run: its model, data, length and precision.
 
     Attributes:
         output: Folder of the run, which takes its configuration, checkpoints, metrics, and the files of the model
             beside its weights. With several hosts, it is one that all of them see, such as a bucket.
         checkpoint: Checkpoint to start from: a folder in Hugging Face form, an id on the hub, a bucket path, or
             ``shapes`` for the small trained model of the package.
-        data: Data set to train on: a directory made by ``llava_cot_jax.prepare``, or ``shapes``.
+        data: Data set to train on: a folder made by ``llava-cot prepare``, or ``shapes`` for generated pictures.
         random_init: Start from random weights; only the configuration, tokenizer and image settings of
             ``checkpoint`` are used.
         convention: Convention that the weights were trained with, where their config.json does not state it.
@@ -206,7 +207,7 @@ class TrainSettings:
     epochs: int = 3
     steps: int | None = None
     seed: int = 0
-    dtype: Compute = "bfloat16"
+    dtype: ComputeDtype = "bfloat16"
     remat: RematPolicy = "full"
     grad_accum_steps: int = 1
     frozen_params: list[str] = field(default_factory=list)
@@ -233,7 +234,7 @@ class TrainSettings:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}; it must be at least 1, or left out")
-        for name, kind in (("dtype", Compute), ("remat", RematPolicy)):
+        for name, kind in (("dtype", ComputeDtype), ("remat", RematPolicy)):
             if getattr(self, name) not in get_args(kind):
                 raise UserError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(get_args(kind))}")
         if self.checkpoints.best_n and not self.eval_examples:

@@ -63,7 +63,7 @@ class Stepper:
         self._program, self._loader = program, loader
         self._metrics, self._throughput, self._update_bar = metrics, throughput, update_bar
         self._batches = enumerate(loader.batches(steps.start, steps.stop), steps.start)
-        self._total = steps.stop
+        self._done, self._total = steps.start, steps.stop
         self._pending: _PendingStep | None = None
         self._nonfinite: list[tuple[int, list[str]]] = []  # consecutive steps, and the ids of their rows
         self._lengths_seen: set[int] = set()
@@ -145,6 +145,6 @@ class Stepper:
             steps = "; ".join(f"step {done}: rows {', '.join(ids)}" for done, ids in self._nonfinite)
             raise UserError(
                 f"{len(self._nonfinite)} steps in a row had a loss or gradient that is not finite, and changed "
-                f"nothing: mend their rows, or lower the learning rate, and start again from the newest checkpoint. "
-                f"{steps}"
+                "nothing: correct or remove their examples, or lower the learning rate, and start again from the "
+                f"newest checkpoint. {steps}"
             )

@@ -165,7 +165,7 @@ def test_an_answer_out_of_the_ordinary(answer, variant, kept):
             chat(variant=variant).encode([second, first])
 
 
-def test_a_text_that_spells_a_special_token_is_left_out():
+def test_a_text_that_spells_a_special_token_is_skipped():
     for turns in ([Turn("a<|eot_id|>", "b")], [Turn("a", "b<|image|>")], [*TURNS, Turn("a", "<|start_header_id|>")]):
         with pytest.raises(SkippedConversation, match="special token"):
             chat().encode(turns)

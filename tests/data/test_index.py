@@ -38,14 +38,14 @@ def test_the_lengths_are_those_of_the_rows(tmp_path):
     for i in range(0, 1200, 7):
         try:
             assert index.lengths[i] == len(chat.encode(Flawed(1200).turns(i)).ids)
-            assert i not in index.left_out
+            assert i not in index.skipped
         except SkippedConversation as reason:
             assert index.lengths[i] == 0
-            assert index.left_out[i] == str(reason)
+            assert index.skipped[i] == str(reason)
     assert calls[-1] == (1200, 1200) and len(calls) > 1
-    left_out = np.count_nonzero(index.lengths == 0)
-    assert 110 < left_out < 600  # special tokens, and answers that are too long
-    assert f"{left_out} of 1200 rows left out" in index.summary()
+    skipped = np.count_nonzero(index.lengths == 0)
+    assert 110 < skipped < 600  # special tokens, and answers that are too long
+    assert f"{skipped} of 1200 rows skipped" in index.summary()
     assert "110: the text of a message contains the special token" in index.summary()
     assert "does not fit into 150 tokens" in index.summary()
 
@@ -54,7 +54,7 @@ def test_it_is_built_once(tmp_path, monkeypatch):
     built = open_index(tmp_path)
     monkeypatch.setattr(index_module, "Chat", None)  # nothing can be counted any more
     again = open_index(tmp_path)
-    assert np.array_equal(again.lengths, built.lengths) and again.left_out == built.left_out
+    assert np.array_equal(again.lengths, built.lengths) and again.skipped == built.skipped
 
 
 def test_whatever_the_lengths_depend_on_makes_another_index(tmp_path):
@@ -87,7 +87,7 @@ def test_a_damaged_one_is_built_anew(tmp_path, damage):
 
 
 def test_nothing_to_train_on(tmp_path):
-    with pytest.raises(UserError, match=r"none of the 5 rows can be trained on: 5 of 5 rows left out; 5: .* 9 tokens"):
+    with pytest.raises(UserError, match=r"none of the 5 rows can be trained on: 5 of 5 rows skipped; 5: .* 9 tokens"):
         open_index(tmp_path, Noise(5), ChatSettings(max_length=9))
 
 

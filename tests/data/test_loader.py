@@ -90,11 +90,11 @@ def test_a_batch_holds_what_the_processor_makes_of_its_rows(make):
         assert batch["pixel_values"].dtype == np.uint8 and batch["loss_mask"].dtype == bool
 
 
-def test_rows_that_are_left_out_never_come(make):
+def test_rows_that_are_skipped_never_come(make):
     loader = make()
     rows = {row for batch in read(loader, 0, loader.batches_per_epoch) for row in batch["row"].tolist()}
-    assert rows.isdisjoint(loader.index.left_out) and len(loader.index.left_out) == 12
-    for row in loader.index.left_out:
+    assert rows.isdisjoint(loader.index.skipped) and len(loader.index.skipped) == 12
+    for row in loader.index.skipped:
         with pytest.raises(SkippedConversation):
             Chat(demo_processor(), CHAT).encode(ROWS.turns(row))
 

@@ -67,10 +67,10 @@ def test_the_command(tmp_path, capsys):
         assert image.width == 2 * GAP + 2 * SHEET_SIDE + GAP
 
 
-def test_the_command_says_what_is_left_out_and_follows_the_settings(tmp_path, capsys):
+def test_the_command_says_what_is_skipped_and_follows_the_settings(tmp_path, capsys):
     arguments = ["--show", "shapes", "--rows", "1", "--sheet", str(tmp_path / "sheet.png")]
     main([*arguments, "--chat.max_length", "30"])
-    assert "row 0 (train/0) is left out: its first answer does not fit into 30 tokens" in capsys.readouterr().out
+    assert "row 0 (train/0) is skipped: its first answer does not fit into 30 tokens" in capsys.readouterr().out
     main([*arguments, "--chat.variant", "conclusion"])
     assert "SUMMARY" not in capsys.readouterr().out
 

@@ -60,7 +60,7 @@ def kills(place: Path, cache: Path, hosts: Hosts) -> None:
     moments = sorted(draw.sample(range(2, STEPS - 2), 5))
     for moment in moments:
         started = start_on_hosts(place, name, cache, hosts, steps=STEPS, **EVERY)
-        wait_for(place / name, moment, started[0])
+        wait_for(place, name, moment, started)
         for process in started:
             process.send_signal(signal.SIGKILL)
         assert ended(started) == [-signal.SIGKILL] * hosts.processes
@@ -74,7 +74,7 @@ def kills(place: Path, cache: Path, hosts: Hosts) -> None:
 def one_of_two(place: Path, cache: Path) -> None:
     """Send a SIGTERM to the second of two processes."""
     started = start_on_hosts(place, "stopped", cache, TWO, steps=STEPS, **EVERY)
-    wait_for(place / "stopped", 3, started[0])
+    wait_for(place, "stopped", 3, started)
     started[1].send_signal(signal.SIGTERM)
     codes = ended(started)
     step = steps_in(place / "stopped/checkpoints")[-1]
@@ -89,7 +89,7 @@ def four_to_two(place: Path, cache: Path) -> None:
     """Kill a run on four processes, and continue it on two, with the same batches and losses up to rounding."""
     run_on_hosts(place, "4 whole", cache, FOUR, steps=STEPS, **EVERY)
     started = start_on_hosts(place, "4 to 2", cache, FOUR, steps=STEPS, **EVERY)
-    wait_for(place / "4 to 2", STEPS // 2, started[0])
+    wait_for(place, "4 to 2", STEPS // 2, started)
     for process in started:
         process.send_signal(signal.SIGKILL)
     ended(started)
@@ -132,7 +132,7 @@ def full_disk(place: Path, cache: Path, undisturbed: list[float]) -> None:
     )
     codes = [line for line in done.stdout.splitlines() if line.startswith("code")]
     error = next(line for line in done.stderr.splitlines() if line.startswith("error"))
-    went_on = next(line for line in done.stdout.splitlines() if line.startswith("going on"))
+    went_on = next(line for line in done.stdout.splitlines() if line.startswith("resuming"))
     lines = [json.loads(line) for line in Path(f"{disk}.jsonl").read_text().splitlines()]
     same = [line["loss"] for line in lines if "loss" in line] == undisturbed
     print(
@@ -142,13 +142,15 @@ def full_disk(place: Path, cache: Path, undisturbed: list[float]) -> None:
     assert codes == ["code 2", "code 0"] and same
 
 
-def wait_for(output: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for(place: Path, name: str, step: int, started: list[subprocess.Popen[bytes]]) -> None:
     """Wait until a run has logged ``step``."""
-    while process.poll() is None:
-        if last(output) >= step:
+    while all(process.poll() is None for process in started):
+        if last(place / name) >= step:
             return
         time.sleep(0.01)
-    raise AssertionError(f"it ended too soon, after step {last(output)}")
+    ended(started)
+    logs = [log_of(place, name, index).with_suffix(".err").read_text()[-2000:] for index in range(len(started))]
+    raise AssertionError("\n".join([f"it ended too soon, after step {last(place / name)}", *logs]))
 
 
 def last(output: Path) -> int:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from llava_cot_jax.model.config import RopeScaling, TextConfig
 from llava_cot_jax.model.layers import (
@@ -12,9 +13,27 @@ from llava_cot_jax.model.layers import (
     apply_rope,
     attention,
     cascade_attention,
+    is_stacked,
+    linear,
     rope_cos_sin,
     rope_frequencies,
 )
+
+
+def test_parameters_are_a_tree_of_arrays():
+    """The check of types that runs in tests takes arrays of any dtype and tracers, and refuses any other leaf."""
+    x, w = jnp.ones((2, 3)), {"weight": jnp.ones((5, 3))}
+    assert jax.jit(linear)(x, w).shape == jax.eval_shape(linear, x, w).shape == (2, 5)
+    layers = {"0": {"input_layernorm": w}}
+    for dtype in ("bfloat16", "float8_e4m3fn", "int8"):
+        assert is_stacked(layers | {"1": {"mlp": {"weight": jnp.ones(5, dtype)}}})
+    for leaf in ("float32", 1.0, np.ones(5)):
+        with pytest.raises(TypeCheckError, match="parameter 'layers'"):
+            is_stacked(layers | {"1": {"mlp": {"weight": leaf}}})
+        with pytest.raises(TypeCheckError, match="parameter 'w'"):
+            linear(x, w | {"bias": leaf})
+    with pytest.raises(TypeCheckError, match="parameter 'w'"):
+        linear(x, w["weight"])
 
 
 def attention_by_hand(q, k, v, mask):

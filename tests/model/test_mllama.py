@@ -162,7 +162,7 @@ def test_fresh_weights_are_the_same_in_either_layout(small):
 )
 def test_the_published_trees_without_allocating_them(config, tensors, count, shapes):
     model = nnx.eval_shape(lambda: Mllama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    tree = flatten_dict(model.params, sep=".")
+    tree = flatten_dict(nnx.state(model).to_pure_dict(), sep=".")
     assert len(tree) == tensors
     assert sum(x.size for x in tree.values()) == count
     common = {
@@ -175,7 +175,7 @@ def test_the_published_trees_without_allocating_them(config, tensors, count, sha
     for name, shape in (shapes | common).items():
         assert tree[name].shape == shape, name
     stacked = nnx.eval_shape(lambda: Mllama(config, rngs=nnx.Rngs(0), layout="stacked"))
-    assert sum(x.size for x in flatten_dict(stacked.params, sep=".").values()) == count
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(stacked))) == count
 
 
 def test_the_tiny_tree_is_that_of_transformers(tiny):

@@ -193,7 +193,8 @@ class Search:
         scorer = self.spec.scorer
         if isinstance(self.strategy, MajorityVote):
             answers = [find_stages(self.text(c.ids)).get("CONCLUSION", self.text(c.ids)) for c in candidates]
-            votes = [re.sub(r"^\W+|\W+$", "", " ".join(a.lower().split())) for a in answers]
+            spaced = [" ".join(a.lower().split()) for a in answers]
+            votes = [re.sub(r"^\W+|\W+$", "", text) or text for text in spaced]
             counts = Counter(votes)
             return Stage(candidates, max(range(len(votes)), key=lambda i: (counts[votes[i]], means[i])))
         if isinstance(scorer, LogProbability):

@@ -20,7 +20,7 @@ UNKNOWN_SOURCE = "(unknown)"
 
 
 class Reason(StrEnum):
-    """Reason for which a row is left out."""
+    """Reason for which a row is skipped."""
 
     BROKEN_JSON = "broken JSON"
     NOT_A_ROW = "no conversation"
@@ -55,14 +55,14 @@ class AnnotationRow:
 
 @dataclass(frozen=True, slots=True)
 class SkippedRow:
-    """A row that is left out.
+    """A row that is skipped.
 
     Attributes:
         line: Number of the line in the annotations, from 1.
         id: Id of the row, empty if it has none.
         source: Data set that the picture comes from, or ``UNKNOWN_SOURCE``.
         image: Path of the image in the row, empty if it has none.
-        reason: Reason for which the row is left out.
+        reason: Reason for which the row is skipped.
         detail: Fault that was found, or empty where the reason says it all.
     """
 
@@ -80,12 +80,12 @@ class Annotations:
 
     Attributes:
         entries: Rows that can be used if their images can be decoded.
-        left_out: Rows that cannot be used.
+        skipped: Rows that cannot be used.
         sha256: SHA-256 of the whole file, hexadecimal.
     """
 
     entries: list[AnnotationRow]
-    left_out: list[SkippedRow]
+    skipped: list[SkippedRow]
     sha256: str
 
 
@@ -111,9 +111,9 @@ def read_annotations(path: Path, images: RawImages, limit: int | None = None) ->
                 if isinstance(row, AnnotationRow):
                     read.entries.append(row)
                 else:
-                    read.left_out.append(row)
+                    read.skipped.append(row)
             offset += len(text)
-    return Annotations(read.entries, read.left_out, digest.hexdigest())
+    return Annotations(read.entries, read.skipped, digest.hexdigest())
 
 
 def open_annotations(path: Path) -> BinaryIO:

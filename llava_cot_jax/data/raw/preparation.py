@@ -52,18 +52,18 @@ CHECK_IMAGES = 256
 
 LIBRARIES = ("tensorflow-datasets", "array_record", "pillow")
 
-SKIPPED_FILE = "left_out.jsonl"
-"""Name of the file that lists the rows that are left out."""
+SKIPPED_FILE = "skipped.jsonl"
+"""Name of the file that lists the rows that are skipped."""
 
 Progress = Callable[[str, str], AbstractContextManager[OnProgress]]
 """Progress display: called with a label and a unit, it gives a function of the number done and the total."""
 
 
-class TooManyLeftOut(UserError):
-    """Error for more unusable rows than may be left out.
+class TooManySkipped(UserError):
+    """Error for more unusable rows than may be skipped.
 
     Attributes:
-        summary: Counts of the rows that are left out, by reason.
+        summary: Counts of the rows that are skipped, by reason.
     """
 
     def __init__(self, message: str, summary: Summary) -> None:
@@ -103,11 +103,11 @@ def prepare_dataset(
     Args:
         settings: Settings that decide the content of the output.
         workers: Number of worker processes; with 0, this process does the work.
-        allow_missing: Maximum number of rows that may be left out.
+        allow_missing: Maximum number of rows that may be skipped.
         progress: Progress display.
 
     Raises:
-        TooManyLeftOut: More than ``allow_missing`` rows cannot be used. No output is written.
+        TooManySkipped: More than ``allow_missing`` rows cannot be used. No output is written.
         UserError: The raw data set cannot be read, the output cannot be written, another process is preparing it, or
             an earlier run left a work folder with other settings.
     """
@@ -118,10 +118,10 @@ def prepare_dataset(
         work.begin(recorded)
         with progress("checking", "images") as on_progress:
             broken = _check_images(annotations, images, work.path / "checks", workers, on_progress)
-        splits, left_out = _divide_rows(annotations, broken, settings.validation_share)
-        summary = summarise(splits, left_out, _count_unnamed_images(images, annotations))
-        _write_lines(work.result / SKIPPED_FILE, [asdict(row) for row in left_out])
-        _check_left_out(allow_missing, summary, work.result / SKIPPED_FILE)
+        splits, skipped = _divide_rows(annotations, broken, settings.validation_share)
+        summary = summarise(splits, skipped, _count_unnamed_images(images, annotations))
+        _write_lines(work.result / SKIPPED_FILE, [asdict(row) for row in skipped])
+        _check_skipped(allow_missing, summary, work.result / SKIPPED_FILE)
         shards = _plan_shards(splits, work)
         with progress("writing", "rows") as on_progress:
             write = ShardWriter(settings.annotations, images, settings.max_side)
@@ -135,23 +135,23 @@ def prepare_dataset(
     return summary
 
 
-def _check_left_out(allow_missing: int, summary: Summary, names: Path) -> None:
-    """Check that no more rows are left out than allowed, and that not all are.
+def _check_skipped(allow_missing: int, summary: Summary, names: Path) -> None:
+    """Check that no more rows are skipped than allowed, and that not all are.
 
     Args:
-        allow_missing: Maximum number of rows that may be left out.
+        allow_missing: Maximum number of rows that may be skipped.
         summary: Counts of the rows.
-        names: File that lists the rows that are left out.
+        names: File that lists the rows that are skipped.
 
     Raises:
-        TooManyLeftOut: Too many rows are left out.
+        TooManySkipped: Too many rows are skipped.
     """
-    if summary.left_out == summary.rows:
-        raise TooManyLeftOut(f"none of the {summary.rows} rows can be used; {names} says why", summary)
-    if summary.left_out > allow_missing:
-        raise TooManyLeftOut(
-            f"{summary.left_out} of {summary.rows} rows cannot be used, {names} says why: mend them, or go on without "
-            f"them by --allow_missing {summary.left_out}",
+    if summary.skipped == summary.rows:
+        raise TooManySkipped(f"none of the {summary.rows} rows can be used; {names} says why", summary)
+    if summary.skipped > allow_missing:
+        raise TooManySkipped(
+            f"{summary.skipped} of {summary.rows} rows cannot be used, {names} says why: correct them, or leave them "
+            f"out by --allow_missing {summary.skipped}",
             summary,
         )
 
@@ -235,22 +235,22 @@ def _run_tasks(function: Callable[[Task], None], tasks: Sequence[Task], workers:
 def _divide_rows(
     annotations: Annotations, broken: dict[str, str], validation_share: float
 ) -> tuple[dict[str, list[AnnotationRow]], list[SkippedRow]]:
-    """Divide the rows into splits. Return the rows of each split and those left out, in the order of their lines."""
+    """Divide the rows into splits. Return the rows of each split and those skipped, in the order of their lines."""
     splits: dict[str, list[AnnotationRow]] = {split: [] for split in SPLITS}
-    left_out = list(annotations.left_out)
+    skipped = list(annotations.skipped)
     for entry in annotations.entries:
         if fault := broken.get(entry.image.name):
             row = SkippedRow(entry.line, entry.id, entry.source, entry.image_path, Reason.BROKEN_IMAGE, fault)
-            left_out.append(row)
+            skipped.append(row)
         else:
             splits[SPLITS[in_validation(entry.image_path, validation_share)]].append(entry)
-    return splits, sorted(left_out, key=lambda row: row.line)
+    return splits, sorted(skipped, key=lambda row: row.line)
 
 
 def _count_unnamed_images(images: RawImages, annotations: Annotations) -> int:
-    """Count the images that no row names, not even a row that is left out."""
+    """Count the images that no row names, not even a row that is skipped."""
     named = {entry.image.name for entry in annotations.entries}
-    named |= {image.name for row in annotations.left_out if row.image and (image := images.find(row.image))}
+    named |= {image.name for row in annotations.skipped if row.image and (image := images.find(row.image))}
     return len(set(images.names()) - named)
 
 

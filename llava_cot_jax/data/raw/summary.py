@@ -1,4 +1,4 @@
-"""Counts of the rows that were written and left out, by the data sets that a raw data set was made of."""
+"""Counts of the rows that were written and skipped, by the data sets that a raw data set was made of."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ class Summary:
     """Counts of the rows of a data set.
 
     Attributes:
-        sources: Counts by source and column: all rows, rows written to each split, rows left out for each reason, and
+        sources: Counts by source and column: all rows, rows written to each split, rows skipped for each reason, and
             among the written rows the unstaged answers and repeated ids.
         unnamed_images: Number of images that no row names.
     """
@@ -40,8 +40,8 @@ class Summary:
         return self.totals[ROWS]
 
     @property
-    def left_out(self) -> int:
-        """Number of rows that are left out."""
+    def skipped(self) -> int:
+        """Number of rows that are skipped."""
         return sum(self.totals[reason] for reason in Reason)
 
     def table(self) -> str:
@@ -59,10 +59,10 @@ class Summary:
         return "\n".join([*lines, f"images that no row names: {self.unnamed_images:,}"])
 
 
-def summarise(splits: dict[str, list[AnnotationRow]], left_out: Iterable[SkippedRow], unnamed_images: int) -> Summary:
-    """Count the rows of each split and those left out. An id counts as repeated in all its rows but the first."""
+def summarise(splits: dict[str, list[AnnotationRow]], skipped: Iterable[SkippedRow], unnamed_images: int) -> Summary:
+    """Count the rows of each split and those skipped. An id counts as repeated in all its rows but the first."""
     sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for row in left_out:
+    for row in skipped:
         sources[row.source].update((ROWS, row.reason.value))
     for split, entries in splits.items():
         for entry in entries:

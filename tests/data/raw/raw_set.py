@@ -23,13 +23,13 @@ class RawSet:
         annotations: File of the rows.
         files: Image files by their path in the rows.
         rows: Usable rows, by line.
-        left_out: Reasons for which the other rows are left out, by line.
+        skipped: Reasons for which the other rows are skipped, by line.
     """
 
     annotations: Path
     files: dict[str, bytes]
     rows: dict[int, dict]
-    left_out: dict[int, str]
+    skipped: dict[int, str]
 
     def write_folder(self, root: Path, prefix: str = "") -> Path:
         for name, content in self.files.items():
@@ -120,7 +120,7 @@ def make_raw_set(folder: Path, *, faults: bool = True, scale: int = 1) -> RawSet
     files["sam/never/named.png"] = encode(noise(draw))
 
     lines: list[bytes] = [json.dumps(row).encode() for row in rows]
-    left_out: dict[int, str] = {}
+    skipped: dict[int, str] = {}
     if faults:
         files["ai2d/short.png"] = files["ai2d/train/0/image.png"][:500]
         files["docvqa/text.png"] = b"This is no image."
@@ -146,8 +146,8 @@ def make_raw_set(folder: Path, *, faults: bool = True, scale: int = 1) -> RawSet
         for i, (reason, row) in enumerate(planted):
             at = 3 * i + 2
             lines.insert(at, row if isinstance(row, bytes) else json.dumps(row).encode())
-            left_out[at + 1] = reason
+            skipped[at + 1] = reason
     annotations = folder / "train.jsonl"
     annotations.write_bytes(b"\n".join(lines) + b"\n")
-    sound = {i + 1: json.loads(line) for i, line in enumerate(lines) if i + 1 not in left_out}
-    return RawSet(annotations, files, sound, left_out)
+    sound = {i + 1: json.loads(line) for i, line in enumerate(lines) if i + 1 not in skipped}
+    return RawSet(annotations, files, sound, skipped)

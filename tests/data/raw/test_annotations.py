@@ -1,4 +1,4 @@
-"""Tests that rows are checked against the format, and that faulty rows are left out with their fault."""
+"""Tests that rows are checked against the format, and that faulty rows are skipped with their fault."""
 
 import hashlib
 import json
@@ -31,8 +31,8 @@ def images(raw: RawSet) -> ImageFolder:
 
 def test_every_planted_fault_and_no_other(raw: RawSet, images: ImageFolder) -> None:
     read = read_annotations(raw.annotations, images)
-    seen_by_decoding = {line: reason for line, reason in raw.left_out.items() if reason == "broken image"}
-    assert {row.line: row.reason for row in read.left_out} | seen_by_decoding == raw.left_out
+    seen_by_decoding = {line: reason for line, reason in raw.skipped.items() if reason == "broken image"}
+    assert {row.line: row.reason for row in read.skipped} | seen_by_decoding == raw.skipped
     assert [entry.line for entry in read.entries] == sorted([*raw.rows, *seen_by_decoding])
     assert read.sha256 == hashlib.sha256(raw.annotations.read_bytes()).hexdigest()
 
@@ -50,7 +50,7 @@ def test_a_row_is_found_again_by_its_place(raw: RawSet, images: ImageFolder) -> 
 def test_limit_counts_lines(raw: RawSet, images: ImageFolder) -> None:
     read = read_annotations(raw.annotations, images, limit=7)
     assert [row.line for row in read.entries] == [1, 2, 4, 5, 7]
-    assert [row.line for row in read.left_out] == [3, 6]
+    assert [row.line for row in read.skipped] == [3, 6]
 
 
 def test_blank_lines_are_no_rows(raw: RawSet, images: ImageFolder, tmp_path: Path) -> None:
@@ -58,13 +58,13 @@ def test_blank_lines_are_no_rows(raw: RawSet, images: ImageFolder, tmp_path: Pat
     (tmp_path / "blank.jsonl").write_bytes(b"\n" + lines[0] + b"\n \r\n" + lines[1])
     read = read_annotations(tmp_path / "blank.jsonl", images)
     assert [entry.line for entry in read.entries] == [2, 4]
-    assert read.left_out == []
+    assert read.skipped == []
 
 
 @pytest.mark.parametrize("line", [b"[" * 100_000, b'{"id": "\xff"}', b"nonsense", b'{"id": 1' + b"0" * 5000 + b"}"])
 def test_what_is_no_json(images: ImageFolder, tmp_path: Path, line: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(line)
-    (row,) = read_annotations(tmp_path / "a.jsonl", images).left_out
+    (row,) = read_annotations(tmp_path / "a.jsonl", images).skipped
     assert row.reason == "broken JSON"
     assert row.detail
 
@@ -72,7 +72,7 @@ def test_what_is_no_json(images: ImageFolder, tmp_path: Path, line: bytes) -> No
 @pytest.mark.parametrize("image", [None, "", 7, ["a.png"]])
 def test_no_image(images: ImageFolder, tmp_path: Path, image: object) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "image": image, "conversations": []}))
-    (row,) = read_annotations(tmp_path / "a.jsonl", images).left_out
+    (row,) = read_annotations(tmp_path / "a.jsonl", images).skipped
     assert row.reason == "no image"
 
 
