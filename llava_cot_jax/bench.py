@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.baseline and options.quantize:
         raise UserError("transformers has no such int8: give --baseline without --quantize")
     if options.runs < 1:
-        raise UserError(f"runs must be at least 1, got {options.runs}")
+        raise UserError(f"runs is {options.runs}; it must be at least 1")
     folder = resolve_checkpoint(options.checkpoint) if options.checkpoint else None
 
     import jax
@@ -66,7 +66,7 @@ def _parser() -> cli.Parser:
         "--checkpoint",
         type=str,
         help='Checkpoint to measure: a folder in Hugging Face form, an id on the hub, or "shapes", the small model '
-        "that comes with the package.",
+        "of the package.",
     )
     add(
         "--random",

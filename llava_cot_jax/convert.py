@@ -77,8 +77,8 @@ def _parser() -> cli.Parser:
     add(
         "source",
         type=str,
-        help='Checkpoint to read: a folder in Hugging Face form, an id on the hub, "shapes" for the bundled model, or '
-        "the folder of a training run.",
+        help='Checkpoint to read: a folder in Hugging Face form, an id on the hub, "shapes" for the small model of the '
+        "package, or the folder of a training run.",
     )
     add("destination", type=str, help="Folder to write. It must be empty or not exist.")
     add(

@@ -53,7 +53,7 @@ DEFAULT_MAX_NEW_TOKENS = 2048
 """Longest answer without a search, in tokens, where neither the user nor the checkpoint sets it."""
 
 DEFAULT_MODEL_NOTE = (
-    "No --checkpoint was given: the small model that comes with the package answers. It knows pictures of coloured "
+    "No --checkpoint was given: the small model of the package answers. It knows pictures of coloured "
     "shapes on a grid, such as it draws itself, and nothing else."
 )
 
@@ -126,7 +126,7 @@ def _parser() -> cli.Parser:
         "--checkpoint",
         type=str,
         help='Checkpoint to answer with: a folder in Hugging Face form, an id on the hub, or "shapes" (the default), '
-        "the small model that comes with the package.",
+        "the small model of the package.",
     )
     add("--dtype", choices=get_args(Dtype), help="Dtype of the weights. By default, the checkpoint's own.")
     add(

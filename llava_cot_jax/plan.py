@@ -95,7 +95,7 @@ def _plan_search(argv: Sequence[str], console: Console) -> None:
         type=str,
         default="Llama-3.2-11B-Vision-Instruct",
         help="Checkpoint whose sizes are planned with: a folder in Hugging Face form, the id of a published model on "
-        'the hub, or "shapes", the small model that comes with the package.',
+        'the hub, or "shapes", the small model of the package.',
     )
     add("--dtype", choices=get_args(Dtype), default="bfloat16", help="Dtype of the weights.")
     add(

@@ -115,15 +115,15 @@ def _add_preparation_options(add: Callable[..., object]) -> None:
         help="Images, read in place: a folder, a .zip, one part of a split zip (image.zip.part-aa), or the folder of "
         "the parts.",
     )
-    add("--output", type=str, help="Directory to make. Unfinished work is kept in OUTPUT.preparing beside it.")
+    add("--output", type=str, help="Folder to make. Unfinished work is kept in OUTPUT.preparing beside it.")
     add("--max_side", type=int, help="Longest side of a written image in pixels. Larger images are shrunk.")
     add(
         "--workers",
         type=int,
         default=workers,
-        help="Number of worker processes; with 0, this process does the work (default: one per core, up to 16).",
+        help="Number of worker processes; with 0, this process does the work. By default, one per core, up to 16.",
     )
-    add("--limit", type=int, help="Number of lines to use, from the first (default: all).")
+    add("--limit", type=int, help="Number of lines to use, from the first. By default, all.")
     add("--allow_missing", type=int, default=0, help="Number of rows that may be skipped.")
     add(
         "--validation_share",
@@ -137,7 +137,7 @@ def _add_display_options(add: Callable[..., object]) -> None:
     add(
         "--show",
         type=str,
-        help='Print rows of this prepared directory, or of "shapes", the data set that comes with the package, and '
+        help='Print rows of this prepared folder, or of "shapes", the data set that comes with the package, and '
         "prepare nothing.",
     )
     add("--rows", type=int, default=4, help="Number of rows to show.")

@@ -88,7 +88,7 @@ def batch(reference) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of what runs compile and count, for processes of their own."""
+    """Cache folder of the programs that runs compile and of the lengths that they count."""
     return tmp_path_factory.mktemp("cache")
 
 

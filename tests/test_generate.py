@@ -208,7 +208,7 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: ["--question", "<|eot_id|>"], "<|eot_id|>"),
         (lambda d, t: ["--temperature", "hot"], "temperature"),
         (lambda d, t: ["--temperature", "-1"], "temperature"),
-        (lambda d, t: ["--temperature", "1", "--top_p", "0"], "top_p must be above 0"),
+        (lambda d, t: ["--temperature", "1", "--top_p", "0"], "top_p is 0.0; it must be above 0"),
         (lambda d, t: ["--convention", "mine"], "convention"),
         (lambda d, t: ["--num_candidates", "4"], "--num_candidates needs a search"),
         (lambda d, t: ["--trace", str(t / "x.json")], "--trace needs a search"),
@@ -222,7 +222,7 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: [*SEARCH, "majority_vote", "--judge", "token"], "--judge has no meaning"),
         (lambda d, t: [*SEARCH, "best_of_n", "--num_candidates", "[4, 2]"], "--num_candidates takes one value"),
         (lambda d, t: [*SEARCH, "stage_beam", "--num_candidates", "[4, 2]"], "2 values for 4 stages"),
-        (lambda d, t: [*SEARCH, "stage_beam", "--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
+        (lambda d, t: [*SEARCH, "stage_beam", "--max_new_tokens", "0"], "max_new_tokens is 0; it must be at least 1"),
         (lambda d, t: [*SEARCH, "stage_beam", "--max_new_tokens", "200000"], "context of 131072"),
         (lambda d, t: [*SEARCH, "stage_beam", "--judge_prompts", str(t / "none.yaml")], "none.yaml"),
         (lambda d, t: [*SEARCH, "greedy", "--trace", str(d / "config.json" / "x.json")], "x.json cannot be written"),
@@ -363,7 +363,7 @@ class TestWithoutACheckpoint:
         code, out, err = run(monkeypatch, capsys)
         assert code == 0
         told = " ".join(err.split())
-        assert "No --checkpoint was given: the small model that comes with the package answers" in told
+        assert "No --checkpoint was given: the small model of the package answers" in told
         row = ShapesRows("test", seed=0, size=1)[0]
         asked = row.turns[0].question
         question, answer, right = out.splitlines()

@@ -118,7 +118,7 @@ MISTAKES = [
     ([*BEAM, "--topology", "2*v5e:2x2"], "runs on one slice"),
     ([*BEAM, "--topology", "v5e-4", "--questions", "0"], "questions is 0"),
     ([*BEAM, "--topology", "v5e-4", "--checkpoint", "nowhere"], "nowhere is no folder"),
-    ([*BEAM, "--topology", "v5e-4", "--num_candidates", "0"], "num_candidates must be at least 1"),
+    ([*BEAM, "--topology", "v5e-4", "--num_candidates", "0"], "num_candidates is 0; it must be at least 1"),
     (["--config", "missing.yaml", "--topology", "v5e-4"], "missing.yaml"),
     (FULL, "topology"),
 ]

@@ -88,13 +88,21 @@ RAW = ["--annotations", "no", "--images", "no", "--output", "o"]
 
 WRONG = [
     *((command, ["--nonsense", "3"], "unrecognized arguments") for command in cli.COMMANDS),
-    ("bench", ["--random", "100m", "--runs", "0"], "runs must be at least 1"),
-    ("bench", ["--random", "100m", "--workload.prompt_tokens", "0"], "prompt_tokens must be at least 1"),
+    ("bench", ["--random", "100m", "--runs", "0"], "runs is 0; it must be at least 1"),
+    (
+        "bench",
+        ["--random", "100m", "--workload.prompt_tokens", "0"],
+        "workload.prompt_tokens is 0; it must be at least 1",
+    ),
     ("convert", ["a", "b", "--dtype", "float8"], "float8"),
     ("convert", ["shapes", "b", "--step", "3"], "--step is for the folder of a training run"),
     ("generate", [*ASKED, "--mesh.data", "0"], "mesh.data is 0"),
-    ("generate", [*ASKED, "--temperature", "-1"], "temperature must not be negative"),
-    ("generate", [*ASKED, "--search", "stage_beam", "--num_candidates", "0"], "num_candidates must be at least 1"),
+    ("generate", [*ASKED, "--temperature", "-1"], "temperature is -1.0; it must not be negative"),
+    (
+        "generate",
+        [*ASKED, "--search", "stage_beam", "--num_candidates", "0"],
+        "num_candidates is 0; it must be at least 1",
+    ),
     ("plan", [*RUN, "--topology", "v9-8"], "is no slice"),
     ("plan", [*RUN, "--topology", "v5e-8", "--lora.rank", "-1"], "lora.rank is -1"),
     ("prepare", [*RAW, "--max_side", "0"], "max_side is 0"),

@@ -39,11 +39,11 @@ class Workload:
             value = getattr(self, field.name)
             least = 0 if field.name == "image_tiles" else 1
             if not value and field.name in ("stage_tokens", "num_candidates"):
-                raise UserError(f"a workload's {field.name} must be a list of at least one number")
+                raise UserError(f"workload.{field.name} must be a list of at least one number")
             if min(value if isinstance(value, tuple) else (value,)) < least:
-                raise UserError(f"a workload's {field.name} must be at least {least}, got {value}")
+                raise UserError(f"workload.{field.name} is {value}; it must be at least {least}")
         if self.judge_prompt_tokens < 5:
-            raise UserError(f"a workload's judge_prompt_tokens must be at least 5, got {self.judge_prompt_tokens}")
+            raise UserError(f"workload.judge_prompt_tokens is {self.judge_prompt_tokens}; it must be at least 5")
 
 
 def config_100m() -> MllamaConfig:

@@ -1,4 +1,4 @@
-"""Description of a prepared data set, in a file of its directory."""
+"""Description of a prepared data set, in a file of its folder."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from llava_cot_jax.files import read_json
 from llava_cot_jax.paths import reading_errors
 
 DESCRIPTION = "prepared.json"
-"""Name of the file that describes a prepared directory: its content, and the settings that it was made with."""
+"""Name of the file that describes a prepared data set: its content, and the settings that it was made with."""
 
 CONTENT = {"fingerprint", "settings", "splits", "sources", "unnamed_images"}
 
@@ -18,17 +18,17 @@ def turns_name(split: str) -> str:
     return f"{split}.turns.jsonl"
 
 
-def read_description(directory: Path) -> dict[str, Any]:
-    """Read the description of a prepared directory.
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read the description of a prepared data set.
 
     Raises:
         UserError: The description is missing or damaged.
     """
-    path = directory / DESCRIPTION
+    path = folder / DESCRIPTION
     with reading_errors(path):
         if not path.exists():
             raise UserError(
-                f"{directory} is no prepared data set (there is no {DESCRIPTION}): make one with llava_cot_jax.prepare"
+                f"{folder} is no prepared data set (there is no {DESCRIPTION}): make one with llava-cot prepare"
             )
     description = read_json(path)
     if not description.keys() >= CONTENT:

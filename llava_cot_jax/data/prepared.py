@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 
 
 class PreparedRows:
-    """``Rows`` of a split of a prepared directory, on a disk or in a bucket.
+    """``Rows`` of a split of a prepared data set, on a disk or in a bucket.
 
-    Each process opens the files on first use. The conversations of a directory in a bucket are copied into the user's
+    Each process opens the files on first use. The conversations of a data set in a bucket are copied into the user's
     cache folder, once for all processes; its records are read from the bucket.
 
     Raises:
-        UserError: The directory is no prepared data set, or has no rows in the split.
+        UserError: The folder is no prepared data set, or has no rows in the split.
     """
 
-    def __init__(self, directory: str | Path, split: str) -> None:
-        self._directory = as_path(directory)
+    def __init__(self, folder: str | Path, split: str) -> None:
+        self._folder = as_path(folder)
         self._split = split
-        description = read_description(self._directory)
+        description = read_description(self._folder)
         splits = description["splits"]
         if split not in splits:
             raise UserError(
-                f"{directory} has no rows in split {split!r}, only in {' and '.join(splits)}: name one of these, or "
+                f"{folder} has no rows in split {split!r}, only in {' and '.join(splits)}: name one of these, or "
                 "prepare the data with another share for validation"
             )
         self._length: int = splits[split]
         self._fingerprint = f"{description['fingerprint']}-{split}"
 
     def __reduce__(self) -> tuple[type, tuple[Path, str]]:
-        return PreparedRows, (self._directory, self._split)
+        return PreparedRows, (self._folder, self._split)
 
     @property
     def fingerprint(self) -> str:
@@ -105,7 +105,7 @@ class PreparedRows:
 
     @property
     def _turns_path(self) -> Path:
-        return self._directory / turns_name(self._split)
+        return self._folder / turns_name(self._split)
 
     @cached_property
     def _info(self) -> "tfds.core.SplitInfo":
@@ -116,13 +116,13 @@ class PreparedRows:
         import tensorflow_datasets as tfds
 
         try:
-            with reading_errors(self._directory):
-                return tfds.builder_from_directory(self._directory)
+            with reading_errors(self._folder):
+                return tfds.builder_from_directory(self._folder)
         except UserError:
             raise
         except Exception as fault:  # tfds does not document what a damaged JSON file raises
             raise UserError(
-                f"{self._directory}/dataset_info.json or features.json is damaged: prepare the data anew"
+                f"{self._folder}/dataset_info.json or features.json is damaged: prepare the data anew"
             ) from fault
 
     @cached_property

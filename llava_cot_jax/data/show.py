@@ -31,7 +31,7 @@ def display_processor(data: str, checkpoint: str | None) -> Processor:
     """Return the processor to show rows with.
 
     Args:
-        data: Data set, a prepared directory or ``shapes``.
+        data: Data set, a prepared folder or ``shapes``.
         checkpoint: Checkpoint whose processor is used. None takes the tokenizer that comes with the package, and tiles
             as the published models cut them, or for ``shapes`` as its small model does.
 

@@ -1,4 +1,4 @@
-"""Opening of a data set by its name: a prepared directory, or the shapes world."""
+"""Opening of a data set by its name: a prepared folder, or the shapes world."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -14,7 +14,7 @@ def open_rows(data: str, split: str) -> "Rows":
     """Open the rows of a split of a data set.
 
     Args:
-        data: Directory made by ``llava_cot_jax.prepare``, on a disk or in a bucket, or ``shapes``.
+        data: Folder made by ``llava-cot prepare``, on a disk or in a bucket, or ``shapes``.
         split: Name of the split, such as ``train``.
 
     Raises:

@@ -192,7 +192,7 @@ def check_request(config: MllamaConfig, prompt: int, new: int, seeds: Sequence[i
     """
     context = config.text.max_position_embeddings
     if new < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {new}")
+        raise UserError(f"max_new_tokens is {new}; it must be at least 1")
     if prompt + new > context:
         raise UserError(
             f"the prompt has {prompt} tokens; with {new} new ones that exceeds the context of {context}: "
@@ -209,7 +209,7 @@ def check_seeds(seeds: Sequence[int] | int) -> None:
     """
     for seed in np.atleast_1d(seeds).tolist():
         if not 0 <= seed < 2**32:
-            raise UserError(f"a seed must be from 0 to 4294967295, got {seed}")
+            raise UserError(f"seed is {seed}; it must be from 0 to 4294967295")
 
 
 def pad_to_bucket(config: MllamaConfig, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:

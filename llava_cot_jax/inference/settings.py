@@ -25,8 +25,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise UserError(f"temperature must not be negative, got {self.temperature}")
+            raise UserError(f"temperature is {self.temperature}; it must not be negative")
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k must be at least 1, got {self.top_k}")
+            raise UserError(f"top_k is {self.top_k}; it must be at least 1")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")

@@ -54,7 +54,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     """
     shape = (data, fsdp, tensor)
     if min(shape) < 1:
-        raise UserError(f"a mesh axis must be at least 1, got data={data}, fsdp={fsdp}, tensor={tensor}")
+        raise UserError(f"the mesh is data={data}, fsdp={fsdp}, tensor={tensor}; each axis must be at least 1")
     available = list(jax.devices() if devices is None else devices)
     count = math.prod(shape)
     if count > len(available):

@@ -155,7 +155,8 @@ def smallest_search_change(plan: SearchPlan, config: MllamaConfig) -> tuple[str,
 def best_per_generation(settings: TrainSettings, config: MllamaConfig, dataset: DatasetSize) -> list[TrainingPlan]:
     """Plan a run on the smallest slice of each TPU generation that holds it, on its best mesh, the best plan first.
 
-    The best plan loses the smallest share of its chips' arithmetic to moving bytes. Of two, it is that of fewer chips.
+    The best plan loses the smallest share of its chips' arithmetic to moving bytes. If two lose the same, it is the one
+    with fewer chips.
     """
     found = []
     for generation in GENERATIONS.values():

@@ -1,6 +1,6 @@
 """Lengths of a search in tokens: the one place where they are computed for caches, checks, plans and benchmarks.
 
-Of tables, only the shapes are read, so these functions work on abstract arrays as well.
+Only the shapes of tables are read, so these functions work on abstract arrays as well.
 """
 
 from dataclasses import dataclass

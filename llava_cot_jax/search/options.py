@@ -56,8 +56,8 @@ def add_arguments(parser: Any) -> None:
         "--max_new_tokens",
         type=int | tuple[int, ...] | None,
         default=None,
-        help="Largest number of tokens of an answer; with stage_beam, of a stage. By default, max_new_tokens of the "
-        "checkpoint's generation_config.json where it has one, else 2048 for an answer and 1024 for a stage.",
+        help="Largest number of tokens of an answer; with stage_beam, of a stage. By default, 2048 for an answer and "
+        "1024 for a stage; generate takes max_new_tokens of the checkpoint's generation_config.json if it has one.",
     )
     add(
         "--temperature",

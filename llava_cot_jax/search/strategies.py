@@ -18,7 +18,7 @@ _Value = TypeVar("_Value")
 def _check_positive(name: str, value: int) -> None:
     """Check that ``value`` of the setting ``name`` is at least 1."""
     if value < 1:
-        raise UserError(f"{name} must be at least 1, got {value}")
+        raise UserError(f"{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         if self.verdict not in ("token", "rationale"):
-            raise UserError(f'verdict must be "token" or "rationale", got {self.verdict!r}')
+            raise UserError(f'verdict is {self.verdict!r}; it must be "token" or "rationale"')
         _check_positive("reason_tokens", self.reason_tokens)
         _check_positive("check_tokens", self.check_tokens)
         Sampling(self.temperature)

@@ -166,7 +166,7 @@ class TrainSettings:
         output: Folder of the run, which takes its configuration, checkpoints, metrics, and the files of the model
             beside its weights. With several hosts, it is one that all of them see, such as a bucket.
         checkpoint: Checkpoint to start from: a folder in Hugging Face form, an id on the hub, a bucket path, or
-            ``shapes`` for the small trained model of the package.
+            ``shapes`` for the small model of the package.
         data: Data set to train on: a folder made by ``llava-cot prepare``, or ``shapes`` for generated pictures.
         random_init: Start from random weights; only the configuration, tokenizer and image settings of
             ``checkpoint`` are used.

@@ -119,7 +119,7 @@ class TestFingerprint:
 
 class TestRefusal:
     def test_nothing_prepared(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"is no prepared data set .* make one with llava_cot_jax\.prepare"):
+        with pytest.raises(UserError, match=r"is no prepared data set .* make one with llava-cot prepare"):
             PreparedRows(tmp_path, "train")
         with pytest.raises(UserError, match="is no prepared data set"):
             PreparedRows(tmp_path / "nowhere", "train")

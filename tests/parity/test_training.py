@@ -20,7 +20,7 @@ from tests.parity.reference import Sizes, batch_of_rows, published_weights, rand
 from tests.parity.test_transformers import CONVENTIONS, ours
 
 FLOOR = 1e-3
-"""Of a tensor's largest gradient: below it AdamW's first step, g / |g|, turns noise into a whole step."""
+"""Share of a tensor's largest gradient: below it AdamW's first step, g / |g|, turns noise into a whole step."""
 
 SETTINGS = OptimizerSettings(learning_rate=1e-3, weight_decay=0.1)
 FROZEN = ["^vision_model", "embed_tokens"]

@@ -169,7 +169,7 @@ def test_what_cannot_be_asked(prompts):
         reasoner.answer_batch([None, None], ["red?"])
     with pytest.raises(UserError, match="special token"):
         reasoner.answer(None, "<|eot_id|>")
-    with pytest.raises(UserError, match="a seed must be"):
+    with pytest.raises(UserError, match="seed is -1; it must be"):
         reasoner.answer(None, "red?", seed=-1)
     with pytest.raises(UserError, match="does not exist"):
         reasoner.answer("none.png", "red?")
@@ -182,8 +182,8 @@ def test_what_cannot_be_asked(prompts):
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: StageBeam(0).to_spec(), "num_candidates must be at least 1"),
-        (lambda: StageBeam(max_new_tokens=(9, 9, 0, 9)).to_spec(), "max_new_tokens must be at least 1"),
+        (lambda: StageBeam(0).to_spec(), "num_candidates is 0; it must be at least 1"),
+        (lambda: StageBeam(max_new_tokens=(9, 9, 0, 9)).to_spec(), "max_new_tokens is 0; it must be at least 1"),
         (lambda: StageBeam((2, 2)).to_spec(), "num_candidates has 2 values for 4 stages"),
         (lambda: StageBeam(temperature=(0.1, 0.1, -1.0, 0.2)).to_spec(), "temperature"),
         (lambda: StageBeam(stages=("A", "A")).to_spec(), "different tags"),

@@ -61,7 +61,7 @@ def arguments(checkpoint: Path | str, output: Path | str, **settings: Any) -> li
 
 
 def environment(cache: Path, devices: int = 1, *, quick: bool = True) -> dict[str, str]:
-    """Of a process that sees so many devices, without torch; what it compiles, ``quick`` or not, is in ``cache``."""
+    """Return the environment of a process with a number of devices and without torch, which compiles into ``cache``."""
     return os.environ | {
         "XLA_FLAGS": xla_flags(devices, quick=quick),
         "PYTHONPATH": WITHOUT_TORCH,
