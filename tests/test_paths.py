@@ -1,29 +1,17 @@
 """Buckets, as an emulator of Google Cloud Storage serves them over HTTP: the same results as from a disk."""
 
-import contextlib
-import itertools
 import json
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
-from http import HTTPStatus
-from http.server import ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from threading import Barrier, Lock, local
 from typing import Any
 
-import fsspec
-import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from gcp_storage_emulator import server as emulator
-from gcp_storage_emulator.exceptions import NotFound
-from gcp_storage_emulator.handlers import objects
 
 from llava_cot_jax import Mllama, Processor
 from llava_cot_jax.convert import main as convert
@@ -41,72 +29,13 @@ from llava_cot_jax.model.parameters import ParamLayout
 from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.paths import as_path, bucket_filesystem, files_in, is_remote, reading_errors
 from llava_cot_jax.prepare import main as prepare
-from llava_cot_jax.training import run_lock
-from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, steps_in
-from llava_cot_jax.training.export import RunExport
-from llava_cot_jax.training.layout import CHECKPOINTS
-from llava_cot_jax.training.metrics import MetricsWriter
-from llava_cot_jax.training.run_lock import RunLock
+from tests.buckets import bucket_folder, bucket_host, upload  # noqa: F401 - fixtures
 from tests.data.raw.raw_set import make_raw_set
 from tests.demo import write_demo
-from tests.training.small_run import write_small
-from tests.training.test_export import KEPT, begin, save, tensors_of
 
 FIXTURE = Path(__file__).parent / "fixtures/mllama_tiny"
 CONFIG = read_config(FIXTURE)
 BYTES = 2_024_492  # of the fixture's tensors
-NUMBERS = itertools.count()
-
-
-class Server(ThreadingHTTPServer):
-    """The emulator's own serves one connection at a time, and clients open several."""
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up early are no news."""
-
-
-CREATING = Lock()
-
-
-def upload_if_absent(request: Any, response: Any, storage: Any, upload: Callable[..., Any]) -> None:
-    """Upload as Google does: where asked to create a file, refuse to replace one, which the emulator does not know."""
-    with CREATING:
-        if request.query.get("ifGenerationMatch") == ["0"]:
-            with contextlib.suppress(NotFound):
-                storage.get_file_obj(request.params["bucket_name"], request.data["meta"]["name"])
-                response.status = HTTPStatus.PRECONDITION_FAILED
-                return
-        upload(request, response, storage)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def host() -> Iterator[None]:
-    """The emulator, where gcsfs, array_record and tensorstore look for it; it has one bucket, ``bucket``."""
-    with pytest.MonkeyPatch.context() as patch:
-        with pytest.MonkeyPatch.context() as making:
-            making.setattr(emulator.server, "HTTPServer", Server)
-            server = emulator.create_server("localhost", 0, in_memory=True, default_bucket="bucket")
-            server.start()
-        address = f"http://localhost:{server._api._httpd.server_port}"
-        patch.setattr(objects, "_multipart_upload", partial(upload_if_absent, upload=objects._multipart_upload))
-        patch.setenv("STORAGE_EMULATOR_HOST", address)
-        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
-        patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
-        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-        yield
-        server.stop()
-
-
-@pytest.fixture
-def folder() -> Path:
-    """A folder in the bucket, empty."""
-    return as_path(f"gs://bucket/{next(NUMBERS)}")
-
-
-def upload(local: Path, folder: Path) -> Path:
-    bucket_filesystem().put(f"{local}/", f"{folder}/", recursive=True)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -472,90 +401,3 @@ class TestPreparedRows:
         (folder / "train.turns.jsonl").unlink()
         with pytest.raises(UserError, match=rf"^{folder}/train\.turns\.jsonl does not exist"):
             PreparedRows(folder, "train").turns(0)
-
-
-@pytest.mark.slow
-class TestRuns:
-    """What training keeps in a bucket."""
-
-    def test_checkpoints_and_the_model_exported_from_them(self, folder, tmp_path) -> None:
-        start = upload(write_small(tmp_path / "small"), folder / "small")
-        run = begin(start, folder / "run", frozen_params=["^vision_model"])
-        save(run, folder / "run")
-        assert steps_in(folder / "run" / CHECKPOINTS) == [3]
-        with Checkpoints(folder / "run" / CHECKPOINTS, KEPT) as checkpoints:
-            like = replace(run.program.state, frozen=run.state.frozen)
-            state = checkpoints.restore(3, like)
-        jax.tree.map(np.testing.assert_array_equal, state.trained, run.state.trained)
-        jax.tree.map(np.testing.assert_array_equal, state.optimizer, run.state.optimizer)
-        export_run = RunExport(folder / "run")
-        export_run.write(folder / "exported", export_run.config)
-        wanted = tensors_of(run.program, run.state)
-        got = load_params(folder / "exported", export_run.config, layout="unrolled")
-        assert wanted.keys() == got.keys()
-        assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
-
-    def test_a_damaged_one_is_set_aside(self, folder, tmp_path) -> None:
-        start = upload(write_small(tmp_path / "small"), folder / "small")
-        save(begin(start, folder / "run"), folder / "run", steps=(3, 4))
-        checkpoints, told = folder / "run" / CHECKPOINTS, []
-        assert latest_valid_step(checkpoints, told.append) == 4 and not told
-        path = max((checkpoints / "4/model/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().length)
-        content = bytearray(path.read_bytes())
-        content[1000] ^= 1
-        path.write_bytes(content)
-        assert latest_valid_step(checkpoints, told.append) == 3
-        assert len(told) == 1 and "its checksum differs; moved to" in told[0]
-        assert (folder / "run/damaged/4/checksums.json").exists() and steps_in(checkpoints) == [3]
-
-    def test_one_run_at_a_time(self, folder, monkeypatch) -> None:
-        """The bucket's lock is a file that is renewed: who finds one waits to see whether it is."""
-        monkeypatch.setattr(run_lock, "RENEWAL_SECONDS", 0.2)
-        (folder / "config.yaml").write_text("")
-        file = folder / run_lock.LOCK_FILE
-        with RunLock(folder):
-            with pytest.raises(UserError, match=r"a run is under way there \(process"), RunLock(folder):
-                pass
-            left = file.read_text()
-        assert not file.exists()
-        file.write_text(left)  # as a run leaves it that was killed
-        with RunLock(folder):
-            assert file.read_text() != left
-        assert files_in(folder) == {"config.yaml"}
-
-    @pytest.mark.parametrize("abandoned", [False, True])
-    def test_of_runs_that_begin_at_once_one_gets_the_bucket(self, folder, monkeypatch, abandoned) -> None:
-        """All of them find no lock, or the same one of a run that was killed, before any has made its own."""
-        monkeypatch.setattr(run_lock, "RENEWAL_SECONDS", 0.2)
-        (folder / "config.yaml").write_text("")
-        if abandoned:
-            (folder / run_lock.LOCK_FILE).write_text('{"id": "dead", "renewals": 3, "process": "process 1 on a host"}')
-        together, create = Barrier(4), run_lock._BucketLock._create
-        first = local()
-
-        def create_together(lock: Any, path: Path) -> bool:
-            claims = path.name != run_lock.LOCK_FILE
-            if claims == abandoned and not hasattr(first, "waited"):
-                first.waited = True
-                together.wait()
-            return create(lock, path)
-
-        monkeypatch.setattr(run_lock._BucketLock, "_create", create_together)
-        locks = [run_lock._BucketLock(folder) for _ in range(4)]
-        with ThreadPoolExecutor(4) as pool:
-            refusals = list(pool.map(lambda lock: lock.acquire(), locks))
-        assert refusals.count("") == 1, refusals
-        winner = locks[refusals.index("")]
-        assert json.loads((folder / run_lock.LOCK_FILE).read_text())["id"] == winner._id
-        winner.release()
-        assert files_in(folder) == {"config.yaml"}
-
-    def test_metrics(self, folder) -> None:
-        for first, last in ((0, 4), (2, 5)):  # cut off after 4, gone on from 2
-            with MetricsWriter(folder, {}, None, first) as metrics:
-                for step in range(first + 1, last + 1):
-                    metrics.write(step, {"loss": step + first / 10, "mfu": None})
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [line["loss"] for line in lines] == [1.0, 2.0, 3.2, 4.2, 5.2]
-        assert all(line.keys() == {"step", "loss"} for line in lines)
-        assert len(list((folder / "tensorboard").iterdir())) == 2

@@ -1,4 +1,4 @@
-"""One run at a time: on a disk, against a real process; in a bucket see ``test_paths.py``."""
+"""One run at a time: on a disk, against a real process; in a bucket see ``test_runs_in_buckets.py``."""
 
 import signal
 import subprocess
