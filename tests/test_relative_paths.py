@@ -184,7 +184,7 @@ def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_
     (tmp_path / "new home").mkdir()
     moved = Shell(shell.place.rename(tmp_path / "new home/ganz woanders"), cache)
     printed = moved("train", "--config", f"{name}/config.yaml", "--steps", "6", "--accept_changes", "true")
-    assert "resuming from step 4" in printed and "checkpoint" not in printed
+    assert "resuming from step 4" in printed and "checkpoint was" not in printed
     assert len(losses(moved.place / name)) == 6 and not shell.place.exists()
 
     # Its configuration file counts wherever it stands among others, and by another name.
@@ -247,9 +247,9 @@ def test_answers_searches_and_benchmarks(shell):
     (trace,) = json.loads((shell.place / "Spuren/eine Spur.json").read_text(encoding="utf-8"))
     assert trace["stages"][3]["stage"] == "CONCLUSION" and answer["stages"]
 
-    (shell.place / "kurze Arbeit.yaml").write_text("{prompt: 9, tiles: 1, stages: [3, 2], candidates: [1, 2]}")
+    (shell.place / "kurze Arbeit.yaml").write_text("{prompt_tokens: 9, image_tiles: 1, stage_tokens: [3, 2], num_candidates: [1, 2]}")
     few = ["--dtype", "float32", "--runs", "1", "--workload", "kurze Arbeit.yaml", "--json"]
-    assert json.loads(shell("bench", "--checkpoint", "Modell für mich", *few))["parts"]
+    assert json.loads(shell("bench", "--checkpoint", "Modell für mich", *few))["rows"]
 
     (shell.place / "ein Plan.yaml").write_text("{output: Lauf, checkpoint: ./Modell für mich, data: ./nirgends}")
     planned = shell("plan", "--config", "ein Plan.yaml", "--topology", "v5e-1", "--compile", "false", "--json")
