@@ -380,6 +380,7 @@ class TestWithoutACheckpoint:
     def test_most_answers_are_right(self, monkeypatch, capsys, tmp_path):
         """Its accuracy is 5 in 6. Half of 40 answers would be more than four standard errors below."""
         given = ["--checkpoint", "shapes", "--draw", "40", "--draw_to", str(tmp_path), "--seed", "7", "--json"]
+        given += ["--mesh.data", "1"]
         answers = [json.loads(line) for line in run(monkeypatch, capsys, *given)[1].splitlines()]
         right = [answer["stages"]["CONCLUSION"] == answer["right_answer"] for answer in answers]
         assert len(right) == 40 and sum(right) > 20

@@ -162,7 +162,7 @@ def test_step_flops_with_any_parts_frozen_are_those_of_the_program(small):
 
 
 def with_cross_layers(config: MllamaConfig) -> list[MllamaConfig]:
-    """The configuration with cross-attention in the first and last of its three layers, and with it in the middle one."""
+    """The configuration with cross-attention in the first and last of its layers, and with it in the middle one."""
     return [replace(config, text=replace(config.text, cross_attention_layers=layers)) for layers in ((0, 2), (1,))]
 
 
