@@ -57,8 +57,8 @@ def _signature(argument: Any) -> tuple[Any, ...]:
     """Return what decides whether an argument passes: the types, shapes and dtypes of its arrays."""
     if isinstance(argument, Mapping):
         return tuple((name, _signature(value)) for name, value in argument.items())
-    array = (argument.shape, argument.dtype) if hasattr(argument, "dtype") else ()
-    return type(argument), *array
+    is_array = hasattr(argument, "shape") and hasattr(argument, "dtype")
+    return type(argument), *((argument.shape, argument.dtype) if is_array else ())
 
 
 def _is_of_arrays(annotation: Any) -> bool:
