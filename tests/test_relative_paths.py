@@ -248,7 +248,7 @@ def test_answers_searches_and_benchmarks(shell):
     assert trace["stages"][3]["stage"] == "CONCLUSION" and answer["stages"]
 
     (shell.place / "kurze Arbeit.yaml").write_text(
-        "{prompt_tokens: 9, image_tiles: 1, stage_tokens: [3, 2], num_candidates: [1, 2]}"
+        "{prompt_tokens: 9, image_tiles: 1, stage_tokens: [3, 2], num_candidates: [1]}"
     )
     few = ["--dtype", "float32", "--runs", "1", "--workload", "kurze Arbeit.yaml", "--json"]
     assert json.loads(shell("bench", "--checkpoint", "Modell für mich", *few))["rows"]
