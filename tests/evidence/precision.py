@@ -28,21 +28,20 @@ sys.path.insert(0, str(ROOT))
 
 from tests.training.small_run import losses, metrics  # noqa: E402
 
-STEPS = 1000
 PRECISIONS = ("float32", "bfloat16_stochastic", "bfloat16_nearest")
 SHOWN = (1, 50, 100, 200, 400, 600, 800, 1000)
 
 
-def train(precision: str, output: Path) -> str:
+def train(precision: str, output: Path, steps: int) -> str:
     """Train a model, and return what the run prints."""
     settings = {
         "output": output,
-        "steps": STEPS,
+        "steps": steps,
         "loader.batch_size": 16,
         "optimizer.precision": precision,
         "optimizer.b2": 0.999,
         "eval_every": 0,
-        "checkpoints.every": 500,
+        "checkpoints.every": steps // 2,
         "eval_generations": 512,
     }
     arguments = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -59,15 +58,17 @@ def second_moments(output: Path, step: int) -> np.ndarray:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000, help="Number of steps of each run, at least 2.")
+    steps = parser.parse_args().steps
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "optax"))
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {versions}")
     with tempfile.TemporaryDirectory() as folder:
         outputs = {precision: Path(folder) / precision for precision in PRECISIONS}
-        printed = {precision: train(precision, output) for precision, output in outputs.items()}
+        printed = {precision: train(precision, output, steps) for precision, output in outputs.items()}
         print(f"\n{'loss, mean of the 50 steps up to':34}" + "".join(f"{precision:>21}" for precision in PRECISIONS))
         curves = {precision: losses(output) for precision, output in outputs.items()}
-        for step in SHOWN:
+        for step in (step for step in SHOWN if step <= steps):
             means = [np.mean(curves[precision][max(step - 50, 0) : step]) for precision in PRECISIONS]
             print(f"{step:>34}" + "".join(f"{mean:21.4f}" for mean in means))
         for stage in ("", "_caption", "_reasoning", "_conclusion"):
@@ -77,7 +78,7 @@ def main() -> None:
             shares = [re.search(rf"{stage} that are the row's own: (.*)", text)[1] for text in printed.values()]
             print(f"{stage}: " + "; ".join(f"{p} {share}" for p, share in zip(PRECISIONS, shares, strict=True)))
         print("\nsecond moments over those of float32: 10%, 50% and 90% quantile, and the sum of all over theirs")
-        for step in (500, STEPS):
+        for step in (steps // 2, steps):
             wide = second_moments(outputs["float32"], step)
             for precision in PRECISIONS[1:]:
                 narrow = second_moments(outputs[precision], step)
