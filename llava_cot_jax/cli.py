@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
@@ -194,6 +195,7 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> 
             are under way.
     """
     _quiet_libtpu()
+    _show_warnings()
     try:
         main()
     except UserError as mistake:
@@ -242,6 +244,14 @@ def _quiet_libtpu() -> None:
     if _GOOGLE_PCI_VENDOR not in vendors:
         for name, value in _LIBTPU_WITHOUT_TPU.items():
             os.environ.setdefault(name, value)
+
+
+def _show_warnings() -> None:
+    """Print each warning that the package logs as a line on stderr, whatever handlers absl and jax install."""
+    logger = logging.getLogger(_PACKAGE)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logger.handlers, logger.propagate = [handler], False
 
 
 class _RateColumn(ProgressColumn):
