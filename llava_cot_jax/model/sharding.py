@@ -22,6 +22,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
+from llava_cot_jax.checks import check_int
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
@@ -49,12 +50,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     copies of the model.
 
     Raises:
-        UserError: An axis is below 1, or there are fewer devices than the mesh takes, or ``data`` is no multiple of the
+        UserError: An axis is no whole number of at least 1, or there are fewer devices than the mesh takes, or ``data`` is no multiple of the
             number of slices.
     """
     shape = (data, fsdp, tensor)
-    if min(shape) < 1:
-        raise UserError(f"the mesh is data={data}, fsdp={fsdp}, tensor={tensor}; each axis must be at least 1")
+    for axis, size in zip(MESH_AXES, shape, strict=True):
+        check_int(f"mesh axis {axis}", size)
     available = list(jax.devices() if devices is None else devices)
     count = math.prod(shape)
     if count > len(available):

@@ -78,7 +78,7 @@ class LogProbability:
 
 
 Scorer = Judge | LogProbability
-"""Scorers that there are. A function of one's own is none: the search is a compiled program, which could not call it."""
+"""Scorers that the compiled search knows. It calls no function of the user's own."""
 
 
 def _check_scorer(scorer: Any) -> None:
