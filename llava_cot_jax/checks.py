@@ -19,9 +19,10 @@ def shown(value: object) -> str:
     elif callable(value) and hasattr(value, "__name__"):
         return f"the function {value.__name__}"
     else:
-        text = f"{' '.join(repr(value).split())}, a {type(value).__name__}"
-        if len(text) > _LONGEST_SHOWN or " at 0x" in text:
-            return f"a {type(value).__name__}"
+        kind = f"a {type(value).__name__}"
+        # Others, such as models, have long representations that take long to make.
+        text = f"{value!r}, {kind}" if isinstance(value, list | tuple | dict | set | bytes) else kind
+        return text if len(text) <= _LONGEST_SHOWN and text.isprintable() else kind
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 

@@ -50,8 +50,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     copies of the model.
 
     Raises:
-        UserError: An axis is no whole number of at least 1, or there are fewer devices than the mesh takes, or ``data`` is no multiple of the
-            number of slices.
+        UserError: An axis is no whole number of at least 1, or there are fewer devices than the mesh takes, or ``data``
+            is no multiple of the number of slices.
     """
     shape = (data, fsdp, tensor)
     for axis, size in zip(MESH_AXES, shape, strict=True):
