@@ -1,5 +1,6 @@
 """Llama-3.2-Vision as a Flax module, and the pure functions of its parameters that it calls."""
 
+import contextlib
 import functools
 import zlib
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
 from llava_cot_jax.model.layers import int8_linear
 from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, Params, initial_values, parameters
 from llava_cot_jax.model.quantization import quantize_params
-from llava_cot_jax.model.sharding import check_mesh, constrain, parameter_sharding, use_mesh
+from llava_cot_jax.model.sharding import check_mesh, check_surroundings, constrain, parameter_sharding, use_mesh
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import OnProgress
 
@@ -145,6 +146,7 @@ class Mllama(nnx.Module):
 
     def _run(self, function: Callable[..., jax.Array], inputs: Mapping[str, ArrayLike]) -> jax.Array:
         """Compile and call ``function`` with the parameters and ``inputs``."""
+        check_surroundings(self.mesh, inputs)
         given = {name: _to_model_dtype(x) for name, x in inputs.items()}
         static = {"config": self.config, "mesh": self.mesh, "remat": self.remat}
         return _run_compiled(self.params, given, function=function, **static)
@@ -176,7 +178,9 @@ class Mllama(nnx.Module):
         if not self.is_quantized:
             flat = flatten_dict(self.params, sep=".")
             self._set_params({})  # ``flat`` alone keeps the arrays now
-            self._set_params(quantize_params(flat))
+            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+                quantized = quantize_params(flat)
+            self._set_params(quantized)
 
     def to_layout(self, layout: ParamLayout) -> None:
         """Change the layout in place, one parameter at a time, so that there are never two copies of the model.
@@ -285,7 +289,12 @@ def _as_params(node: Any) -> Any:
 
 def _jit_to_mesh(function: Callable[..., Any], parameter: Parameter, mesh: Mesh | None) -> Callable[..., Any]:
     """Compile ``function`` so that its results are laid out as ``mesh`` holds ``parameter``."""
-    return jax.jit(function, out_shardings=None if mesh is None else parameter_sharding(parameter, mesh))
+
+    def on_mesh(given: Any) -> Any:
+        with use_mesh(mesh):
+            return function(given)
+
+    return jax.jit(on_mesh, out_shardings=None if mesh is None else parameter_sharding(parameter, mesh))
 
 
 def _stack(layers: list[jax.Array]) -> jax.Array:
