@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import fsspec
 from etils import epath
 
+from llava_cot_jax.checks import shown
 from llava_cot_jax.errors import UserError
 
 BUNDLED_MODEL = "shapes"
@@ -28,16 +31,22 @@ _SCHEME = re.compile(r"([a-zA-Z][\w+.-]*):(?://|(?<=gs:)/)")  # pathlib makes on
 def as_path(text: str | os.PathLike[str]) -> Path:
     """Return the absolute path that a user named, on a disk or in a bucket (``gs://bucket/folder``).
 
-    A relative path is taken from the working directory, and ``~`` is the home folder. The result means the same
-    after a change of the working directory, and Orbax, which refuses relative paths, takes it.
+    A relative path is taken from the working directory, ``~`` is the home folder, and ``file:///folder`` is a path on
+    this machine. The result means the same after a change of the working directory, and Orbax, which refuses relative
+    paths, takes it.
 
     Raises:
-        UserError: The path is empty, it names an unknown user after ``~``, it has a scheme other than ``gs://``, or it
-            names no bucket. Or there is no working directory, or gcsfs is not installed.
+        UserError: The path is empty or no text, it names an unknown user after ``~``, it has a scheme other than
+            ``gs://`` and ``file://``, or it names no bucket. Or there is no working directory, or gcsfs is not
+            installed.
     """
+    if not isinstance(text, str | os.PathLike):
+        raise UserError(f"a path is {shown(text)}; name a file or a folder")
     name = os.fspath(text)
     if not (scheme := _SCHEME.match(name)):
         return _absolute(name)
+    if scheme[1] == "file":
+        return _local_path(name)
     if scheme[1] != "gs":
         raise UserError(f"{name}: {scheme[1]}:// is not supported; give a local path or gs://bucket/folder")
     place = name[scheme.end() :].strip("/")
@@ -54,6 +63,14 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of every error that it raises
     found: Path = epath.Path(f"gs://{place}")
     return found
+
+
+def _local_path(url: str) -> Path:
+    """Return the path that a ``file://`` URL names."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise UserError(f"{url} names no file of this machine; give file:///folder/file, or the path alone")
+    return _absolute(url2pathname(parts.path))
 
 
 def _absolute(name: str) -> Path:

@@ -4,6 +4,8 @@ import re
 import string
 from dataclasses import dataclass
 
+from llava_cot_jax.checks import check_text
+
 STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 """LLaVA-CoT's stages in their order. Each is enclosed in ``<NAME>`` and ``</NAME>``."""
 
@@ -47,7 +49,12 @@ def locate_stages(text: str) -> dict[str, Stage]:
 
 
 def find_stages(text: str) -> dict[str, str]:
-    """Return the body of each stage of ``text`` that was opened, as ``locate_stages`` finds it."""
+    """Return the body of each stage of ``text`` that was opened, as ``locate_stages`` finds it.
+
+    Raises:
+        UserError: ``text`` is no text.
+    """
+    check_text("text", text)
     return {name: stage.body for name, stage in locate_stages(text).items()}
 
 

@@ -57,7 +57,19 @@ class TestNames:
         assert path == as_path(path) == as_path(Path("gs://bucket/a"))
         assert is_remote(path) and is_remote("gs://bucket/a") and is_remote(Path("gs://bucket/a"))
 
-    @pytest.mark.parametrize("name", ["s3://bucket/a", "https://storage.googleapis.com/a", "file:///a"])
+    def test_urls_of_this_machine(self) -> None:
+        for url in ("file:///a%20b/c%C3%A9.png", "file://localhost/a%20b/cé.png"):
+            assert as_path(url) == Path("/a b/cé.png")
+        for url in ("file://other/a", "file://"):
+            with pytest.raises(UserError, match=f"^{url} names no file of this machine"):
+                as_path(url)
+
+    @pytest.mark.parametrize("value", [None, 3, ["a"], b"a"])
+    def test_what_is_no_text(self, value: object) -> None:
+        with pytest.raises(UserError, match=r"^a path is .*; name a file or a folder$"):
+            as_path(value)
+
+    @pytest.mark.parametrize("name", ["s3://bucket/a", "https://storage.googleapis.com/a", "ftp://a/b"])
     def test_other_schemes(self, name: str) -> None:
         scheme = name.partition("://")[0]
         with pytest.raises(UserError, match=f"^{name}: {scheme}:// is not supported; give a local path or gs://"):

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from llava_cot_jax.checks import check_instance, check_int
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import Decoder, bucket, encode_images, prefill
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
@@ -19,7 +20,7 @@ from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext
 from llava_cot_jax.model.kv_cache import KVCache
-from llava_cot_jax.model.mllama import Mllama, check_inputs
+from llava_cot_jax.model.mllama import ArrayLike, Mllama, as_arrays, check_inputs
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 
@@ -130,10 +131,13 @@ class Generator:
         sampling: Settings of sampling; by default the likeliest token is taken.
 
     Raises:
-        UserError: The model's layers are stacked.
+        UserError: The model's layers are stacked, or an argument is not of its type.
     """
 
     def __init__(self, model: Mllama, sampling: Sampling | None = None) -> None:
+        check_instance("model", model, Mllama, "give an Mllama")
+        if sampling is not None:
+            check_instance("sampling", sampling, Sampling, "give a Sampling, such as Sampling(temperature=0.6)")
         if model.layout != "unrolled":
             raise UserError("a stacked model keeps no cache: call model.to_layout('unrolled') before decoding")
         self._params = model.params
@@ -161,9 +165,10 @@ class Generator:
         Raises:
             UserError: ``check_inputs`` or ``check_request`` refuses the arguments.
         """
-        check_inputs(self.config, inputs)
-        prompts, lengths = pad_to_bucket(self.config, inputs)
-        check_request(self.config, int(lengths.max()), max_new_tokens, seeds)
+        arrays = as_arrays(inputs)
+        check_inputs(self.config, arrays)
+        prompts, lengths = pad_to_bucket(self.config, arrays)
+        check_request(self.config, int(lengths.max()), max_new_tokens, seeds, len(lengths))
         capacity = prompts["input_ids"].shape[1] + bucket(max_new_tokens)
         each = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape)
         state = _prefill_prompts(self._params, prompts, lengths, each, capacity=capacity, **self._settings)
@@ -184,35 +189,38 @@ class Generator:
         return np.concatenate(list(self.stream(inputs, max_new_tokens=max_new_tokens, seeds=seeds)), axis=1)
 
 
-def check_request(config: MllamaConfig, prompt: int, new: int, seeds: Sequence[int] | int) -> None:
-    """Check that ``new`` tokens can be sampled after a prompt of ``prompt`` tokens with these seeds.
+def check_request(config: MllamaConfig, prompt: int, new: int, seeds: Sequence[int] | int, batch: int = 1) -> None:
+    """Check that ``new`` tokens can be sampled after ``batch`` prompts of up to ``prompt`` tokens with these seeds.
 
     Raises:
-        UserError: There are no new tokens, or more than the context holds, or a seed does not fit 32 bits.
+        UserError: There are no new tokens, or more than the context holds, or ``check_seeds`` refuses the seeds.
     """
     context = config.text.max_position_embeddings
-    if new < 1:
-        raise UserError(f"max_new_tokens is {new}; it must be at least 1")
+    check_int("max_new_tokens", new)
     if prompt + new > context:
         raise UserError(
             f"the prompt has {prompt} tokens; with {new} new ones that exceeds the context of {context}: "
             "shorten the question or lower max_new_tokens"
         )
-    check_seeds(seeds)
+    check_seeds(seeds, batch)
 
 
-def check_seeds(seeds: Sequence[int] | int) -> None:
-    """Check that all seeds fit 32 bits.
+def check_seeds(seeds: Sequence[int] | int, batch: int = 1) -> None:
+    """Check that there is one seed, or one for each of ``batch`` prompts, and that all fit 32 bits.
 
     Raises:
-        UserError: A seed does not fit 32 bits.
+        UserError: A seed is no whole number or does not fit 32 bits, or there is another number of seeds.
     """
-    for seed in np.atleast_1d(seeds).tolist():
+    given: list[Any] = list(seeds) if isinstance(seeds, list | tuple | range | np.ndarray) else [seeds]
+    for seed in given:
+        check_int("seed", seed, least=None)
         if not 0 <= seed < 2**32:
             raise UserError(f"seed is {seed}; it must be from 0 to 4294967295")
+    if len(given) not in (1, batch):
+        raise UserError(f"{len(given)} seeds for {batch} prompts: give one seed, or one for each")
 
 
-def pad_to_bucket(config: MllamaConfig, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def pad_to_bucket(config: MllamaConfig, inputs: Mapping[str, ArrayLike]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return ``inputs`` padded on the right to their bucket, without an attention mask, and the lengths of the prompts.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from llava_cot_jax.checks import check_int, check_number
 from llava_cot_jax.errors import UserError
 
 
@@ -16,7 +17,7 @@ class Sampling:
         top_p: Probability, among the tokens that top_k keeps, up to which the likeliest tokens are kept.
 
     Raises:
-        UserError: A setting is out of range.
+        UserError: A setting is not of its type, or out of range.
     """
 
     temperature: float = 0.0
@@ -24,9 +25,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("temperature", self.temperature)
+        check_number("top_p", self.top_p)
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}; it must not be negative")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.top_k is not None:
+            check_int("top_k", self.top_k)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, get_abstract_mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from llava_cot_jax.model.sharding import LOGICAL_AXIS_RULES, partition_spec
+from llava_cot_jax.model.sharding import LOGICAL_AXIS_RULES, current_mesh, partition_spec
 from llava_cot_jax.rounding import ceil_div, round_up
 
 
@@ -100,8 +100,8 @@ def _platform() -> str:
 
 def _on_mesh(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
     """Run ``kernel`` on each device's sequences and heads, since the compiler cannot shard a kernel by itself."""
-    mesh = get_abstract_mesh()
-    if mesh.empty:
+    mesh = current_mesh()
+    if mesh is None:
         return kernel(q, k, v, mask)
     heads = partition_spec([_sharded_axis(mesh, "batch", q.shape[0]), _sharded_axis(mesh, "kv_heads", k.shape[1])])
     mask_spec = jax.tree.map(lambda x: partition_spec([_sharded_axis(mesh, "batch", x.shape[0])]), mask)

@@ -6,10 +6,11 @@ embeddings, dropout) are refused by name rather than ignored.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from llava_cot_jax.checks import check_instance, check_int, check_number, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json
 from llava_cot_jax.paths import checkpoint_path, reading_errors
@@ -35,6 +36,33 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PUBLISHED_ASPECT_RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 
 
+def _check_types(config: Any, kind: str) -> None:
+    """Check that each field of a configuration is a number, or a tuple of them, as its annotation says."""
+    for each in fields(config):
+        name, value = f"{kind} {each.name}", getattr(config, each.name)
+        if each.type in (int, float):
+            _check_number(name, value, each.type is int)
+        elif each.type == RopeScaling | None:
+            if value is not None:
+                check_instance(name, value, RopeScaling, "give a RopeScaling, or None")
+        else:
+            _check_tuple(name, value, whole="int" in str(each.type))
+
+
+def _check_tuple(name: str, value: Any, whole: bool) -> None:
+    if not isinstance(value, tuple):
+        raise UserError(f"{name} is {shown(value)}; it must be a tuple")
+    for entry in value:
+        (_check_tuple if isinstance(entry, tuple) else _check_number)(name, entry, whole)
+
+
+def _check_number(name: str, value: Any, whole: bool) -> None:
+    if whole:
+        check_int(name, value, least=None)
+    else:
+        check_number(name, value)
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's stretching of the RoPE wavelengths beyond the context of its first training.
@@ -52,6 +80,7 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
+        _check_types(self, "rope")
         if self.high_freq_factor <= self.low_freq_factor:
             raise UserError(
                 f"rope high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor ({self.low_freq_factor})"
@@ -97,6 +126,7 @@ class VisionConfig:
     image_std: tuple[float, ...] = CLIP_STD
 
     def __post_init__(self) -> None:
+        _check_types(self, "vision")
         positive = ("hidden_size", "intermediate_size", "attention_heads", "num_hidden_layers", "num_channels")
         _require_positive(self, "vision", *positive, "image_size", "patch_size", "max_num_tiles")
         if self.num_global_layers < 0:
@@ -187,6 +217,7 @@ class TextConfig:
     pad_token_id: int = 128004
 
     def __post_init__(self) -> None:
+        _check_types(self, "text")
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         _require_positive(self, "text", *positive, "num_key_value_heads", "max_position_embeddings")
         _require_multiple("text hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
@@ -247,6 +278,9 @@ class MllamaConfig:
     convention: Convention = "meta"
 
     def __post_init__(self) -> None:
+        check_instance("vision", self.vision, VisionConfig, "give a VisionConfig")
+        check_instance("text", self.text, TextConfig, "give a TextConfig")
+        check_int("image_token_index", self.image_token_index, least=None)
         if self.convention not in get_args(Convention):
             raise UserError(f"unknown convention {self.convention!r}; one of {', '.join(get_args(Convention))}")
         embeddings = self.text.vocab_size + EXTRA_EMBEDDINGS
@@ -300,6 +334,7 @@ class MllamaConfig:
         Raises:
             UserError: It is another model's, or a key is missing, or this implementation lacks a setting.
         """
+        check_instance("published", published, Mapping, "give the object in a config.json")
         if published.get("model_type") != "mllama":
             raise UserError(f"config.json is of a {published.get('model_type')!r} model, not of 'mllama'")
         return cls(

@@ -1,10 +1,11 @@
 """Llama-3.2-Vision as a Flax module, and the pure functions of its parameters that it calls."""
 
+import contextlib
 import functools
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from llava_cot_jax.checks import check_instance, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text_decoder, vision_tower
 from llava_cot_jax.model.attention import causal_mask
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.reading import check_weight_dtype
 from llava_cot_jax.model.checkpoint.sharded_loading import load_params
 from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
@@ -26,7 +29,7 @@ from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
 from llava_cot_jax.model.layers import int8_linear
 from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, Params, initial_values, parameters
 from llava_cot_jax.model.quantization import quantize_params
-from llava_cot_jax.model.sharding import check_mesh, constrain, parameter_sharding, use_mesh
+from llava_cot_jax.model.sharding import check_mesh, check_surroundings, constrain, parameter_sharding, use_mesh
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import OnProgress
 
@@ -52,7 +55,7 @@ class Mllama(nnx.Module):
         arrays: Existing parameters by their paths in ``parameters(config, layout)``, in place of initial ones.
 
     Raises:
-        UserError: The mesh does not divide the model.
+        UserError: The mesh does not divide the model, or an argument is not of its type.
     """
 
     vision_model: Any
@@ -70,6 +73,9 @@ class Mllama(nnx.Module):
         remat: RematPolicy = "none",
         arrays: dict[str, jax.Array] | None = None,
     ) -> None:
+        check_instance("config", config, MllamaConfig, "give an MllamaConfig, or use Mllama.from_pretrained")
+        _check_choice("layout", layout, get_args(ParamLayout))
+        _check_choice("remat", remat, get_args(RematPolicy))
         if mesh is not None:
             check_mesh(config, mesh)
         self.config = config
@@ -78,8 +84,9 @@ class Mllama(nnx.Module):
         self.remat: RematPolicy = remat
         if arrays is None:
             if rngs is None:
-                raise TypeError("give rngs, from which initial parameters are drawn, or arrays")
-            arrays = init_params(parameters(config, layout), rngs.params(), jnp.dtype(dtype), mesh)
+                raise UserError("give rngs, from which initial parameters are drawn, or arrays")
+            check_instance("rngs", rngs, nnx.Rngs, "give flax.nnx.Rngs(0), or with another seed")
+            arrays = init_params(parameters(config, layout), rngs.params(), check_weight_dtype(dtype), mesh)
         self._set_params(arrays)
 
     def __call__(
@@ -110,14 +117,16 @@ class Mllama(nnx.Module):
             UserError: There are pixel values without the ids or the cross-attention mask that belong to them, or shapes
                 contradict the configuration or each other.
         """
-        inputs = {
-            "input_ids": input_ids,
-            "pixel_values": pixel_values,
-            "aspect_ratio_ids": aspect_ratio_ids,
-            "aspect_ratio_mask": aspect_ratio_mask,
-            "cross_attention_mask": cross_attention_mask,
-            "attention_mask": attention_mask,
-        }
+        inputs = as_arrays(
+            {
+                "input_ids": input_ids,
+                "pixel_values": pixel_values,
+                "aspect_ratio_ids": aspect_ratio_ids,
+                "aspect_ratio_mask": aspect_ratio_mask,
+                "cross_attention_mask": cross_attention_mask,
+                "attention_mask": attention_mask,
+            }
+        )
         check_inputs(self.config, inputs)
         return self._run(_all_logits, inputs)
 
@@ -133,11 +142,12 @@ class Mllama(nnx.Module):
             "aspect_ratio_ids": aspect_ratio_ids,
             "aspect_ratio_mask": aspect_ratio_mask,
         }
-        return self._run(_features, images)
+        return self._run(_features, as_arrays(images))
 
-    def _run(self, function: Callable[..., jax.Array], inputs: Mapping[str, ArrayLike | None]) -> jax.Array:
+    def _run(self, function: Callable[..., jax.Array], inputs: Mapping[str, ArrayLike]) -> jax.Array:
         """Compile and call ``function`` with the parameters and ``inputs``."""
-        given = {name: _to_model_dtype(x) for name, x in inputs.items() if x is not None}
+        check_surroundings(self.mesh, inputs)
+        given = {name: _to_model_dtype(x) for name, x in inputs.items()}
         static = {"config": self.config, "mesh": self.mesh, "remat": self.remat}
         return _run_compiled(self.params, given, function=function, **static)
 
@@ -168,7 +178,9 @@ class Mllama(nnx.Module):
         if not self.is_quantized:
             flat = flatten_dict(self.params, sep=".")
             self._set_params({})  # ``flat`` alone keeps the arrays now
-            self._set_params(quantize_params(flat))
+            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+                quantized = quantize_params(flat)
+            self._set_params(quantized)
 
     def to_layout(self, layout: ParamLayout) -> None:
         """Change the layout in place, one parameter at a time, so that there are never two copies of the model.
@@ -277,7 +289,12 @@ def _as_params(node: Any) -> Any:
 
 def _jit_to_mesh(function: Callable[..., Any], parameter: Parameter, mesh: Mesh | None) -> Callable[..., Any]:
     """Compile ``function`` so that its results are laid out as ``mesh`` holds ``parameter``."""
-    return jax.jit(function, out_shardings=None if mesh is None else parameter_sharding(parameter, mesh))
+
+    def on_mesh(given: Any) -> Any:
+        with use_mesh(mesh):
+            return function(given)
+
+    return jax.jit(on_mesh, out_shardings=None if mesh is None else parameter_sharding(parameter, mesh))
 
 
 def _stack(layers: list[jax.Array]) -> jax.Array:
@@ -401,6 +418,36 @@ def _run_compiled(
         return function(params, config, inputs, remat)
 
 
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}")
+
+
+def as_arrays(inputs: Mapping[str, Any]) -> dict[str, ArrayLike]:
+    """Return the arrays of a batch as JAX's or NumPy's, without those that are None.
+
+    Lists of numbers, and arrays of other libraries on the host, become NumPy's.
+
+    Raises:
+        UserError: ``inputs`` is no mapping, a value is no array of numbers, or ids are not whole numbers.
+    """
+    check_instance("inputs", inputs, Mapping, "give the arrays by name, as a processor returns them")
+    arrays = {}
+    for name, value in inputs.items():
+        if value is None:
+            continue
+        try:
+            array = value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
+        except (TypeError, ValueError, RuntimeError):  # rows of unequal length, say, or a tensor on a device
+            raise UserError(f"{name} cannot be made an array: it is {shown(value)}") from None
+        if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+            raise UserError(f"{name} is {shown(value)}; it must be an array of numbers")
+        if name in ("input_ids", "aspect_ratio_ids") and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise UserError(f"{name} is an array of {array.dtype}; ids are whole numbers")
+        arrays[name] = array
+    return arrays
+
+
 def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:
     """Check that these arrays can be inputs of a model of ``config`` together.
 
@@ -408,6 +455,8 @@ def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -
         UserError: An array lacks another that belongs to it, or has a wrong shape.
     """
     given = {name: tuple(x.shape) for name, x in inputs.items() if x is not None}
+    if "input_ids" not in given:
+        raise UserError("input_ids are missing: give the token ids of the prompts")
     if len(given["input_ids"]) != 2:
         raise UserError(f"input_ids must be [batch, tokens], got shape {list(given['input_ids'])}")
     batch, tokens = given["input_ids"]

@@ -7,7 +7,7 @@ of ``constrain``.
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
+from llava_cot_jax.checks import check_int, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
@@ -49,12 +50,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     copies of the model.
 
     Raises:
-        UserError: An axis is below 1, or there are fewer devices than the mesh takes, or ``data`` is no multiple of the
-            number of slices.
+        UserError: An axis is no whole number of at least 1, or there are fewer devices than the mesh takes, or ``data``
+            is no multiple of the number of slices.
     """
     shape = (data, fsdp, tensor)
-    if min(shape) < 1:
-        raise UserError(f"the mesh is data={data}, fsdp={fsdp}, tensor={tensor}; each axis must be at least 1")
+    for axis, size in zip(MESH_AXES, shape, strict=True):
+        check_int(f"mesh axis {axis}", size)
     available = list(jax.devices() if devices is None else devices)
     count = math.prod(shape)
     if count > len(available):
@@ -111,8 +112,16 @@ def check_mesh(config: MllamaConfig, mesh: Mesh) -> None:
     """Check that ``mesh`` can hold a model of ``config``.
 
     Raises:
-        UserError: The mesh splits an attention head, or does not divide a parameter.
+        UserError: It is no mesh, or lacks an axis, or an axis is not of the type Auto. Or it splits an attention head,
+            or does not divide a parameter.
     """
+    remedy = "make one with llava_cot_jax.make_mesh(data=..., fsdp=..., tensor=...)"
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise UserError(f"mesh is {shown(mesh)}; {remedy}")
+    if missing := [axis for axis in MESH_AXES if axis not in mesh.axis_names]:
+        raise UserError(f"the mesh has the axes {', '.join(mesh.axis_names)}; it lacks {', '.join(missing)}: {remedy}")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise UserError(f"an axis of the mesh is not of the type Auto, by which the model is sharded: {remedy}")
     tensor = mesh.shape["tensor"]
     heads = {"text key and value": config.text.num_key_value_heads, "vision": config.vision.attention_heads}
     for kind, count in heads.items():
@@ -123,8 +132,53 @@ def check_mesh(config: MllamaConfig, mesh: Mesh) -> None:
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which ``constrain``, in a traced function, refers to ``mesh``."""
-    return contextlib.nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh)
+    """Return the context in which ``constrain``, in a traced function, refers to ``mesh``.
+
+    Raises:
+        UserError: The function is traced inside ``jax.shard_map``, where each device computes for itself.
+    """
+    if mesh is None:
+        return contextlib.nullcontext()
+    if get_abstract_mesh().manual_axes:
+        raise UserError(
+            "a model on a mesh cannot be called inside jax.shard_map: call it outside, or load it without a mesh"
+        )
+    return use_abstract_mesh(mesh.abstract_mesh)
+
+
+def check_surroundings(mesh: Mesh | None, inputs: Mapping[str, Any]) -> None:
+    """Check that a model on ``mesh`` can be called with arrays that a mesh of the user's own may hold.
+
+    Raises:
+        UserError: The call is part of a function that is compiled for another mesh, which ``jax.set_mesh`` has set; or
+            an array is sharded over axes of the type Explicit.
+    """
+    arrays = {name: x for name, x in inputs.items() if isinstance(x, jax.Array)}
+    for name, x in arrays.items():
+        if any(jax.typeof(x).sharding.spec):  # names axes of the type Explicit alone
+            raise UserError(
+                f"{name} is sharded over mesh axes of the type Explicit, which the model does not support: "
+                "make the mesh with axis_types=(jax.sharding.AxisType.Auto,) for each axis"
+            )
+    around = get_abstract_mesh()
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in arrays.values())
+    elsewhere = not (around.empty or around.manual_axes or mesh is None or around == mesh.abstract_mesh)
+    if is_traced and elsewhere:
+        raise UserError(
+            f"the model is on a mesh with the axes {', '.join(mesh.axis_names)}, and jax.jit compiles for another one, "
+            f"with {', '.join(around.axis_names)}: use jax.set_mesh(model.mesh), or call the model outside jit"
+        )
+
+
+def current_mesh() -> AbstractMesh | None:
+    """Return the mesh over which a traced function is sharded: that of ``use_mesh``, or None.
+
+    A mesh that the user has set around a model without one counts if its axes have the same names. Any other one, and
+    one whose axes ``jax.shard_map`` handles, is left to the user: nothing is constrained to it.
+    """
+    mesh = get_abstract_mesh()
+    automatic = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    return mesh if automatic.issuperset(MESH_AXES) else None
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -133,8 +187,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     An axis that the mesh does not divide (a batch of one question, say) is left whole on every device. Without a mesh
     this is the identity.
     """
-    mesh = get_abstract_mesh()
-    if mesh.empty:
+    mesh = current_mesh()
+    if mesh is None:
         return x
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     whole = [
@@ -146,8 +200,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def local_size(size: int, axis: str) -> int:
     """Return the size of a shard of an axis of ``size``, as ``constrain`` shards it on the mesh of ``use_mesh``."""
-    mesh = get_abstract_mesh()
-    pieces = 1 if mesh.empty else math.prod(mesh.shape[m] for m in LOGICAL_AXIS_RULES[axis])
+    mesh = current_mesh()
+    pieces = 1 if mesh is None else math.prod(mesh.shape[m] for m in LOGICAL_AXIS_RULES[axis])
     return size if size % pieces else size // pieces
 
 

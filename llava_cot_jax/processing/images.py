@@ -5,23 +5,32 @@ stay uint8, a quarter of the bytes to move, and the model normalises them on the
 RGB file, little is done beyond Pillow's decoding and resizing.
 """
 
+import base64
+import binascii
 import io
 import math
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from llava_cot_jax.checks import shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import VisionConfig
 from llava_cot_jax.paths import as_path
 
-ImageSource = str | Path | bytes | Image.Image
-"""Path of an image file, the bytes of one, or an image that Pillow has opened."""
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
+"""Path or ``data:`` URL of an image file, the bytes of one, an image that Pillow has opened, or its pixels as uint8:
+grey [height, width], RGB [height, width, 3] or RGBA [height, width, 4]."""
+
+DATA_URL = "data:"
+"""Beginning of a URL that holds an image file itself, as web pages and messages of chat APIs have it."""
 
 MAX_PIXELS = 89_478_485
 """Largest number of pixels of an image that is decoded (256 MiB as RGB). Pillow warns of larger images."""
@@ -35,16 +44,19 @@ def open_image(source: ImageSource) -> Image.Image:
     opened image that needs no change is returned itself.
 
     Raises:
-        UserError: There is no such file, or it is no image, is damaged, or has no pixels or more than ``MAX_PIXELS``.
+        UserError: ``source`` is nothing of ``ImageSource``. Or there is no such file, or it is no image, is damaged, or
+            has no pixels or more than ``MAX_PIXELS``.
     """
     name = _name(source)
     if isinstance(source, Image.Image):
         return _decode(source, name)
+    if not isinstance(source, str | os.PathLike | bytes):
+        return _decode(_from_pixels(source), name)
     with _open_file(source, name) as file:
         return _decode(_identify(file, name), name)
 
 
-def check_image(source: str | Path) -> None:
+def check_image(source: str | Path | bytes) -> None:
     """Check quickly, by the beginning of its file, that an image exists.
 
     Raises:
@@ -151,6 +163,10 @@ def _name(source: ImageSource) -> str:
     """Return on one line how an error names the image."""
     if isinstance(source, bytes):
         return f"the image of {len(source)} bytes"
+    if _is_data_url(source):
+        return f"the image of a data: URL of {len(str(source))} characters"
+    if not isinstance(source, str | os.PathLike | Image.Image):
+        return "the image"
     path = getattr(source, "filename", "") if isinstance(source, Image.Image) else source
     return f"image {_one_line(path)}" if path else "the image"
 
@@ -159,7 +175,40 @@ def _one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def _is_data_url(source: Any) -> bool:
+    return isinstance(source, str) and source[: len(DATA_URL)].lower() == DATA_URL
+
+
+def _from_pixels(source: Any) -> Image.Image:
+    """Return the image whose pixels an array has: NumPy's, or of a library whose arrays become NumPy's."""
+    wanted = "give a path, the bytes of a file, a Pillow image, or uint8 pixels [height, width, 3]"
+    if not hasattr(source, "__array__"):
+        raise UserError(f"an image is {shown(source)}; {wanted}")
+    pixels = np.asarray(source)
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        raise UserError(f"an image is an array of {pixels.dtype} {list(pixels.shape)}; {wanted}")
+    if not pixels.size:
+        raise UserError(f"an image has no pixels: its array is {list(pixels.shape)}")
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _data_of(url: str, name: str) -> bytes:
+    """Return the bytes in a ``data:`` URL (RFC 2397)."""
+    header, comma, data = url.partition(",")
+    if not comma:
+        raise UserError(f"{name} has no data: they come after a comma, as in data:image/png;base64,iVBORw0...")
+    content = unquote_to_bytes(data)
+    if not header.lower().endswith(";base64"):
+        return content
+    try:
+        return base64.b64decode(b"".join(content.split()), validate=True)
+    except (binascii.Error, ValueError) as fault:
+        raise UserError(f"{name} is not base64: {_one_line(fault)}") from None
+
+
 def _open_file(source: str | Path | bytes, name: str) -> BinaryIO:
+    if isinstance(source, str) and _is_data_url(source):
+        return io.BytesIO(_data_of(source, name))
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:

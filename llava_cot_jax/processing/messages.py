@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from llava_cot_jax.checks import check_int, check_text
+
 Message = Mapping[str, Any]
 """Message ``{"role": ..., "content": ...}``. Its content is a text, or a list of ``{"type": "image"}`` and
 ``{"type": "text", "text": ...}``."""
@@ -51,5 +53,11 @@ CHAT_TEMPLATE = r"""
 
 
 def user_turn(question: str, images: int = 0) -> list[Message]:
-    """Return the messages that ask a question about a number of images, which come before its text."""
+    """Return the messages that ask a question about a number of images, which come before its text.
+
+    Raises:
+        UserError: The question is no text, or the number is no whole number of at least 0.
+    """
+    check_text("question", question)
+    check_int("images", images, least=0)
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import jinja2
 import numpy as np
 
+from llava_cot_jax.checks import check_instance, check_int, check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import copy_file, read_json
 from llava_cot_jax.model.checkpoint.auxiliary_files import expected_image_settings
@@ -37,6 +38,9 @@ class Processor:
     """
 
     def __init__(self, config: MllamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        check_instance("config", config, MllamaConfig, "give the MllamaConfig of the model")
+        if not hasattr(tokenizer, "get_added_vocab"):
+            raise UserError(f"tokenizer is {shown(tokenizer)}; give a fast tokenizer, or use Processor.from_pretrained")
         image_id = tokenizer.get_added_vocab().get(IMAGE_TOKEN)
         if image_id != config.image_token_index:
             raise UserError(
@@ -86,6 +90,8 @@ class Processor:
         """
         if not messages:
             raise UserError("there are no messages to make a prompt of")
+        if not isinstance(messages, list | tuple):
+            raise UserError(f"messages is {shown(messages)}; give a list of messages, such as user_turn returns")
         try:
             rendered = self.tokenizer.apply_chat_template(
                 [self._checked(message) for message in messages],
@@ -124,8 +130,14 @@ class Processor:
             UserError: Prompts and images do not match, a prompt is longer than ``length``, or ``open_image`` refuses an
                 image.
         """
-        if isinstance(prompts, str) or not prompts:
+        if not isinstance(prompts, list | tuple) or not prompts:
             raise UserError("prompts must be a list of at least one string")
+        for i, prompt in enumerate(prompts):
+            check_text(f"prompt {i}", prompt)
+        if images is not None and not isinstance(images, list | tuple):
+            raise UserError(f"images is {shown(images)}; give a list with a list of images for each prompt")
+        if length is not None:
+            check_int("length", length)
         sequences: list[list[int]] = self.tokenizer(
             list(prompts), add_special_tokens=False, padding=False, truncation=False, verbose=False
         )["input_ids"]
@@ -150,21 +162,35 @@ class Processor:
         return inputs | image_inputs
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of token ids [tokens] without special tokens, and otherwise unchanged."""
-        tokens = np.asarray(ids).astype(int).tolist()
+        """Return the text of token ids [tokens] without special tokens, and otherwise unchanged.
+
+        Raises:
+            UserError: The ids are no list of whole numbers.
+        """
+        array = np.asarray(ids)
+        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+            raise UserError(f"ids is {shown(ids)}; give the token ids of one text as a list of whole numbers")
+        tokens = array.astype(int).tolist()
         return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _checked(self, message: Message) -> dict[str, Any]:
         """Check a message. If it has no image, return its content as one string, which every template accepts."""
+        if not isinstance(message, Mapping):
+            raise UserError(f'a message must be a mapping with "role" and "content"; one is {shown(message)}')
         if set(message) != {"role", "content"} or not isinstance(message["role"], str):
             raise UserError(
                 f'a message must have "role", which is a text, and "content", and nothing else; one has '
-                f"{sorted(message)}"
+                f"{sorted(map(str, message))}"
             )
         role, content = message["role"], message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list | tuple):
+            raise UserError(
+                f"the content of a {role} message must be a text or a list of parts; it is {shown(content)}"
+            )
         # The parts are joined, because two of them could spell a token together. A line break stands for an image.
         text = "".join("\n" if _is_image(part, role) else part["text"] for part in parts)
+        check_text(f"the text of a {role} message", text)
         if found := self._special.search(role + "\n" + text):
             raise UserError(
                 f"the text of a message contains the special token {found.group()}: remove it; "

@@ -100,9 +100,7 @@ def strategy_or_sampling(options: Any) -> Strategy | Sampling:
         if isinstance(value, tuple) and strategy_type is not StageBeam:
             raise UserError(f"--{option} takes one value, except for --search stage_beam")
         settings[name] = _scorer(value) if option == "judge" else value
-    strategy: Strategy = strategy_type(**settings)
-    strategy.to_spec()  # refuses values out of range
-    return strategy
+    return strategy_type(**settings)
 
 
 def _sampling(given: dict[str, Any]) -> Sampling:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from llava_cot_jax.checks import check_instance
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
@@ -58,7 +59,8 @@ class Reasoner:
         judge_prompts: YAML file with the prompts of the judge.
 
     Raises:
-        UserError: The model's layers are stacked, or a setting of the search or a prompt cannot be used.
+        UserError: The model's layers are stacked, an argument is not of its type, or a setting of the search or a
+            prompt cannot be used.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class Reasoner:
         search: Strategy | None = None,
         judge_prompts: str | Path = DEFAULT_JUDGE_PROMPTS,
     ) -> None:
+        check_instance("model", model, Mllama, "give an Mllama")
         if model.layout != "unrolled":
             raise UserError("a stacked model keeps no cache: call model.to_layout('unrolled') before decoding")
         self._model = model
-        self._builder = RequestBuilder(processor, search or StageBeam(), judge_prompts)
+        self._builder = RequestBuilder(processor, StageBeam() if search is None else search, judge_prompts)
 
     def answer(self, image: Images, question: str, *, seed: int = 0) -> Answer:
         """Answer a question about an image, about a list of images, or, with None, without an image.

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from llava_cot_jax.checks import check_instance, check_text
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import bucket
 from llava_cot_jax.inference.generator import check_seeds, pad_to_bucket
@@ -18,7 +19,7 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import SearchInputs
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, PROMPT_KINDS, WHOLE_ANSWER, JudgePrompts
-from llava_cot_jax.search.strategies import Strategy
+from llava_cot_jax.search.strategies import Strategy, check_strategy
 from llava_cot_jax.search.tables import build_judge_tables, build_stage_tables, chat_header_ids, token_ids
 
 Images = ImageSource | Sequence[ImageSource] | None
@@ -66,6 +67,8 @@ class RequestBuilder:
     def __init__(
         self, processor: Processor, strategy: Strategy, judge_prompts: str | Path = DEFAULT_JUDGE_PROMPTS
     ) -> None:
+        check_instance("processor", processor, Processor, "give the Processor of the model's checkpoint")
+        check_strategy(strategy)
         self.processor = processor
         self.strategy = strategy
         self.spec = spec = strategy.to_spec()
@@ -86,9 +89,12 @@ class RequestBuilder:
                 read, a seed is out of range, or the search may exceed the model's context.
         """
         start = time.perf_counter()
-        if isinstance(questions, str) or not questions or len(images) != len(questions):
-            raise UserError("give a list of questions, and as many images, None where there is none")
-        check_seeds(seeds)
+        for given in (images, questions):
+            if not isinstance(given, list | tuple) or not given or len(given) != len(questions):
+                raise UserError("give a list of questions, and as many images, None where there is none")
+        for question in questions:
+            check_text("a question", question)
+        check_seeds(seeds, len(questions))
         processor, image_lists = self.processor, [_as_list(each) for each in images]
         num_images = [len(each) for each in image_lists]
         prompts = [processor.prompt(user_turn(*each)) for each in zip(questions, num_images, strict=True)]

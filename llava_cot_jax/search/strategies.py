@@ -5,20 +5,15 @@ answers, which is the same search with a single stage that has no tags.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+from llava_cot_jax.checks import check_bool, check_int, check_number, check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.stages import STAGES
 
 _Value = TypeVar("_Value")
-
-
-def _check_positive(name: str, value: int) -> None:
-    """Check that ``value`` of the setting ``name`` is at least 1."""
-    if value < 1:
-        raise UserError(f"{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -46,9 +41,10 @@ class Judge:
 
     def __post_init__(self) -> None:
         if self.verdict not in ("token", "rationale"):
-            raise UserError(f'verdict is {self.verdict!r}; it must be "token" or "rationale"')
-        _check_positive("reason_tokens", self.reason_tokens)
-        _check_positive("check_tokens", self.check_tokens)
+            raise UserError(f'verdict is {shown(self.verdict)}; it must be "token" or "rationale"')
+        check_bool("both_orders", self.both_orders)
+        check_int("reason_tokens", self.reason_tokens)
+        check_int("check_tokens", self.check_tokens)
         Sampling(self.temperature)
 
     @property
@@ -82,6 +78,18 @@ class LogProbability:
 
 
 Scorer = Judge | LogProbability
+"""Scorers that the compiled search knows. It calls no function of the user's own."""
+
+
+def _check_scorer(scorer: Any) -> None:
+    """Check that a strategy's scorer is one that the search knows."""
+    if isinstance(scorer, Judge | LogProbability):
+        return
+    if isinstance(scorer, type) and issubclass(scorer, Judge | LogProbability):
+        raise UserError(f"scorer is {shown(scorer)}; give an object of it: {scorer.__name__}()")
+    raise UserError(
+        f"scorer is {shown(scorer)}; it must be Judge() or LogProbability(): a scorer of your own is not supported"
+    )
 
 
 @dataclass(frozen=True)
@@ -108,10 +116,14 @@ class SearchSpec:
     scorer: Scorer | None
 
     def __post_init__(self) -> None:
-        _check_positive("num_candidates", min(self.num_candidates))
-        _check_positive("max_new_tokens", min(self.max_new_tokens))
+        for candidates in self.num_candidates:
+            check_int("num_candidates", candidates)
+        for tokens in self.max_new_tokens:
+            check_int("max_new_tokens", tokens)
         for temperature in self.temperatures:
             Sampling(temperature)
+        if self.scorer is not None:
+            _check_scorer(self.scorer)
 
     @property
     def num_stages(self) -> int:
@@ -129,6 +141,18 @@ class Strategy(Protocol):
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
+
+
+def check_strategy(strategy: Any) -> None:
+    """Check that ``strategy`` is a strategy.
+
+    Raises:
+        UserError: It is something else, such as the name or the class of a strategy.
+    """
+    if isinstance(strategy, type) and hasattr(strategy, "to_spec"):
+        raise UserError(f"search is {shown(strategy)}; give an object of it: {strategy.__name__}()")
+    if not callable(getattr(strategy, "to_spec", None)):
+        raise UserError(f"search is {shown(strategy)}; it must be a strategy, such as StageBeam() or Greedy()")
 
 
 def _whole_answers(
@@ -150,9 +174,15 @@ class Greedy:
 
     Attributes:
         max_new_tokens: Largest number of tokens of the answer.
+
+    Raises:
+        UserError: A setting is not of its type, or out of range.
     """
 
     max_new_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        self.to_spec()  # refuses wrong settings now
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
@@ -168,12 +198,18 @@ class Sample:
         max_new_tokens: Largest number of tokens of the answer.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
+
+    Raises:
+        UserError: A setting is not of its type, or out of range.
     """
 
     temperature: float = 0.6
     max_new_tokens: int = 2048
     top_k: int | None = 50
     top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        self.to_spec()  # refuses wrong settings now
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
@@ -194,6 +230,9 @@ class MajorityVote:
         max_new_tokens: Largest number of tokens of an answer.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
+
+    Raises:
+        UserError: A setting is not of its type, or out of range.
     """
 
     num_candidates: int = 8
@@ -201,6 +240,9 @@ class MajorityVote:
     max_new_tokens: int = 2048
     top_k: int | None = 50
     top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        self.to_spec()  # refuses wrong settings now
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
@@ -218,6 +260,9 @@ class BestOfN:
         max_new_tokens: Largest number of tokens of an answer.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
+
+    Raises:
+        UserError: A setting is not of its type, or out of range.
     """
 
     num_candidates: int = 8
@@ -226,6 +271,10 @@ class BestOfN:
     max_new_tokens: int = 2048
     top_k: int | None = 50
     top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check_scorer(self.scorer)  # None too, which a specification may have
+        self.to_spec()  # refuses wrong settings now
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
@@ -249,6 +298,10 @@ class StageBeam:
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
         stages: Tags of the stages in order.
+
+    Raises:
+        UserError: A setting is not of its type or out of range, there are no stages, a stage is given twice, or a tuple
+            does not have one value for each stage.
     """
 
     num_candidates: int | tuple[int, ...] = 4
@@ -259,17 +312,23 @@ class StageBeam:
     top_p: float = 0.9
     stages: tuple[str, ...] = STAGES
 
-    def to_spec(self) -> SearchSpec:
-        """Return the static part of the compiled search.
+    def __post_init__(self) -> None:
+        _check_scorer(self.scorer)  # None too, which a specification may have
+        self.to_spec()  # refuses wrong settings now
 
-        Raises:
-            UserError: There are no stages, a stage is given twice, or a tuple does not have one value for each stage.
-        """
+    def to_spec(self) -> SearchSpec:
+        """Return the static part of the compiled search."""
+        if not isinstance(self.stages, tuple):
+            raise UserError(f"stages is {shown(self.stages)}; it must be a tuple of tags")
+        for stage in self.stages:
+            check_text("a stage", stage)
         if not self.stages or not all(self.stages) or len(set(self.stages)) < len(self.stages):
             raise UserError(f"stages must be different tags, at least one; got {self.stages}")
         temperatures = self._per_stage("temperature", self.temperature)
+        for temperature in temperatures:
+            check_number("temperature", temperature)
         return SearchSpec(
-            stages=tuple(self.stages),
+            stages=self.stages,
             num_candidates=self._per_stage("num_candidates", self.num_candidates),
             temperatures=temperatures,
             max_new_tokens=self._per_stage("max_new_tokens", self.max_new_tokens),
@@ -279,6 +338,8 @@ class StageBeam:
 
     def _per_stage(self, name: str, value: _Value | tuple[_Value, ...]) -> tuple[_Value, ...]:
         """Return one value for each stage."""
+        if isinstance(value, list):
+            raise UserError(f"{name} is {shown(value)}; give one value, or a tuple with one for each stage")
         values = value if isinstance(value, tuple) else (value,) * len(self.stages)
         if len(values) != len(self.stages):
             raise UserError(

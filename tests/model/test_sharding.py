@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import Generator
@@ -16,7 +17,7 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.layers import embed
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
-from llava_cot_jax.model.sharding import default_mesh, make_mesh, partition_spec, use_mesh
+from llava_cot_jax.model.sharding import default_mesh, make_mesh, parameter_sharding, partition_spec, use_mesh
 from llava_cot_jax.planning.collectives import find_collectives
 from tests.conftest import INPUTS
 from tests.model.test_mllama import off
@@ -170,3 +171,110 @@ def test_the_default_mesh_uses_every_device(tiny):
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 8}
     mesh = default_mesh(MllamaConfig.from_pretrained(tiny))
     assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+def users_mesh(*axes: str, kind: AxisType = AxisType.Auto) -> Mesh:
+    shape = {1: (8,), 2: (4, 2), 3: (2, 2, 2)}[len(axes)]
+    return jax.make_mesh(shape, axes, axis_types=(kind,) * len(axes))
+
+
+IDS = np.random.default_rng(0).integers(0, 200, (8, 12))
+
+
+@dataclass
+class Twins:
+    """A model on one device and one of the same weights on a mesh, and the logits of ``IDS``."""
+
+    plain: Mllama
+    spread: Mllama
+    logits: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def twins(small) -> Twins:
+    text = replace(small.text, num_hidden_layers=1, cross_attention_layers=())  # quick to compile
+    config = replace(small, text=text)
+    plain, mesh, table = Mllama(config, rngs=nnx.Rngs(0)), make_mesh(2, 2, 2), parameters(config, "unrolled")
+    arrays = {
+        path: jax.device_put(array, parameter_sharding(table[path], mesh))
+        for path, array in flatten_dict(plain.params, sep=".").items()
+    }
+    spread = Mllama.from_arrays(config, arrays, layout="unrolled", mesh=mesh)
+    return Twins(plain, spread, np.asarray(plain(IDS)))
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [lambda: users_mesh("x"), lambda: users_mesh("data", "model", kind=AxisType.Explicit)],
+    ids=["x", "data, model, explicit"],
+)
+def test_a_mesh_that_the_user_has_set_changes_nothing(twins, mesh):
+    """A model computes on its own mesh, or on one device, whatever ``jax.set_mesh`` has set around it."""
+    want = Generator(twins.plain).generate({"input_ids": IDS}, max_new_tokens=2)
+    with jax.set_mesh(mesh()):
+        for model in (twins.plain, twins.spread):
+            assert off(model(IDS), twins.logits) < 1e-5
+            np.testing.assert_array_equal(Generator(model).generate({"input_ids": IDS}, max_new_tokens=2), want)
+
+
+def test_inputs_on_a_mesh_of_the_user(twins):
+    mesh = users_mesh("x")
+    rows = jax.device_put(IDS, NamedSharding(mesh, PartitionSpec("x")))
+    with jax.set_mesh(mesh):
+        assert off(twins.plain(rows), twins.logits) < 1e-5
+        assert off(jax.jit(twins.plain)(rows), twins.logits) < 1e-5
+
+
+def test_each_device_calls_the_model_for_its_rows(twins):
+    mesh, axis = users_mesh("data", "fsdp", "tensor"), PartitionSpec("data")
+    mapped = jax.shard_map(twins.plain, mesh=mesh, in_specs=axis, out_specs=axis)
+    assert off(mapped(jnp.asarray(IDS)), twins.logits) < 1e-5
+
+
+def test_layouts_and_int8_under_a_mesh_of_the_user(twins):
+    with jax.set_mesh(users_mesh("data", "model", kind=AxisType.Explicit)):
+        model = nnx.clone(twins.spread)
+        model.to_layout("stacked")
+        model.to_layout("unrolled")
+        model.quantize()
+        assert off(model(IDS), twins.logits) < 0.1
+
+
+def under_another_mesh(twins):
+    with jax.set_mesh(users_mesh("x")):
+        jax.jit(twins.spread)(IDS)
+
+
+def inside_shard_map(twins):
+    axis = PartitionSpec("x")
+    jax.shard_map(twins.spread, mesh=users_mesh("x"), in_specs=axis, out_specs=axis)(jnp.asarray(IDS))
+
+
+def with_explicit_rows(twins):
+    mesh = users_mesh("x", kind=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        twins.plain(jax.device_put(IDS, NamedSharding(mesh, PartitionSpec("x"))))
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (under_another_mesh, r"use jax.set_mesh\(model.mesh\), or call the model outside jit"),
+        (inside_shard_map, "call it outside, or load it without a mesh"),
+        (with_explicit_rows, "input_ids is sharded over mesh axes of the type Explicit"),
+        (
+            lambda twins: Mllama(twins.plain.config, rngs=nnx.Rngs(0), mesh=users_mesh("data", "model")),
+            "lacks fsdp, tensor",
+        ),
+        (
+            lambda twins: Mllama.from_pretrained(
+                "shapes", mesh=users_mesh("data", "fsdp", "tensor", kind=AxisType.Explicit)
+            ),
+            "not of the type Auto",
+        ),
+        (lambda twins: Mllama.from_pretrained("shapes", mesh="8"), "mesh is '8'; make one with"),
+    ],
+)
+def test_what_a_model_needs_of_a_mesh(twins, call, named):
+    with pytest.raises(UserError, match=named):
+        call(twins)

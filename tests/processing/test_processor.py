@@ -1,5 +1,6 @@
 """The processor: prompts as published, arrays as transformers makes them, mistakes named."""
 
+import base64
 import json
 import pickle
 import shutil
@@ -7,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -300,11 +303,17 @@ def test_length(processor: Processor) -> None:
         processor(prompts, images, length=tokens - 1)
 
 
-def test_images_from_files_and_bytes(processor: Processor, demo: Path) -> None:
+def test_images_from_files_bytes_and_pixels(processor: Processor, demo: Path) -> None:
     path = demo / "picture.png"
+    opened = Image.open(path)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    urls = [f"data:image/png;base64,{encoded}", f"DATA:;charset=x;base64,{encoded[:76]}%0A{encoded[76:]}"]
+    urls += [f"data:,{quote(path.read_bytes())}", path.as_uri()]
+    pixels = np.asarray(opened.convert("RGB"))
+    opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
     first, *others = (
         processor(["<|image|>"], [[source]])["pixel_values"]
-        for source in (path, str(path), path.read_bytes(), Image.open(path))
+        for source in (path, str(path), path.read_bytes(), opened, pixels, opaque, jnp.asarray(pixels), *urls)
     )
     assert first.any()
     for other in others:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from llava_cot_jax.checks import shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.folder import weight_files
 from llava_cot_jax.model.config import MllamaConfig
@@ -240,9 +241,13 @@ def check_weight_dtype(dtype: DTypeLike) -> np.dtype:
     Raises:
         UserError: It is not one of ``SAFETENSORS_DTYPES``.
     """
-    if (known := np.dtype(dtype)) not in SAFETENSORS_DTYPES.values():
+    try:
+        known, name = np.dtype(dtype), np.dtype(dtype).name
+    except TypeError:
+        known, name = np.dtype(object), shown(dtype)
+    if known not in SAFETENSORS_DTYPES.values():
         names = ", ".join(supported.name for supported in SAFETENSORS_DTYPES.values())
-        raise UserError(f"weights of dtype {known.name} are not supported; one of {names} is needed")
+        raise UserError(f"weights of dtype {name} are not supported; one of {names} is needed")
     return known
 
 

@@ -1,0 +1,149 @@
+"""Every public name of the package answers a value of a wrong type with one line, before anything is computed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import llava_cot_jax
+from llava_cot_jax import (
+    Generator,
+    Greedy,
+    Mllama,
+    MllamaConfig,
+    Processor,
+    Reasoner,
+    Sampling,
+    StageBeam,
+    TextConfig,
+    UserError,
+    VisionConfig,
+    find_stages,
+    make_mesh,
+    user_turn,
+)
+from tests.search.models import random_model
+
+HALF = "broken \ud83d text"
+"""A text with half of a character, as JSON that was cut in two has it."""
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Mllama, Processor]:
+    return random_model(0)
+
+
+def ask(question: Any = "red?", image: Any = None, **settings: Any) -> Callable[..., Any]:
+    return lambda model, processor: Reasoner(model, processor, Greedy(4)).answer(image, question, **settings)
+
+
+def ask_all(images: Any, questions: Any, **settings: Any) -> Callable[..., Any]:
+    return lambda model, processor: Reasoner(model, processor, Greedy(4)).answer_batch(images, questions, **settings)
+
+
+def generate(inputs: Any, **settings: Any) -> Callable[..., Any]:
+    return lambda model, processor: Generator(model).generate(inputs, **{"max_new_tokens": 4, **settings})
+
+
+IDS = {"input_ids": [[1, 2, 3]]}
+
+WRONG: dict[str, tuple[Callable[..., Any], str]] = {
+    "a strategy's name": (lambda m, p: Reasoner(m, p, "stage_beam"), "search is 'stage_beam'; it must be a strategy"),
+    "a strategy's class": (lambda m, p: Reasoner(m, p, StageBeam), r"give an object of it: StageBeam\(\)"),
+    "model and processor exchanged": (lambda m, p: Reasoner(p, m), "model is a Processor; give an Mllama"),
+    "a folder for a processor": (lambda m, p: Reasoner(m, "folder"), "processor is 'folder'; give the Processor"),
+    "prompts of a judge": (lambda m, p: Reasoner(m, p, Greedy(), judge_prompts=3), "a path is 3; name a file"),
+    "no question": (ask(None), "a question is None; it must be a text"),
+    "half a character": (ask(HALF), r"a question has no valid character at position 7 \('\\ud83d'\)"),
+    "a number for an image": (ask(image=3), "an image is 3; give a path"),
+    "an array of floats": (ask(image=np.zeros((4, 4, 3))), r"an array of float64 \[4, 4, 3\]; give a path"),
+    "channels first": (ask(image=np.zeros((3, 8, 8), np.uint8)), r"an array of uint8 \[3, 8, 8\]"),
+    "an empty array": (ask(image=np.zeros((0, 4, 3), np.uint8)), "has no pixels"),
+    "None among images": (ask(image=[None]), "an image is None; give a path"),
+    "a seed that is a text": (ask(seed="7"), "seed is '7'; it must be a whole number"),
+    "a seed that is no number": (ask(seed=None), "seed is None; it must be a whole number"),
+    "another number of seeds": (ask_all([None] * 3, ["a"] * 3, seeds=[1, 2]), "2 seeds for 3 prompts"),
+    "questions that are a text": (ask_all([None], "a"), "give a list of questions"),
+    "images that are none": (ask_all(None, ["a"]), "give a list of questions, and as many images"),
+    "None among questions": (ask_all([None, None], ["a", None]), "a question is None"),
+    "sampling by name": (lambda m, p: Generator(m, "greedy"), "sampling is 'greedy'; give a Sampling"),
+    "no model": (lambda m, p: Generator(None), "model is None; give an Mllama"),
+    "no inputs": (generate(None), "inputs is None; give the arrays by name"),
+    "inputs without ids": (generate({}), "input_ids are missing"),
+    "ids of unequal rows": (generate({"input_ids": [[1, 2], [3]]}), "input_ids cannot be made an array"),
+    "ids that are texts": (generate({"input_ids": [["a"]]}), "input_ids is .*; it must be an array of numbers"),
+    "ids that are floats": (generate({"input_ids": [[1.0]]}), "input_ids is an array of float64"),
+    "a length that is no number": (generate(IDS, max_new_tokens="9"), "max_new_tokens is '9'"),
+    "a length between numbers": (generate(IDS, max_new_tokens=9.5), "max_new_tokens is 9.5"),
+    "seeds that are a text": (generate(IDS, seeds="12"), "seed is '12'; it must be a whole number"),
+    "a call with a text": (lambda m, p: m("hello"), "input_ids is 'hello'; it must be an array of numbers"),
+    "messages that are a text": (lambda m, p: p.prompt("hi"), "messages is 'hi'; give a list of messages"),
+    "one message": (lambda m, p: p.prompt({"role": "user", "content": "hi"}), "give a list of messages"),
+    "None among messages": (lambda m, p: p.prompt([None]), "a message must be a mapping.*; one is None"),
+    "a message of nothing": (lambda m, p: p.prompt([{"role": "user", "content": None}]), "it is None"),
+    "half a character in a message": (lambda m, p: p.prompt([{"role": "user", "content": HALF}]), "no valid character"),
+    "None among prompts": (lambda m, p: p(["a", None]), "prompt 1 is None; it must be a text"),
+    "half a character in a prompt": (lambda m, p: p([HALF]), "prompt 0 has no valid character"),
+    "images of prompts": (lambda m, p: p(["a"], "b"), "images is 'b'; give a list"),
+    "a padded length": (lambda m, p: p(["a"], length="long"), "length is 'long'"),
+    "ids of two texts": (lambda m, p: p.decode([[1], [2]]), "give the token ids of one text"),
+    "a text to decode": (lambda m, p: p.decode("abc"), "give the token ids of one text"),
+    "a processor's parts": (lambda m, p: Processor("a", "b"), "config is 'a'; give the MllamaConfig"),
+    "a processor's tokenizer": (lambda m, p: Processor(m.config, "b"), "tokenizer is 'b'; give a fast tokenizer"),
+    "a processor from nothing": (lambda m, p: Processor.from_pretrained(None), "a path is None"),
+    "a model from nothing": (lambda m, p: Mllama.from_pretrained(None), "a path is None"),
+    "a dtype": (lambda m, p: Mllama.from_pretrained("shapes", dtype="float99"), "dtype 'float99' are not supported"),
+    "a layout": (lambda m, p: Mllama(m.config, rngs=nnx.Rngs(0), layout="flat"), "layout is 'flat'; it must be one of"),
+    "remat": (lambda m, p: Mllama(m.config, rngs=nnx.Rngs(0), remat=True), "remat is True; it must be one of"),
+    "a seed for rngs": (lambda m, p: Mllama(m.config, rngs=0), r"rngs is 0; give flax.nnx.Rngs\(0\)"),
+    "no rngs": (lambda m, p: Mllama(m.config), "give rngs"),
+    "a model of a text": (lambda m, p: Mllama("11b"), "config is '11b'; give an MllamaConfig"),
+    "saving to nothing": (lambda m, p: m.save_pretrained(None), "a path is None"),
+    "parts of a configuration": (lambda m, p: MllamaConfig(text={}), "text is {}, a dict; give a TextConfig"),
+    "a convention": (lambda m, p: MllamaConfig(convention=5), "unknown convention 5"),
+    "published settings": (lambda m, p: MllamaConfig.from_dict([]), "published is .*; give the object"),
+    "a width": (lambda m, p: TextConfig(hidden_size="4096"), "text hidden_size is '4096'; it must be a whole number"),
+    "layers in a list": (lambda m, p: TextConfig(cross_attention_layers=[3]), r"\[3\], a list; it must be a tuple"),
+    "an epsilon": (lambda m, p: VisionConfig(norm_eps=None), "vision norm_eps is None; it must be a finite number"),
+    "canvases": (lambda m, p: VisionConfig(supported_aspect_ratios=((1, "1"),)), "supported_aspect_ratios is '1'"),
+    "stages of nothing": (lambda m, p: find_stages(None), "text is None; it must be a text"),
+    "a mesh axis": (lambda m, p: make_mesh(data="2"), "mesh axis data is '2'; it must be a whole number"),
+    "a turn of nothing": (lambda m, p: user_turn(None), "question is None; it must be a text"),
+    "a negative number of images": (lambda m, p: user_turn("a", images=-1), "images is -1; it must be at least 0"),
+    "a temperature": (lambda m, p: Sampling("warm"), "temperature is 'warm'; it must be a finite number"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_value_of_a_wrong_type(small, name):
+    call, message = WRONG[name]
+    with pytest.raises(UserError, match=message) as told:
+        call(*small)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 250
+
+
+def test_every_public_class_and_function_is_tried():
+    """Those that only hold what the package gives, and the strategies, which ``test_hostile.py`` tries, are not."""
+    tried = {name for call, _ in WRONG.values() for name in _names_in(call.__code__)}
+    tried |= {name for helper in (ask, ask_all, generate) for name in _names_in(helper.__code__)}
+    strategies = {"BestOfN", "Judge", "LogProbability", "MajorityVote", "Sample", "StageBeam"}
+    assert set(llava_cot_jax.__all__) - {"Answer", "UserError"} - strategies <= tried
+
+
+def _names_in(code: Any) -> set[str]:
+    inner = (_names_in(constant) for constant in code.co_consts if hasattr(constant, "co_names"))
+    return set(code.co_names).union(*inner)
+
+
+def test_lists_and_other_numbers_that_mean_the_same_are_taken(small):
+    """Lists of ids, NumPy's numbers, and arrays of torch are no mistake."""
+    import torch
+
+    model, processor = small
+    ids = processor([processor.prompt(user_turn("red?"))])["input_ids"]
+    generator = Generator(model)
+    want = generator.generate({"input_ids": ids}, max_new_tokens=3)
+    for given, seeds in ((ids.tolist(), np.int64(0)), (torch.tensor(ids), np.zeros(1, np.int32)), (ids, range(1))):
+        np.testing.assert_array_equal(generator.generate({"input_ids": given}, max_new_tokens=3, seeds=seeds), want)
