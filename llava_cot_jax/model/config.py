@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json
+from llava_cot_jax.model.checkpoint.generation_settings import end_token_ids, token_ids
 from llava_cot_jax.paths import checkpoint_path, reading_errors
 
 Convention = Literal["meta", "transformers_4", "transformers_5"]
@@ -311,19 +312,24 @@ class MllamaConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read the config.json of a checkpoint and, where its processor's files state them, the pixel statistics.
+        """Read the configuration of a checkpoint.
+
+        It is that of config.json, with the pixel statistics that its processor's files state, and with the end tokens
+        that generation_config.json and the tokenizer name besides those of config.json.
 
         Args:
             folder: Folder of a checkpoint, or ``"shapes"``, the checkpoint that the package contains.
 
         Raises:
-            UserError: There is no such file, or it is no JSON, or ``from_dict`` refuses it.
+            UserError: There is no config.json, or a file is no JSON, or ``from_dict`` refuses it.
         """
         folder = checkpoint_path(folder)
         config = cls.from_dict(read_json(folder / "config.json"))
         _, stated = image_settings(folder)
         pixels: dict[str, Any] = {k: tuple(stated[k]) for k in ("image_mean", "image_std") if k in stated}
-        return replace(config, vision=replace(config.vision, **pixels))
+        ends = tuple(dict.fromkeys((*config.text.eos_token_ids, *end_token_ids(folder))))
+        text = replace(config.text, eos_token_ids=ends)
+        return replace(config, vision=replace(config.vision, **pixels), text=text)
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
         """Return the object of a config.json in the published form, which transformers 4.45 and later read.
@@ -379,7 +385,7 @@ def _read_text(section: Mapping[str, Any]) -> TextConfig:
     _require_setting(section, "text_config", "dropout", 0)
     fields = {name: _to_tuples(section[name]) for name in _TEXT_FIELDS if section.get(name) is not None}
     if (eos := section.get("eos_token_id")) is not None:
-        fields["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+        fields["eos_token_ids"] = token_ids(eos, "text_config: eos_token_id")
     # transformers 4 writes rope_theta beside rope_scaling, transformers 5 both into rope_parameters.
     rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
     theta = rope.get("rope_theta", section.get("rope_theta"))

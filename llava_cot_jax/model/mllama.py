@@ -1,6 +1,8 @@
 """Llama-3.2-Vision as a Flax module, and the pure functions of its parameters that it calls."""
 
 import functools
+import json
+import logging
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text_decoder, vision_tower
 from llava_cot_jax.model.attention import causal_mask
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.generation_settings import ignored_settings
 from llava_cot_jax.model.checkpoint.sharded_loading import load_params
 from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
@@ -31,6 +34,8 @@ from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import OnProgress
 
 ArrayLike = jax.Array | np.ndarray
+
+_logger = logging.getLogger(__name__)
 
 SUBMODELS = ("vision_model", "multi_modal_projector", "language_model")
 
@@ -231,6 +236,9 @@ class Mllama(nnx.Module):
         """
         folder = resolve_checkpoint(path_or_hub_id)
         config = config or read_config(folder, convention)
+        if ignored := ignored_settings(folder):
+            stated = ", ".join(f"{name} = {json.dumps(value)}" for name, value in ignored.items())
+            _logger.warning(f"{folder} asks for settings of generation that are not honoured here: {stated}")
         arrays = load_params(folder, config, layout=layout, dtype=dtype, mesh=mesh, on_progress=on_progress)
         return cls.from_arrays(config, arrays, layout=layout, mesh=mesh, remat=remat)
 
