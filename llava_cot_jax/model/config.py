@@ -5,6 +5,7 @@ and ``length_penalty``) are not kept. Settings that this implementation does not
 embeddings, dropout) are refused by name rather than ignored.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -298,6 +299,8 @@ class MllamaConfig:
     def from_dict(cls, published: Mapping[str, Any]) -> Self:
         """Read the object in a Hugging Face config.json, of transformers 4 or 5.
 
+        The convention is the one that it states, or ``"meta"``.
+
         Raises:
             UserError: It is another model's, or a key is missing, or this implementation lacks a setting.
         """
@@ -314,8 +317,8 @@ class MllamaConfig:
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read the configuration of a checkpoint.
 
-        It is that of config.json, with the pixel statistics that its processor's files state, and with the end tokens
-        that generation_config.json and the tokenizer name besides those of config.json.
+        It is that of config.json, with the convention that ``find_convention`` finds, the pixel statistics that the
+        processor's files state, and the end tokens that generation_config.json and the tokenizer name besides its own.
 
         Args:
             folder: Folder of a checkpoint, or ``"shapes"``, the checkpoint that the package contains.
@@ -324,7 +327,8 @@ class MllamaConfig:
             UserError: There is no config.json, or a file is no JSON, or ``from_dict`` refuses it.
         """
         folder = checkpoint_path(folder)
-        config = cls.from_dict(read_json(folder / "config.json"))
+        published = read_json(folder / "config.json")
+        config = cls.from_dict({**published, "convention": find_convention(published)[0]})
         _, stated = image_settings(folder)
         pixels: dict[str, Any] = {k: tuple(stated[k]) for k in ("image_mean", "image_std") if k in stated}
         ends = tuple(dict.fromkeys((*config.text.eos_token_ids, *end_token_ids(folder))))
@@ -360,6 +364,40 @@ class MllamaConfig:
                 "rope_scaling": {"rope_type": "llama3", **vars(text.rope_scaling)} if text.rope_scaling else None,
             },
         }
+
+
+def find_convention(published: Mapping[str, Any]) -> tuple[Convention, str]:
+    """Return the convention that the weights beside a config.json were probably trained with, and what that rests on.
+
+    A convention that the file states counts, unless a version of transformers that computes otherwise has saved the
+    file: transformers keeps the statement, though it may have tuned the weights. A file that states none has the
+    convention of the version that saved it, and ``meta`` where that cannot be told.
+
+    Returns:
+        The convention, and the end of a sentence about config.json that says why it is only assumed; nothing where the
+        file states it.
+    """
+    stated, version = published.get("convention"), str(published.get("transformers_version", ""))
+    saver = None if _is_as_released(published) else _convention_of_transformers(version)
+    if stated is not None and (saver in (None, stated) or stated not in get_args(Convention)):
+        return stated, ""
+    if saver is None:
+        known = f"has the version of Meta's released files, {version}" if version else "states none"
+        return "meta", f"{known}, and nothing tells of another training"
+    statement = "states none" if stated is None else f"states {stated!r}"
+    return saver, f"{statement}, but transformers {version} saved it and may have tuned the weights"
+
+
+def _is_as_released(published: Mapping[str, Any]) -> bool:
+    """Whether a config.json may be Meta's own. transformers adds a name when it saves one that it has read."""
+    return published.get("transformers_version") == "4.45.0.dev0" and not published.get("_name_or_path")
+
+
+def _convention_of_transformers(version: str) -> Convention | None:
+    """Return the convention that a version of transformers computes; None if it is unknown."""
+    if not (release := re.match(r"(\d+)\.(\d+)", version)):
+        return None
+    return "transformers_4" if (int(release[1]), int(release[2])) < (4, 56) else "transformers_5"
 
 
 _VISION_FIELDS = tuple(VisionConfig.__dataclass_fields__)

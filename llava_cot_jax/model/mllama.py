@@ -222,8 +222,8 @@ class Mllama(nnx.Module):
             path_or_hub_id: Folder, or ``"organisation/name"`` on the hub.
             config: Configuration that ``folder.read_config`` read from the checkpoint. None reads it.
             convention: Convention that the model was trained with, if ``config`` is None. None takes config.json's, and
-                ``"meta"`` where it states none. LLaVA-CoT's released weights are ``"transformers_4"`` and do not state
-                it.
+                where it states none, what ``config.find_convention`` assumes, with a warning. LLaVA-CoT's released
+                weights are ``"transformers_4"`` and do not state it.
             dtype: float32, float16 or bfloat16; None is the checkpoint's own.
             mesh: Devices that hold the parameters. Each process reads only the bytes of its own shards.
             layout: Layout of the parameters.
