@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json
-from llava_cot_jax.model.checkpoint.generation_settings import end_token_ids, token_ids
+from llava_cot_jax.model.checkpoint.generation_settings import check_token_ids, end_token_ids
 from llava_cot_jax.paths import checkpoint_path, reading_errors
 
 Convention = Literal["meta", "transformers_4", "transformers_5"]
@@ -423,7 +423,7 @@ def _read_text(section: Mapping[str, Any]) -> TextConfig:
     _require_setting(section, "text_config", "dropout", 0)
     fields = {name: _to_tuples(section[name]) for name in _TEXT_FIELDS if section.get(name) is not None}
     if (eos := section.get("eos_token_id")) is not None:
-        fields["eos_token_ids"] = token_ids(eos, "text_config: eos_token_id")
+        fields["eos_token_ids"] = check_token_ids(eos, "text_config: eos_token_id")
     # transformers 4 writes rope_theta beside rope_scaling, transformers 5 both into rope_parameters.
     rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
     theta = rope.get("rope_theta", section.get("rope_theta"))

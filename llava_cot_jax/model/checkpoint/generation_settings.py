@@ -64,11 +64,11 @@ def end_token_ids(folder: Path) -> tuple[int, ...]:
     """
     names = files_in(folder)
     stated = read_json(folder / GENERATION_FILE) if GENERATION_FILE in names else {}
-    found = token_ids(stated.get("eos_token_id"), f"{folder / GENERATION_FILE}: eos_token_id")
+    found = check_token_ids(stated.get("eos_token_id"), f"{folder / GENERATION_FILE}: eos_token_id")
     return tuple(dict.fromkeys((*found, *_tokenizer_end_ids(folder, names))))
 
 
-def token_ids(value: Any, where: str) -> tuple[int, ...]:
+def check_token_ids(value: Any, where: str) -> tuple[int, ...]:
     """Return the token ids of a setting that is an id, a list of ids, or null.
 
     Args:
