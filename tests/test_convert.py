@@ -17,6 +17,7 @@ from transformers import MllamaForConditionalGeneration
 from llava_cot_jax.convert import main
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.generation_settings import GENERATION_FILE
 from llava_cot_jax.model.parameters import parameters
 
 FIXTURE = Path(__file__).parent / "fixtures/mllama_tiny"
@@ -49,6 +50,18 @@ class TestResult:
         ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(source / "model.safetensors")
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+    def test_end_tokens_of_all_files_stand_in_both(self, source: Path, tmp_path: Path) -> None:
+        stated = {"eos_token_id": [251, 7], "repetition_penalty": 1.3}
+        (source / "generation_config.json").write_text(json.dumps(stated))
+        main([str(source), str(tmp_path / "out")])
+        written = {name: json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", GENERATION_FILE)}
+        assert written["config.json"]["text_config"]["eos_token_id"] == [251, 7]
+        assert written[GENERATION_FILE] == stated
+
+        (source / "generation_config.json").write_text('{"eos_token_id": 7}')
+        main([str(source), str(tmp_path / "again")])
+        assert json.loads((tmp_path / "again" / GENERATION_FILE).read_text()) == {"eos_token_id": [251, 7]}
 
     def test_dtype(self, source: Path, tmp_path: Path) -> None:
         main([str(source), str(tmp_path / "out"), "--dtype", "float16"])

@@ -25,6 +25,7 @@ from llava_cot_jax.inference.screen import Screen
 from llava_cot_jax.model import config as config_module
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.reasoner import Reasoner
@@ -76,6 +77,15 @@ def greedy_in_transformers(demo: Path, image: str, new: int) -> tuple[str, int]:
 
 
 @pytest.mark.slow
+def test_an_end_token_that_config_json_does_not_name_ends_an_answer(tmp_path, capsys):
+    folder = Path(shutil.copytree(BUNDLED_MODEL_FOLDER, tmp_path / "model"))
+    config = read_json(folder / "config.json")
+    config["text_config"]["eos_token_id"] = 465  # the model ends its answers with 473
+    (folder / "config.json").write_text(json.dumps(config))
+    main(["--checkpoint", str(folder), "--draw_to", str(tmp_path), "--max_new_tokens", "100", "--json"])
+    assert json.loads(capsys.readouterr().out)["ended"] == "eos"
+
+
 def test_json_of_two_questions_in_a_process_of_its_own(demo):
     """A PNG and a JPEG; the answers are those of transformers, and the second one compiles nothing."""
     images = ["picture.png", "tall.jpg"]

@@ -22,7 +22,7 @@ HEADER = "<|start_header_id|>assistant<|end_header_id|>"
 BLANK = "\n\n"
 
 ANSWER = re.compile(re.escape(HEADER + BLANK) + "(.*?)" + re.escape(EOT), re.DOTALL)
-"""Pattern of an assistant's turn in Llama 3's chat format. The text of a turn cannot contain a special token."""
+"""Pattern of an assistant's turn in Llama 3's chat format. The text of a turn cannot contain a control token."""
 
 NOT_TRAINED, NO_STAGE = -1, 0
 """Marks of characters and tokens that belong to no stage; the stages are numbered from 1."""
@@ -59,12 +59,21 @@ class Piece:
 
 
 class Chat:
-    """Encoder of conversations into tokens. It works on the host alone and can be pickled."""
+    """Encoder of conversations into tokens. It works on the host alone and can be pickled.
+
+    Raises:
+        UserError: The token that ends a turn in Llama 3's chat format does not end an answer of the model.
+    """
 
     def __init__(self, processor: Processor, settings: ChatSettings) -> None:
         self._processor = processor
         self._settings = settings
-        self._eot = processor.tokenizer.convert_tokens_to_ids(EOT)
+        self._eot = processor.control_tokens.get(EOT)
+        if self._eot not in processor.config.text.eos_token_ids:
+            raise UserError(
+                f"{EOT} ends no answer of this checkpoint, by its config.json, generation_config.json and tokenizer: "
+                "training needs Llama 3's chat format"
+            )
         self._second_bos = [processor.config.text.bos_token_id] if settings.upstream_quirks else []
 
     def encode(self, turns: Sequence[Turn]) -> Conversation:
@@ -97,7 +106,8 @@ class Chat:
             except SkippedConversation as reason:
                 texts.append(reason)
         rendered = [text for text in texts if isinstance(text, str)]
-        ids = iter(self._processor.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+        encode = self._processor.tokenizer  # it refuses an empty list
+        ids = iter(encode(rendered, add_special_tokens=False, verbose=False)["input_ids"] if rendered else [])
         found: list[int | str] = []
         for text in texts:
             try:

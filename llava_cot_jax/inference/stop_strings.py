@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.control_tokens import control_tokens
 
 Automaton = np.ndarray
 """State after a byte, int32 [states, 256]. State 0 is the start, and the accepting states come last."""
@@ -30,19 +31,19 @@ def byte_values() -> dict[str, int]:
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerFast, size: int) -> list[bytes]:
     """Return the bytes that each of ``size`` vocabulary entries adds to a decoded text.
 
-    Special tokens, and entries without a token, add nothing.
+    Control tokens, and entries without a token, add nothing. An added token adds its own text, special or not.
 
     Raises:
         UserError: The tokenizer's vocabulary is not byte-level.
     """
-    values = byte_values()
-    added = tokenizer.added_tokens_decoder
+    values, control = byte_values(), control_tokens(tokenizer)
+    added = tokenizer.get_added_vocab()
     entries = [b""] * size
     for token, index in tokenizer.get_vocab().items():
         if index >= size:
             continue
-        if index in added:
-            entries[index] = b"" if added[index].special else added[index].content.encode()
+        if token in added:
+            entries[index] = b"" if token in control else token.encode()
         elif all(character in values for character in token):
             entries[index] = bytes(values[character] for character in token)
         else:

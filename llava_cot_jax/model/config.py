@@ -5,6 +5,7 @@ and ``length_penalty``) are not kept. Settings that this implementation does not
 embeddings, dropout) are refused by name rather than ignored.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal, Self, get_args
 from llava_cot_jax.checks import check_instance, check_int, check_number, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json
+from llava_cot_jax.model.checkpoint.generation_settings import check_token_ids, end_token_ids
 from llava_cot_jax.paths import checkpoint_path, reading_errors
 
 Convention = Literal["meta", "transformers_4", "transformers_5"]
@@ -331,6 +333,8 @@ class MllamaConfig:
     def from_dict(cls, published: Mapping[str, Any]) -> Self:
         """Read the object in a Hugging Face config.json, of transformers 4 or 5.
 
+        The convention is the one that it states, or ``"meta"``.
+
         Raises:
             UserError: It is another model's, or a key is missing, or this implementation lacks a setting.
         """
@@ -346,19 +350,25 @@ class MllamaConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read the config.json of a checkpoint and, where its processor's files state them, the pixel statistics.
+        """Read the configuration of a checkpoint.
+
+        It is that of config.json, with the convention that ``find_convention`` finds, the pixel statistics that the
+        processor's files state, and the end tokens that generation_config.json and the tokenizer name besides its own.
 
         Args:
             folder: Folder of a checkpoint, or ``"shapes"``, the checkpoint that the package contains.
 
         Raises:
-            UserError: There is no such file, or it is no JSON, or ``from_dict`` refuses it.
+            UserError: There is no config.json, or a file is no JSON, or ``from_dict`` refuses it.
         """
         folder = checkpoint_path(folder)
-        config = cls.from_dict(read_json(folder / "config.json"))
+        published = read_json(folder / "config.json")
+        config = cls.from_dict({**published, "convention": find_convention(published)[0]})
         _, stated = image_settings(folder)
         pixels: dict[str, Any] = {k: tuple(stated[k]) for k in ("image_mean", "image_std") if k in stated}
-        return replace(config, vision=replace(config.vision, **pixels))
+        ends = tuple(dict.fromkeys((*config.text.eos_token_ids, *end_token_ids(folder))))
+        text = replace(config.text, eos_token_ids=ends)
+        return replace(config, vision=replace(config.vision, **pixels), text=text)
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
         """Return the object of a config.json in the published form, which transformers 4.45 and later read.
@@ -391,6 +401,40 @@ class MllamaConfig:
         }
 
 
+def find_convention(published: Mapping[str, Any]) -> tuple[Convention, str]:
+    """Return the convention that the weights beside a config.json were probably trained with, and what that rests on.
+
+    A convention that the file states counts, unless a version of transformers that computes otherwise has saved the
+    file: transformers keeps the statement, though it may have tuned the weights. A file that states none has the
+    convention of the version that saved it, and ``meta`` where that cannot be told.
+
+    Returns:
+        The convention, and the end of a sentence about config.json that says why it is only assumed; nothing where the
+        file states it.
+    """
+    stated, version = published.get("convention"), str(published.get("transformers_version", ""))
+    saver = None if _is_as_released(published) else _convention_of_transformers(version)
+    if stated is not None and (saver in (None, stated) or stated not in get_args(Convention)):
+        return stated, ""
+    if saver is None:
+        known = f"has the version of Meta's released files, {version}" if version else "states none"
+        return "meta", f"{known}, and nothing tells of another training"
+    statement = "states none" if stated is None else f"states {stated!r}"
+    return saver, f"{statement}, but transformers {version} saved it and may have tuned the weights"
+
+
+def _is_as_released(published: Mapping[str, Any]) -> bool:
+    """Whether a config.json may be Meta's own. transformers adds a name when it saves one that it has read."""
+    return published.get("transformers_version") == "4.45.0.dev0" and not published.get("_name_or_path")
+
+
+def _convention_of_transformers(version: str) -> Convention | None:
+    """Return the convention that a version of transformers computes; None if it is unknown."""
+    if not (release := re.match(r"(\d+)\.(\d+)", version)):
+        return None
+    return "transformers_4" if (int(release[1]), int(release[2])) < (4, 56) else "transformers_5"
+
+
 _VISION_FIELDS = tuple(VisionConfig.__dataclass_fields__)
 _FIELDS_WRITTEN_DIFFERENTLY = ("rope_theta", "rope_scaling", "eos_token_ids")
 _TEXT_FIELDS = tuple(name for name in TextConfig.__dataclass_fields__ if name not in _FIELDS_WRITTEN_DIFFERENTLY)
@@ -414,7 +458,7 @@ def _read_text(section: Mapping[str, Any]) -> TextConfig:
     _require_setting(section, "text_config", "dropout", 0)
     fields = {name: _to_tuples(section[name]) for name in _TEXT_FIELDS if section.get(name) is not None}
     if (eos := section.get("eos_token_id")) is not None:
-        fields["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+        fields["eos_token_ids"] = check_token_ids(eos, "text_config: eos_token_id")
     # transformers 4 writes rope_theta beside rope_scaling, transformers 5 both into rope_parameters.
     rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
     theta = rope.get("rope_theta", section.get("rope_theta"))

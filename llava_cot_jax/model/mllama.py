@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import json
+import logging
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text_decoder, vision_tower
 from llava_cot_jax.model.attention import causal_mask
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.generation_settings import ignored_settings
 from llava_cot_jax.model.checkpoint.reading import check_weight_dtype
 from llava_cot_jax.model.checkpoint.sharded_loading import load_params
 from llava_cot_jax.model.checkpoint.sharded_saving import save_params
@@ -34,6 +37,8 @@ from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import OnProgress
 
 ArrayLike = jax.Array | np.ndarray
+
+_logger = logging.getLogger(__name__)
 
 SUBMODELS = ("vision_model", "multi_modal_projector", "language_model")
 
@@ -229,8 +234,8 @@ class Mllama(nnx.Module):
             path_or_hub_id: Folder, or ``"organisation/name"`` on the hub.
             config: Configuration that ``folder.read_config`` read from the checkpoint. None reads it.
             convention: Convention that the model was trained with, if ``config`` is None. None takes config.json's, and
-                ``"meta"`` where it states none. LLaVA-CoT's released weights are ``"transformers_4"`` and do not state
-                it.
+                where it states none, what ``config.find_convention`` assumes, with a warning. LLaVA-CoT's released
+                weights are ``"transformers_4"`` and do not state it.
             dtype: float32, float16 or bfloat16; None is the checkpoint's own.
             mesh: Devices that hold the parameters. Each process reads only the bytes of its own shards.
             layout: Layout of the parameters.
@@ -243,6 +248,9 @@ class Mllama(nnx.Module):
         """
         folder = resolve_checkpoint(path_or_hub_id)
         config = config or read_config(folder, convention)
+        if ignored := ignored_settings(folder):
+            stated = ", ".join(f"{name} = {json.dumps(value)}" for name, value in ignored.items())
+            _logger.warning(f"{folder} asks for settings of generation that are not honoured here: {stated}")
         arrays = load_params(folder, config, layout=layout, dtype=dtype, mesh=mesh, on_progress=on_progress)
         return cls.from_arrays(config, arrays, layout=layout, mesh=mesh, remat=remat)
 

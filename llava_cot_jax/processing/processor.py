@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -17,8 +18,9 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import copy_file, read_json
 from llava_cot_jax.model.checkpoint.auxiliary_files import expected_image_settings
 from llava_cot_jax.model.checkpoint.folder import find_checkpoint
-from llava_cot_jax.model.config import MllamaConfig, VisionConfig, image_settings
+from llava_cot_jax.model.config import EXTRA_EMBEDDINGS, MllamaConfig, VisionConfig, image_settings
 from llava_cot_jax.paths import files_in, is_remote, reading_errors
+from llava_cot_jax.processing.control_tokens import control_tokens
 from llava_cot_jax.processing.images import ImageSource, batch_images, check_vision
 from llava_cot_jax.processing.messages import CHAT_TEMPLATE, IMAGE_TOKEN, PROMPT_DATE, Message
 
@@ -32,6 +34,7 @@ class Processor:
     Attributes:
         config: Configuration of the model.
         tokenizer: Fast tokenizer of the checkpoint.
+        control_tokens: Ids of the tokens that are hidden in an answer and refused in a text, by their names.
 
     Raises:
         UserError: The tokenizer and the configuration do not belong to the same model.
@@ -55,7 +58,12 @@ class Processor:
         check_vision(config.vision)
         self.config = config
         self.tokenizer = tokenizer
-        self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
+        text = config.text
+        ids = (text.bos_token_id, *text.eos_token_ids, text.pad_token_id, config.image_token_index)
+        self.control_tokens = control_tokens(tokenizer, ids)
+        self._added = {index: token for token, index in tokenizer.get_added_vocab().items()}
+        self._special = re.compile("|".join(map(re.escape, self.control_tokens)))
+        _check_table(config, tokenizer, self.control_tokens)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: MllamaConfig | None = None) -> Self:
@@ -77,15 +85,15 @@ class Processor:
     def prompt(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Return messages in the checkpoint's chat format, beginning with one BOS.
 
-        A text that contains a special token (``<|eot_id|>``, ``<|image|>``) is refused, because it would end the
-        message or stand for an image that does not exist.
+        A text that contains a control token (``<|eot_id|>``, ``<|image|>``) is refused, because it would end the
+        message or stand for an image that does not exist. Any other added token, such as ``<SUMMARY>``, is text.
 
         Args:
             messages: The conversation, each message as ``Message`` describes.
             add_generation_prompt: Whether the prompt ends with the header of the assistant's answer.
 
         Raises:
-            UserError: A message is malformed, a text contains a special token, or the checkpoint's template refuses the
+            UserError: A message is malformed, a text contains a control token, or the checkpoint's template refuses the
                 messages (the published one refuses a system message beside an image).
         """
         if not messages:
@@ -162,16 +170,26 @@ class Processor:
         return inputs | image_inputs
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of token ids [tokens] without special tokens, and otherwise unchanged.
+        """Return the text of token ids [tokens] without control tokens, and otherwise unchanged.
 
         Raises:
-            UserError: The ids are no list of whole numbers.
+            UserError: The ids are no list of whole numbers, or one is negative.
         """
         array = np.asarray(ids)
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             raise UserError(f"ids is {shown(ids)}; give the token ids of one text as a list of whole numbers")
-        tokens = array.astype(int).tolist()
-        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        hidden = set(self.control_tokens.values())
+        tokens = [token for token in array.astype(int).tolist() if token not in hidden]
+        if tokens and min(tokens) < 0:
+            raise UserError(f"{min(tokens)} is not the id of a token: ids count from 0")
+        # Added tokens are set apart, as transformers takes their characters for those of a byte-level vocabulary.
+        return "".join(
+            "".join(map(self._added.__getitem__, run)) if added else self._decode_plain(list(run))
+            for added, run in groupby(tokens, self._added.__contains__)
+        )
+
+    def _decode_plain(self, tokens: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     def _checked(self, message: Message) -> dict[str, Any]:
         """Check a message. If it has no image, return its content as one string, which every template accepts."""
@@ -241,6 +259,28 @@ def _visible_images(sequences: Sequence[list[int]], image_token: int, num_images
             visible[i, position:stop, image] = 1
             following = position
     return visible
+
+
+def _check_table(config: MllamaConfig, tokenizer: PreTrainedTokenizerFast, control: Mapping[str, int]) -> None:
+    """Check that the model has a row for every entry of the tokenizer.
+
+    Control tokens are never trained on, so that a row of the embedding suffices for them. Others need one of lm_head.
+
+    Raises:
+        UserError: The model lacks a row. Without this check, the entry would act as the last one.
+    """
+    vocab, rows = config.text.vocab_size, config.text.vocab_size + EXTRA_EMBEDDINGS
+    if not 0 <= config.text.pad_token_id < rows:
+        raise UserError(
+            f"pad_token_id of config.json is {config.text.pad_token_id}, but the embedding has the rows 0 to {rows - 1}"
+        )
+    beyond = [(i, token) for token, i in tokenizer.get_vocab().items() if i >= (rows if token in control else vocab)]
+    if beyond:
+        index, token = min(beyond)
+        raise UserError(
+            f"the model has no row for {len(beyond)} entries of the tokenizer, the first of them {token} ({index}): "
+            f"vocab_size of config.json is {vocab}; take both files from one checkpoint"
+        )
 
 
 def _is_image(part: Any, role: str) -> bool:

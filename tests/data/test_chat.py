@@ -1,6 +1,8 @@
 """Tests of the tokens of a conversation and of those that are trained on, against a plain version of the rules."""
 
 import pickle
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.processing.tokenizer import make_tokenizer
 from tests.data.rows import demo_processor, staged
 from tests.demo import CORPUS, VOCAB_SIZE, demo_config
+from tests.search.models import tagged_processor
 
 TOKENIZER = demo_processor().tokenizer
 
@@ -169,6 +172,29 @@ def test_a_text_that_spells_a_special_token_is_skipped():
     for turns in ([Turn("a<|eot_id|>", "b")], [Turn("a", "b<|image|>")], [*TURNS, Turn("a", "<|start_header_id|>")]):
         with pytest.raises(SkippedConversation, match="special token"):
             chat().encode(turns)
+
+
+def test_tags_that_are_tokens_of_their_own_are_trained_on():
+    processor = tagged_processor()
+    conversation = Chat(processor, ChatSettings()).encode(TURNS[:1])
+    trained = [token for token, use in zip(conversation.ids, conversation.loss_mask, strict=True) if use]
+    assert processor.tokenizer.decode(trained) == f"{ANSWER}<|eot_id|>"
+    tags = [processor.tokenizer.convert_tokens_to_ids(tag) for tag in re.findall("</?[A-Z]+>", ANSWER)]
+    assert len(tags) == 8 and [token for token in trained if token in tags] == tags
+    stages = [stage for token, stage in zip(conversation.ids, conversation.stage, strict=True) if token in tags]
+    assert stages == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_block_of_conversations_that_are_all_skipped():
+    lengths = chat().lengths([[Turn("a", "<|eot_id|>")], [Turn("<|image|>", "b")]])
+    assert all("special token" in str(reason) for reason in lengths)
+
+
+def test_a_turn_that_would_not_end_an_answer_is_refused():
+    processor = demo_processor()
+    text = replace(processor.config.text, eos_token_ids=processor.config.text.eos_token_ids[:1])
+    with pytest.raises(UserError, match=r"<\|eot_id\|> ends no answer"):
+        Chat(Processor(replace(processor.config, text=text), processor.tokenizer), ChatSettings())
 
 
 @pytest.mark.parametrize("settings", [{}, {"upstream_quirks": True}, {"variant": "conclusion"}, {"max_length": 60}])

@@ -12,7 +12,7 @@ from transformers import MllamaConfig as HFConfig
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import Generator
-from llava_cot_jax.model.config import MllamaConfig, RopeScaling, TextConfig, VisionConfig
+from llava_cot_jax.model.config import MllamaConfig, RopeScaling, TextConfig, VisionConfig, find_convention
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
 from tests.conftest import INPUTS
@@ -112,6 +112,41 @@ def test_a_config_file_that_is_missing_or_broken(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         MllamaConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("found", "convention", "doubt"),
+    [
+        ({"convention": "transformers_4"}, "transformers_4", ""),
+        ({"convention": "transformers_5", "transformers_version": "5.23.0"}, "transformers_5", ""),
+        ({"convention": "transformers_4", "transformers_version": "4.46.1"}, "transformers_4", ""),
+        ({"convention": "meta", "transformers_version": "4.45.0.dev0"}, "meta", ""),
+        ({}, "meta", "states none"),
+        ({"transformers_version": "4.45.0.dev0"}, "meta", "has the version of Meta's released files"),
+        ({"transformers_version": "main"}, "meta", "nothing tells of another training"),
+        (
+            {"transformers_version": "4.45.0.dev0", "_name_or_path": "meta-llama/Llama-3.2-11B-Vision-Instruct"},
+            "transformers_4",
+            "states none, but transformers 4.45.0.dev0 saved it",
+        ),
+        ({"transformers_version": "4.54.1"}, "transformers_4", "states none, but transformers 4.54.1 saved it"),
+        ({"transformers_version": "4.56.0.dev0"}, "transformers_5", "states none, but transformers 4.56.0.dev0"),
+        ({"transformers_version": "5.0.0rc1"}, "transformers_5", "states none, but transformers 5.0.0rc1 saved it"),
+        ({"convention": "meta", "transformers_version": "5.23.0"}, "transformers_5", "states 'meta', but transformers"),
+        (
+            {"convention": "transformers_5", "transformers_version": "4.50.0"},
+            "transformers_4",
+            "states 'transformers_5'",
+        ),
+    ],
+)
+def test_a_convention_that_is_not_stated_is_that_of_the_saver(tiny, tmp_path, found, convention, doubt):
+    published = json.loads((tiny / "config.json").read_text())
+    del published["convention"]
+    (tmp_path / "config.json").write_text(json.dumps(published | found))
+    assert MllamaConfig.from_pretrained(tmp_path).convention == convention
+    reason = find_convention(published | found)[1]
+    assert doubt in reason and bool(reason) == bool(doubt)
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])

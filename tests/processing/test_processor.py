@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.mllama.processing_mllama import (
     MllamaProcessor,
@@ -24,8 +25,10 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.stop_strings import vocabulary_bytes
 from llava_cot_jax.processing.messages import CHAT_TEMPLATE, user_turn
 from llava_cot_jax.processing.processor import Processor
+from tests.data.rows import demo_processor
 from tests.demo import write_demo
 
 BOS, EOT = "<|begin_of_text|>", "<|eot_id|>"
@@ -134,6 +137,22 @@ def test_what_only_looks_special_is_text(processor: Processor) -> None:
     special = set(processor.tokenizer.get_added_vocab().values())
     assert sum(int(i) in special for i in ids) == 1 + 2 * 3 + 2  # BOS, three headers, two ends of a turn
     assert question in processor.decode(ids)
+
+
+def test_an_added_token_that_is_no_control_token_is_text() -> None:
+    """Marked as special or not, and with characters that are letters of a byte-level vocabulary too."""
+    processor = demo_processor()
+    tokenizer = pickle.loads(pickle.dumps(processor.tokenizer))
+    plain = processor.config.text.vocab_size - 1  # a reserved token; the vocabulary has no room for others
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    (token,) = [token for token in backend["added_tokens"] if token["id"] == plain]
+    token["content"] = "<RÉSUMÉ>"
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    processor = Processor(processor.config, tokenizer)
+    prompt = processor.prompt(user_turn("Write a <RÉSUMÉ>, ü!"))
+    ids = processor([prompt])["input_ids"][0]
+    assert plain in ids and processor.decode(ids).endswith("user\n\nWrite a <RÉSUMÉ>, ü!assistant\n\n")
+    assert vocabulary_bytes(tokenizer, plain + 1)[plain] == "<RÉSUMÉ>".encode()
 
 
 @pytest.mark.parametrize(
@@ -378,6 +397,12 @@ def set_in(path: str, *keys: str, to: object) -> Callable[[Path], None]:
     return lambda folder: edit(folder / path, change)
 
 
+def entry(index: int, content: str) -> dict[str, object]:
+    """An added token of a tokenizer.json."""
+    marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": content, "special": True, **marks}
+
+
 def move_settings(**changes: object) -> Callable[[Path], None]:
     """Writes the image settings where transformers 5 does, changed."""
 
@@ -402,6 +427,21 @@ BROKEN = {
     "another image token": (set_in("config.json", "image_token_index", to=7), r"<\|image\|> is 640, .* is 7"),
     "no bos": (set_in("tokenizer_config.json", "bos_token", to=None), "bos_token is None"),
     "another bos": (set_in("config.json", "text_config", "bos_token_id", to=3), "bos_token_id of config.json is 3"),
+    "an entry beyond lm_head": (
+        lambda folder: edit(folder / "tokenizer.json", lambda c: c["added_tokens"].append(entry(641, "<extra>"))),
+        r"no row for 1 entries of the tokenizer, the first of them <extra> \(641\): vocab_size of config.json is 640",
+    ),
+    "a control token beyond the embedding": (
+        lambda folder: edit(
+            folder / "tokenizer.json",
+            lambda c: c["added_tokens"].extend(entry(i, f"<|reserved_special_token_{i}|>") for i in range(641, 650)),
+        ),
+        r"no row for 2 entries of the tokenizer, the first of them <\|reserved_special_token_648\|> \(648\)",
+    ),
+    "a pad token beyond the embedding": (
+        set_in("config.json", "text_config", "pad_token_id", to=-1),
+        "pad_token_id of config.json is -1, but the embedding has the rows 0 to 647",
+    ),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
     "no tokenizer.json": (lambda folder: (folder / "tokenizer.json").unlink(), "lacks tokenizer.json: copy"),
     "no tokenizer": (
@@ -418,6 +458,22 @@ BROKEN = {
     ),
     "settings that are a list": (lambda folder: (folder / "chat_template.json").write_text("[]"), "no JSON object"),
 }
+
+
+def test_a_pad_token_in_the_additional_rows(checkpoint: Path) -> None:
+    """As common recipes add one. Padding needs no row of lm_head."""
+    edit(checkpoint / "tokenizer.json", lambda c: c["added_tokens"].append(entry(641, "[PAD]")))
+    set_in("tokenizer_config.json", "pad_token", to="[PAD]")(checkpoint)
+    set_in("config.json", "text_config", "pad_token_id", to=641)(checkpoint)
+    processor = Processor.from_pretrained(checkpoint)
+    inputs = processor(["Is", "Is it red?"])
+    assert inputs["input_ids"][0, -1] == 641 and processor.decode(inputs["input_ids"][0]) == "Is"
+
+
+@pytest.mark.parametrize("ids", [[-1], [3, -100]])
+def test_a_negative_id_is_not_decoded(processor: Processor, ids: list[int]) -> None:
+    with pytest.raises(UserError, match=f"{ids[-1]} is not the id of a token"):
+        processor.decode(ids)
 
 
 @pytest.mark.parametrize("name", BROKEN)

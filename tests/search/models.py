@@ -1,15 +1,19 @@
 """Models to search with: random ones that write anything, and one trained on the shapes world."""
 
+import json
 from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import nnx
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.stages import STAGES
 
 PROMPTS = """
 pair:
@@ -39,6 +43,19 @@ def random_model(seed: int = 0, *, convention="meta", eos: tuple[int, ...] | Non
     model = Mllama(config, rngs=nnx.Rngs(seed))
     open_gates(model)
     return model, Processor(config, shapes_tokenizer())
+
+
+def tagged_processor() -> Processor:
+    """Return the processor of the small model, whose tokenizer has all eight tags as special tokens of their own."""
+    tokenizer = shapes_tokenizer()
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    tags = [f"<{slash}{stage}>" for stage in STAGES for slash in ("", "/")]
+    fillers = [token for token in content["added_tokens"] if "<|reserved_special_token_" in token["content"]]
+    for token, tag in zip(fillers[-len(tags) :], tags, strict=True):
+        token["content"] = tag
+    names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "chat_template")}
+    backend = Tokenizer.from_str(json.dumps(content))
+    return Processor(shapes_config(), PreTrainedTokenizerFast(tokenizer_object=backend, **names))
 
 
 def open_gates(model: Mllama) -> None:

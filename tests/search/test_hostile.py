@@ -10,20 +10,24 @@ import pytest
 from PIL import Image
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.generator import Generator
+from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
-from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, MajorityVote, Sample, StageBeam
+from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
 from llava_cot_jax.search.tables import build_judge_tables
 from llava_cot_jax.stages import STAGES
-from tests.search.models import random_model, scene, trained_model
+from tests.search.models import random_model, scene, tagged_processor, trained_model
 
 
-def parrot(text: str, *, then: str = "a"):
-    """Return a model that writes ``text`` after a stage's opening tag, and then repeats ``then``, or ends if it is "".
+def parrot(text: str, *, then: str = "a", after: str = "<CONCLUSION>", processor: Processor | None = None):
+    """Return a model that writes ``text`` after a tag or a text, and then repeats ``then``, or ends if it is "".
 
     Its layers add nothing, so that the next token depends on the last one alone.
     """
-    model, processor = random_model(0)
+    model, plain = random_model(0)
+    processor = processor or plain
 
     def tokens(text: str) -> list[int]:
         return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -38,10 +42,10 @@ def parrot(text: str, *, then: str = "a"):
     head = np.zeros((vocabulary, width), np.float32)
     (last,) = tokens(then) if then else model.config.text.eos_token_ids[-1:]
     following = {last: last}
-    for token, after in itertools.pairwise([tokens("<CONCLUSION>")[-1], *tokens(text), last]):
-        following.setdefault(token, after)
-    for token, after in following.items():
-        head[after] += rows[token]
+    for token, successor in itertools.pairwise([tokens(after)[-1], *tokens(text), last]):
+        following.setdefault(token, successor)
+    for token, successor in following.items():
+        head[successor] += rows[token]
     model.language_model.model.embed_tokens.weight.set_value(jnp.asarray(rows))
     model.language_model.lm_head.weight.set_value(jnp.asarray(head))
     return model, processor
@@ -53,6 +57,32 @@ def one_stage(model, processor, prompts, **settings):
     )
     answer = Reasoner(model, processor, strategy, prompts).answer(None, "red?")
     return answer, answer.trace.stages[0].candidates[0]
+
+
+TAGGED = {"SUMMARY": " red", "CAPTION": " blue", "REASONING": " green", "CONCLUSION": " square"}
+"""Body of each stage of an answer in which no token occurs twice."""
+
+
+@pytest.fixture(scope="module")
+def tagged_parrot():
+    """A model that writes a staged answer in a vocabulary whose tags are special tokens of their own."""
+    answer = "".join(f"<{stage}>{body}</{stage}>" for stage, body in TAGGED.items())
+    return parrot(answer, then="", after="\n\n", processor=tagged_processor())
+
+
+def test_tags_that_are_tokens_of_their_own_stand_in_a_greedy_answer(tagged_parrot):
+    model, processor = tagged_parrot
+    prompt = processor([processor.prompt(user_turn("red?"))])
+    ids = Generator(model).generate(prompt, max_new_tokens=16)[0]
+    assert processor.decode(ids) == "".join(f"<{stage}>{body}</{stage}>" for stage, body in TAGGED.items())
+    assert ids[0] == processor.tokenizer.convert_tokens_to_ids("<SUMMARY>")
+
+
+def test_tags_that_are_tokens_of_their_own_end_the_stages_of_a_search(tagged_parrot, prompts):
+    strategy = StageBeam(2, LogProbability(), temperature=0.0, max_new_tokens=6)
+    answer = Reasoner(*tagged_parrot, strategy, prompts).answer(None, "red?")
+    assert answer.stages == {stage: body.strip() for stage, body in TAGGED.items()}
+    assert {c.ended for stage in answer.trace.stages for c in stage.candidates} == {"tag"}
 
 
 def test_a_model_that_never_closes_a_tag(prompts):

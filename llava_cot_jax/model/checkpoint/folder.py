@@ -1,12 +1,15 @@
 """The folder of a checkpoint: finding it on a disk, in a bucket or on the Hugging Face hub, and what lies in it."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json
-from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.config import Convention, MllamaConfig, find_convention
 from llava_cot_jax.paths import BUNDLED_MODEL, as_path, checkpoint_path, files_in, is_remote, reading_errors
+
+_logger = logging.getLogger(__name__)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -112,14 +115,21 @@ def read_config(folder: Path, convention: Convention | None = None) -> MllamaCon
 
     Args:
         folder: Folder of the checkpoint.
-        convention: Convention that the weights were trained with. None takes the one that config.json states, or
-            ``"meta"`` if it states none.
+        convention: Convention that the weights were trained with. None takes the one that ``config.find_convention``
+            finds, and warns where config.json does not state it.
 
     Raises:
         UserError: ``MllamaConfig.from_pretrained`` refuses config.json.
     """
     config = MllamaConfig.from_pretrained(folder)
-    return config if convention is None else replace(config, convention=convention)
+    if convention is not None:
+        return replace(config, convention=convention)
+    if doubt := find_convention(read_json(folder / "config.json"))[1]:
+        _logger.warning(
+            f"the convention {config.convention!r} is assumed, because config.json in {folder} {doubt}: "
+            "name the right one by --convention (see configs/README.md)"
+        )
+    return config
 
 
 def read_max_new_tokens(folder: Path) -> int | None:

@@ -13,9 +13,10 @@ from typing import BinaryIO
 import numpy as np
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import copy_file, synced_file, write_json
+from llava_cot_jax.files import copy_file, read_json, synced_file, write_json
 from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
 from llava_cot_jax.model.checkpoint.folder import INDEX_FILE, SINGLE_FILE
+from llava_cot_jax.model.checkpoint.generation_settings import GENERATION_FILE
 from llava_cot_jax.model.checkpoint.reading import (
     DTYPE_TENSOR,
     SAFETENSORS_DTYPES,
@@ -135,6 +136,9 @@ def write_checkpoint(
             write_json(partial / INDEX_FILE, _index(names, groups))
         for extra in extra_files:
             copy_file(extra, partial / extra.name)
+            if extra.name == GENERATION_FILE:
+                ends = list(config.text.eos_token_ids)
+                write_json(partial / GENERATION_FILE, read_json(extra) | {"eos_token_id": ends})
         dtype = next(entry.dtype for entry in entries if entry.name == DTYPE_TENSOR)
         write_json(partial / "config.json", config.to_dict(dtype.name))
 

@@ -1,23 +1,28 @@
 """Finding a checkpoint, and what is said of one that is not whole."""
 
 import json
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import huggingface_hub
 import numpy as np
 import pytest
+import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.numpy import load_file, save_file
+from transformers import MllamaConfig
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint import reading
 from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_tokens, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.reading import StoredTensor, locate_tensors, read_slices
-from llava_cot_jax.paths import as_path
+from llava_cot_jax.model.config import Convention
+from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER, as_path
 
 FIXTURE = Path(__file__).parents[2] / "fixtures/mllama_tiny"
 GATE = "language_model.model.layers.3.cross_attn_attn_gate"
@@ -259,6 +264,29 @@ class TestConvention:
         assert read_config(tmp_path).convention == "transformers_5"
         assert read_config(tmp_path, "transformers_5").convention == "transformers_5"
         assert read_config(tmp_path, "meta").convention == "meta"
+
+    def test_one_that_is_assumed_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """transformers keeps what it does not know when it saves a model again."""
+        logging.getLogger("llava_cot_jax").propagate = True
+        MllamaConfig.from_pretrained(FIXTURE).save_pretrained(tmp_path)
+        assert read_config(tmp_path).convention == "transformers_5"
+        (line,) = caplog.messages
+        assert line == (
+            f"the convention 'transformers_5' is assumed, because config.json in {tmp_path} states 'meta', but "
+            f"transformers {transformers.__version__} saved it and may have tuned the weights: name the right one by "
+            "--convention (see configs/README.md)"
+        )
+        read_config(tmp_path, "transformers_5")
+        assert len(caplog.messages) == 1
+
+    def test_what_this_package_writes_is_believed(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        logging.getLogger("llava_cot_jax").propagate = True
+        for convention in get_args(Convention):
+            config = read_config(FIXTURE, convention)
+            (tmp_path / "config.json").write_text(json.dumps(config.to_dict("float32")))
+            assert read_config(tmp_path) == config
+        read_config(BUNDLED_MODEL_FOLDER)
+        assert not caplog.messages
 
 
 class TestStatedLength:
