@@ -9,7 +9,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.folder import weight_files
+from llava_cot_jax.model.checkpoint.forms import describe_tensors, unwrap_names
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.paths import bucket_filesystem, is_remote, reading_errors
@@ -66,7 +67,7 @@ class StoredTensor:
     """A tensor in a safetensors file.
 
     Attributes:
-        name: Published name of the tensor, whichever name the file uses.
+        name: Name of the tensor: the published one, or, from ``read_header``, that in the file.
         file: File that holds the tensor.
         offset: Position of the tensor's first byte in the file.
         shape: Shape of the tensor, whose elements are in row-major order.
@@ -255,9 +256,20 @@ def locate_tensors(folder: Path, config: MllamaConfig) -> dict[str, StoredTensor
             such tensors and counts the rest.
     """
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        stored = [tensor for tensors in pool.map(_read_header, weight_files(folder)) for tensor in tensors]
+        stored = [tensor for tensors in pool.map(read_header, weight_files(folder)) for tensor in tensors]
     expected = {name: parameter.shape for name, parameter in parameters(config, "unrolled").items()}
+    names = unwrap_names([tensor.name for tensor in stored], expected, published_name)
+    stored = [replace(tensor, name=names[tensor.name]) for tensor in stored]
     if faults := list(_faults(stored, expected)):
+        unexpected = (tensor.name for tensor in stored if tensor.name not in expected)
+        unread = (tensor.dtype_name for tensor in stored if tensor.dtype_name not in SAFETENSORS_DTYPES)
+        if known := describe_tensors(unexpected, unread):
+            raise UserError(f"{folder} cannot be read: {known}")
+        if stored and not any(tensor.name in expected for tensor in stored):
+            raise UserError(
+                f"{folder} cannot be read: none of its {len(stored)} tensors has a name of the model; the first is "
+                f"{stored[0].name!r}, where {next(iter(expected))!r} is expected"
+            )
         more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
         raise UserError(f"{folder} does not hold its config.json's model: {'; '.join(faults[:_MAX_FAULTS])}{more}")
     return {tensor.name: tensor for tensor in stored}
@@ -280,8 +292,12 @@ def _faults(stored: list[StoredTensor], expected: Mapping[str, tuple[int, ...]])
             yield f"{tensor.name} has dtype {tensor.dtype_name}"
 
 
-def _read_header(file: Path) -> list[StoredTensor]:
-    """Return the tensors of a safetensors file."""
+def read_header(file: Path) -> list[StoredTensor]:
+    """Return the tensors of a safetensors file, by the names that the file uses.
+
+    Raises:
+        UserError: The file is missing, damaged or cut short.
+    """
     try:
         with reading_errors(file):
             length, header = (_header_in_bucket if is_remote(file) else _header_on_disk)(file)
@@ -290,9 +306,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
             raise
         raise UserError(f"{file} is damaged or cut short ({fault}): fetch it again") from None
     return [
-        StoredTensor(
-            _published_name(name), file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"]
-        )
+        StoredTensor(name, file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
         for name, entry in header.items()
         if name != "__metadata__"
     ]
@@ -329,7 +343,7 @@ def _header_in_bucket(file: Path) -> tuple[int, dict[str, Any]]:
     return length, header
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
     """Return the published name of a tensor, whichever version of transformers wrote it."""
     for newer, published in _NEWER_NAMES.items():
         if name.startswith(newer):
