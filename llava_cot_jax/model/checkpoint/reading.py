@@ -121,6 +121,13 @@ def read_slices(tensor: StoredTensor, arrays: Mapping[TensorSlice, np.ndarray]) 
     return count
 
 
+def read_tensor(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
+    """Read a whole tensor, cast to ``dtype``."""
+    value = np.empty(tensor.shape, dtype)
+    read_slices(tensor, {tuple((0, size) for size in tensor.shape): value})
+    return value
+
+
 def _read_slice(descriptor: int, tensor: StoredTensor, span: TensorSlice, out: np.ndarray) -> int:
     """Read a slice into ``out`` (of its shape and the tensor's dtype, C-contiguous), and return the bytes read.
 
@@ -348,4 +355,12 @@ def published_name(name: str) -> str:
     for newer, published in _NEWER_NAMES.items():
         if name.startswith(newer):
             return published + name.removeprefix(newer)
+    return name
+
+
+def name_in_transformers(name: str) -> str:
+    """Return the name that a tensor of this published name has in a model of transformers 5 in memory."""
+    for newer, published in _NEWER_NAMES.items():
+        if name.startswith(published):
+            return newer + name.removeprefix(published)
     return name
