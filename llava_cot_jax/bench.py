@@ -14,6 +14,7 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.benchmark.workload import RANDOM_MODELS, Workload
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint.adapter_settings import read_adapter_settings
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.choices import Dtype
 
@@ -31,10 +32,14 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.instantiate(parser.parse_args(argv))
     if bool(options.checkpoint) == bool(options.random):
         raise UserError("give either --checkpoint or --random")
+    if options.adapter and (options.random or options.baseline):
+        raise UserError("--adapter is for --checkpoint without --baseline: leave one of them out")
     if options.baseline and options.quantize:
         raise UserError("transformers has no such int8: give --baseline without --quantize")
     if options.runs < 1:
         raise UserError(f"runs is {options.runs}; it must be at least 1")
+    if options.adapter:
+        read_adapter_settings(options.adapter)  # refuses before the weights are fetched
     folder = resolve_checkpoint(options.checkpoint) if options.checkpoint else None
 
     import jax
@@ -68,6 +73,7 @@ def _parser() -> cli.Parser:
         help='Checkpoint to measure: a folder in Hugging Face form, an id on the hub, or "shapes", the small model '
         "of the package.",
     )
+    add("--adapter", type=str, help="LoRA adapter in the form of the PEFT library to merge into the weights.")
     add(
         "--random",
         choices=list(RANDOM_MODELS),
@@ -108,7 +114,7 @@ def _model(options: jsonargparse.Namespace, folder: Path | None) -> "Mllama":
     if mesh is not None:
         check_mesh(config, mesh)
     with cli.status("loading weights"):
-        return Mllama.from_pretrained(folder, config=config, dtype=options.dtype, mesh=mesh)
+        return Mllama.from_pretrained(folder, config=config, dtype=options.dtype, mesh=mesh, adapter=options.adapter)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import check_file_writable, write_text
 from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.model.checkpoint.adapter_settings import read_adapter_settings
 from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_tokens, resolve_checkpoint
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import MllamaConfig
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     _search_or_sampling(options)
     if uses_default_model := options.checkpoint is None:
         options.checkpoint = BUNDLED_MODEL
+    if options.adapter is not None:
+        read_adapter_settings(options.adapter)  # refuses before the weights are fetched
     folder = resolve_checkpoint(options.checkpoint)
     config = read_config(folder, options.convention)
     _default_to_stated_length(options, folder)
@@ -97,7 +100,14 @@ def main(argv: list[str] | None = None) -> None:
 
     start = time.perf_counter()
     with cli.progress_bar("loading weights") as on_progress:
-        model = Mllama.from_pretrained(folder, config=config, dtype=options.dtype, mesh=mesh, on_progress=on_progress)
+        model = Mllama.from_pretrained(
+            folder,
+            config=config,
+            dtype=options.dtype,
+            mesh=mesh,
+            adapter=options.adapter,
+            on_progress=on_progress,
+        )
         if options.quantize:
             model.quantize()
     loading_seconds = time.perf_counter() - start
@@ -303,6 +313,7 @@ class _SearchAnswerer:
 
             facts = {
                 "checkpoint": options.checkpoint,
+                **({"adapter": options.adapter} if options.adapter else {}),
                 "convention": model.config.convention,
                 "weights": f"{model.dtype}{', text in int8' if model.is_quantized else ''}",
                 "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -105,7 +105,7 @@ class TestResult:
         allowed = largest + (24 << 20)
         assert (source / "model.safetensors").stat().st_size > 5 * allowed
         limit = (
-            "import resource, llava_cot_jax.convert, llava_cot_jax.model.checkpoint.writing\n"  # what it imports
+            "import resource, llava_cot_jax.convert, llava_cot_jax.model.checkpoint.conversion\n"  # what it imports
             "status = dict(line.split(':') for line in open('/proc/self/status'))\n"
             "used = int(status['VmData'].split()[0]) * 1024\n"
             f"resource.setrlimit(resource.RLIMIT_DATA, (used + {allowed},) * 2)"

@@ -21,6 +21,7 @@ from llava_cot_jax.checks import check_instance, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text_decoder, vision_tower
 from llava_cot_jax.model.attention import causal_mask
+from llava_cot_jax.model.checkpoint.adapter_settings import read_adapter_settings
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.generation_settings import ignored_settings
 from llava_cot_jax.model.checkpoint.reading import check_weight_dtype
@@ -226,6 +227,7 @@ class Mllama(nnx.Module):
         mesh: Mesh | None = None,
         layout: ParamLayout = "unrolled",
         remat: RematPolicy = "none",
+        adapter: str | Path | None = None,
         on_progress: OnProgress | None = None,
     ) -> Self:
         """Load the model of a Hugging Face checkpoint, read straight into sharded arrays.
@@ -240,18 +242,23 @@ class Mllama(nnx.Module):
             mesh: Devices that hold the parameters. Each process reads only the bytes of its own shards.
             layout: Layout of the parameters.
             remat: What the forward pass of a layer saves for the backward pass.
+            adapter: LoRA adapter in the form of the PEFT library to merge into the weights: its folder, or its id on
+                the hub. One that was trained in transformers 5 needs ``convention="transformers_5"``.
             on_progress: Called with the number of bytes that this process has read, and is to read.
 
         Raises:
             UserError: There is no such checkpoint, or it is of another model, or tensors are missing, unexpected,
-                doubled or of another shape, or the mesh does not divide the model.
+                doubled or of another shape, or the adapter does not fit it, or the mesh does not divide the model.
         """
+        merged = None if adapter is None else read_adapter_settings(adapter)
         folder = resolve_checkpoint(path_or_hub_id)
         config = config or read_config(folder, convention)
         if ignored := ignored_settings(folder):
             stated = ", ".join(f"{name} = {json.dumps(value)}" for name, value in ignored.items())
             _logger.warning(f"{folder} asks for settings of generation that are not honoured here: {stated}")
-        arrays = load_params(folder, config, layout=layout, dtype=dtype, mesh=mesh, on_progress=on_progress)
+        arrays = load_params(
+            folder, config, layout=layout, dtype=dtype, mesh=mesh, adapter=merged, on_progress=on_progress
+        )
         return cls.from_arrays(config, arrays, layout=layout, mesh=mesh, remat=remat)
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -10,6 +10,12 @@ def add_request_options(parser: Any) -> None:
     """Add these options to a parser of ``jsonargparse``: ``generate`` reads them, and ``plan`` ignores them."""
     add = parser.add_argument
     add("--convention", choices=get_args(Convention), help="Convention that the weights were trained with.")
+    add(
+        "--adapter",
+        type=str,
+        help="LoRA adapter in the form of the PEFT library to merge into the weights: its folder, or its id on the "
+        "hub. One that was trained in transformers 5 needs --convention transformers_5.",
+    )
     default_prompts = str(DEFAULT_JUDGE_PROMPTS)
     add("--judge_prompts", type=str, default=default_prompts, help="YAML file with the prompts of the judge.")
     _add_question_options(parser.add_argument_group("Questions and pictures").add_argument)

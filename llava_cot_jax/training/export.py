@@ -12,10 +12,11 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint.adapter import write_adapter
 from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
-from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
-from llava_cot_jax.model.checkpoint.reading import locate_tensors
-from llava_cot_jax.model.checkpoint.writing import TensorEntry, read_tensor, write_checkpoint
+from llava_cot_jax.model.checkpoint.folder import named_folder, read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.reading import locate_tensors, read_tensor
+from llava_cot_jax.model.checkpoint.writing import TensorEntry, write_checkpoint
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
@@ -115,6 +116,37 @@ class RunExport:
         write_checkpoint(
             destination, config, entries, values(), extra_files=list_auxiliary_files(self._auxiliary_folder)
         )
+
+    def write_adapter(self, destination: Path, dtype: np.dtype | None = None) -> str:
+        """Write the adapters of the run in the form of the PEFT library, and return the name of their base model.
+
+        Args:
+            destination: Folder to write. It must be empty or not exist.
+            dtype: Dtype of the matrices. By default, that in which the run trained them.
+
+        Raises:
+            UserError: The run trained no adapters or started from random weights, or ``destination`` cannot be written.
+        """
+        lora = LoraSettings(**self._settings["lora"])
+        if not lora.rank:
+            raise UserError("--for peft is for a run with adapters (lora.rank), and this one trained whole parameters")
+        if self._settings["random_init"]:
+            raise UserError(
+                "--for peft needs a base checkpoint, and this run started from random weights: convert it whole"
+            )
+        matrices: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        held = read_arrays(self._checkpoint, list(stored_arrays(self._checkpoint)))
+        for path, parameter in parameters(self.config, "stacked").items():
+            a_path, b_path = adapter_paths(path)
+            if a_path in held:
+                a, b = (held[name].astype(dtype or held[name].dtype) for name in (a_path, b_path))
+                pairs = zip(a, b, strict=True) if parameter.stacked else [(a, b)]
+                matrices |= zip(parameter.tensors, pairs, strict=True)
+        base = self._base or self._settings["checkpoint"]
+        folder = named_folder(base)
+        base = base if folder is None else str(folder)
+        write_adapter(destination, base, lora.alpha, matrices)
+        return base
 
     def _tensors(self, trained: Mapping[str, Any]) -> Iterator[np.ndarray]:
         """Yield every published tensor, in the order of the stacked layout."""

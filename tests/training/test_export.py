@@ -1,5 +1,6 @@
 """Checkpoints of a run and the models exported from them, for every way to train."""
 
+import json
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -10,8 +11,11 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from transformers import MllamaForConditionalGeneration
 
+from llava_cot_jax.convert import main as convert
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.training.checkpoints import Checkpoints, steps_in, stored_arrays
 from llava_cot_jax.training.export import RunExport
 from llava_cot_jax.training.initial_model import InitialModel
@@ -26,6 +30,8 @@ from llava_cot_jax.training.settings import (
     TrainSettings,
 )
 from llava_cot_jax.training.state import TrainState
+from tests.parity.reference import apply_adapter, logits_of, under
+from tests.parity.test_transformers import OFF
 from tests.training.small_run import write_small
 
 Run = namedtuple("Run", "settings initial_model program state")
@@ -141,6 +147,70 @@ def test_adapters_are_alone_in_their_checkpoint_and_merged_in_the_export(small_f
         # Sums of a handful of products, in float32 where ``expected`` is in float64.
         np.testing.assert_allclose(tensor, expected, rtol=0, atol=2**-20 * np.abs(expected).max(), err_msg=name)
     assert adapted == sum(len(run.program.table[path].tensors) for path in held) // 2
+
+
+@pytest.fixture(scope="module")
+def adapted(small_folder: Path) -> tuple[Run, Path]:
+    """A run with adapters, and its folder."""
+    output = small_folder.parent / "adapted"
+    lora = LoraSettings(rank=3, alpha=6.0, targets=["language_model.*q_proj", r"mlp\.(fc1|up_proj)", "projector"])
+    run = begin(small_folder, output, lora=lora)
+    save(run, output)
+    return run, output
+
+
+def test_adapters_in_the_form_of_peft_give_the_same_logits_in_transformers(adapted, small_folder, tmp_path, capsys):
+    """Merged in plain torch as the form says: the PEFT library is not installed."""
+    run, output = adapted
+    convert([str(output), str(tmp_path / "adapter"), "--for", "peft"])
+    assert f"a LoRA adapter for {small_folder}, convention 'meta'\n" in capsys.readouterr().out
+    convert([str(output), str(tmp_path / "merged")])
+    draw, vision = np.random.default_rng(0), run.initial_model.config.vision
+    ids = draw.integers(5, 200, (2, 12)).astype(np.int32)
+    used = (np.arange(vision.max_num_tiles) == 0).astype(np.int32)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "pixel_values": draw.normal(size=(2, 1, len(used), 3, vision.image_size, vision.image_size)).astype(np.float32),
+        "aspect_ratio_ids": np.ones((2, 1), np.int32),
+        "aspect_ratio_mask": np.tile(used, (2, 1, 1)),
+        "cross_attention_mask": np.tile(used, (2, 12, 1, 1)),
+    }
+    reference = MllamaForConditionalGeneration.from_pretrained(small_folder, attn_implementation="eager").eval()
+    with under("meta", reference):
+        plain = logits_of(reference, inputs)
+        apply_adapter(reference, tmp_path / "adapter")
+        expected = logits_of(reference, inputs)
+    largest = np.abs(expected).max()
+    assert np.abs(plain - expected).max() > 0.1 * largest
+    for loaded in (
+        Mllama.from_pretrained(tmp_path / "merged"),
+        Mllama.from_pretrained(small_folder, adapter=tmp_path / "adapter"),
+    ):
+        assert np.abs(np.asarray(loaded(**inputs)) - expected).max() < OFF * largest
+
+
+def test_adapters_in_the_form_of_peft_in_another_dtype(adapted, tmp_path):
+    _, output = adapted
+    convert([str(output), str(tmp_path / "adapter"), "--for", "peft", "--dtype", "bfloat16", "--base", str(output)])
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(output)
+
+
+def test_no_adapters_to_write_for_peft(saved, adapted, small_folder, tmp_path):
+    with pytest.raises(UserError, match=r"a run with adapters \(lora\.rank\), and this one trained whole parameters"):
+        convert([str(saved[1]), str(tmp_path / "out"), "--for", "peft"])
+    with pytest.raises(UserError, match=r"--for peft is for the folder of a training run, which .*small is not"):
+        convert([str(small_folder), str(tmp_path / "out"), "--for", "peft"])
+    with pytest.raises(UserError, match="a run has adapters of its own: convert the run first"):
+        (tmp_path / "adapter").mkdir()
+        convert([str(adapted[1]), str(tmp_path / "adapter"), "--for", "peft"])
+        convert([str(adapted[1]), str(tmp_path / "out"), "--adapter", str(tmp_path / "adapter")])
 
 
 def test_another_dtype_and_an_earlier_step(saved, tmp_path):

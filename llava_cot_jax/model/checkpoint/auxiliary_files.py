@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from llava_cot_jax.files import write_json
-from llava_cot_jax.model.checkpoint.folder import AUXILIARY_PATTERNS, INDEX_FILE
+from llava_cot_jax.model.checkpoint.folder import AUXILIARY_PATTERNS
+from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
 from llava_cot_jax.paths import files_in
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def list_auxiliary_files(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint that a copy of it needs besides its weights, their index and config.json."""
-    kept = files_in(folder) - {"config.json", INDEX_FILE}
+    """Return the files of a checkpoint that a copy of it needs besides its weights, their indexes and config.json."""
+    kept = {name for name in files_in(folder) if name not in ("config.json", ADAPTER_CONFIG)}
+    kept -= {name for name in kept if name.endswith(".index.json")}
     return [folder / name for name in sorted(kept) if any(fnmatchcase(name, pattern) for pattern in AUXILIARY_PATTERNS)]
 
 

@@ -1,11 +1,15 @@
 """The folder of a checkpoint: finding it on a disk, in a bucket or on the Hugging Face hub, and what lies in it."""
 
+import functools
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json
+from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG, check_folder, check_form, is_adapter
 from llava_cot_jax.model.config import Convention, MllamaConfig, find_convention
 from llava_cot_jax.paths import BUNDLED_MODEL, as_path, checkpoint_path, files_in, is_remote, reading_errors
 
@@ -38,7 +42,13 @@ def find_checkpoint(path_or_hub_id: str | Path, *, weights: bool = True) -> Path
     Raises:
         UserError: There is no such folder, or a bucket or repository is unknown, closed or out of reach.
     """
-    return named_folder(path_or_hub_id) or _fetch(str(path_or_hub_id), weights)
+    if folder := named_folder(path_or_hub_id):
+        return folder
+    hub_id = str(path_or_hub_id)
+    if not weights:
+        return fetch(hub_id, AUXILIARY_PATTERNS)
+    _check_form_on_hub(hub_id)
+    return fetch(hub_id, ["*.safetensors", *AUXILIARY_PATTERNS])
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
@@ -50,18 +60,25 @@ def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
             local cache is used.
 
     Raises:
-        UserError: There is no such checkpoint, or its folder lacks config.json or safetensors files.
+        UserError: There is no such checkpoint, or its weights are in another form, or its folder lacks config.json or
+            safetensors files.
     """
     folder = find_checkpoint(path_or_hub_id)
-    if "config.json" not in files_in(folder):
-        if not is_remote(folder) and (folder / "checkpoints").is_dir():
-            raise UserError(
-                f"{folder} is the folder of a training run: write a checkpoint of it with "
-                "`python -m llava_cot_jax.convert RUN FOLDER`"
-            )
+    files = files_in(folder)
+    check_folder(folder, files)
+    if "config.json" not in files:
         raise UserError(f"{folder} holds no config.json; is it the folder of a Hugging Face checkpoint?")
     weight_files(folder)
+    if ADAPTER_CONFIG in files:
+        _note_adapter(folder)
     return folder
+
+
+@functools.cache  # once for each folder
+def _note_adapter(folder: Path) -> None:
+    _logger.warning(
+        "%s holds an adapter beside a whole model: the adapter is not used; --adapter %s adds it", folder, folder
+    )
 
 
 def named_folder(path_or_hub_id: str | Path) -> Path | None:
@@ -92,7 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index, present = folder / INDEX_FILE, files_in(folder)
     if INDEX_FILE not in present:
-        names = sorted(name for name in present if name.endswith(".safetensors"))
+        names = sorted(name for name in present if name.endswith(".safetensors") and not is_adapter(name))
         if SINGLE_FILE in names and len(names) > 1:
             raise UserError(f"{folder} holds {SINGLE_FILE} and other *.safetensors files: keep only one checkpoint's")
         if not names:
@@ -102,6 +119,11 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is not the index of a checkpoint: fetch it again") from None
+    if others := [name for name in names if not name.endswith(".safetensors")]:
+        raise UserError(
+            f"{index} names {others[0]}, which is no safetensors file: save the checkpoint as safetensors, with "
+            "`MllamaForConditionalGeneration.from_pretrained(FOLDER).save_pretrained(NEW)` in transformers"
+        )
     if SINGLE_FILE in present and SINGLE_FILE not in names:
         raise UserError(f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}: keep only one checkpoint's files")
     for name in names:
@@ -154,23 +176,58 @@ def _looks_like_hub_id(name: str) -> bool:
     return has_its_form and not Path(organisation).exists()
 
 
-def _fetch(hub_id: str, weights: bool) -> Path:
-    """Fetch a repository of the hub, or find it in the local cache if there is no network, and return its folder."""
+def fetch(hub_id: str, patterns: Sequence[str]) -> Path:
+    """Fetch files of a repository on the hub, or find them in the local cache if there is no network.
+
+    Args:
+        hub_id: Id of the repository, "organisation/name".
+        patterns: Patterns of the names of the files.
+
+    Returns:
+        The folder that holds them.
+
+    Raises:
+        UserError: The repository is unknown, closed or out of reach.
+    """
     import huggingface_hub
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    with _hub_errors(hub_id):
+        try:
+            return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns)))
+        except IncompleteSnapshotError as fault:
+            # A cache that another program filled may lack only a licence text, which is not read here.
+            return Path(fault.snapshot_path)
+
+
+def _check_form_on_hub(hub_id: str) -> None:
+    """Check the form of the weights in a repository before they are fetched, where the hub can be reached.
+
+    Raises:
+        UserError: The weights are in another form.
+    """
+    import huggingface_hub
+
+    try:
+        names = {file.rfilename for file in huggingface_hub.model_info(hub_id).siblings or ()}
+        config = huggingface_hub.hf_hub_download(hub_id, "config.json") if "config.json" in names else None
+    except Exception:
+        return  # the fetch that follows finds the checkpoint in the local cache, or says what is wrong
+    check_form(hub_id, names, read_json(Path(config)) if config else None)
+
+
+@contextmanager
+def _hub_errors(hub_id: str) -> Iterator[None]:
+    """Turn the errors of the hub into a ``UserError`` that names the repository and the remedy."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        IncompleteSnapshotError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
-    patterns = [*(["*.safetensors"] if weights else []), *AUXILIARY_PATTERNS]
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
-    except IncompleteSnapshotError as fault:
-        # A cache that another program filled may lack only a licence text, which is not read here.
-        return Path(fault.snapshot_path)
+        yield
     except GatedRepoError:
         raise UserError(
             f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then run `hf auth login`"

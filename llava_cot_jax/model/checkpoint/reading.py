@@ -9,7 +9,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from llava_cot_jax.checks import shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.folder import weight_files
+from llava_cot_jax.model.checkpoint.forms import describe_tensors, unwrap_names
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.paths import bucket_filesystem, is_remote, reading_errors
@@ -67,7 +68,7 @@ class StoredTensor:
     """A tensor in a safetensors file.
 
     Attributes:
-        name: Published name of the tensor, whichever name the file uses.
+        name: Name of the tensor: the published one, or, from ``read_header``, that in the file.
         file: File that holds the tensor.
         offset: Position of the tensor's first byte in the file.
         shape: Shape of the tensor, whose elements are in row-major order.
@@ -119,6 +120,13 @@ def read_slices(tensor: StoredTensor, arrays: Mapping[TensorSlice, np.ndarray]) 
                     within = [slice(a - low, b - low) for (a, b), (low, _) in zip(span[1:], inner, strict=True)]
                     arrays[span][start - first : stop - first] = block[:, *within]
     return count
+
+
+def read_tensor(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
+    """Read a whole tensor, cast to ``dtype``."""
+    value = np.empty(tensor.shape, dtype)
+    read_slices(tensor, {tuple((0, size) for size in tensor.shape): value})
+    return value
 
 
 def _read_slice(descriptor: int, tensor: StoredTensor, span: TensorSlice, out: np.ndarray) -> int:
@@ -260,9 +268,20 @@ def locate_tensors(folder: Path, config: MllamaConfig) -> dict[str, StoredTensor
             such tensors and counts the rest.
     """
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        stored = [tensor for tensors in pool.map(_read_header, weight_files(folder)) for tensor in tensors]
+        stored = [tensor for tensors in pool.map(read_header, weight_files(folder)) for tensor in tensors]
     expected = {name: parameter.shape for name, parameter in parameters(config, "unrolled").items()}
+    names = unwrap_names([tensor.name for tensor in stored], expected, published_name)
+    stored = [replace(tensor, name=names[tensor.name]) for tensor in stored]
     if faults := list(_faults(stored, expected)):
+        unexpected = (tensor.name for tensor in stored if tensor.name not in expected)
+        unread = (tensor.dtype_name for tensor in stored if tensor.dtype_name not in SAFETENSORS_DTYPES)
+        if known := describe_tensors(unexpected, unread):
+            raise UserError(f"{folder} cannot be read: {known}")
+        if stored and not any(tensor.name in expected for tensor in stored):
+            raise UserError(
+                f"{folder} cannot be read: none of its {len(stored)} tensors has a name of the model; the first is "
+                f"{stored[0].name!r}, where {next(iter(expected))!r} is expected"
+            )
         more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
         raise UserError(f"{folder} does not hold its config.json's model: {'; '.join(faults[:_MAX_FAULTS])}{more}")
     return {tensor.name: tensor for tensor in stored}
@@ -285,8 +304,12 @@ def _faults(stored: list[StoredTensor], expected: Mapping[str, tuple[int, ...]])
             yield f"{tensor.name} has dtype {tensor.dtype_name}"
 
 
-def _read_header(file: Path) -> list[StoredTensor]:
-    """Return the tensors of a safetensors file."""
+def read_header(file: Path) -> list[StoredTensor]:
+    """Return the tensors of a safetensors file, by the names that the file uses.
+
+    Raises:
+        UserError: The file is missing, damaged or cut short.
+    """
     try:
         with reading_errors(file):
             length, header = (_header_in_bucket if is_remote(file) else _header_on_disk)(file)
@@ -295,9 +318,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
             raise
         raise UserError(f"{file} is damaged or cut short ({fault}): fetch it again") from None
     return [
-        StoredTensor(
-            _published_name(name), file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"]
-        )
+        StoredTensor(name, file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
         for name, entry in header.items()
         if name != "__metadata__"
     ]
@@ -334,9 +355,17 @@ def _header_in_bucket(file: Path) -> tuple[int, dict[str, Any]]:
     return length, header
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
     """Return the published name of a tensor, whichever version of transformers wrote it."""
     for newer, published in _NEWER_NAMES.items():
         if name.startswith(newer):
             return published + name.removeprefix(newer)
+    return name
+
+
+def name_in_transformers(name: str) -> str:
+    """Return the name that a tensor of this published name has in a model of transformers 5 in memory."""
+    for newer, published in _NEWER_NAMES.items():
+        if name.startswith(published):
+            return newer + name.removeprefix(published)
     return name

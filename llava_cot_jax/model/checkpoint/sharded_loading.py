@@ -9,6 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from llava_cot_jax.model.checkpoint.adapter import Adapter, LowRankUpdate, read_adapter
+from llava_cot_jax.model.checkpoint.adapter_settings import AdapterSettings
 from llava_cot_jax.model.checkpoint.reading import (
     DTYPE_TENSOR,
     StoredTensor,
@@ -32,6 +34,7 @@ def load_params(
     layout: ParamLayout,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    adapter: AdapterSettings | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, jax.Array]:
     """Load the weights of a checkpoint as arrays by path, sharded over a mesh.
@@ -46,20 +49,24 @@ def load_params(
         layout: Layout of the parameters, which decides their paths and shapes.
         dtype: Dtype of the arrays: float32, float16 or bfloat16. None takes the dtype of the checkpoint's lm_head.
         mesh: Mesh over the devices of all processes. None places all on this process's first device.
+        adapter: Adapter to merge into the weights, as ``read_adapter_settings`` returns it.
         on_progress: Called after each parameter with the number of bytes that this process has read, and is to read.
 
     Raises:
-        UserError: ``locate_tensors`` refuses the checkpoint, or the mesh does not divide the model.
+        UserError: ``locate_tensors`` refuses the checkpoint or ``read_adapter`` the adapter, or the mesh does not
+            divide the model.
     """
     stored = locate_tensors(folder, config)
     param_dtype = check_weight_dtype(stored[DTYPE_TENSOR].dtype if dtype is None else dtype)
+    merged = read_adapter(adapter, config) if adapter else Adapter()
+    stored |= merged.replaced
     if mesh is not None:
         check_mesh(config, mesh)
     loaders = {path: _ParamLoader(parameter, mesh) for path, parameter in parameters(config, layout).items()}
     total = sum(loader.bytes_to_read(stored) for loader in loaders.values())
     arrays, done = {}, 0
     for path, loader in loaders.items():
-        arrays[path], count = loader.load(stored, param_dtype)
+        arrays[path], count = loader.load(stored, param_dtype, merged.updates)
         done += count
         if on_progress:
             on_progress(done, total)
@@ -85,14 +92,21 @@ class _ParamLoader:
         slices = {span[1:] if self._parameter.stacked else span for span in self._slices.values()}
         return sum(bytes_to_read(stored[name], slices) for name in self._parameter.tensors)
 
-    def load(self, stored: Mapping[str, StoredTensor], dtype: np.dtype) -> tuple[jax.Array, int]:
+    def load(
+        self, stored: Mapping[str, StoredTensor], dtype: np.dtype, updates: Mapping[str, LowRankUpdate]
+    ) -> tuple[jax.Array, int]:
         """Return the parameter as an array, and the number of bytes read for it."""
         parameter = self._parameter
-        shards = {span: _aligned_empty(slice_shape(span), dtype) for span in set(self._slices.values())}
+        is_adapted = any(name in updates for name in parameter.tensors)
+        read_as = np.dtype(np.float32) if is_adapted else dtype  # an adapter is added before anything is rounded
+        shards = {span: _aligned_empty(slice_shape(span), read_as) for span in set(self._slices.values())}
         count = 0
         for layer, name in enumerate(parameter.tensors):
             of_layer = {span[1:]: shard[layer] for span, shard in shards.items()} if parameter.stacked else shards
             count += read_slices(stored[name], of_layer)
+            if name in updates:
+                updates[name].add_to(of_layer)
+        shards = {span: shard.astype(dtype, copy=False) for span, shard in shards.items()}
         on_devices = [jax.device_put(shards[span], device) for device, span in self._slices.items()]
         array = jax.make_array_from_single_device_arrays(parameter.shape, self._sharding, on_devices, dtype=dtype)
         # The buffers are freed on return. Without this wait, those of many parameters would queue for the device.

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,19 +13,11 @@ import numpy as np
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import copy_file, read_json, synced_file, write_json
-from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
 from llava_cot_jax.model.checkpoint.folder import INDEX_FILE, SINGLE_FILE
 from llava_cot_jax.model.checkpoint.generation_settings import GENERATION_FILE
-from llava_cot_jax.model.checkpoint.reading import (
-    DTYPE_TENSOR,
-    SAFETENSORS_DTYPES,
-    StoredTensor,
-    locate_tensors,
-    read_slices,
-)
+from llava_cot_jax.model.checkpoint.reading import DTYPE_TENSOR, SAFETENSORS_DTYPES
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import bucket_filesystem, check_folder_writable, is_remote, reading_errors, writing_errors
-from llava_cot_jax.progress import OnProgress
 
 MAX_FILE_BYTES = 5_000_000_000
 """Largest number of bytes of tensors in a file, by default."""
@@ -52,50 +43,6 @@ class TensorEntry:
     def nbytes(self) -> int:
         """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def convert_checkpoint(
-    source: Path,
-    destination: Path,
-    config: MllamaConfig,
-    *,
-    dtype: np.dtype | None = None,
-    on_progress: OnProgress | None = None,
-) -> None:
-    """Write a checkpoint anew under published names, with one tensor in memory at a time. Copy its auxiliary files.
-
-    Args:
-        source: Folder of the checkpoint to read.
-        destination: Folder to write. It must be empty or not exist.
-        config: Configuration to write as config.json. Its parameters must have the shapes of the source's.
-        dtype: Dtype of the weights to write. None keeps the dtype of each tensor.
-        on_progress: Called after each tensor with the number of bytes written, and to be written.
-
-    Raises:
-        UserError: Both folders are the same, or ``locate_tensors`` or ``write_checkpoint`` refuses.
-    """
-    if os.path.realpath(destination) == os.path.realpath(source):  # works for paths in a bucket too
-        raise UserError(f"{destination} is the checkpoint to be converted: name another folder for the result")
-    stored = locate_tensors(source, config)
-    entries = [TensorEntry(name, tensor.shape, dtype or tensor.dtype) for name, tensor in stored.items()]
-    total = sum(entry.nbytes for entry in entries)
-
-    def values() -> Iterator[np.ndarray]:
-        done = 0
-        for entry in entries:
-            yield read_tensor(stored[entry.name], entry.dtype)
-            done += entry.nbytes
-            if on_progress:
-                on_progress(done, total)
-
-    write_checkpoint(destination, config, entries, values(), extra_files=list_auxiliary_files(source))
-
-
-def read_tensor(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
-    """Read a whole tensor, cast to ``dtype``."""
-    value = np.empty(tensor.shape, dtype)
-    read_slices(tensor, {tuple((0, size) for size in tensor.shape): value})
-    return value
 
 
 def write_checkpoint(
@@ -127,11 +74,10 @@ def write_checkpoint(
     groups = _divide_into_files(entries, max_file_bytes)
     count = len(groups)
     names = [SINGLE_FILE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    begin = _new_folder_in_bucket if is_remote(folder) else _new_folder_on_disk
-    with begin(folder, sum(entry.nbytes for entry in entries)) as partial:
+    with new_folder(folder, sum(entry.nbytes for entry in entries)) as partial:
         remaining = iter(values)
         for name, group in zip(names, groups, strict=True):
-            _write_tensors(partial / name, group, remaining)
+            write_tensors(partial / name, group, remaining)
         if count > 1:
             write_json(partial / INDEX_FILE, _index(names, groups))
         for extra in extra_files:
@@ -163,6 +109,19 @@ def _index(names: Sequence[str], groups: Sequence[Sequence[TensorEntry]]) -> dic
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
+def new_folder(folder: Path, nbytes: int) -> contextlib.AbstractContextManager[Path]:
+    """Give a folder to write into, which becomes ``folder`` if the block succeeds, and is deleted otherwise.
+
+    Args:
+        folder: Folder to write, on a disk or in a bucket. It must be empty or not exist.
+        nbytes: Number of bytes that will be written.
+
+    Raises:
+        UserError: ``folder`` is not empty, or it cannot be written (a full disk, no permission, no bucket).
+    """
+    return _new_folder_in_bucket(folder) if is_remote(folder) else _new_folder_on_disk(folder, nbytes)
+
+
 @contextlib.contextmanager
 def _new_folder_on_disk(folder: Path, nbytes: int) -> Iterator[Path]:
     """Give a hidden folder beside ``folder`` that takes its place if the block succeeds, and is deleted otherwise."""
@@ -189,7 +148,7 @@ def _new_folder_on_disk(folder: Path, nbytes: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _new_folder_in_bucket(folder: Path, nbytes: int) -> Iterator[Path]:
+def _new_folder_in_bucket(folder: Path) -> Iterator[Path]:
     """Give ``folder`` itself, whose files are deleted if the block fails."""
     with writing_errors(folder):
         if bucket_filesystem().exists(str(folder)):
@@ -202,7 +161,7 @@ def _new_folder_in_bucket(folder: Path, nbytes: int) -> Iterator[Path]:
             raise
 
 
-def _write_tensors(path: Path, entries: Sequence[TensorEntry], values: Iterator[np.ndarray]) -> None:
+def write_tensors(path: Path, entries: Sequence[TensorEntry], values: Iterator[np.ndarray]) -> None:
     """Write a safetensors file of the tensors that ``entries`` describe, taken from the head of ``values``."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers 4 refuses a file without it
     position = 0

@@ -1,0 +1,112 @@
+"""Finding a LoRA adapter in the form of the PEFT library, and its adapter_config.json.
+
+The form is described at huggingface.co/docs/peft, "PEFT checkpoint format".
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.files import read_json
+from llava_cot_jax.model.checkpoint.folder import fetch, named_folder
+from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llava_cot_jax.paths import files_in, is_remote
+
+_REFUSED_SETTINGS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "layer_replication",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+"""Settings of PEFT that change what an adapter computes, and that this implementation does not have."""
+
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of values of ``init_lora_weights`` with which PEFT trains on other base weights than those stored."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Settings of an adapter that decide what it computes.
+
+    Attributes:
+        folder: Folder of the adapter.
+        alpha: Scale of its output, which is divided by the rank.
+        alpha_pattern: Scales of the modules whose path, or the end of it, matches a regular expression.
+        divides_by_root: Whether scales are divided by the square root of the rank instead (rsLoRA, arXiv 2312.03732).
+    """
+
+    folder: Path
+    alpha: float
+    alpha_pattern: Mapping[str, float]
+    divides_by_root: bool
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return the factor of the output of an adapter of ``rank`` on a module, which is named as PEFT names it."""
+        matching = (pattern for pattern in self.alpha_pattern if re.match(rf"(.*\.)?({pattern})$", module))
+        pattern = next(matching, None)
+        alpha = self.alpha if pattern is None else self.alpha_pattern[pattern]
+        return alpha / (math.sqrt(rank) if self.divides_by_root else rank)
+
+
+def read_adapter_settings(path_or_hub_id: str | Path) -> AdapterSettings:
+    """Find an adapter, fetched from the Hugging Face hub if need be, and read its settings.
+
+    Args:
+        path_or_hub_id: Folder with adapter_config.json and adapter_model.safetensors, on a disk or in a bucket, or the
+            adapter's id on the hub.
+
+    Raises:
+        UserError: There is no such adapter, or it is none of PEFT's LoRA, or it has a setting that is not supported.
+    """
+    named = named_folder(path_or_hub_id)
+    folder = named or fetch(str(path_or_hub_id), [ADAPTER_CONFIG, "adapter_model.*"])
+    files = files_in(folder)
+    if ADAPTER_CONFIG not in files:
+        if not is_remote(folder) and (folder / "checkpoints").is_dir():
+            raise UserError(
+                f"{folder} is the folder of a training run: write its adapter with `llava-cot convert {folder} FOLDER "
+                "--for peft`"
+            )
+        raise UserError(f"{folder} holds no {ADAPTER_CONFIG}; is it the folder of an adapter in PEFT's form?")
+    settings = _settings(folder, read_json(folder / ADAPTER_CONFIG))
+    if ADAPTER_WEIGHTS not in files:
+        pickle = next(
+            (f"{name} is a PyTorch pickle, which is not read; " for name in files if name.endswith(".bin")), ""
+        )
+        raise UserError(f"{folder} holds no {ADAPTER_WEIGHTS}: {pickle}save it again with PEFT, as safetensors")
+    return settings
+
+
+def _settings(folder: Path, config: Mapping[str, Any]) -> AdapterSettings:
+    """Return the settings in an adapter_config.json."""
+    place = folder / ADAPTER_CONFIG
+    if (kind := config.get("peft_type")) != "LORA":
+        raise UserError(f"{place}: peft_type is {kind!r}; only 'LORA' is supported")
+    for name in _REFUSED_SETTINGS:
+        if config.get(name):
+            raise UserError(f"{place}: {name} is {config[name]!r}, which is not supported: merge the adapter in PEFT")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
+        raise UserError(
+            f"{place}: init_lora_weights is {start!r}, with which PEFT changes the base model's weights: merge the "
+            "adapter in PEFT, or save it there with path_initial_model_for_weight_conversion"
+        )
+    try:
+        return AdapterSettings(
+            folder,
+            float(config["lora_alpha"]),
+            {str(pattern): float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()},
+            bool(config.get("use_rslora")),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        raise UserError(f"{place}: lora_alpha or alpha_pattern is missing or no number ({fault})") from None
