@@ -17,6 +17,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.sharding import partition_spec
 from llava_cot_jax.progress import ProgressBar
 from llava_cot_jax.stages import STAGES
+from llava_cot_jax.training.base import Base, check_same_base
 from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run
 from llava_cot_jax.training.layout import relocated
 from llava_cot_jax.training.metrics import MetricsWriter, Throughput, check_wandb, losses_by_stage
@@ -84,8 +85,9 @@ def _train(run: Run, accept_changes: bool) -> TrainResult:
     latest = latest_valid_step(run.checkpoints_folder, run.log)
     training, validation = _open_loaders(run)
     description = run_description(settings, training.fingerprint)
-    if latest is not None:
-        _check_unchanged(run, latest, description, accept_changes)
+    before = None if latest is None else read_run(run.checkpoints_folder / str(latest))
+    if before:
+        _check_unchanged(run, before, description, accept_changes)
     write_run_folder(run.folder, settings, run.initial_model)
     steps = settings.steps or settings.epochs * training.batches_per_epoch
     config, per_epoch = run.initial_model.config, training.batches_per_epoch
@@ -95,6 +97,7 @@ def _train(run: Run, accept_changes: bool) -> TrainResult:
         checkpoints.check_disk_space(program.state)
         run.log(run_table(run, program, training, throughput, steps))
         state = _first_state(run, program, checkpoints, latest)
+        description["base"] = _base(run, before, accept_changes)
         first = int(state.step)
         if first:
             run.log(f"resuming from step {first}, the newest checkpoint in {run.folder}")
@@ -166,14 +169,13 @@ def validate(program: TrainProgram, state: TrainState, loader: Loader) -> dict[s
     return {"validation_loss": mean, **losses_by_stage("validation_loss", totals / np.maximum(tokens, 1), tokens)}
 
 
-def _check_unchanged(run: Run, step: int, description: Mapping[str, Any], accept_changes: bool) -> None:
+def _check_unchanged(run: Run, before: Mapping[str, Any], description: Mapping[str, Any], accept_changes: bool) -> None:
     """Check that a run is resumed with the settings and data with which it was started.
 
     Raises:
         UserError: Something changed that affects the result, and the user did not accept changes.
     """
-    before = read_run(run.checkpoints_folder / str(step))
-    before["settings"] = relocated(before["settings"], run.folder)
+    before = {**before, "settings": relocated(before["settings"], run.folder)}
     if versions := changed_versions(before, description):
         run.log(f"the newest checkpoint was written with other versions: {'; '.join(versions)}")
     if changes := changed_settings(before, description):
@@ -183,6 +185,27 @@ def _check_unchanged(run: Run, step: int, description: Mapping[str, Any], accept
                 "output, or resume with the changes by --accept_changes"
             )
         run.log(f"resuming with changes: {'; '.join(changes)}")
+
+
+def _base(run: Run, before: Mapping[str, Any] | None, accept_changes: bool) -> dict[str, Any] | None:
+    """Return the identity of the weights that the run started from, as its checkpoints store it.
+
+    Args:
+        run: Run whose model is loaded as far as it is needed.
+        before: Description of the run in the checkpoint that it goes on from, if there is one.
+        accept_changes: Whether the user accepts other weights.
+
+    Raises:
+        UserError: The run goes on with frozen parameters from other weights, and the user did not accept changes.
+    """
+    stored, found = Base.of(before or {}), run.initial_model.base
+    if found is None:  # nothing of it was needed
+        return asdict(stored) if stored else None
+    if before and accept_changes and stored and stored.digest != found.digest:
+        run.log(f"resuming with other frozen weights: the run started from {stored}, now there is {found}")
+    elif before:
+        check_same_base(stored, found, "put them back, or resume with these by --accept_changes")
+    return asdict(found)
 
 
 def _open_loaders(run: Run) -> tuple[Loader, Loader | None]:
