@@ -5,67 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from llava_cot_jax import cli
 from llava_cot_jax.convert import main as convert
-from llava_cot_jax.data.rows import FirstRows
-from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.train import _check_files, read_arguments
-from llava_cot_jax.training import loop
+from llava_cot_jax.train import _check_files
 from llava_cot_jax.training.base import Base, check_same_base
-from llava_cot_jax.training.checkpoints import read_run, steps_in
-from llava_cot_jax.training.layout import CHECKPOINTS
-from llava_cot_jax.training.loop import TrainResult, _Loop, train
-from llava_cot_jax.training.settings import TrainSettings
-from llava_cot_jax.training.state import TrainState
-from tests.training.small_run import arguments, write_small
+from tests.training.stepless import stepless_place  # noqa: F401 - a fixture
 
 LORA: dict[str, Any] = {"lora.rank": 2, "lora.targets": ["self_attn.q_proj"]}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Any:
-    """Holds the small checkpoint, and the runs."""
-    folder = tmp_path_factory.mktemp("base")
-    write_small(folder / "small")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        patch.setattr(_Loop, "run_steps", pass_over_steps)
-        patch.setattr(loop, "open_rows", lambda data, split: FirstRows(open_rows(data, split), 100))
-        yield folder
-
-
-def settings_of(place: Path, name: str, **settings: Any) -> TrainSettings:
-    return read_arguments(arguments(place / "base", place / name, **{"eval_examples": 0, **settings}))[0]
-
-
-def run(place: Path, name: str, accept_changes: bool = False, **settings: Any) -> list[str]:
-    """What a run in this process says, whose steps compute nothing."""
-    said: list[str] = []
-    found = settings_of(place, name, **settings)
-    log = lambda line: said.append(line if isinstance(line, str) else "")  # noqa: E731
-    train(found, log=log, progress_bar=cli.no_progress_bar, accept_changes=accept_changes)
-    return said
-
-
-def pass_over_steps(steps: _Loop, state: TrainState, first: int, last: int) -> TrainResult:
-    """Save the state after its last step, as if it had been changed."""
-    if first < last:
-        step = jax.device_put(np.int32(last), state.step.sharding)
-        steps.checkpoints.save(replace(state, step=step), steps.description)
-    return TrainResult(steps.run, state, complete=True)
-
-
-def base_of(output: Path) -> dict[str, Any]:
-    """The base that the newest checkpoint names."""
-    step = steps_in(output / CHECKPOINTS)[-1]
-    found: dict[str, Any] = read_run(output / CHECKPOINTS / str(step))["base"]
-    return found
 
 
 def replace_weights(folder: Path) -> None:
@@ -77,15 +28,16 @@ def replace_weights(folder: Path) -> None:
 
 
 def test_a_run_with_adapters_refuses_another_base(place, capsys, monkeypatch):
-    shutil.copytree(place / "small", place / "base")
-    run(place, "lora", steps=1, **LORA)
-    stored = base_of(place / "lora")
+    place.run("lora", steps=1, **LORA)
+    stored = place.stored("lora")["base"]
     assert stored["checkpoint"] == str(place / "base") and stored["commit"] is None
     replace_weights(place / "base")
 
-    refusal = rf"the run started from {place}/base \(weights {stored['digest']}\).* no other weights, but now there is"
+    refusal = (
+        rf"the run started from {place.folder}/base \(weights {stored['digest']}\).* no other weights, but now there is"
+    )
     with pytest.raises(UserError, match=refusal + ".*or resume with these by --accept_changes"):
-        run(place, "lora", steps=1, **LORA)
+        place.run("lora", steps=1, **LORA)
     monkeypatch.setattr("sys.argv", ["convert", str(place / "lora"), str(place / "out")])
     with pytest.raises(SystemExit) as end:
         cli.run(convert)
@@ -95,24 +47,24 @@ def test_a_run_with_adapters_refuses_another_base(place, capsys, monkeypatch):
     convert([str(place / "lora"), str(place / "out"), "--base", str(place / "small")])  # the same, elsewhere
     assert (place / "out/model.safetensors").exists()
 
-    said = run(place, "lora", accept_changes=True, steps=2, **LORA)
+    said = place.run("lora", accept_changes=True, steps=2, **LORA)
     assert any("resuming with other frozen weights" in line for line in said)
-    assert base_of(place / "lora")["digest"] != stored["digest"]
-    run(place, "lora", steps=2, **LORA)
+    assert place.stored("lora")["base"]["digest"] != stored["digest"]
+    place.run("lora", steps=2, **LORA)
 
 
 def test_a_run_that_trains_everything_does_without_its_base(place):
     shutil.rmtree(place / "base", ignore_errors=True)
     shutil.copytree(place / "small", place / "base")
-    run(place, "whole", steps=1)
-    stored = base_of(place / "whole")
+    place.run("whole", steps=1)
+    stored = place.stored("whole")["base"]
     shutil.rmtree(place / "base")
     with pytest.raises(UserError, match="no such folder"):
-        run(place, "other", steps=1)
-    _check_files(replace(settings_of(place, "whole"), steps=2))
-    said = run(place, "whole", accept_changes=True, steps=2)
+        place.run("other", steps=1)
+    _check_files(replace(place.settings("whole"), steps=2))
+    said = place.run("whole", accept_changes=True, steps=2)
     assert any("resuming from step 1" in line for line in said) and not any("weights" in line for line in said)
-    assert base_of(place / "whole") == stored
+    assert place.stored("whole")["base"] == stored
     assert (place / "whole/model/tokenizer.json").exists()
 
 
