@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -198,15 +199,28 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> 
     _show_warnings()
     try:
         main()
-    except UserError as mistake:
-        print("error:", " ".join(str(mistake).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        leave(130)
-    except BrokenPipeError:  # the reader of the output ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        leave(report(interrupt))
+    except (UserError, BrokenPipeError) as fault:
+        sys.exit(report(fault))
+
+
+def report(fault: BaseException) -> int:
+    """Print on stderr what ended a command, and return the exit code: one line, unless it is a fault of the program."""
+    match fault:
+        case SystemExit(code=int(code)):
+            return code
+        case UserError():
+            print("error:", " ".join(str(fault).split()), file=sys.stderr, flush=True)
+            return 2
+        case KeyboardInterrupt():
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
+        case BrokenPipeError():  # the reader of the output ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        case _:
+            traceback.print_exception(fault)
+    return 1
 
 
 def enable_compilation_cache() -> None:

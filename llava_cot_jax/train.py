@@ -6,7 +6,6 @@ python -m llava_cot_jax.train --config FILE.yaml [dotted overrides]
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import socket
 import sys
@@ -24,6 +23,8 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.folder import named_folder, resolve_checkpoint
 from llava_cot_jax.paths import as_path, check_folder_writable
 from llava_cot_jax.training.layout import CONFIGURATION, is_run, kept_model_files, relocated
+from llava_cot_jax.training.lifeline import Lifeline
+from llava_cot_jax.training.process_group import ProcessGroup, bypass_proxies, find_group
 from llava_cot_jax.training.settings import RENAMED_SETTINGS, TrainSettings
 
 if TYPE_CHECKING:
@@ -40,19 +41,34 @@ def main(argv: list[str] | None = None) -> None:
         UserError: A setting or a file cannot be used. This is found before anything expensive starts.
     """
     settings, options = read_arguments(argv)
-    _check_hosts(options.hosts)
-    _check_files(settings)
+    group = find_group(**vars(options.hosts))
+    lifeline = Lifeline(group)
+    with lifeline.shared_failures(cli.report):
+        _check_files(settings)
+        if settings.eval_generations and group.count > 1:
+            raise UserError(
+                "eval_generations is set, but only one process can answer: set it to 0, and use generate later"
+            )
+        lifeline.meet()
+        _train(settings, options.accept_changes, group, lifeline)
 
-    import jax
 
+def _train(settings: TrainSettings, accept_changes: bool, group: ProcessGroup, lifeline: Lifeline) -> None:
+    """Train once all processes of the run are there.
+
+    Raises:
+        UserError: A setting or a file cannot be used, or differs between the processes.
+    """
+    from llava_cot_jax.training.fingerprints import start_fields
     from llava_cot_jax.training.loop import train
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of each thread, then raises
     cli.enable_compilation_cache()
-    _join_hosts(options.hosts)
-    if settings.eval_generations and jax.process_count() > 1:
-        raise UserError("eval_generations is set, but only one process can answer: set it to 0, and use generate later")
-    first = jax.process_index() == 0
+    if group.count > 1:
+        lifeline.agree(start_fields(settings, accept_changes))
+    _join_hosts(group)
+    lifeline.catch_aborts()
+    first = group.index == 0
     console = Console(highlight=False, soft_wrap=True)
 
     def log(message: Any) -> None:
@@ -63,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         settings,
         log=log,
         progress_bar=cli.progress_bar if first else cli.no_progress_bar,
-        accept_changes=options.accept_changes,
+        agree=lifeline.agree,
+        accept_changes=accept_changes,
     )
     if not result.complete:
         return
@@ -120,9 +137,15 @@ def _parser() -> cli.Parser:
         "--hosts.coordinator",
         type=str | None,
         default=None,
-        help="Address HOST:PORT of the first process. On TPU slices, leave out all three options of hosts.",
+        help="Address HOST:PORT of the first process. On TPU slices, and under Slurm or Open MPI, leave out all three "
+        "options of hosts.",
     )
-    add("--hosts.count", type=int | None, default=None, help="Number of processes of the run.")
+    add(
+        "--hosts.count",
+        type=int | None,
+        default=None,
+        help="Number of processes of the run. 1 runs with this process alone, whatever its environment says.",
+    )
     add("--hosts.index", type=int | None, default=None, help="Index of this process, counted from 0.")
     return parser
 
@@ -142,34 +165,25 @@ def _check_files(settings: TrainSettings) -> None:
         check_tokenizer(folder if settings.random_init else resolve_checkpoint(folder))
 
 
-def _check_hosts(hosts: jsonargparse.Namespace) -> None:
-    """Check that all of the hosts' arguments are given, or none.
-
-    Raises:
-        UserError: Only some of them are given.
-    """
-    missing = [f"--hosts.{name}" for name, value in vars(hosts).items() if value is None]
-    if 0 < len(missing) < len(vars(hosts)):
-        raise UserError(f"give {' and '.join(missing)} too, or none of the hosts' arguments")
-
-
-def _join_hosts(hosts: jsonargparse.Namespace) -> None:
-    """Connect the processes of the run, by the arguments or as a TPU slice describes itself, or start with this one."""
+def _join_hosts(group: ProcessGroup) -> None:
+    """Connect jax with the other processes of the run, or with this one alone, which lets it hear of a SIGTERM."""
     import jax
 
-    if hosts.coordinator is not None:
-        jax.distributed.initialize(hosts.coordinator, hosts.count, hosts.index)
-        return
-    try:
-        if os.environ.get("JAX_PLATFORMS") != "cpu":
-            jax.distributed.initialize()
-            return
-    except ValueError:  # this process belongs to no cluster
-        pass
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    jax.distributed.initialize(f"localhost:{port}", 1, 0)
+    address, bind = group.address, None
+    if group.count == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = bind = f"127.0.0.1:{probe.getsockname()[1]}"
+    bypass_proxies(address)
+    jax.config.update("jax_check_proxy_envs", False)  # a warning of what was just prevented
+    jax.distributed.initialize(
+        address,
+        group.count,
+        group.index,
+        local_device_ids=group.local_devices,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=bind,
+    )
 
 
 def _answer(result: TrainResult) -> None:

@@ -16,7 +16,8 @@ from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.model.sharding import partition_spec
 from llava_cot_jax.progress import ProgressBar
 from llava_cot_jax.stages import STAGES
-from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run
+from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run, steps_in
+from llava_cot_jax.training.fingerprints import data_fields, model_fields
 from llava_cot_jax.training.metrics import MetricsWriter, Throughput, check_wandb, losses_by_stage
 from llava_cot_jax.training.program import TrainProgram, make_program
 from llava_cot_jax.training.report import loading_line, nothing_left_line, run_table, validation_line
@@ -27,6 +28,8 @@ from llava_cot_jax.training.run_lock import RunLock
 from llava_cot_jax.training.settings import TrainSettings
 from llava_cot_jax.training.state import TrainState
 from llava_cot_jax.training.stepper import Stepper
+
+Agree = Callable[[Mapping[str, str]], None]
 
 PROFILED_STEPS = range(5, 8)
 """Steps since the start whose profiler trace is written."""
@@ -48,7 +51,12 @@ class TrainResult:
 
 
 def train(
-    settings: TrainSettings, *, log: Callable[[Any], None], progress_bar: ProgressBar, accept_changes: bool = False
+    settings: TrainSettings,
+    *,
+    log: Callable[[Any], None],
+    progress_bar: ProgressBar,
+    agree: Agree = lambda fields: None,
+    accept_changes: bool = False,
 ) -> TrainResult:
     """Train a model, from the latest checkpoint in the run's folder on, if there is one.
 
@@ -58,6 +66,8 @@ def train(
         settings: Settings of the run.
         log: Function that shows a line, or a table of rich, to the user.
         progress_bar: Function that opens a progress bar, such as ``cli.progress_bar``.
+        agree: Function that raises a ``UserError`` in all processes of the run if the named values that it is given
+            are not the same in all of them, such as ``Lifeline.agree``.
         accept_changes: Whether to resume from a checkpoint of other settings, or other data.
 
     Raises:
@@ -67,15 +77,17 @@ def train(
     """
     check_wandb(settings.wandb)
     run = Run.open(settings, log, progress_bar)
+    agree(model_fields(run.initial_model, steps_in(run.checkpoints_folder)))
     make_run_folder(run.folder)
     with RunLock(run.folder):
-        return _train(run, accept_changes)
+        return _train(run, agree, accept_changes)
 
 
-def _train(run: Run, accept_changes: bool) -> TrainResult:
+def _train(run: Run, agree: Agree, accept_changes: bool) -> TrainResult:
     settings = run.settings
     latest = latest_valid_step(run.checkpoints_folder, run.log)
     training, validation = _open_loaders(run)
+    agree(data_fields({"train": training, "validation": validation}))
     description = run_description(settings, training.fingerprint)
     before = None if latest is None else read_run(run.checkpoints_folder / str(latest))
     if before:

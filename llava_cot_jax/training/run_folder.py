@@ -57,7 +57,7 @@ def run_description(settings: TrainSettings, data: str) -> dict[str, Any]:
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences of two descriptions that affect the result, as "optimizer.b2 was 0.98, now 0.9"."""
-    old, new = ({**_flat(found["settings"]), "the data's batches": found["data"]} for found in (before, now))
+    old, new = ({**flat_settings(found["settings"]), "the data's batches": found["data"]} for found in (before, now))
     names = sorted((old.keys() | new.keys()) - CHANGEABLE_SETTINGS)
     return [
         f"{name} was {old.get(name, 'not known')}, now {new.get(name, 'not known')}"
@@ -72,12 +72,12 @@ def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return [f"{name} was {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted names, with tuples as lists."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= flat_settings(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = list(value) if isinstance(value, tuple) else value
     return found
