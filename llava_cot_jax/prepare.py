@@ -62,7 +62,11 @@ def _prepare(options: jsonargparse.Namespace) -> None:
     else:
         try:
             summary = prepare_dataset(
-                settings, workers=options.workers, allow_missing=options.allow_missing, progress=cli.progress_bar
+                settings,
+                workers=options.workers,
+                allow_missing=options.allow_missing,
+                progress=cli.progress_bar,
+                note=print,
             )
         except TooManySkipped as refusal:
             print(refusal.summary.table())
@@ -116,7 +120,12 @@ def _add_preparation_options(add: Callable[..., object]) -> None:
         "the parts.",
     )
     add("--output", type=str, help="Folder to make. Unfinished work is kept in OUTPUT.preparing beside it.")
-    add("--max_side", type=int, help="Longest side of a written image in pixels. Larger images are shrunk.")
+    add(
+        "--max_side",
+        type=int,
+        help="Longest side of a written image in pixels. Larger images are shrunk, also those of more than 89 million "
+        "pixels (up to 536 million), which are refused without this option.",
+    )
     add(
         "--workers",
         type=int,

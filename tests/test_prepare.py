@@ -1,7 +1,9 @@
 """Tests of the prepare command: its output, counts and errors, and results that no interruption changes."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from llava_cot_jax import cli
 from llava_cot_jax.data.prepared import PreparedRows
-from llava_cot_jax.data.raw import preparation
+from llava_cot_jax.data.raw import checks, preparation
 from llava_cot_jax.data.raw.preparation import prepare_dataset
 from llava_cot_jax.data.raw.work_folder import WorkFolder
 from llava_cot_jax.data.settings import PrepareSettings
@@ -86,6 +90,18 @@ def run(command: list[str], before: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(process, ended.returncode, out.read(), err.read())
 
 
+def count_calls(patch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[object]:
+    """Let a function of a module go on as before, and return a list of its first arguments."""
+    calls, original = [], getattr(module, name)
+
+    def counted(first: object, *more: object) -> object:
+        calls.append(first)
+        return original(first, *more)
+
+    patch.setattr(module, name, counted)
+    return calls
+
+
 class TestResult:
     def test_every_fault_is_counted_and_named(
         self, raw: RawSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -99,7 +115,9 @@ class TestResult:
         assert {row["line"]: row["reason"] for row in map(json.loads, names.open())} == raw.skipped
 
         main(arguments(raw, out))
-        assert capsys.readouterr().out == refused
+        images = len({row["image"] for row in raw.rows.values()}) + 2  # and two that are broken
+        reused = f"0 images were checked now, and {images} in an earlier run\n"
+        assert capsys.readouterr().out == reused + refused
         assert {row["line"]: row["reason"] for row in map(json.loads, (out / "skipped.jsonl").open())} == raw.skipped
         description = json.loads((out / "prepared.json").read_text())
         totals: Counter[str] = sum(map(Counter, description["sources"].values()), Counter())
@@ -221,8 +239,48 @@ class TestAgain:
     def test_checks_are_kept(self, raw: RawSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="rows cannot be used"):
             main(arguments(raw, tmp_path / "out", "--allow_missing", "0"))
-        monkeypatch.setattr(preparation, "open_image", None)
+        monkeypatch.setattr(checks, "open_image", None)
         main(arguments(raw, tmp_path / "out"))
+
+    def test_what_was_mended_is_checked_and_nothing_else(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        raw = make_raw_set(tmp_path)
+        folder = raw.write_folder(tmp_path / "images")
+        command = arguments(raw, tmp_path / "out", "--images", str(folder), "--allow_missing", "0")
+        with pytest.raises(UserError, match=rf"^{len(raw.skipped)} of "):
+            main(command)
+        good = raw.files["sqa/train/0/image.png"]
+        (folder / "chartqa/train/9").mkdir()
+        (folder / "chartqa/train/9/absent.png").write_bytes(good)  # it was missing
+        (folder / "ai2d/short.png").write_bytes(good)  # it was broken
+        lines = raw.annotations.read_bytes().splitlines(keepends=True)
+        broken = next(line for line, reason in raw.skipped.items() if reason == "broken JSON")
+        lines[broken - 1] = lines[-1]
+        raw.annotations.write_bytes(b"".join([b"\n", *lines]))  # so that every row has another number too
+        opened = count_calls(monkeypatch, checks, "open_image")
+        capsys.readouterr()
+        with pytest.raises(UserError, match=rf"^{len(raw.skipped) - 3} of "):
+            main(command)
+        assert opened == [good, good]
+        assert capsys.readouterr().out.startswith("2 images were checked now, and 46 in an earlier run\n")
+        main([*command, "--allow_missing", str(len(raw.skipped))])
+        main([*command, "--output", str(tmp_path / "fresh"), "--allow_missing", str(len(raw.skipped))])
+        assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+    def test_shards_of_other_data_are_written_anew(
+        self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        lines = raw.annotations.read_bytes().splitlines(keepends=True)
+        (tmp_path / "fewer.jsonl").write_bytes(b"".join(lines[:20]))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(preparation, "version", None)  # after all shards
+            main(arguments(raw, tmp_path / "out", "--annotations", str(tmp_path / "fewer.jsonl")))
+        with pytest.raises(UserError, match=r"finished work of a run with other max_side: .* remove .*scratch"):
+            main(arguments(raw, tmp_path / "out", "--max_side", "20"))
+        main(arguments(raw, tmp_path / "out"))
+        assert "the annotations and images changed since" in caplog.text
+        assert tree(tmp_path / "out") == undisturbed
 
     def test_a_shard_that_was_damaged_in_between(
         self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
@@ -238,13 +296,14 @@ class TestAgain:
         main(arguments(raw, tmp_path / "out"))
         assert tree(tmp_path / "out") == undisturbed
 
-    def test_a_work_folder_of_something_else(self, raw: RawSet, tmp_path: Path) -> None:
+    def test_other_settings_after_a_refusal(self, raw: RawSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="rows cannot be used"):
             main(arguments(raw, tmp_path / "out", "--allow_missing", "0"))
-        with pytest.raises(
-            UserError, match=r"out\.preparing is left from a run with other validation_share: remove it"
-        ):
-            main(arguments(raw, tmp_path / "out", "--validation_share", "0.2"))
+        monkeypatch.setattr(checks, "open_image", None)
+        main(arguments(raw, tmp_path / "out", "--validation_share", "0", "--max_side", "20"))
+        rows = PreparedRows(tmp_path / "out", "train")
+        assert len(rows) == len(raw.rows)
+        assert max(Image.open(io.BytesIO(rows[0].image)).size) == 20
 
     def test_one_at_a_time(self, raw: RawSet, tmp_path: Path) -> None:
         with WorkFolder(tmp_path / "out"), pytest.raises(UserError, match=r"out is being prepared by another process"):
@@ -357,7 +416,7 @@ class TestInterruption:
             result = run(arguments(raw, out), before=AT_CALL.format(name=name, number=number))
             assert result.returncode == -signal.SIGKILL, result.stderr
             left.append({path.name for path in work.rglob("*")})
-        assert len(list(filter(lambda name: name.endswith("+8.json"), left[0]))) == 2
+        assert len([name for name in left[0] if re.fullmatch(r"[0-9a-f]{16}\.json", name)]) == 2
         assert any(name.endswith(".partial") for name in left[1])
         assert "dataset_info.json" not in left[2]
         assert out.exists()
@@ -372,7 +431,7 @@ class TestInterruption:
         killing = AT_PROGRESS.format(label="writing", action="os.kill(os.getpid(), signal.SIGKILL)")
         result = run(arguments(raw, out, "--workers", "2"), before=killing)
         assert result.returncode == -signal.SIGKILL, result.stderr
-        pids = list(map(int, result.stdout.split()))
+        pids = list(map(int, result.stdout.splitlines()[-1].split()))
         assert len(pids) == 2
         for _ in range(1000):
             if not workers_alive(pids):

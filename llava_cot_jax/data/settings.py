@@ -76,7 +76,8 @@ class PrepareSettings:
         annotations: JSON Lines file in LLaVA's format.
         images: Folder of images, zip file, or a path that ``split_zip.find_parts`` accepts for a split zip.
         output: Folder to make, on a local disk.
-        max_side: Longest side in pixels of a written image; larger images are shrunk. None keeps every size.
+        max_side: Longest side in pixels of a written image; larger images are shrunk, also those that are too large
+            to be decoded otherwise. None keeps every size.
         limit: Number of lines to use, from the first. None uses all.
         validation_share: Share of the images that are for validation, drawn by a hash of their paths. Rows follow
             their image.

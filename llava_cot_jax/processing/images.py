@@ -10,7 +10,8 @@ import binascii
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -35,25 +36,55 @@ DATA_URL = "data:"
 MAX_PIXELS = 89_478_485
 """Largest number of pixels of an image that is decoded (256 MiB as RGB). Pillow warns of larger images."""
 
+MAX_PIXELS_TO_SHRINK = 1 << 29
+"""Largest number of pixels of an image that is shrunk while it is decoded. Up to 2 GiB of memory hold one."""
 
-def open_image(source: ImageSource) -> Image.Image:
+REDUCING_GAP = 3
+"""Number of times that an image shrunk while it is decoded is at least as long and wide as it will be in the end."""
+
+
+class TooManyPixels(UserError):
+    """Error for an image that has too many pixels to be decoded."""
+
+
+def open_image(source: ImageSource, max_side: int | None = None) -> Image.Image:
     """Open an image as RGB, turned upright as its EXIF data say.
 
     Transparent parts are laid on white, as the processor of transformers does (Meta's own pipeline shows the colours
     stored beneath). Grey of more than 8 bits is scaled to 8 bits, not clipped. An animation gives its first frame. An
     opened image that needs no change is returned itself.
 
+    Args:
+        source: Image.
+        max_side: Longest side in pixels to which the caller will shrink the image. One of more than ``MAX_PIXELS``
+            pixels, up to ``MAX_PIXELS_TO_SHRINK``, is reduced while it is decoded, to at least ``REDUCING_GAP`` times
+            that side. None refuses such an image.
+
     Raises:
+        TooManyPixels: The image has more than ``MAX_PIXELS`` pixels, and is not to be shrunk to fewer; or it has more
+            than ``MAX_PIXELS_TO_SHRINK``.
         UserError: ``source`` is nothing of ``ImageSource``. Or there is no such file, or it is no image, is damaged, or
-            has no pixels or more than ``MAX_PIXELS``.
+            has no pixels.
     """
     name = _name(source)
-    if isinstance(source, Image.Image):
-        return _decode(source, name)
-    if not isinstance(source, str | os.PathLike | bytes):
-        return _decode(_from_pixels(source), name)
-    with _open_file(source, name) as file:
-        return _decode(_identify(file, name), name)
+    with _pillow_limit(MAX_PIXELS_TO_SHRINK) if max_side else nullcontext():
+        if isinstance(source, Image.Image):
+            return _decode(source, name, max_side)
+        if not isinstance(source, str | os.PathLike | bytes):
+            return _decode(_from_pixels(source), name, max_side)
+        with _open_file(source, name) as file:
+            return _decode(_identify(file, name, _allowed_pixels(max_side)), name, max_side)
+
+
+def identify_image(image: bytes) -> tuple[str, tuple[int, int]]:
+    """Return the format, as Pillow names it, and the width and height in pixels, from the beginning of an image file.
+
+    Raises:
+        TooManyPixels: The image has more than twice ``MAX_PIXELS_TO_SHRINK`` pixels.
+        UserError: It is no image.
+    """
+    with _pillow_limit(MAX_PIXELS_TO_SHRINK), _identify(io.BytesIO(image), _name(image), MAX_PIXELS_TO_SHRINK) as file:
+        return file.format or "", file.size
 
 
 def check_image(source: str | Path | bytes) -> None:
@@ -219,26 +250,42 @@ def _open_file(source: str | Path | bytes, name: str) -> BinaryIO:
         raise UserError(f"{name} cannot be read: {_one_line(getattr(fault, 'strerror', None) or fault)}") from None
 
 
-def _identify(file: BinaryIO, name: str) -> Image.Image:
-    """Read the header of an image file."""
+def _allowed_pixels(max_side: int | None) -> int:
+    return MAX_PIXELS_TO_SHRINK if max_side else MAX_PIXELS
+
+
+def _identify(file: BinaryIO, name: str, allowed: int = MAX_PIXELS) -> Image.Image:
+    """Read the header of an image file. An error for too many pixels names the number ``allowed``."""
     try:
         return Image.open(file)
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image that can be read; PNG, JPEG and WebP can") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{name} has more than the {MAX_PIXELS} pixels allowed; scale it down") from None
+        raise TooManyPixels(f"{name} has more than the {allowed} pixels allowed; scale it down") from None
     except Exception as fault:  # damaged data makes Pillow's readers raise almost anything
         raise UserError(f"{name} is damaged: {_one_line(fault)}") from fault
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+@contextmanager
+def _pillow_limit(pixels: int) -> Iterator[None]:
+    """Let Pillow open images of up to this number of pixels in the block. It holds for all threads."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _decode(image: Image.Image, name: str, max_side: int | None) -> Image.Image:
     """Decode an image whose header was read, and return it as upright RGB."""
     pixels = image.width * image.height
     if not pixels:
         raise UserError(f"{name} has no pixels ({image.width} x {image.height})")
     if pixels > MAX_PIXELS:
-        raise UserError(f"{name} has {pixels} pixels, more than the {MAX_PIXELS} allowed; scale it down")
+        _check_shrinks(image, name, max_side)
     try:
+        if max_side and pixels > MAX_PIXELS:
+            image = _reduce(image, REDUCING_GAP * max_side)
         image.load()
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         # Pillow would copy an image that needs no turning.
@@ -246,6 +293,50 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         return _on_white(_eight_bits(upright))
     except Exception as fault:  # damaged data makes Pillow's decoders raise almost anything
         raise UserError(f"{name} cannot be decoded, it may be damaged or cut short: {_one_line(fault)}") from fault
+
+
+def _check_shrinks(image: Image.Image, name: str, max_side: int | None) -> None:
+    """Check that an image of more than ``MAX_PIXELS`` pixels can be shrunk to fewer.
+
+    Raises:
+        TooManyPixels: It cannot.
+    """
+    pixels, longest = image.width * image.height, max(image.size)
+    if pixels > (allowed := _allowed_pixels(max_side)):
+        raise TooManyPixels(f"{name} has {pixels} pixels, more than the {allowed} allowed; scale it down")
+    if max_side and pixels * min(1, max_side / longest) ** 2 > MAX_PIXELS:
+        raise TooManyPixels(
+            f"{name} has {pixels} pixels, and with a longest side of {max_side} it still has more than the "
+            f"{MAX_PIXELS} allowed; shrink it more"
+        )
+
+
+def _reduce(image: Image.Image, least: int) -> Image.Image:
+    """Decode an image and shrink it by an integer, to a longest side of at least ``least`` pixels.
+
+    A JPEG is shrunk by its decoder. All else is shrunk in strips, so that only one strip at a time is converted to a
+    mode that can be shrunk, which may take four times the memory.
+    """
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    scale = least / max(image.size)
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+    image.load()
+    factor = max(1, max(image.size) // least)
+    mode = "RGBA" if image.has_transparency_data else _REDUCIBLE.get(image.mode.partition(";")[0], image.mode)
+    reduced = Image.new(mode, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
+    height = factor * max(1, _STRIP_PIXELS // (image.width * factor))
+    for top in range(0, image.height, height):
+        strip = image.crop((0, top, image.width, min(top + height, image.height)))
+        reduced.paste(strip.convert(mode).reduce(factor), (0, top // factor))
+    reduced.info["exif"] = exif.tobytes()  # where ``getexif`` finds it again
+    return reduced
+
+
+_REDUCIBLE = {"1": "L", "P": "RGB", "PA": "RGBA", "I": "I"}
+"""Modes by the modes, without their byte order, that Pillow cannot reduce."""
+
+_STRIP_PIXELS = 1 << 24
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -88,6 +88,11 @@ class Annotations:
     skipped: list[SkippedRow]
     sha256: str
 
+    @property
+    def members(self) -> list[Member]:
+        """Image files of the rows in ``entries``, each once, in their order."""
+        return list({entry.image.name: entry.image for entry in self.entries}.values())
+
 
 def read_annotations(path: Path, images: RawImages, limit: int | None = None) -> Annotations:
     """Read the file once, check the format of every row, and find its image. Blank lines are skipped.

@@ -24,12 +24,15 @@ class Member:
     Attributes:
         name: Name of the file, for ``RawImages.read``.
         size: Size in bytes.
-        version: Number that changes with the file: its CRC-32 in a zip, its modification time in a folder.
+        version: Number that changes with the content: its CRC-32 in a zip, its modification time in a folder.
+        changed: Time in nanoseconds of the last change of the file's entry in a folder, 0 in a zip. A copy that keeps
+            the modification time of another file has a time of its own here.
     """
 
     name: str
     size: int
     version: int
+    changed: int = 0
 
 
 class RawImages(Protocol):
@@ -129,7 +132,7 @@ class ImageFolder:
             except (OSError, ValueError):  # ValueError: a name that no file can have
                 continue
             if stat.S_ISREG(found.st_mode):
-                return Member(name, found.st_size, found.st_mtime_ns)
+                return Member(name, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         return None
 
     def read(self, name: str) -> bytes:

@@ -9,13 +9,12 @@ import hashlib
 import io
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llava_cot_jax.data.description import DESCRIPTION, read_description, turns_name
 from llava_cot_jax.data.raw.annotations import (
@@ -26,6 +25,7 @@ from llava_cot_jax.data.raw.annotations import (
     in_validation,
     read_annotations,
 )
+from llava_cot_jax.data.raw.checks import check_images
 from llava_cot_jax.data.raw.images import RawImages, open_images
 from llava_cot_jax.data.raw.shards import (
     LlavaCot100k,
@@ -40,9 +40,8 @@ from llava_cot_jax.data.raw.work_folder import WorkFolder
 from llava_cot_jax.data.settings import PrepareSettings
 from llava_cot_jax.data.workers import parallel
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import atomic_file, read_json, write_json
+from llava_cot_jax.files import atomic_file, write_json
 from llava_cot_jax.paths import writing_errors
-from llava_cot_jax.processing.images import open_image
 from llava_cot_jax.progress import OnProgress
 
 SHARD_BYTES = 256 << 20
@@ -54,6 +53,9 @@ LIBRARIES = ("tensorflow-datasets", "array_record", "pillow")
 
 SKIPPED_FILE = "skipped.jsonl"
 """Name of the file that lists the rows that are skipped."""
+
+OF_DATA = {"annotations", "images"}
+"""Recorded settings that identify the raw data set. All others are the user's choice, or this package's."""
 
 Progress = Callable[[str, str], AbstractContextManager[OnProgress]]
 """Progress display: called with a label and a unit, it gives a function of the number done and the total."""
@@ -96,7 +98,12 @@ def find_prepared(settings: PrepareSettings) -> Summary | None:
 
 
 def prepare_dataset(
-    settings: PrepareSettings, *, workers: int = 0, allow_missing: int = 0, progress: Progress = _silent
+    settings: PrepareSettings,
+    *,
+    workers: int = 0,
+    allow_missing: int = 0,
+    progress: Progress = _silent,
+    note: Callable[[str], object] = lambda line: None,
 ) -> Summary:
     """Check the raw data set and write it to the output, or continue an earlier run.
 
@@ -105,27 +112,38 @@ def prepare_dataset(
         workers: Number of worker processes; with 0, this process does the work.
         allow_missing: Maximum number of rows that may be skipped.
         progress: Progress display.
+        note: Function that is called with a line about work of an earlier run that is used again.
 
     Raises:
         TooManySkipped: More than ``allow_missing`` rows cannot be used. No output is written.
         UserError: The raw data set cannot be read, the output cannot be written, another process is preparing it, or
-            an earlier run left a work folder with other settings.
+            an earlier run left shards with other settings.
     """
     images = open_images(settings.images)
     with writing_errors(settings.output), WorkFolder(settings.output) as work:
         annotations = read_annotations(settings.annotations, images, settings.limit)
         recorded = _recorded_settings(settings, annotations)
-        work.begin(recorded)
+        work.begin(recorded, of_data=OF_DATA)
         with progress("checking", "images") as on_progress:
-            broken = _check_images(annotations, images, work.path / "checks", workers, on_progress)
-        splits, skipped = _divide_rows(annotations, broken, settings.validation_share)
+            checks = check_images(
+                images,
+                annotations.members,
+                work.checks,
+                max_side=settings.max_side,
+                task_size=CHECK_IMAGES,
+                workers=workers,
+                on_progress=on_progress,
+            )
+        if checks.reused:
+            note(str(checks))
+        splits, skipped = _divide_rows(annotations, checks.faults, settings.validation_share)
         summary = summarise(splits, skipped, _count_unnamed_images(images, annotations))
         _write_lines(work.result / SKIPPED_FILE, [asdict(row) for row in skipped])
         _check_skipped(allow_missing, summary, work.result / SKIPPED_FILE)
         shards = _plan_shards(splits, work)
         with progress("writing", "rows") as on_progress:
             write = ShardWriter(settings.annotations, images, settings.max_side)
-            _run_tasks(write, [shard for some in shards.values() for shard in some], workers, on_progress)
+            _write_shards(write, [shard for some in shards.values() for shard in some], workers, on_progress)
         for split, some in shards.items():
             _join_turns(work.result / turns_name(split), some)
         _write_tfds_description(shards, work)
@@ -158,7 +176,7 @@ def _check_skipped(allow_missing: int, summary: Summary, names: Path) -> None:
 
 def _recorded_settings(settings: PrepareSettings, annotations: Annotations) -> dict[str, Any]:
     """Return everything that the content of the output depends on, for its description."""
-    files = sorted({(entry.image.name, entry.image.size, entry.image.version) for entry in annotations.entries})
+    files = sorted((image.name, image.size, image.version) for image in annotations.members)
     return {
         "annotations": annotations.sha256,
         "images": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
@@ -171,62 +189,13 @@ def _recorded_settings(settings: PrepareSettings, annotations: Annotations) -> d
     }
 
 
-@dataclass(frozen=True)
-class CheckTask:
-    """A task of checking: some images, and the file for the faults that are found."""
-
-    path: Path
-    names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-@dataclass(frozen=True)
-class ImageChecker:
-    """Check of images that saves the faults of those that cannot be decoded. It can be pickled."""
-
-    images: RawImages
-
-    def __call__(self, some: CheckTask) -> None:
-        write_json(some.path, {name: fault for name in some.names if (fault := self._fault(name))})
-
-    def _fault(self, name: str) -> str:
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                open_image(self.images.read(name))
-        except UserError as fault:
-            return str(fault)
-        return ""
-
-
-def _check_images(
-    annotations: Annotations, images: RawImages, folder: Path, workers: int, on_progress: OnProgress
-) -> dict[str, str]:
-    """Return the fault of each image that cannot be decoded, by name. Each image is decoded once."""
-    folder.mkdir(exist_ok=True)
-    names = list(dict.fromkeys(entry.image.name for entry in annotations.entries))
-    tasks = [
-        CheckTask(folder / f"{start}+{CHECK_IMAGES}.json", names[start : start + CHECK_IMAGES])
-        for start in range(0, len(names), CHECK_IMAGES)
-    ]
-    _run_tasks(ImageChecker(images), tasks, workers, on_progress)
-    faults: dict[str, str] = {}
-    for task in tasks:
-        faults |= read_json(task.path)
-    return faults
-
-
-Task = TypeVar("Task", CheckTask, Shard)
-
-
-def _run_tasks(function: Callable[[Task], None], tasks: Sequence[Task], workers: int, on_progress: OnProgress) -> None:
-    """Run the tasks whose file does not exist yet."""
-    pending = [task for task in tasks if not task.path.exists()]
-    total = sum(map(len, tasks))
+def _write_shards(write: ShardWriter, shards: Sequence[Shard], workers: int, on_progress: OnProgress) -> None:
+    """Write the shards whose file does not exist yet."""
+    pending = [shard for shard in shards if not shard.path.exists()]
+    total = sum(map(len, shards))
     done = total - sum(map(len, pending))
     on_progress(done, total)
-    with closing(parallel(function, pending, workers)) as results:
+    with closing(parallel(write, pending, workers)) as results:
         for i, _ in results:
             done += len(pending[i])
             on_progress(done, total)
@@ -249,7 +218,7 @@ def _divide_rows(
 
 def _count_unnamed_images(images: RawImages, annotations: Annotations) -> int:
     """Count the images that no row names, not even a row that is skipped."""
-    named = {entry.image.name for entry in annotations.entries}
+    named = {image.name for image in annotations.members}
     named |= {image.name for row in annotations.skipped if row.image and (image := images.find(row.image))}
     return len(set(images.names()) - named)
 
@@ -261,7 +230,8 @@ def _plan_shards(splits: dict[str, list[AnnotationRow]], work: WorkFolder) -> di
         cuts = cut_into_shards(entries, SHARD_BYTES, SHARD_ROWS)
         names = [shard_name(split, i, len(cuts)) for i in range(len(cuts))]
         plan[split] = [
-            Shard(work.result / name, work.path / f"{name}.turns", cut) for name, cut in zip(names, cuts, strict=True)
+            Shard(work.result / name, work.scratch / f"{name}.turns", cut)
+            for name, cut in zip(names, cuts, strict=True)
         ]
     return {split: shards for split, shards in plan.items() if shards}
 
@@ -277,7 +247,7 @@ def _join_turns(path: Path, shards: Sequence[Shard]) -> None:
 
 
 def _write_tfds_description(shards: dict[str, list[Shard]], work: WorkFolder) -> None:
-    scratch = work.path / "tfds"
+    scratch = work.scratch / "tfds"
     shutil.rmtree(scratch, ignore_errors=True)
     builder = LlavaCot100k(shards, data_dir=scratch)
     with contextlib.redirect_stdout(io.StringIO()):  # tfds prints that it downloads

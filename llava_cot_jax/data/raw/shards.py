@@ -21,7 +21,7 @@ from llava_cot_jax.data.raw.annotations import AnnotationRow, open_annotations, 
 from llava_cot_jax.data.raw.images import RawImages
 from llava_cot_jax.files import atomic_file, atomic_path
 from llava_cot_jax.paths import NO_SPACE
-from llava_cot_jax.processing.images import open_image
+from llava_cot_jax.processing.images import identify_image, open_image
 
 NAME = "llava_cot_100k"
 FILE_FORMAT = "array_record"
@@ -155,14 +155,14 @@ def shrink(image: bytes, max_side: int) -> bytes:
     Raises:
         UserError: ``open_image`` cannot decode the image.
     """
-    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image)) as file:
-        longest, is_jpeg = max(file.size), file.format in ("JPEG", "MPO")
-        if longest <= max_side:
+    with warnings.catch_warnings(action="ignore"):
+        kind, size = identify_image(image)
+        if max(size) <= max_side:
             return image
-        whole = open_image(image)
-    width, height = (max(1, round(side * max_side / longest)) for side in whole.size)
+        whole = open_image(image, max_side)
+    width, height = (max(1, round(side * max_side / max(whole.size))) for side in whole.size)
     smaller = io.BytesIO()
-    options = {"format": "JPEG", "quality": JPEG_QUALITY} if is_jpeg else {"format": "PNG"}
+    options = {"format": "JPEG", "quality": JPEG_QUALITY} if kind in ("JPEG", "MPO") else {"format": "PNG"}
     whole.resize((width, height), Image.Resampling.LANCZOS).save(smaller, **options)
     return smaller.getvalue()
 

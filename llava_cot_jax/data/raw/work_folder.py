@@ -1,15 +1,18 @@
 """Folder for the unfinished work of a long job, from which a later run continues until the result is complete."""
 
 import fcntl
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json, write_json
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class WorkFolder:
@@ -18,6 +21,8 @@ class WorkFolder:
     Attributes:
         path: Path of the work folder.
         result: Folder inside the work folder that becomes the output.
+        scratch: Folder inside the work folder for other files from which the result is made.
+        checks: Folder inside the work folder for what was found about the data. It is kept when the settings change.
 
     Raises:
         UserError: Another process holds the folder when it is entered.
@@ -27,6 +32,8 @@ class WorkFolder:
         self._output = output.resolve()
         self.path = self._output.with_name(f"{self._output.name}.preparing")
         self.result = self.path / "result"
+        self.scratch = self.path / "scratch"
+        self.checks = self.path / "checks"
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -47,22 +54,38 @@ class WorkFolder:
     def _settings(self) -> Path:
         return self.path / "settings.json"
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Begin the work, or continue that of an earlier run with the same settings.
+    def begin(self, settings: Mapping[str, Any], of_data: Set[str]) -> None:
+        """Begin the work, or continue that of an earlier run.
+
+        Where the settings have changed, all but the checks begins anew.
+
+        Args:
+            settings: Everything that the result depends on.
+            of_data: Names of those settings that identify the data that are worked on.
 
         Raises:
-            UserError: An earlier run began with other settings.
+            UserError: An earlier run began to write with other settings, and not only with other data.
         """
-        if self._settings.exists():
-            begun = read_json(self._settings)
-            if other := sorted(key for key in settings.keys() | begun.keys() if settings.get(key) != begun.get(key)):
-                raise UserError(
-                    f"{self.path} is left from a run with other {' and '.join(other)}: remove it to begin anew, or "
-                    "go on with the same settings"
-                )
-            return
-        self.result.mkdir(exist_ok=True)
+        begun = read_json(self._settings) if self._settings.exists() else settings
+        other = {key for key in settings.keys() | begun.keys() if settings.get(key) != begun.get(key)}
+        if other:
+            self._begin_anew(other, of_data)
+        for folder in (self.result, self.scratch, self.checks):
+            folder.mkdir(exist_ok=True)
         write_json(self._settings, settings)
+
+    def _begin_anew(self, other: Set[str], of_data: Set[str]) -> None:
+        written = self.scratch.exists() and any(self.scratch.iterdir())
+        if written and (chosen := sorted(other - of_data)):
+            raise UserError(
+                f"{self.path} has finished work of a run with other {' and '.join(chosen)}: go on with the same "
+                f"settings, name another output, or remove {self.scratch} (what was checked is kept)"
+            )
+        if written:
+            names = " and ".join(sorted(other))
+            _LOGGER.warning("the %s changed since %s was begun: the output is written anew", names, self.path)
+        for folder in (self.result, self.scratch):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
         """Move the result to the output atomically, and remove the work folder."""

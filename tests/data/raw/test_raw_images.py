@@ -31,6 +31,13 @@ def in_zip(root: Path, prefix: str) -> Path:
     return root / "image.zip"
 
 
+def zip_files(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
 @pytest.fixture(params=[in_folder, in_zip])
 def write(request: pytest.FixtureRequest) -> Writer:
     return request.param

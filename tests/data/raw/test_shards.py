@@ -2,6 +2,8 @@
 
 import errno
 import io
+import struct
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from llava_cot_jax.data.raw.annotations import AnnotationRow
 from llava_cot_jax.data.raw.images import ImageFolder, Member
 from llava_cot_jax.data.raw.shards import LlavaCot100k, Shard, ShardWriter, count_records, cut_into_shards, shrink
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing import images
 from llava_cot_jax.processing.images import open_image
 from tests.data.raw.raw_set import encode, make_raw_set, noise, unusual_images
 
@@ -63,17 +66,73 @@ class TestShrink:
         smaller = open_image(shrink(encode(image), 50))
         np.testing.assert_array_equal(smaller, image.resize((50, 30), Image.Resampling.LANCZOS))
 
+    def test_above_the_limit_of_pillow(self) -> None:
+        huge = Image.new("1", (9_500, 9_500))
+        huge.paste(1, (0, 0, 4_750, 9_500))
+        file = encode(huge, compress_level=1)
+        with pytest.raises(UserError, match="90250000 pixels"), warnings.catch_warnings(action="ignore"):
+            open_image(file)
+        smaller = np.asarray(open_image(shrink(file, 40)))
+        assert smaller.shape == (40, 40, 3)
+        assert (smaller[:, :15] == 255).all()
+        assert (smaller[:, 25:] == 0).all()
+
+    @pytest.mark.parametrize(("strip", "width"), [(1, 200), (10_000, 399)])
+    @pytest.mark.parametrize(("name", "image"), unusual_images(np.random.default_rng(0)))
+    def test_above_the_limit_by_kind(
+        self, name: str, image: bytes, strip: int, width: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The kinds are shrunk to what they are below the limit, to within the error of shrinking twice."""
+        with Image.open(io.BytesIO(image)) as file:
+            large = file.resize((width, 300), Image.Resampling.NEAREST)
+            options = {"exif": file.getexif(), "quality": 100} if file.format == "JPEG" else {"exif": file.getexif()}
+            content = encode(large, file.format or "", **options)
+        expected = np.asarray(open_image(shrink(content, 20)), int)
+        monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+        monkeypatch.setattr(images, "_STRIP_PIXELS", strip)
+        with pytest.raises(UserError, match="more than the 1000 allowed"):
+            open_image(content)
+        reduced = open_image(content, 20)
+        assert max(reduced.size) < max(large.size) // 2
+        smaller = np.asarray(open_image(shrink(content, 20)), int)
+        assert smaller.shape == expected.shape
+        assert abs(smaller - expected).mean() < 8
+
+    def test_a_jpeg_above_the_limit_lies_on_its_side(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        lying = Image.new("L", (10_000, 19_000), 40)  # 190 million pixels, which Pillow does not even open
+        lying.paste(240, (0, 0, 5_000, 19_000))
+        smaller = np.asarray(open_image(shrink(encode(lying, "JPEG", exif=exif), 190)), int)
+        assert smaller.shape == (100, 190, 3)
+        assert abs(smaller[:45] - 240).max() < 3
+        assert abs(smaller[55:] - 40).max() < 3
+
+    def test_a_damaged_image_above_the_limit(self) -> None:
+        file = encode(Image.new("1", (9_500, 9_500)))
+        with pytest.raises(UserError, match="cannot be decoded"):
+            shrink(file[:-1000], 40)
+
+    def test_a_limit_for_shrinking_too(self) -> None:
+        file = encode(Image.new("L", (8, 8)), "BMP").replace(
+            struct.pack("<2i", 8, 8), struct.pack("<2i", 30_000, 30_000)
+        )
+        assert (before := Image.MAX_IMAGE_PIXELS)
+        with pytest.raises(UserError, match="900000000 pixels, more than the 536870912 allowed"):
+            shrink(file, 40)
+        assert before == Image.MAX_IMAGE_PIXELS
+
     def test_a_strip_keeps_a_pixel(self) -> None:
         assert open_image(shrink(encode(Image.new("RGB", (1000, 2))), 100)).size == (100, 1)
 
 
 def test_tfds_reads_finished_shards(tmp_path: Path) -> None:
     raw = make_raw_set(tmp_path, faults=False)
-    images = ImageFolder(raw.write_folder(tmp_path / "images"))
+    folder = ImageFolder(raw.write_folder(tmp_path / "images"))
     lines = raw.annotations.read_bytes().splitlines(keepends=True)
     entries = []
     for line, row in list(raw.rows.items())[:5]:
-        image = images.find(row["image"])
+        image = folder.find(row["image"])
         assert image is not None
         entries.append(AnnotationRow(line, sum(map(len, lines[: line - 1])), row["id"], "sqa", row["image"], image, 0))
     names = [f"llava_cot_100k-train.array_record-0000{i}-of-00002" for i in range(2)]
@@ -81,7 +140,7 @@ def test_tfds_reads_finished_shards(tmp_path: Path) -> None:
         Shard(tmp_path / name, tmp_path / f"{i}.turns", tuple(entries[3 * i :][:3])) for i, name in enumerate(names)
     ]
     for shard in shards:
-        ShardWriter(raw.annotations, images, max_side=None)(shard)
+        ShardWriter(raw.annotations, folder, max_side=None)(shard)
         assert count_records(shard.path) == shard.turns.read_bytes().count(b"\n") == len(shard)
     builder = LlavaCot100k({"train": shards}, data_dir=tmp_path / "tfds")
     builder.download_and_prepare()
