@@ -1,7 +1,7 @@
-"""Order of the batches of a data set, which depends on the lengths, the batch size and the seed alone.
+"""Order of the batches of a data set, which depends on the rows' sizes, the batch size and the seed alone.
 
-The rows of a batch have similar lengths and are all padded to one of a few bucket lengths, so that there is little
-padding and a training step is compiled for few shapes.
+The rows of a batch have similar sizes and are all padded to one of a few bucket lengths and numbers of images, so that
+there is little padding and a training step is compiled for few shapes.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,12 @@ class BatchIndices:
     Attributes:
         rows: Row numbers in the data set, or ``FILLER``, int64 [batch].
         length: Number of tokens that each row is padded to.
+        images: Number of images that each row is padded to.
     """
 
     rows: np.ndarray
     length: int
+    images: int
 
 
 def choose_buckets(lengths: np.ndarray, count: int, multiple: int) -> tuple[int, ...]:
@@ -63,8 +65,20 @@ def choose_buckets(lengths: np.ndarray, count: int, multiple: int) -> tuple[int,
     return tuple(sorted(buckets))
 
 
+def bucket_sizes(sizes: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
+    """Return the smallest bucket that holds each row, or 0 for a row of size 0, int [rows]."""
+    return np.asarray((0, *buckets))[np.searchsorted((0, *buckets), sizes)]
+
+
 class BatchOrder:
     """Batches of every epoch, in order.
+
+    Args:
+        lengths: Bucket length of each row, int [rows]; 0 for a row that is left out.
+        images: Number of images that each row is padded to, int [rows].
+        batch: Number of rows of a batch.
+        seed: Seed of the order.
+        shuffle: Whether each epoch has a new order.
 
     An order can be pickled; equal arguments give equal orders. With ``shuffle`` each epoch has its rows and batches in
     a new order and leaves out the few rows, others each time, that would not fill a batch. Without ``shuffle`` every
@@ -74,9 +88,10 @@ class BatchOrder:
         UserError: The order is shuffled and there are fewer rows than in a batch.
     """
 
-    def __init__(self, lengths: np.ndarray, buckets: tuple[int, ...], batch: int, *, seed: int, shuffle: bool) -> None:
+    def __init__(self, lengths: np.ndarray, images: np.ndarray, batch: int, *, seed: int, shuffle: bool) -> None:
         self.rows = np.flatnonzero(lengths)
-        self.sizes = np.asarray(buckets)[np.searchsorted(buckets, lengths)]  # [rows of the data set]
+        self.lengths = lengths
+        self.images = images
         self.batch = batch
         self.seed = seed
         self.shuffle = shuffle
@@ -89,7 +104,8 @@ class BatchOrder:
         epoch, place = divmod(index, self.batches_per_epoch)
         batches = _epoch(self, epoch if self.shuffle else 0)
         rows = batches[place]
-        return BatchIndices(rows, length=int(self.sizes[rows[rows != FILLER]].max()))
+        used = rows[rows != FILLER]
+        return BatchIndices(rows, length=int(self.lengths[used].max()), images=int(self.images[used].max()))
 
 
 @lru_cache(maxsize=4)  # readers that run ahead may be in the next epoch
@@ -98,8 +114,8 @@ def _epoch(order: BatchOrder, epoch: int) -> np.ndarray:
     count = order.batches_per_epoch * order.batch
     rng = np.random.default_rng((order.seed, epoch))
     rows = rng.permutation(order.rows)[:count] if order.shuffle else order.rows
-    # Sorted by bucket, then cut: a batch that spans two buckets takes the longer one.
-    rows = rows[np.argsort(order.sizes[rows], kind="stable")]
+    # Sorted by bucket, then cut: a batch that spans two buckets takes the larger one.
+    rows = rows[np.lexsort((order.lengths[rows], order.images[rows]))]
     rows = np.pad(rows, (0, count - len(rows)), constant_values=FILLER)
     batches = rows.reshape(order.batches_per_epoch, order.batch)
     return rng.permutation(batches) if order.shuffle else batches

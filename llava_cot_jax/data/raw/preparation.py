@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from llava_cot_jax.data.raw.annotations import (
     Reason,
     SkippedRow,
     in_validation,
+    link_images,
     read_annotations,
 )
 from llava_cot_jax.data.raw.images import RawImages, open_images
@@ -54,6 +55,9 @@ LIBRARIES = ("tensorflow-datasets", "array_record", "pillow")
 
 SKIPPED_FILE = "skipped.jsonl"
 """Name of the file that lists the rows that are skipped."""
+
+REMARKS_FILE = "remarks.jsonl"
+"""Name of the file that lists the rows that are used and have remarks."""
 
 Progress = Callable[[str, str], AbstractContextManager[OnProgress]]
 """Progress display: called with a label and a unit, it gives a function of the number done and the total."""
@@ -121,6 +125,7 @@ def prepare_dataset(
         splits, skipped = _divide_rows(annotations, broken, settings.validation_share)
         summary = summarise(splits, skipped, _count_unnamed_images(images, annotations))
         _write_lines(work.result / SKIPPED_FILE, [asdict(row) for row in skipped])
+        _write_lines(work.result / REMARKS_FILE, _list_remarks(splits))
         _check_skipped(allow_missing, summary, work.result / SKIPPED_FILE)
         shards = _plan_shards(splits, work)
         with progress("writing", "rows") as on_progress:
@@ -158,7 +163,7 @@ def _check_skipped(allow_missing: int, summary: Summary, names: Path) -> None:
 
 def _recorded_settings(settings: PrepareSettings, annotations: Annotations) -> dict[str, Any]:
     """Return everything that the content of the output depends on, for its description."""
-    files = sorted({(entry.image.name, entry.image.size, entry.image.version) for entry in annotations.entries})
+    files = sorted({(image.name, image.size, image.version) for entry in annotations.entries for image in entry.images})
     return {
         "annotations": annotations.sha256,
         "images": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
@@ -205,7 +210,7 @@ def _check_images(
 ) -> dict[str, str]:
     """Return the fault of each image that cannot be decoded, by name. Each image is decoded once."""
     folder.mkdir(exist_ok=True)
-    names = list(dict.fromkeys(entry.image.name for entry in annotations.entries))
+    names = list(dict.fromkeys(image.name for entry in annotations.entries for image in entry.images))
     tasks = [
         CheckTask(folder / f"{start}+{CHECK_IMAGES}.json", names[start : start + CHECK_IMAGES])
         for start in range(0, len(names), CHECK_IMAGES)
@@ -238,18 +243,32 @@ def _divide_rows(
     """Divide the rows into splits. Return the rows of each split and those skipped, in the order of their lines."""
     splits: dict[str, list[AnnotationRow]] = {split: [] for split in SPLITS}
     skipped = list(annotations.skipped)
+    linked = link_images(annotations.entries)
     for entry in annotations.entries:
-        if fault := broken.get(entry.image.name):
-            row = SkippedRow(entry.line, entry.id, entry.source, entry.image_path, Reason.BROKEN_IMAGE, fault)
-            skipped.append(row)
+        images = zip(entry.image_paths, entry.images, strict=True)
+        faults = [(path, broken[image.name]) for path, image in images if image.name in broken]
+        if faults:
+            path, fault = faults[0]
+            skipped.append(SkippedRow(entry.line, entry.id, entry.source, path, Reason.BROKEN_IMAGE, fault))
         else:
-            splits[SPLITS[in_validation(entry.image_path, validation_share)]].append(entry)
+            # A row without images has a draw of its own.
+            key = linked[entry.image_paths[0]] if entry.image_paths else f"line {entry.line}"
+            splits[SPLITS[in_validation(key, validation_share)]].append(entry)
     return splits, sorted(skipped, key=lambda row: row.line)
+
+
+def _list_remarks(splits: Mapping[str, Sequence[AnnotationRow]]) -> list[dict[str, Any]]:
+    """Return the rows that have remarks, in the order of their lines."""
+    entries = (entry for entries in splits.values() for entry in entries if entry.remarks)
+    return [
+        {"line": entry.line, "id": entry.id, "source": entry.source, "remarks": entry.remarks}
+        for entry in sorted(entries, key=lambda entry: entry.line)
+    ]
 
 
 def _count_unnamed_images(images: RawImages, annotations: Annotations) -> int:
     """Count the images that no row names, not even a row that is skipped."""
-    named = {entry.image.name for entry in annotations.entries}
+    named = {image.name for entry in annotations.entries for image in entry.images}
     named |= {image.name for row in annotations.skipped if row.image and (image := images.find(row.image))}
     return len(set(images.names()) - named)
 
