@@ -95,7 +95,7 @@ def _show(options: jsonargparse.Namespace) -> None:
             console.print(describe_row(index, row, chat.encode(row.turns), processor.tokenizer))
         except SkippedConversation as reason:
             console.print(f"row {index} ({row.id}) is skipped: {reason}", markup=False)
-    if rows:
+    if any(row.images for _, row in rows):
         sheet = draw_sheet(rows, processor.config.vision)
         with writing_errors(path):
             sheet.save(path, "PNG")
@@ -112,7 +112,12 @@ def _parser() -> cli.Parser:
 
 def _add_preparation_options(add: Callable[..., object]) -> None:
     workers = min(os.cpu_count() or 0, 16)  # each takes about 500 MB, and more would wait for the disk
-    add("--annotations", type=str, help="Annotations: train.jsonl of LLaVA-CoT-100k, or a file in its format.")
+    add(
+        "--annotations",
+        type=str,
+        help="Annotations: train.jsonl of LLaVA-CoT-100k, or a file in its format. A row may have "
+        "several images (a list), or none.",
+    )
     add(
         "--images",
         type=str,

@@ -188,7 +188,7 @@ def _join_hosts(group: ProcessGroup) -> None:
 
 def _answer(result: TrainResult) -> None:
     """Answer validation questions, print a few, and count how many captions and conclusions match the rows' own."""
-    from llava_cot_jax.evaluation.held_out import accuracy, answer_held_out
+    from llava_cot_jax.evaluation.held_out import accuracy, answer_held_out, find_answerable
     from llava_cot_jax.inference.generator import Generator
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.training.export import merged_arrays
@@ -199,7 +199,10 @@ def _answer(result: TrainResult) -> None:
     model = Mllama.from_arrays(initial_model.config, arrays, layout="stacked", mesh=run.mesh)
     model.to_layout("unrolled")
     rows = open_rows(settings.data, "validation")
-    indices = range(min(settings.eval_generations, len(rows)))
+    indices = find_answerable(initial_model.processor, rows, settings.eval_generations)
+    if not indices:
+        run.log("no question of the validation rows can be put to the model")
+        return
     answers = []
     generator, max_length = Generator(model), settings.chat.max_length
     with run.progress_bar("answering", "questions") as on_progress:

@@ -380,7 +380,7 @@ class TestWithoutACheckpoint:
         assert question == f"{asked} (runs/pictures/shapes-0-0.png)"
         assert right == f"(the right answer: {ShapesRows('test').answer(0)})" and answer
         saved = Image.open(tmp_path / "runs/pictures/shapes-0-0.png")
-        assert np.array_equal(np.asarray(saved), np.asarray(row.image))
+        assert np.array_equal(np.asarray(saved), np.asarray(row.images[0]))
         # The picture on the disk is the one that was asked about.
         given = ["--checkpoint", "shapes", "--image", "runs/pictures/shapes-0-0.png", "--question", asked]
         again = run(monkeypatch, capsys, *given)

@@ -117,7 +117,7 @@ class TestRun:
         processor = Processor.from_pretrained(exported)
         row = ShapesRows("validation")[0]
         conversation = Chat(processor, ChatSettings()).encode(row.turns)
-        inputs = processor.collate([conversation.ids], [[row.image]])
+        inputs = processor.collate([conversation.ids], [row.images])
         ours = np.asarray(Mllama.from_pretrained(exported)(**inputs))
         size = processor.config.vision
         pixels = (inputs["pixel_values"] / 255 - np.reshape(size.image_mean, (3, 1, 1))) / np.reshape(

@@ -1,7 +1,7 @@
-"""Order of the batches of a data set, which depends on the lengths, the batch size, the seed and its start alone.
+"""Order of the batches of a data set, which depends on the rows' sizes, the batch size, the seed and its start alone.
 
-The rows of a batch have similar lengths and are all padded to one of a few bucket lengths, so that there is little
-padding and a training step is compiled for few shapes.
+The rows of a batch have similar sizes and are all padded to one of a few bucket lengths and numbers of images, so that
+there is little padding and a training step is compiled for few shapes.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,12 @@ class BatchIndices:
     Attributes:
         rows: Row numbers in the data set, or ``FILLER``, int64 [batch].
         length: Number of tokens that each row is padded to.
+        images: Number of images that each row is padded to.
     """
 
     rows: np.ndarray
     length: int
+    images: int
 
 
 def choose_buckets(lengths: np.ndarray, count: int, multiple: int) -> tuple[int, ...]:
@@ -64,6 +66,11 @@ def choose_buckets(lengths: np.ndarray, count: int, multiple: int) -> tuple[int,
     return tuple(sorted(buckets))
 
 
+def bucket_sizes(sizes: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
+    """Return the smallest bucket that holds each row, or 0 for a row of size 0, int [rows]."""
+    return np.asarray((0, *buckets))[np.searchsorted((0, *buckets), sizes)]
+
+
 class BatchOrder:
     """Batches of every epoch, in order.
 
@@ -79,8 +86,8 @@ class BatchOrder:
         batches_per_epoch: Number of batches in a whole epoch.
 
     Args:
-        lengths: Number of tokens of each row, int [rows]; 0 leaves a row out.
-        buckets: Lengths that batches may have, increasing.
+        lengths: Bucket length of each row, int [rows]; 0 leaves a row out.
+        images: Number of images that each row is padded to, int [rows].
         batch: Number of rows in a batch.
         seed: Seed of the order.
         shuffle: Whether rows and batches come in a new order in each epoch.
@@ -93,7 +100,7 @@ class BatchOrder:
     def __init__(
         self,
         lengths: np.ndarray,
-        buckets: tuple[int, ...],
+        images: np.ndarray,
         batch: int,
         *,
         seed: int,
@@ -101,7 +108,8 @@ class BatchOrder:
         start: Place = START,
     ) -> None:
         self.rows = np.flatnonzero(lengths)
-        self.sizes = np.asarray(buckets)[np.searchsorted(buckets, lengths)]  # [rows of the data set]
+        self.lengths = lengths
+        self.images = images
         self.batch = batch
         self.seed = seed
         self.shuffle = shuffle
@@ -115,7 +123,8 @@ class BatchOrder:
         """Batch ``index``, counted from the beginning of the first epoch."""
         epoch, place = self._locate(index)
         rows = self._epoch(epoch)[place]
-        return BatchIndices(rows, length=int(self.sizes[rows[rows != FILLER]].max()))
+        used = rows[rows != FILLER]
+        return BatchIndices(rows, length=int(self.lengths[used].max()), images=int(self.images[used].max()))
 
     def batches_until(self, epochs: int) -> int:
         """Return the number of batches from the very first up to the end of ``epochs`` epochs."""
@@ -130,7 +139,7 @@ class BatchOrder:
         before = self.start.seen if epoch == self.start.epoch else None
         if before is None and not place:
             return Place(index, epoch)
-        seen = np.zeros(len(self.sizes), bool) if before is None else before.copy()
+        seen = np.zeros(len(self.lengths), bool) if before is None else before.copy()
         if place:
             rows = self._epoch(epoch)[:place]
             seen[rows[rows != FILLER]] = True
@@ -169,8 +178,8 @@ def _batches_of(order: BatchOrder, epoch: int) -> np.ndarray:
     count = batches * order.batch
     rng = np.random.default_rng((order.seed, epoch))
     rows = rng.permutation(left)[:count] if order.shuffle else left
-    # Sorted by bucket, then cut: a batch that spans two buckets takes the longer one.
-    rows = rows[np.argsort(order.sizes[rows], kind="stable")]
+    # Sorted by bucket, then cut: a batch that spans two buckets takes the larger one.
+    rows = rows[np.lexsort((order.lengths[rows], order.images[rows]))]
     rows = np.pad(rows, (0, count - len(rows)), constant_values=FILLER)
     table = rows.reshape(batches, order.batch)
     return rng.permutation(table) if order.shuffle else table

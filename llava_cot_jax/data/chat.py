@@ -1,7 +1,7 @@
 """Conversion of a row's turns into the tokens that a model trains on.
 
-The image stands in the first user turn. The assistant's answers are trained on, each with the ``<|eot_id|>`` that ends
-it. No answer is ever cut.
+The images of a turn come before the text of its question. The assistant's answers are trained on, each with the
+``<|eot_id|>`` that ends it. No answer is ever cut.
 """
 
 import re
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_cot_jax.data.rows import MARKER, Turn
+from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.data.settings import ChatSettings, Variant
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.processing.messages import Message, user_turn
+from llava_cot_jax.processing.messages import Message, user_message
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.stages import STAGES, locate_stages
 
@@ -42,12 +42,29 @@ class Conversation:
         stage: Stage of each trained token, 1 to 4 in the order of ``STAGES``, tags included; 0 for every other token.
             int8 [tokens].
         turns: Number of the row's turns that the tokens include.
+        images: Number of the row's images that the tokens include.
     """
 
     ids: list[int]
     loss_mask: np.ndarray
     stage: np.ndarray
     turns: int
+    images: int
+
+
+@dataclass(frozen=True)
+class ConversationSize:
+    """Size of a ``Conversation``.
+
+    Attributes:
+        tokens: Number of its tokens.
+        images: Number of its images.
+        cut_turns: Number of the row's turns that it leaves out.
+    """
+
+    tokens: int
+    images: int
+    cut_turns: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,7 @@ class Chat:
                 f"{EOT} ends no answer of this checkpoint, by its config.json, generation_config.json and tokenizer: "
                 "training needs Llama 3's chat format"
             )
+        self._image = processor.config.image_token_index
         self._second_bos = [processor.config.text.bos_token_id] if settings.upstream_quirks else []
 
     def encode(self, turns: Sequence[Turn]) -> Conversation:
@@ -87,18 +105,20 @@ class Chat:
         text = self._render(turns, answers)
         encoding = self._processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         count, length = self._fit(encoding["input_ids"])
+        ids = (self._second_bos + encoding["input_ids"])[:length]
         marks = self._mark(text, answers)
         start = np.asarray(encoding["offset_mapping"])[:, 0]  # [tokens], in characters
         trained = np.concatenate([np.full(len(self._second_bos), NOT_TRAINED), marks[start]])[:length]
         return Conversation(
-            ids=(self._second_bos + encoding["input_ids"])[:length],
+            ids=ids,
             loss_mask=trained != NOT_TRAINED,
             stage=np.maximum(trained, 0).astype(np.int8),
             turns=count,
+            images=ids.count(self._image),
         )
 
-    def lengths(self, conversations: Sequence[Sequence[Turn]]) -> list[int | str]:
-        """Return the number of tokens that ``encode`` gives for each conversation, or the reason why it is skipped."""
+    def sizes(self, conversations: Sequence[Sequence[Turn]]) -> list[ConversationSize | str]:
+        """Return the size of what ``encode`` gives for each conversation, or the reason why it is skipped."""
         texts: list[str | SkippedConversation] = []
         for turns in conversations:
             try:
@@ -106,19 +126,25 @@ class Chat:
             except SkippedConversation as reason:
                 texts.append(reason)
         rendered = [text for text in texts if isinstance(text, str)]
-        encode = self._processor.tokenizer  # it refuses an empty list
-        ids = iter(encode(rendered, add_special_tokens=False, verbose=False)["input_ids"] if rendered else [])
-        found: list[int | str] = []
-        for text in texts:
+        # The tokenizer does not take an empty list.
+        tokenized = self._processor.tokenizer(rendered, add_special_tokens=False, verbose=False) if rendered else {}
+        ids = iter(tokenized.get("input_ids", []))
+        found: list[ConversationSize | str] = []
+        for turns, text in zip(conversations, texts, strict=True):
             try:
-                found.append(str(text) if isinstance(text, SkippedConversation) else self._fit(next(ids))[1])
+                found.append(str(text) if isinstance(text, SkippedConversation) else self._size(turns, next(ids)))
             except SkippedConversation as reason:
                 found.append(str(reason))
         return found
 
+    def _size(self, turns: Sequence[Turn], ids: list[int]) -> ConversationSize:
+        count, length = self._fit(ids)
+        images = ids[: length - len(self._second_bos)].count(self._image)
+        return ConversationSize(length, images, cut_turns=len(turns) - count)
+
     def _answers(self, turns: Sequence[Turn]) -> list[list[Piece]]:
         """Return the pieces that the variant keeps of each answer, up to the first answer of which it keeps nothing."""
-        found = [_pieces(without_marker(turn.answer), self._settings.variant) for turn in turns]
+        found = [_pieces(turn.answer.strip(), self._settings.variant) for turn in turns]
         count = next((i for i, pieces in enumerate(found) if not _text(pieces)), len(found))
         if not count:
             raise SkippedConversation("nothing is left to train on of its first answer")
@@ -126,10 +152,15 @@ class Chat:
 
     def _render(self, turns: Sequence[Turn], answers: list[list[Piece]]) -> str:
         """Write the conversation in the checkpoint's chat format."""
+        kept = turns[: len(answers)]
+        self._check_images(sum(turn.images for turn in kept))
+        about_images = any(turn.images for turn in kept)
         messages: list[Message] = []
-        for i, (turn, pieces) in enumerate(zip(turns, answers, strict=False)):
-            messages += user_turn(without_marker(turn.question), images=int(i == 0))
+        for turn, pieces in zip(kept, answers, strict=True):
+            messages += question_messages(turn, about_images)
             messages.append({"role": "assistant", "content": _text(pieces)})
+        if not _is_unicode("".join(turn.system + turn.question + turn.answer for turn in kept)):
+            raise SkippedConversation("it has half of a surrogate pair, which is no character")
         try:
             text = self._processor.prompt(messages, add_generation_prompt=False)
         except UserError as mistake:
@@ -141,10 +172,23 @@ class Chat:
             )
         return text
 
+    def _check_images(self, count: int) -> None:
+        """Check that a conversation has no fewer images and no more than the settings allow.
+
+        Raises:
+            SkippedConversation: It has.
+        """
+        if count > self._settings.max_images:
+            raise SkippedConversation(f"it has more than {self._settings.max_images} images (chat.max_images)")
+        if not count and not self._settings.text_only:
+            raise SkippedConversation("it has no image (chat.text_only is false)")
+
     def _fit(self, ids: list[int]) -> tuple[int, int]:
         """Return how many turns fit into the maximum length, and their number of tokens."""
-        # Every message ends with this token, and every second message is an answer.
-        ends = np.flatnonzero(np.asarray(ids) == self._eot)[1::2] + 1 + len(self._second_bos)
+        # Every message ends with this token. The last one is an answer, and so is every second one before it; where
+        # there is no image, the first one is the system's.
+        messages = np.flatnonzero(np.asarray(ids) == self._eot)
+        ends = messages[len(messages) % 2 + 1 :: 2] + 1 + len(self._second_bos)
         count = int(np.searchsorted(ends, self._settings.max_length, side="right"))
         if not count:
             raise SkippedConversation(f"its first answer does not fit into {self._settings.max_length} tokens")
@@ -162,9 +206,31 @@ class Chat:
         return marks
 
 
-def without_marker(text: str) -> str:
-    """Return the text without ``<image>`` markers and the space around them."""
-    return "\n".join(part for part in map(str.strip, text.split(MARKER)) if part)
+def question_messages(turn: Turn, about_images: bool) -> list[Message]:
+    """Return the messages of a turn up to its answer.
+
+    Llama 3.2's chat format has no system message beside an image: there, the system's text comes before that of the
+    question, in the same message.
+
+    Args:
+        turn: Turn of a conversation.
+        about_images: Whether any turn of the conversation has an image.
+    """
+    question, system = turn.question.strip(), turn.system.strip()
+    if not system:
+        return [user_message(question, turn.images)]
+    if about_images:
+        return [user_message(f"{system}{BLANK}{question}", turn.images)]
+    return [{"role": "system", "content": system}, user_message(question)]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has characters alone, and no half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _pieces(answer: str, variant: Variant) -> list[Piece]:

@@ -1,4 +1,4 @@
-"""Index of a data set: the number of tokens of each row, or the reason for which it is skipped."""
+"""Index of a data set: the numbers of tokens and images of each row, or the reason for which it is skipped."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Self
 
 import numpy as np
 
-from llava_cot_jax.data.chat import Chat
+from llava_cot_jax.data.chat import Chat, ConversationSize
 from llava_cot_jax.data.rows import Rows
 from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.errors import UserError
@@ -24,16 +24,21 @@ INDEX_CHUNK = 512
 
 @dataclass(frozen=True)
 class Index:
-    """Lengths of a data set's rows under one tokenizer and one ``ChatSettings``.
+    """Sizes of a data set's rows under one tokenizer and one ``ChatSettings``.
 
     Attributes:
-        fingerprint: Hash of everything that the lengths depend on: rows, tokenizer, chat template and settings.
+        fingerprint: Hash of everything that the sizes depend on: rows, tokenizer, chat template and settings.
         lengths: Number of tokens of each row, int32 [rows]; 0 where a row is skipped.
+        images: Number of images of each row, int32 [rows]; 0 where a row is skipped.
+        cut_turns: Number of turns of each row that do not fit or have no answer to train on, int32 [rows]; 0 where a
+            row is skipped.
         skipped: Reasons for which rows are skipped, by row number.
     """
 
     fingerprint: str
     lengths: np.ndarray
+    images: np.ndarray
+    cut_turns: np.ndarray
     skipped: dict[int, str]
 
     @classmethod
@@ -68,36 +73,52 @@ class Index:
         return index
 
     def summary(self) -> str:
-        """Return on one line how many rows are skipped, and for what reasons."""
+        """Return on one line how many rows have how many images, are cut or are skipped, and for what reasons."""
+        counts = Counter(self.images[self.lengths > 0].tolist())
+        parts = [f"{n}: {images} images" for images, n in sorted(counts.items())] if counts.keys() != {1} else []
+        if rows := np.count_nonzero(self.cut_turns):
+            parts.append(f"{rows} rows lose {self.cut_turns.sum()} turns at their end")
         kinds = Counter(self.skipped.values()).most_common()
-        return f"{len(self.skipped)} of {len(self.lengths)} rows skipped" + "".join(
-            f"; {n}: {kind}" for kind, n in kinds
-        )
+        parts += [f"{len(self.skipped)} of {len(self.lengths)} rows skipped", *(f"{n}: {kind}" for kind, n in kinds)]
+        return "; ".join(parts)
 
     @classmethod
     def _build(cls, rows: Rows, chat: Chat, fingerprint: str, on_progress: OnProgress) -> Self:
-        found: list[int | str] = []
+        found: list[ConversationSize | str] = []
         while len(found) < len(rows):
             some = range(len(found), min(len(found) + INDEX_CHUNK, len(rows)))
-            found += chat.lengths([rows.turns(i) for i in some])
+            found += chat.sizes([rows.turns(i) for i in some])
             on_progress(len(found), len(rows))
-        lengths = np.array([0 if isinstance(length, str) else length for length in found], np.int32)
-        return cls(fingerprint, lengths, {i: reason for i, reason in enumerate(found) if isinstance(reason, str)})
+        none = ConversationSize(tokens=0, images=0, cut_turns=0)
+        sizes = [none if isinstance(size, str) else size for size in found]
+        return cls(
+            fingerprint,
+            np.array([size.tokens for size in sizes], np.int32),
+            np.array([size.images for size in sizes], np.int32),
+            np.array([size.cut_turns for size in sizes], np.int32),
+            {i: reason for i, reason in enumerate(found) if isinstance(reason, str)},
+        )
 
     @classmethod
     def _read(cls, path: Path, fingerprint: str, count: int) -> Self | None:
         """Read a saved index. Return None if there is none that can be used."""
         try:
             kept = read_json(path)
-            lengths = np.array(kept["lengths"], np.int32)
+            arrays = [np.array(kept[name], np.int32) for name in ("lengths", "images", "cut_turns")]
             skipped = {int(i): str(reason) for i, reason in kept["left_out"].items()}
         except (ValueError, KeyError, AttributeError, TypeError):  # no such file is a ``UserError``, a ``ValueError``
             return None
-        whole = kept.get("fingerprint") == fingerprint and lengths.shape == (count,)
-        return cls(fingerprint, lengths, skipped) if whole else None
+        whole = kept.get("fingerprint") == fingerprint and all(array.shape == (count,) for array in arrays)
+        return cls(fingerprint, *arrays, skipped) if whole else None
 
     def _write(self, path: Path) -> None:
-        content = {"fingerprint": self.fingerprint, "lengths": self.lengths.tolist(), "left_out": self.skipped}
+        content = {
+            "fingerprint": self.fingerprint,
+            "lengths": self.lengths.tolist(),
+            "images": self.images.tolist(),
+            "cut_turns": self.cut_turns.tolist(),
+            "left_out": self.skipped,
+        }
         with writing_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content, indent=None, shared=True)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from llava_cot_jax.data.batching import FILLER, BatchOrder, choose_buckets
+from llava_cot_jax.data.batching import FILLER, BatchOrder, bucket_sizes, choose_buckets
 from llava_cot_jax.data.chat import Chat, Conversation, SkippedConversation
 from llava_cot_jax.data.index import Index
 from llava_cot_jax.data.place import Place
@@ -39,8 +39,9 @@ class Loader:
     """Stream of the batches of a data set onto a mesh.
 
     Attributes:
-        index: Lengths of the rows, and the reasons for which rows are skipped.
+        index: Sizes of the rows, and the reasons for which rows are skipped.
         buckets: Lengths that batches have, in tokens, increasing.
+        image_buckets: Numbers of images that batches have, apart from none, increasing.
         batches_per_epoch: Number of batches in an epoch, the same in every epoch.
         fingerprint: Hash of everything that decides which rows a batch has. A run that resumes from the number of a
             batch must find the same fingerprint.
@@ -80,15 +81,28 @@ class Loader:
         self._mine = _rows_of_this_process(sharding, settings.batch_size)
         self.rows_fingerprint = rows.fingerprint
         self.index = Index.open(rows, processor, chat, cache or cache_folder("index"), on_progress)
-        lengths = self.index.lengths
+        lengths, images = self.index.lengths, self.index.images
         self.buckets = choose_buckets(lengths[lengths > 0], settings.num_buckets, settings.pad_to_multiple_of)
+        self.image_buckets = choose_buckets(images[images > 0], settings.num_image_buckets, 1) if images.any() else ()
         self._make_order = partial(
-            BatchOrder, lengths, self.buckets, settings.batch_size, seed=settings.seed, shuffle=shuffle
+            BatchOrder,
+            bucket_sizes(lengths, self.buckets),
+            bucket_sizes(images, self.image_buckets),
+            settings.batch_size,
+            seed=settings.seed,
+            shuffle=shuffle,
         )
         self._order = self._make_order()
         self.batches_per_epoch = self._order.batches_per_epoch
         self._encode = partial(_Batches, rows, processor, Chat(processor, chat), lengths, self._mine)
-        decisive = (self.index.fingerprint, self.buckets, settings.batch_size, settings.seed, shuffle)
+        decisive = (
+            self.index.fingerprint,
+            self.buckets,
+            self.image_buckets,
+            settings.batch_size,
+            settings.seed,
+            shuffle,
+        )
         self.fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
     def start_at(self, start: Place) -> None:
@@ -127,7 +141,7 @@ class Loader:
         Threads and worker processes end when the iterator is exhausted, closed, or no longer referenced.
 
         Yields:
-            Global arrays: those of ``Processor.collate`` with one image per row, and ``loss_mask`` bool [batch,
+            Global arrays: those of ``Processor.collate``, and ``loss_mask`` bool [batch,
             tokens], ``stage`` int8 [batch, tokens] (as in ``Conversation``) and ``row`` int32 [batch].
 
         Raises:
@@ -159,6 +173,11 @@ class Loader:
         """Number of tokens of each row of a batch without its padding, int32 [rows]; fillers are left out."""
         rows = self._order[index].rows
         return self.index.lengths[rows[rows != FILLER]]
+
+    def images(self, index: int) -> np.ndarray:
+        """Number of images of each row of a batch without its padding, int32 [rows]; fillers are left out."""
+        rows = self._order[index].rows
+        return self.index.images[rows[rows != FILLER]]
 
     def row_ids(self, index: int) -> list[str]:
         """Ids of the rows of a batch; fillers are left out."""
@@ -216,12 +235,13 @@ class _Batches:
         try:
             inputs = self.processor.collate(
                 [conversation.ids for conversation in conversations],
-                [[row.image] for _, row in rows],
+                [row.images[: conversation.images] for (_, row), conversation in zip(rows, conversations, strict=True)],
                 length=batch.length,
+                num_images=batch.images,
             )
         except UserError:
             for number, row in rows:
-                _check_image(number, row)
+                _check_images(number, row)
             raise
         marks = {
             name: np.zeros(inputs["input_ids"].shape, kind) for name, kind in (("loss_mask", bool), ("stage", np.int8))
@@ -246,14 +266,15 @@ class _Batches:
         return conversation
 
 
-def _check_image(index: int, row: Row) -> None:
-    """Check that an image can be decoded.
+def _check_images(index: int, row: Row) -> None:
+    """Check that the images of a row can be decoded.
 
     Raises:
-        UserError: The image is damaged. The message names the row.
+        UserError: An image is damaged. The message names the row.
     """
     try:
-        open_image(row.image)
+        for image in row.images:
+            open_image(image)
     except UserError as mistake:
         raise UserError(f"row {index} ({row.id}): {mistake}") from mistake
 

@@ -58,7 +58,7 @@ class PreparedRows:
         return self._length
 
     def __getitem__(self, index: int) -> Row:
-        """Read the row at ``index``; its image is the bytes of a file.
+        """Read the row at ``index``; its images are the bytes of files.
 
         Raises:
             IndexError: There is no row at ``index``.
@@ -73,11 +73,13 @@ class PreparedRows:
                 f"record {index} of the split {self._split!r} is damaged: restore {self._shard(index)}, or prepare the "
                 f"data anew ({fault})"
             ) from fault
-        conversations = zip(record["conversations"]["from"], record["conversations"]["value"], strict=True)
-        turns = make_turns([{"from": speaker.decode(), "value": text.decode()} for speaker, text in conversations])
+        images = (record["image"],) if "image" in record else tuple(record["images"])
+        said = zip(record["conversations"]["from"], record["conversations"]["value"], strict=True)
+        conversations = [{"from": speaker.decode(), "value": text.decode()} for speaker, text in said]
+        turns = make_turns(conversations, len(images))
         if turns != self.turns(index):
             raise UserError(f"{self._turns_path}, line {index + 1} differs from its record: prepare the data anew")
-        return Row(record["id"].decode(), record["source"].decode(), record["image"], turns)
+        return Row(record["id"].decode(), record["source"].decode(), images, turns)
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         """Read the conversation of a row alone, from a file without images.
@@ -91,7 +93,8 @@ class PreparedRows:
         begin, end = offsets[index : index + 2].tolist()
         try:
             # Threads may share the file, so that seek and read would not be safe.
-            return make_turns(json.loads(os.pread(file.fileno(), end - begin, begin))["conversations"])
+            line = json.loads(os.pread(file.fileno(), end - begin, begin))
+            return make_turns(line["conversations"], line.get("images", 1))  # version 1 of the format had one
         except (ValueError, TypeError, KeyError) as fault:
             raise UserError(
                 f"{self._turns_path}, line {index + 1} is damaged: prepare the data anew ({fault})"
@@ -129,9 +132,9 @@ class PreparedRows:
     def _source(self) -> Sequence[dict[str, Any]]:
         import tensorflow_datasets as tfds
 
-        source: Sequence[dict[str, Any]] = self._builder.as_data_source(
-            self._split, decoders={"image": tfds.decode.SkipDecoding()}
-        )
+        # Version 1 of the format had one image in each record, which tfds would decode.
+        decoders = {"image": tfds.decode.SkipDecoding()} if "image" in self._builder.info.features else None
+        source: Sequence[dict[str, Any]] = self._builder.as_data_source(self._split, decoders=decoders)
         return source
 
     def _shard(self, index: int) -> Path:

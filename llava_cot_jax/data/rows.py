@@ -1,20 +1,26 @@
-"""Rows of a data set, each a picture and a conversation about it."""
+"""Rows of a data set, each a conversation with the images that it is about, if any."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
 from llava_cot_jax.processing.images import ImageSource
 
-MARKER = "<image>"
-"""Marker for the position of the picture in a raw question."""
-
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer as written in the data, which may include ``<image>`` markers and surrounding space."""
+    """A question and its answer.
+
+    Attributes:
+        question: Text of the question, without ``<image>`` markers that stand for images.
+        answer: Text of the answer.
+        images: Number of images of the row that come before the text of this question.
+        system: Text of the system's turn before the question, or empty. Only the first turn of a row may have one.
+    """
 
     question: str
     answer: str
+    images: int = 0
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -23,14 +29,14 @@ class Row:
 
     Attributes:
         id: Name of the row for messages. It may repeat within a data set.
-        source: Data set that the picture comes from, such as ``chartqa``.
-        image: Picture that the conversation is about.
+        source: Data set that the row comes from, such as ``chartqa``.
+        images: Images that the conversation is about, in the order in which its turns have them.
         turns: Turns of the conversation, at least one.
     """
 
     id: str
     source: str
-    image: ImageSource
+    images: tuple[ImageSource, ...]
     turns: tuple[Turn, ...]
 
 
@@ -52,7 +58,7 @@ class Rows(Protocol):
         """
 
     def turns(self, index: int) -> tuple[Turn, ...]:
-        """Read the conversation of a row alone, without the cost of its picture."""
+        """Read the conversation of a row alone, without the cost of its images."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class FirstRows:
         return self.rows[self._checked(index)]
 
     def turns(self, index: int) -> tuple[Turn, ...]:
-        """Read the conversation of a row alone, without the cost of its picture."""
+        """Read the conversation of a row alone, without the cost of its images."""
         return self.rows.turns(self._checked(index))
 
     def _checked(self, index: int) -> int:

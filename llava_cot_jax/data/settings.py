@@ -20,22 +20,27 @@ class ChatSettings:
             without tags is kept whole in each.
         max_length: Maximum number of tokens of a conversation, including the image token. A longer conversation
             loses whole turns from its end; one whose first answer does not fit is skipped.
+        max_images: Maximum number of images of a conversation. A conversation with more is skipped.
+        text_only: Train on conversations without an image too. Otherwise they are skipped. LLaVA-CoT-100k has none.
         upstream_quirks: Train as PKU-YuanGroup/LLaVA-CoT does: with a second BOS, and also on the blank line after
             an assistant's header.
 
     Raises:
-        UserError: The variant is unknown, or the length holds nothing.
+        UserError: The variant is unknown, the length holds nothing, or the number of images is not positive.
     """
 
     variant: Variant = "staged"
     max_length: int = 2048
+    max_images: int = 8
+    text_only: bool = True
     upstream_quirks: bool = False
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
             raise UserError(f"variant is {self.variant!r}; it is one of {', '.join(get_args(Variant))}")
-        if self.max_length < 1:
-            raise UserError(f"max_length is {self.max_length}; it must be at least 1")
+        for name in ("max_length", "max_images"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class LoaderSettings:
     Attributes:
         batch_size: Number of examples in a global batch.
         num_buckets: Number of lengths that batches may have. A step is compiled for each.
+        num_image_buckets: Number of images per example that batches may have, apart from none. A step is compiled
+            for each, with each length; an example with fewer images than its batch is padded.
         pad_to_multiple_of: Number of tokens to a multiple of which the lengths of batches are rounded up.
         seed: Seed of the order of examples and batches.
         num_workers: Number of processes that decode images; with 0, threads of this process do.
@@ -56,6 +63,7 @@ class LoaderSettings:
 
     batch_size: int = 32
     num_buckets: int = 6
+    num_image_buckets: int = 2
     pad_to_multiple_of: int = 128
     seed: int = 42
     num_workers: int = 0

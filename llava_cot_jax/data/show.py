@@ -46,9 +46,9 @@ def display_processor(data: str, checkpoint: str | None) -> Processor:
 
 def describe_row(index: int, row: Row, conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> Text:
     """Return a row's facts on one line, then its text as the model reads it, with trained parts in green and marked."""
-    image = open_image(row.image)
+    sizes = [f"image {image.width} x {image.height}" for image in map(open_image, row.images)] or ["no image"]
     text = Text(
-        f"row {index} ({row.id}) from {row.source}: image {image.width} x {image.height}, {conversation.turns} of "
+        f"row {index} ({row.id}) from {row.source}: {', '.join(sizes)}, {conversation.turns} of "
         f"{len(row.turns)} turns, {len(conversation.ids)} tokens, {int(conversation.loss_mask.sum())} trained\n",
         style="bold",
     )
@@ -62,13 +62,17 @@ def describe_row(index: int, row: Row, conversation: Conversation, tokenizer: Pr
 
 
 def draw_sheet(rows: Sequence[tuple[int, Row]], vision: VisionConfig) -> Image.Image:
-    """Draw rows below one another, each as its image with the tiles beside it, arranged as on the canvas.
+    """Draw the images of rows below one another, each with its tiles beside it, arranged as on the canvas.
 
     Args:
-        rows: Rows to draw, each with its index.
+        rows: Rows to draw, each with its index. At least one has an image.
         vision: Vision configuration by which images are cut into tiles.
     """
-    strips = [_strip(f"row {index} ({row.id})", row, vision) for index, row in rows]
+    strips = [
+        _strip(f"row {index} ({row.id})" + (f", image {i}" if len(row.images) > 1 else ""), image, vision)
+        for index, row in rows
+        for i, image in enumerate(map(open_image, row.images), 1)
+    ]
     sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
     top = 0
     for strip in strips:
@@ -77,8 +81,7 @@ def draw_sheet(rows: Sequence[tuple[int, Row]], vision: VisionConfig) -> Image.I
     return sheet
 
 
-def _strip(label: str, row: Row, vision: VisionConfig) -> Image.Image:
-    image = open_image(row.image)
+def _strip(label: str, image: Image.Image, vision: VisionConfig) -> Image.Image:
     arrays = batch_images([[image]], vision)
     tiles = arrays["pixel_values"][0, 0]  # [tiles, 3, size, size]
     high, wide = vision.supported_aspect_ratios[int(arrays["aspect_ratio_ids"][0, 0]) - 1]

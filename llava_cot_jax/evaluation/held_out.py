@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from llava_cot_jax.data.chat import without_marker
-from llava_cot_jax.data.rows import Rows
+from llava_cot_jax.data.chat import question_messages
+from llava_cot_jax.data.rows import Rows, Turn
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import Generator
-from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.stages import find_stages
 
@@ -34,6 +35,26 @@ class HeldOutAnswer:
         return _body(self.answer, stage) == _body(self.expected, stage)
 
 
+def find_answerable(processor: Processor, rows: Rows, count: int) -> list[int]:
+    """Return the indices of the first ``count`` examples whose first question can be put to the model.
+
+    A question that spells a special token cannot.
+    """
+    found: list[int] = []
+    for index in range(len(rows)):
+        if len(found) == count:
+            break
+        turns = rows.turns(index)
+        with suppress(UserError):
+            _first_prompt(processor, turns)
+            found.append(index)
+    return found
+
+
+def _first_prompt(processor: Processor, turns: Sequence[Turn]) -> str:
+    return processor.prompt(question_messages(turns[0], about_images=any(turn.images for turn in turns)))
+
+
 def answer_held_out(
     generator: Generator, processor: Processor, rows: Rows, indices: Sequence[int], max_new_tokens: int
 ) -> Iterator[HeldOutAnswer]:
@@ -47,14 +68,15 @@ def answer_held_out(
         max_new_tokens: Longest answer, in tokens.
 
     Raises:
-        UserError: An example is damaged.
+        UserError: An example is damaged, or its first question cannot be put to the model.
     """
     for start in range(0, len(indices), QUESTIONS_PER_BATCH):
         examples = [rows[index] for index in indices[start : start + QUESTIONS_PER_BATCH]]
         # The last batch is padded to the size of the others, so that it needs no program of its own.
         padded = examples + [examples[-1]] * (min(QUESTIONS_PER_BATCH, len(indices)) - len(examples))
-        prompts = [processor.prompt(user_turn(without_marker(row.turns[0].question), images=1)) for row in padded]
-        tokens = generator.generate(processor(prompts, [[row.image] for row in padded]), max_new_tokens=max_new_tokens)
+        prompts = [_first_prompt(processor, row.turns) for row in padded]
+        images = [row.images[: row.turns[0].images] for row in padded]
+        tokens = generator.generate(processor(prompts, images), max_new_tokens=max_new_tokens)
         for row, ids in zip(examples, tokens, strict=False):
             yield HeldOutAnswer(row.turns[0].question, processor.decode(ids), row.turns[0].answer)
 

@@ -137,21 +137,28 @@ def cut_into_tiles(image: Image.Image, vision: VisionConfig, out: np.ndarray) ->
     return canvas
 
 
-def batch_images(images: Sequence[Sequence[ImageSource]], vision: VisionConfig) -> dict[str, np.ndarray]:
+def batch_images(
+    images: Sequence[Sequence[ImageSource]], vision: VisionConfig, num_images: int | None = None
+) -> dict[str, np.ndarray]:
     """Return the model's image inputs for a batch, given the images of each of its sequences.
 
     Sequences with fewer images than others are padded with images without pixels.
+
+    Args:
+        images: Images of each sequence.
+        vision: Configuration that passes ``check_vision``.
+        num_images: Number of images to pad every sequence to. None takes that of the sequence with the most.
 
     Returns:
         ``pixel_values`` uint8 [batch, images, tiles, channels, size, size], 0 in unused tiles; ``aspect_ratio_ids``
         int32 [batch, images], the canvas's index in ``supported_aspect_ratios`` + 1, or 0 for padding;
         ``aspect_ratio_mask`` int32 [batch, images, tiles], 1 for used tiles, which come first, and for the first tile
-        of padding. Empty if no sequence has an image.
+        of padding. Empty if the number of images is 0.
 
     Raises:
         UserError: ``open_image`` refuses an image.
     """
-    num_images = max(map(len, images), default=0)
+    num_images = max(map(len, images), default=0) if num_images is None else num_images
     if not num_images:
         return {}
     shape = (len(images), num_images, vision.max_num_tiles)

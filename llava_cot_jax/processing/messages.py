@@ -1,5 +1,6 @@
 """Messages, and the chat template that writes them."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,13 @@ Message = Mapping[str, Any]
 ``{"type": "text", "text": ...}``."""
 
 IMAGE_TOKEN = "<|image|>"
+
+MARKER = "<image>"
+"""Marker that LLaVA's data sets, and many users, write for an image at an edge of a question."""
+
+_LEADING_RUN = re.compile(rf"(?:\s*{MARKER})+\s*")
+_TRAILING_RUN = re.compile(rf"(?:\s*{MARKER[::-1]})+\s*")
+"""Pattern of the last markers of a text, for the text read backwards, where a match is found in linear time."""
 
 PROMPT_DATE = "26 Jul 2024"
 """Date that a prompt without an image names. It is fixed, so that answers do not change from day to day."""
@@ -52,12 +60,47 @@ CHAT_TEMPLATE = r"""
 """Llama 3.2's chat template, for checkpoints without one, such as the base models."""
 
 
+def remove_markers(question: str) -> tuple[str, int]:
+    """Return a question without the ``<image>`` markers at its edges, and their number.
+
+    Markers at the beginning or end stand for images if a line break is among them or between them and the text, or if
+    the question has no other markers. They go with the white space around them. Every other marker is a word of the
+    text and stays, as both in ``What differs between <image> and <image>``.
+    """
+    text, total, removed = question, question.count(MARKER), 0
+    if run := _LEADING_RUN.match(text):
+        count = run.group().count(MARKER)
+        if "\n" in run.group().lstrip() or count == total:
+            text, removed = text[run.end() :], count
+    if run := _TRAILING_RUN.match(text[::-1]):
+        count = run.group().count(MARKER[::-1])
+        if "\n" in run.group().lstrip() or count == total:
+            text, removed = text[: len(text) - run.end()], removed + count
+    return text, removed
+
+
+def user_message(text: str, images: int = 0) -> Message:
+    """Return the message of a user whose text, taken as it is, comes after a number of images."""
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
 def user_turn(question: str, images: int = 0) -> list[Message]:
     """Return the messages that ask a question about a number of images, which come before its text.
+
+    The text is what ``question_text`` gives.
 
     Raises:
         UserError: The question is no text, or the number is no whole number of at least 0.
     """
     check_text("question", question)
     check_int("images", images, least=0)
-    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]
+    return [user_message(question_text(question, images), images)]
+
+
+def question_text(question: str, images: int) -> str:
+    """Return the text of a question about a number of images, without markers that stand for images.
+
+    ``remove_markers`` removes them, as it does where rows are prepared to train on. Without images, every marker is a
+    word of the text.
+    """
+    return remove_markers(question)[0] if images else question

@@ -152,9 +152,20 @@ class Processor:
         return self.collate(sequences, [[] for _ in sequences] if images is None else images, length=length)
 
     def collate(
-        self, sequences: Sequence[list[int]], images: Sequence[Sequence[ImageSource]], *, length: int | None = None
+        self,
+        sequences: Sequence[list[int]],
+        images: Sequence[Sequence[ImageSource]],
+        *,
+        length: int | None = None,
+        num_images: int | None = None,
     ) -> dict[str, np.ndarray]:
         """Return the batch that ``__call__`` returns, from prompts that are tokenized already.
+
+        Args:
+            sequences: Token ids of each prompt.
+            images: Images of each prompt, one for each ``<|image|>`` in it.
+            length: Number of tokens to pad every sequence to. None takes that of the longest sequence.
+            num_images: Number of images to pad every sequence to. None takes that of the sequence with the most.
 
         Raises:
             UserError: The same as for ``__call__``.
@@ -162,10 +173,10 @@ class Processor:
         self._check_images(sequences, images)
         length = max(map(len, sequences)) if length is None else length
         inputs = self._pad(sequences, length)
-        image_inputs = batch_images(images, self.config.vision)
+        image_inputs = batch_images(images, self.config.vision, num_images)
         if image_inputs:
-            num_images = image_inputs["aspect_ratio_ids"].shape[1]
-            visible = _visible_images(sequences, self.config.image_token_index, num_images, length)
+            padded_images = image_inputs["aspect_ratio_ids"].shape[1]
+            visible = _visible_images(sequences, self.config.image_token_index, padded_images, length)
             inputs["cross_attention_mask"] = visible[..., None] * image_inputs["aspect_ratio_mask"][:, None]
         return inputs | image_inputs
 

@@ -18,7 +18,7 @@ import yaml
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import as_path, reading_errors
-from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.processing.messages import user_message
 
 if TYPE_CHECKING:
     from llava_cot_jax.processing.processor import Processor
@@ -128,7 +128,7 @@ class JudgePrompts:
         text = text.replace("{earlier}", (self.earlier if self.shown_stages(stage, stages) else "") + _MARK)
         for name in PLACEHOLDERS[kind]:
             text = text.replace(f"{{{name}}}", _MARK)
-        prompt = processor.prompt(user_turn(_MARK + text, images=images))
+        prompt = processor.prompt([user_message(_MARK + text, images=images)])
         return prompt.split(_MARK)
 
 

@@ -49,28 +49,30 @@ class Throughput:
         self._last = time.perf_counter()
 
         @cache
-        def row_flops(tokens: int) -> int:
-            return sum(training_flops(config, tokens, images=1, trained=trained, adapted=adapted).values())
+        def row_flops(tokens: int, images: int) -> int:
+            return sum(training_flops(config, tokens, images, trained=trained, adapted=adapted).values())
 
         self._row_flops = row_flops
 
-    def flops(self, lengths: np.ndarray) -> int:
+    def flops(self, lengths: np.ndarray, images: np.ndarray) -> int:
         """Return the useful FLOPs of a step.
 
         Args:
             lengths: Number of tokens of each row of its global batch without padding, int [rows].
+            images: Number of images of each row without padding, int [rows].
         """
-        return sum(self._row_flops(length) for length in lengths.tolist())
+        return sum(map(self._row_flops, lengths.tolist(), images.tolist()))
 
     def restart(self) -> None:
         """Measure from now on: the time before belongs to no step."""
         self._last = time.perf_counter()
 
-    def lap(self, lengths: np.ndarray) -> dict[str, float | None]:
+    def lap(self, lengths: np.ndarray, images: np.ndarray) -> dict[str, float | None]:
         """Return the rates since the last call or restart, in which one step was finished.
 
         Args:
             lengths: Number of tokens of each row of its global batch without padding, int [rows].
+            images: Number of images of each row without padding, int [rows].
 
         Returns:
             ``seconds``; ``samples_per_second`` and ``tokens_per_second`` of all devices together;
@@ -78,7 +80,7 @@ class Throughput:
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        rate = self.flops(lengths) / seconds
+        rate = self.flops(lengths, images) / seconds
         return {
             "seconds": seconds,
             "samples_per_second": len(lengths) / seconds,

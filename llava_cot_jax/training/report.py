@@ -28,10 +28,11 @@ def run_table(run: Run, program: TrainProgram, loader: Loader, throughput: Throu
     """
     settings, mesh, state = run.settings, run.mesh, program.state
     device = jax.devices()[0]
-    lengths = loader.index.lengths[loader.index.lengths > 0]
+    used = loader.index.lengths > 0
+    lengths, images = loader.index.lengths[used], loader.index.images[used]
     sample = np.linspace(0, len(lengths) - 1, min(1000, len(lengths))).astype(int)
     batch_size = settings.loader.batch_size
-    flops = batch_size * throughput.flops(lengths[sample]) / len(sample)
+    flops = batch_size * throughput.flops(lengths[sample], images[sample]) / len(sample)
     trained, total = _count(state.trained), _count(state.trained) + _count(state.frozen)
     precision = {"float32": "float32", "bfloat16_stochastic": "bfloat16, rounded stochastically"}.get(
         settings.optimizer.precision, "bfloat16, rounded to the nearest (small updates are lost)"

@@ -66,7 +66,7 @@ class Stepper:
         self._done, self._total = steps.start, steps.stop
         self._pending: _PendingStep | None = None
         self._nonfinite: list[tuple[int, list[str]]] = []  # consecutive steps, and the ids of their rows
-        self._lengths_seen: set[int] = set()
+        self._shapes_seen: set[tuple[tuple[int, ...], ...]] = set()
         throughput.restart()
 
     def step(self, state: TrainState) -> TrainState:
@@ -78,10 +78,10 @@ class Stepper:
         began = time.perf_counter()
         index, batch = next(self._batches)
         waiting_seconds = time.perf_counter() - began
-        length = batch["input_ids"].shape[1]
-        if compiles := length not in self._lengths_seen:
+        shapes = tuple(array.shape for array in batch.values())
+        if compiles := shapes not in self._shapes_seen:
             self.finish()
-            self._lengths_seen.add(length)
+            self._shapes_seen.add(shapes)
         state, measures = self._program.step(state, batch)
         previous, self._pending = self._pending, _PendingStep(index, measures, compiles, waiting_seconds)
         if previous:
@@ -107,7 +107,7 @@ class Stepper:
 
     def _write(self, step: _PendingStep) -> None:
         found = jax.device_get(step.measures)  # waits for the step
-        rates = self._throughput.lap(self._loader.lengths(step.index))
+        rates = self._throughput.lap(self._loader.lengths(step.index), self._loader.images(step.index))
         if step.compiles:
             rates = {"compiling_seconds": rates["seconds"]}
         self._done = step.index + 1

@@ -40,11 +40,11 @@ class Noise:
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         answer = " ".join(["red"] * self.words[index % len(self.words)])
-        return (Turn(f"<image>\nHow many in picture {index}?", staged("count", "shapes", answer, str(index))),)
+        return (Turn(f"How many in picture {index}?", staged("count", "shapes", answer, str(index)), images=1),)
 
     def __getitem__(self, index: int) -> Row:
         draw = np.random.default_rng(index)
         height, width = draw.integers(20, 200, 2)
         file = io.BytesIO()
         Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file, "PNG")
-        return Row(f"noise-{index}", "noise", file.getvalue(), self.turns(index))
+        return Row(f"noise-{index}", "noise", (file.getvalue(),), self.turns(index))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_cot_jax.data.batching import FILLER, BatchOrder, choose_buckets
+from llava_cot_jax.data.batching import FILLER, BatchOrder, bucket_sizes, choose_buckets
 from llava_cot_jax.data.place import Place
 from llava_cot_jax.errors import UserError
 
@@ -46,7 +46,8 @@ BUCKETS = choose_buckets(LENGTHS[LENGTHS > 0], 4, 128)
 
 
 def make(batch: int = 32, seed: int = 1, shuffle: bool = True, lengths: np.ndarray = LENGTHS) -> BatchOrder:
-    return BatchOrder(lengths, BUCKETS, batch, seed=seed, shuffle=shuffle)
+    images = np.minimum(lengths, 1)
+    return BatchOrder(bucket_sizes(lengths, BUCKETS), images, batch, seed=seed, shuffle=shuffle)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 32])
@@ -107,14 +108,15 @@ def test_unshuffled_every_row_comes_once_and_fillers_last():
 def test_whatever_changes_on_the_way_each_row_is_seen_once_in_an_epoch(rows, epochs, changes):
     """Orders of other sizes and seeds take turns, each after some batches, through what a checkpoint stores."""
     lengths = draw_lengths(rows)
+    sizes, images = bucket_sizes(lengths, BUCKETS), np.ones(rows, int)
     seen = [np.zeros(rows, int) for _ in range(epochs + 1)]
     place, trained = Place(), lengths > 0
     for number, (batch, count, seed) in enumerate(changes):
         place = Place.from_json(json.loads(json.dumps(place.to_json())), rows)
-        order = BatchOrder(lengths, BUCKETS, batch, seed=seed, shuffle=True, start=place)
+        order = BatchOrder(sizes, images, batch, seed=seed, shuffle=True, start=place)
         last = order.batches_until(epochs)
         stop = last if number == len(changes) - 1 else min(place.batches + count, last)
-        resumed = BatchOrder(lengths, BUCKETS, batch, seed=seed, shuffle=True, start=place)
+        resumed = BatchOrder(sizes, images, batch, seed=seed, shuffle=True, start=place)
         for index in range(place.batches, stop):
             found = order[index]
             assert len(found.rows) == batch and lengths[found.rows].max() <= found.length
@@ -136,3 +138,16 @@ def test_too_few_rows():
     with pytest.raises(UserError, match="18 rows do not fill a batch of 32"):
         make(lengths=few)
     assert make(lengths=few, shuffle=False).batches_per_epoch == 1
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rows_with_similar_numbers_of_images_share_batches(shuffle):
+    """Numbers 0, 1 and 3, of which no batch but two that span a border pads a row to more images than it has."""
+    images = np.random.default_rng(1).choice([0, 1, 3], len(LENGTHS), p=[0.2, 0.5, 0.3])
+    order = BatchOrder(bucket_sizes(LENGTHS, BUCKETS), images, 32, seed=1, shuffle=shuffle)
+    batches = [order[i] for i in range(order.batches_per_epoch)]
+    for b in batches:
+        rows = b.rows[b.rows != FILLER]
+        assert b.images == images[rows].max() and LENGTHS[rows].max() <= b.length
+    assert sum(images[b.rows[b.rows != FILLER]].min() < b.images for b in batches) == 2
+    assert {b.images for b in batches} == {0, 1, 3}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llava_cot_jax.data.chat import Chat, SkippedConversation
+from llava_cot_jax.data.chat import Chat, ConversationSize, SkippedConversation
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.errors import UserError
@@ -21,11 +21,11 @@ TOKENIZER = demo_processor().tokenizer
 
 ANSWER = staged("Count.", "Two red\n\ncircles: ○ ○.", "One and one.", "It's 2.")
 TURNS = (
-    Turn(" <image>\nHow many circles?  ", f"\n{ANSWER} "),
+    Turn("\n How many circles?  ", f"\n{ANSWER} ", images=1),
     Turn("And what\ncolour? é ☃", "They are red.\n"),
-    Turn("\n<image>Sure?", "Yes <image>indeed."),
+    Turn("Sure of <image>?", "Yes ![a](<image>) indeed."),
 )
-"""A staged answer, then two without tags; stray markers, space at the ends, characters of several bytes."""
+"""A staged answer, then two without tags; markers that are text, space at the ends, characters of several bytes."""
 
 Marked = list[tuple[int, bool, int]]
 """Token, whether it is trained on, and its stage."""
@@ -93,7 +93,7 @@ def whole(first: Marked, blank_trained: bool = False) -> list[Marked]:
     return [
         turn("How many circles?", first, True, blank_trained),
         turn("And what\ncolour? é ☃", mark("They are red.", True), False, blank_trained),
-        turn("Sure?", mark("Yes\nindeed.", True), False, blank_trained),
+        turn("Sure of <image>?", mark("Yes ![a](<image>) indeed.", True), False, blank_trained),
     ]
 
 
@@ -153,11 +153,11 @@ def test_a_token_that_runs_past_a_tag_belongs_to_the_stage():
         ("<SUMMARY></SUMMARY> <CONCLUSION> 2", "untagged", "2"),
         ("<SUMMARY> a </SUMMARY>", "conclusion", None),
         ("<CONCLUSION> </CONCLUSION>", "conclusion", None),
-        (" <image> ", "staged", None),
+        (" <image> ", "staged", "<image>"),
     ],
 )
 def test_an_answer_out_of_the_ordinary(answer, variant, kept):
-    first, second = Turn("How many?", "Two."), Turn("Sure?", answer)
+    first, second = Turn("How many?", "Two.", images=1), Turn("Sure?", answer, images=1)
     alone = chat(variant=variant).encode([first])
     both = chat(variant=variant).encode([first, second])
     assert both.turns == (1 if kept is None else 2)
@@ -201,9 +201,10 @@ def test_a_turn_that_would_not_end_an_answer_is_refused():
 def test_lengths_are_those_of_the_tokens(settings):
     conversations = [TURNS, TURNS[:1], TURNS[1:], [Turn("a", "<|eot_id|>")], [Turn("a", " ")], TURNS[::-1]]
     made = pickle.loads(pickle.dumps(chat(**settings)))
-    for conversation, length in zip(conversations, made.lengths(conversations), strict=True):
-        if isinstance(length, int):
-            assert len(made.encode(conversation).ids) == length
+    for conversation, length in zip(conversations, made.sizes(conversations), strict=True):
+        if isinstance(length, ConversationSize):
+            made_of = made.encode(conversation)
+            assert length == ConversationSize(len(made_of.ids), made_of.images, len(conversation) - made_of.turns)
         else:
             with pytest.raises(SkippedConversation, match=length):
                 made.encode(conversation)

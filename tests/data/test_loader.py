@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,7 +21,6 @@ from llava_cot_jax.data.chat import Chat, SkippedConversation
 from llava_cot_jax.data.loader import READY, Loader
 from llava_cot_jax.data.prepared import PreparedRows
 from llava_cot_jax.data.raw.preparation import prepare_dataset
-from llava_cot_jax.data.rows import Row
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings, PrepareSettings
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import user_turn
@@ -76,10 +76,9 @@ def test_a_batch_holds_what_the_processor_makes_of_its_rows(make):
         assert length in loader.buckets
         for i, index in enumerate(batch["row"]):
             turn = ROWS.turns(index)[0]
-            question = turn.question.removeprefix("<image>\n")
-            messages = [*user_turn(question, images=1), {"role": "assistant", "content": turn.answer}]
+            messages = [*user_turn(turn.question, images=1), {"role": "assistant", "content": turn.answer}]
             prompt = processor.prompt(messages, add_generation_prompt=False)
-            expected = processor([prompt], [[ROWS[index].image]], length=length)
+            expected = processor([prompt], [ROWS[index].images], length=length)
             for name, array in expected.items():
                 np.testing.assert_array_equal(batch[name][i], array[0], err_msg=name)
             conversation = chat.encode(ROWS.turns(index))
@@ -161,7 +160,8 @@ class Damaged(Noise):
 
     def __getitem__(self, index):
         row = super().__getitem__(index)
-        return Row(row.id, row.source, row.image[: len(row.image) // 2], row.turns) if index == 5 else row
+        (image,) = row.images
+        return replace(row, images=(image[: len(image) // 2],)) if index == 5 else row
 
 
 class Changed(Noise):
@@ -169,7 +169,7 @@ class Changed(Noise):
 
     def __getitem__(self, index):
         row = super().__getitem__(index)
-        return Row(row.id, row.source, row.image, self.turns(2)) if index == 5 else row
+        return replace(row, turns=self.turns(2)) if index == 5 else row
 
 
 def readers() -> list[threading.Thread]:
@@ -290,7 +290,7 @@ def test_a_worker_that_meets_a_damaged_record_names_it(tmp_path):
     late = read(make_loader(rows, tmp_path, workers=0), 10, 11)[0]["row"][0]
     (shard,) = (tmp_path / "data").glob("*-train.array_record-*")
     content = bytearray(shard.read_bytes())
-    content[content.index(rows[late].image) + 20] ^= 1
+    content[content.index(rows[late].images[0]) + 20] ^= 1
     shard.write_bytes(content)
     with stream(tmp_path, tmp_path / "data") as (process, workers):
         _, errors = process.communicate(timeout=600)

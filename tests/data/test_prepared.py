@@ -48,9 +48,9 @@ def expected(raw: RawSet) -> list[Row]:
     """Rows of both splits by line, made from the raw data set."""
     rows = []
     for row in raw.rows.values():
-        texts = [turn["value"] for turn in row["conversations"]]
-        turns = tuple(map(Turn, texts[::2], texts[1::2]))
-        rows.append(Row(row["id"], row["image"].split("/")[0], raw.files[row["image"]], turns))
+        texts = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        turns = tuple(map(Turn, texts[::2], texts[1::2], [1] + [0] * len(texts)))
+        rows.append(Row(row["id"], row["image"].split("/")[0], (raw.files[row["image"]],), turns))
     return rows
 
 
@@ -153,7 +153,7 @@ class TestDamage:
     def test_a_flipped_bit_in_any_image(self, copy: Path) -> None:
         """The records lie in the shards uncompressed, so each image can be found there."""
         sound = PreparedRows(copy, "train")
-        images = [sound[i].image for i in range(len(sound))]
+        images = [sound[i].images[0] for i in range(len(sound))]
         for i, image in enumerate(images):
             shard = shards(copy)[i >= 30]
             assert isinstance(image, bytes)
@@ -166,9 +166,9 @@ class TestDamage:
             ):
                 PreparedRows(copy, "train")[first]
             neighbour = (first + 1) % len(images)
-            assert PreparedRows(copy, "train")[neighbour].image == images[neighbour]
+            assert PreparedRows(copy, "train")[neighbour].images[0] == images[neighbour]
             flip(shard, at)
-        assert [sound[i].image for i in range(len(sound))] == images
+        assert [sound[i].images[0] for i in range(len(sound))] == images
 
     def test_a_flipped_bit_anywhere_gives_the_row_or_an_error(self, copy: Path) -> None:
         """Record heads, texts, the shard's own index and padding too: never another row, never a crash."""
@@ -189,7 +189,7 @@ class TestDamage:
             noticed += bool(failed)
             flip(shard, at)
         # The rest is padding between the records and the index.
-        assert noticed > sum(len(row.image) for row in whole if isinstance(row.image, bytes)) / 1499
+        assert noticed > sum(len(image) for row in whole for image in row.images if isinstance(image, bytes)) / 1499
 
     @pytest.mark.parametrize("size", [0, 100, 65536, -1])
     def test_a_shard_cut_short(self, copy: Path, size: int) -> None:
@@ -230,7 +230,7 @@ class TestConversations:
         line = json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
         self.edit(copy, slice(4, 5), [line + "\n"])
         rows = PreparedRows(copy, "train")
-        assert rows.turns(4) == (Turn("a", "b"),)
+        assert rows.turns(4) == (Turn("a", "b", images=1),)
         with pytest.raises(UserError, match=r"train\.turns\.jsonl, line 5 differs from its record"):
             rows[4]
 

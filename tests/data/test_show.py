@@ -17,7 +17,7 @@ from tests.data.rows import demo_processor, staged
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 70, 3), dtype=np.uint8))
 ANSWER = staged("Count.", "Two ○ circles.", "One and one.", "2")
-ROW = Row("a/1", "vg", PICTURE, (Turn("<image>\nHow many?", ANSWER), Turn("[b]Sure?[/b]", "Yes.")))
+ROW = Row("a/1", "vg", (PICTURE,), (Turn("How many?", ANSWER, images=1), Turn("[b]Sure?[/b]", "Yes.")))
 
 
 def test_the_trained_text_stands_between_marks():

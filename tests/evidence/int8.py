@@ -34,7 +34,7 @@ def main() -> None:
     processor, rows = Processor.from_pretrained("shapes"), ShapesRows("test")
     chat = Chat(processor, ChatSettings())
     talks = [chat.encode(rows.turns(i)[:1]) for i in range(ROWS)]
-    batch = processor.collate([talk.ids for talk in talks], [[rows[i].image] for i in range(ROWS)])
+    batch = processor.collate([talk.ids for talk in talks], [[rows[i].images[0]] for i in range(ROWS)])
     trained = np.zeros(batch["input_ids"].shape, bool)
     for row, talk in zip(trained, talks, strict=True):
         row[: len(talk.ids) - 1] = np.asarray(talk.loss_mask)[1:]

@@ -13,7 +13,7 @@ import platform
 
 import numpy as np
 
-from llava_cot_jax.data.batching import BatchOrder, choose_buckets
+from llava_cot_jax.data.batching import BatchOrder, bucket_sizes, choose_buckets
 
 ROWS, MEAN, SD, MAX_LENGTH, MULTIPLE = 98_600, 600, 0.45, 2048, 128
 
@@ -24,7 +24,7 @@ def draw_lengths() -> np.ndarray:
 
 
 def padding(lengths: np.ndarray, buckets: tuple[int, ...], batch: int) -> float:
-    order = BatchOrder(lengths, buckets, batch, seed=0, shuffle=True)
+    order = BatchOrder(bucket_sizes(lengths, buckets), np.ones_like(lengths), batch, seed=0, shuffle=True)
     batches = [order[i] for i in range(order.batches_per_epoch)]
     return 1 - sum(lengths[b.rows].sum() for b in batches) / sum(b.length * batch for b in batches)
 

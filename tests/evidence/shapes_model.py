@@ -133,7 +133,7 @@ def hold_to_transformers(folder: Path) -> None:
     processor = Processor.from_pretrained(folder)
     rows = [ShapesRows("validation")[i] for i in range(ROWS)]
     chat = Chat(processor, ChatSettings())
-    inputs = processor.collate([chat.encode(row.turns).ids for row in rows], [[row.image] for row in rows])
+    inputs = processor.collate([chat.encode(row.turns).ids for row in rows], [row.images for row in rows])
     present = inputs["attention_mask"].astype(bool)
     ours = np.asarray(Mllama.from_pretrained(folder)(**inputs))[present]
     theirs = logits_there(folder, inputs, processor)[present]

@@ -120,7 +120,7 @@ def test_a_page_needs_nothing_but_itself(trace):
     """Nothing is loaded, nothing runs, and no text of the model becomes an element."""
     image = Image.effect_mandelbrot((300, 200), (-2, -1.2, 1, 1.2), 20)
     html = render_page(
-        [PageEntry(trace, [image, ShapesRows("test")[0].image], traces.HOSTILE)], {traces.HOSTILE: "<b>"}
+        [PageEntry(trace, [image, ShapesRows("test")[0].images[0]], traces.HOSTILE)], {traces.HOSTILE: "<b>"}
     )
     page = Page(html)
     for tag, attributes in page.tags:

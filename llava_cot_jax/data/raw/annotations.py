@@ -2,21 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_cot_jax.data.raw.images import Member, RawImages, normalise_path
-from llava_cot_jax.data.rows import MARKER, Turn
+from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.messages import MARKER, remove_markers
 from llava_cot_jax.stages import is_staged
 
-SPEAKERS = ("human", "gpt")
+SYSTEM, SPEAKERS = "system", ("human", "gpt")
+
+CONTROL_TOKEN = re.compile(
+    r"<\|(?:begin_of_text|end_of_text|finetune_right_pad_id|start_header_id|end_header_id|eom_id|eot_id|python_tag|image"
+    r"|reserved_special_token_\d+)\|>"
+)
+"""Pattern of Llama 3.2's control tokens. A text that spells one would end a message, or stand for an image."""
 
 UNKNOWN_SOURCE = "(unknown)"
-"""Source of a row whose image path does not name one."""
+"""Source of a row that has no image, or whose image path does not name a source."""
 
 
 class Reason(StrEnum):
@@ -26,31 +34,44 @@ class Reason(StrEnum):
     NOT_A_ROW = "no conversation"
     NO_IMAGE = "no image"
     BAD_TURNS = "bad turns"
+    BAD_TEXT = "bad text"
     MISSING_IMAGE = "missing image"
     BROKEN_IMAGE = "broken image"
 
 
+class Remark(StrEnum):
+    """Remark on a row that is used, which a user may want to look at."""
+
+    MORE_MARKERS = "more markers than images"
+    FEWER_MARKERS = "fewer markers than images"
+    LATER_MARKERS = "markers in later turns"
+    INNER_MARKERS = "markers kept as text"
+    SYSTEM_TURN = "system turns"
+
+
 @dataclass(frozen=True, slots=True)
 class AnnotationRow:
-    """A row in the right format whose image exists.
+    """A row in the right format whose images exist.
 
     Attributes:
         line: Number of the line in the annotations, from 1. It is the key of the record, since ids may repeat.
         offset: Offset of the line in the file, in bytes.
         id: Id of the row.
-        source: Data set that the picture comes from.
-        image_path: Normalised path of the image in the row.
-        image: Image file at that path.
+        source: Data set that the first image comes from, or ``UNKNOWN_SOURCE``.
+        image_paths: Normalised paths of the images in the row.
+        images: Image files at these paths.
         unstaged: Number of answers that lack a stage.
+        remarks: Remarks on the row.
     """
 
     line: int
     offset: int
     id: str
     source: str
-    image_path: str
-    image: Member
+    image_paths: tuple[str, ...]
+    images: tuple[Member, ...]
     unstaged: int
+    remarks: tuple[Remark, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +81,8 @@ class SkippedRow:
     Attributes:
         line: Number of the line in the annotations, from 1.
         id: Id of the row, empty if it has none.
-        source: Data set that the picture comes from, or ``UNKNOWN_SOURCE``.
-        image: Path of the image in the row, empty if it has none.
+        source: Data set that the first image comes from, or ``UNKNOWN_SOURCE``.
+        image: Path of the image at fault, or of the first image in the row; empty if it has none.
         reason: Reason for which the row is skipped.
         detail: Fault that was found, or empty where the reason says it all.
     """
@@ -91,11 +112,11 @@ class Annotations:
     @property
     def members(self) -> list[Member]:
         """Image files of the rows in ``entries``, each once, in their order."""
-        return list({entry.image.name: entry.image for entry in self.entries}.values())
+        return list({image.name: image for entry in self.entries for image in entry.images}.values())
 
 
 def read_annotations(path: Path, images: RawImages, limit: int | None = None) -> Annotations:
-    """Read the file once, check the format of every row, and find its image. Blank lines are skipped.
+    """Read the file once, check the format of every row, and find its images. Blank lines are skipped.
 
     Args:
         path: File of annotations.
@@ -139,24 +160,60 @@ def read_conversations(file: BinaryIO, entry: AnnotationRow) -> list[dict[str, s
     return [{key: turn[key] for key in ("from", "value")} for turn in json.loads(file.readline())["conversations"]]
 
 
-def make_turns(conversations: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
-    """Pair the questions with their answers.
+def make_turns(conversations: Sequence[Mapping[str, Any]], images: int) -> tuple[Turn, ...]:
+    """Pair the questions with their answers, and give each question its images.
+
+    A marker at the edge of a question, as ``remove_markers`` finds it, stands for an image before the text of that
+    question. Where there are not as many such markers as images, all images come before the first question.
+
+    Args:
+        conversations: Turns of LLaVA's format: perhaps one of ``system``, then ``human`` and ``gpt`` in turn.
+        images: Number of images of the row.
 
     Raises:
         ValueError: Human and gpt do not take turns, a text is empty, or a question has no answer.
     """
     if not conversations:
         raise ValueError("there are no turns")
+    first = conversations[0]
+    begins = int(isinstance(first, Mapping) and first.get("from") == SYSTEM)
     for i, turn in enumerate(conversations):
+        expected = SYSTEM if i < begins else SPEAKERS[(i - begins) % 2]
         speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
-        if speaker != SPEAKERS[i % 2]:
-            raise ValueError(f"turn {i + 1} is from {speaker!r}, not from {SPEAKERS[i % 2]}")
-        if not isinstance(text, str) or not text.replace(MARKER, "").strip():
+        if speaker != expected:
+            raise ValueError(f"turn {i + 1} is from {speaker!r}, not from {expected}")
+        words = remove_markers(text)[0] if isinstance(text, str) and speaker == SPEAKERS[0] else text
+        if not isinstance(words, str) or not (words.strip() or speaker == SYSTEM):
             raise ValueError(f"turn {i + 1} is empty")
-    if len(conversations) % 2:
-        raise ValueError("the last question has no answer")
     texts = [turn["value"] for turn in conversations]
-    return tuple(Turn(question, answer) for question, answer in zip(texts[::2], texts[1::2], strict=True))
+    questions, answers = [remove_markers(text) for text in texts[begins::2]], texts[begins + 1 :: 2]
+    if len(questions) != len(answers) or not answers:
+        raise ValueError("the last question has no answer")
+    counts = [markers for _, markers in questions]
+    if sum(counts) != images:
+        counts = [images] + [0] * (len(questions) - 1)
+    systems = [*texts[:begins], *[""] * len(questions)]
+    return tuple(
+        Turn(question, answer, count, system)
+        for (question, _), answer, count, system in zip(questions, answers, counts, systems, strict=False)
+    )
+
+
+def _make_remarks(conversations: Sequence[Mapping[str, Any]], images: int) -> Iterator[Remark]:
+    """Return the remarks on a row whose turns are right."""
+    questions = [remove_markers(turn["value"]) for turn in conversations if turn["from"] == SPEAKERS[0]]
+    markers = sum(count for _, count in questions)
+    if markers > images:
+        yield Remark.MORE_MARKERS
+    if 0 < markers < images:
+        yield Remark.FEWER_MARKERS
+    if any(count for _, count in questions[1:]):
+        yield Remark.LATER_MARKERS
+    answers = [turn["value"] for turn in conversations if turn["from"] != SPEAKERS[0]]
+    if any(MARKER in text for text in (*(question for question, _ in questions), *answers)):
+        yield Remark.INNER_MARKERS
+    if conversations[0]["from"] == SYSTEM:
+        yield Remark.SYSTEM_TURN
 
 
 def in_validation(image_path: str, share: float) -> bool:
@@ -165,42 +222,88 @@ def in_validation(image_path: str, share: float) -> bool:
     return draw < share * 2**64
 
 
+def link_images(entries: Iterable[AnnotationRow]) -> dict[str, str]:
+    """Return one path for each image path, the same for all images that rows have together, directly or over others.
+
+    Rows whose images have the same path there belong in the same split. It is the least of the paths.
+    """
+    parents: dict[str, str] = {}
+
+    def root(path: str) -> str:
+        while (parent := parents.setdefault(path, path)) != path:
+            parents[path] = path = parents[parent]
+        return path
+
+    for entry in entries:
+        for path in entry.image_paths:
+            one, other = sorted((root(entry.image_paths[0]), root(path)))
+            parents[other] = one
+    return {path: root(path) for path in list(parents)}
+
+
 def _check_row(text: bytes, line: int, offset: int, images: RawImages) -> AnnotationRow | SkippedRow:
     try:
-        row = _parse(text)
+        row = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as fault:
         return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.BROKEN_JSON, getattr(fault, "msg", str(fault)))
     if not isinstance(row, dict):
         return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.NOT_A_ROW, "the line is no JSON object")
-    id = "" if row.get("id") is None else str(row["id"])
-    path = row["image"] if isinstance(row.get("image"), str) else ""
-    source = _source_of(path)
+    paths = _paths_of(row)
+    id = "" if row.get("id") is None else _in_unicode(str(row["id"]))
+    first = _in_unicode(paths[0]) if paths else ""
+    source = _source_of(first)
 
-    def skip(reason: Reason, detail: str = "") -> SkippedRow:
+    def skip(reason: Reason, detail: str = "", path: str = first) -> SkippedRow:
         return SkippedRow(line, id, source, path, reason, detail)
 
     conversations = row.get("conversations")
     if not isinstance(conversations, list):
         return skip(Reason.NOT_A_ROW)
-    if not path:
-        return skip(Reason.NO_IMAGE)
+    if paths is None:
+        return skip(Reason.NO_IMAGE, "its image is neither a path nor a list of paths")
     try:
-        turns = make_turns(conversations)
+        turns = make_turns(conversations, len(paths))
     except ValueError as fault:
-        return skip(Reason.BAD_TURNS, str(fault))
-    image_path, image = normalise_path(path), images.find(path)
-    if image_path is None or image is None:
-        return skip(Reason.MISSING_IMAGE)
+        return skip(Reason.BAD_TURNS, _in_unicode(str(fault)))
+    remarks = tuple(_make_remarks(conversations, len(paths)))
+    if not paths and Remark.MORE_MARKERS in remarks:
+        return skip(Reason.NO_IMAGE, f"a question has the marker {MARKER}, but the row has no image")
+    if fault := _fault_of_text(row, conversations):
+        return skip(Reason.BAD_TEXT, fault)
+    found = [(path, normalise_path(path), images.find(path)) for path in paths]
+    for path, image_path, image in found:
+        if image_path is None or image is None:
+            return skip(Reason.MISSING_IMAGE, path=path)
+    image_paths = tuple(image_path for _, image_path, _ in found if image_path is not None)
+    members = tuple(image for _, _, image in found if image is not None)
     unstaged = sum(not is_staged(turn.answer) for turn in turns)
-    return AnnotationRow(line, offset, id, source, image_path, image, unstaged)
+    return AnnotationRow(line, offset, id, source, image_paths, members, unstaged, remarks)
 
 
-def _parse(text: bytes) -> Any:
-    row = json.loads(text)
-    if b"\\ud" in text.lower():
-        # Half of a surrogate pair is valid JSON, but cannot be encoded as UTF-8.
+def _paths_of(row: Mapping[str, Any]) -> list[str] | None:
+    """Return the paths of a row's images, which it has as one text or a list; None if they are something else."""
+    given = row.get("images") or row.get("image") or []
+    paths = [given] if isinstance(given, str) else given
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        return None
+    return paths
+
+
+def _fault_of_text(row: Mapping[str, Any], conversations: Sequence[Mapping[str, Any]]) -> str:
+    """Return what in a row's texts cannot be written in tokens, or nothing."""
+    try:
         json.dumps(row, ensure_ascii=False).encode()
-    return row
+    except UnicodeEncodeError:
+        return "it has half of a surrogate pair, which is no character"
+    for i, turn in enumerate(conversations, 1):
+        if found := CONTROL_TOKEN.search(turn["value"]):
+            return f"turn {i} spells the control token {found.group()}"
+    return ""
+
+
+def _in_unicode(text: str) -> str:
+    """Return a text in which a question mark stands for each half of a surrogate pair."""
+    return text.encode(errors="replace").decode()
 
 
 def _source_of(image_path: str) -> str:

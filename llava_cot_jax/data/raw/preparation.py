@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from llava_cot_jax.data.raw.annotations import (
     Reason,
     SkippedRow,
     in_validation,
+    link_images,
     read_annotations,
 )
 from llava_cot_jax.data.raw.checks import check_images
@@ -56,6 +57,9 @@ SKIPPED_FILE = "skipped.jsonl"
 
 OF_DATA = {"annotations", "images"}
 """Recorded settings that identify the raw data set. All others are the user's choice, or this package's."""
+
+REMARKS_FILE = "remarks.jsonl"
+"""Name of the file that lists the rows that are used and have remarks."""
 
 Progress = Callable[[str, str], AbstractContextManager[OnProgress]]
 """Progress display: called with a label and a unit, it gives a function of the number done and the total."""
@@ -139,6 +143,7 @@ def prepare_dataset(
         splits, skipped = _divide_rows(annotations, checks.faults, settings.validation_share)
         summary = summarise(splits, skipped, _count_unnamed_images(images, annotations))
         _write_lines(work.result / SKIPPED_FILE, [asdict(row) for row in skipped])
+        _write_lines(work.result / REMARKS_FILE, _list_remarks(splits))
         _check_skipped(allow_missing, summary, work.result / SKIPPED_FILE)
         shards = _plan_shards(splits, work)
         with progress("writing", "rows") as on_progress:
@@ -207,13 +212,27 @@ def _divide_rows(
     """Divide the rows into splits. Return the rows of each split and those skipped, in the order of their lines."""
     splits: dict[str, list[AnnotationRow]] = {split: [] for split in SPLITS}
     skipped = list(annotations.skipped)
+    linked = link_images(annotations.entries)
     for entry in annotations.entries:
-        if fault := broken.get(entry.image.name):
-            row = SkippedRow(entry.line, entry.id, entry.source, entry.image_path, Reason.BROKEN_IMAGE, fault)
-            skipped.append(row)
+        images = zip(entry.image_paths, entry.images, strict=True)
+        faults = [(path, broken[image.name]) for path, image in images if image.name in broken]
+        if faults:
+            path, fault = faults[0]
+            skipped.append(SkippedRow(entry.line, entry.id, entry.source, path, Reason.BROKEN_IMAGE, fault))
         else:
-            splits[SPLITS[in_validation(entry.image_path, validation_share)]].append(entry)
+            # A row without images has a draw of its own.
+            key = linked[entry.image_paths[0]] if entry.image_paths else f"line {entry.line}"
+            splits[SPLITS[in_validation(key, validation_share)]].append(entry)
     return splits, sorted(skipped, key=lambda row: row.line)
+
+
+def _list_remarks(splits: Mapping[str, Sequence[AnnotationRow]]) -> list[dict[str, Any]]:
+    """Return the rows that have remarks, in the order of their lines."""
+    entries = (entry for entries in splits.values() for entry in entries if entry.remarks)
+    return [
+        {"line": entry.line, "id": entry.id, "source": entry.source, "remarks": entry.remarks}
+        for entry in sorted(entries, key=lambda entry: entry.line)
+    ]
 
 
 def _count_unnamed_images(images: RawImages, annotations: Annotations) -> int:

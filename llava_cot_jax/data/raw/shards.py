@@ -36,8 +36,9 @@ FEATURES = tfds.features.FeaturesDict(
         "id": tfds.features.Text(),
         "line": np.int64,
         "source": tfds.features.Text(),
-        "image_path": tfds.features.Text(),
-        "image": tfds.features.Image(),
+        "image_paths": tfds.features.Sequence(tfds.features.Text()),
+        # Bytes of files, since tfds cannot read a sequence of images without decoding them.
+        "images": tfds.features.Sequence(tfds.features.Text()),
         "conversations": tfds.features.Sequence({"from": tfds.features.Text(), "value": tfds.features.Text()}),
     }
 )
@@ -67,10 +68,11 @@ def cut_into_shards(entries: Iterable[AnnotationRow], max_bytes: int, max_rows: 
     shards: list[list[AnnotationRow]] = []
     size = 0
     for entry in entries:
-        size += entry.image.size
+        entry_size = sum(image.size for image in entry.images)
+        size += entry_size
         if not shards or size > max_bytes or len(shards[-1]) == max_rows:
             shards.append([])
-            size = entry.image.size
+            size = entry_size
         shards[-1].append(entry)
     return [tuple(shard) for shard in shards]
 
@@ -114,14 +116,19 @@ class ShardWriter:
     def _record(self, entry: AnnotationRow, lines: BinaryIO, turns: BinaryIO) -> bytes:
         """Return the record of a row, and write its line to the file of conversations."""
         conversations = read_conversations(lines, entry)
-        line = {"id": entry.id, "source": entry.source, "conversations": conversations}
+        line = {
+            "id": entry.id,
+            "source": entry.source,
+            "images": len(entry.images),
+            "conversations": conversations,
+        }
         turns.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        image = self.images.read(entry.image.name)
+        images = [self.images.read(image.name) for image in entry.images]
         example = {
             **line,
             "line": entry.line,
-            "image_path": entry.image_path,
-            "image": shrink(image, self.max_side) if self.max_side else image,
+            "image_paths": entry.image_paths,
+            "images": [shrink(image, self.max_side) if self.max_side else image for image in images],
         }
         # Without this the order of a record's fields would differ between processes.
         return _SERIALIZER.get_tf_example(FEATURES.encode_example(example)).SerializeToString(deterministic=True)
@@ -175,7 +182,7 @@ class LlavaCot100k(tfds.core.ShardBasedBuilder):
         data_dir: Output folder, in tfds' own layout.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     name = NAME
 
     def __init__(self, shards: Mapping[str, Sequence[Shard]], data_dir: Path) -> None:

@@ -1,11 +1,12 @@
 """Counts of the rows that were written and skipped, by the data sets that a raw data set was made of."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from llava_cot_jax.data.raw.annotations import AnnotationRow, Reason, SkippedRow
+from llava_cot_jax.data.raw.annotations import AnnotationRow, Reason, Remark, SkippedRow
 
 SPLITS = ("train", "validation")
 ROWS = "rows"
@@ -13,7 +14,9 @@ UNSTAGED = "unstaged answers"
 REPEATED = "repeated ids"
 
 ALWAYS = (ROWS, *SPLITS)
-WHERE_ANY = (*Reason, UNSTAGED, REPEATED)
+WHERE_ANY = (*Reason, UNSTAGED, REPEATED, *Remark)
+NUMBER_OF_IMAGES = re.compile(r"(\d+) images")
+"""Pattern of the columns that count the rows with a number of images other than one."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Summary:
 
     Attributes:
         sources: Counts by source and column: all rows, rows written to each split, rows skipped for each reason, and
-            among the written rows the unstaged answers and repeated ids.
+            among the written rows those with a number of images other than one, those with remarks, the unstaged
+            answers and repeated ids.
         unnamed_images: Number of images that no row names.
     """
 
@@ -46,7 +50,9 @@ class Summary:
 
     def table(self) -> str:
         """Return the counts as lines of text, with one line for each source and one for all."""
-        columns = [*ALWAYS, *(column for column in WHERE_ANY if self.totals[column])]
+        totals = self.totals
+        numbers = sorted(int(match[1]) for match in map(NUMBER_OF_IMAGES.fullmatch, totals) if match)
+        columns = [*ALWAYS, *map(images_column, numbers), *(column for column in WHERE_ANY if totals[column])]
         headings = list(zip_longest(*(reversed(name.split()) for name in ("source", *columns)), fillvalue=""))[::-1]
         counts = {**self.sources, "all": self.totals}
         rows = [(source, *(f"{row.get(column, 0):,}" for column in columns)) for source, row in counts.items()]
@@ -59,6 +65,11 @@ class Summary:
         return "\n".join([*lines, f"images that no row names: {self.unnamed_images:,}"])
 
 
+def images_column(number: int) -> str:
+    """Return the name of the column that counts the rows with a number of images other than one."""
+    return f"{number} images"
+
+
 def summarise(splits: dict[str, list[AnnotationRow]], skipped: Iterable[SkippedRow], unnamed_images: int) -> Summary:
     """Count the rows of each split and those skipped. An id counts as repeated in all its rows but the first."""
     sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -67,6 +78,9 @@ def summarise(splits: dict[str, list[AnnotationRow]], skipped: Iterable[SkippedR
     for split, entries in splits.items():
         for entry in entries:
             sources[entry.source].update({ROWS: 1, split: 1, UNSTAGED: entry.unstaged})
+            sources[entry.source].update(remark.value for remark in entry.remarks)
+            if len(entry.images) != 1:
+                sources[entry.source][images_column(len(entry.images))] += 1
     seen: set[str] = set()
     for entry in sorted((entry for entries in splits.values() for entry in entries), key=lambda entry: entry.line):
         sources[entry.source][REPEATED] += entry.id in seen

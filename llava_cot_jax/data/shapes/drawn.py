@@ -46,7 +46,8 @@ def draw_questions(folder: Path, count: int, seed: int) -> list[DrawnQuestion]:
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             row, path = rows[index], folder / f"shapes-{seed}-{index}.png"
-            assert isinstance(row.image, Image.Image)
-            row.image.save(path)
+            (picture,) = row.images
+            assert isinstance(picture, Image.Image)
+            picture.save(path)
             drawn.append(DrawnQuestion(path, row.turns[0].question, rows.answer(index)))
     return drawn

@@ -150,7 +150,7 @@ class ShapesRows:
         """
         scene = self.scene(index)
         picture = draw_picture(scene.layout, scene.draw)
-        return Row(f"{self.split}/{index}", "shapes", picture, _turns(scene))
+        return Row(f"{self.split}/{index}", "shapes", (picture,), _turns(scene))
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         """Make the conversation of a row alone, without drawing its picture."""
@@ -226,7 +226,10 @@ def _shuffled(items: Sequence[Choice], draw: np.random.Generator) -> list[Choice
 
 
 def _turns(scene: Scene) -> tuple[Turn, ...]:
-    return tuple(Turn(q.text, "\n\n".join(answer_stages(q, scene.layout).values())) for q in scene.questions)
+    return tuple(
+        Turn(question.text, "\n\n".join(answer_stages(question, scene.layout).values()), images=int(i == 0))
+        for i, question in enumerate(scene.questions)
+    )
 
 
 @cache

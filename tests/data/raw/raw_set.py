@@ -129,7 +129,7 @@ def make_raw_set(folder: Path, *, faults: bool = True, scale: int = 1) -> RawSet
         talk = rows[0]["conversations"]
         planted: list[tuple[str, bytes | dict]] = [
             ("broken JSON", lines[0][:-7]),
-            ("broken JSON", json.dumps(add(good, id="half a pair: \ud800")).encode()),
+            ("bad text", json.dumps(add(good, id="half a pair: \ud800")).encode()),
             ("no conversation", b'["a list"]'),
             ("no conversation", {"id": "no talk", "image": good}),
             ("no image", {"id": "text alone", "conversations": talk}),

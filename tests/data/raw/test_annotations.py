@@ -42,7 +42,7 @@ def test_a_row_is_found_again_by_its_place(raw: RawSet, images: ImageFolder) -> 
     with open_annotations(raw.annotations) as file:
         for entry in reversed(entries):
             row = raw.rows[entry.line]
-            assert (entry.id, entry.image_path) == (row["id"], row["image"])
+            assert (entry.id, entry.image_paths) == (row["id"], (row["image"],))
             assert entry.source == row["image"].split("/")[0]
             assert read_conversations(file, entry) == row["conversations"]
 
@@ -69,9 +69,10 @@ def test_what_is_no_json(images: ImageFolder, tmp_path: Path, line: bytes) -> No
     assert row.detail
 
 
-@pytest.mark.parametrize("image", [None, "", 7, ["a.png"]])
+@pytest.mark.parametrize("image", [None, "", [], 7, [7], ["sqa/train/0/image.png", ""], {"path": "a.png"}])
 def test_no_image(images: ImageFolder, tmp_path: Path, image: object) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "image": image, "conversations": []}))
+    talk = said("<image>\nWhat is it?", "A dot.")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "image": image, "conversations": talk}))
     (row,) = read_annotations(tmp_path / "a.jsonl", images).skipped
     assert row.reason == "no image"
 
@@ -87,8 +88,8 @@ def said(*texts: str, first: int = 0) -> list[dict[str, str]]:
 
 class TestTurns:
     def test_as_they_are(self) -> None:
-        turns = make_turns(said("<image>\n a? ", " b", "c?", "d\n"))
-        assert turns == (Turn("<image>\n a? ", " b"), Turn("c?", "d\n"))
+        turns = make_turns(said("<image>\n a? ", " b", "c?", "d\n"), images=1)
+        assert turns == (Turn("a? ", " b", images=1), Turn("c?", "d\n"))
 
     @pytest.mark.parametrize(
         ("conversations", "message"),
@@ -106,7 +107,7 @@ class TestTurns:
     )
     def test_faults(self, conversations: list, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            make_turns(conversations)
+            make_turns(conversations, images=1)
 
 
 PATHS = [f"sqa/{i}.png" for i in range(20_000)]

@@ -25,7 +25,7 @@ def digest(rows: list[Row]) -> str:
     """Hash everything in the rows, pixels and words."""
     content = hashlib.sha256()
     for row in rows:
-        content.update(np.asarray(row.image).tobytes())
+        content.update(np.asarray(row.images[0]).tobytes())
         content.update(repr((row.id, row.source, row.turns)).encode())
     return content.hexdigest()[:16]
 
@@ -38,7 +38,7 @@ def test_every_stage_is_true_of_the_pixels(split: Split) -> None:
     rows = ShapesRows(split, seed=3)
     for i in range(320):  # with 40 second turns
         row = rows[i]
-        seen = read_picture(row.image)
+        seen = read_picture(row.images[0])
         assert 3 <= len(seen) <= 5
         for turn in row.turns:
             stages = find_stages(turn.answer)
@@ -52,7 +52,7 @@ def test_every_stage_is_true_of_the_pixels(split: Split) -> None:
 def test_pictures() -> None:
     """Pictures are RGB with 48 x 48 pixels; the colour of each thing and the noise of each pixel vary."""
     pixels = np.stack(
-        [np.asarray(row.image, float) for row in map(ShapesRows("train", size=200).__getitem__, range(200))]
+        [np.asarray(row.images[0], float) for row in map(ShapesRows("train", size=200).__getitem__, range(200))]
     )
     assert pixels.shape == (200, 48, 48, 3)
     empty = pixels[np.abs(pixels - 228).max(axis=-1) < 60]

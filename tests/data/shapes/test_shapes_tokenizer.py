@@ -106,10 +106,10 @@ def test_pickle(processor: Processor) -> None:
 
 def test_pictures_pass_as_they_are(processor: Processor) -> None:
     rows = [ShapesRows("train")[i] for i in (0, 1)]
-    batch = processor(["<|image|>"] * 2, [[row.image] for row in rows])
+    batch = processor(["<|image|>"] * 2, [row.images for row in rows])
     assert batch["pixel_values"].shape == (2, 1, 1, 3, 48, 48)
     for pixels, row in zip(batch["pixel_values"], rows, strict=True):
-        np.testing.assert_array_equal(pixels[0, 0].transpose(1, 2, 0), np.asarray(row.image))
+        np.testing.assert_array_equal(pixels[0, 0].transpose(1, 2, 0), np.asarray(row.images[0]))
 
 
 def test_the_model_is_small(processor: Processor) -> None:
@@ -120,7 +120,7 @@ def test_the_model_is_small(processor: Processor) -> None:
 def test_the_model_sees_the_picture(processor: Processor) -> None:
     rows = [ShapesRows("train")[i] for i in (0, 1)]
     prompts = [processor.prompt(user_turn(rows[0].turns[0].question, images=1))] * 2
-    batch = processor(prompts, [[row.image] for row in rows])
+    batch = processor(prompts, [row.images for row in rows])
     logits = np.asarray(Mllama(processor.config, rngs=nnx.Rngs(0), layout="stacked")(**batch))
     assert logits.shape == (*batch["input_ids"].shape, VOCAB_SIZE) and np.isfinite(logits).all()
     assert np.abs(logits[0, -1] - logits[1, -1]).max() > 0.01
