@@ -186,8 +186,8 @@ def test_tags_that_are_tokens_of_their_own_are_trained_on():
 
 
 def test_a_block_of_conversations_that_are_all_skipped():
-    lengths = chat().lengths([[Turn("a", "<|eot_id|>")], [Turn("<|image|>", "b")]])
-    assert all("special token" in str(reason) for reason in lengths)
+    sizes = chat().sizes([[Turn("a", "<|eot_id|>")], [Turn("<|image|>", "b")]])
+    assert all("special token" in str(reason) for reason in sizes)
 
 
 def test_a_turn_that_would_not_end_an_answer_is_refused():
