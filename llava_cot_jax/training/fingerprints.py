@@ -62,7 +62,7 @@ def model_fields(initial_model: InitialModel, steps: list[int]) -> dict[str, str
     auxiliary = list_auxiliary_files(initial_model.folder)
     fields = {f"the digest of the model's {path.name}": _digest(path.read_bytes()) for path in auxiliary}
     fields["the model's configuration"] = _digest(json.dumps(initial_model.config.to_dict("float32")).encode())
-    if not initial_model.random_init:
+    if initial_model.has_weights:
         fields["the digest of the weights"] = _weights(initial_model)
     fields["the number of devices of a process"] = str(jax.local_device_count())
     fields["the kind of devices"] = jax.local_devices()[0].device_kind

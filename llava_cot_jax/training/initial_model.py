@@ -30,6 +30,7 @@ class InitialModel:
         processor: Tokenizer and image settings of the model.
         folder: Folder of the checkpoint.
         random_init: Whether the weights are random.
+        has_weights: Whether ``folder`` holds the weights.
         base: Identity of the weights that ``load_arrays`` has read, or None while it has read none.
 
     Args:
@@ -54,6 +55,7 @@ class InitialModel:
         self.config = read_config(self.folder, convention)
         self.processor = Processor.from_pretrained(self.folder, self.config)
         self.random_init = random_init
+        self.has_weights = not random_init and files is None
 
     def load_arrays(self, *, mesh: Mesh, dtype: Any, seed: int, on_progress: OnProgress) -> dict[str, jax.Array]:
         """Load the weights onto the mesh, by path in the stacked layout. Each process reads only its own shards.
