@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.option_errors import did_you_mean
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def _dispatch() -> None:
         sys.argv = [program, *arguments[1:]]
         runpy.run_module(f"llava_cot_jax.{command}", run_name="__main__")
     else:
-        suggestion = cli.did_you_mean(command, cli.COMMANDS) or f"; the commands are {', '.join(cli.COMMANDS)}"
+        suggestion = did_you_mean(command, cli.COMMANDS) or f"; the commands are {', '.join(cli.COMMANDS)}"
         raise UserError(f"there is no command {command!r}{suggestion}")
 
 

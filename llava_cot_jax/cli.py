@@ -1,7 +1,6 @@
 """Reading of options, display of progress, counting of compilations, and report of mistakes, for all commands."""
 
 import argparse
-import difflib
 import logging
 import os
 import re
@@ -31,6 +30,15 @@ from rich.text import Text
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import cache_folder
+from llava_cot_jax.option_errors import (
+    UnknownOption,
+    configured_options,
+    did_you_mean,
+    in_words,
+    parse_configuration,
+    read_configuration,
+    suggestion,
+)
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import ProgressUpdate
 
@@ -52,12 +60,11 @@ _OPTION = re.compile(r"--[A-Za-z][\w.-]*\+?")  # jsonargparse's --name+ appends 
 
 _BOOLEANS = {"true", "false", "yes", "no", "on", "off"}
 
-_UNKNOWN_OPTION = re.compile(
-    r"unrecognized arguments: --([\w.-]+)|[Oo]ption '([\w.]+)' is not accepted"
-    r"|Group '([\w.]+)' does not accept option '([\w.]+)'"
-)
-"""Messages by which jsonargparse reports an option that it does not know."""
+_UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.-]+)")
+"""Message by which jsonargparse reports an option that it does not know."""
 
+CONFIGURATIONS = Path(__file__).with_name("configs")
+"""Folder of the configuration files that come with the package."""
 
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 """PCI vendor of TPUs, by which jax finds them too."""
@@ -86,6 +93,7 @@ class Parser(jsonargparse.ArgumentParser):
             prog=program_name(command), description=COMMANDS[command], exit_on_error=False, allow_abbrev=False
         )
         self._renamed = renamed or {}
+        self._sources: dict[str, str] = {}  # configuration files that set options, by the options' names
         self.add_argument("--config", action="config", help="YAML file of these options. Later options override it.")
         self._option_string_actions["--print_config"].help = (
             "Print the configuration that all other options give, and exit. Flags, separated by commas: skip_default "
@@ -110,10 +118,8 @@ class Parser(jsonargparse.ArgumentParser):
         Raises:
             UserError: An unknown option, a wrong value, or a configuration file that cannot be read.
         """
-        try:
-            return super().parse_args(self._normalized(sys.argv[1:] if args is None else list(args)), *more, **kwargs)
-        except UnicodeDecodeError as fault:  # jsonargparse lets it through
-            raise UserError(f"a configuration file is no text in UTF-8: {fault}") from None
+        arguments = self._normalized(sys.argv[1:] if args is None else list(args))
+        return super().parse_args(self._with_checked_files(arguments), *more, **kwargs)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Return the text that ``--help`` prints."""
@@ -124,8 +130,50 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a ``UserError`` of one line, with the nearest known option where an option is unknown."""
-        text = " ".join(message.split()).replace("Parser key", "argument")
-        raise UserError(text + self._suggestion(text)) from None
+        if ex is not None and isinstance(ex.__cause__, UserError):  # of a mapping that was typed
+            raise UserError(str(ex.__cause__)) from None
+        text = " ".join(message.split())
+        unknown = _UNKNOWN_OPTION.search(text)
+        end = self._suggestion(unknown[1]) if unknown else ""
+        raise UserError(in_words(text, self._by_name(), self._sources) + end) from None
+
+    def _by_name(self) -> dict[str, argparse.Action]:
+        """Return the options by their names, without hyphens before them."""
+        options = self._option_string_actions.items()
+        return {name.removeprefix("--"): action for name, action in options if name.startswith("--")}
+
+    def _with_checked_files(self, arguments: Sequence[str]) -> list[str]:
+        """Return the arguments with the paths of their configuration files, whose contents are checked.
+
+        Raises:
+            UserError: A file cannot be read, or sets an option that there is not.
+        """
+        actions, checked = self._by_name(), list(arguments)
+        for i, argument in enumerate(arguments):
+            if argument == "--":
+                break
+            typed, equals, value = argument.partition("=")
+            name = typed.removeprefix("--")
+            is_group = any(option.startswith(f"{name}.") for option in actions)
+            if not typed.startswith("--") or name not in actions or not (name == "config" or is_group):
+                self._sources.pop(name, None)
+                continue
+            place = i if equals else i + 1
+            value = value if equals else "".join(arguments[place : place + 1])
+            if not value or (not equals and value.startswith("--")):  # the value is missing
+                continue
+            if value.lstrip().startswith("{"):
+                content, source = parse_configuration(value, typed), typed
+            else:
+                path = find_configuration(value)
+                content, source = read_configuration(path), str(path)
+                checked[place] = f"{typed}={path}" if equals else str(path)
+            group = "" if name == "config" else name
+            try:
+                self._sources |= dict.fromkeys(configured_options(content, source, actions, group), source)
+            except UnknownOption as unknown:
+                raise UserError(f"{source}: there is no option {unknown}{self._suggestion(str(unknown))}") from None
+        return checked
 
     def _normalized(self, arguments: Sequence[str]) -> list[str]:
         """Return the arguments with known options spelled by underscores, and boolean options with their value."""
@@ -144,21 +192,11 @@ class Parser(jsonargparse.ArgumentParser):
                 normalized.append(option + equals + value)
         return normalized
 
-    def _suggestion(self, message: str) -> str:
-        """Return the known option that is most like the one that ``message`` calls unknown, as a question."""
-        if not (unknown := _UNKNOWN_OPTION.search(message)):
-            return ""
-        name = ".".join(filter(None, unknown.groups())).replace("-", "_")
-        if name in self._renamed:
-            return f"; it is called {self._renamed[name]} now"
-        known = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
-        return did_you_mean(name, known)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message that suggests the known name most like ``name``, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    def _suggestion(self, name: str) -> str:
+        """Return the end of an error message about the unknown option ``name``: its present name, or one like it."""
+        if (present := self._renamed.get(name.replace("-", "_"))) is not None:
+            return f"; it is called {present} now"
+        return suggestion(name, self._by_name())
 
 
 def _is_boolean(action: argparse.Action) -> bool:
@@ -184,7 +222,25 @@ def configurations_in(arguments: Sequence[str]) -> list[Path]:
         known, _ = parser.parse_known_args(list(arguments))
     except SystemExit:  # --config lacks its value, which the command's own parser reports
         return []
-    return [as_path(name) for name in known.config]
+    return [find_configuration(name) for name in known.config if not name.lstrip().startswith("{")]
+
+
+def find_configuration(name: str) -> Path:
+    """Return the path of a configuration file: the one that is named, or else that of the package's of this name.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    path = as_path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a configuration file")
+    ours = {file.name for file in CONFIGURATIONS.glob("*.yaml")}
+    if Path(name).name in ours and Path(name).parent in (Path(), Path(CONFIGURATIONS.name)):
+        return CONFIGURATIONS / Path(name).name
+    near = did_you_mean(Path(name).name, ours)
+    raise UserError(f"there is no configuration file {path}, nor one of this name in the package{near}")
 
 
 def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> None:
