@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
 from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.stages import STAGES
+
+DEFAULT_STAGE_TOKENS = 1024
+"""Largest number of tokens of a candidate of a stage where no length is given."""
 
 _Value = TypeVar("_Value")
 
@@ -95,6 +98,7 @@ class SearchSpec:
         max_new_tokens: Largest number of tokens of a candidate of each stage.
         sampling: top_k and top_p; its temperature is the highest of the stages.
         scorer: Scorer that chooses among candidates; None keeps the first.
+        shrinks: Whether ``max_new_tokens`` is a default, which shrinks to what a model's context leaves.
 
     Raises:
         UserError: A setting is out of range.
@@ -106,6 +110,7 @@ class SearchSpec:
     max_new_tokens: tuple[int, ...]
     sampling: Sampling
     scorer: Scorer | None
+    shrinks: bool = False
 
     def __post_init__(self) -> None:
         _check_positive("num_candidates", min(self.num_candidates))
@@ -134,14 +139,15 @@ class Strategy(Protocol):
 def _whole_answers(
     num_candidates: int,
     temperature: float,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     top_k: int | None = None,
     top_p: float = 1.0,
     scorer: Scorer | None = None,
 ) -> SearchSpec:
     """Return a search that samples whole answers."""
     sampling = Sampling(temperature, top_k, top_p)
-    return SearchSpec((), (num_candidates,), (temperature,), (max_new_tokens,), sampling, scorer)
+    longest = DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    return SearchSpec((), (num_candidates,), (temperature,), (longest,), sampling, scorer, max_new_tokens is None)
 
 
 @dataclass(frozen=True)
@@ -149,10 +155,10 @@ class Greedy:
     """Strategy of one answer made of the likeliest tokens.
 
     Attributes:
-        max_new_tokens: Largest number of tokens of the answer.
+        max_new_tokens: Largest number of tokens of the answer; by default 2048, or what the context leaves.
     """
 
-    max_new_tokens: int = 2048
+    max_new_tokens: int | None = None
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
@@ -165,13 +171,13 @@ class Sample:
 
     Attributes:
         temperature: Temperature of sampling.
-        max_new_tokens: Largest number of tokens of the answer.
+        max_new_tokens: Largest number of tokens of the answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
     """
 
     temperature: float = 0.6
-    max_new_tokens: int = 2048
+    max_new_tokens: int | None = None
     top_k: int | None = 50
     top_p: float = 0.9
 
@@ -191,14 +197,14 @@ class MajorityVote:
     Attributes:
         num_candidates: Number of answers.
         temperature: Temperature of sampling.
-        max_new_tokens: Largest number of tokens of an answer.
+        max_new_tokens: Largest number of tokens of an answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
     """
 
     num_candidates: int = 8
     temperature: float = 0.6
-    max_new_tokens: int = 2048
+    max_new_tokens: int | None = None
     top_k: int | None = 50
     top_p: float = 0.9
 
@@ -215,7 +221,7 @@ class BestOfN:
         num_candidates: Number of answers.
         scorer: Scorer that chooses.
         temperature: Temperature of sampling.
-        max_new_tokens: Largest number of tokens of an answer.
+        max_new_tokens: Largest number of tokens of an answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
     """
@@ -223,7 +229,7 @@ class BestOfN:
     num_candidates: int = 8
     scorer: Scorer = Judge()
     temperature: float = 0.6
-    max_new_tokens: int = 2048
+    max_new_tokens: int | None = None
     top_k: int | None = 50
     top_p: float = 0.9
 
@@ -245,7 +251,8 @@ class StageBeam:
         num_candidates: Number of candidates of a stage.
         scorer: Scorer that chooses.
         temperature: Temperature of sampling.
-        max_new_tokens: Largest number of tokens of a candidate.
+        max_new_tokens: Largest number of tokens of a candidate; by default 1024, or what the context leaves for each
+            stage.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
         stages: Tags of the stages in order.
@@ -254,7 +261,7 @@ class StageBeam:
     num_candidates: int | tuple[int, ...] = 4
     scorer: Scorer = Judge()
     temperature: float | tuple[float, ...] = 0.6
-    max_new_tokens: int | tuple[int, ...] = 1024
+    max_new_tokens: int | tuple[int, ...] | None = None
     top_k: int | None = 50
     top_p: float = 0.9
     stages: tuple[str, ...] = STAGES
@@ -268,13 +275,15 @@ class StageBeam:
         if not self.stages or not all(self.stages) or len(set(self.stages)) < len(self.stages):
             raise UserError(f"stages must be different tags, at least one; got {self.stages}")
         temperatures = self._per_stage("temperature", self.temperature)
+        longest = DEFAULT_STAGE_TOKENS if self.max_new_tokens is None else self.max_new_tokens
         return SearchSpec(
             stages=tuple(self.stages),
             num_candidates=self._per_stage("num_candidates", self.num_candidates),
             temperatures=temperatures,
-            max_new_tokens=self._per_stage("max_new_tokens", self.max_new_tokens),
+            max_new_tokens=self._per_stage("max_new_tokens", longest),
             sampling=Sampling(max(temperatures), self.top_k, self.top_p),
             scorer=self.scorer,
+            shrinks=self.max_new_tokens is None,
         )
 
     def _per_stage(self, name: str, value: _Value | tuple[_Value, ...]) -> tuple[_Value, ...]:
