@@ -14,7 +14,7 @@ from llava_cot_jax.data.rows import MARKER, Turn
 from llava_cot_jax.data.settings import ChatSettings, Variant
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import Message, user_turn
-from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.processing.processor import Processor, UnfitTemplateError
 from llava_cot_jax.stages import STAGES, locate_stages
 
 EOT = "<|eot_id|>"
@@ -76,13 +76,12 @@ class Chat:
         """
         answers = self._answers(turns)
         text = self._render(turns, answers)
-        encoding = self._processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        count, length = self._fit(encoding["input_ids"])
+        [(ids, start)] = self._processor.tokenize([text])
+        count, length = self._fit(ids)
         marks = self._mark(text, answers)
-        start = np.asarray(encoding["offset_mapping"])[:, 0]  # [tokens], in characters
         trained = np.concatenate([np.full(len(self._second_bos), NOT_TRAINED), marks[start]])[:length]
         return Conversation(
-            ids=(self._second_bos + encoding["input_ids"])[:length],
+            ids=(self._second_bos + ids)[:length],
             loss_mask=trained != NOT_TRAINED,
             stage=np.maximum(trained, 0).astype(np.int8),
             turns=count,
@@ -97,7 +96,7 @@ class Chat:
             except SkippedConversation as reason:
                 texts.append(reason)
         rendered = [text for text in texts if isinstance(text, str)]
-        ids = iter(self._processor.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = (ids for ids, _ in self._processor.tokenize(rendered))
         found: list[int | str] = []
         for text in texts:
             try:
@@ -122,6 +121,8 @@ class Chat:
             messages.append({"role": "assistant", "content": _text(pieces)})
         try:
             text = self._processor.prompt(messages, add_generation_prompt=False)
+        except UnfitTemplateError:
+            raise
         except UserError as mistake:
             raise SkippedConversation(str(mistake)) from mistake
         if ANSWER.findall(text) != [_text(pieces) for pieces in answers]:

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
+from llava_cot_jax.data import chat as chat_module
 from llava_cot_jax.data.chat import Chat, SkippedConversation
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.data.settings import ChatSettings
@@ -98,6 +99,17 @@ def bos(times: int = 1) -> Marked:
     return mark("<|begin_of_text|>") * times
 
 
+def test_texts_that_begin_with_line_breaks_keep_the_blank_line_apart(monkeypatch):
+    """The ids of header and text are those of each alone, as in Meta's chat format, and the text alone is trained."""
+    monkeypatch.setattr(chat_module, "without_marker", str)
+    encoder = Chat(demo_processor(), ChatSettings())
+    turns = [Turn("\nHow many?", "\n\n They are red.\n"), Turn(" \r\nSure?", "\nYes")]
+    expected = [turn(t.question, mark(t.answer, True), i == 0) for i, t in enumerate(turns)]
+    conversation = encoder.encode(turns)
+    check(conversation, sum(expected, bos()))
+    assert encoder.lengths([turns]) == [len(conversation.ids)]
+
+
 @pytest.mark.parametrize(("variant", "first"), [("staged", STAGED), ("untagged", UNTAGGED), ("conclusion", CONCLUSION)])
 def test_every_token_of_a_conversation(variant, first):
     conversation = chat(variant=variant).encode(TURNS)
@@ -185,9 +197,11 @@ def test_lengths_are_those_of_the_tokens(settings):
 
 def test_another_chat_format_is_refused():
     processor = pickle.loads(pickle.dumps(demo_processor()))
-    processor.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{% endfor %}"
-    with pytest.raises(UserError, match="Llama 3's chat format"):
-        Chat(processor, ChatSettings()).encode(TURNS)
+    for image, said in ((" <|image|>", "Llama 3's chat format"), ("", "it is not for this model")):
+        template = "{{ bos_token }}" + image + "{% for m in messages %}[{{ m.role }}]{% endfor %}"
+        processor.tokenizer.chat_template = template
+        with pytest.raises(UserError, match=said):
+            Chat(processor, ChatSettings()).encode(TURNS)
 
 
 @pytest.mark.parametrize(
