@@ -28,7 +28,7 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import check_file_writable, write_text
-from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
 from llava_cot_jax.model.checkpoint.adapter_settings import read_adapter_settings
 from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_tokens, resolve_checkpoint
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
@@ -50,9 +50,6 @@ if TYPE_CHECKING:
     from llava_cot_jax.search.request_builder import Requests
     from llava_cot_jax.search.trace import Trace
 
-DEFAULT_MAX_NEW_TOKENS = 2048
-"""Longest answer without a search, in tokens, where neither the user nor the checkpoint sets it."""
-
 DEFAULT_MODEL_NOTE = (
     "No --checkpoint was given: the small model of the package answers. It knows pictures of coloured "
     "shapes on a grid, such as it draws itself, and nothing else."
@@ -73,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         read_adapter_settings(options.adapter)  # refuses before the weights are fetched
     folder = resolve_checkpoint(options.checkpoint)
     config = read_config(folder, options.convention)
-    _default_to_stated_length(options, folder)
+    stated_length = read_max_new_tokens(folder)
     questions = _questions(options)
     _check_files(options)
 
@@ -91,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     mesh = _mesh(options.mesh, config)
     method = _search_or_sampling(options)
     if isinstance(method, Sampling):
-        answerer: _StreamingAnswerer | _SearchAnswerer = _StreamingAnswerer(processor, method, options)
+        answerer: _StreamingAnswerer | _SearchAnswerer = _StreamingAnswerer(processor, method, options, stated_length)
     else:
-        answerer = _SearchAnswerer(processor, method, options)
+        answerer = _SearchAnswerer(processor, method, options, stated_length)
     prepared = [answerer.prepare(question) for question in questions]
     if uses_default_model:
         Console(stderr=True).print(DEFAULT_MODEL_NOTE, style="bold yellow")
@@ -169,12 +166,6 @@ def _search_or_sampling(options: jsonargparse.Namespace) -> Strategy | Sampling:
             if options[name]:
                 raise UserError(f"--{name} needs a search: give --search too ({', '.join(STRATEGIES)})")
     return method
-
-
-def _default_to_stated_length(options: jsonargparse.Namespace, folder: Path) -> None:
-    """Take the length of an answer, or of a stage, from the checkpoint where the user does not give it."""
-    if options.max_new_tokens is None:
-        options.max_new_tokens = read_max_new_tokens(folder)
 
 
 def _check_files(options: jsonargparse.Namespace) -> None:
@@ -263,10 +254,12 @@ class QuestionResult:
 class _SearchAnswerer:
     """Answers questions by a search."""
 
-    def __init__(self, processor: Processor, strategy: Strategy, options: jsonargparse.Namespace) -> None:
+    def __init__(
+        self, processor: Processor, strategy: Strategy, options: jsonargparse.Namespace, stated_length: int | None
+    ) -> None:
         from llava_cot_jax.search.request_builder import RequestBuilder
 
-        self._builder = RequestBuilder(processor, strategy, options.judge_prompts)
+        self._builder = RequestBuilder(processor, strategy, options.judge_prompts, stated_length)
         self._options = options
         self._searches: list[tuple[UserQuestion, Trace]] = []
 
@@ -327,9 +320,11 @@ class _SearchAnswerer:
 class _StreamingAnswerer:
     """Answers questions without a search, and shows tokens as they come."""
 
-    def __init__(self, processor: Processor, sampling: Sampling, options: jsonargparse.Namespace) -> None:
+    def __init__(
+        self, processor: Processor, sampling: Sampling, options: jsonargparse.Namespace, stated_length: int | None
+    ) -> None:
         self._processor, self._sampling, self._options = processor, sampling, options
-        self._max_new_tokens = DEFAULT_MAX_NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
+        self._default_length = stated_length or DEFAULT_MAX_NEW_TOKENS
 
     def prepare(self, question: UserQuestion) -> Callable[[Mllama], QuestionResult]:
         """Return a function that answers the question with a model.
@@ -341,7 +336,8 @@ class _StreamingAnswerer:
 
         processor, images = self._processor, [] if question.image is None else [question.image]
         inputs = processor([processor.prompt(user_turn(question.question, len(images)))], [images])
-        check_request(processor.config, inputs["input_ids"].shape[1], self._max_new_tokens, self._options.seed)
+        options, prompt = self._options, inputs["input_ids"].shape[1]
+        check_request(processor.config, prompt, options.max_new_tokens, options.seed, self._default_length)
         return functools.partial(self._answer, inputs)
 
     def _answer(self, inputs: dict[str, np.ndarray], model: Mllama) -> QuestionResult:
@@ -351,9 +347,8 @@ class _StreamingAnswerer:
         options = self._options
         start, first_token_seconds, text = time.perf_counter(), 0.0, ""
         ids: list[int] = []
-        stream = Generator(model, self._sampling).stream(
-            inputs, max_new_tokens=self._max_new_tokens, seeds=options.seed
-        )
+        generator = Generator(model, self._sampling, self._default_length)
+        stream = generator.stream(inputs, max_new_tokens=options.max_new_tokens, seeds=options.seed)
         with contextlib.nullcontext() if options.json else Screen(options.show_reasoning) as screen:
             for tokens in stream:
                 first_token_seconds = first_token_seconds or time.perf_counter() - start

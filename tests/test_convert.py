@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import MllamaForConditionalGeneration
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from llava_cot_jax.convert import main
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.evaluation.convention_change import QUESTION, gradient_picture
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.generation_settings import GENERATION_FILE
 from llava_cot_jax.model.parameters import parameters
+from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.processing.processor import Processor
+from tests.parity.reference import logits_of, under
+from tests.training.small_run import write_small
 
 FIXTURE = Path(__file__).parent / "fixtures/mllama_tiny"
 
@@ -75,7 +82,10 @@ class TestResult:
         self, source: Path, tmp_path: Path, convention: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         main([str(source), str(tmp_path / "out"), "--for", "transformers", "--convention", convention])
-        assert ("One difference stays" in capsys.readouterr().out) == (convention == "meta")
+        said = capsys.readouterr().out
+        assert ("One difference stays" in said) == (convention == "meta")
+        # It has no tokenizer, and is written all the same.
+        assert ("was not measured" in said and "lacks tokenizer_config.json" in said) == (convention == "meta")
         reference = np.load(FIXTURE / "reference.npz")
         model, report = MllamaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not any(report.values()), report
@@ -84,6 +94,33 @@ class TestResult:
             features = model.model.vision_model(*(torch.tensor(reference[name]) for name in images)).last_hidden_state
         expected = reference[f"{convention}_vision"]
         np.testing.assert_allclose(features.numpy(), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+    def test_how_far_logits_move_in_transformers(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The command's figures against logits that transformers itself computes, unchanged and made to follow Meta."""
+        source, out = write_small(tmp_path / "small"), tmp_path / "out"
+        main([str(source), str(out), "--for", "transformers"])
+        said = re.search(
+            r"logits move by up to ([\d.]+)% of the largest, and .* stays the same after (\d+) of (\d+) tokens\.",
+            capsys.readouterr().out,
+        )
+        assert said
+        processor = Processor.from_pretrained(out)
+        picture = gradient_picture(processor.config.vision.image_size)
+        inputs = processor([processor.prompt(user_turn(QUESTION, images=1))], [[picture]])
+        pixels = MllamaImageProcessorPil.from_pretrained(out)(picture, return_tensors="np")["pixel_values"]
+        inputs["pixel_values"] = pixels
+        new, model = (
+            MllamaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+            for folder in (out, source)
+        )
+        with under("meta", model):
+            old = logits_of(model, inputs)[0]
+        there = logits_of(new, inputs)[0]
+        sees = inputs["cross_attention_mask"][0].any(axis=(1, 2))
+        share = np.abs(there - old)[sees].max() / np.abs(old[sees]).max()
+        same = int((there.argmax(axis=1) == old.argmax(axis=1))[sees].sum())
+        assert share > 0.02 and abs(float(said[1]) / 100 - share) < 0.0006
+        assert (int(said[2]), int(said[3])) == (same, int(sees.sum()))
 
     def test_the_source_of_another_convention_is_as_it_says(self, source: Path, tmp_path: Path) -> None:
         main([str(source), str(tmp_path / "a"), "--convention", "transformers_4"])

@@ -188,6 +188,21 @@ def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
     assert one["image"] is None
 
 
+def test_the_default_length_shrinks_to_a_short_context(demo, tmp_path, monkeypatch, capsys):
+    """The 2048 tokens that nobody gave are not refused, and where they cut the answer, a line says so."""
+    folder = Path(shutil.copytree(demo, tmp_path / "short"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    code, out, err = run(monkeypatch, capsys, *arguments(folder, "--json"))
+    answer = json.loads(out)
+    assert code == 0 and answer["ended"] == "max_new_tokens" and sum(answer["tokens"].values()) == 64
+    left = answer["tokens"]["new"]
+    assert f"warning: the answer: cut off after {left} tokens, which is what the prompt left of" in err
+    code, _, err = run(monkeypatch, capsys, *arguments(folder, "--max_new_tokens", str(left + 1)))
+    assert code == 2 and "exceeds the context of 64" in err
+
+
 SEARCH = ["", "--search"]
 """Beginning of the arguments of a search, to which no --max_new_tokens is added."""
 

@@ -14,7 +14,7 @@ from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.data.settings import ChatSettings, Variant
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import Message, user_message
-from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.processing.processor import Processor, UnfitTemplateError
 from llava_cot_jax.stages import STAGES, locate_stages
 
 EOT = "<|eot_id|>"
@@ -103,11 +103,10 @@ class Chat:
         """
         answers = self._answers(turns)
         text = self._render(turns, answers)
-        encoding = self._processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        count, length = self._fit(encoding["input_ids"])
-        ids = (self._second_bos + encoding["input_ids"])[:length]
+        [(tokens, start)] = self._processor.tokenize([text])
+        count, length = self._fit(tokens)
+        ids = (self._second_bos + tokens)[:length]
         marks = self._mark(text, answers)
-        start = np.asarray(encoding["offset_mapping"])[:, 0]  # [tokens], in characters
         trained = np.concatenate([np.full(len(self._second_bos), NOT_TRAINED), marks[start]])[:length]
         return Conversation(
             ids=ids,
@@ -126,9 +125,7 @@ class Chat:
             except SkippedConversation as reason:
                 texts.append(reason)
         rendered = [text for text in texts if isinstance(text, str)]
-        # The tokenizer does not take an empty list.
-        tokenized = self._processor.tokenizer(rendered, add_special_tokens=False, verbose=False) if rendered else {}
-        ids = iter(tokenized.get("input_ids", []))
+        ids = (ids for ids, _ in self._processor.tokenize(rendered))
         found: list[ConversationSize | str] = []
         for turns, text in zip(conversations, texts, strict=True):
             try:
@@ -163,6 +160,8 @@ class Chat:
             raise SkippedConversation("it has half of a surrogate pair, which is no character")
         try:
             text = self._processor.prompt(messages, add_generation_prompt=False)
+        except UnfitTemplateError:
+            raise
         except UserError as mistake:
             raise SkippedConversation(str(mistake)) from mistake
         if ANSWER.findall(text) != [_text(pieces) for pieces in answers]:

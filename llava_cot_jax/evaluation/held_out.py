@@ -65,7 +65,7 @@ def answer_held_out(
         processor: Processor of the model's checkpoint.
         rows: Data set.
         indices: Indices of the examples in the data set.
-        max_new_tokens: Longest answer, in tokens.
+        max_new_tokens: Longest answer, in tokens, as far as the context leaves room for it.
 
     Raises:
         UserError: An example is damaged, or its first question cannot be put to the model.
@@ -75,8 +75,9 @@ def answer_held_out(
         # The last batch is padded to the size of the others, so that it needs no program of its own.
         padded = examples + [examples[-1]] * (min(QUESTIONS_PER_BATCH, len(indices)) - len(examples))
         prompts = [_first_prompt(processor, row.turns) for row in padded]
-        images = [row.images[: row.turns[0].images] for row in padded]
-        tokens = generator.generate(processor(prompts, images), max_new_tokens=max_new_tokens)
+        inputs = processor(prompts, [row.images[: row.turns[0].images] for row in padded])
+        left = generator.config.text.max_position_embeddings - inputs["input_ids"].shape[1]
+        tokens = generator.generate(inputs, max_new_tokens=min(max_new_tokens, left))
         for row, ids in zip(examples, tokens, strict=False):
             yield HeldOutAnswer(row.turns[0].question, processor.decode(ids), row.turns[0].answer)
 

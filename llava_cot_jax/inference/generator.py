@@ -1,6 +1,7 @@
 """Generation of answers: one compiled prefill, then a compiled loop that returns every few steps."""
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import Decoder, bucket, encode_images, prefill
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.inference.sampling import sample_token
-from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext
 from llava_cot_jax.model.kv_cache import KVCache
@@ -129,12 +130,15 @@ class Generator:
     Args:
         model: Model in the unrolled layout.
         sampling: Settings of sampling; by default the likeliest token is taken.
+        default_max_new_tokens: Longest answer where a call gives no length, as far as the context leaves room for it.
 
     Raises:
         UserError: The model's layers are stacked, or an argument is not of its type.
     """
 
-    def __init__(self, model: Mllama, sampling: Sampling | None = None) -> None:
+    def __init__(
+        self, model: Mllama, sampling: Sampling | None = None, default_max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    ) -> None:
         check_instance("model", model, Mllama, "give an Mllama")
         if sampling is not None:
             check_instance("sampling", sampling, Sampling, "give a Sampling, such as Sampling(temperature=0.6)")
@@ -147,15 +151,17 @@ class Generator:
             "mesh": model.mesh,
         }
         self.config = model.config
+        self._default_max_new_tokens = default_max_new_tokens
 
     def stream(
-        self, inputs: Mapping[str, np.ndarray], *, max_new_tokens: int, seeds: Sequence[int] | int = 0
+        self, inputs: Mapping[str, np.ndarray], *, max_new_tokens: int | None = None, seeds: Sequence[int] | int = 0
     ) -> Iterator[np.ndarray]:
         """Yield the new tokens while they are generated.
 
         Args:
             inputs: Arrays that a processor returns for prompts, padded on either side.
-            max_new_tokens: Largest number of tokens to sample for each prompt.
+            max_new_tokens: Largest number of tokens to sample for each prompt. By default, what the longest prompt
+                leaves of the context, at most ``default_max_new_tokens``; a warning says where that cut an answer.
             seeds: Seed of the draws of each prompt, or one seed for all.
 
         Yields:
@@ -168,34 +174,59 @@ class Generator:
         arrays = as_arrays(inputs)
         check_inputs(self.config, arrays)
         prompts, lengths = pad_to_bucket(self.config, arrays)
-        check_request(self.config, int(lengths.max()), max_new_tokens, seeds, len(lengths))
-        capacity = prompts["input_ids"].shape[1] + bucket(max_new_tokens)
+        longest, default = int(lengths.max()), self._default_max_new_tokens
+        new = check_request(self.config, longest, max_new_tokens, seeds, default, len(lengths))
+        capacity = prompts["input_ids"].shape[1] + bucket(new)
         each = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape)
         state = _prefill_prompts(self._params, prompts, lengths, each, capacity=capacity, **self._settings)
         token, done = jax.device_get((state.token, state.done))
         yield token[:, None]
-        left = max_new_tokens - 1
+        left = new - 1
         while left > 0 and not done.all():
             limit = np.int32(left)
             state, tokens, sampled = _decode_steps(self._params, state, limit, steps=STEPS_PER_CALL, **self._settings)
             tokens, sampled, done = jax.device_get((tokens, sampled, state.done))
             yield tokens[:, :sampled]
             left -= int(sampled)
+        if max_new_tokens is None and new < self._default_max_new_tokens and not done.all():
+            logging.getLogger(__name__).warning("the answer: %s", cut_by_context(self.config, new))
 
     def generate(
-        self, inputs: Mapping[str, np.ndarray], *, max_new_tokens: int, seeds: Sequence[int] | int = 0
+        self, inputs: Mapping[str, np.ndarray], *, max_new_tokens: int | None = None, seeds: Sequence[int] | int = 0
     ) -> np.ndarray:
         """Return all new tokens, int32 [batch, new]. The arguments and errors are those of ``stream``."""
         return np.concatenate(list(self.stream(inputs, max_new_tokens=max_new_tokens, seeds=seeds)), axis=1)
 
 
-def check_request(config: MllamaConfig, prompt: int, new: int, seeds: Sequence[int] | int, batch: int = 1) -> None:
-    """Check that ``new`` tokens can be sampled after ``batch`` prompts of up to ``prompt`` tokens with these seeds.
+def check_request(
+    config: MllamaConfig,
+    prompt: int,
+    new: int | None,
+    seeds: Sequence[int] | int,
+    default: int = DEFAULT_MAX_NEW_TOKENS,
+    batch: int = 1,
+) -> int:
+    """Check that tokens can be sampled after prompts with these seeds, and return the largest number of them.
+
+    Args:
+        config: Configuration of the model.
+        prompt: Number of tokens of the longest prompt.
+        new: Number of tokens that the user gave; None is ``default``, or what the context leaves if that is less.
+        seeds: Seed of each prompt, or one for all.
+        default: Number of tokens where the user gave none.
+        batch: Number of prompts.
 
     Raises:
         UserError: There are no new tokens, or more than the context holds, or ``check_seeds`` refuses the seeds.
     """
     context = config.text.max_position_embeddings
+    if new is None:
+        new = min(default, context - prompt)
+        if new < 1:
+            raise UserError(
+                f"the prompt has {prompt} tokens, which leaves no room for an answer in the context of {context}: "
+                "shorten the question"
+            )
     check_int("max_new_tokens", new)
     if prompt + new > context:
         raise UserError(
@@ -203,6 +234,13 @@ def check_request(config: MllamaConfig, prompt: int, new: int, seeds: Sequence[i
             "shorten the question or lower max_new_tokens"
         )
     check_seeds(seeds, batch)
+    return new
+
+
+def cut_by_context(config: MllamaConfig, new: int) -> str:
+    """Return what is said of an answer, or a stage, that was cut off because the context left less than the default."""
+    context = config.text.max_position_embeddings
+    return f"cut off after {new} tokens, which is what the prompt left of the model's context of {context}"
 
 
 def check_seeds(seeds: Sequence[int] | int, batch: int = 1) -> None:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from llava_cot_jax.checks import check_int, check_number
 from llava_cot_jax.errors import UserError
 
+DEFAULT_MAX_NEW_TOKENS = 2048
+"""Longest answer in tokens where no length is given. It shrinks to what a model's context leaves."""
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -25,6 +25,7 @@ from llava_cot_jax.checks import shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import VisionConfig
 from llava_cot_jax.paths import as_path
+from llava_cot_jax.processing.grey import stated_depth, to_eight_bits
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 """Path or ``data:`` URL of an image file, the bytes of one, an image that Pillow has opened, or its pixels as uint8:
@@ -51,8 +52,8 @@ def open_image(source: ImageSource, max_side: int | None = None) -> Image.Image:
     """Open an image as RGB, turned upright as its EXIF data say.
 
     Transparent parts are laid on white, as the processor of transformers does (Meta's own pipeline shows the colours
-    stored beneath). Grey of more than 8 bits is scaled to 8 bits, not clipped. An animation gives its first frame. An
-    opened image that needs no change is returned itself.
+    stored beneath). Grey of more than 8 bits is scaled to 8 bits by its true depth (``grey.to_eight_bits``), not
+    clipped. An animation gives its first frame. An opened image that needs no change is returned itself.
 
     Args:
         source: Image.
@@ -291,13 +292,14 @@ def _decode(image: Image.Image, name: str, max_side: int | None) -> Image.Image:
     if pixels > MAX_PIXELS:
         _check_shrinks(image, name, max_side)
     try:
+        depth = stated_depth(image)
         if max_side and pixels > MAX_PIXELS:
             image = _reduce(image, REDUCING_GAP * max_side)
         image.load()
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         # Pillow would copy an image that needs no turning.
         upright = ImageOps.exif_transpose(image) if turned else image
-        return _on_white(_eight_bits(upright))
+        return _on_white(to_eight_bits(upright, depth))
     except Exception as fault:  # damaged data makes Pillow's decoders raise almost anything
         raise UserError(f"{name} cannot be decoded, it may be damaged or cut short: {_one_line(fault)}") from fault
 
@@ -352,15 +354,3 @@ def _on_white(image: Image.Image) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey of more than 8 bits (modes I;16, I and F) to mode L. Pillow would clip it at 255."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.nan_to_num(np.asarray(image, np.float32))
-    # The full scale of integers is 65535. That of floats is unknown: take the smallest usual one that holds them all.
-    scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    highest = float(values.max())
-    full = next((scale for scale in scales if highest <= scale), highest)
-    return Image.fromarray(np.rint(np.clip(values, 0.0, full) * np.float32(255.0 / full)).astype(np.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self, cast
 
-import jinja2
 import numpy as np
 
 from llava_cot_jax.checks import check_instance, check_int, check_text, shown
@@ -22,10 +22,19 @@ from llava_cot_jax.model.config import EXTRA_EMBEDDINGS, MllamaConfig, VisionCon
 from llava_cot_jax.paths import files_in, is_remote, reading_errors
 from llava_cot_jax.processing.control_tokens import control_tokens
 from llava_cot_jax.processing.images import ImageSource, batch_images, check_vision
-from llava_cot_jax.processing.messages import CHAT_TEMPLATE, IMAGE_TOKEN, PROMPT_DATE, Message
+from llava_cot_jax.processing.messages import CHAT_TEMPLATE, IMAGE_TOKEN, PROMPT_DATE, Message, user_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_LOGGER = logging.getLogger(__name__)
+
+_BEFORE_SPACE = re.compile(r"(?<=<\|end_header_id\|>\n\n)(?=\s)")
+"""Pattern of the places after a header where a text begins with space, with which a blank line could merge."""
+
+
+class UnfitTemplateError(UserError):
+    """Error of a chat template that leaves out images, whatever the messages are."""
 
 
 class Processor:
@@ -74,13 +83,16 @@ class Processor:
             config: Configuration of the model, such as ``Mllama.config``. None reads it from the checkpoint.
 
         Raises:
-            UserError: A file is missing or damaged, or two of them contradict each other.
+            UserError: A file is missing or damaged, or two of them contradict each other, or the chat template can
+                write no question.
         """
-        folder = find_checkpoint(path)
+        folder = find_checkpoint(path, weights=False)
         if config is None:
             config = MllamaConfig.from_pretrained(folder)
         _check_image_settings(folder, config.vision)
-        return cls(config, _load_tokenizer(folder))
+        processor = cls(config, _load_tokenizer(folder))
+        processor._check_template(folder)
+        return processor
 
     def prompt(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Return messages in the checkpoint's chat format, beginning with one BOS.
@@ -94,23 +106,30 @@ class Processor:
 
         Raises:
             UserError: A message is malformed, a text contains a control token, or the checkpoint's template refuses the
-                messages (the published one refuses a system message beside an image).
+                messages (the published one refuses a system message beside an image) or leaves out an image.
         """
-        if not messages:
-            raise UserError("there are no messages to make a prompt of")
         if not isinstance(messages, list | tuple):
             raise UserError(f"messages is {shown(messages)}; give a list of messages, such as user_turn returns")
+        if not messages:
+            raise UserError("there are no messages to make a prompt of")
+        checked = [self._checked(message) for message in messages]
         try:
             rendered = self.tokenizer.apply_chat_template(
-                [self._checked(message) for message in messages],
+                checked,
                 chat_template=None if self.tokenizer.chat_template else CHAT_TEMPLATE,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 date_string=PROMPT_DATE,
             )
-        except jinja2.TemplateError as fault:
+        except Exception as fault:  # a template may do anything, such as to join a text and a list
             raise UserError(f"the chat template refuses the messages: {' '.join(str(fault).split())}") from fault
         text, bos = cast(str, rendered), self.tokenizer.bos_token
+        images = sum(part["type"] == "image" for each in checked for part in each["content"] if isinstance(part, dict))
+        if text.count(IMAGE_TOKEN) != images:
+            raise UnfitTemplateError(
+                f"the chat template writes {text.count(IMAGE_TOKEN)} {IMAGE_TOKEN} for {images} images: it is not for "
+                "this model; take the one of Llama-3.2-Vision, or remove it, and the one of this package is used"
+            )
         return text if text.startswith(bos) else bos + text
 
     def __call__(
@@ -146,10 +165,37 @@ class Processor:
             raise UserError(f"images is {shown(images)}; give a list with a list of images for each prompt")
         if length is not None:
             check_int("length", length)
-        sequences: list[list[int]] = self.tokenizer(
-            list(prompts), add_special_tokens=False, padding=False, truncation=False, verbose=False
-        )["input_ids"]
+        sequences = [ids for ids, _ in self.tokenize(prompts)]
         return self.collate(sequences, [[] for _ in sequences] if images is None else images, length=length)
+
+    def tokenize(self, prompts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Return the token ids of each prompt, and where in it each token starts, in characters.
+
+        Special tokens count, and no BOS is added. The blank line that ends a header is encoded apart from the text
+        after it, as Meta's own chat format does: otherwise it would merge with line breaks that the text begins with.
+        """
+        if not prompts:
+            return []
+        pieces = [_BEFORE_SPACE.split(prompt) for prompt in prompts]
+        encoded = self.tokenizer(
+            [piece for each in pieces for piece in each],
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        found, rest = [], zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for each in pieces:
+            ids: list[int] = []
+            starts: list[int] = []
+            before = 0
+            for piece, (own, offsets) in zip(each, rest, strict=False):
+                ids += own
+                starts += [before + start for start, _ in offsets]
+                before += len(piece)
+            found.append((ids, starts))
+        return found
 
     def collate(
         self,
@@ -201,6 +247,26 @@ class Processor:
 
     def _decode_plain(self, tokens: list[int]) -> str:
         return cast(str, self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    def _check_template(self, folder: Path) -> None:
+        """Say what the chat template of a checkpoint cannot write, before any weights are loaded.
+
+        Raises:
+            UserError: It can write neither a question about an image nor one without.
+        """
+        if not self.tokenizer.chat_template:
+            _LOGGER.warning("%s has no chat template: that of Llama 3.2 is used", folder)
+            return
+        faults = []
+        for images in (1, 0):
+            try:
+                self.prompt(user_turn("?", images))
+            except UserError as fault:
+                faults.append(f"{folder}: {fault}")
+        if len(faults) == 2:
+            raise UserError(faults[0])
+        for said in faults:
+            _LOGGER.warning("%s", said)
 
     def _checked(self, message: Message) -> dict[str, Any]:
         """Check a message. If it has no image, return its content as one string, which every template accepts."""

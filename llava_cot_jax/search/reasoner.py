@@ -1,22 +1,26 @@
 """Answers to questions about images by a search, each with the trace of its search."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import jax
 from jax.sharding import Mesh
 
 from llava_cot_jax.checks import check_instance
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.generator import cut_by_context
+from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.program import StageResult, search
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
-from llava_cot_jax.search.strategies import MajorityVote, StageBeam, Strategy
+from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, StageBeam, Strategy
 from llava_cot_jax.search.trace import SearchCosts, StageTrace, Trace, trace_stages
 from llava_cot_jax.stages import find_conclusion, find_stages, normalize_answer
 
@@ -103,7 +107,7 @@ class Reasoner:
 def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> list[Answer]:
     """Search for the answers to requests that ``builder`` has built."""
     start = time.perf_counter()
-    config, spec, mesh = model.config, builder.spec, model.mesh
+    config, spec, mesh = model.config, requests.spec, model.mesh
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
     inputs = (requests.inputs, builder.stage_tables, builder.judge_tables)
     results: StageResult = jax.device_get(search(model.params, *inputs, **static))
@@ -118,15 +122,32 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
         trace = Trace(
             question=question,
             seed=requests.seeds[i],
-            strategy=repr(builder.strategy),
+            strategy=repr(_with_lengths(builder.strategy, spec)),
             stages=stages,
             vision_encoder_calls=min(requests.num_images[i], 1),
             tokens=costs.tokens,
             flops=costs.flops,
             seconds=dict(seconds),
         )
+        if spec.max_new_tokens != builder.spec.max_new_tokens:
+            _tell_what_was_cut(config, stages, spec)
         answers.append(_staged_answer(trace) if spec.stages else _whole_answer(trace))
     return answers
+
+
+def _with_lengths(strategy: Strategy, spec: SearchSpec) -> Strategy:
+    """Return the strategy with the lengths that were searched with in place of those left to the default."""
+    if not spec.shrinks or not is_dataclass(strategy):
+        return strategy
+    return cast(Strategy, replace(strategy, max_new_tokens=spec.max_new_tokens[0]))
+
+
+def _tell_what_was_cut(config: MllamaConfig, stages: Sequence[StageTrace], spec: SearchSpec) -> None:
+    """Say which winners were cut off because the context left less than the default length."""
+    cut = [stage for stage in stages if stage.candidates[stage.winner].ended == "max_new_tokens"]
+    if cut:
+        names = ", ".join(stage.stage for stage in cut) if spec.stages else "the answer"
+        logging.getLogger(__name__).warning("%s: %s", names, cut_by_context(config, spec.max_new_tokens[0]))
 
 
 def _whole_answer(trace: Trace) -> Answer:

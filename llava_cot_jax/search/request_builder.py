@@ -1,8 +1,9 @@
 """Conversion of images and questions to the inputs of the compiled search, on the host and without the weights."""
 
+import bisect
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -19,8 +20,11 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import SearchInputs
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, PROMPT_KINDS, WHOLE_ANSWER, JudgePrompts
-from llava_cot_jax.search.strategies import Strategy, check_strategy
+from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_strategy
 from llava_cot_jax.search.tables import build_judge_tables, build_stage_tables, chat_header_ids, token_ids
+
+LENGTH_STEP = 32
+"""Step in tokens in which a default length shrinks."""
 
 Images = ImageSource | Sequence[ImageSource] | None
 """Images of a question: one, several, or none."""
@@ -36,6 +40,7 @@ class Requests:
         num_images: Number of images of each question.
         seeds: Seed of each question's draws.
         seconds: Seconds that the conversion took.
+        spec: Static part of the search for this batch: a default length is shrunk to what the context leaves.
     """
 
     inputs: SearchInputs
@@ -43,6 +48,7 @@ class Requests:
     num_images: list[int]
     seeds: list[int]
     seconds: float
+    spec: SearchSpec
 
 
 class RequestBuilder:
@@ -52,6 +58,8 @@ class RequestBuilder:
         processor: Processor of the model's checkpoint.
         strategy: Strategy to search with.
         judge_prompts: YAML file with the prompts of the judge.
+        default_max_new_tokens: Largest number of tokens of an answer, or of a stage, where the strategy sets none; None
+            is the strategy's own default.
 
     Attributes:
         processor: Processor of the model's checkpoint.
@@ -65,13 +73,20 @@ class RequestBuilder:
     """
 
     def __init__(
-        self, processor: Processor, strategy: Strategy, judge_prompts: str | Path = DEFAULT_JUDGE_PROMPTS
+        self,
+        processor: Processor,
+        strategy: Strategy,
+        judge_prompts: str | Path = DEFAULT_JUDGE_PROMPTS,
+        default_max_new_tokens: int | None = None,
     ) -> None:
         check_instance("processor", processor, Processor, "give the Processor of the model's checkpoint")
         check_strategy(strategy)
         self.processor = processor
         self.strategy = strategy
-        self.spec = spec = strategy.to_spec()
+        spec = strategy.to_spec()
+        if spec.shrinks and default_max_new_tokens is not None:
+            spec = _with_length(spec, default_max_new_tokens)
+        self.spec = spec
         self._prompts = prompts = JudgePrompts.load(judge_prompts)
         self.stage_tables = build_stage_tables(processor, spec)
         self.judge_tables = None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, prompts)
@@ -103,7 +118,7 @@ class RequestBuilder:
         question_ids = [token_ids(processor, text) for text in texts]
         longest_question = max(map(len, question_ids))
         chat_headers = self._chat_headers(num_images)
-        self._check_context(int(lengths.max()), longest_question, chat_headers.capacity)
+        spec = self._fitting_spec(int(lengths.max()), longest_question, chat_headers.capacity)
         seed_array = np.broadcast_to(np.asarray(seeds, np.uint32), len(questions))
         inputs = SearchInputs(
             model_inputs={name: jax.device_put(x) for name, x in model_inputs.items()},
@@ -112,7 +127,7 @@ class RequestBuilder:
             question=pad(question_ids, capacity=bucket(longest_question)),
             chat_headers=chat_headers,
         )
-        return Requests(inputs, list(questions), num_images, seed_array.tolist(), time.perf_counter() - start)
+        return Requests(inputs, list(questions), num_images, seed_array.tolist(), time.perf_counter() - start, spec)
 
     def _chat_headers(self, num_images: Sequence[int]) -> RaggedTokens:
         """Return the beginning of the judge's prompts, [kinds, questions]. A check has no images."""
@@ -124,8 +139,11 @@ class RequestBuilder:
         ]
         return pad(headers, (len(PROMPT_KINDS), len(num_images)))
 
-    def _check_context(self, prompt: int, question: int, header: int) -> None:
-        """Check that the longest sequences of the search fit the model's context.
+    def _fitting_spec(self, prompt: int, question: int, header: int) -> SearchSpec:
+        """Return the search with lengths that fit the model's context.
+
+        A default length is shrunk as far as needed, in steps of ``LENGTH_STEP`` tokens, so that prompts of similar
+        lengths share a program.
 
         Args:
             prompt: Largest number of tokens of a prompt.
@@ -133,26 +151,45 @@ class RequestBuilder:
             header: Largest number of tokens of the judge's chat header.
 
         Raises:
-            UserError: They may exceed the context.
+            UserError: The lengths that were given may exceed the context, or nothing is left for an answer.
         """
         context = self.processor.config.text.max_position_embeddings
-        lengths = SearchLengths.of(self.spec, self.stage_tables, prompt)
+
+        def too_long(spec: SearchSpec) -> Iterator[str]:
+            for what, tokens in self._longest(spec, prompt, question, header).items():
+                if tokens > context:
+                    yield f"{what} may take {tokens} tokens, more than the context of {context}: shorten the question"
+
+        faults = list(too_long(self.spec))
+        if faults and self.spec.shrinks:
+            lengths = range(1, self.spec.max_new_tokens[0])
+            count = bisect.bisect_left(lengths, True, key=lambda new: any(too_long(_with_length(self.spec, new))))
+            if count:
+                return _with_length(self.spec, count - count % LENGTH_STEP or count)
+            faults = list(too_long(_with_length(self.spec, 1)))
+        for fault in faults:
+            raise UserError(fault if self.spec.shrinks else f"{fault} or lower max_new_tokens")
+        return self.spec
+
+    def _longest(self, spec: SearchSpec, prompt: int, question: int, header: int) -> dict[str, int]:
+        """Return the tokens of the longest sequences of a search, by what they are."""
+        lengths = SearchLengths.of(spec, self.stage_tables, prompt)
         longest = {"the answer": lengths.answer}
-        if self.judge_tables is not None and self.spec.judge is not None:
+        if self.judge_tables is not None and spec.judge is not None:
             longest["a judge's prompt"] = JudgeLengths.of(
-                self.spec.judge,
+                spec.judge,
                 self.judge_tables,
                 header=header,
                 question=question,
                 text=lengths.text,
                 earlier=int(np.asarray(self.judge_tables.shows).sum(axis=-1).max()),
             ).total
-        for what, tokens in longest.items():
-            if tokens > context:
-                raise UserError(
-                    f"{what} may take {tokens} tokens, more than the context of {context}: "
-                    "shorten the question or lower max_new_tokens"
-                )
+        return longest
+
+
+def _with_length(spec: SearchSpec, max_new_tokens: int) -> SearchSpec:
+    """Return a search whose stages have one largest number of tokens."""
+    return replace(spec, max_new_tokens=(max_new_tokens,) * spec.num_stages)
 
 
 def _as_list(images: Images) -> list[ImageSource]:

@@ -9,9 +9,12 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from llava_cot_jax.checks import check_bool, check_int, check_number, check_text, shown
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
 from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.stages import STAGES
+
+DEFAULT_STAGE_TOKENS = 1024
+"""Largest number of tokens of a candidate of a stage where no length is given."""
 
 _Value = TypeVar("_Value")
 
@@ -103,6 +106,7 @@ class SearchSpec:
         max_new_tokens: Largest number of tokens of a candidate of each stage.
         sampling: top_k and top_p; its temperature is the highest of the stages.
         scorer: Scorer that chooses among candidates; None keeps the first.
+        shrinks: Whether ``max_new_tokens`` is a default, which shrinks to what a model's context leaves.
 
     Raises:
         UserError: A setting is out of range.
@@ -114,6 +118,7 @@ class SearchSpec:
     max_new_tokens: tuple[int, ...]
     sampling: Sampling
     scorer: Scorer | None
+    shrinks: bool = False
 
     def __post_init__(self) -> None:
         for candidates in self.num_candidates:
@@ -158,14 +163,15 @@ def check_strategy(strategy: Any) -> None:
 def _whole_answers(
     num_candidates: int,
     temperature: float,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     top_k: int | None = None,
     top_p: float = 1.0,
     scorer: Scorer | None = None,
 ) -> SearchSpec:
     """Return a search that samples whole answers."""
     sampling = Sampling(temperature, top_k, top_p)
-    return SearchSpec((), (num_candidates,), (temperature,), (max_new_tokens,), sampling, scorer)
+    longest = DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    return SearchSpec((), (num_candidates,), (temperature,), (longest,), sampling, scorer, max_new_tokens is None)
 
 
 @dataclass(frozen=True)
@@ -173,13 +179,13 @@ class Greedy:
     """Strategy of one answer made of the likeliest tokens.
 
     Attributes:
-        max_new_tokens: Largest number of tokens of the answer.
+        max_new_tokens: Largest number of tokens of the answer; by default 2048, or what the context leaves.
 
     Raises:
         UserError: A setting is not of its type, or out of range.
     """
 
-    max_new_tokens: int = 2048
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self.to_spec()  # refuses wrong settings now
@@ -195,7 +201,7 @@ class Sample:
 
     Attributes:
         temperature: Temperature of sampling.
-        max_new_tokens: Largest number of tokens of the answer.
+        max_new_tokens: Largest number of tokens of the answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
 
@@ -204,7 +210,7 @@ class Sample:
     """
 
     temperature: float = 0.6
-    max_new_tokens: int = 2048
+    max_new_tokens: int | None = None
     top_k: int | None = 50
     top_p: float = 0.9
 
@@ -227,7 +233,7 @@ class MajorityVote:
     Attributes:
         num_candidates: Number of answers.
         temperature: Temperature of sampling.
-        max_new_tokens: Largest number of tokens of an answer.
+        max_new_tokens: Largest number of tokens of an answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
 
@@ -237,7 +243,7 @@ class MajorityVote:
 
     num_candidates: int = 8
     temperature: float = 0.6
-    max_new_tokens: int = 2048
+    max_new_tokens: int | None = None
     top_k: int | None = 50
     top_p: float = 0.9
 
@@ -257,7 +263,7 @@ class BestOfN:
         num_candidates: Number of answers.
         scorer: Scorer that chooses.
         temperature: Temperature of sampling.
-        max_new_tokens: Largest number of tokens of an answer.
+        max_new_tokens: Largest number of tokens of an answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
 
@@ -268,7 +274,7 @@ class BestOfN:
     num_candidates: int = 8
     scorer: Scorer = Judge()
     temperature: float = 0.6
-    max_new_tokens: int = 2048
+    max_new_tokens: int | None = None
     top_k: int | None = 50
     top_p: float = 0.9
 
@@ -294,7 +300,8 @@ class StageBeam:
         num_candidates: Number of candidates of a stage.
         scorer: Scorer that chooses.
         temperature: Temperature of sampling.
-        max_new_tokens: Largest number of tokens of a candidate.
+        max_new_tokens: Largest number of tokens of a candidate; by default 1024, or what the context leaves for each
+            stage.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
         stages: Tags of the stages in order.
@@ -307,7 +314,7 @@ class StageBeam:
     num_candidates: int | tuple[int, ...] = 4
     scorer: Scorer = Judge()
     temperature: float | tuple[float, ...] = 0.6
-    max_new_tokens: int | tuple[int, ...] = 1024
+    max_new_tokens: int | tuple[int, ...] | None = None
     top_k: int | None = 50
     top_p: float = 0.9
     stages: tuple[str, ...] = STAGES
@@ -327,13 +334,15 @@ class StageBeam:
         temperatures = self._per_stage("temperature", self.temperature)
         for temperature in temperatures:
             check_number("temperature", temperature)
+        longest = DEFAULT_STAGE_TOKENS if self.max_new_tokens is None else self.max_new_tokens
         return SearchSpec(
             stages=self.stages,
             num_candidates=self._per_stage("num_candidates", self.num_candidates),
             temperatures=temperatures,
-            max_new_tokens=self._per_stage("max_new_tokens", self.max_new_tokens),
+            max_new_tokens=self._per_stage("max_new_tokens", longest),
             sampling=Sampling(max(temperatures), self.top_k, self.top_p),
             scorer=self.scorer,
+            shrinks=self.max_new_tokens is None,
         )
 
     def _per_stage(self, name: str, value: _Value | tuple[_Value, ...]) -> tuple[_Value, ...]:

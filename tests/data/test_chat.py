@@ -212,9 +212,11 @@ def test_lengths_are_those_of_the_tokens(settings):
 
 def test_another_chat_format_is_refused():
     processor = pickle.loads(pickle.dumps(demo_processor()))
-    processor.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{% endfor %}"
-    with pytest.raises(UserError, match="Llama 3's chat format"):
-        Chat(processor, ChatSettings()).encode(TURNS)
+    for image, said in ((" <|image|>", "Llama 3's chat format"), ("", "it is not for this model")):
+        template = "{{ bos_token }}" + image + "{% for m in messages %}[{{ m.role }}]{% endfor %}"
+        processor.tokenizer.chat_template = template
+        with pytest.raises(UserError, match=said):
+            Chat(processor, ChatSettings()).encode(TURNS)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,26 @@ def test_a_seed_gives_its_answer_and_another_seed_another(model, batch):
     assert not np.array_equal(first, other)
 
 
+def test_a_length_that_is_not_given_is_what_the_context_leaves(tiny, batch, caplog):
+    model = Mllama.from_pretrained(tiny)
+    prompt, text = batch["input_ids"].shape[1], replace(model.config.text, eos_token_ids=())
+    model.config = replace(model.config, text=replace(text, max_position_embeddings=prompt + 5))
+    generator = Generator(model)
+    whole = generator.generate(batch)
+    assert whole.shape[1] == 5
+    assert caplog.messages == [
+        f"the answer: cut off after 5 tokens, which is what the prompt left of the model's context of {prompt + 5}"
+    ]
+    np.testing.assert_array_equal(generator.generate(batch, max_new_tokens=3), whole[:, :3])
+    np.testing.assert_array_equal(Generator(model, default_max_new_tokens=3).generate(batch), whole[:, :3])
+    assert len(caplog.messages) == 1
+    with pytest.raises(UserError, match=rf"with 6 new ones that exceeds the context of {prompt + 5}"):
+        generator.generate(batch, max_new_tokens=6)
+    model.config = replace(model.config, text=replace(text, max_position_embeddings=prompt))
+    with pytest.raises(UserError, match=f"which leaves no room for an answer in the context of {prompt}: shorten"):
+        Generator(model).generate(batch)
+
+
 def test_an_answer_ends_at_its_token_and_the_loop_when_all_have(tiny, batch, model):
     endless = Generator(model).generate(batch, max_new_tokens=3 * STEPS_PER_CALL)
     ends = (int(endless[0, 2]), int(endless[1, 5]), int(endless[2, 0]))

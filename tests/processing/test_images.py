@@ -100,6 +100,80 @@ COLOURS = {
 }
 
 
+def png16(values: list[int], *chunks: bytes) -> bytes:
+    """A PNG of one row of 16-bit greys, with more chunks before the pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", len(values), 1, 16, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + np.array(values, ">u2").tobytes()))
+    more = b"".join(chunk(c[:4], c[4:]) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + head + more + pixels + chunk(b"IEND", b"")
+
+
+def tiff12(values: list[int]) -> bytes:
+    """A TIFF of one row of an even number of greys that are packed in 12 bits each."""
+    bits = "".join(f"{value:012b}" for value in values)
+    packed = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    tags = [(256, 3, len(values)), (257, 3, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1)]
+    tags += [(278, 3, 1), (279, 4, len(packed))]
+    start = 8 + len(packed) + len(packed) % 2
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    body = packed + b"\0" * (len(packed) % 2)
+    return b"II*\0" + struct.pack("<I", start) + body + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"
+
+
+def tiff16(values: list[int], largest: int) -> bytes:
+    """A TIFF of 16-bit greys that states a largest value."""
+    return encode(Image.fromarray(np.array([values], np.uint16)), "TIFF", tiffinfo={281: largest})
+
+
+def full(*values: float) -> list[int]:
+    return [round(255 * value) for value in values]
+
+
+DEPTHS = {
+    # Greys as shares of the full scale: what the file states, or else the smallest usual depth that holds them.
+    "8 bits in 16": (png16([0, 100, 255]), full(0, 100 / 255, 1)),
+    "10 bits in 16": (png16([0, 512, 1000]), full(0, 512 / 1023, 1000 / 1023)),
+    "12 bits in 16": (png16([0, 2048, 4095]), full(0, 2048 / 4095, 1)),
+    "14 bits in 16": (png16([0, 8000, 16000]), full(0, 8000 / 16383, 16000 / 16383)),
+    "16 bits": (png16([0, 16384, 40000]), full(0, 16384 / 65535, 40000 / 65535)),
+    "10 bits in 16, a TIFF": (
+        encode(Image.fromarray(np.array([[0, 512, 1000]], np.uint16)), "TIFF"),
+        full(0, 0.5, 0.98),
+    ),
+    "12 bits stated, dark": (png16([0, 100, 200], b"sBIT\x0c"), full(0, 100 / 4095, 200 / 4095)),
+    "16 bits stated, dark": (png16([0, 4000, 9000], b"sBIT\x10"), full(0, 4000 / 65535, 9000 / 65535)),
+    "12 bits stated, scaled up": (png16([0, 2048 << 4, 4095 << 4], b"sBIT\x0c"), full(0, 0.5, 1)),
+    "12 bits stated, scaled up, dark": (png16([0, 100 << 4, 200 << 4], b"sBIT\x0c"), full(0, 100 / 4096, 200 / 4096)),
+    "12 bits stated, copied bits, dark": (
+        png16([0, 200 << 4 | 200 >> 8, 255 << 4 | 255 >> 8], b"sBIT\x0c"),
+        full(0, 200 / 4095, 255 / 4095),
+    ),
+    "12 bits packed, dark": (tiff12([0, 300, 600, 60]), full(0, 300 / 4095, 600 / 4095, 60 / 4095)),
+    "a largest value of 12 bits, dark": (tiff16([0, 300, 600], 4000), full(0, 300 / 4095, 600 / 4095)),
+    "a largest value of 16 bits, dark": (tiff16([0, 300, 600], 65535), full(0, 300 / 65535, 600 / 65535)),
+    "a portable grey map states its depth": (
+        b"P5 3 1 65535\n" + np.array([0, 300, 600], ">u2").tobytes(),
+        full(0, 0.0046, 0.0092),
+    ),
+    "a portable grey map of 12 bits": (
+        b"P5 3 1 4095\n" + np.array([0, 300, 600], ">u2").tobytes(),
+        full(0, 0.0733, 0.1465),
+    ),
+    "black": (png16([0, 0, 0]), [0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_the_true_depth_of_greys(name: str) -> None:
+    source, expected = DEPTHS[name]
+    found = np.asarray(open_image(source)).astype(int)
+    np.testing.assert_allclose(found, np.repeat(np.array(expected)[None, :, None], 3, 2), atol=1)
+
+
 DEEP = ("I;16", "I;16B", "I", "F")
 """Modes of more than 8 bits, which transformers clips at 255."""
 

@@ -1,15 +1,19 @@
 """The processor: prompts as published, arrays as transformers makes them, mistakes named."""
 
 import base64
+import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import quote
 
+import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -202,10 +206,11 @@ def test_template_files(checkpoint: Path) -> None:
     assert prompt() == f"{BOS}jinjaHi26 Jul 2024"
 
 
-def test_no_template(checkpoint: Path, processor: Processor) -> None:
-    """A base model has none: the built-in one serves."""
+def test_no_template(checkpoint: Path, processor: Processor, caplog: pytest.LogCaptureFixture) -> None:
+    """A base model has none: the built-in one serves, and a line says so."""
     drop_template(checkpoint)
     bare = Processor.from_pretrained(checkpoint)
+    assert caplog.messages == [f"{checkpoint} has no chat template: that of Llama 3.2 is used"]
     assert bare.tokenizer.chat_template is None and processor.tokenizer.chat_template == CHAT_TEMPLATE
     for messages in (user_turn("Hi"), user_turn("Hi", images=1)):
         assert bare.prompt(messages) == processor.prompt(messages)
@@ -216,10 +221,52 @@ def test_a_template_without_bos_gets_one(checkpoint: Path) -> None:
     assert Processor.from_pretrained(checkpoint).prompt(user_turn("Hi")) == f"{BOS}Hi"
 
 
-def test_a_broken_template(checkpoint: Path) -> None:
-    edit(checkpoint / "tokenizer_config.json", lambda c: c.update(chat_template="{% for %}"))
-    with pytest.raises(UserError, match="the chat template refuses the messages"):
-        Processor.from_pretrained(checkpoint).prompt(user_turn("Hi"))
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no') }}", "{{ 'a' + 3 }}"])
+def test_a_broken_template(checkpoint: Path, template: str) -> None:
+    edit(checkpoint / "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    with pytest.raises(UserError, match=f"^{checkpoint}: the chat template refuses the messages: ") as caught:
+        Processor.from_pretrained(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages[0]['content'] | trim }}", r"writes 0 <\|image\|> for 1 images: it is not for this model"),
+        ("{{ 'Q: ' + messages[0]['content'] }}", 'refuses the messages: can only concatenate str (not "list") to str'),
+    ],
+    ids=["of another model", "of texts alone"],
+)
+def test_a_template_that_cannot_write_an_image(
+    checkpoint: Path, template: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line at loading; a question without an image is still answered."""
+    edit(checkpoint / "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    bad = Processor.from_pretrained(checkpoint)
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(f"{checkpoint}: the chat template ")
+    said = re.escape(said) if "concat" in said else said
+    assert re.search(said, caplog.messages[0])
+    with pytest.raises(UserError, match=said):
+        bad.prompt(user_turn("What is it?", images=1))
+    assert bad.prompt(user_turn("Hi")).endswith("Hi")
+
+
+def test_a_repository_on_the_hub_without_its_weights(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only small files are fetched, under the id that ``Mllama.from_pretrained`` takes."""
+    patterns: list[str] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        assert name == "org/model"
+        patterns.extend(allow_patterns)
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert Processor.from_pretrained("org/model").prompt(user_turn("Hi")).endswith(header("assistant"))
+    fetched = ["tokenizer.json", "config.json", "preprocessor_config.json", "chat_template.jinja"]
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in fetched)
+    assert not [p for p in patterns if fnmatch("model-00001-of-00005.safetensors", p) or fnmatch("a.pth", p)]
 
 
 # Batches.
@@ -543,6 +590,72 @@ def test_published_ids(published: Processor) -> None:
     assert batch["pixel_values"].shape == (2, 1, 4, 3, 560, 560)
     assert batch["cross_attention_mask"][0, :, 0, 0].tolist() == [0] * 5 + [1] * (len(turn) - 4)
     assert published.decode(batch["input_ids"][0]) == "user\n\nWhat is this?assistant\n\n"
+
+
+SPACE = "\n\r\t \u00a0\u0085\u2028\u3000\x1c\u200b"
+
+HOSTILE = ["", "\n", "\nHi", "\n\n\nHi", " \n x", "\r\nHi", "\t\n\t", "   ", "Hi\n\n", "\n\n🦙\r", "'s", "\n's\n\n2024"]
+
+
+@pytest.fixture(scope="module")
+def meta() -> Callable[[list[tuple[str, list]]], list[int]]:
+    """Meta's own chat format: the ids of messages, an image among the parts of one given as None."""
+    from llama_models.datatypes import RawMediaItem, RawMessage, RawTextItem
+    from llama_models.llama3.chat_format import ChatFormat
+    from llama_models.llama3.tokenizer import Tokenizer
+
+    chat = ChatFormat(Tokenizer.get_instance())
+    file = io.BytesIO()
+    picture(4, 4).save(file, "PNG")
+
+    def encode(messages: list[tuple[str, list]]) -> list[int]:
+        raw = []
+        for role, parts in messages:
+            items = [RawMediaItem(data=file.getvalue()) if p is None else RawTextItem(text=p) for p in parts]
+            more = {"stop_reason": "end_of_turn", "tool_calls": []} if role == "assistant" else {}
+            raw.append(RawMessage(role=role, content=items, **more))
+        return list(chat.encode_dialog_prompt(raw).tokens)
+
+    return encode
+
+
+def check_against_meta(processor: Processor, meta: Callable, text: str) -> None:
+    """As a question with an image, without one, and in every turn of a conversation."""
+    image = {"type": "image"}
+    system = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    turns = [("user", [None, text]), ("assistant", [text]), ("user", [text])]
+    cases: list[tuple[list, list]] = [
+        (user_turn(text, images=1), turns[:1]),
+        (user_turn(text), [("system", [system]), ("user", [text])]),
+        (
+            [
+                {"role": role, "content": [image if part is None else {"type": "text", "text": part} for part in parts]}
+                for role, parts in turns
+            ],
+            turns,
+        ),
+    ]
+    for messages, theirs in cases:
+        prompt = processor.prompt(messages)
+        [(ids, starts)] = processor.tokenize([prompt])
+        assert ids == meta(theirs), (text, theirs)
+        assert processor([prompt], [[IMAGES["wide"]] * prompt.count("<|image|>")])["input_ids"][0].tolist() == ids
+        assert starts == sorted(starts) and starts[0] == 0 and starts[-1] < len(prompt)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_ids_are_those_of_metas_own_chat_format(published: Processor, meta: Callable, text: str) -> None:
+    check_against_meta(published, meta, text)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.text(st.sampled_from(SPACE + "a1.é'"), max_size=8))
+def test_ids_of_any_text_are_those_of_metas_own_chat_format(published: Processor, meta: Callable, text: str) -> None:
+    check_against_meta(published, meta, text)
+
+
+def test_no_prompts_are_no_tokens(processor: Processor) -> None:
+    assert processor.tokenize([]) == []
 
 
 def test_the_demo_orders_special_tokens_alike(processor: Processor, published: Processor) -> None:

@@ -15,6 +15,7 @@ from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
+from llava_cot_jax.search.request_builder import LENGTH_STEP, RequestBuilder
 from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
 from llava_cot_jax.search.tables import build_judge_tables
 from llava_cot_jax.stages import STAGES
@@ -188,9 +189,43 @@ def test_candidates_of_one_token(prompts):
 def test_what_exceeds_the_context(prompts):
     model, processor = random_model(0)
     with pytest.raises(UserError, match=r"the answer may take \d+ tokens, more than the context of 1024"):
-        Reasoner(model, processor, Greedy()).answer(None, "red?")
-    with pytest.raises(UserError, match=r"a judge's prompt may take \d+ tokens"):
+        Reasoner(model, processor, Greedy(max_new_tokens=2048)).answer(None, "red?")
+    with pytest.raises(UserError, match=r"a judge's prompt may take \d+ tokens.* or lower max_new_tokens$"):
         Reasoner(model, processor, BestOfN(2, max_new_tokens=600), prompts).answer(None, "red?")
+
+
+@pytest.mark.parametrize("stated", [None, 999])
+@pytest.mark.parametrize(
+    "strategy", [Greedy(), MajorityVote(3), StageBeam(2), BestOfN(2, Judge("rationale"))], ids=repr
+)
+def test_a_default_length_shrinks_to_what_the_context_leaves(prompts, strategy, stated):
+    """The longest that is not refused when it is given, but for a step."""
+    _, processor = random_model(0)
+    builder = RequestBuilder(processor, strategy, prompts, stated)
+    found = builder.build([None], ["red?"]).spec.max_new_tokens
+    assert set(found) == {found[0]} and 100 < found[0] < builder.spec.max_new_tokens[0]
+    assert stated is None or builder.spec.max_new_tokens[0] == stated
+    given = replace(strategy, max_new_tokens=found[0])
+    assert RequestBuilder(processor, given, prompts, stated).build([None], ["red?"]).spec.max_new_tokens == found
+    given = replace(strategy, max_new_tokens=found[0] + LENGTH_STEP)
+    with pytest.raises(UserError, match="more than the context of 1024: shorten the question or lower max_new_tokens"):
+        RequestBuilder(processor, given, prompts, stated).build([None], ["red?"])
+    with pytest.raises(UserError, match=r"more than the context of 1024: shorten the question$"):
+        builder.build([None], ["red? " * 600])
+
+
+def test_a_search_says_what_the_context_cut_off(prompts, caplog):
+    """The rest of the context is less than a step here. The trace names the length."""
+    model, processor = random_model(0, eos=(1,))
+    prompt = len(processor.tokenizer(processor.prompt(user_turn("red?")), add_special_tokens=False)["input_ids"])
+    model.config = replace(model.config, text=replace(model.config.text, max_position_embeddings=prompt + 6))
+    answer = Reasoner(model, Processor(model.config, processor.tokenizer), Greedy(), prompts).answer(None, "red?")
+    left = answer.trace.stages[0].candidates[0].tokens
+    assert 3 < left <= 6 and answer.trace.strategy == f"Greedy(max_new_tokens={left})"
+    said = (
+        f"the answer: cut off after {left} tokens, which is what the prompt left of the model's context of {prompt + 6}"
+    )
+    assert caplog.messages == [said]
 
 
 def test_what_cannot_be_asked(prompts):
