@@ -30,6 +30,7 @@ from rich.text import Text
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import cache_folder
+from llava_cot_jax.interruption import EXIT_CODE, command_running
 from llava_cot_jax.option_errors import (
     UnknownOption,
     configured_options,
@@ -251,14 +252,15 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> 
         leave: Function that ends the process after Ctrl-C. With ``os._exit`` it does not wait for computations that
             are under way.
     """
-    _quiet_libtpu()
-    _show_warnings()
-    try:
-        main()
-    except KeyboardInterrupt as interrupt:
-        leave(report(interrupt))
-    except (UserError, BrokenPipeError) as fault:
-        sys.exit(report(fault))
+    with command_running():
+        _quiet_libtpu()
+        _show_warnings()
+        try:
+            main()
+        except KeyboardInterrupt as interrupt:
+            leave(report(interrupt))
+        except (UserError, BrokenPipeError) as fault:
+            sys.exit(report(fault))
 
 
 def report(fault: BaseException) -> int:
@@ -271,7 +273,7 @@ def report(fault: BaseException) -> int:
             return 2
         case KeyboardInterrupt():
             print("interrupted", file=sys.stderr, flush=True)
-            return 130
+            return EXIT_CODE
         case BrokenPipeError():  # the reader of the output ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         case _:

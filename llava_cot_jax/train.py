@@ -20,6 +20,7 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.interruption import EXIT_CODE
 from llava_cot_jax.model.checkpoint.folder import named_folder, resolve_checkpoint
 from llava_cot_jax.paths import as_path, check_folder_writable
 from llava_cot_jax.training.layout import CONFIGURATION, is_run, kept_model_files, relocated
@@ -82,6 +83,8 @@ def _train(settings: TrainSettings, accept_changes: bool, group: ProcessGroup, l
         agree=lifeline.agree,
         accept_changes=accept_changes,
     )
+    if result.interrupted:
+        sys.exit(EXIT_CODE)
     if not result.complete:
         return
     if settings.eval_generations:

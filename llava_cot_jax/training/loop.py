@@ -28,6 +28,7 @@ from llava_cot_jax.training.run_lock import RunLock
 from llava_cot_jax.training.settings import TrainSettings
 from llava_cot_jax.training.state import TrainState
 from llava_cot_jax.training.stepper import Stepper
+from llava_cot_jax.training.stopping import stop_on_interrupt
 
 Agree = Callable[[Mapping[str, str]], None]
 
@@ -42,12 +43,14 @@ class TrainResult:
     Attributes:
         run: The run.
         state: State after its last step.
-        complete: Whether all steps are done; a SIGTERM ends a run earlier.
+        complete: Whether all steps are done; a SIGTERM or Ctrl-C ends a run earlier.
+        interrupted: Whether Ctrl-C ended it earlier.
     """
 
     run: Run
     state: TrainState
     complete: bool
+    interrupted: bool = False
 
 
 def train(
@@ -100,7 +103,7 @@ def _train(run: Run, agree: Agree, accept_changes: bool) -> TrainResult:
     shift = round(training.epochs_before(start) * per_epoch) - start
     program = make_program(settings, config, run.mesh, steps=steps, steps_per_epoch=per_epoch, schedule_shift=shift)
     throughput = Throughput(config, program.trained_parts, program.adapted_parts)
-    with Checkpoints(run.checkpoints_folder, settings.checkpoints) as checkpoints:
+    with ExitStack() as after_saving, Checkpoints(run.checkpoints_folder, settings.checkpoints) as checkpoints:
         checkpoints.check_disk_space(program.state)
         run.log(run_table(run, program, training, throughput, steps))
         state = _first_state(run, program, checkpoints, latest)
@@ -116,7 +119,13 @@ def _train(run: Run, agree: Agree, accept_changes: bool) -> TrainResult:
         ):
             stepper = Stepper(program, training, range(first, steps), metrics, throughput, update_bar)
             loop = _Loop(run, program, stepper, metrics, checkpoints, training, validation, description)
-            return loop.run_steps(state, first, steps)
+            interruption = after_saving.enter_context(stop_on_interrupt(run.log))
+            result = loop.run_steps(state, first, steps)
+            if result.complete:
+                return result
+            signal = "Ctrl-C" if interruption.heard else "a SIGTERM"
+            run.log(f"stopped by {signal} after step {int(result.state.step)}: the same command resumes from there")
+            return replace(result, interrupted=interruption.heard)
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class _Loop:
     description: Mapping[str, Any]
 
     def run_steps(self, state: TrainState, first: int, last: int) -> TrainResult:
-        """Run the steps after ``first`` up to ``last``, or to the step in which a SIGTERM arrives."""
+        """Run the steps after ``first`` up to ``last``, or to that in which a SIGTERM arrives, and save its state."""
         settings = self.run.settings
         with ExitStack() as profile:
             for done in range(first + 1, last + 1):
@@ -155,7 +164,6 @@ class _Loop:
                         self.checkpoints.save(state, description, losses.get("validation_loss"))
                 if stopped and done < last:
                     self.checkpoints.wait()
-                    self.run.log(f"stopped by a SIGTERM after step {done}: the same command resumes from there")
                     return TrainResult(self.run, state, complete=False)
             self.stepper.finish()
         return TrainResult(self.run, state, complete=True)
