@@ -7,6 +7,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llava_cot_jax.interruption import prepare_process
+
 if TYPE_CHECKING:
     from llava_cot_jax.errors import UserError
     from llava_cot_jax.inference.generator import Generator
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from llava_cot_jax.search.reasoner import Answer, Reasoner
     from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
     from llava_cot_jax.stages import find_stages
+
+prepare_process()  # before anything slow is imported
 
 __all__ = [
     "Answer",

@@ -30,6 +30,7 @@ from rich.text import Text
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import cache_folder
+from llava_cot_jax.interruption import EXIT_CODE, command_running
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import ProgressUpdate
 
@@ -194,19 +195,20 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> 
         leave: Function that ends the process after Ctrl-C. With ``os._exit`` it does not wait for computations that
             are under way.
     """
-    _quiet_libtpu()
-    _show_warnings()
-    try:
-        main()
-    except UserError as mistake:
-        print("error:", " ".join(str(mistake).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        leave(130)
-    except BrokenPipeError:  # the reader of the output ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    with command_running():
+        _quiet_libtpu()
+        _show_warnings()
+        try:
+            main()
+        except UserError as mistake:
+            print("error:", " ".join(str(mistake).split()), file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            leave(EXIT_CODE)
+        except BrokenPipeError:  # the reader of the output ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
 
 def enable_compilation_cache() -> None:

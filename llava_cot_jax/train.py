@@ -21,9 +21,10 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.interruption import EXIT_CODE
 from llava_cot_jax.model.checkpoint.folder import named_folder, resolve_checkpoint
 from llava_cot_jax.paths import as_path, check_folder_writable
-from llava_cot_jax.training.layout import CONFIGURATION, is_run, relocated
+from llava_cot_jax.training.layout import CONFIGURATION, is_run, kept_model_files, relocated
 from llava_cot_jax.training.settings import RENAMED_SETTINGS, TrainSettings
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         progress_bar=cli.progress_bar if first else cli.no_progress_bar,
         accept_changes=options.accept_changes,
     )
+    if result.interrupted:
+        sys.exit(EXIT_CODE)
     if not result.complete:
         return
     if settings.eval_generations:
@@ -138,7 +141,7 @@ def _check_files(settings: TrainSettings) -> None:
     check_folder_writable(as_path(settings.output))
     for split in ("train", "validation") if settings.eval_examples else ("train",):
         open_rows(settings.data, split)
-    if folder := named_folder(settings.checkpoint):
+    if not kept_model_files(settings) and (folder := named_folder(settings.checkpoint)):
         check_tokenizer(folder if settings.random_init else resolve_checkpoint(folder))
 
 

@@ -106,6 +106,23 @@ def end_by_sigterm(place: Path, cache: Path, name: str, disturb: str, undisturbe
     return step
 
 
+@pytest.mark.slow
+def test_ctrl_c_saves_and_a_second_ends_at_once(place, cache, undisturbed):
+    """The first during the compilation, in which the main thread hears nothing; then both, also during it."""
+    pressed = DURING_COMPILATION.replace("terminate()", "os.kill(os.getpid(), signal.SIGINT)")
+    done = disturbed(place, cache, "pressed", f"{SLOWLY}\n{pressed}")
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    (step,) = steps_in(place / "pressed/checkpoints")
+    assert "A second Ctrl-C ends it at once." in done.stdout
+    assert f"stopped by Ctrl-C after step {step}: the same command resumes from there" in done.stdout
+    assert losses_of(place, cache, "pressed") == undisturbed
+
+    twice = pressed.replace("SIGINT)", "SIGINT); time.sleep(1); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
+    done = disturbed(place, cache, "pressed twice", twice)
+    assert done.returncode == 130 and done.stderr.endswith("interrupted\n") and "Traceback" not in done.stderr
+    assert steps_in(place / "pressed twice/checkpoints") == []
+
+
 IN_A_SAVE = f'before(checkpoints, "write_checksums", lambda: {KILLED}, lambda count: count == 2)'
 
 

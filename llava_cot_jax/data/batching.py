@@ -1,4 +1,4 @@
-"""Order of the batches of a data set, which depends on the rows' sizes, the batch size and the seed alone.
+"""Order of the batches of a data set: it depends on the rows' sizes, the batch size, the seed and its start alone.
 
 The rows of a batch have similar sizes and are all padded to one of a few bucket lengths and numbers of images, so that
 there is little padding and a training step is compiled for few shapes.
@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from llava_cot_jax.data.place import START, Place
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.rounding import ceil_div
 
@@ -73,22 +74,39 @@ def bucket_sizes(sizes: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
 class BatchOrder:
     """Batches of every epoch, in order.
 
-    Args:
-        lengths: Bucket length of each row, int [rows]; 0 for a row that is left out.
-        images: Number of images that each row is padded to, int [rows].
-        batch: Number of rows of a batch.
-        seed: Seed of the order.
-        shuffle: Whether each epoch has a new order.
-
     An order can be pickled; equal arguments give equal orders. With ``shuffle`` each epoch has its rows and batches in
     a new order and leaves out the few rows, others each time, that would not fill a batch. Without ``shuffle`` every
     row comes exactly once, shortest first, and the last batch is filled up.
+
+    An order may begin in the middle of an epoch, of which another order had some rows. It has batches of the others
+    then, leaves out those that would not fill a batch, and goes on with whole epochs. Batches are counted from the
+    first of the first order, and only those after ``start`` are known.
+
+    Attributes:
+        batches_per_epoch: Number of batches in a whole epoch.
+
+    Args:
+        lengths: Number of tokens that each row is padded to, int [rows]; 0 leaves a row out.
+        images: Number of images that each row is padded to, int [rows].
+        batch: Number of rows in a batch.
+        seed: Seed of the order.
+        shuffle: Whether rows and batches come in a new order in each epoch.
+        start: Place at which the order begins.
 
     Raises:
         UserError: The order is shuffled and there are fewer rows than in a batch.
     """
 
-    def __init__(self, lengths: np.ndarray, images: np.ndarray, batch: int, *, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        images: np.ndarray,
+        batch: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        start: Place = START,
+    ) -> None:
         self.rows = np.flatnonzero(lengths)
         self.lengths = lengths
         self.images = images
@@ -97,25 +115,71 @@ class BatchOrder:
         self.shuffle = shuffle
         if shuffle and len(self.rows) < batch:
             raise UserError(f"{len(self.rows)} rows do not fill a batch of {batch}: set a smaller batch_size")
+        self.start = start
         self.batches_per_epoch = len(self.rows) // batch if shuffle else ceil_div(len(self.rows), batch)
+        self._first_batches = self.batches_per_epoch if start.seen is None else len(self.rows_of(start.epoch)) // batch
 
     def __getitem__(self, index: int) -> BatchIndices:
         """Batch ``index``, counted from the beginning of the first epoch."""
-        epoch, place = divmod(index, self.batches_per_epoch)
-        batches = _epoch(self, epoch if self.shuffle else 0)
-        rows = batches[place]
+        epoch, place = self._locate(index)
+        rows = self._epoch(epoch)[place]
         used = rows[rows != FILLER]
         return BatchIndices(rows, length=int(self.lengths[used].max()), images=int(self.images[used].max()))
 
+    def batches_until(self, epochs: int) -> int:
+        """Return the number of batches from the very first up to the end of ``epochs`` epochs."""
+        if epochs <= self.start.epoch:
+            return self.start.batches
+        whole = epochs - self.start.epoch - 1
+        return self.start.batches + self._first_batches + whole * self.batches_per_epoch
+
+    def place(self, index: int) -> Place:
+        """Return the place before batch ``index``."""
+        epoch, place = self._locate(index)
+        before = self.start.seen if epoch == self.start.epoch else None
+        if before is None and not place:
+            return Place(index, epoch)
+        seen = np.zeros(len(self.lengths), bool) if before is None else before.copy()
+        if place:
+            rows = self._epoch(epoch)[:place]
+            seen[rows[rows != FILLER]] = True
+        return Place(index, epoch, seen)
+
+    def epochs_before(self, index: int) -> float:
+        """Return the number of epochs before batch ``index``, by the share of the rows that were seen."""
+        epoch, place = self._locate(index)
+        seen = len(self.rows) - len(self.rows_of(epoch)) + place * self.batch
+        return epoch + seen / len(self.rows)
+
+    def rows_of(self, epoch: int) -> np.ndarray:
+        """Return the rows that are left of an epoch at its start, or at that of the order, int64 [rows]."""
+        seen = self.start.seen
+        return self.rows if seen is None or epoch != self.start.epoch else self.rows[~seen[self.rows]]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the epoch of a batch, and its place in what is left of the epoch."""
+        after = index - self.start.batches
+        if after < 0:
+            raise IndexError(f"batch {index} is of another order, before batch {self.start.batches}")
+        if after < self._first_batches:
+            return self.start.epoch, after
+        whole, place = divmod(after - self._first_batches, self.batches_per_epoch)
+        return self.start.epoch + 1 + whole, place
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        return _batches_of(self, epoch if self.shuffle else 0)
+
 
 @lru_cache(maxsize=4)  # readers that run ahead may be in the next epoch
-def _epoch(order: BatchOrder, epoch: int) -> np.ndarray:
+def _batches_of(order: BatchOrder, epoch: int) -> np.ndarray:
     """Rows of an epoch's batches, int64 [batches, batch]."""
-    count = order.batches_per_epoch * order.batch
+    left = order.rows_of(epoch)
+    batches = len(left) // order.batch if order.shuffle else order.batches_per_epoch
+    count = batches * order.batch
     rng = np.random.default_rng((order.seed, epoch))
-    rows = rng.permutation(order.rows)[:count] if order.shuffle else order.rows
+    rows = rng.permutation(left)[:count] if order.shuffle else left
     # Sorted by bucket, then cut: a batch that spans two buckets takes the larger one.
     rows = rows[np.lexsort((order.lengths[rows], order.images[rows]))]
     rows = np.pad(rows, (0, count - len(rows)), constant_values=FILLER)
-    batches = rows.reshape(order.batches_per_epoch, order.batch)
-    return rng.permutation(batches) if order.shuffle else batches
+    table = rows.reshape(batches, order.batch)
+    return rng.permutation(table) if order.shuffle else table

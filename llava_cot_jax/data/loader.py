@@ -1,7 +1,8 @@
 """Batches for a training step, in few shapes, the same for any number of hosts and from any batch on.
 
 grain decodes the rows in threads or worker processes; each host decodes the rows that its own devices hold. The state
-of the loader is one integer, the index of the next batch.
+of the loader is one integer, the index of the next batch, as long as batches keep their size and their order;
+``Place`` is what stays right when they do not.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from absl import flags
 from llava_cot_jax.data.batching import FILLER, BatchOrder, bucket_sizes, choose_buckets
 from llava_cot_jax.data.chat import Chat, Conversation, SkippedConversation
 from llava_cot_jax.data.index import Index
+from llava_cot_jax.data.place import Place
 from llava_cot_jax.data.rows import Row, Rows
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from llava_cot_jax.data.workers import die_with_parent
@@ -43,6 +45,7 @@ class Loader:
         batches_per_epoch: Number of batches in an epoch, the same in every epoch.
         fingerprint: Hash of everything that decides which rows a batch has. A run that resumes from the number of a
             batch must find the same fingerprint.
+        rows_fingerprint: Identification of the rows alone, whose numbers a ``Place`` has.
 
     Args:
         rows: Data set.
@@ -76,19 +79,22 @@ class Loader:
         self._settings = settings
         self._sharding = sharding
         self._mine = _rows_of_this_process(sharding, settings.batch_size)
+        self.rows_fingerprint = rows.fingerprint
         self.index = Index.open(rows, processor, chat, cache or cache_folder("index"), on_progress)
         lengths, images = self.index.lengths, self.index.images
         self.buckets = choose_buckets(lengths[lengths > 0], settings.num_buckets, settings.pad_to_multiple_of)
         self.image_buckets = choose_buckets(images[images > 0], settings.num_image_buckets, 1) if images.any() else ()
-        self._order = BatchOrder(
+        self._make_order = partial(
+            BatchOrder,
             bucket_sizes(lengths, self.buckets),
             bucket_sizes(images, self.image_buckets),
             settings.batch_size,
             seed=settings.seed,
             shuffle=shuffle,
         )
+        self._order = self._make_order()
         self.batches_per_epoch = self._order.batches_per_epoch
-        self._batches = partial(_Batches, rows, processor, Chat(processor, chat), lengths, self._order, self._mine)
+        self._encode = partial(_Batches, rows, processor, Chat(processor, chat), lengths, self._mine)
         decisive = (
             self.index.fingerprint,
             self.buckets,
@@ -98,6 +104,36 @@ class Loader:
             shuffle,
         )
         self.fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+
+    def start_at(self, start: Place) -> None:
+        """Begin in the middle of an epoch, of which batches of other sizes or in another order had some rows.
+
+        Args:
+            start: Place of this data set at which the batches of this loader begin.
+        """
+        self._order = self._make_order(start=start)
+
+    @property
+    def start(self) -> Place:
+        """Place at which the batches of this loader begin."""
+        return self._order.start
+
+    def place(self, index: int) -> Place:
+        """Return the place before batch ``index``."""
+        return self._order.place(index)
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows of the data set, with those that are skipped."""
+        return len(self._rows)
+
+    def batches_until(self, epochs: int) -> int:
+        """Return the number of batches, from the very first, up to the end of ``epochs`` epochs."""
+        return self._order.batches_until(epochs)
+
+    def epochs_before(self, index: int) -> float:
+        """Return the number of epochs before batch ``index``, by the share of the rows that were seen."""
+        return self._order.epochs_before(index)
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
         """Iterate over the batches from ``start`` up to, but not including, ``stop``, on the mesh and read ahead.
@@ -117,7 +153,7 @@ class Loader:
         threads = self._settings.num_threads
         processes = grain.MultiprocessingOptions(self._settings.num_workers, per_worker_buffer_size=1)
         dataset = (
-            grain.MapDataset.source(self._batches(stop))[start:]
+            grain.MapDataset.source(self._encode(self._order, stop))[start:]
             .to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads))
             .mp_prefetch(processes, worker_init_fn=_begin_worker)
             .map(self._to_mesh)
@@ -149,9 +185,9 @@ class Loader:
         rows = self._order[index].rows
         return [self._rows[int(row)].id for row in rows[rows != FILLER]]
 
-    def padding(self, epoch: int = 0) -> float:
-        """Share of an epoch's tokens that is padding."""
-        first = epoch * self.batches_per_epoch
+    def padding(self) -> float:
+        """Share of the tokens that is padding, in the first batches of this loader, as many as an epoch has."""
+        first = self.start.batches
         epoch_batches = range(first, first + self.batches_per_epoch)
         used = sum(int(self.lengths(i).sum()) for i in epoch_batches)
         return 1 - used / sum(self._order[i].rows.size * self._order[i].length for i in epoch_batches)
@@ -174,8 +210,8 @@ class _Batches:
         processor: Processor that makes the arrays of images and tokens.
         chat: Encoder of the conversations.
         lengths: Number of tokens of each row, int32 [rows of the data set].
-        order: Order of the batches.
         mine: Positions in a batch that this process fills, int64 [rows of this process].
+        order: Order of the batches.
         stop: Number of batches.
     """
 
@@ -183,8 +219,8 @@ class _Batches:
     processor: Processor
     chat: Chat
     lengths: np.ndarray
-    order: BatchOrder
     mine: np.ndarray
+    order: BatchOrder
     stop: int
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
+from llava_cot_jax.model.checkpoint.digest import WeightsDigest
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.reading import locate_tensors
 from llava_cot_jax.model.checkpoint.writing import TensorEntry, read_tensor, write_checkpoint
@@ -20,6 +21,7 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.progress import OnProgress
+from llava_cot_jax.training.base import Base, check_same_base
 from llava_cot_jax.training.checkpoints import MODEL_PART, RUN_PART, read_arrays, read_run, steps_in, stored_arrays
 from llava_cot_jax.training.checksums import find_damage
 from llava_cot_jax.training.layout import CHECKPOINTS, MODEL_FILES, relocated
@@ -75,7 +77,9 @@ class RunExport:
         if damage := find_damage(self._checkpoint, (MODEL_PART, RUN_PART)):
             others = ", ".join(str(other) for other in steps if other != self.step) or "none"
             raise UserError(f"{self._checkpoint} is damaged: {damage}; take another one by --step: {others}")
-        self._settings = relocated(read_run(self._checkpoint)["settings"], folder)
+        description = read_run(self._checkpoint)
+        self._settings = relocated(description["settings"], folder)
+        self._started_from = Base.of(description)
         self._base = base
 
     def write(
@@ -95,7 +99,8 @@ class RunExport:
             on_progress: Function that is called after each tensor with the bytes written and to be written in all.
 
         Raises:
-            UserError: The checkpoint that the run started from is gone, or ``write_checkpoint`` refuses.
+            UserError: The checkpoint that the run started from is needed, and gone or replaced by another. Or
+                ``write_checkpoint`` refuses.
         """
         trained = stored_arrays(self._checkpoint)
         dtypes = {np.dtype(array.dtype) for array in trained.values()}
@@ -149,6 +154,9 @@ class RunExport:
                 f"the checkpoint that the run started from is needed too: {fault}; say where it is by --base"
             ) from None
         stored = locate_tensors(folder, self.config)
+        with WeightsDigest(folder) as digest:
+            found = Base.at(base, folder, digest.result())
+        check_same_base(self._started_from, found, "say by --base where the weights are that it started from")
         return lambda name: read_tensor(stored[name], stored[name].dtype)
 
 

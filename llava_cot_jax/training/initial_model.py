@@ -4,18 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llava_cot_jax.files import copy_file, write_json
 from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
+from llava_cot_jax.model.checkpoint.digest import WeightsDigest
 from llava_cot_jax.model.checkpoint.folder import find_checkpoint, read_config, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.sharded_loading import load_params
 from llava_cot_jax.model.config import Convention
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.progress import OnProgress
+from llava_cot_jax.training.base import Base
 
 
 class InitialModel:
@@ -26,24 +30,35 @@ class InitialModel:
         processor: Tokenizer and image settings of the model.
         folder: Folder of the checkpoint.
         random_init: Whether the weights are random.
+        base: Identity of the weights that ``load_arrays`` has read, or None while it has read none.
 
     Args:
         checkpoint: Checkpoint to start from, as in ``TrainSettings.checkpoint``.
         convention: Convention that the weights were trained with, if config.json does not state it.
         random_init: Whether to start from random weights.
+        files: Folder with the files of the model other than its weights. By default, that of the checkpoint.
 
     Raises:
         UserError: There is no such checkpoint, or it cannot be read.
     """
 
-    def __init__(self, checkpoint: str, convention: Convention | None, random_init: bool = False) -> None:
-        self.folder = find_checkpoint(checkpoint, weights=False) if random_init else resolve_checkpoint(checkpoint)
+    def __init__(
+        self, checkpoint: str, convention: Convention | None, random_init: bool = False, files: Path | None = None
+    ) -> None:
+        self._checkpoint = checkpoint
+        if files:
+            self.folder = files
+        else:
+            self.folder = find_checkpoint(checkpoint, weights=False) if random_init else resolve_checkpoint(checkpoint)
+        self.base: Base | None = None
         self.config = read_config(self.folder, convention)
         self.processor = Processor.from_pretrained(self.folder, self.config)
         self.random_init = random_init
 
     def load_arrays(self, *, mesh: Mesh, dtype: Any, seed: int, on_progress: OnProgress) -> dict[str, jax.Array]:
         """Load the weights onto the mesh, by path in the stacked layout. Each process reads only its own shards.
+
+        All processes must call this. The digest of a checkpoint's weights is computed meanwhile.
 
         Args:
             mesh: Mesh over all devices.
@@ -57,11 +72,23 @@ class InitialModel:
         if self.random_init:
             model = Mllama(self.config, rngs=nnx.Rngs(seed), layout="stacked", dtype=dtype, mesh=mesh)
             return flatten_dict(model.params, sep=".")
-        return load_params(self.folder, self.config, layout="stacked", mesh=mesh, on_progress=on_progress)
+        folder = resolve_checkpoint(self._checkpoint)
+        with WeightsDigest(folder, (jax.process_index(), jax.process_count())) as digest:
+            arrays = load_params(folder, self.config, layout="stacked", mesh=mesh, on_progress=on_progress)
+            self.base = Base.at(self._checkpoint, folder, digest.result(_sum_over_processes))
+        return arrays
 
     def write_auxiliary_files(self, folder: Path) -> None:
-        """Write all files of a checkpoint but the weights."""
+        """Write all files of a checkpoint but the weights, unless they are read from ``folder``."""
+        if folder == self.folder:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         for path in list_auxiliary_files(self.folder):
             copy_file(path, folder / path.name)
         write_json(folder / "config.json", self.config.to_dict("float32"))
+
+
+def _sum_over_processes(parts: np.ndarray) -> np.ndarray:
+    """Return the sum of the arrays of all processes, uint32 as each of them."""
+    gathered = np.asarray(multihost_utils.process_allgather(parts)).reshape(-1, len(parts))
+    return gathered.sum(0, dtype=np.uint32)

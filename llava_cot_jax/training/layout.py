@@ -1,12 +1,12 @@
-"""Layout of the folder of a run, and the present paths of a run that was moved."""
+"""Layout of the folder of a run, what it needs from elsewhere, and the present paths of a run that was moved."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_cot_jax.paths import is_remote, reading_errors
-from llava_cot_jax.training.settings import check_setting_names
+from llava_cot_jax.paths import as_path, is_remote, reading_errors
+from llava_cot_jax.training.settings import TrainSettings, check_setting_names
 
 CONFIGURATION = "config.yaml"
 """Name of the file with all settings of the run, which ``train --config`` takes."""
@@ -22,6 +22,20 @@ def is_run(folder: Path) -> bool:
     """Whether ``folder`` is the folder of a run."""
     with reading_errors(folder):
         return (folder / CHECKPOINTS).is_dir()
+
+
+def kept_model_files(settings: TrainSettings) -> Path | None:
+    """Return the folder with the model's files of a run that can go on without the checkpoint that it started from.
+
+    That is a run with a checkpoint of its own that holds all of the model's weights. None stands for any other.
+    """
+    if not settings.random_init and (settings.lora.rank or settings.frozen_params):
+        return None
+    folder = as_path(settings.output)
+    with reading_errors(folder):
+        checkpoints, files = folder / CHECKPOINTS, folder / MODEL_FILES
+        begun = checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+        return files if begun and (files / "config.json").exists() else None
 
 
 def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -13,27 +13,21 @@ from jax.sharding import NamedSharding
 from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.data.rows import FirstRows
 from llava_cot_jax.data.sources import open_rows
-from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.sharding import partition_spec
 from llava_cot_jax.progress import ProgressBar
 from llava_cot_jax.stages import STAGES
 from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run
-from llava_cot_jax.training.layout import relocated
 from llava_cot_jax.training.metrics import MetricsWriter, Throughput, check_wandb, losses_by_stage
 from llava_cot_jax.training.program import TrainProgram, make_program
-from llava_cot_jax.training.report import loading_line, run_table, validation_line
+from llava_cot_jax.training.report import loading_line, nothing_left_line, run_table, validation_line
+from llava_cot_jax.training.resume import base_description, check_unchanged, place_description, resume_data
 from llava_cot_jax.training.run import Run
-from llava_cot_jax.training.run_folder import (
-    changed_settings,
-    changed_versions,
-    make_run_folder,
-    run_description,
-    write_run_folder,
-)
+from llava_cot_jax.training.run_folder import make_run_folder, run_description, write_run_folder
 from llava_cot_jax.training.run_lock import RunLock
 from llava_cot_jax.training.settings import TrainSettings
 from llava_cot_jax.training.state import TrainState
 from llava_cot_jax.training.stepper import Stepper
+from llava_cot_jax.training.stopping import stop_on_interrupt
 
 PROFILED_STEPS = range(5, 8)
 """Steps since the start whose profiler trace is written."""
@@ -46,12 +40,14 @@ class TrainResult:
     Attributes:
         run: The run.
         state: State after its last step.
-        complete: Whether all steps are done; a SIGTERM ends a run earlier.
+        complete: Whether all steps are done; a SIGTERM or Ctrl-C ends a run earlier.
+        interrupted: Whether Ctrl-C ended it earlier.
     """
 
     run: Run
     state: TrainState
     complete: bool
+    interrupted: bool = False
 
 
 def train(
@@ -84,27 +80,40 @@ def _train(run: Run, accept_changes: bool) -> TrainResult:
     latest = latest_valid_step(run.checkpoints_folder, run.log)
     training, validation = _open_loaders(run)
     description = run_description(settings, training.fingerprint)
-    if latest is not None:
-        _check_unchanged(run, latest, description, accept_changes)
+    before = None if latest is None else read_run(run.checkpoints_folder / str(latest))
+    if before:
+        check_unchanged(run, before, description, accept_changes)
+        resume_data(run, before, description, training)
     write_run_folder(run.folder, settings, run.initial_model)
-    steps = settings.steps or settings.epochs * training.batches_per_epoch
-    config, per_epoch = run.initial_model.config, training.batches_per_epoch
-    program = make_program(settings, config, run.mesh, steps=steps, steps_per_epoch=per_epoch)
+    steps = settings.steps or training.batches_until(settings.epochs)
+    config, per_epoch, start = run.initial_model.config, training.batches_per_epoch, training.start.batches
+    # The schedule goes on at the share of the data that was seen, if the first batches were of another size.
+    shift = round(training.epochs_before(start) * per_epoch) - start
+    program = make_program(settings, config, run.mesh, steps=steps, steps_per_epoch=per_epoch, schedule_shift=shift)
     throughput = Throughput(config, program.trained_parts, program.adapted_parts)
-    with Checkpoints(run.checkpoints_folder, settings.checkpoints) as checkpoints:
+    with ExitStack() as after_saving, Checkpoints(run.checkpoints_folder, settings.checkpoints) as checkpoints:
         checkpoints.check_disk_space(program.state)
         run.log(run_table(run, program, training, throughput, steps))
         state = _first_state(run, program, checkpoints, latest)
+        description["base"] = base_description(run, before, accept_changes)
         first = int(state.step)
         if first:
             run.log(f"resuming from step {first}, the newest checkpoint in {run.folder}")
+        if first >= steps:
+            run.log(nothing_left_line(settings, first))
         with (
             MetricsWriter(run.folder, asdict(settings), settings.wandb, first) as metrics,
             run.progress_bar("training", "steps", settings.log_every) as update_bar,
         ):
             stepper = Stepper(program, training, range(first, steps), metrics, throughput, update_bar)
-            loop = _Loop(run, program, stepper, metrics, checkpoints, validation, description)
-            return loop.run_steps(state, first, steps)
+            loop = _Loop(run, program, stepper, metrics, checkpoints, training, validation, description)
+            interruption = after_saving.enter_context(stop_on_interrupt(run.log))
+            result = loop.run_steps(state, first, steps)
+            if result.complete:
+                return result
+            signal = "Ctrl-C" if interruption.heard else "a SIGTERM"
+            run.log(f"stopped by {signal} after step {int(result.state.step)}: the same command resumes from there")
+            return replace(result, interrupted=interruption.heard)
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,12 @@ class _Loop:
     stepper: Stepper
     metrics: MetricsWriter
     checkpoints: Checkpoints
+    training: Loader
     validation: Loader | None
     description: Mapping[str, Any]
 
     def run_steps(self, state: TrainState, first: int, last: int) -> TrainResult:
-        """Run the steps after ``first`` up to ``last``, or to the step in which a SIGTERM arrives."""
+        """Run the steps after ``first`` up to ``last``, or to that in which a SIGTERM arrives, and save its state."""
         settings = self.run.settings
         with ExitStack() as profile:
             for done in range(first + 1, last + 1):
@@ -138,10 +148,10 @@ class _Loop:
                     losses = self._validate(state, done)
                 if done % settings.checkpoints.every == 0 or done == last or stopped:
                     with self.stepper.pause("saving_seconds"):
-                        self.checkpoints.save(state, self.description, losses.get("validation_loss"))
+                        description = {**self.description, "place": place_description(self.training, done)}
+                        self.checkpoints.save(state, description, losses.get("validation_loss"))
                 if stopped and done < last:
                     self.checkpoints.wait()
-                    self.run.log(f"stopped by a SIGTERM after step {done}: the same command resumes from there")
                     return TrainResult(self.run, state, complete=False)
             self.stepper.finish()
         return TrainResult(self.run, state, complete=True)
@@ -164,25 +174,6 @@ def validate(program: TrainProgram, state: TrainState, loader: Loader) -> dict[s
         totals, tokens = totals + sums.total, tokens + sums.tokens
     mean = float(totals.sum() / tokens.sum())
     return {"validation_loss": mean, **losses_by_stage("validation_loss", totals / np.maximum(tokens, 1), tokens)}
-
-
-def _check_unchanged(run: Run, step: int, description: Mapping[str, Any], accept_changes: bool) -> None:
-    """Check that a run is resumed with the settings and data with which it was started.
-
-    Raises:
-        UserError: Something changed that affects the result, and the user did not accept changes.
-    """
-    before = read_run(run.checkpoints_folder / str(step))
-    before["settings"] = relocated(before["settings"], run.folder)
-    if versions := changed_versions(before, description):
-        run.log(f"the newest checkpoint was written with other versions: {'; '.join(versions)}")
-    if changes := changed_settings(before, description):
-        if not accept_changes:
-            raise UserError(
-                f"the run was begun with other settings or data: {'; '.join(changes)}. Restore them, name another "
-                "output, or resume with the changes by --accept_changes"
-            )
-        run.log(f"resuming with changes: {'; '.join(changes)}")
 
 
 def _open_loaders(run: Run) -> tuple[Loader, Loader | None]:

@@ -14,14 +14,19 @@ Arrays = Mapping[str, jax.Array]
 """Arrays by path."""
 
 
-def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> optax.Schedule:
+def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int, shift: int = 0) -> optax.Schedule:
     """Return the learning rate as a function of the number of updates before it, which leaves out skipped steps.
 
     Args:
         settings: Settings of the optimizer.
         steps: Number of steps of the run.
         steps_per_epoch: Number of steps of an epoch.
+        shift: Number of steps by which the schedule is ahead of the updates, or if negative, behind them, because the
+            rows of the first steps would have been more or fewer batches of the present size.
     """
+    if shift:
+        shifted = make_schedule(settings, steps + shift, steps_per_epoch)
+        return lambda updates: shifted(jnp.maximum(updates + shift, 0))
     peak = settings.learning_rate
     decay_steps = max(steps - settings.warmup_steps, 1)
     after: optax.Schedule

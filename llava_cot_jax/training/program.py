@@ -73,7 +73,13 @@ class TrainProgram:
 
 
 def make_program(
-    settings: TrainSettings, config: MllamaConfig, mesh: Mesh, *, steps: int, steps_per_epoch: int
+    settings: TrainSettings,
+    config: MllamaConfig,
+    mesh: Mesh,
+    *,
+    steps: int,
+    steps_per_epoch: int,
+    schedule_shift: int = 0,
 ) -> TrainProgram:
     """Return the programs of a run.
 
@@ -83,6 +89,7 @@ def make_program(
         mesh: Mesh over all devices, or over those of a topology to compile for.
         steps: Number of steps of the run, for the schedule of the learning rate.
         steps_per_epoch: Number of steps of an epoch, for the schedule of the learning rate.
+        schedule_shift: Number of steps by which that schedule is ahead of the updates, as in ``make_schedule``.
 
     Raises:
         UserError: The mesh does not divide a parameter, or a pattern of ``frozen_params`` or ``lora.targets`` is no
@@ -92,7 +99,7 @@ def make_program(
     adapters = adapter_table(base, settings.lora)
     trained = set(adapters) if adapters else base.keys() - frozen_paths(base, settings.frozen_params)
     table = {**base, **adapters}
-    learning_rate = make_schedule(settings.optimizer, steps, steps_per_epoch)
+    learning_rate = make_schedule(settings.optimizer, steps, steps_per_epoch, schedule_shift)
     optimizer = Optimizer(settings.optimizer, learning_rate, table)
     state = _abstract_state(settings, table, trained, optimizer, mesh)
     dtype = jnp.dtype(settings.dtype)

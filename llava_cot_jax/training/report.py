@@ -13,6 +13,7 @@ from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.training.metrics import Throughput
 from llava_cot_jax.training.program import TrainProgram
 from llava_cot_jax.training.run import Run
+from llava_cot_jax.training.settings import TrainSettings
 
 
 def run_table(run: Run, program: TrainProgram, loader: Loader, throughput: Throughput, steps: int) -> Table:
@@ -66,6 +67,14 @@ def loading_line(checkpoint: str, read: int) -> str:
     if not hosts.any():
         return f"{checkpoint}: random weights"
     return f"{checkpoint}: weights read by each host, GB: {', '.join(f'{host:.6g}' for host in hosts)}"
+
+
+def nothing_left_line(settings: TrainSettings, step: int) -> str:
+    """Return a line on a run that has nothing left to do after ``step`` steps, and on how to make it longer."""
+    if settings.steps:
+        return f"nothing is left to do: the run has made {step} steps, and steps is {settings.steps}; set more of them"
+    times = "once" if settings.epochs == 1 else f"{settings.epochs} times"
+    return f"nothing is left to do: the run has seen its data {times}, in {step} steps; set more epochs to go on"
 
 
 def step_note(measured: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from llava_cot_jax.model.sharding import check_mesh
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import ProgressBar
 from llava_cot_jax.training.initial_model import InitialModel
-from llava_cot_jax.training.layout import CHECKPOINTS
+from llava_cot_jax.training.layout import CHECKPOINTS, kept_model_files
 from llava_cot_jax.training.program import check_batch_size, make_run_mesh
 from llava_cot_jax.training.settings import TrainSettings
 
@@ -43,7 +43,8 @@ class Run:
         """
         settings = settings.with_absolute_paths()
         mesh = make_run_mesh(settings.mesh)
-        initial_model = InitialModel(settings.checkpoint, settings.convention, settings.random_init)
+        files = kept_model_files(settings)
+        initial_model = InitialModel(settings.checkpoint, settings.convention, settings.random_init, files)
         check_batch_size(settings, mesh)
         check_mesh(initial_model.config, mesh)
         return cls(settings=settings, initial_model=initial_model, mesh=mesh, log=log, progress_bar=progress_bar)

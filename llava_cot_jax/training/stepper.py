@@ -119,7 +119,7 @@ class Stepper:
             "gradient_norm": float(found["gradient_norm"]),
             "trained_tokens": int(found["tokens"]),
             "skipped": int(found["skipped"]),
-            "epoch": self._done / self._loader.batches_per_epoch,
+            "epoch": self._loader.epochs_before(self._done),
             **rates,
             "waiting_seconds": step.waiting_seconds,
             "peak_memory_bytes": peak_memory(),

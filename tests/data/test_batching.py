@@ -1,5 +1,6 @@
 """Buckets against brute force, and the properties of an order of batches."""
 
+import json
 import pickle
 from itertools import combinations
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_cot_jax.data.batching import FILLER, BatchOrder, bucket_sizes, choose_buckets
+from llava_cot_jax.data.place import Place
 from llava_cot_jax.errors import UserError
 
 
@@ -43,9 +45,11 @@ LENGTHS = draw_lengths()
 BUCKETS = choose_buckets(LENGTHS[LENGTHS > 0], 4, 128)
 
 
-def make(batch: int = 32, seed: int = 1, shuffle: bool = True, lengths: np.ndarray = LENGTHS) -> BatchOrder:
+def make(
+    batch: int = 32, seed: int = 1, shuffle: bool = True, lengths: np.ndarray = LENGTHS, **more: object
+) -> BatchOrder:
     images = np.minimum(lengths, 1)
-    return BatchOrder(bucket_sizes(lengths, BUCKETS), images, batch, seed=seed, shuffle=shuffle)
+    return BatchOrder(bucket_sizes(lengths, BUCKETS), images, batch, seed=seed, shuffle=shuffle, **more)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 32])
@@ -95,6 +99,39 @@ def test_unshuffled_every_row_comes_once_and_fillers_last():
         assert sorted(rows[rows != FILLER].tolist()) == np.flatnonzero(LENGTHS).tolist()
         assert len(rows) % 32 == 0 and len(rows) - np.count_nonzero(LENGTHS) < 32
         assert (np.diff(np.flatnonzero(rows == FILLER)) == 1).all() and rows[-1] == FILLER
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(20, 120),
+    epochs=st.integers(1, 3),
+    changes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20), st.integers(0, 3)), min_size=1, max_size=5),
+)
+def test_whatever_changes_on_the_way_each_row_is_seen_once_in_an_epoch(rows, epochs, changes):
+    """Orders of other sizes and seeds take turns, each after some batches, through what a checkpoint stores."""
+    lengths = draw_lengths(rows)
+    seen = [np.zeros(rows, int) for _ in range(epochs + 1)]
+    place, trained = Place(), lengths > 0
+    for number, (batch, count, seed) in enumerate(changes):
+        place = Place.from_json(json.loads(json.dumps(place.to_json())), rows)
+        order = make(batch, seed, lengths=lengths, start=place)
+        last = order.batches_until(epochs)
+        stop = last if number == len(changes) - 1 else min(place.batches + count, last)
+        resumed = make(batch, seed, lengths=lengths, start=place)
+        for index in range(place.batches, stop):
+            found = order[index]
+            assert len(found.rows) == batch and lengths[found.rows].max() <= found.length
+            np.testing.assert_array_equal(resumed[index].rows, found.rows)
+            seen[order.place(index).epoch][found.rows] += 1
+            assert order.epochs_before(index) <= order.epochs_before(index + 1)
+        place = order.place(stop)
+        assert place.batches == stop
+    assert (place.epoch, place.seen) == (epochs, None)  # nothing is left to do
+    assert order.batches_until(epochs) == stop and not seen[epochs].any()
+    largest = max(batch for batch, _, _ in changes)
+    for of_epoch in seen[:epochs]:
+        assert of_epoch.max() == 1 and not of_epoch[~trained].any()
+        assert np.count_nonzero(trained) - of_epoch.sum() < largest  # the remainder, of less than a batch
 
 
 def test_too_few_rows():

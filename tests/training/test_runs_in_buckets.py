@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint.digest import WeightsDigest
 from llava_cot_jax.model.checkpoint.sharded_loading import load_params
 from llava_cot_jax.paths import files_in
 from llava_cot_jax.training import run_lock
@@ -43,6 +44,19 @@ def test_checkpoints_and_the_model_exported_from_them(folder, tmp_path) -> None:
     got = load_params(folder / "exported", export_run.config, layout="unrolled")
     assert wanted.keys() == got.keys()
     assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_weights_are_known_again_from_a_bucket(folder, tmp_path) -> None:
+    """By what the bucket says of their file, of which nothing is read."""
+    local = write_small(tmp_path / "small")
+    digests = []
+    for place in (local, upload(local, folder / "small")):
+        with WeightsDigest(place) as digest:
+            digests.append(digest.result())
+    assert digests[0] == digests[1]
+    (folder / "small/model.safetensors").write_bytes((local / "model.safetensors").read_bytes()[:-1] + b"?")
+    with WeightsDigest(folder / "small") as digest:
+        assert digest.result() != digests[0]
 
 
 def test_a_damaged_one_is_set_aside(folder, tmp_path) -> None:
