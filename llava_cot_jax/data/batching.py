@@ -1,4 +1,4 @@
-"""Order of the batches of a data set, which depends on the rows' sizes, the batch size, the seed and its start alone.
+"""Order of the batches of a data set: it depends on the rows' sizes, the batch size, the seed and its start alone.
 
 The rows of a batch have similar sizes and are all padded to one of a few bucket lengths and numbers of images, so that
 there is little padding and a training step is compiled for few shapes.
@@ -86,7 +86,7 @@ class BatchOrder:
         batches_per_epoch: Number of batches in a whole epoch.
 
     Args:
-        lengths: Bucket length of each row, int [rows]; 0 leaves a row out.
+        lengths: Number of tokens that each row is padded to, int [rows]; 0 leaves a row out.
         images: Number of images that each row is padded to, int [rows].
         batch: Number of rows in a batch.
         seed: Seed of the order.

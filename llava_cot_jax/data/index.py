@@ -75,7 +75,9 @@ class Index:
     def summary(self) -> str:
         """Return on one line how many rows have how many images, are cut or are skipped, and for what reasons."""
         counts = Counter(self.images[self.lengths > 0].tolist())
-        parts = [f"{n}: {images} images" for images, n in sorted(counts.items())] if counts.keys() != {1} else []
+        parts: list[str] = []
+        if counts.keys() > {1} or 1 not in counts:
+            parts += [f"{n} with {images} image{'s' * (images != 1)}" for images, n in sorted(counts.items())]
         if rows := np.count_nonzero(self.cut_turns):
             parts.append(f"{rows} rows lose {self.cut_turns.sum()} turns at their end")
         kinds = Counter(self.skipped.values()).most_common()
@@ -104,12 +106,13 @@ class Index:
         """Read a saved index. Return None if there is none that can be used."""
         try:
             kept = read_json(path)
-            arrays = [np.array(kept[name], np.int32) for name in ("lengths", "images", "cut_turns")]
+            lengths, images, cut_turns = (np.array(kept[name], np.int32) for name in ("lengths", "images", "cut_turns"))
             skipped = {int(i): str(reason) for i, reason in kept["left_out"].items()}
         except (ValueError, KeyError, AttributeError, TypeError):  # no such file is a ``UserError``, a ``ValueError``
             return None
-        whole = kept.get("fingerprint") == fingerprint and all(array.shape == (count,) for array in arrays)
-        return cls(fingerprint, *arrays, skipped) if whole else None
+        shapes = {array.shape for array in (lengths, images, cut_turns)}
+        whole = kept.get("fingerprint") == fingerprint and shapes == {(count,)}
+        return cls(fingerprint, lengths, images, cut_turns, skipped) if whole else None
 
     def _write(self, path: Path) -> None:
         content = {

@@ -141,8 +141,9 @@ class Loader:
         Threads and worker processes end when the iterator is exhausted, closed, or no longer referenced.
 
         Yields:
-            Global arrays: those of ``Processor.collate``, and ``loss_mask`` bool [batch,
-            tokens], ``stage`` int8 [batch, tokens] (as in ``Conversation``) and ``row`` int32 [batch].
+            Global arrays: those of ``Processor.collate``, and ``loss_mask`` bool [batch, tokens], ``stage`` int8
+            [batch, tokens] (as in ``Conversation``) and ``row`` int32 [batch]. A batch of rows without images has no
+            arrays of images.
 
         Raises:
             UserError: A record or image is damaged, or a worker process died. The message names the record.

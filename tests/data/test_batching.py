@@ -45,9 +45,11 @@ LENGTHS = draw_lengths()
 BUCKETS = choose_buckets(LENGTHS[LENGTHS > 0], 4, 128)
 
 
-def make(batch: int = 32, seed: int = 1, shuffle: bool = True, lengths: np.ndarray = LENGTHS) -> BatchOrder:
+def make(
+    batch: int = 32, seed: int = 1, shuffle: bool = True, lengths: np.ndarray = LENGTHS, **more: object
+) -> BatchOrder:
     images = np.minimum(lengths, 1)
-    return BatchOrder(bucket_sizes(lengths, BUCKETS), images, batch, seed=seed, shuffle=shuffle)
+    return BatchOrder(bucket_sizes(lengths, BUCKETS), images, batch, seed=seed, shuffle=shuffle, **more)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 32])
@@ -108,15 +110,14 @@ def test_unshuffled_every_row_comes_once_and_fillers_last():
 def test_whatever_changes_on_the_way_each_row_is_seen_once_in_an_epoch(rows, epochs, changes):
     """Orders of other sizes and seeds take turns, each after some batches, through what a checkpoint stores."""
     lengths = draw_lengths(rows)
-    sizes, images = bucket_sizes(lengths, BUCKETS), np.ones(rows, int)
     seen = [np.zeros(rows, int) for _ in range(epochs + 1)]
     place, trained = Place(), lengths > 0
     for number, (batch, count, seed) in enumerate(changes):
         place = Place.from_json(json.loads(json.dumps(place.to_json())), rows)
-        order = BatchOrder(sizes, images, batch, seed=seed, shuffle=True, start=place)
+        order = make(batch, seed, lengths=lengths, start=place)
         last = order.batches_until(epochs)
         stop = last if number == len(changes) - 1 else min(place.batches + count, last)
-        resumed = BatchOrder(sizes, images, batch, seed=seed, shuffle=True, start=place)
+        resumed = make(batch, seed, lengths=lengths, start=place)
         for index in range(place.batches, stop):
             found = order[index]
             assert len(found.rows) == batch and lengths[found.rows].max() <= found.length

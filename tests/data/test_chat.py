@@ -185,11 +185,6 @@ def test_tags_that_are_tokens_of_their_own_are_trained_on():
     assert stages == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_a_block_of_conversations_that_are_all_skipped():
-    sizes = chat().sizes([[Turn("a", "<|eot_id|>")], [Turn("<|image|>", "b")]])
-    assert all("special token" in str(reason) for reason in sizes)
-
-
 def test_a_turn_that_would_not_end_an_answer_is_refused():
     processor = demo_processor()
     text = replace(processor.config.text, eos_token_ids=processor.config.text.eos_token_ids[:1])
@@ -220,8 +215,77 @@ def test_another_chat_format_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("setting", "named"), [({"variant": "tagged"}, "'tagged'"), ({"max_length": 0}, "max_length is 0")]
+    ("setting", "named"),
+    [
+        ({"variant": "tagged"}, "'tagged'"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"max_images": 0}, "max_images is 0"),
+    ],
 )
 def test_wrong_settings(setting, named):
     with pytest.raises(UserError, match=named):
         ChatSettings(**setting)
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_images", 1), ("text_only", False)])
+def test_conversations_that_the_user_leaves_out(name, value):
+    kept = [Turn("a", "b", images=1)]
+    left_out = {"max_images": [Turn("a", "b", images=1), Turn("c", "d", images=1)], "text_only": [Turn("a", "b")]}[name]
+    assert chat(**{name: value}).encode(kept).images == 1
+    assert chat().encode(left_out).turns == len(left_out)
+    with pytest.raises(SkippedConversation, match=name):
+        chat(**{name: value}).encode(left_out)
+
+
+def test_several_images():
+    """The images of a turn stand before its text."""
+    question, other = turn("Compare.", mark("Same.", True), True), turn("And now?", mark("No.", True), True)
+    at = question.index(*mark("<|image|>"))
+    turns = [Turn("Compare.", "Same.", images=2), Turn("And now?", "No.", images=1)]
+    whole = [*bos(), *question[:at], *mark("<|image|>"), *question[at:], *other]
+    check(chat().encode(turns), whole)
+    assert chat().encode(turns).images == 3
+    cut = chat(max_length=len(whole) - 1).encode(turns)
+    assert (cut.turns, cut.images) == (1, 2)
+
+
+def said(role: str, text: str) -> Marked:
+    header = [*mark("<|start_header_id|>"), *mark(role), *mark("<|end_header_id|>")]
+    return [*header, *mark("\n\n"), *mark(text), *mark("<|eot_id|>")]
+
+
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+
+
+@pytest.mark.parametrize("upstream", [False, True])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_without_an_image_the_system_has_a_message(kept, upstream):
+    """That of Llama 3.2's chat format, which names two dates and then has the text of the row."""
+    turns = [Turn("What?", "That.", system=" Be brief. "), Turn("Why?", "Because.")]
+    answered = [
+        turn("What?", mark("That.", True), False, upstream),
+        turn("Why?", mark("Because.", True), False, upstream),
+    ]
+    expected = sum(answered[:kept], [*bos(1 + upstream), *said("system", f"{DATES}Be brief.")])
+    settings = {"upstream_quirks": upstream, "max_length": len(expected) + len(answered[1]) * (kept == 2)}
+    check(chat(**settings).encode(turns), expected)
+    assert chat(**settings).encode(turns).turns == kept
+
+
+def test_beside_an_image_the_text_of_the_system_comes_before_the_question():
+    turns = [Turn("What?", "That.", system="Be brief."), Turn("Why?", "Because.", images=1)]
+    text = TOKENIZER.decode(chat().encode(turns).ids)
+    assert text.startswith("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nBe brief.\n\nWhat?<|eot_id|>")
+    assert "<|image|>Why?" in text and "system" not in text
+
+
+@pytest.mark.parametrize("field", ["question", "answer", "system"])
+def test_half_of_a_surrogate_pair_is_skipped(field):
+    with pytest.raises(SkippedConversation, match="half of a surrogate pair"):
+        chat().encode([replace(Turn("a", "b"), **{field: "\ud83d"})])
+
+
+def test_a_block_of_conversations_that_are_all_skipped():
+    """The tokenizer of transformers takes no empty list."""
+    (reason,) = chat().sizes([[Turn("a", "<|eot_id|>")]])
+    assert "special token" in reason

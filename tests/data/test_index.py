@@ -50,6 +50,24 @@ def test_the_lengths_are_those_of_the_rows(tmp_path):
     assert "does not fit into 150 tokens" in index.summary()
 
 
+class Varied(Noise):
+    """Rows with 0, 1 or 2 images in turn, and a second turn in every fifth."""
+
+    def turns(self, index):
+        first = replace(super().turns(index)[0], images=index % 3)
+        return (first,) if index % 5 else (first, Turn("And now?", "red " * 200))
+
+
+def test_it_counts_images_and_turns_that_are_cut(tmp_path):
+    for _ in range(2):  # built, then read
+        index = open_index(tmp_path, Varied(30, words=(3,), fingerprint="varied"), ChatSettings(max_length=150))
+        assert index.images.tolist() == [0, 1, 2] * 10
+        assert index.cut_turns.tolist() == [1, 0, 0, 0, 0] * 6
+        summary = "10 with 0 images; 10 with 1 image; 10 with 2 images; 6 rows lose 6 turns at their end; 0 of 30 rows"
+        assert index.summary().startswith(summary)
+    assert open_index(tmp_path, Noise(30)).summary() == "0 of 30 rows skipped"
+
+
 def test_it_is_built_once(tmp_path, monkeypatch):
     built = open_index(tmp_path)
     monkeypatch.setattr(index_module, "Chat", None)  # nothing can be counted any more
@@ -67,6 +85,8 @@ def test_whatever_the_lengths_depend_on_makes_another_index(tmp_path):
         {"settings": replace(SETTINGS, max_length=151)},
         {"settings": replace(SETTINGS, variant="conclusion")},
         {"settings": replace(SETTINGS, upstream_quirks=True)},
+        {"settings": replace(SETTINGS, max_images=1)},
+        {"settings": replace(SETTINGS, text_only=False)},
         {"processor": Processor(demo_config(tokenizer), tokenizer)},
         {"processor": Processor(demo_config(templated), templated)},
     ]

@@ -89,6 +89,55 @@ def test_a_batch_holds_what_the_processor_makes_of_its_rows(make):
         assert batch["pixel_values"].dtype == np.uint8 and batch["loss_mask"].dtype == bool
 
 
+class Varied(Noise):
+    """Rows with 1, 0, 3 or 2 images in turn."""
+
+    def turns(self, index):
+        (turn,) = super().turns(index)
+        return (replace(turn, images=(1, 0, 3, 2)[index % 4]),)
+
+    def __getitem__(self, index):
+        turns = self.turns(index)
+        pictures = [super(Varied, self).__getitem__(1000 * index + i).images[0] for i in range(turns[0].images)]
+        return replace(super().__getitem__(index), images=tuple(pictures), turns=turns)
+
+
+@pytest.mark.parametrize(("image_buckets", "padded"), [(1, {0: 0, 1: 3, 2: 3, 3: 3}), (3, {0: 0, 1: 1, 2: 2, 3: 3})])
+def test_rows_have_their_images_however_many(make, image_buckets, padded):
+    loader = make(Varied(40, fingerprint="varied, 40"), num_buckets=1, num_image_buckets=image_buckets, shuffle=False)
+    assert loader.image_buckets == tuple(sorted(set(padded.values()) - {0}))
+    processor, rows = demo_processor(), Varied(40)
+    shapes = set()
+    for i, batch in enumerate(read(loader, 0, loader.batches_per_epoch)):
+        used = [int(row) for row in batch["row"] if row != FILLER]
+        count = max(padded[len(rows[row].images)] for row in used)
+        shapes.add(count)
+        assert batch.get("aspect_ratio_ids", np.zeros((8, 0))).shape == (8, count)
+        assert loader.images(i).tolist() == [len(rows[row].images) for row in used]
+        for place, row in enumerate(used):
+            tokens = [batch["input_ids"][place, : batch["attention_mask"][place].sum()].tolist()]
+            expected = processor.collate(tokens, [rows[row].images], length=batch["input_ids"].shape[1])
+            own = len(rows[row].images)
+            for name, array in expected.items():
+                got = batch[name][place]
+                if name == "cross_attention_mask":
+                    assert not got[:, own:].any()
+                    got = got[:, :own]
+                elif name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
+                    got = got[:own]
+                np.testing.assert_array_equal(got, array[0], err_msg=name)
+            assert own or not batch.get("cross_attention_mask", np.zeros((8, 1)))[place].any()
+    assert shapes == set(padded.values())
+
+
+def test_a_process_whose_rows_have_no_image_makes_the_shapes_of_the_others():
+    """With several processes each makes its own part of a batch."""
+    inputs = demo_processor().collate([[1, 2]], [[]], length=4, num_images=2)
+    other = demo_processor().collate([[1, 640, 640]], [[Varied(4)[3].images[0]] * 2], length=4, num_images=2)
+    assert {name: x.shape for name, x in inputs.items()} == {name: x.shape for name, x in other.items()}
+    assert not inputs["cross_attention_mask"].any()
+
+
 def test_rows_that_are_skipped_never_come(make):
     loader = make()
     rows = {row for batch in read(loader, 0, loader.batches_per_epoch) for row in batch["row"].tolist()}
@@ -145,6 +194,8 @@ def test_the_fingerprint_tells_other_batches(make):
         make(),
         make(batch_size=16),
         make(num_buckets=1),
+        make(Varied(100, fingerprint="varied")),
+        make(Varied(100, fingerprint="varied"), num_image_buckets=1),
         make(pad_to_multiple_of=8),
         make(seed=1),
         make(shuffle=False),
@@ -227,6 +278,7 @@ def test_it_reads_ahead_by_a_few_batches_alone(make):
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"num_threads": 0}, "num_threads is 0"),
+        ({"num_image_buckets": 0}, "num_image_buckets is 0"),
         ({"batch_size": 12}, "a batch of 12 rows does not divide over the devices"),
         ({"batch_size": 96}, "88 rows do not fill a batch of 96"),
     ],

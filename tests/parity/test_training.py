@@ -8,14 +8,25 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from PIL import Image
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
 
-from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.data.loader import Loader
+from llava_cot_jax.data.rows import Row, Turn
+from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
+from llava_cot_jax.model.config import CLIP_MEAN, CLIP_STD, MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.training.optimizer import Optimizer
 from llava_cot_jax.training.settings import OptimizerSettings
 from llava_cot_jax.training.state import TrainState, frozen_paths
 from llava_cot_jax.training.step import loss_sums, make_train_step
+from tests.data.rows import demo_processor
 from tests.parity.reference import Sizes, batch_of_rows, published_weights, random_model, under
 from tests.parity.test_transformers import CONVENTIONS, ours
 
@@ -144,3 +155,131 @@ def test_one_step(seed, padding, frozen, grad_accum_steps):
     for name in still:
         assert not changes[name].any()
     assert set(by_tensor(state.frozen, model.config)) == still
+
+
+SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+PICTURES = [picture(i, *size) for i, size in enumerate([(28, 28), (90, 20), (30, 70), (56, 56)])]
+
+
+class FewRows:
+    """Rows with no image (and a system's turn), one, and three: two before a question, and one before the next."""
+
+    fingerprint = "few"
+    _rows = (
+        Row("0", "", (), (Turn("What is red?", "A colour.", system="Be brief."), Turn("And green?", "Another."))),
+        Row("1", "", tuple(PICTURES[:1]), (Turn("How many shapes?", "There are three.", images=1),)),
+        Row(
+            "3",
+            "",
+            tuple(PICTURES[1:]),
+            (Turn("Which is larger?", "The first one.", images=2), Turn("Is this red?", "No.", images=1)),
+        ),
+    )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._rows[index]
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        return self._rows[index].turns
+
+
+def said(role: str, text: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
+
+
+# Each row in Llama 3.2's chat format, written out, with its images.
+WRITTEN: list[tuple[list[Image.Image], list[tuple[str, str]]]] = [
+    (
+        [],
+        [
+            ("system", f"{SYSTEM}Be brief."),
+            ("user", "What is red?"),
+            ("assistant", "A colour."),
+            ("user", "And green?"),
+            ("assistant", "Another."),
+        ],
+    ),
+    (PICTURES[:1], [("user", "<|image|>How many shapes?"), ("assistant", "There are three.")]),
+    (
+        PICTURES[1:],
+        [
+            ("user", "<|image|><|image|>Which is larger?"),
+            ("assistant", "The first one."),
+            ("user", "<|image|>Is this red?"),
+            ("assistant", "No."),
+        ],
+    ),
+]
+
+
+@pytest.mark.slow
+def test_rows_with_no_image_one_and_three(tmp_path):
+    """Batches of the loader give the loss and gradient that transformers gives for each row alone."""
+    tokenizer = demo_processor().tokenizer
+    sizes = Sizes(4, (1, 3), 2, 1, 8, 3, 1, 2, (1,), 4, 28)
+    hf_config = sizes.hf_config()
+    hf_config.image_token_index = len(tokenizer) - 1
+    hf_config.text_config.vocab_size = len(tokenizer) - 1
+    hf_config.text_config.bos_token_id = tokenizer.bos_token_id
+    hf_config.text_config.eos_token_id = tokenizer.eos_token_id
+    hf_config.text_config.pad_token_id = tokenizer.pad_token_id
+    reference = random_model(hf_config, 0)
+    model = ours(reference, "meta", layout="stacked")
+
+    with under("meta", reference):
+        total, count = 0.0, 0
+        images_of = MllamaImageProcessorPil(
+            size={"height": 28, "width": 28}, max_image_tiles=4, image_mean=CLIP_MEAN, image_std=CLIP_STD
+        )
+        for pictures, messages in WRITTEN:
+            ids, trained = [tokenizer.bos_token_id], [False]
+            for role, text in messages:
+                whole, header = said(role, text), f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+                tokens = tokenizer(whole, add_special_tokens=False)["input_ids"]
+                start = len(tokenizer(header, add_special_tokens=False)["input_ids"])
+                ids += tokens
+                trained += [role == "assistant" and i >= start for i in range(len(tokens))]
+            inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+            if pictures:
+                features = dict(images_of([pictures], return_tensors="pt"))
+                tiles = features.pop("num_tiles")
+                sparse = [get_cross_attention_token_mask(ids, hf_config.image_token_index)]
+                dense = convert_sparse_cross_attention_mask_to_dense(sparse, tiles, 4, len(ids))
+                inputs |= {**features, "cross_attention_mask": torch.tensor(dense)}
+            logits = reference(**inputs, use_cache=False).logits[0, :-1]
+            chosen = torch.tensor(trained[1:])
+            loss = torch.nn.functional.cross_entropy(
+                logits[chosen], inputs["input_ids"][0, 1:][chosen], reduction="sum"
+            )
+            loss.backward()
+            total, count = total + loss.item(), count + int(chosen.sum())
+    names = dict(zip(published_names(reference), reference.parameters(), strict=True))
+    wanted = {name: p.grad.numpy() / count for name, p in names.items() if p.grad is not None}
+
+    processor = Processor(model.config, tokenizer)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    loader = Loader(FewRows(), processor, ChatSettings(), LoaderSettings(3), device, shuffle=False, cache=tmp_path)
+    (batch,) = loader.batches(0, 1)
+    assert batch["pixel_values"].shape[:2] == (3, 3)
+
+    def mean_loss(trained, batch):
+        sums = loss_sums(trained, {}, batch, config=model.config, dtype=jnp.float32, remat="none")
+        return sums.total.sum() / sums.tokens.sum(), sums.tokens.sum()
+
+    compute = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))
+    (loss, tokens), gradients = compute(flatten_dict(model.params, sep="."), batch)
+    assert int(tokens) == count
+    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+    for name, got in by_tensor(gradients, model.config).items():
+        want = wanted.get(name, np.zeros_like(got))
+        np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max(), err_msg=name)
+    assert np.abs(wanted["vision_model.class_embedding"]).max() > 0

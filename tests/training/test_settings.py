@@ -88,6 +88,8 @@ LOADED: dict[str, Any] = {
     "data": "elsewhere",
     "chat.variant": "conclusion",
     "chat.max_length": 80,
+    "chat.max_images": 1,
+    "chat.text_only": False,
     "chat.upstream_quirks": True,
     "loader.batch_size": 16,
     "loader.num_buckets": 1,
@@ -114,6 +116,9 @@ RUN = {
 READ_AHEAD = {"loader.num_workers", "loader.num_threads"}
 """Those that change no batch: ``test_loader.py`` and ``distributed/test_data.py`` show it."""
 
+SEVERAL_IMAGES = {"loader.num_image_buckets"}
+"""Those that change batches of rows with several images, as ``test_loader.py`` shows."""
+
 
 def names(settings: Any, prefix: str = "") -> set[str]:
     """The dotted names of all fields."""
@@ -138,7 +143,7 @@ def changed(settings: TrainSettings, name: str, value: Any) -> TrainSettings:
 
 
 def test_no_field_is_forgotten():
-    assert names(BASE) == set(COMPUTED) | set(LOADED) | set(STARTED) | RUN | READ_AHEAD
+    assert names(BASE) == set(COMPUTED) | set(LOADED) | set(STARTED) | RUN | READ_AHEAD | SEVERAL_IMAGES
 
 
 def observe(settings: TrainSettings) -> tuple[Any, ...]:

@@ -18,8 +18,8 @@ from llava_cot_jax.stages import is_staged
 SYSTEM, SPEAKERS = "system", ("human", "gpt")
 
 CONTROL_TOKEN = re.compile(
-    r"<\|(?:begin_of_text|end_of_text|finetune_right_pad_id|start_header_id|end_header_id|eom_id|eot_id|python_tag|image"
-    r"|reserved_special_token_\d+)\|>"
+    r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eom_id|eot_id|step_id|python_tag|image"
+    r"|finetune_right_pad(?:_id)?|reserved_special_token_\d+)\|>"
 )
 """Pattern of Llama 3.2's control tokens. A text that spells one would end a message, or stand for an image."""
 
@@ -268,8 +268,8 @@ def _check_row(text: bytes, line: int, offset: int, images: RawImages) -> Annota
     remarks = tuple(_make_remarks(conversations, len(paths)))
     if not paths and Remark.MORE_MARKERS in remarks:
         return skip(Reason.NO_IMAGE, f"a question has the marker {MARKER}, but the row has no image")
-    if fault := _fault_of_text(row, conversations):
-        return skip(Reason.BAD_TEXT, fault)
+    if fault_of_text := _fault_of_text(row, conversations):
+        return skip(Reason.BAD_TEXT, fault_of_text)
     found = [(path, normalise_path(path), images.find(path)) for path in paths]
     for path, image_path, image in found:
         if image_path is None or image is None:

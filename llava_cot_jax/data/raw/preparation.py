@@ -36,7 +36,7 @@ from llava_cot_jax.data.raw.shards import (
     cut_into_shards,
     shard_name,
 )
-from llava_cot_jax.data.raw.summary import SPLITS, Summary, summarise
+from llava_cot_jax.data.raw.summary import REMARKS_FILE, SPLITS, Summary, summarise
 from llava_cot_jax.data.raw.work_folder import WorkFolder
 from llava_cot_jax.data.settings import PrepareSettings
 from llava_cot_jax.data.workers import parallel
@@ -57,9 +57,6 @@ SKIPPED_FILE = "skipped.jsonl"
 
 OF_DATA = {"annotations", "images"}
 """Recorded settings that identify the raw data set. All others are the user's choice, or this package's."""
-
-REMARKS_FILE = "remarks.jsonl"
-"""Name of the file that lists the rows that are used and have remarks."""
 
 Progress = Callable[[str, str], AbstractContextManager[OnProgress]]
 """Progress display: called with a label and a unit, it gives a function of the number done and the total."""

@@ -13,6 +13,9 @@ ROWS = "rows"
 UNSTAGED = "unstaged answers"
 REPEATED = "repeated ids"
 
+REMARKS_FILE = "remarks.jsonl"
+"""Name of the file that lists the rows that are used and have remarks."""
+
 ALWAYS = (ROWS, *SPLITS)
 WHERE_ANY = (*Reason, UNSTAGED, REPEATED, *Remark)
 NUMBER_OF_IMAGES = re.compile(r"(\d+) images")
@@ -62,6 +65,8 @@ class Summary:
             name.ljust(first) + "".join(f"  {cell:>{width}}" for cell, width in zip(others, widths, strict=True))
             for name, *others in cells
         ]
+        if remarks := [remark.value for remark in Remark if totals[remark]]:
+            lines.append(f"rows with {', '.join(remarks)} are named in {REMARKS_FILE}")
         return "\n".join([*lines, f"images that no row names: {self.unnamed_images:,}"])
 
 

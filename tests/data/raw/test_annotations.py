@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from llava_cot_jax.data.raw.annotations import (
+    UNKNOWN_SOURCE,
+    AnnotationRow,
     in_validation,
+    link_images,
     make_turns,
     open_annotations,
     read_annotations,
@@ -108,6 +113,125 @@ class TestTurns:
     def test_faults(self, conversations: list, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make_turns(conversations, images=1)
+
+    @pytest.mark.parametrize(
+        ("questions", "images", "placed"),
+        [
+            (["<image>\na", "b"], 1, [("a", 1), ("b", 0)]),
+            (["a", "b"], 1, [("a", 1), ("b", 0)]),
+            (["a", "<image>\nb"], 1, [("a", 0), ("b", 1)]),
+            (["<image>\n<image>\na", "<image>\nb"], 3, [("a", 2), ("b", 1)]),
+            (["<image>\na", "<image>\nb"], 1, [("a", 1), ("b", 0)]),  # too many: all come first
+            (["<image>\na", "b"], 3, [("a", 3), ("b", 0)]),
+            (["Tell <image> from <image>.", "b"], 2, [("Tell <image> from <image>.", 2), ("b", 0)]),
+            (["a", "b"], 0, [("a", 0), ("b", 0)]),
+        ],
+    )
+    def test_images_come_before_the_question_of_their_marker(self, questions, images, placed) -> None:
+        turns = make_turns(said(questions[0], "A <image>.", questions[1], "B"), images)
+        assert [(turn.question, turn.images) for turn in turns] == placed
+        assert [turn.answer for turn in turns] == ["A <image>.", "B"]
+
+    def test_the_system_speaks_first(self) -> None:
+        talk = [{"from": "system", "value": "Be brief."}, *said("a", "b", "c", "d")]
+        assert make_turns(talk, 1) == (Turn("a", "b", 1, system="Be brief."), Turn("c", "d"))
+        assert make_turns([{"from": "system", "value": ""}, *talk[1:3]], 0) == (Turn("a", "b"),)
+        with pytest.raises(ValueError, match="turn 3 is from 'system', not from human"):
+            make_turns([*talk[1:3], talk[0], *talk[1:3]], 1)
+        with pytest.raises(ValueError, match="the last question has no answer"):
+            make_turns(talk[:1], 1)
+
+
+def read_one(images: ImageFolder, folder: Path, row: dict | bytes):
+    (folder / "a.jsonl").write_bytes(row if isinstance(row, bytes) else json.dumps(row).encode())
+    read = read_annotations(folder / "a.jsonl", images)
+    (row,) = read.entries + read.skipped
+    return row
+
+
+PICTURES = [f"sqa/train/{i}/image.png" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("given", "paths"),
+    [
+        ({"image": PICTURES[0]}, PICTURES[:1]),
+        ({"image": PICTURES[:1]}, PICTURES[:1]),
+        ({"image": PICTURES}, PICTURES),
+        ({"images": PICTURES[1:]}, PICTURES[1:]),
+        ({"images": PICTURES[2]}, PICTURES[2:]),
+        ({}, []),
+        ({"image": None}, []),
+        ({"images": []}, []),
+    ],
+)
+def test_images_of_a_row(images: ImageFolder, tmp_path: Path, given: dict, paths: list[str]) -> None:
+    row = read_one(images, tmp_path, {"id": "a", "conversations": said("What is it?", "A dot.")} | given)
+    assert row.image_paths == tuple(paths) and [image.name for image in row.images] == paths
+    assert row.source == ("sqa" if paths else UNKNOWN_SOURCE)
+
+
+def test_one_missing_image_of_several(images: ImageFolder, tmp_path: Path) -> None:
+    talk = said("What is it?", "A dot.")
+    row = read_one(images, tmp_path, {"id": "a", "image": [PICTURES[0], "sqa/gone.png"], "conversations": talk})
+    assert (row.reason, row.image, row.source) == ("missing image", "sqa/gone.png", "sqa")
+
+
+@pytest.mark.parametrize(
+    ("texts", "count", "remarks"),
+    [
+        (["<image>\na", "b"], 1, []),
+        (["a", "b"], 1, []),
+        (["<image>\n<image>\na", "b"], 1, ["more markers than images"]),
+        (["<image>\na", "b", "<image>\nc", "d"], 1, ["more markers than images", "markers in later turns"]),
+        (["a", "b", "<image>\nc", "d"], 1, ["markers in later turns"]),
+        (["<image>\na", "b"], 3, ["fewer markers than images"]),
+        (["<image>\na", "A ![link](<image>)."], 1, ["markers kept as text"]),
+        (["Is <image> a tag?", "Yes."], 0, ["markers kept as text"]),
+    ],
+)
+def test_markers_out_of_place_are_remarked(
+    images: ImageFolder, tmp_path: Path, texts: list[str], count: int, remarks: list[str]
+) -> None:
+    row = read_one(images, tmp_path, {"image": PICTURES[:count], "conversations": said(*texts)})
+    assert list(row.remarks) == remarks
+
+
+@pytest.mark.parametrize(
+    "token", ["<|eot_id|>", "<|image|>", "<|begin_of_text|>", "<|reserved_special_token_247|>", "<|python_tag|>"]
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_control_token_spelled_out(images: ImageFolder, tmp_path: Path, token: str, place: int) -> None:
+    talk = [{"from": "system", "value": "s"}, *said("a", "b")]
+    talk[place]["value"] += f" {token} c"
+    row = read_one(images, tmp_path, {"image": PICTURES[0], "conversations": talk})
+    assert (row.reason, row.detail) == ("bad text", f"turn {place + 1} spells the control token {token}")
+
+
+@pytest.mark.parametrize("text", ["<|other|>", "<| eot_id |>", "</s>", "<SUMMARY>", "<|reserved_special_token_|>"])
+def test_what_only_looks_like_a_control_token(images: ImageFolder, tmp_path: Path, text: str) -> None:
+    assert read_one(images, tmp_path, {"image": PICTURES[0], "conversations": said("a", text)}).unstaged == 1
+
+
+@pytest.mark.parametrize("half", [b"\\ud83d", b"\xed\xa0\xbd"], ids=["escaped", "in bytes"])
+@pytest.mark.parametrize("field", ["id", "image", "value"])
+def test_half_of_a_surrogate_pair(images: ImageFolder, tmp_path: Path, half: bytes, field: str) -> None:
+    row = {"id": "a", "image": PICTURES[0], "conversations": said("a", "b")}
+    line = json.dumps(row).encode().replace(f'"{field}": "'.encode(), f'"{field}": "'.encode() + half)
+    found = read_one(images, tmp_path, line)
+    assert found.reason == ("bad text" if half.startswith(b"\\") else "broken JSON")
+    json.dumps(asdict(found), ensure_ascii=False).encode()
+
+
+def test_rows_that_share_an_image_are_linked() -> None:
+    """Against the connected components of a graph, found by brute force."""
+    draw = random.Random(0)
+    rows = [tuple(f"{draw.randrange(40):02}" for _ in range(draw.choice([0, 1, 1, 2, 3]))) for _ in range(40)]
+    linked = link_images([AnnotationRow(1, 0, "", "", paths, (), 0) for paths in rows])
+    groups = [set(paths) for paths in rows if paths]
+    for _ in range(len(groups)):
+        groups = [set().union(*(other for other in groups if other & group)) for group in groups]
+    assert linked == {path: min(group) for group in groups for path in group}
 
 
 PATHS = [f"sqa/{i}.png" for i in range(20_000)]
