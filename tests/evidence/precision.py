@@ -71,8 +71,9 @@ def main() -> None:
         for step in (step for step in SHOWN if step <= steps):
             means = [np.mean(curves[precision][max(step - 50, 0) : step]) for precision in PRECISIONS]
             print(f"{step:>34}" + "".join(f"{mean:21.4f}" for mean in means))
+        validations = [[line for line in metrics(o) if "validation_loss" in line][-1] for o in outputs.values()]
         for stage in ("", "_caption", "_reasoning", "_conclusion"):
-            found = [metrics(output)[-1][f"validation_loss{stage}"] for output in outputs.values()]
+            found = [validation[f"validation_loss{stage}"] for validation in validations]
             print(f"{'validation loss' + stage.replace('_', ', '):34}" + "".join(f"{loss:21.4f}" for loss in found))
         for stage in ("captions", "conclusions"):
             shares = [re.search(rf"{stage} that are the row's own: (.*)", text)[1] for text in printed.values()]
