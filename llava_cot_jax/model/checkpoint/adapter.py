@@ -151,7 +151,7 @@ def write_adapter(folder: Path, base: str, alpha: float, matrices: Mapping[str, 
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": base,
                 "r": next(iter(matrices.values()))[0].shape[0],
-                "lora_alpha": alpha,
+                "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
                 "lora_dropout": 0.0,
                 # Whole paths, because the same last names occur in the vision tower too.
                 "target_modules": sorted(modules.values()),

@@ -30,8 +30,8 @@ _REFUSED_SETTINGS = (
 )
 """Settings of PEFT that change what an adapter computes, and that this implementation does not have."""
 
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of values of ``init_lora_weights`` with which PEFT trains on other base weights than those stored."""
+_STARTS_FROM_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of ``init_lora_weights`` with which PEFT trains on the base weights as stored. PiSSA changes them."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,9 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> AdapterSettings:
     for name in _REFUSED_SETTINGS:
         if config.get(name):
             raise UserError(f"{place}: {name} is {config[name]!r}, which is not supported: merge the adapter in PEFT")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
+    if (start := config.get("init_lora_weights")) not in _STARTS_FROM_THE_BASE:
         raise UserError(
-            f"{place}: init_lora_weights is {start!r}, with which PEFT changes the base model's weights: merge the "
+            f"{place}: init_lora_weights is {start!r}, with which PEFT may change the base model's weights: merge the "
             "adapter in PEFT, or save it there with path_initial_model_for_weight_conversion"
         )
     try:

@@ -62,6 +62,9 @@ _OTHER_FILES: tuple[tuple[str, str, str], ...] = (
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*)\.(bin|pt|pth|pkl)")
 """Pattern of the names of PyTorch files that a training writes beside its weights."""
 
+_QUANTIZATION_FILES = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
+"""Names of files that ModelOpt, GPTQ and AWQ write beside quantized weights."""
+
 _QUANTIZED_NAME = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale(_inv)?|weight_zero_point|absmax|quant_map|SCB"
     r"|weight\.(absmax|quant_map|nested_absmax|quant_state\..*))$"
@@ -87,15 +90,20 @@ def check_form(where: str | Path, names: Collection[str], config: Mapping[str, A
         raise UserError(f"{where} is a pipeline of the diffusers library, not a Llama-3.2-Vision model: give another")
     if config is not None:
         _check_config(where, config)
+    if beside := _QUANTIZATION_FILES.intersection(names):
+        raise UserError(
+            f"{where} holds quantized weights (it has a {min(beside)}), which are not read: {_TAKE_UNQUANTIZED}"
+        )
     if any(name.endswith(".safetensors") and "/" not in name and not is_adapter(name) for name in names):
         return
     if ADAPTER_CONFIG in names or any("/" not in name and is_adapter(name) for name in names):
         raise UserError(
             f"{where} is an adapter, not a whole model: give its base model as the checkpoint, and this with --adapter"
         )
-    if inner := sorted({name.split("/")[0] for name in names if re.match(r"checkpoint-\d+/", name)}):
+    if steps := {int(found[1]) for name in names if (found := re.match(r"checkpoint-(\d+)/", name))}:
         raise UserError(
-            f"{where} is the output folder of a trainer: give one of its checkpoints, such as {where}/{inner[-1]}"
+            f"{where} is the output folder of a trainer: give one of its checkpoints, such as "
+            f"{where}/checkpoint-{max(steps)}"
         )
     for pattern, form, remedy in _OTHER_FILES:
         for name in sorted(names):
@@ -189,7 +197,8 @@ def unwrap_names(stored: list[str], expected: Collection[str], published: Callab
     """Return the published name of each stored one, without what wrappers of a training put before or into it.
 
     A prefix that all names share, such as ``module.`` or ``base_model.model.``, is taken off where every name is then
-    one of the model's. Where there is no such prefix, no name changes but by ``published``.
+    one of the model's, or every tensor of the model is then there. Where there is no such prefix, no name changes but
+    by ``published``.
 
     Args:
         stored: Names in the files.
@@ -206,6 +215,6 @@ def unwrap_names(stored: list[str], expected: Collection[str], published: Callab
         shared += 1
     for count in range(shared + 1):
         found = {name: published(".".join(parts[count:])) for name, parts in bare.items()}
-        if set(found.values()) <= set(expected):
+        if set(found.values()) <= set(expected) or set(found.values()) >= set(expected):
             return found
     return plain

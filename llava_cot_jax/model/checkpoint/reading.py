@@ -51,6 +51,9 @@ _REQUESTS = 16
 _MAX_HEADER_BYTES = 100_000_000
 """Largest header that the safetensors format allows, in bytes."""
 
+_LFS_POINTER = b"version https://git-lfs"
+"""Beginning of a file that stands for one which Git LFS has not fetched."""
+
 _MAX_FAULTS = 20
 """Number of faults of a checkpoint that an error message names."""
 
@@ -316,6 +319,9 @@ def read_header(file: Path) -> list[StoredTensor]:
     except (SafetensorError, ValueError, KeyError, TypeError) as fault:
         if isinstance(fault, UserError):
             raise
+        with reading_errors(file), file.open("rb") as content:
+            if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UserError(f"{file} is a pointer of Git LFS, not the weights: run `git lfs pull` there") from None
         raise UserError(f"{file} is damaged or cut short ({fault}): fetch it again") from None
     return [
         StoredTensor(name, file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])

@@ -165,7 +165,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another method": (change(peft_type="IA3"), "peft_type is 'IA3'; only 'LORA' is supported"),
     "dora": (change(use_dora=True), "use_dora is True, which is not supported: merge the adapter in PEFT"),
     "biases of its own": (change(lora_bias=True), "lora_bias is True"),
-    "pissa": (change(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4', with which PEFT"),
+    "pissa": (
+        change(init_lora_weights="pissa_niter_4"),
+        "init_lora_weights is 'pissa_niter_4', with which PEFT may change",
+    ),
     "no alpha": (change(lora_alpha=None), "lora_alpha or alpha_pattern is missing or no number"),
     "half a pair": (tensors_changed(lambda t: t.pop(KEY + "B.weight")), "q_proj.lora_A.weight has no lora_B beside it"),
     "another size": (

@@ -49,6 +49,11 @@ FORMS: dict[str, tuple[dict[str, str], str, str]] = {
         "quantized weights (quantization in",
         "give the checkpoint",
     ),
+    "an old GPTQ": (
+        {"config.json": with_config(), "quantize_config.json": "{}", "model.safetensors": ""},
+        "quantized weights (it has a quantize_config.json)",
+        "give the checkpoint",
+    ),
     "another model": (
         {"config.json": json.dumps({"model_type": "llava"}), "model.safetensors": ""},
         "is of a 'llava' model",
@@ -88,9 +93,9 @@ FORMS: dict[str, tuple[dict[str, str], str, str]] = {
     ),
     "fsdp": ({"pytorch_model_fsdp_0/__0_0.distcp": ""}, "sharded PyTorch (FSDP)", "accelerate merge-weights"),
     "a trainer's output": (
-        {"checkpoint-500/model.safetensors": "", "checkpoint-500/config.json": "{}", "training_args.bin": ""},
+        {"checkpoint-500/model.safetensors": "", "checkpoint-1000/model.safetensors": "", "training_args.bin": ""},
         "the output folder of a trainer",
-        "checkpoint-500",
+        "/checkpoint-1000",
     ),
     "a folder too high": ({"weights/model.safetensors": ""}, "safetensors files in weights", "give that folder"),
 }
@@ -125,6 +130,20 @@ def test_a_repository_in_another_form_is_not_fetched(
     with pytest.raises(UserError) as caught:
         resolve_checkpoint("org/model")
     assert str(caught.value).startswith("org/model ") and what in str(caught.value) and remedy in str(caught.value)
+
+
+def test_a_repository_in_the_right_form_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    siblings = [SimpleNamespace(rfilename=name) for name in ("config.json", "model.safetensors", "original/a.pth")]
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(FIXTURE / file))
+    patterns: list[str] = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, allow_patterns: patterns.extend(allow_patterns) or str(FIXTURE),
+    )
+    assert resolve_checkpoint("org/model") == FIXTURE
+    assert "*.safetensors" in patterns
 
 
 @pytest.mark.parametrize("inside", ["", "model", "checkpoints", "checkpoints/100", "checkpoints/100/model"])
@@ -198,6 +217,21 @@ def test_wrapped_names(wrapper: str, tmp_path: Path) -> None:
         value = np.empty_like(expected)
         read_slices(found[name], {tuple((0, size) for size in expected.shape): value})
         np.testing.assert_array_equal(value, expected)
+
+
+def test_a_prefix_comes_off_where_the_model_is_whole(tmp_path: Path) -> None:
+    """What else there is is named."""
+    save_under(lambda name: f"module.{name}", tmp_path, **{"module.extra": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match=r": unexpected extra$"):
+        locate_tensors(tmp_path, read_config(tmp_path))
+
+
+def test_a_file_that_git_lfs_has_not_fetched(tmp_path: Path) -> None:
+    lay(
+        tmp_path, {"config.json": with_config(), "model.safetensors": "version https://git-lfs.github.com/spec/v1\noid"}
+    )
+    with pytest.raises(UserError, match=r"is a pointer of Git LFS, not the weights: run `git lfs pull` there$"):
+        locate_tensors(tmp_path, read_config(tmp_path))
 
 
 def test_a_prefix_that_not_all_share_stays(tmp_path: Path) -> None:
