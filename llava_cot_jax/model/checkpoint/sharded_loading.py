@@ -9,15 +9,19 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint.faulty_numbers import NumberCheck, find_fault
 from llava_cot_jax.model.checkpoint.reading import (
     DTYPE_TENSOR,
     StoredTensor,
     TensorSlice,
     bytes_to_read,
     check_weight_dtype,
+    list_faults,
     locate_tensors,
     read_slices,
     slice_shape,
+    slice_size,
 )
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter, ParamLayout, parameters
@@ -49,7 +53,8 @@ def load_params(
         on_progress: Called after each parameter with the number of bytes that this process has read, and is to read.
 
     Raises:
-        UserError: ``locate_tensors`` refuses the checkpoint, or the mesh does not divide the model.
+        UserError: ``locate_tensors`` refuses the checkpoint, or the mesh does not divide the model, or a tensor holds
+            numbers that are not finite, or nothing but zeros.
     """
     stored = locate_tensors(folder, config)
     param_dtype = check_weight_dtype(stored[DTYPE_TENSOR].dtype if dtype is None else dtype)
@@ -57,12 +62,16 @@ def load_params(
         check_mesh(config, mesh)
     loaders = {path: _ParamLoader(parameter, mesh) for path, parameter in parameters(config, layout).items()}
     total = sum(loader.bytes_to_read(stored) for loader in loaders.values())
-    arrays, done = {}, 0
+    arrays, done, faults = {}, 0, list[str]()
     for path, loader in loaders.items():
-        arrays[path], count = loader.load(stored, param_dtype)
+        arrays[path], count = loader.load(stored, param_dtype, faults)
         done += count
         if on_progress:
             on_progress(done, total)
+    if faults:
+        is_cast = any(tensor.dtype != param_dtype for tensor in stored.values())
+        remedy = f"choose another dtype than {param_dtype}, or " if is_cast else ""
+        raise UserError(f"{folder} holds no sound weights: {list_faults(faults)}: {remedy}fetch the checkpoint again")
     return arrays
 
 
@@ -85,14 +94,18 @@ class _ParamLoader:
         slices = {span[1:] if self._parameter.stacked else span for span in self._slices.values()}
         return sum(bytes_to_read(stored[name], slices) for name in self._parameter.tensors)
 
-    def load(self, stored: Mapping[str, StoredTensor], dtype: np.dtype) -> tuple[jax.Array, int]:
-        """Return the parameter as an array, and the number of bytes read for it."""
+    def load(self, stored: Mapping[str, StoredTensor], dtype: np.dtype, faults: list[str]) -> tuple[jax.Array, int]:
+        """Return the parameter as an array, and the number of bytes read for it. Append what is wrong with it."""
         parameter = self._parameter
         shards = {span: _aligned_empty(slice_shape(span), dtype) for span in set(self._slices.values())}
         count = 0
         for layer, name in enumerate(parameter.tensors):
             of_layer = {span[1:]: shard[layer] for span, shard in shards.items()} if parameter.stacked else shards
-            count += read_slices(stored[name], of_layer)
+            check = NumberCheck()
+            count += read_slices(stored[name], of_layer, check)
+            whole = sum(map(slice_size, of_layer)) == math.prod(parameter.tensor_shape)
+            if fault := find_fault(parameter, check, whole=whole):
+                faults.append(f"{name} {fault}")
         on_devices = [jax.device_put(shards[span], device) for device, span in self._slices.items()]
         array = jax.make_array_from_single_device_arrays(parameter.shape, self._sharding, on_devices, dtype=dtype)
         # The buffers are freed on return. Without this wait, those of many parameters would queue for the device.

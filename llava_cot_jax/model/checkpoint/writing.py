@@ -13,10 +13,11 @@ from typing import BinaryIO
 import numpy as np
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import copy_file, read_json, synced_file, write_json
+from llava_cot_jax.files import copy_file, synced_file, write_json
 from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
+from llava_cot_jax.model.checkpoint.faulty_numbers import NumberCheck, find_fault, is_finite
 from llava_cot_jax.model.checkpoint.folder import INDEX_FILE, SINGLE_FILE
-from llava_cot_jax.model.checkpoint.generation_settings import GENERATION_FILE
+from llava_cot_jax.model.checkpoint.generation_settings import GENERATION_FILE, complete_end_tokens
 from llava_cot_jax.model.checkpoint.reading import (
     DTYPE_TENSOR,
     SAFETENSORS_DTYPES,
@@ -25,6 +26,7 @@ from llava_cot_jax.model.checkpoint.reading import (
     read_slices,
 )
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.paths import bucket_filesystem, check_folder_writable, is_remote, reading_errors, writing_errors
 from llava_cot_jax.progress import OnProgress
 
@@ -72,18 +74,27 @@ def convert_checkpoint(
         on_progress: Called after each tensor with the number of bytes written, and to be written.
 
     Raises:
-        UserError: Both folders are the same, or ``locate_tensors`` or ``write_checkpoint`` refuses.
+        UserError: Both folders are the same, or a tensor holds nothing but zeros, or ``locate_tensors`` or
+            ``write_checkpoint`` refuses.
     """
     if os.path.realpath(destination) == os.path.realpath(source):  # works for paths in a bucket too
         raise UserError(f"{destination} is the checkpoint to be converted: name another folder for the result")
     stored = locate_tensors(source, config)
     entries = [TensorEntry(name, tensor.shape, dtype or tensor.dtype) for name, tensor in stored.items()]
-    total = sum(entry.nbytes for entry in entries)
+    total, table = sum(entry.nbytes for entry in entries), parameters(config, "unrolled")
+
+    def checked(entry: TensorEntry) -> np.ndarray:
+        check = NumberCheck()
+        value = read_tensor(stored[entry.name], entry.dtype, check)
+        if fault := find_fault(table[entry.name], check):
+            other = "" if entry.dtype == stored[entry.name].dtype else f" as {entry.dtype}: choose another dtype, or"
+            raise UserError(f"{source}: {entry.name} {fault}{other or ':'} fetch the checkpoint again")
+        return value
 
     def values() -> Iterator[np.ndarray]:
         done = 0
         for entry in entries:
-            yield read_tensor(stored[entry.name], entry.dtype)
+            yield checked(entry)
             done += entry.nbytes
             if on_progress:
                 on_progress(done, total)
@@ -91,10 +102,10 @@ def convert_checkpoint(
     write_checkpoint(destination, config, entries, values(), extra_files=list_auxiliary_files(source))
 
 
-def read_tensor(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
-    """Read a whole tensor, cast to ``dtype``."""
+def read_tensor(tensor: StoredTensor, dtype: np.dtype, check: NumberCheck | None = None) -> np.ndarray:
+    """Read a whole tensor, cast to ``dtype``, and add its numbers to ``check``."""
     value = np.empty(tensor.shape, dtype)
-    read_slices(tensor, {tuple((0, size) for size in tensor.shape): value})
+    read_slices(tensor, {tuple((0, size) for size in tensor.shape): value}, check)
     return value
 
 
@@ -122,7 +133,8 @@ def write_checkpoint(
         extra_files: Files to copy too.
 
     Raises:
-        UserError: ``folder`` is not empty, or it cannot be written (a full disk, no permission, no bucket).
+        UserError: ``folder`` is not empty, or it cannot be written (a full disk, no permission, no bucket), or a
+            tensor holds numbers that are not finite.
     """
     groups = _divide_into_files(entries, max_file_bytes)
     count = len(groups)
@@ -137,8 +149,7 @@ def write_checkpoint(
         for extra in extra_files:
             copy_file(extra, partial / extra.name)
             if extra.name == GENERATION_FILE:
-                ends = list(config.text.eos_token_ids)
-                write_json(partial / GENERATION_FILE, read_json(extra) | {"eos_token_id": ends})
+                complete_end_tokens(partial / extra.name, config.text.eos_token_ids)
         dtype = next(entry.dtype for entry in entries if entry.name == DTYPE_TENSOR)
         write_json(partial / "config.json", config.to_dict(dtype.name))
 
@@ -225,4 +236,7 @@ def _write_tensors(path: Path, entries: Sequence[TensorEntry], values: Iterator[
 def _write_value(file: BinaryIO, entry: TensorEntry, value: np.ndarray) -> None:
     if value.shape != entry.shape or value.dtype != entry.dtype:
         raise ValueError(f"{entry.name} should be {entry.dtype} {entry.shape}, got {value.dtype} {value.shape}")
-    file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    value = np.ascontiguousarray(value)
+    if not is_finite(value):
+        raise UserError(f"{entry.name} holds numbers that are not finite in {entry.dtype}: no checkpoint is written")
+    file.write(value.reshape(-1).view(np.uint8).data)
