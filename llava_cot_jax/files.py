@@ -81,11 +81,11 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2, shared: bool
 
     Args:
         path: Path of the file, in a folder that exists.
-        content: What ``json.dumps`` takes.
+        content: What ``json.dumps`` takes. A number that is not finite, which JSON does not have, is a ``ValueError``.
         indent: Number of spaces of indentation; None writes a single line.
         shared: Whether several processes may write the file at the same time.
     """
-    encoded = json.dumps(content, indent=indent, ensure_ascii=False).encode()
+    encoded = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False).encode()
     with atomic_file(path, shared=shared) as file:
         file.write(encoded + b"\n")
 

@@ -118,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
         if options.json:
             result.seconds["load"] = loading_seconds
             about = {**asdict(question), "compilations": compilations.count - compiled_before}
-            print(json.dumps({**about, **asdict(result), "device": jax.devices()[0].device_kind}), flush=True)
+            report = {**about, **asdict(result), "device": jax.devices()[0].device_kind}
+            print(json.dumps(report, allow_nan=False), flush=True)
         elif shows_right_answer:
             print(f"(the right answer: {question.right_answer})", flush=True)
     for name in ("trace", "page"):
@@ -298,7 +299,7 @@ class _SearchAnswerer:
             traces = [asdict(trace) for _, trace in self._searches]
             path = as_path(options.trace)
             with writing_errors(path):
-                write_text(path, json.dumps(traces, indent=1, ensure_ascii=False))
+                write_text(path, json.dumps(traces, indent=1, ensure_ascii=False, allow_nan=False))
         if options.page:
             import jax
 

@@ -68,7 +68,7 @@ class TestResult:
 
         (source / "generation_config.json").write_text('{"eos_token_id": 7}')
         main([str(source), str(tmp_path / "again")])
-        assert json.loads((tmp_path / "again" / GENERATION_FILE).read_text()) == {"eos_token_id": [251, 7]}
+        assert json.loads((tmp_path / "again" / GENERATION_FILE).read_text()) == {"eos_token_id": [7, 251]}
 
     def test_dtype(self, source: Path, tmp_path: Path) -> None:
         main([str(source), str(tmp_path / "out"), "--dtype", "float16"])
@@ -137,7 +137,7 @@ class TestResult:
         source.mkdir()
         (source / "config.json").write_text(json.dumps(config))
         shapes = {name: p.shape for name, p in parameters(read_config(source), "unrolled").items()}
-        save_file({name: np.zeros(s, np.float32) for name, s in shapes.items()}, source / "model.safetensors")
+        save_file({name: np.ones(s, np.float32) for name, s in shapes.items()}, source / "model.safetensors")
         largest = 4 * max(math.prod(shape) for shape in shapes.values())
         allowed = largest + (24 << 20)
         assert (source / "model.safetensors").stat().st_size > 5 * allowed

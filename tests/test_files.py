@@ -90,3 +90,9 @@ def test_whether_a_file_can_be_written(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
     with pytest.raises(UserError, match=f"^{tmp_path}/new cannot be written: it is a folder; name a file$"):
         check_file_writable(tmp_path / "new")
+
+
+def test_json_has_no_number_that_is_not_finite(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "file.json", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())

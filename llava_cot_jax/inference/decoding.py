@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.inference.sampling import sample_token
 from llava_cot_jax.inference.settings import Sampling
@@ -43,6 +44,21 @@ class EndReason(IntEnum):
 def bucket(length: int) -> int:
     """Return the length that ``length`` tokens are padded to: a power of two, so that few shapes are compiled."""
     return max(SMALLEST_BUCKET, round_up_to_power_of_two(length))
+
+
+def nonfinite_logits_error(where: str, dtype: Any) -> UserError:
+    """Return the error of an answer whose logits are NaN or infinite, so that no token of it has a meaning.
+
+    Args:
+        where: Words that say which answer, and where in it.
+        dtype: Dtype of the model.
+    """
+    wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(jnp.dtype(dtype).name)
+    remedy = f"its activations may overflow in {jnp.dtype(dtype).name}: choose {wider} as dtype" if wider else ""
+    return UserError(
+        f"the model's logits are not finite {where}, so that it has no answer: "
+        + (remedy or "its weights are too large, or the image holds numbers that are not finite")
+    )
 
 
 @jax.tree_util.register_dataclass

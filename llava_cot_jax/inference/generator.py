@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from llava_cot_jax.checks import check_instance, check_int
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.inference.decoding import Decoder, bucket, encode_images, prefill
+from llava_cot_jax.inference.decoding import Decoder, bucket, encode_images, nonfinite_logits_error, prefill
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.inference.sampling import sample_token
 from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
@@ -42,6 +42,7 @@ class DecodeState:
         images: Images of the prompts; None where there are none.
         token: int32, the last token sampled, whose keys and values are not in the cache yet.
         done: Whether that token, or one before it, ended the answer.
+        finite: Whether the largest logit of every token so far is finite. It is not where any logit is NaN or infinity.
         keys: Random keys; each draw's is folded from its sequence's key and the position it draws for.
     """
 
@@ -49,6 +50,7 @@ class DecodeState:
     images: ImageContext | None
     token: Int[Array, " batch"]
     done: Bool[Array, " batch"]
+    finite: Bool[Array, " batch"]
     keys: Key[Array, " batch"]
 
 
@@ -59,7 +61,8 @@ def _sample_next(
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.cache.lengths)
     token = jnp.where(state.done, config.text.pad_token_id, sample_token(logits, keys, sampling))
     ended = jnp.isin(token, jnp.array(config.text.eos_token_ids, jnp.int32))
-    return replace(state, token=token, done=state.done | ended)
+    finite = state.finite & (state.done | jnp.isfinite(logits.max(axis=-1)))
+    return replace(state, token=token, done=state.done | ended, finite=finite)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "capacity", "mesh"))
@@ -83,7 +86,8 @@ def _prefill_prompts(
         cache = KVCache(decoder.init_cache(len(lengths), capacity), zeros)
         suffix, logits = prefill(decoder, prompts, cache)
         keys = jax.vmap(jax.random.key)(seeds)
-        state = DecodeState(KVCache(suffix, lengths), images, zeros, jnp.zeros(lengths.shape, bool), keys)
+        done = jnp.zeros(lengths.shape, bool)
+        state = DecodeState(KVCache(suffix, lengths), images, zeros, done, ~done, keys)
         return _sample_next(state, logits, config, sampling)
 
 
@@ -169,7 +173,7 @@ class Generator:
             the token that ends an answer comes padding.
 
         Raises:
-            UserError: ``check_inputs`` or ``check_request`` refuses the arguments.
+            UserError: ``check_inputs`` or ``check_request`` refuses the arguments, or logits are not finite.
         """
         arrays = as_arrays(inputs)
         check_inputs(self.config, arrays)
@@ -179,17 +183,24 @@ class Generator:
         capacity = prompts["input_ids"].shape[1] + bucket(new)
         each = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape)
         state = _prefill_prompts(self._params, prompts, lengths, each, capacity=capacity, **self._settings)
-        token, done = jax.device_get((state.token, state.done))
+        token, done, finite = jax.device_get((state.token, state.done, state.finite))
+        self._check_finite(finite, 1)
         yield token[:, None]
         left = new - 1
         while left > 0 and not done.all():
             limit = np.int32(left)
             state, tokens, sampled = _decode_steps(self._params, state, limit, steps=STEPS_PER_CALL, **self._settings)
-            tokens, sampled, done = jax.device_get((tokens, sampled, state.done))
+            tokens, sampled, done, finite = jax.device_get((tokens, sampled, state.done, state.finite))
+            self._check_finite(finite, max_new_tokens - left + int(sampled))
             yield tokens[:, :sampled]
             left -= int(sampled)
         if max_new_tokens is None and new < self._default_max_new_tokens and not done.all():
             logging.getLogger(__name__).warning("the answer: %s", cut_by_context(self.config, new))
+
+    def _check_finite(self, finite: np.ndarray, sampled: int) -> None:
+        if not finite.all():
+            where = f"within the first {sampled} tokens of answer {int(finite.argmin()) + 1}"
+            raise nonfinite_logits_error(where, self._params["language_model"]["model"]["norm"]["weight"].dtype)
 
     def generate(
         self, inputs: Mapping[str, np.ndarray], *, max_new_tokens: int | None = None, seeds: Sequence[int] | int = 0

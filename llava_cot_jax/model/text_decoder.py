@@ -37,8 +37,11 @@ RopeTables = tuple[Float[Array, "batch tokens half_head_dim"], Float[Array, "bat
 def project(
     w: Params, features: Float[Array, "batch images tiles tile_tokens features"]
 ) -> Float[Array, "batch image_tokens hidden"]:
-    """Project vision features to image tokens of the text model's width, those of a sequence in one row, padded."""
-    states = linear(features, w)
+    """Project vision features to image tokens of the text model's width, those of a sequence in one row, padded.
+
+    The features may be wider than the weights, whose dtype the result has.
+    """
+    states = linear(features, w).astype(w["weight"].dtype)
     states = states.reshape(states.shape[0], -1, states.shape[-1])
     padding = -states.shape[1] % IMAGE_TOKEN_MULTIPLE
     return constrain(jnp.pad(states, ((0, 0), (0, padding), (0, 0))), "batch", None, None)

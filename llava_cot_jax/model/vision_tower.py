@@ -2,6 +2,9 @@
 
 An unused tile changes the features of the used ones, so every image goes through with all its tiles. ``tile_tokens``
 are the patches of a tile and its class token.
+
+Where the weights are float16, activations are float32: those of the published tower exceed 65504, the largest number
+of float16.
 """
 
 import functools
@@ -121,7 +124,8 @@ def _embed_patches(
     images, tiles, channels, size, _ = pixel_values.shape
     side, patch = size // config.patch_size, config.patch_size
     kernel = w["patch_embedding"]["weight"]  # [width, channels, patch, patch]
-    patches = pixel_values.astype(kernel.dtype).reshape(images, tiles, channels, side, patch, side, patch)
+    dtype = jnp.float32 if kernel.dtype == jnp.float16 else kernel.dtype
+    patches = pixel_values.astype(dtype).reshape(images, tiles, channels, side, patch, side, patch)
     x = jnp.einsum("ntchiwj,dcij->nthwd", patches, kernel).reshape(images, tiles, side * side, -1)
     x = x + _tile_embedding(w["pre_tile_positional_embedding"], config, aspect_ratio_ids)
 

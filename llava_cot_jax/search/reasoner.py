@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import cast
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from llava_cot_jax.checks import check_instance
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.decoding import nonfinite_logits_error
 from llava_cot_jax.inference.generator import cut_by_context
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.program import StageResult, search
-from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, StageBeam, Strategy
 from llava_cot_jax.search.trace import SearchCosts, StageTrace, Trace, trace_stages
@@ -84,7 +86,7 @@ class Reasoner:
         """Answer a question about an image, about a list of images, or, with None, without an image.
 
         Raises:
-            UserError: ``RequestBuilder.build`` refuses the question.
+            UserError: ``RequestBuilder.build`` refuses the question, or the model's logits are not finite.
         """
         return self.answer_batch([image], [question], seeds=seed)[0]
 
@@ -99,18 +101,23 @@ class Reasoner:
             seeds: Seed of each question's draws, or one seed for all.
 
         Raises:
-            UserError: ``RequestBuilder.build`` refuses the questions.
+            UserError: ``RequestBuilder.build`` refuses the questions, or the model's logits are not finite.
         """
         return run_search(self._model, self._builder, self._builder.build(images, questions, seeds))
 
 
 def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> list[Answer]:
-    """Search for the answers to requests that ``builder`` has built."""
+    """Search for the answers to requests that ``builder`` has built.
+
+    Raises:
+        UserError: The model's logits are not finite.
+    """
     start = time.perf_counter()
     config, spec, mesh = model.config, requests.spec, model.mesh
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
     inputs = (requests.inputs, builder.stage_tables, builder.judge_tables)
     results: StageResult = jax.device_get(search(model.params, *inputs, **static))
+    _check_finite(results, model, spec)
     seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}
     answers = []
     for i, question in enumerate(requests.questions):
@@ -148,6 +155,16 @@ def _tell_what_was_cut(config: MllamaConfig, stages: Sequence[StageTrace], spec:
     if cut:
         names = ", ".join(stage.stage for stage in cut) if spec.stages else "the answer"
         logging.getLogger(__name__).warning("%s: %s", names, cut_by_context(config, spec.max_new_tokens[0]))
+
+
+def _check_finite(results: StageResult, model: Mllama, spec: SearchSpec) -> None:
+    """Check the log-probabilities and the votes of a search. Logits that are NaN or infinity make them so too."""
+    floats = [x for x in jax.tree.leaves(results) if np.issubdtype(x.dtype, np.floating)]  # [stages, questions, ...]
+    finite = np.all([np.isfinite(x).reshape(*x.shape[:2], -1).all(axis=-1) for x in floats], axis=0)
+    if not finite.all():
+        stage, question = np.argwhere(~finite)[0].tolist()
+        name = spec.stages[stage] if spec.stages else WHOLE_ANSWER
+        raise nonfinite_logits_error(f"in the stage {name} of question {question + 1}", model.dtype)
 
 
 def _whole_answer(trace: Trace) -> Answer:

@@ -149,6 +149,38 @@ def test_a_second_question_of_similar_length_compiles_nothing(model, batch):
     assert compilations.count > 0
 
 
+POISON = 77
+"""Token whose embedding is damaged."""
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=20, top_p=0.9)], ids=["greedy", "sampled"])
+def test_logits_that_are_not_finite_are_no_answer(tiny, model, batch, sampling, value):
+    damaged = Mllama.from_pretrained(tiny)
+    damaged.config = model.config  # so that nothing is compiled anew
+    weight = damaged.language_model.model.embed_tokens.weight
+    weight.set_value(weight.get_value().at[POISON].set(value))
+    batch["input_ids"][batch["input_ids"] == POISON] = 1
+    batch["input_ids"][1, 4] = POISON
+    with pytest.raises(UserError, match=r"logits are not finite within the first 1 tokens of answer 2, .* too large"):
+        Generator(damaged, sampling).generate(batch, max_new_tokens=NEW, seeds=[5, 6, 7])
+
+
+def test_logits_that_are_not_finite_in_mid_answer(tiny, model, batch):
+    """The first token of an answer is damaged here. It is still given out, as its own logits were sound."""
+    token = int(Generator(model).generate(batch, max_new_tokens=NEW)[0, 0])
+    damaged = Mllama.from_pretrained(tiny)
+    damaged.config = model.config
+    weight = damaged.language_model.model.embed_tokens.weight
+    weight.set_value(weight.get_value().at[token].set(jnp.nan))
+    assert token not in batch["input_ids"][0]
+    batch["input_ids"][batch["input_ids"] == token] = 1
+    stream = Generator(damaged).stream(batch, max_new_tokens=NEW)
+    assert next(stream)[0] == token
+    with pytest.raises(UserError, match=f"within the first {NEW} tokens of answer 1"):
+        next(stream)
+
+
 @pytest.mark.parametrize(("length", "padded"), [(1, 64), (64, 64), (65, 128), (1000, 1024), (1025, 2048)])
 def test_bucket(length, padded):
     assert bucket(length) == padded

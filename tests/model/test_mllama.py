@@ -247,3 +247,24 @@ def test_arrays_that_do_not_belong_together(tiny, batch, change, named):
 def test_decoding_needs_the_unrolled_layout(tiny):
     with pytest.raises(UserError, match="to_layout"):
         Generator(Mllama.from_pretrained(tiny, layout="stacked"))
+
+
+@pytest.mark.slow
+def test_in_float16_the_tower_does_not_overflow(tiny, batch):
+    """Its states exceed the range of float16, as those of the published tower do; what it gives the text does not."""
+    model = Mllama.from_pretrained(tiny)
+    arrays = {name: np.asarray(x) for name, x in flatten_dict(model.params, sep=".").items()}
+    arrays["vision_model.transformer.layers.0.mlp.fc2.bias"] = np.full(32, 3e4, np.float32)
+    for i in (1, 2):
+        arrays[f"vision_model.transformer.layers.{i}.mlp.fc2.bias"] = np.linspace(2e4, 4e4, 32, dtype=np.float32)
+    arrays["multi_modal_projector.weight"] = arrays["multi_modal_projector.weight"] / 1024
+    images = {name: batch[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    logits, features = [], []
+    for dtype in ("float32", "float16"):
+        cast = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+        model = Mllama.from_arrays(model.config, cast, layout="unrolled")
+        features.append(model.vision_features(**images))
+        logits.append(np.asarray(model(**batch)))
+    assert np.abs(features[0]).max() > 1.5 * float(np.finfo(np.float16).max)
+    assert features[1].dtype == jnp.float32 and off(features[1], features[0]) < 2e-3
+    assert off(logits[1], logits[0]) < 2e-2

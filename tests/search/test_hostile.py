@@ -120,6 +120,25 @@ def test_a_model_that_writes_another_stages_tag(prompts):
     assert candidate.ended == "max_new_tokens" and "</CAPTION>" in answer.conclusion
 
 
+def test_a_model_whose_logits_are_not_finite_after_some_tokens(prompts):
+    model, processor = parrot(" red")
+    weight = model.language_model.model.embed_tokens.weight
+    (token,) = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
+    weight.set_value(weight.get_value().at[token].set(jnp.nan))
+    with pytest.raises(UserError, match="not finite in the stage CONCLUSION of question 1, so that it has no answer"):
+        one_stage(model, processor, prompts)
+
+
+def test_a_judge_whose_logits_are_not_finite(prompts):
+    """The candidates are sound, but the prompt about them has a word whose embedding is damaged."""
+    model, processor = parrot(" </CONCLUSION>")
+    weight = model.language_model.model.embed_tokens.weight
+    token = processor.tokenizer(" Which?", add_special_tokens=False)["input_ids"][-1]
+    weight.set_value(weight.get_value().at[token].set(jnp.nan))
+    with pytest.raises(UserError, match="not finite in the stage CONCLUSION"):
+        one_stage(model, processor, prompts)
+
+
 @pytest.mark.slow
 def test_a_model_that_ends_answers_now_and_then(prompts):
     """Every stage is there, and no end-of-sequence token is in the text."""

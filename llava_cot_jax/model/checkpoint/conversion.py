@@ -9,9 +9,11 @@ import numpy as np
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.adapter import Adapter
 from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
+from llava_cot_jax.model.checkpoint.faulty_numbers import NumberCheck, find_fault
 from llava_cot_jax.model.checkpoint.reading import locate_tensors, read_tensor
 from llava_cot_jax.model.checkpoint.writing import TensorEntry, write_checkpoint
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.progress import OnProgress
 
 
@@ -35,7 +37,8 @@ def convert_checkpoint(
         on_progress: Called after each tensor with the number of bytes written, and to be written.
 
     Raises:
-        UserError: Both folders are the same, or ``locate_tensors`` or ``write_checkpoint`` refuses.
+        UserError: Both folders are the same, or a tensor holds nothing but zeros or numbers that are not finite, or
+            ``locate_tensors`` or ``write_checkpoint`` refuses.
     """
     if os.path.realpath(destination) == os.path.realpath(source):  # works for paths in a bucket too
         raise UserError(f"{destination} is the checkpoint to be converted: name another folder for the result")
@@ -43,17 +46,25 @@ def convert_checkpoint(
     adapter = adapter or Adapter()
     stored = {**own, **adapter.replaced}
     entries = [TensorEntry(name, tensor.shape, dtype or tensor.dtype) for name, tensor in own.items()]
-    total = sum(entry.nbytes for entry in entries)
+    total, table = sum(entry.nbytes for entry in entries), parameters(config, "unrolled")
+
+    def checked(entry: TensorEntry, dtype: np.dtype) -> np.ndarray:
+        check, tensor = NumberCheck(), stored[entry.name]
+        value = read_tensor(tensor, dtype, check)
+        if fault := find_fault(table[entry.name], check):
+            other = f" as {dtype}: choose another dtype, or" if dtype.itemsize < tensor.dtype.itemsize else ":"
+            raise UserError(f"{source}: {entry.name} {fault}{other} fetch the checkpoint again")
+        return value
 
     def values() -> Iterator[np.ndarray]:
         done = 0
         for entry in entries:
             if update := adapter.updates.get(entry.name):
-                value = read_tensor(stored[entry.name], np.dtype(np.float32))
+                value = checked(entry, np.dtype(np.float32))
                 update.add_to({tuple((0, size) for size in value.shape): value})
                 yield value.astype(entry.dtype)
             else:
-                yield read_tensor(stored[entry.name], entry.dtype)
+                yield checked(entry, entry.dtype)
             done += entry.nbytes
             if on_progress:
                 on_progress(done, total)

@@ -1,11 +1,11 @@
 """Settings of generation in a checkpoint: the tokens that end an answer, and those that are not honoured here."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import read_json
+from llava_cot_jax.files import read_json, write_json
 from llava_cot_jax.paths import files_in
 
 GENERATION_FILE = "generation_config.json"
@@ -82,6 +82,14 @@ def check_token_ids(value: Any, where: str) -> tuple[int, ...]:
     if not all(type(token) is int and token >= 0 for token in ids):
         raise UserError(f"{where} is {value!r}; it must be the id of a token, or a list of ids")
     return ids
+
+
+def complete_end_tokens(path: Path, ids: Collection[int]) -> None:
+    """Add the end tokens that a generation_config.json lacks. One that has them all stays as it is."""
+    stated = read_json(path)
+    named = check_token_ids(stated.get("eos_token_id"), f"{path}: eos_token_id")
+    if missing := [token for token in ids if token not in named]:
+        write_json(path, stated | {"eos_token_id": [*named, *missing]})
 
 
 def ignored_settings(folder: Path) -> dict[str, Any]:

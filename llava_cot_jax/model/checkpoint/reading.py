@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from llava_cot_jax.checks import shown
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint.faulty_numbers import NumberCheck
 from llava_cot_jax.model.checkpoint.folder import weight_files
 from llava_cot_jax.model.checkpoint.forms import describe_tensors, unwrap_names
 from llava_cot_jax.model.config import MllamaConfig
@@ -40,7 +41,7 @@ SAFETENSORS_DTYPES = {
 """Dtypes that weights may have, by their names in a safetensors header."""
 
 _BLOCK_BYTES = 2 << 20
-"""Bytes of a tensor that are read at once for several shards or for another dtype: about a core's cache."""
+"""Bytes of a tensor that are read at once, then cast and checked: about a core's cache."""
 
 _REQUEST_BYTES = 8 << 20
 """Bytes per request to a bucket: enough that their transfer takes longer than the wait for the first of them."""
@@ -90,13 +91,21 @@ class StoredTensor:
         return SAFETENSORS_DTYPES[self.dtype_name]
 
 
-def read_slices(tensor: StoredTensor, arrays: Mapping[TensorSlice, np.ndarray]) -> int:
+_overflow_ignored = np.errstate(over="ignore")
+"""Decorator by which a cast makes infinity of a number that is too large without a warning; the loader names it."""
+
+
+@_overflow_ignored
+def read_slices(
+    tensor: StoredTensor, arrays: Mapping[TensorSlice, np.ndarray], check: NumberCheck | None = None
+) -> int:
     """Read slices of a tensor into arrays, cast to each array's dtype. No byte is read twice.
 
     Args:
         tensor: Tensor to read.
         arrays: C-contiguous arrays to fill, by the slice that each takes. Along axis 0, two slices are equal or do not
             overlap.
+        check: Check to which the numbers are added, while they are in a core's cache. None checks nothing.
 
     Returns:
         Number of bytes read. For a file in a bucket it exceeds that of narrow slices, because the bytes between their
@@ -106,29 +115,32 @@ def read_slices(tensor: StoredTensor, arrays: Mapping[TensorSlice, np.ndarray]) 
         UserError: The file is shorter than its header says, or cannot be read.
     """
     if is_remote(tensor.file):
-        return _read_from_bucket(tensor, arrays)
+        return _read_from_bucket(tensor, arrays, check)
     count = 0
     with tensor.file.open("rb", buffering=0) as file:
         for bounds, slices in _group_into_reads(arrays):
-            if len(slices) == 1 and arrays[bounds].dtype == tensor.dtype:
-                count += _read_slice(file.fileno(), tensor, bounds, arrays[bounds])
-                continue
+            in_place = len(slices) == 1 and arrays[bounds].dtype == tensor.dtype
             (first, last), *inner = bounds
             rows = max(1, _BLOCK_BYTES // max(1, math.prod(slice_shape(inner)) * tensor.dtype.itemsize))
             for start in range(first, last, rows):
                 stop = min(start + rows, last)
-                block = np.empty((stop - start, *slice_shape(inner)), tensor.dtype)
+                parts = {span: arrays[span][start - first : stop - first] for span in slices}
+                shape = (stop - start, *slice_shape(inner))
+                block = parts[bounds] if in_place else np.empty(shape, tensor.dtype)
                 count += _read_slice(file.fileno(), tensor, ((start, stop), *inner), block)
-                for span in slices:
-                    within = [slice(a - low, b - low) for (a, b), (low, _) in zip(span[1:], inner, strict=True)]
-                    arrays[span][start - first : stop - first] = block[:, *within]
+                for span, part in parts.items():
+                    if not in_place:
+                        within = [slice(a - low, b - low) for (a, b), (low, _) in zip(span[1:], inner, strict=True)]
+                        part[...] = block[:, *within]
+                    if check:
+                        check.add(part)
     return count
 
 
-def read_tensor(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
-    """Read a whole tensor, cast to ``dtype``."""
+def read_tensor(tensor: StoredTensor, dtype: np.dtype, check: NumberCheck | None = None) -> np.ndarray:
+    """Read a whole tensor, cast to ``dtype``, and add its numbers to ``check``."""
     value = np.empty(tensor.shape, dtype)
-    read_slices(tensor, {tuple((0, size) for size in tensor.shape): value})
+    read_slices(tensor, {tuple((0, size) for size in tensor.shape): value}, check)
     return value
 
 
@@ -170,11 +182,12 @@ def bytes_to_read(tensor: StoredTensor, slices: Iterable[TensorSlice]) -> int:
     return sum(map(slice_size, slices)) * tensor.dtype.itemsize
 
 
-def _read_from_bucket(tensor: StoredTensor, arrays: Mapping[TensorSlice, np.ndarray]) -> int:
+def _read_from_bucket(tensor: StoredTensor, arrays: Mapping[TensorSlice, np.ndarray], check: NumberCheck | None) -> int:
     """Do what ``read_slices`` does for a file in a bucket."""
     row_shape = tensor.shape[1:]
     row_bytes = math.prod(row_shape) * tensor.dtype.itemsize
 
+    @_overflow_ignored
     def read(start: int, stop: int, rows: range, slices: list[TensorSlice]) -> int:
         with reading_errors(tensor.file):
             content = _read_range(tensor.file, start, stop)
@@ -186,7 +199,10 @@ def _read_from_bucket(tensor: StoredTensor, arrays: Mapping[TensorSlice, np.ndar
         values = block.view(tensor.dtype).reshape(len(rows), *row_shape)
         for span in slices:
             (first, _), *inner = span
-            arrays[span][rows.start - first : rows.stop - first] = values[:, *(slice(*ends) for ends in inner)]
+            part = arrays[span][rows.start - first : rows.stop - first]
+            part[...] = values[:, *(slice(*ends) for ends in inner)]
+            if check:
+                check.add(part)
         return len(content)
 
     with ThreadPoolExecutor(_REQUESTS) as pool:
@@ -285,9 +301,14 @@ def locate_tensors(folder: Path, config: MllamaConfig) -> dict[str, StoredTensor
                 f"{folder} cannot be read: none of its {len(stored)} tensors has a name of the model; the first is "
                 f"{stored[0].name!r}, where {next(iter(expected))!r} is expected"
             )
-        more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
-        raise UserError(f"{folder} does not hold its config.json's model: {'; '.join(faults[:_MAX_FAULTS])}{more}")
+        raise UserError(f"{folder} does not hold its config.json's model: {list_faults(faults)}")
     return {tensor.name: tensor for tensor in stored}
+
+
+def list_faults(faults: Sequence[str]) -> str:
+    """Return a list of faults in one line: the first 20, and how many more there are."""
+    more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+    return "; ".join(faults[:_MAX_FAULTS]) + more
 
 
 def _faults(stored: list[StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

@@ -9,17 +9,21 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.adapter import Adapter, LowRankUpdate, read_adapter
 from llava_cot_jax.model.checkpoint.adapter_settings import AdapterSettings
+from llava_cot_jax.model.checkpoint.faulty_numbers import NumberCheck, find_fault
 from llava_cot_jax.model.checkpoint.reading import (
     DTYPE_TENSOR,
     StoredTensor,
     TensorSlice,
     bytes_to_read,
     check_weight_dtype,
+    list_faults,
     locate_tensors,
     read_slices,
     slice_shape,
+    slice_size,
 )
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter, ParamLayout, parameters
@@ -54,7 +58,7 @@ def load_params(
 
     Raises:
         UserError: ``locate_tensors`` refuses the checkpoint or ``read_adapter`` the adapter, or the mesh does not
-            divide the model.
+            divide the model, or a tensor holds numbers that are not finite, or nothing but zeros.
     """
     stored = locate_tensors(folder, config)
     param_dtype = check_weight_dtype(stored[DTYPE_TENSOR].dtype if dtype is None else dtype)
@@ -64,12 +68,16 @@ def load_params(
         check_mesh(config, mesh)
     loaders = {path: _ParamLoader(parameter, mesh) for path, parameter in parameters(config, layout).items()}
     total = sum(loader.bytes_to_read(stored) for loader in loaders.values())
-    arrays, done = {}, 0
+    arrays, done, faults = {}, 0, list[str]()
     for path, loader in loaders.items():
-        arrays[path], count = loader.load(stored, param_dtype, merged.updates)
+        arrays[path], count = loader.load(stored, param_dtype, merged.updates, faults)
         done += count
         if on_progress:
             on_progress(done, total)
+    if faults:
+        is_cast = any(tensor.dtype != param_dtype for tensor in stored.values())
+        remedy = f"choose another dtype than {param_dtype}, or " if is_cast else ""
+        raise UserError(f"{folder} holds no sound weights: {list_faults(faults)}: {remedy}fetch the checkpoint again")
     return arrays
 
 
@@ -93,9 +101,13 @@ class _ParamLoader:
         return sum(bytes_to_read(stored[name], slices) for name in self._parameter.tensors)
 
     def load(
-        self, stored: Mapping[str, StoredTensor], dtype: np.dtype, updates: Mapping[str, LowRankUpdate]
+        self,
+        stored: Mapping[str, StoredTensor],
+        dtype: np.dtype,
+        updates: Mapping[str, LowRankUpdate],
+        faults: list[str],
     ) -> tuple[jax.Array, int]:
-        """Return the parameter as an array, and the number of bytes read for it."""
+        """Return the parameter as an array, and the number of bytes read for it. Append what is wrong with it."""
         parameter = self._parameter
         is_adapted = any(name in updates for name in parameter.tensors)
         read_as = np.dtype(np.float32) if is_adapted else dtype  # an adapter is added before anything is rounded
@@ -103,7 +115,11 @@ class _ParamLoader:
         count = 0
         for layer, name in enumerate(parameter.tensors):
             of_layer = {span[1:]: shard[layer] for span, shard in shards.items()} if parameter.stacked else shards
-            count += read_slices(stored[name], of_layer)
+            check = NumberCheck()
+            count += read_slices(stored[name], of_layer, check)
+            whole = sum(map(slice_size, of_layer)) == math.prod(parameter.tensor_shape)
+            if fault := find_fault(parameter, check, whole=whole):
+                faults.append(f"{name} {fault}")
             if name in updates:
                 updates[name].add_to(of_layer)
         shards = {span: shard.astype(dtype, copy=False) for span, shard in shards.items()}

@@ -12,9 +12,10 @@ from typing import BinaryIO
 import numpy as np
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import copy_file, read_json, synced_file, write_json
+from llava_cot_jax.files import copy_file, synced_file, write_json
+from llava_cot_jax.model.checkpoint.faulty_numbers import is_finite
 from llava_cot_jax.model.checkpoint.folder import INDEX_FILE, SINGLE_FILE
-from llava_cot_jax.model.checkpoint.generation_settings import GENERATION_FILE
+from llava_cot_jax.model.checkpoint.generation_settings import GENERATION_FILE, complete_end_tokens
 from llava_cot_jax.model.checkpoint.reading import DTYPE_TENSOR, SAFETENSORS_DTYPES
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import bucket_filesystem, check_folder_writable, is_remote, reading_errors, writing_errors
@@ -69,7 +70,8 @@ def write_checkpoint(
         extra_files: Files to copy too.
 
     Raises:
-        UserError: ``folder`` is not empty, or it cannot be written (a full disk, no permission, no bucket).
+        UserError: ``folder`` is not empty, or it cannot be written (a full disk, no permission, no bucket), or a
+            tensor holds numbers that are not finite.
     """
     groups = _divide_into_files(entries, max_file_bytes)
     count = len(groups)
@@ -83,8 +85,7 @@ def write_checkpoint(
         for extra in extra_files:
             copy_file(extra, partial / extra.name)
             if extra.name == GENERATION_FILE:
-                ends = list(config.text.eos_token_ids)
-                write_json(partial / GENERATION_FILE, read_json(extra) | {"eos_token_id": ends})
+                complete_end_tokens(partial / extra.name, config.text.eos_token_ids)
         dtype = next(entry.dtype for entry in entries if entry.name == DTYPE_TENSOR)
         write_json(partial / "config.json", config.to_dict(dtype.name))
 
@@ -184,4 +185,7 @@ def write_tensors(path: Path, entries: Sequence[TensorEntry], values: Iterator[n
 def _write_value(file: BinaryIO, entry: TensorEntry, value: np.ndarray) -> None:
     if value.shape != entry.shape or value.dtype != entry.dtype:
         raise ValueError(f"{entry.name} should be {entry.dtype} {entry.shape}, got {value.dtype} {value.shape}")
-    file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    value = np.ascontiguousarray(value)
+    if not is_finite(value):
+        raise UserError(f"{entry.name} holds numbers that are not finite in {entry.dtype}: no checkpoint is written")
+    file.write(value.reshape(-1).view(np.uint8).data)
