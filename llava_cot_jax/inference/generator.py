@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from llava_cot_jax.checks import check_instance, check_int
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.completions import Completion, GrowingCompletion, check_stop
 from llava_cot_jax.inference.decoding import Decoder, bucket, encode_images, prefill
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.inference.sampling import sample_token
@@ -23,6 +24,7 @@ from llava_cot_jax.model.kv_cache import KVCache
 from llava_cot_jax.model.mllama import ArrayLike, Mllama, as_arrays, check_inputs
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
+from llava_cot_jax.processing.processor import Processor
 
 STEPS_PER_CALL = 16
 """Largest number of decoding steps of the compiled loop before the host sees the tokens."""
@@ -40,6 +42,7 @@ class DecodeState:
         cache: Keys and values of every token but the last.
         images: Images of the prompts; None where there are none.
         token: int32, the last token sampled, whose keys and values are not in the cache yet.
+        log_prob: float32, natural log-probability of that token, before temperature, top_k and top_p; 0 for padding.
         done: Whether that token, or one before it, ended the answer.
         keys: Random keys; each draw's is folded from its sequence's key and the position it draws for.
     """
@@ -47,6 +50,7 @@ class DecodeState:
     cache: KVCache
     images: ImageContext | None
     token: Int[Array, " batch"]
+    log_prob: Float[Array, " batch"]
     done: Bool[Array, " batch"]
     keys: Key[Array, " batch"]
 
@@ -56,9 +60,11 @@ def _sample_next(
 ) -> DecodeState:
     """Return the state after its next token is drawn from ``logits``."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.cache.lengths)
-    token = jnp.where(state.done, config.text.pad_token_id, sample_token(logits, keys, sampling))
+    drawn = sample_token(logits, keys, sampling)
+    log_prob = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    token = jnp.where(state.done, config.text.pad_token_id, drawn)
     ended = jnp.isin(token, jnp.array(config.text.eos_token_ids, jnp.int32))
-    return replace(state, token=token, done=state.done | ended)
+    return replace(state, token=token, log_prob=jnp.where(state.done, 0, log_prob), done=state.done | ended)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "capacity", "mesh"))
@@ -82,7 +88,8 @@ def _prefill_prompts(
         cache = KVCache(decoder.init_cache(len(lengths), capacity), zeros)
         suffix, logits = prefill(decoder, prompts, cache)
         keys = jax.vmap(jax.random.key)(seeds)
-        state = DecodeState(KVCache(suffix, lengths), images, zeros, jnp.zeros(lengths.shape, bool), keys)
+        none = jnp.zeros(lengths.shape, jnp.float32)
+        state = DecodeState(KVCache(suffix, lengths), images, zeros, none, jnp.zeros(lengths.shape, bool), keys)
         return _sample_next(state, logits, config, sampling)
 
 
@@ -96,29 +103,32 @@ def _decode_steps(
     sampling: Sampling,
     steps: int,
     mesh: Mesh | None,
-) -> tuple[DecodeState, Int[Array, "batch {steps}"], Int[Array, ""]]:
+) -> tuple[DecodeState, Int[Array, "batch {steps}"], Float[Array, "batch {steps}"], Int[Array, ""]]:
     """Sample up to ``steps`` more tokens, at most ``limit``, and fewer once every answer has ended.
 
     Returns:
-        The state, the tokens, and how many of them were sampled.
+        The state, the tokens, their log-probabilities, and how many of them were sampled.
     """
+    Carry = tuple[jax.Array, DecodeState, jax.Array, jax.Array]
 
-    def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
-        step, state, _ = carry
+    def unfinished(carry: Carry) -> jax.Array:
+        step, state, _, _ = carry
         return (step < steps) & (step < limit) & ~state.done.all()
 
-    def body(carry: tuple[jax.Array, DecodeState, jax.Array]) -> tuple[jax.Array, DecodeState, jax.Array]:
-        step, state, tokens = carry
+    def body(carry: Carry) -> Carry:
+        step, state, tokens, log_probs = carry
         decoder = Decoder(params, config, state.images, PREFILL_CHUNK)
         hidden, suffix = decoder.forward(state.token[:, None], state.cache)
         state = replace(state, cache=KVCache(suffix, state.cache.lengths + 1))
         state = _sample_next(state, decoder.logits(hidden[:, 0]), config, sampling)
-        return step + 1, state, jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, step))
+        tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, step))
+        return step + 1, state, tokens, jax.lax.dynamic_update_slice(log_probs, state.log_prob[:, None], (0, step))
 
     with use_mesh(mesh), jax.named_scope("sample"):
         tokens = jnp.full((state.token.shape[0], steps), config.text.pad_token_id, jnp.int32)
-        sampled, state, tokens = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, tokens))
-        return state, tokens, sampled
+        start = jnp.int32(0), state, tokens, jnp.zeros(tokens.shape, jnp.float32)
+        sampled, state, tokens, log_probs = jax.lax.while_loop(unfinished, body, start)
+        return state, tokens, log_probs, sampled
 
 
 class Generator:
@@ -129,13 +139,16 @@ class Generator:
     Args:
         model: Model in the unrolled layout.
         sampling: Settings of sampling; by default the likeliest token is taken.
+        processor: Processor of the model's checkpoint, which the methods that give text need.
 
     Raises:
         UserError: The model's layers are stacked, or an argument is not of its type.
     """
 
-    def __init__(self, model: Mllama, sampling: Sampling | None = None) -> None:
+    def __init__(self, model: Mllama, sampling: Sampling | None = None, processor: Processor | None = None) -> None:
         check_instance("model", model, Mllama, "give an Mllama")
+        if processor is not None:
+            check_instance("processor", processor, Processor, "give the Processor of the model's checkpoint")
         if sampling is not None:
             check_instance("sampling", sampling, Sampling, "give a Sampling, such as Sampling(temperature=0.6)")
         if model.layout != "unrolled":
@@ -147,6 +160,7 @@ class Generator:
             "mesh": model.mesh,
         }
         self.config = model.config
+        self._processor = processor
 
     def stream(
         self, inputs: Mapping[str, np.ndarray], *, max_new_tokens: int, seeds: Sequence[int] | int = 0
@@ -165,6 +179,13 @@ class Generator:
         Raises:
             UserError: ``check_inputs`` or ``check_request`` refuses the arguments.
         """
+        for tokens, _ in self._pieces(inputs, max_new_tokens, seeds):
+            yield tokens
+
+    def _pieces(
+        self, inputs: Mapping[str, np.ndarray], max_new_tokens: int, seeds: Sequence[int] | int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the tokens that ``stream`` yields, each piece with its log-probabilities, float32 [batch, n]."""
         arrays = as_arrays(inputs)
         check_inputs(self.config, arrays)
         prompts, lengths = pad_to_bucket(self.config, arrays)
@@ -172,14 +193,14 @@ class Generator:
         capacity = prompts["input_ids"].shape[1] + bucket(max_new_tokens)
         each = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape)
         state = _prefill_prompts(self._params, prompts, lengths, each, capacity=capacity, **self._settings)
-        token, done = jax.device_get((state.token, state.done))
-        yield token[:, None]
+        token, log_prob, done = jax.device_get((state.token, state.log_prob, state.done))
+        yield token[:, None], log_prob[:, None]
         left = max_new_tokens - 1
         while left > 0 and not done.all():
             limit = np.int32(left)
-            state, tokens, sampled = _decode_steps(self._params, state, limit, steps=STEPS_PER_CALL, **self._settings)
-            tokens, sampled, done = jax.device_get((tokens, sampled, state.done))
-            yield tokens[:, :sampled]
+            state, *drawn = _decode_steps(self._params, state, limit, steps=STEPS_PER_CALL, **self._settings)
+            (tokens, log_probs, sampled), done = jax.device_get((drawn, state.done))
+            yield tokens[:, :sampled], log_probs[:, :sampled]
             left -= int(sampled)
 
     def generate(
@@ -187,6 +208,74 @@ class Generator:
     ) -> np.ndarray:
         """Return all new tokens, int32 [batch, new]. The arguments and errors are those of ``stream``."""
         return np.concatenate(list(self.stream(inputs, max_new_tokens=max_new_tokens, seeds=seeds)), axis=1)
+
+    def stream_completions(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        max_new_tokens: int,
+        seeds: Sequence[int] | int = 0,
+        stop: Sequence[str] | str = (),
+    ) -> Iterator[list[Completion]]:
+        """Yield the answers as far as they are generated: texts, tokens and log-probabilities.
+
+        Args:
+            inputs: Arrays that a processor returns for prompts, padded on either side.
+            max_new_tokens: Largest number of tokens to sample for each prompt.
+            seeds: Seed of the draws of each prompt, or one seed for all.
+            stop: Texts that end an answer where it comes to one of them.
+
+        Yields:
+            The completion of each prompt, when its first token is there and then after up to ``STEPS_PER_CALL`` more.
+            The last ones yielded have all ended.
+
+        Raises:
+            UserError: The generator has no processor, or ``stream`` or ``check_stop`` refuses the arguments.
+        """
+        if self._processor is None:
+            raise UserError("a generator of text needs the processor: Generator(model, processor=processor)")
+        strings, rows = check_stop(stop), None
+        for tokens, log_probs in self._pieces(inputs, max_new_tokens, seeds):
+            rows = rows or [
+                GrowingCompletion(self._processor, self.config.text.eos_token_ids, strings, max_new_tokens)
+                for _ in tokens
+            ]
+            for row, *piece in zip(rows, tokens, log_probs, strict=True):
+                row.extend(*piece)
+            yield [row.now for row in rows]
+            if all(row.now.ended for row in rows):
+                return
+
+    def complete(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        max_new_tokens: int,
+        seeds: Sequence[int] | int = 0,
+        stop: Sequence[str] | str = (),
+    ) -> list[Completion]:
+        """Return the whole answers. The arguments and errors are those of ``stream_completions``."""
+        *_, last = self.stream_completions(inputs, max_new_tokens=max_new_tokens, seeds=seeds, stop=stop)
+        return last
+
+    def stream_text(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        max_new_tokens: int,
+        seeds: Sequence[int] | int = 0,
+        stop: Sequence[str] | str = (),
+    ) -> Iterator[list[str]]:
+        """Yield the new text of each prompt's answer, in whole characters; it is empty where there is none yet.
+
+        The arguments and errors are those of ``stream_completions``. Joined, the texts are those of ``complete``.
+        """
+        before: list[str] = []
+        for completions in self.stream_completions(inputs, max_new_tokens=max_new_tokens, seeds=seeds, stop=stop):
+            texts = [completion.text for completion in completions]
+            before = before or [""] * len(texts)
+            yield [text.removeprefix(earlier) for text, earlier in zip(texts, before, strict=True)]
+            before = texts
 
 
 def check_request(config: MllamaConfig, prompt: int, new: int, seeds: Sequence[int] | int, batch: int = 1) -> None:
