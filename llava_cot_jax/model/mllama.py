@@ -26,14 +26,13 @@ from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
+from llava_cot_jax.model.inputs import ArrayLike, as_arrays
 from llava_cot_jax.model.layers import int8_linear
 from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, Params, initial_values, parameters
 from llava_cot_jax.model.quantization import quantize_params
 from llava_cot_jax.model.sharding import check_mesh, check_surroundings, constrain, parameter_sharding, use_mesh
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import OnProgress
-
-ArrayLike = jax.Array | np.ndarray
 
 SUBMODELS = ("vision_model", "multi_modal_projector", "language_model")
 
@@ -450,31 +449,6 @@ def _run_compiled(
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}")
-
-
-def as_arrays(inputs: Mapping[str, Any]) -> dict[str, ArrayLike]:
-    """Return the arrays of a batch as JAX's or NumPy's, without those that are None.
-
-    Lists of numbers, and arrays of other libraries on the host, become NumPy's.
-
-    Raises:
-        UserError: ``inputs`` is no mapping, a value is no array of numbers, or ids are not whole numbers.
-    """
-    check_instance("inputs", inputs, Mapping, "give the arrays by name, as a processor returns them")
-    arrays = {}
-    for name, value in inputs.items():
-        if value is None:
-            continue
-        try:
-            array = value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
-        except (TypeError, ValueError, RuntimeError):  # rows of unequal length, say, or a tensor on a device
-            raise UserError(f"{name} cannot be made an array: it is {shown(value)}") from None
-        if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
-            raise UserError(f"{name} is {shown(value)}; it must be an array of numbers")
-        if name in ("input_ids", "aspect_ratio_ids") and not jnp.issubdtype(array.dtype, jnp.integer):
-            raise UserError(f"{name} is an array of {array.dtype}; ids are whole numbers")
-        arrays[name] = array
-    return arrays
 
 
 def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:

@@ -1,4 +1,4 @@
-"""Loss: cross-entropy in float32 over the trained tokens of a batch, and the same of logits and labels."""
+"""Loss: cross-entropy in float32 over the trained tokens of a batch, or over the labels of logits."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,8 @@ from llava_cot_jax.checks import shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.mllama import ArrayLike, compute_logits, hidden_states
+from llava_cot_jax.model.inputs import ArrayLike
+from llava_cot_jax.model.mllama import compute_logits, hidden_states
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain, local_size
 from llava_cot_jax.rounding import ceil_div
