@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from llava_cot_jax.interruption import prepare_process
 
 if TYPE_CHECKING:
+    __version__: str
     from llava_cot_jax.errors import UserError
+    from llava_cot_jax.inference.completions import Completion
     from llava_cot_jax.inference.generator import Generator
     from llava_cot_jax.inference.settings import Sampling
     from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
     from llava_cot_jax.search.reasoner import Answer, Reasoner
     from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
     from llava_cot_jax.stages import find_stages
+    from llava_cot_jax.training.loss import causal_lm_loss
 
 prepare_process()  # before anything slow is imported
 
 __all__ = [
     "Answer",
     "BestOfN",
+    "Completion",
     "Generator",
     "Greedy",
     "Judge",
@@ -42,6 +46,7 @@ __all__ = [
     "TextConfig",
     "UserError",
     "VisionConfig",
+    "causal_lm_loss",
     "find_stages",
     "make_mesh",
     "user_turn",
@@ -54,6 +59,7 @@ _MODULES = {
     "model.config": ("MllamaConfig", "TextConfig", "VisionConfig"),
     "model.mllama": ("Mllama",),
     "model.sharding": ("make_mesh",),
+    "inference.completions": ("Completion",),
     "inference.generator": ("Generator",),
     "inference.settings": ("Sampling",),
     "search.reasoner": ("Answer", "Reasoner"),
@@ -67,6 +73,7 @@ _MODULES = {
         "StageBeam",
     ),
     "stages": ("find_stages",),
+    "training.loss": ("causal_lm_loss",),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
@@ -75,11 +82,23 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _read_version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
     return value
 
 
+def _read_version() -> str:
+    """Return the version of the installed package, or "unknown" where only its folder is on the path."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(__name__)
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

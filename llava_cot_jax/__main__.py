@@ -2,9 +2,8 @@
 
 import runpy
 import sys
-from importlib.metadata import version
 
-from llava_cot_jax import cli
+from llava_cot_jax import __version__, cli
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.option_errors import did_you_mean
 
@@ -20,7 +19,7 @@ def _dispatch() -> None:
     if command in ("-h", "--help"):
         print(_overview())
     elif command == "--version":
-        print(f"llava-cot {version('llava_cot_jax')}")
+        print(f"llava-cot {__version__}")
     elif command in cli.COMMANDS:
         sys.argv = [program, *arguments[1:]]
         runpy.run_module(f"llava_cot_jax.{command}", run_name="__main__")

@@ -5,8 +5,9 @@ python -m llava_cot_jax.bench --random 100m --dtype float32
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import jsonargparse
 from rich.console import Console
@@ -59,9 +60,12 @@ def _bench(options: jsonargparse.Namespace, folder: Path | None) -> None:
     model = _model(options, folder)
     if options.quantize:
         model.quantize()
-    report = measure(model, options.workload, options.runs, console, baseline=bool(options.baseline))
-    if options.json:
-        print(json.dumps(report), flush=True)
+
+    def write(part: Mapping[str, Any]) -> None:
+        if options.json:
+            print(json.dumps(part), flush=True)
+
+    measure(model, options.workload, options.runs, console, baseline=bool(options.baseline), write=write)
 
 
 def _parser() -> cli.Parser:
@@ -97,7 +101,13 @@ def _parser() -> cli.Parser:
         choices=["transformers"],
         help="Measure transformers as well: upstream's loop of calls, and batched sampling.",
     )
-    add("--json", type=bool, default=False, help="Print one JSON object. The tables go to stderr.")
+    add(
+        "--json",
+        type=bool,
+        default=False,
+        help="Print JSON objects, one a line: what is measured with, each measurement as soon as it is made, and the "
+        "totals. The tables go to stderr.",
+    )
     return parser
 
 

@@ -1,6 +1,7 @@
 """Reading of options, display of progress, counting of compilations, and report of mistakes, for all commands."""
 
 import argparse
+import io
 import logging
 import os
 import re
@@ -28,6 +29,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+import llava_cot_jax
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import cache_folder
 from llava_cot_jax.interruption import EXIT_CODE, command_running
@@ -91,8 +93,13 @@ class Parser(jsonargparse.ArgumentParser):
 
     def __init__(self, command: str, renamed: Mapping[str, str] | None = None) -> None:
         super().__init__(
-            prog=program_name(command), description=COMMANDS[command], exit_on_error=False, allow_abbrev=False
+            prog=program_name(command),
+            description=COMMANDS[command],
+            version=llava_cot_jax.__version__,
+            exit_on_error=False,
+            allow_abbrev=False,
         )
+        self._option_string_actions["--version"].help = "Print the version of the package, and exit."
         self._renamed = renamed or {}
         self._sources: dict[str, str] = {}  # configuration files that set options, by the options' names
         self.add_argument("--config", action="config", help="YAML file of these options. Later options override it.")
@@ -255,6 +262,7 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> 
     with command_running():
         _quiet_libtpu()
         _show_warnings()
+        _escape_what_cannot_be_printed()
         try:
             main()
         except KeyboardInterrupt as interrupt:
@@ -308,6 +316,13 @@ def run_interruptible(function: Callable[[], _Result]) -> _Result:
 
     Thread(target=work, daemon=True).start()
     return outcome.result()
+
+
+def _escape_what_cannot_be_printed() -> None:
+    """Let a terminal that is not UTF-8 show the code of a character that it lacks, instead of an error of Python."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook has put another object
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libtpu() -> None:

@@ -13,13 +13,13 @@ import contextlib
 import datetime
 import functools
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import jsonargparse
@@ -35,11 +35,12 @@ from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import BUNDLED_MODEL, as_path, writing_errors
 from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.questions import UserQuestion, draw_pictures, read_questions
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_request_options
 from llava_cot_jax.search.strategies import Strategy
-from llava_cot_jax.stages import find_stages
+from llava_cot_jax.stages import find_conclusion, find_stages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +50,11 @@ if TYPE_CHECKING:
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.request_builder import Requests
     from llava_cot_jax.search.trace import Trace
+
+_LOG = logging.getLogger("llava_cot_jax.generate")  # where the command is run, __name__ is "__main__"
+
+MORE_TOKENS = "give a higher --max_new_tokens for the rest, if the model's context holds it"
+"""Remedy for an answer that was cut off."""
 
 DEFAULT_MODEL_NOTE = (
     "No --checkpoint was given: the small model of the package answers. It knows pictures of coloured "
@@ -111,17 +117,20 @@ def main(argv: list[str] | None = None) -> None:
 
     for question, answer in zip(questions, prepared, strict=True):
         compiled_before = compilations.count
-        shows_right_answer = question.right_answer and not options.json and not options.show_search
-        if shows_right_answer:
-            print(f"{question.question} ({question.image})", flush=True)
+        shows_plain_text = not options.json and not options.show_search
+        if shows_plain_text and (len(questions) > 1 or question.right_answer):
+            print(question.header, flush=True)
         result = answer(model)
         if options.json:
             result.seconds["load"] = loading_seconds
-            about = {**asdict(question), "compilations": compilations.count - compiled_before}
+            asked = {name: getattr(question, name) for name in ("question", "images", "right_answer")}
+            about = {**asked, "seed": options.seed, "compilations": compilations.count - compiled_before}
             report = {**about, **asdict(result), "device": jax.devices()[0].device_kind}
             print(json.dumps(report, allow_nan=False), flush=True)
-        elif shows_right_answer:
+        elif shows_plain_text and question.right_answer:
             print(f"(the right answer: {question.right_answer})", flush=True)
+        for note in result.notes:
+            _LOG.warning(f"{question.header}: {note}" if len(questions) > 1 else note)
     for name in ("trace", "page"):
         if options[name]:
             print(f"wrote the {name} of the search to {options[name]}", file=sys.stderr)
@@ -175,10 +184,6 @@ def _check_files(options: jsonargparse.Namespace) -> None:
     Raises:
         UserError: One of them cannot be used.
     """
-    from llava_cot_jax.processing.images import check_image
-
-    for image in options.image or []:
-        check_image(image)
     if options.search:
         JudgePrompts.load(options.judge_prompts)
     for axis, size in vars(options.mesh).items():
@@ -199,36 +204,13 @@ def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:
     return mesh
 
 
-@dataclass(frozen=True)
-class UserQuestion:
-    """A question to answer.
-
-    Attributes:
-        question: Text of the question.
-        image: Path of the image that the question is about, if it is about one.
-        right_answer: Right answer, which is known for drawn pictures.
-    """
-
-    question: str
-    image: str | None
-    right_answer: str | None = None
-
-
 def _questions(options: jsonargparse.Namespace) -> list[UserQuestion]:
-    """Return the user's questions, each with its image, or, without any, questions about pictures drawn here."""
-    images: list[str] = options.image or []
-    if not options.question:
-        if images:
-            raise UserError("give --question: what is to be answered about the image")
-        from llava_cot_jax.data.shapes.drawn import draw_questions
-
-        folder, count = options.draw_to, 1 if options.draw is None else options.draw
-        drawn = draw_questions(as_path(folder), count, options.seed)
-        return [UserQuestion(each.question, str(Path(folder) / each.image.name), each.answer) for each in drawn]
-    if len(images) not in (0, 1, len(options.question)):
-        raise UserError(f"{len(images)} images for {len(options.question)} questions: give none, one, or one for each")
-    image_of: list[str | None] = [*images] or [None]
-    return [UserQuestion(question, image_of[i % len(image_of)]) for i, question in enumerate(options.question)]
+    """Return the user's questions, each with its images, or, without any, questions about pictures drawn here."""
+    if options.question:
+        return read_questions(options.question, options.image or [])
+    if options.image:
+        raise UserError("give --question: what is to be answered about the image")
+    return draw_pictures(options.draw_to, 1 if options.draw is None else options.draw, options.seed)
 
 
 @dataclass
@@ -237,19 +219,37 @@ class QuestionResult:
 
     Attributes:
         text: The whole answer.
+        conclusion: Body of its last stage, or the whole text of an answer without stages.
         stages: Body of each stage in the answer, by name.
         ended: Why the answer, or the last stage of a search, ended: "eos", "tag", or "max_new_tokens" where
             it was cut off.
         tokens: Numbers of tokens, by what they are for: "prompt" and "new", or the parts of a search.
         seconds: Seconds by what they were spent on: "first_token" and "total", counted from the question on, or the
             parts of a search.
+        forced_stages: Stages that the search closed itself, and why each ended: "eos" or "max_new_tokens".
     """
 
     text: str
+    conclusion: str
     stages: dict[str, str]
     ended: str
     tokens: dict[str, int]
     seconds: dict[str, float]
+    forced_stages: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines about an end that the reader of the answer should know of: a limit, or tags that a search added."""
+        cut = [stage for stage, ended in self.forced_stages.items() if ended == "max_new_tokens"]
+        left = [stage for stage in self.forced_stages if stage not in cut]
+        notes = []
+        if cut:
+            notes.append(f"{', '.join(cut)} cut at the limit of new tokens, and closed by the search: {MORE_TOKENS}")
+        elif self.ended == "max_new_tokens" and not self.forced_stages:
+            notes.append(f"the answer was cut at the limit of new tokens: {MORE_TOKENS}")
+        if left:
+            notes.append(f"{', '.join(left)} ended without a closing tag, which the search added")
+        return notes
 
 
 class _SearchAnswerer:
@@ -270,7 +270,7 @@ class _SearchAnswerer:
         Raises:
             UserError: The question or its image cannot be used.
         """
-        requests = self._builder.build([question.image], [question.question], self._options.seed)
+        requests = self._builder.build([question.sources], [question.question], self._options.seed)
         return functools.partial(self._answer, question, requests)
 
     def _answer(self, question: UserQuestion, requests: Requests, model: Mllama) -> QuestionResult:
@@ -288,15 +288,14 @@ class _SearchAnswerer:
         elif not options.json:
             print(answer.text if options.show_reasoning else answer.conclusion, flush=True)
         self._write_files(model)
-        return QuestionResult(
-            answer.text, answer.stages, last.candidates[last.winner].ended, trace.tokens, trace.seconds
-        )
+        ended, forced = last.candidates[last.winner].ended, trace.forced_stages
+        return QuestionResult(answer.text, answer.conclusion, answer.stages, ended, trace.tokens, trace.seconds, forced)
 
     def _write_files(self, model: Mllama) -> None:
         """Write all searches so far to the files that the user asked for."""
         options = self._options
         if options.trace:
-            traces = [asdict(trace) for _, trace in self._searches]
+            traces = [trace.to_dict() for _, trace in self._searches]
             path = as_path(options.trace)
             with writing_errors(path):
                 write_text(path, json.dumps(traces, indent=1, ensure_ascii=False, allow_nan=False))
@@ -314,7 +313,7 @@ class _SearchAnswerer:
                 "date": datetime.date.today(),
                 **{name: version(name) for name in ("llava_cot_jax", "jax")},
             }
-            entries = [PageEntry(trace, [q.image] if q.image else [], q.right_answer) for q, trace in self._searches]
+            entries = [PageEntry(trace, q.sources, q.right_answer) for q, trace in self._searches]
             write_page(as_path(options.page), entries, facts)
 
 
@@ -335,7 +334,7 @@ class _StreamingAnswerer:
         """
         from llava_cot_jax.inference.generator import check_request
 
-        processor, images = self._processor, [] if question.image is None else [question.image]
+        processor, images = self._processor, question.sources
         inputs = processor([processor.prompt(user_turn(question.question, len(images)))], [images])
         options, prompt = self._options, inputs["input_ids"].shape[1]
         check_request(processor.config, prompt, options.max_new_tokens, options.seed, self._default_length)
@@ -346,23 +345,20 @@ class _StreamingAnswerer:
         from llava_cot_jax.inference.screen import Screen
 
         options = self._options
-        start, first_token_seconds, text = time.perf_counter(), 0.0, ""
-        ids: list[int] = []
-        generator = Generator(model, self._sampling, self._default_length)
-        stream = generator.stream(inputs, max_new_tokens=options.max_new_tokens, seeds=options.seed)
+        start, first_token_seconds = time.perf_counter(), 0.0
+        generator = Generator(model, self._sampling, self._processor, self._default_length)
+        stream = generator.stream_completions(inputs, max_new_tokens=options.max_new_tokens, seeds=options.seed)
         with contextlib.nullcontext() if options.json else Screen(options.show_reasoning) as screen:
-            for tokens in stream:
+            for (completion,) in stream:
                 first_token_seconds = first_token_seconds or time.perf_counter() - start
-                ids += tokens[0].tolist()
-                text = self._processor.decode(ids)
                 if screen:
-                    screen.show(text.rstrip("\ufffd"))  # hide a character whose last bytes are still to come
+                    screen.show(completion.text)
             if screen:
-                screen.finish(text)
-        ended = "eos" if ids[-1] in model.config.text.eos_token_ids else "max_new_tokens"
-        counts = {"prompt": int(inputs["attention_mask"].sum()), "new": len(ids)}
+                screen.finish(completion.text)
+        text = completion.text
+        counts = {"prompt": int(inputs["attention_mask"].sum()), "new": len(completion.tokens)}
         seconds = {"first_token": first_token_seconds, "total": time.perf_counter() - start}
-        return QuestionResult(text, find_stages(text), ended, counts, seconds)
+        return QuestionResult(text, find_conclusion(text), find_stages(text), completion.ended, counts, seconds)
 
 
 if __name__ == "__main__":

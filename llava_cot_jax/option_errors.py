@@ -114,7 +114,11 @@ def _typed(value: str) -> str:
     return value if is_number or value.startswith(("[", "{")) else repr(value)
 
 
-class _StrictLoader(yaml.SafeLoader):
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Loader that jsonargparse reads with. The one in C accepts a little more, such as a question mark in ``[a?]``."""
+
+
+class _StrictLoader(_SafeLoader):
     """YAML's loader, but for a key that is given twice, which YAML forbids and the loader accepts."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -12,11 +12,12 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 from llava_cot_jax import bench, cli
+from llava_cot_jax.benchmark import report
 from llava_cot_jax.benchmark import workload as workloads
 from llava_cot_jax.benchmark.baseline import TransformersBaseline
 from llava_cot_jax.benchmark.inputs import endless_tables
-from llava_cot_jax.benchmark.search_benchmark import SearchBenchmark
-from llava_cot_jax.benchmark.timing import DeviceRates
+from llava_cot_jax.benchmark.search_benchmark import BenchmarkRow, SearchBenchmark
+from llava_cot_jax.benchmark.timing import DeviceRates, Timing
 from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.costs import model_costs
 from llava_cot_jax.search.program import search
@@ -105,7 +106,7 @@ def found_again() -> Iterator[list[str]]:
 
 @pytest.mark.slow
 def test_the_report(monkeypatch, capsys, tmp_path, found_again):
-    """The JSON object goes to stdout, and the tables, with transformers, to stderr."""
+    """JSON objects go to stdout, one a line, and the tables, with transformers, to stderr."""
     work = tmp_path / "work.yaml"
     lengths = {**asdict(WORK), "stage_tokens": list(WORK.stage_tokens), "num_candidates": list(WORK.num_candidates)}
     work.write_text(yaml.safe_dump(lengths))
@@ -113,18 +114,38 @@ def test_the_report(monkeypatch, capsys, tmp_path, found_again):
     given = ["--random", "100m", "--dtype", "float32", "--workload", str(work), "--runs", "2", "--json"]
     code, out, err = run(monkeypatch, capsys, *given, "--baseline", "transformers")
     assert code == 0, err
-    report = json.loads(out)
-    names = [row["name"] for row in report["rows"]]
+    parts = [json.loads(line) for line in out.splitlines()]
+    rows, baseline = ([part[name] for part in parts if name in part] for name in ("row", "baseline"))
+    totals = {name: value for part in parts for name, value in part.items()}
+    assert list(parts[0]) == ["date", "versions", "device", "workload", "rates"]
+    names = [row["name"] for row in rows]
     assert names[:5] == ["vision tower", "prefill", "decode, N = 1", "decode, N = 2", "judge, a pair"]
-    assert [row["sequences"] for row in report["rows"][2:4]] == [1, 2]
+    assert [row["sequences"] for row in rows[2:4]] == [1, 2]
     assert len(found_again) >= len(names)  # each was timed warm too
     assert "stage beam, rationale, N = 2" in names and "greedy" in names
-    assert all(p["timing"]["median"] > 0 and p["flops"] > 0 for p in report["rows"])
-    assert report["recompilations"] == 0
-    assert set(report["judge_share"]) == {"token, N = 2", "rationale, N = 2"}
-    calls = {row["method"]: row["calls"] for row in report["baseline"]}
+    assert all(p["timing"]["median"] > 0 and p["flops"] > 0 for p in rows)
+    assert totals["recompilations"] == 0
+    assert set(totals["judge_share"]) == {"token, N = 2", "rationale, N = 2"}
+    calls = {row["method"]: row["calls"] for row in baseline}
     assert calls == {"one call after another": 10 * 2 - 6, "batched sampling, no judge": 4}
     assert "differ from transformers' by at most" in err and "times as long as ours" in err
+
+
+def test_a_report_that_is_cut_off_has_what_was_measured(monkeypatch, capsys):
+    """The second measurement is interrupted."""
+    row = BenchmarkRow("vision tower", Timing(1, 1, 1, 1, 1, 2, 0), 1, "image", flops=10, bytes=10)
+
+    def interrupted(_: SearchBenchmark) -> Iterator[BenchmarkRow]:
+        yield row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SearchBenchmark, "component_rows", interrupted)
+    monkeypatch.setattr(report, "device_rates", lambda _: [DeviceRates("measured", 1.0, 1.0)])
+    monkeypatch.setattr(bench, "_model", lambda *_: random_model(0)[0])
+    code, out, _ = run(monkeypatch, capsys, "--random", "100m", "--json", "--workload.image_tiles", "1")
+    about, measured = map(json.loads, out.splitlines())
+    assert code == 130 and about["workload"]["prompt_tokens"] == 128
+    assert measured == {"row": asdict(row)}
 
 
 def test_logits_are_those_of_transformers():

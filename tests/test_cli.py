@@ -1,6 +1,7 @@
 """The command line that all commands share: their names, the spelling of options, booleans, and usage lines."""
 
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import llava_cot_jax
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
 from tests.parsers import STARTS, options_of, parser_of, required_arguments
@@ -31,8 +33,8 @@ def outcome(parser: cli.Parser, *arguments: str) -> Any:
 
 
 def named_options(start: str) -> list[Any]:
-    """The options of a parser, but for --help, --config and --print_config."""
-    general = {"--help", "--config", "--print_config"}
+    """The options of a parser, but for those that every parser has."""
+    general = {"--help", "--version", "--config", "--print_config"}
     return [a for a in options_of(parser_of(start)) if a.option_strings and not general & {*a.option_strings}]
 
 
@@ -79,8 +81,8 @@ def test_a_boolean_stands_alone_or_takes_true_or_false(start):
 
 @every_parser
 def test_no_boolean_is_declared_in_another_way(start):
-    """Only --help takes no value."""
-    assert [action.dest for action in options_of(parser_of(start)) if action.nargs == 0] == ["help"]
+    """Only --help and --version take no value."""
+    assert {action.dest for action in options_of(parser_of(start)) if action.nargs == 0} == {"help", "version"}
 
 
 def test_there_are_booleans_of_both_kinds():
@@ -139,6 +141,38 @@ def test_an_unknown_command(command, message):
 
 def test_the_version():
     assert run("-m", "llava_cot_jax", "--version").stdout == f"llava-cot {version('llava_cot_jax')}\n"
+    assert llava_cot_jax.__version__ == version("llava_cot_jax")
+
+
+@every_parser
+def test_the_version_of_a_command(start, capsys):
+    with pytest.raises(SystemExit) as end:
+        parser_of(start).parse_args(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"{cli.program_name(start.split()[0])} {version('llava_cot_jax')}\n"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "utf-8"},
+    ],
+)
+def test_a_terminal_without_a_character_shows_its_code(environment):
+    """Half of a character, too, ends no answer in a traceback. Errors are told as well."""
+    code = (
+        "from llava_cot_jax import cli; from llava_cot_jax.errors import UserError\n"
+        "def main(): print('d\\xe9j\\xe0 \\u5317 \\ud83d'); raise UserError('\\u4eac')\n"
+        "cli.run(main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=os.environ | environment)
+    assert ended.returncode == 2 and b"Traceback" not in ended.stderr
+    utf8 = "utf-8" in environment.values()
+    out = "d\u00e9j\u00e0 \u5317 \\ud83d" if utf8 else r"d\xe9j\xe0 \u5317 \ud83d"
+    assert ended.stdout == f"{out}\n".encode()
+    assert ended.stderr == ("error: \u4eac\n" if utf8 else "error: \\u4eac\n").encode()
 
 
 SCRIPT = "import sys; from llava_cot_jax.__main__ import main; sys.argv[0] = 'bin/llava-cot'; main()"

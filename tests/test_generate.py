@@ -1,5 +1,7 @@
 """The command ``generate``: its output, what it compiles, and its errors."""
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -20,16 +22,20 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from llava_cot_jax import cli
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.files import read_json
-from llava_cot_jax.generate import main
+from llava_cot_jax.generate import MORE_TOKENS, QuestionResult, main
+from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.inference.screen import Screen
 from llava_cot_jax.model import config as config_module
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.model.sharding import default_mesh
 from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.questions import read_questions
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import StageBeam
+from llava_cot_jax.stages import STAGES
 from tests.demo import write_demo
 from tests.parity.reference import and_then, logits_of, under
 from tests.parity.test_transformers import OFF
@@ -48,6 +54,11 @@ def demo(tmp_path_factory) -> Path:
 
 def arguments(demo: Path, *more: str) -> list[str]:
     return ["--checkpoint", str(demo), "--image", str(demo / "picture.png"), "--question", QUESTION, *more]
+
+
+def cut(*stages: str) -> str:
+    """The warning about stages that reach their limit."""
+    return f"warning: {', '.join(stages)} cut at the limit of new tokens, and closed by the search: {MORE_TOKENS}\n"
 
 
 def start_process(*arguments: str) -> subprocess.Popen:
@@ -101,7 +112,7 @@ def test_json_of_two_questions_in_a_process_of_its_own(demo):
         assert answer["text"] == text
         assert answer["tokens"]["new"] == count
         assert answer["stages"] == {}
-        assert answer["image"] == str(demo / image)
+        assert answer["images"] == [str(demo / image)]
         assert answer["ended"] == ("max_new_tokens" if count == 60 else "eos")
         assert 0 < answer["seconds"]["first_token"] <= answer["seconds"]["total"]
     assert answers[0]["compilations"] > 0
@@ -185,7 +196,7 @@ def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
     )
     assert one["text"] == again["text"] == spread["text"] != other["text"]
     assert one["tokens"] == {"prompt": spread["tokens"]["prompt"], "new": 24}
-    assert one["image"] is None
+    assert (one["images"], one["seed"], other["seed"]) == ([], 3, 4)
 
 
 def test_the_default_length_shrinks_to_a_short_context(demo, tmp_path, monkeypatch, capsys):
@@ -256,7 +267,10 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: [*SEARCH, "greedy", "--page", ""], "a path is empty"),
         (lambda d, t: ["--page", str(t / "x.html")], "--page needs a search"),
         (lambda d, t: ["--show_search"], "--show_search needs a search"),
-        (lambda d, t: ["--image", "a.png", "b.png", "c.png"], "3 images for 1 questions"),
+        (lambda d, t: ["--question", "a", "b", "--image", "a.png", "b.png", "c.png"], "3 images for 2 questions"),
+        (lambda d, t: ["--image", "-", "--question", "-"], "standard input, -, can be read once"),
+        (lambda d, t: ["--image", "data:image/png;base64,AAAA"], "the image of a data: URL of 26 characters is not an"),
+        (lambda d, t: ["--question", "half \udc80"], "question has no valid character at position 5"),
         (lambda d, t: ["--config", str(t / "none.yaml")], "none.yaml"),
     ],
 )
@@ -269,6 +283,80 @@ def test_a_mistake_ends_in_one_line_and_code_2(demo, tmp_path, monkeypatch, caps
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert named in err
+
+
+class Stdin(io.TextIOWrapper):
+    """Standard input that has these bytes."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+
+
+class TestQuestionsAndImages:
+    """Where questions and images come from, and how several answers are told apart."""
+
+    FEW = ("--max_new_tokens", "3", "--dtype", "float32")
+
+    def answers(self, monkeypatch, capsys, demo: Path, *given: str) -> tuple[list[dict[str, Any]], str]:
+        """The JSON objects and the text on stderr."""
+        code, out, err = run(monkeypatch, capsys, "--checkpoint", str(demo), *self.FEW, "--json", *given)
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()], err
+
+    def test_several_images_of_one_question(self, demo, monkeypatch, capsys):
+        """The answer is that of the library. A file:// URL, a data: URL and standard input are files, too."""
+        data = base64.b64encode((demo / "tall.jpg").read_bytes()).decode()
+        monkeypatch.setattr(sys, "stdin", Stdin((demo / "picture.png").read_bytes()))
+        urls = [(demo / "tall.jpg").as_uri(), f"data:image/jpeg;base64,{data}", "-"]
+        (answer,), err = self.answers(monkeypatch, capsys, demo, "--question", QUESTION, "--image", *urls)
+        assert [len(name) for name in answer["images"]] == [min(len(urls[0]), 63), 63, 1]
+        processor, images = Processor.from_pretrained(demo), [demo / "tall.jpg"] * 2 + [demo / "picture.png"]
+        model = Mllama.from_pretrained(demo, dtype="float32", mesh=default_mesh(processor.config))
+        inputs = processor([processor.prompt(user_turn(QUESTION, 3))], [images])
+        (want,) = Generator(model, processor=processor).complete(inputs, max_new_tokens=3)
+        assert answer["text"] == answer["conclusion"] == want.text
+        assert (answer["seed"], answer["ended"], answer["forced_stages"]) == (0, "max_new_tokens", {})
+        warning = f"warning: the answer was cut at the limit of new tokens: {MORE_TOKENS}\n"
+        assert err.endswith(warning)
+
+    def test_a_question_in_standard_input(self, demo, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", Stdin("Wie viele \u2013 rot?\n".encode()))
+        monkeypatch.setenv("HOME", str(demo))
+        asked = read_questions(["-", "Which?"], ["~/picture.png"])
+        assert [each.question for each in asked] == ["Wie viele \u2013 rot?", "Which?"]
+        assert [each.sources for each in asked] == [["~/picture.png"]] * 2
+
+    @pytest.mark.parametrize(("content", "named"), [(b" \n", "standard input is empty"), (b"\xff", "no text in UTF-8")])
+    def test_a_standard_input_that_has_none(self, demo, monkeypatch, capsys, content, named):
+        monkeypatch.setattr(sys, "stdin", Stdin(content))
+        code, _, err = run(monkeypatch, capsys, "--checkpoint", str(demo), "--question", "-")
+        assert code == 2 and named in err and err.count("\n") == 1
+
+    def test_several_answers_are_told_apart(self, demo, monkeypatch, capsys):
+        given = ["--question", "How many?", "Which\none?", "--image", str(demo / "picture.png"), *self.FEW]
+        code, out, err = run(monkeypatch, capsys, "--checkpoint", str(demo), *given)
+        headers = [f"{question} ({demo / 'picture.png'})" for question in ("How many?", "Which one?")]
+        lines = out.splitlines()
+        assert code == 0 and lines[0] == headers[0] and headers[1] in lines[1:]
+        for header in headers:
+            assert f"warning: {header}: the answer was cut at the limit of new tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("stages", "ended", "notes"),
+    [
+        ({}, "eos", []),
+        ({}, "max_new_tokens", [f"the answer was cut at the limit of new tokens: {MORE_TOKENS}"]),
+        ({"CAPTION": "eos"}, "tag", ["CAPTION ended without a closing tag, which the search added"]),
+        (
+            {"SUMMARY": "max_new_tokens", "CAPTION": "eos", "CONCLUSION": "max_new_tokens"},
+            "max_new_tokens",
+            [cut("SUMMARY", "CONCLUSION")[9:-1], "CAPTION ended without a closing tag, which the search added"],
+        ),
+    ],
+)
+def test_how_an_answer_ended_is_told(stages, ended, notes):
+    assert QuestionResult("", "", {}, ended, {}, {}, stages).notes == notes
 
 
 def test_a_mistake_in_a_process_of_its_own(demo, tmp_path):
@@ -356,9 +444,13 @@ def test_a_search_with_its_trace(demo, monkeypatch, capsys, tmp_path):
         assert [len(stage["matches"]) for stage in told["stages"]] == [2, 0, 1, 1]
     assert answers[0]["compilations"] > answers[1]["compilations"] == 0
     assert not list(tmp_path.glob(".trace*"))
+    # No stage of so few tokens closes its tag.
+    assert [a["forced_stages"] for a in answers] == [dict.fromkeys(STAGES, "max_new_tokens")] * 2
     shown = run(monkeypatch, capsys, *given, "--seed", "4")
-    assert shown[1] == "".join(a["stages"]["CONCLUSION"] + "\n" for a in answers)
-    assert shown[2] == "searching\n" * 2
+    headers = [f"{question} ({demo / 'picture.png'})" for question in (QUESTION, "Which?")]
+    assert shown[1] == "".join(f"{h}\n{a['stages']['CONCLUSION']}\n" for h, a in zip(headers, answers, strict=True))
+    assert shown[2] == "".join("searching\n" + cut(*STAGES).replace(": ", f": {h}: ", 1) for h in headers)
+    assert [a["conclusion"] for a in answers] == [a["stages"]["CONCLUSION"] for a in answers]
 
 
 @pytest.mark.slow
@@ -409,7 +501,7 @@ class TestWithoutACheckpoint:
         answers = [json.loads(line) for line in run(monkeypatch, capsys, *given)[1].splitlines()]
         right = [answer["stages"]["CONCLUSION"] == answer["right_answer"] for answer in answers]
         assert len(right) == 40 and sum(right) > 20
-        assert {Path(answer["image"]).name for answer in answers} == {f"shapes-7-{i}.png" for i in range(40)}
+        assert {Path(answer["images"][0]).name for answer in answers} == {f"shapes-7-{i}.png" for i in range(40)}
 
     @pytest.mark.parametrize("search", [[], ["--search", "greedy"]])
     def test_its_own_length_is_the_default(self, monkeypatch, capsys, tmp_path, search):

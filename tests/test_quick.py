@@ -192,6 +192,9 @@ def test_an_answer_takes_no_torch(tmp_path: Path, how: list[str]) -> None:
     ended = run("generate", *arguments, XLA_FLAGS=xla_flags(devices=1))
     assert ended.code == 0 and json.loads(ended.out)["text"]
     assert {"jax", "transformers"} <= ended.imported and "torch" not in ended.imported
+    assert (
+        "warning: " in ended.error and "cut at the limit of new tokens" in ended.error
+    )  # the command runs as __main__
 
 
 def test_the_package_alone_imports_nothing_slow() -> None:

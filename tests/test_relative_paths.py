@@ -251,7 +251,7 @@ def test_answers_searches_and_benchmarks(shell):
         "{prompt_tokens: 9, image_tiles: 1, stage_tokens: [3, 2], num_candidates: [1]}"
     )
     few = ["--dtype", "float32", "--runs", "1", "--workload", "kurze Arbeit.yaml", "--json"]
-    assert json.loads(shell("bench", "--checkpoint", "Modell für mich", *few))["rows"]
+    assert '"row"' in shell("bench", "--checkpoint", "Modell für mich", *few)
 
     (shell.place / "ein Plan.yaml").write_text("{output: Lauf, checkpoint: ./Modell für mich, data: ./nirgends}")
     planned = shell("plan", "--config", "ein Plan.yaml", "--topology", "v5e-1", "--compile", "false", "--json")

@@ -20,6 +20,7 @@ from llava_cot_jax import (
     TextConfig,
     UserError,
     VisionConfig,
+    causal_lm_loss,
     find_stages,
     make_mesh,
     user_turn,
@@ -45,6 +46,10 @@ def ask_all(images: Any, questions: Any, **settings: Any) -> Callable[..., Any]:
 
 def generate(inputs: Any, **settings: Any) -> Callable[..., Any]:
     return lambda model, processor: Generator(model).generate(inputs, **{"max_new_tokens": 4, **settings})
+
+
+def complete(**settings: Any) -> Callable[..., Any]:
+    return lambda model, processor: Generator(model, processor=processor).complete(IDS, max_new_tokens=4, **settings)
 
 
 IDS = {"input_ids": [[1, 2, 3]]}
@@ -78,6 +83,11 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "a length that is no number": (generate(IDS, max_new_tokens="9"), "max_new_tokens is '9'"),
     "a length between numbers": (generate(IDS, max_new_tokens=9.5), "max_new_tokens is 9.5"),
     "seeds that are a text": (generate(IDS, seeds="12"), "seed is '12'; it must be a whole number"),
+    "text without a processor": (lambda m, p: Generator(m).complete(IDS, max_new_tokens=2), "needs the processor"),
+    "a stop string that is none": (complete(stop=[3]), "a stop string is 3; it must be a text"),
+    "stop strings that are none": (complete(stop=3), "stop is 3; give a text, or a list"),
+    "an empty stop string": (complete(stop=""), "a stop string is empty"),
+    "a folder for a generator's processor": (lambda m, p: Generator(m, processor="x"), "processor is 'x'; give the"),
     "a call with a text": (lambda m, p: m("hello"), "input_ids is 'hello'; it must be an array of numbers"),
     "messages that are a text": (lambda m, p: p.prompt("hi"), "messages is 'hi'; give a list of messages"),
     "one message": (lambda m, p: p.prompt({"role": "user", "content": "hi"}), "give a list of messages"),
@@ -112,6 +122,14 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "a mesh axis": (lambda m, p: make_mesh(data="2"), "mesh axis data is '2'; it must be a whole number"),
     "a turn of nothing": (lambda m, p: user_turn(None), "question is None; it must be a text"),
     "a negative number of images": (lambda m, p: user_turn("a", images=-1), "images is -1; it must be at least 0"),
+    "labels that are no array": (
+        lambda m, p: causal_lm_loss(np.zeros((1, 3, 9)), [[1, 2, 3]]),
+        "labels is .*; it must",
+    ),
+    "labels of another shape": (
+        lambda m, p: causal_lm_loss(np.zeros((1, 3, 9)), np.zeros((1, 4), int)),
+        r"labels are int64 \[1, 4\]; logits \[1, 3, 9\] need integer labels \[1, 3\]",
+    ),
     "a temperature": (lambda m, p: Sampling("warm"), "temperature is 'warm'; it must be a finite number"),
 }
 
@@ -129,7 +147,7 @@ def test_every_public_class_and_function_is_tried():
     tried = {name for call, _ in WRONG.values() for name in _names_in(call.__code__)}
     tried |= {name for helper in (ask, ask_all, generate) for name in _names_in(helper.__code__)}
     strategies = {"BestOfN", "Judge", "LogProbability", "MajorityVote", "Sample", "StageBeam"}
-    assert set(llava_cot_jax.__all__) - {"Answer", "UserError"} - strategies <= tried
+    assert set(llava_cot_jax.__all__) - {"Answer", "Completion", "UserError"} - strategies <= tried
 
 
 def _names_in(code: Any) -> set[str]:

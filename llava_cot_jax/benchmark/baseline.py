@@ -56,7 +56,7 @@ class TransformersBaseline:
 
     def logit_difference(self) -> tuple[float, float]:
         """Return the largest difference of a logit after the prompt, and the largest logit there."""
-        given = dict(self._inputs)
+        given: dict[str, Any] = dict(self._inputs)
         if "cross_attention_mask" in given:
             given["cross_attention_mask"] = given["cross_attention_mask"][:, : self._work.prompt_tokens]
         ours = np.asarray(self._ours(self._prompt, **given))[0, -1]

@@ -1,8 +1,9 @@
-"""The whole benchmark: its measurements, the printed table and the JSON report."""
+"""The whole benchmark: its measurements, the printed table, and the parts of the report as they are measured."""
 
 import datetime
 import itertools
 import platform
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -22,8 +23,16 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.search.strategies import Greedy, Judge, LogProbability, MajorityVote, StageBeam, Strategy
 
 
-def measure(model: Mllama, work: Workload, runs: int, console: Console, *, baseline: bool) -> dict[str, Any]:
-    """Measure every component and every search, print them as a table, and return them as a JSON object.
+def measure(
+    model: Mllama,
+    work: Workload,
+    runs: int,
+    console: Console,
+    *,
+    baseline: bool,
+    write: Callable[[Mapping[str, Any]], None],
+) -> None:
+    """Measure every component and every search, and print them as a table.
 
     Args:
         model: Model to measure.
@@ -31,39 +40,45 @@ def measure(model: Mllama, work: Workload, runs: int, console: Console, *, basel
         runs: Number of timed runs of each measurement.
         console: Console to print on.
         baseline: Whether to measure transformers as well.
+        write: Function that takes each part of the report, a JSON object, as soon as it is measured: what is measured
+            with; each measurement, as "row"; the totals; and each measurement of transformers, as "baseline".
     """
     console.print(_heading(model, work))
     bench = SearchBenchmark(model, work, runs)
     rates = device_rates(model.dtype)
     table = _results_table(rates)
-    report: dict[str, Any] = {
-        "date": str(datetime.date.today()),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "transformers")},
-        "device": jax.devices()[0].device_kind,
-        "workload": asdict(work),
-        "rates": [asdict(rate) for rate in rates],
-        "rows": [],
-    }
+    write(
+        {
+            "date": str(datetime.date.today()),
+            "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "transformers")},
+            "device": jax.devices()[0].device_kind,
+            "workload": asdict(work),
+            "rates": [asdict(rate) for rate in rates],
+        }
+    )
+    rows: list[BenchmarkRow] = []
     wholes = (bench.whole_search(name, strategy) for name, strategy in _searches(work))
     for row in itertools.chain(bench.component_rows(), wholes):
-        report["rows"].append(asdict(row))
+        rows.append(row)
+        write({"row": asdict(row)})
         with cli.status(f"{row.name}: {row.timing.median:.3f} s"):
             _add_row(table, row, rates)
-    report["recompilations"] = sum(row["timing"]["recompilations"] for row in report["rows"])
-    report["peak_memory"] = peak_device_memory()
+    recompilations, memory = sum(row.timing.recompilations for row in rows), peak_device_memory()
+    seconds = {row.name: row.timing.median for row in rows}
+    judge_shares = _judge_shares(seconds, work)
+    write({"recompilations": recompilations, "peak_memory": memory, "judge_share": judge_shares})
     console.print(table)
-    memory = report["peak_memory"]
     console.print(
-        f"recompilations: {report['recompilations']}; "
+        f"recompilations: {recompilations}; "
         f"peak memory: {'not reported by this device' if memory is None else f'{memory / 1e9:.1f} GB'}"
     )
-    report["judge_share"] = _judge_shares(report["rows"], work)
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in report["judge_share"].items())
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in judge_shares.items())
     console.print("share of the judge in the time of a search:", shares)
     if baseline:
-        rows = _measure_baseline(TransformersBaseline(model, work, bench.search_inputs), report, work, console)
-        report["baseline"] = [asdict(row) for row in rows]
-    return report
+        for measured in _measure_baseline(
+            TransformersBaseline(model, work, bench.search_inputs), seconds, work, console
+        ):
+            write({"baseline": asdict(measured)})
 
 
 def _heading(model: Mllama, work: Workload) -> str:
@@ -126,9 +141,8 @@ def _add_row(table: Table, row: BenchmarkRow, rates: list[DeviceRates]) -> None:
     )
 
 
-def _judge_shares(rows: list[dict[str, Any]], work: Workload) -> dict[str, float]:
+def _judge_shares(seconds: Mapping[str, float], work: Workload) -> dict[str, float]:
     """Share of the time of each judged search by which it exceeds that of the same search without a judge."""
-    seconds = {row["name"]: row["timing"]["median"] for row in rows}
     return {
         f"{verdict}, N = {count}": 1
         - seconds[f"stage beam, likelihood, N = {count}"] / seconds[f"stage beam, {verdict}, N = {count}"]
@@ -158,13 +172,11 @@ class BaselineRow:
 
 
 def _measure_baseline(
-    baseline: TransformersBaseline, report: dict[str, Any], work: Workload, console: Console
-) -> list[BaselineRow]:
-    """Measure transformers at every number of candidates above 1."""
+    baseline: TransformersBaseline, seconds: Mapping[str, float], work: Workload, console: Console
+) -> Iterator[BaselineRow]:
+    """Measure transformers at every number of candidates above 1, beside the ``seconds`` of our searches by name."""
     difference, largest = baseline.logit_difference()
     console.print(f"logits after the prompt differ from transformers' by at most {difference:.2g} of {largest:.3g}")
-    seconds = {row["name"]: row["timing"]["median"] for row in report["rows"]}
-    rows = []
     for count in (n for n in work.num_candidates if n > 1):
         for method, run, names in (
             ("one call after another", baseline.sequential, ("rationale", "token")),
@@ -173,9 +185,8 @@ def _measure_baseline(
             with cli.status(f"transformers, {method}, N = {count}"):
                 took, calls = run(count)
             ours = {name: seconds[f"stage beam, {name}, N = {count}"] for name in names}
-            rows.append(BaselineRow(method, count, took, calls, ours))
+            yield BaselineRow(method, count, took, calls, ours)
             comparison = ", ".join(
                 f"{took / s:.1f} times as long as ours by {name} ({s:.1f} s)" for name, s in ours.items()
             )
             console.print(f"transformers, {method}, N = {count}: {took:.1f} s in {calls} calls: {comparison}")
-    return rows

@@ -14,16 +14,19 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from llava_cot_jax.checks import check_instance, check_int
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.completions import Completion, GrowingCompletion, check_stop
 from llava_cot_jax.inference.decoding import Decoder, bucket, encode_images, nonfinite_logits_error, prefill
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.inference.sampling import sample_token
 from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext
+from llava_cot_jax.model.inputs import ArrayLike, as_arrays
 from llava_cot_jax.model.kv_cache import KVCache
-from llava_cot_jax.model.mllama import ArrayLike, Mllama, as_arrays, check_inputs
+from llava_cot_jax.model.mllama import Mllama, check_inputs
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
+from llava_cot_jax.processing.processor import Processor
 
 STEPS_PER_CALL = 16
 """Largest number of decoding steps of the compiled loop before the host sees the tokens."""
@@ -41,6 +44,7 @@ class DecodeState:
         cache: Keys and values of every token but the last.
         images: Images of the prompts; None where there are none.
         token: int32, the last token sampled, whose keys and values are not in the cache yet.
+        log_prob: float32, natural log-probability of that token, before temperature, top_k and top_p; 0 for padding.
         done: Whether that token, or one before it, ended the answer.
         finite: Whether the largest logit of every token so far is finite. It is not where any logit is NaN or infinity.
         keys: Random keys; each draw's is folded from its sequence's key and the position it draws for.
@@ -49,6 +53,7 @@ class DecodeState:
     cache: KVCache
     images: ImageContext | None
     token: Int[Array, " batch"]
+    log_prob: Float[Array, " batch"]
     done: Bool[Array, " batch"]
     finite: Bool[Array, " batch"]
     keys: Key[Array, " batch"]
@@ -59,10 +64,13 @@ def _sample_next(
 ) -> DecodeState:
     """Return the state after its next token is drawn from ``logits``."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.cache.lengths)
-    token = jnp.where(state.done, config.text.pad_token_id, sample_token(logits, keys, sampling))
+    drawn = sample_token(logits, keys, sampling)
+    log_prob = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    token = jnp.where(state.done, config.text.pad_token_id, drawn)
     ended = jnp.isin(token, jnp.array(config.text.eos_token_ids, jnp.int32))
     finite = state.finite & (state.done | jnp.isfinite(logits.max(axis=-1)))
-    return replace(state, token=token, done=state.done | ended, finite=finite)
+    log_prob = jnp.where(state.done, 0, log_prob)
+    return replace(state, token=token, log_prob=log_prob, done=state.done | ended, finite=finite)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "capacity", "mesh"))
@@ -86,8 +94,8 @@ def _prefill_prompts(
         cache = KVCache(decoder.init_cache(len(lengths), capacity), zeros)
         suffix, logits = prefill(decoder, prompts, cache)
         keys = jax.vmap(jax.random.key)(seeds)
-        done = jnp.zeros(lengths.shape, bool)
-        state = DecodeState(KVCache(suffix, lengths), images, zeros, done, ~done, keys)
+        none, done = jnp.zeros(lengths.shape, jnp.float32), jnp.zeros(lengths.shape, bool)
+        state = DecodeState(KVCache(suffix, lengths), images, zeros, none, done, ~done, keys)
         return _sample_next(state, logits, config, sampling)
 
 
@@ -101,29 +109,32 @@ def _decode_steps(
     sampling: Sampling,
     steps: int,
     mesh: Mesh | None,
-) -> tuple[DecodeState, Int[Array, "batch {steps}"], Int[Array, ""]]:
+) -> tuple[DecodeState, Int[Array, "batch {steps}"], Float[Array, "batch {steps}"], Int[Array, ""]]:
     """Sample up to ``steps`` more tokens, at most ``limit``, and fewer once every answer has ended.
 
     Returns:
-        The state, the tokens, and how many of them were sampled.
+        The state, the tokens, their log-probabilities, and how many of them were sampled.
     """
+    Carry = tuple[jax.Array, DecodeState, jax.Array, jax.Array]
 
-    def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
-        step, state, _ = carry
+    def unfinished(carry: Carry) -> jax.Array:
+        step, state, _, _ = carry
         return (step < steps) & (step < limit) & ~state.done.all()
 
-    def body(carry: tuple[jax.Array, DecodeState, jax.Array]) -> tuple[jax.Array, DecodeState, jax.Array]:
-        step, state, tokens = carry
+    def body(carry: Carry) -> Carry:
+        step, state, tokens, log_probs = carry
         decoder = Decoder(params, config, state.images, PREFILL_CHUNK)
         hidden, suffix = decoder.forward(state.token[:, None], state.cache)
         state = replace(state, cache=KVCache(suffix, state.cache.lengths + 1))
         state = _sample_next(state, decoder.logits(hidden[:, 0]), config, sampling)
-        return step + 1, state, jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, step))
+        tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, step))
+        return step + 1, state, tokens, jax.lax.dynamic_update_slice(log_probs, state.log_prob[:, None], (0, step))
 
     with use_mesh(mesh), jax.named_scope("sample"):
         tokens = jnp.full((state.token.shape[0], steps), config.text.pad_token_id, jnp.int32)
-        sampled, state, tokens = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, tokens))
-        return state, tokens, sampled
+        start = jnp.int32(0), state, tokens, jnp.zeros(tokens.shape, jnp.float32)
+        sampled, state, tokens, log_probs = jax.lax.while_loop(unfinished, body, start)
+        return state, tokens, log_probs, sampled
 
 
 class Generator:
@@ -134,6 +145,7 @@ class Generator:
     Args:
         model: Model in the unrolled layout.
         sampling: Settings of sampling; by default the likeliest token is taken.
+        processor: Processor of the model's checkpoint, which the methods that give text need.
         default_max_new_tokens: Longest answer where a call gives no length, as far as the context leaves room for it.
 
     Raises:
@@ -141,9 +153,15 @@ class Generator:
     """
 
     def __init__(
-        self, model: Mllama, sampling: Sampling | None = None, default_max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+        self,
+        model: Mllama,
+        sampling: Sampling | None = None,
+        processor: Processor | None = None,
+        default_max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> None:
         check_instance("model", model, Mllama, "give an Mllama")
+        if processor is not None:
+            check_instance("processor", processor, Processor, "give the Processor of the model's checkpoint")
         if sampling is not None:
             check_instance("sampling", sampling, Sampling, "give a Sampling, such as Sampling(temperature=0.6)")
         if model.layout != "unrolled":
@@ -155,6 +173,7 @@ class Generator:
             "mesh": model.mesh,
         }
         self.config = model.config
+        self._processor = processor
         self._default_max_new_tokens = default_max_new_tokens
 
     def stream(
@@ -175,6 +194,16 @@ class Generator:
         Raises:
             UserError: ``check_inputs`` or ``check_request`` refuses the arguments, or logits are not finite.
         """
+        for tokens, *_ in self._pieces(inputs, max_new_tokens, seeds):
+            yield tokens
+
+    def _pieces(
+        self, inputs: Mapping[str, np.ndarray], max_new_tokens: int | None, seeds: Sequence[int] | int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Yield the tokens that ``stream`` yields.
+
+        Each piece comes with its log-probabilities, float32 [batch, n], and the number of tokens that may follow.
+        """
         arrays = as_arrays(inputs)
         check_inputs(self.config, arrays)
         prompts, lengths = pad_to_bucket(self.config, arrays)
@@ -183,17 +212,17 @@ class Generator:
         capacity = prompts["input_ids"].shape[1] + bucket(new)
         each = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape)
         state = _prefill_prompts(self._params, prompts, lengths, each, capacity=capacity, **self._settings)
-        token, done, finite = jax.device_get((state.token, state.done, state.finite))
+        token, log_prob, done, finite = jax.device_get((state.token, state.log_prob, state.done, state.finite))
         self._check_finite(finite, 1)
-        yield token[:, None]
         left = new - 1
+        yield token[:, None], log_prob[:, None], left
         while left > 0 and not done.all():
             limit = np.int32(left)
-            state, tokens, sampled = _decode_steps(self._params, state, limit, steps=STEPS_PER_CALL, **self._settings)
-            tokens, sampled, done, finite = jax.device_get((tokens, sampled, state.done, state.finite))
-            self._check_finite(finite, max_new_tokens - left + int(sampled))
-            yield tokens[:, :sampled]
+            state, *drawn = _decode_steps(self._params, state, limit, steps=STEPS_PER_CALL, **self._settings)
+            (tokens, log_probs, sampled), done, finite = jax.device_get((drawn, state.done, state.finite))
             left -= int(sampled)
+            self._check_finite(finite, new - left)
+            yield tokens[:, :sampled], log_probs[:, :sampled], left
         if max_new_tokens is None and new < self._default_max_new_tokens and not done.all():
             logging.getLogger(__name__).warning("the answer: %s", cut_by_context(self.config, new))
 
@@ -207,6 +236,71 @@ class Generator:
     ) -> np.ndarray:
         """Return all new tokens, int32 [batch, new]. The arguments and errors are those of ``stream``."""
         return np.concatenate(list(self.stream(inputs, max_new_tokens=max_new_tokens, seeds=seeds)), axis=1)
+
+    def stream_completions(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        max_new_tokens: int | None = None,
+        seeds: Sequence[int] | int = 0,
+        stop: Sequence[str] | str = (),
+    ) -> Iterator[list[Completion]]:
+        """Yield the answers as far as they are generated: texts, tokens and log-probabilities.
+
+        Args:
+            inputs: Arrays that a processor returns for prompts, padded on either side.
+            max_new_tokens: Largest number of tokens to sample for each prompt; its default is that of ``stream``.
+            seeds: Seed of the draws of each prompt, or one seed for all.
+            stop: Texts that end an answer where it comes to one of them.
+
+        Yields:
+            The completion of each prompt, when its first token is there and then after up to ``STEPS_PER_CALL`` more.
+            The last ones yielded have all ended.
+
+        Raises:
+            UserError: The generator has no processor, or ``stream`` or ``check_stop`` refuses the arguments.
+        """
+        if self._processor is None:
+            raise UserError("a generator of text needs the processor: Generator(model, processor=processor)")
+        strings, rows = check_stop(stop), None
+        for tokens, log_probs, left in self._pieces(inputs, max_new_tokens, seeds):
+            rows = rows or [GrowingCompletion(self._processor, self.config.text.eos_token_ids, strings) for _ in tokens]
+            for row, *piece in zip(rows, tokens, log_probs, strict=True):
+                row.extend(*piece, is_last=not left)
+            yield [row.now for row in rows]
+            if all(row.now.ended for row in rows):
+                return
+
+    def complete(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        max_new_tokens: int | None = None,
+        seeds: Sequence[int] | int = 0,
+        stop: Sequence[str] | str = (),
+    ) -> list[Completion]:
+        """Return the whole answers. The arguments and errors are those of ``stream_completions``."""
+        *_, last = self.stream_completions(inputs, max_new_tokens=max_new_tokens, seeds=seeds, stop=stop)
+        return last
+
+    def stream_text(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        max_new_tokens: int | None = None,
+        seeds: Sequence[int] | int = 0,
+        stop: Sequence[str] | str = (),
+    ) -> Iterator[list[str]]:
+        """Yield the new text of each prompt's answer, in whole characters; it is empty where there is none yet.
+
+        The arguments and errors are those of ``stream_completions``. Joined, the texts are those of ``complete``.
+        """
+        before: list[str] = []
+        for completions in self.stream_completions(inputs, max_new_tokens=max_new_tokens, seeds=seeds, stop=stop):
+            texts = [completion.text for completion in completions]
+            before = before or [""] * len(texts)
+            yield [text.removeprefix(earlier) for text, earlier in zip(texts, before, strict=True)]
+            before = texts
 
 
 def check_request(

@@ -30,14 +30,13 @@ from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
+from llava_cot_jax.model.inputs import ArrayLike, as_arrays
 from llava_cot_jax.model.layers import int8_linear
 from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, Params, initial_values, parameters
 from llava_cot_jax.model.quantization import quantize_params
 from llava_cot_jax.model.sharding import check_mesh, check_surroundings, constrain, parameter_sharding, use_mesh
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import OnProgress
-
-ArrayLike = jax.Array | np.ndarray
 
 _logger = logging.getLogger(__name__)
 
@@ -104,7 +103,8 @@ class Mllama(nnx.Module):
         aspect_ratio_mask: ArrayLike | None = None,
         cross_attention_mask: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
-    ) -> jax.Array:
+        output_hidden_states: bool = False,
+    ) -> Any:
         """Return the logits of the token after every token. The arguments are what a transformers processor returns.
 
         Args:
@@ -115,9 +115,16 @@ class Mllama(nnx.Module):
             aspect_ratio_mask: 0 or 1 [batch, images, tiles], which tiles are used; by default what the ids imply.
             cross_attention_mask: 0 or 1 [batch, tokens, images, tiles], which tiles a token sees.
             attention_mask: 0 or 1 [batch, tokens]; 0 is padding, on either side.
+            output_hidden_states: Whether the text layers' hidden states are returned too.
 
         Returns:
-            Logits, float32 [batch, tokens, vocab]. They have no meaning at padding.
+            Logits, float32 [batch, tokens, vocab]. They have no meaning at padding. There is none for ``<|image|>``,
+            whose id ``config.image_token_index`` is the size of the vocabulary: as a label it is out of range, which
+            makes a loss that gathers NaN. ``causal_lm_loss`` leaves it out.
+
+            With ``output_hidden_states``, a pair of the logits and a tuple of the hidden states, each
+            [batch, tokens, hidden], as transformers gives them: the input of each layer in order, and the state after
+            the final norm, of which the logits are made. Layers that a batch without images skips have theirs too.
 
         Raises:
             UserError: There are pixel values without the ids or the cross-attention mask that belong to them, or shapes
@@ -134,7 +141,7 @@ class Mllama(nnx.Module):
             }
         )
         check_inputs(self.config, inputs)
-        return self._run(_all_logits, inputs)
+        return self._run(_logits_and_states if output_hidden_states else _all_logits, inputs)
 
     def vision_features(
         self, pixel_values: ArrayLike, aspect_ratio_ids: ArrayLike, aspect_ratio_mask: ArrayLike | None = None
@@ -150,7 +157,7 @@ class Mllama(nnx.Module):
         }
         return self._run(_features, as_arrays(images))
 
-    def _run(self, function: Callable[..., jax.Array], inputs: Mapping[str, ArrayLike]) -> jax.Array:
+    def _run(self, function: Callable[..., Any], inputs: Mapping[str, ArrayLike]) -> Any:
         """Compile and call ``function`` with the parameters and ``inputs``."""
         check_surroundings(self.mesh, inputs)
         given = {name: _to_model_dtype(x) for name, x in inputs.items()}
@@ -403,6 +410,17 @@ def hidden_states(
         inputs: Arrays by the names of the arguments of ``Mllama``.
         remat: What the forward pass of a layer saves for the backward pass.
     """
+    return _forward(params, config, inputs, remat)[0]
+
+
+def _forward(
+    params: Params,
+    config: MllamaConfig,
+    inputs: Mapping[str, jax.Array],
+    remat: RematPolicy,
+    output_hidden_states: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Return the last hidden states, and those before each text layer if they are wanted."""
     ids = inputs["input_ids"]
     present = inputs.get("attention_mask", jnp.ones_like(ids)).astype(bool)
     positions = jnp.maximum(jnp.cumsum(present, axis=-1) - 1, 0)
@@ -411,7 +429,10 @@ def hidden_states(
         states = cross_attention_states(params, config, inputs, remat)
         images = ImageContext(*cross_attention_mask(config, inputs["cross_attention_mask"]), states=states)
     text_params = params["language_model"]["model"]
-    return text_decoder.forward(text_params, config, ids, positions, causal_mask(present), images, remat)
+    mask = causal_mask(present)
+    return text_decoder.forward(
+        text_params, config, ids, positions, mask, images, remat, output_hidden_states=output_hidden_states
+    )
 
 
 def _all_logits(params: Params, config: MllamaConfig, inputs: Mapping[str, jax.Array], remat: RematPolicy) -> jax.Array:
@@ -419,16 +440,23 @@ def _all_logits(params: Params, config: MllamaConfig, inputs: Mapping[str, jax.A
     return constrain(compute_logits(params, hidden), "batch", None, "vocab")
 
 
+def _logits_and_states(
+    params: Params, config: MllamaConfig, inputs: Mapping[str, jax.Array], remat: RematPolicy
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    hidden, before = _forward(params, config, inputs, remat, output_hidden_states=True)
+    return constrain(compute_logits(params, hidden), "batch", None, "vocab"), (*before, hidden)
+
+
 @functools.partial(jax.jit, static_argnames=("function", "config", "mesh", "remat"))
 def _run_compiled(
     params: Params,
     inputs: Mapping[str, jax.Array],
     *,
-    function: Callable[..., jax.Array],
+    function: Callable[..., Any],
     config: MllamaConfig,
     mesh: Mesh | None,
     remat: RematPolicy,
-) -> jax.Array:
+) -> Any:
     with use_mesh(mesh):
         return function(params, config, inputs, remat)
 
@@ -436,31 +464,6 @@ def _run_compiled(
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}")
-
-
-def as_arrays(inputs: Mapping[str, Any]) -> dict[str, ArrayLike]:
-    """Return the arrays of a batch as JAX's or NumPy's, without those that are None.
-
-    Lists of numbers, and arrays of other libraries on the host, become NumPy's.
-
-    Raises:
-        UserError: ``inputs`` is no mapping, a value is no array of numbers, or ids are not whole numbers.
-    """
-    check_instance("inputs", inputs, Mapping, "give the arrays by name, as a processor returns them")
-    arrays = {}
-    for name, value in inputs.items():
-        if value is None:
-            continue
-        try:
-            array = value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
-        except (TypeError, ValueError, RuntimeError):  # rows of unequal length, say, or a tensor on a device
-            raise UserError(f"{name} cannot be made an array: it is {shown(value)}") from None
-        if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
-            raise UserError(f"{name} is {shown(value)}; it must be an array of numbers")
-        if name in ("input_ids", "aspect_ratio_ids") and not jnp.issubdtype(array.dtype, jnp.integer):
-            raise UserError(f"{name} is an array of {array.dtype}; ids are whole numbers")
-        arrays[name] = array
-    return arrays
 
 
 def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:

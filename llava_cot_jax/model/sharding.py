@@ -162,8 +162,9 @@ def check_surroundings(mesh: Mesh | None, inputs: Mapping[str, Any]) -> None:
             )
     around = get_abstract_mesh()
     is_traced = any(isinstance(x, jax.core.Tracer) for x in arrays.values())
-    elsewhere = not (around.empty or around.manual_axes or mesh is None or around == mesh.abstract_mesh)
-    if is_traced and elsewhere:
+    if mesh is None or around.empty or around.manual_axes:
+        return
+    if is_traced and around != mesh.abstract_mesh:
         raise UserError(
             f"the model is on a mesh with the axes {', '.join(mesh.axis_names)}, and jax.jit compiles for another one, "
             f"with {', '.join(around.axis_names)}: use jax.set_mesh(model.mesh), or call the model outside jit"

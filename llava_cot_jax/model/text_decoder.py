@@ -1,5 +1,7 @@
 """The language model: self-attention layers, and cross-attention layers that attend to the images."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -72,8 +74,10 @@ def forward(
     mask: AttentionMask,
     images: ImageContext | None,
     remat: RematPolicy = "none",
-) -> Float[Array, "batch tokens hidden"]:
-    """Return hidden states of whole sequences after the final norm, ready for lm_head.
+    *,
+    output_hidden_states: bool = False,
+) -> tuple[Float[Array, "batch tokens hidden"], tuple[Float[Array, "batch tokens hidden"], ...]]:
+    """Return hidden states of whole sequences after the final norm, ready for lm_head, and those before each layer.
 
     Args:
         w: Parameters below ``language_model.model``, in either layout.
@@ -83,6 +87,7 @@ def forward(
         mask: Which tokens each token attends to.
         images: Images with their ``states``; None skips the cross-attention layers.
         remat: What the forward pass of a layer saves for the backward pass.
+        output_hidden_states: Whether the states before each layer are wanted; without it there are none.
     """
     rope = rope_cos_sin(positions, config.text)
 
@@ -105,17 +110,30 @@ def forward(
     layers = w["layers"]
     if is_stacked(layers):
 
-        def block(x: jax.Array, block_layers: Params) -> tuple[jax.Array, None]:
-            for index in range(config.text.layers_per_block):
-                x = layer(x, block_layers[str(index)])
-            return x, None
+        def block(x: jax.Array, block_layers: Params) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            return _run_layers(layer, x, block_layers, config.text.layers_per_block, output_hidden_states)
 
-        x, _ = jax.lax.scan(block, x, layers)
+        x, by_index = jax.lax.scan(block, x, layers)  # each [blocks, batch, tokens, hidden]
+        before = tuple(state for states in zip(*map(jnp.unstack, by_index), strict=True) for state in states)
     else:
-        for i in range(config.text.num_hidden_layers):
-            x = layer(x, layers[str(i)])
+        x, before = _run_layers(layer, x, layers, config.text.num_hidden_layers, output_hidden_states)
     with jax.named_scope("final_norm"):
-        return rms_norm(x, w["norm"], config.text.rms_norm_eps)
+        return rms_norm(x, w["norm"], config.text.rms_norm_eps), before
+
+
+def _run_layers(
+    layer: Callable[[jax.Array, Params], jax.Array],
+    x: jax.Array,
+    layers: Params,
+    count: int,
+    output_hidden_states: bool,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Apply ``count`` layers. Return their output, and the states before each, if they are wanted."""
+    before = []
+    for i in range(count):
+        before.append(x)
+        x = layer(x, layers[str(i)])
+    return x, tuple(before) if output_hidden_states else ()
 
 
 def forward_with_cache(

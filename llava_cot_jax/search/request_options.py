@@ -27,13 +27,15 @@ def _add_question_options(add: Any) -> None:
         "--question",
         type=str,
         nargs="+",
-        help="One question, or several that are asked in turn. Without any, pictures are drawn and asked about.",
+        help="One question, or several that are asked in turn; - reads one from standard input. Without any, pictures "
+        "are drawn and asked about.",
     )
     add(
         "--image",
         type=str,
         nargs="*",
-        help="One image for all questions, or one for each. Without any, the questions are asked without an image.",
+        help="Images of one question; or, for several questions, one image for all, or one for each. An image is a "
+        "file, a file:// or data: URL, or - for standard input. Without any, the questions are asked without an image.",
     )
     add(
         "--draw",

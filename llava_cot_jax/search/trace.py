@@ -1,7 +1,9 @@
 """Trace of a search, for people to read: every candidate, every verdict, and what they cost."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -126,6 +128,27 @@ class Trace:
     tokens: dict[str, int]
     flops: dict[str, int]
     seconds: dict[str, float]
+
+    @property
+    def forced_stages(self) -> dict[str, str]:
+        """Stages that the search closed itself, as the winner did not: why each ended, by its tag.
+
+        The reasons are "max_new_tokens", where the stage was cut off, and "eos".
+        """
+        winners = {stage.stage: stage.candidates[stage.winner] for stage in self.stages if stage.stage != WHOLE_ANSWER}
+        return {name: winner.ended for name, winner in winners.items() if winner.ended != "tag"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trace as nested dicts and lists, by the names of the attributes."""
+        return asdict(self)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Return the trace as a JSON object, which ``generate --trace`` writes a list of.
+
+        Args:
+            indent: Number of spaces of indentation; None writes a single line.
+        """
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
 
 def trace_stages(processor: Processor, spec: SearchSpec, result: StageResult) -> list[StageTrace]:

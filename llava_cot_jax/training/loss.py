@@ -1,13 +1,16 @@
-"""Loss: cross-entropy in float32 over the trained tokens of a batch."""
+"""Loss: cross-entropy in float32 over the trained tokens of a batch, or over the labels of logits."""
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int
 
+from llava_cot_jax.checks import shown
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.inputs import ArrayLike
 from llava_cot_jax.model.mllama import compute_logits, hidden_states
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain, local_size
@@ -19,6 +22,45 @@ LOGITS_CHUNK = 1024
 Where lm_head is sharded over devices, it is gathered once for each such chunk, so that small chunks would cost more
 time than they save memory.
 """
+
+
+def causal_lm_loss(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+    """Return the mean cross-entropy of each label given the tokens before it, as the models of transformers do.
+
+    Args:
+        logits: Logits that ``Mllama`` returns, [batch, tokens, vocab], of any float dtype. The loss is computed in
+            float32.
+        labels: Token ids, int [batch, tokens], not shifted: usually ``input_ids``, with -100 at tokens that have no
+            part in the loss. Labels without a logit have no part either; ``<|image|>``, whose id is the size of the
+            vocabulary, is one of them.
+
+    Returns:
+        Mean over the labels that have a part, a float32 scalar; 0 where there is none.
+
+    Raises:
+        UserError: The labels are not whole numbers, or do not have the shape [batch, tokens] of the logits.
+    """
+    for name, array in (("logits", logits), ("labels", labels)):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise UserError(f"{name} is {shown(array)}; it must be an array")
+    if labels.shape != logits.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise UserError(
+            f"labels are {labels.dtype} {list(labels.shape)}; logits {list(logits.shape)} need integer labels "
+            f"{list(logits.shape[:-1])}, one for each token"
+        )
+    targets = jnp.asarray(labels)[:, 1:]
+    kept = (targets >= 0) & (targets < logits.shape[-1])
+    losses = _cross_entropy(jnp.asarray(logits)[:, :-1].astype(jnp.float32), targets)
+    return jnp.sum(jnp.where(kept, losses, 0.0)) / jnp.maximum(kept.sum(), 1)
+
+
+@jax.named_scope("cross_entropy")
+def _cross_entropy(logits: Float32[Array, "*batch vocab"], targets: Int[Array, "*batch"]) -> Float32[Array, "*batch"]:
+    """Return the negative log-probability of each target. That of a target without a logit has no meaning."""
+    # A gather would bring a vocabulary that is sharded over devices together.
+    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - target_logits
 
 
 def token_losses(
@@ -40,12 +82,7 @@ def token_losses(
     @jax.checkpoint  # the logits are recomputed in the backward pass
     def chunk_losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, targets = chunk  # [batch, size, hidden], [batch, size]
-        logits = constrain(compute_logits(params, hidden), "batch", None, "vocab")
-        with jax.named_scope("cross_entropy"):
-            # A gather would bring a vocabulary that is sharded over devices together.
-            is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
-            target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-            return jax.nn.logsumexp(logits, axis=-1) - target_logits
+        return _cross_entropy(constrain(compute_logits(params, hidden), "batch", None, "vocab"), targets)
 
     tokens = targets.shape[1]
     count = ceil_div(tokens * local_size(len(targets), "batch"), LOGITS_CHUNK)

@@ -71,6 +71,22 @@ def test_logits_at_real_positions(seed, padding):
     assert difference(np.asarray(ours(reference, convention, layout=layout)(**batch)), want, batch) < OFF
 
 
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+def test_hidden_states(layout):
+    """The state before each layer, and the one after the final norm."""
+    reference = random_model(Sizes.draw(1).hf_config(), 1)
+    batch = batch_of_rows(reference.config, 1, "right")
+    with torch.no_grad():
+        tensors = {name: torch.tensor(x) for name, x in batch.items()}
+        want = reference(**tensors, use_cache=False, output_hidden_states=True).hidden_states
+    model = ours(reference, "transformers_5", layout=layout)
+    logits, states = model(**batch, output_hidden_states=True)
+    assert len(states) == len(want) == model.config.text.num_hidden_layers + 1
+    for got, theirs in zip(states, want, strict=True):
+        assert difference(np.asarray(got), theirs.numpy(), batch) < OFF
+    np.testing.assert_array_equal(logits, model(**batch))
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_greedy_tokens(seed):
     """Each is the likeliest after those before it, or as good as it: within what the logits of either may be off."""

@@ -89,12 +89,14 @@ def test_tags_that_are_tokens_of_their_own_end_the_stages_of_a_search(tagged_par
 def test_a_model_that_never_closes_a_tag(prompts):
     answer, candidate = one_stage(*parrot(" red"), prompts)
     assert (candidate.ended, candidate.added) == ("max_new_tokens", " </CONCLUSION>")
+    assert answer.trace.forced_stages == {"CONCLUSION": "max_new_tokens"}
     assert answer.text.startswith("<CONCLUSION> red") and answer.text.endswith(" </CONCLUSION>")
 
 
 def test_a_model_that_closes_a_tag_at_once(prompts):
     answer, candidate = one_stage(*parrot(" </CONCLUSION>"), prompts)
     assert (candidate.ended, candidate.added, answer.conclusion) == ("tag", "", "")
+    assert answer.trace.forced_stages == {}
     assert answer.text == "<CONCLUSION> </CONCLUSION>"
 
 
@@ -102,6 +104,7 @@ def test_a_model_that_ends_at_once(prompts):
     """The end-of-sequence token is in no text, and a closing tag is added."""
     answer, candidate = one_stage(*parrot("", then=""), prompts)
     assert (candidate.ended, candidate.text, candidate.tokens) == ("eos", "", 0)
+    assert answer.trace.forced_stages == {"CONCLUSION": "eos"}
     assert answer.text == "<CONCLUSION> </CONCLUSION>"
 
 

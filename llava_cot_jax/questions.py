@@ -1,0 +1,96 @@
+"""Questions that ``generate`` is asked, with their images: as arguments, from standard input, or drawn."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import as_path
+
+STDIN = "-"
+"""Argument that stands for standard input."""
+
+_LONGEST_NAME = 60
+"""Length, in characters, above which the name of an image is cut: that of a ``data:`` URL."""
+
+
+@dataclass(frozen=True)
+class UserQuestion:
+    """A question to answer.
+
+    Attributes:
+        question: Text of the question.
+        images: Names of the images that the question is about.
+        sources: The images: paths, ``data:`` URLs, or the bytes of a file.
+        right_answer: Right answer, which is known for drawn pictures.
+    """
+
+    question: str
+    images: list[str] = field(default_factory=list)
+    sources: list[str | bytes] = field(default_factory=list)
+    right_answer: str | None = None
+
+    @property
+    def header(self) -> str:
+        """The question on one line, with the names of its images, to print before its answer."""
+        question = " ".join(self.question.split())
+        return f"{question} ({', '.join(self.images)})" if self.images else question
+
+
+def read_questions(questions: Sequence[str], images: Sequence[str]) -> list[UserQuestion]:
+    """Return the questions that the user asks, each with its images.
+
+    Args:
+        questions: Texts of the questions; "-" is the text of standard input.
+        images: Images: all for one question; or one for all questions, or one for each. "-" is the file in standard
+            input.
+
+    Raises:
+        UserError: The numbers do not match, standard input is asked for twice or has nothing, or an image is none.
+    """
+    from llava_cot_jax.processing.images import check_image
+
+    if [*questions, *images].count(STDIN) > 1:
+        raise UserError("standard input, -, can be read once: give it for one question or one image")
+    if len(questions) > 1 and len(images) not in (0, 1, len(questions)):
+        raise UserError(f"{len(images)} images for {len(questions)} questions: give none, one, or one for each")
+    sources: list[str | bytes] = [_read_stdin() if image == STDIN else image for image in images]
+    for source in sources:
+        check_image(source)
+    names = [image if len(image) <= _LONGEST_NAME else f"{image[:_LONGEST_NAME]}..." for image in images]
+    asked = []
+    for i, question in enumerate(questions):
+        own = slice(i, i + 1) if len(questions) > 1 and len(images) > 1 else slice(None)
+        asked.append(UserQuestion(_text(question), names[own], sources[own]))
+    return asked
+
+
+def draw_pictures(folder: str, count: int, seed: int) -> list[UserQuestion]:
+    """Draw pictures of coloured shapes into a folder, and return a question about each.
+
+    Raises:
+        UserError: ``draw_questions`` refuses an argument, or the folder cannot be written.
+    """
+    from llava_cot_jax.data.shapes.drawn import draw_questions
+
+    drawn = draw_questions(as_path(folder), count, seed)
+    paths = [str(Path(folder) / each.image.name) for each in drawn]
+    return [UserQuestion(each.question, [path], [path], each.answer) for each, path in zip(drawn, paths, strict=True)]
+
+
+def _text(question: str) -> str:
+    """Return the text of a question, which standard input has for "-"."""
+    if question != STDIN:
+        return question
+    try:
+        return _read_stdin().decode().strip()
+    except UnicodeDecodeError as fault:
+        raise UserError(f"the question in standard input is no text in UTF-8: {fault}") from None
+
+
+def _read_stdin() -> bytes:
+    content = sys.stdin.buffer.read()
+    if not content.strip():
+        raise UserError("standard input is empty: - stands for what another command writes there")
+    return content
