@@ -8,7 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_cot_jax.data.raw.images import Member, RawImages, normalise_path
+from llava_cot_jax.data.raw.images import Member, RawImages
+from llava_cot_jax.data.raw.names import Found, contradictory_folders, normalise_path
 from llava_cot_jax.data.rows import MARKER, Turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.stages import is_staged
@@ -39,8 +40,8 @@ class AnnotationRow:
         offset: Offset of the line in the file, in bytes.
         id: Id of the row.
         source: Data set that the picture comes from.
-        image_path: Normalised path of the image in the row.
-        image: Image file at that path.
+        found: Image file that the path in the row means, and how it was found.
+        image: Image file that was found.
         unstaged: Number of answers that lack a stage.
     """
 
@@ -48,9 +49,14 @@ class AnnotationRow:
     offset: int
     id: str
     source: str
-    image_path: str
+    found: Found
     image: Member
     unstaged: int
+
+    @property
+    def image_path(self) -> str:
+        """Path of the image, the same for all spellings of it."""
+        return self.found.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +124,11 @@ def read_annotations(path: Path, images: RawImages, limit: int | None = None) ->
                 else:
                     read.skipped.append(row)
             offset += len(text)
-    return Annotations(read.entries, read.skipped, digest.hexdigest())
+    contradictory = contradictory_folders(entry.found for entry in read.entries)
+    certain = [entry for entry in read.entries if entry.found.left_out not in contradictory]
+    uncertain = [_skip_uncertain(entry) for entry in read.entries if entry.found.left_out in contradictory]
+    skipped = sorted([*read.skipped, *uncertain], key=lambda row: row.line)
+    return Annotations(certain, skipped, digest.hexdigest())
 
 
 def open_annotations(path: Path) -> BinaryIO:
@@ -188,11 +198,18 @@ def _check_row(text: bytes, line: int, offset: int, images: RawImages) -> Annota
         turns = make_turns(conversations)
     except ValueError as fault:
         return skip(Reason.BAD_TURNS, str(fault))
-    image_path, image = normalise_path(path), images.find(path)
-    if image_path is None or image is None:
-        return skip(Reason.MISSING_IMAGE)
+    found = images.find(path)
+    image = images.member(found.name) if found else None
+    if found is None or image is None:
+        return skip(Reason.MISSING_IMAGE, images.explain(path))
     unstaged = sum(not is_staged(turn.answer) for turn in turns)
-    return AnnotationRow(line, offset, id, source, image_path, image, unstaged)
+    return AnnotationRow(line, offset, id, _source_of(found.path), found, image, unstaged)
+
+
+def _skip_uncertain(entry: AnnotationRow) -> SkippedRow:
+    path = f"{entry.found.left_out}/{entry.image_path}"
+    detail = f"{entry.found.name} is there, but rows with another folder in place of {entry.found.left_out} name it too"
+    return SkippedRow(entry.line, entry.id, entry.source, path, Reason.MISSING_IMAGE, detail)
 
 
 def _parse(text: bytes) -> Any:
@@ -205,5 +222,5 @@ def _parse(text: bytes) -> Any:
 
 def _source_of(image_path: str) -> str:
     """Return the first folder of the path, or ``UNKNOWN_SOURCE``."""
-    folder, found, _ = (normalise_path(image_path) or "").partition("/")
+    folder, found, _ = (normalise_path(image_path.replace("\\", "/")) or "").partition("/")
     return folder if found else UNKNOWN_SOURCE

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from llava_cot_jax.data.raw.annotations import AnnotationRow, Reason, SkippedRow
+from llava_cot_jax.data.raw.names import Match
 
 SPLITS = ("train", "validation")
 ROWS = "rows"
@@ -13,7 +14,7 @@ UNSTAGED = "unstaged answers"
 REPEATED = "repeated ids"
 
 ALWAYS = (ROWS, *SPLITS)
-WHERE_ANY = (*Reason, UNSTAGED, REPEATED)
+WHERE_ANY = (*Reason, *Match, UNSTAGED, REPEATED)
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Summary:
 
     Attributes:
         sources: Counts by source and column: all rows, rows written to each split, rows skipped for each reason, and
-            among the written rows the unstaged answers and repeated ids.
+            among the written rows those whose image has not the name in the row but another by which it was found, the
+            unstaged answers and the repeated ids.
         unnamed_images: Number of images that no row names.
     """
 
@@ -67,6 +69,8 @@ def summarise(splits: dict[str, list[AnnotationRow]], skipped: Iterable[SkippedR
     for split, entries in splits.items():
         for entry in entries:
             sources[entry.source].update({ROWS: 1, split: 1, UNSTAGED: entry.unstaged})
+            if entry.found.match != Match.EXACT:
+                sources[entry.source][entry.found.match.value] += 1
     seen: set[str] = set()
     for entry in sorted((entry for entries in splits.values() for entry in entries), key=lambda entry: entry.line):
         sources[entry.source][REPEATED] += entry.id in seen
