@@ -193,6 +193,48 @@ class TestResult:
         assert sum(description["splits"].values()) == sum(line <= 10 for line in raw.rows)
 
 
+class TestNames:
+    def test_images_by_other_names(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        raw = make_raw_set(tmp_path, faults=False)
+        folder = raw.write_folder(tmp_path / "images")
+        rows = [json.loads(line) for line in raw.annotations.open()]
+        for i, respell in enumerate(
+            (
+                lambda path: path.replace("/", "\\"),
+                str.upper,
+                lambda path: f"{folder}/{path}",
+                lambda path: f"/elsewhere/pictures/{path}",
+            )
+        ):
+            rows[i]["image"] = respell(rows[i]["image"])
+        (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        command = arguments(raw, tmp_path / "out", "--images", str(folder), "--allow_missing", "0")
+        main([*command, "--output", str(tmp_path / "named")])
+        capsys.readouterr()
+        main([*command, "--annotations", str(tmp_path / "other.jsonl")])
+        *_, table = capsys.readouterr().out.split("source", 1)
+        assert "spelling  path  folder" in table
+        (sqa,) = (line.split() for line in table.splitlines() if line.startswith("sqa "))
+        assert sqa[4:] == ["2", "1", "1", "0", "0"]
+        same = tree(tmp_path / "named")
+        assert {**tree(tmp_path / "out"), "prepared.json": same["prepared.json"]} == same  # and so are the splits
+
+    def test_a_folder_too_deep(self, tmp_path: Path) -> None:
+        """The images of one set, which has files of the same names as the others, are not taken for all."""
+        raw = make_raw_set(tmp_path, faults=False)
+        folder = raw.write_folder(tmp_path / "data/pictures")
+        command = arguments(raw, tmp_path / "out", "--images", str(folder / "vg"), "--allow_missing", "0")
+        with pytest.raises(UserError) as refusal:
+            main(command)
+        names = tmp_path / "out.preparing/result/skipped.jsonl"
+        assert str(refusal.value) == (
+            f"45 of 55 rows cannot be used, {names} says why (line 1, missing image: train/0/image.png is there, but "
+            f"rows with another folder in place of sqa name it too, but {folder} has 45 of 45 images that are missing: "
+            "name it by --images): correct them, or leave them out by --allow_missing 45"
+        )
+        assert not [line for line in names.open() if json.loads(line)["source"] == "vg"]
+
+
 class TestDisk:
     def test_the_zip_is_never_joined_nor_unpacked(self, tmp_path: Path) -> None:
         """The disk never holds more than the images once, as records, and a little."""

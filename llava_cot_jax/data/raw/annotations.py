@@ -9,7 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_cot_jax.data.raw.images import Member, RawImages, normalise_path
+from llava_cot_jax.data.raw.images import Member, RawImages
+from llava_cot_jax.data.raw.names import Found, contradictory_folders, normalise_path
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import MARKER, remove_markers
@@ -58,8 +59,8 @@ class AnnotationRow:
         offset: Offset of the line in the file, in bytes.
         id: Id of the row.
         source: Data set that the first image comes from, or ``UNKNOWN_SOURCE``.
-        image_paths: Normalised paths of the images in the row.
-        images: Image files at these paths.
+        found: Image files that the paths in the row mean, and how they were found.
+        images: Image files that were found.
         unstaged: Number of answers that lack a stage.
         remarks: Remarks on the row.
     """
@@ -68,10 +69,15 @@ class AnnotationRow:
     offset: int
     id: str
     source: str
-    image_paths: tuple[str, ...]
+    found: tuple[Found, ...]
     images: tuple[Member, ...]
     unstaged: int
     remarks: tuple[Remark, ...] = ()
+
+    @property
+    def image_paths(self) -> tuple[str, ...]:
+        """Paths of the images, the same for all spellings of them."""
+        return tuple(one.path for one in self.found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +145,16 @@ def read_annotations(path: Path, images: RawImages, limit: int | None = None) ->
                 else:
                     read.skipped.append(row)
             offset += len(text)
-    return Annotations(read.entries, read.skipped, digest.hexdigest())
+    contradictory = contradictory_folders(one for entry in read.entries for one in entry.found)
+    certain: list[AnnotationRow] = []
+    uncertain: list[SkippedRow] = []
+    for entry in read.entries:
+        if unclear := next((one for one in entry.found if one.left_out in contradictory), None):
+            uncertain.append(_skip_uncertain(entry, unclear))
+        else:
+            certain.append(entry)
+    skipped = sorted([*read.skipped, *uncertain], key=lambda row: row.line)
+    return Annotations(certain, skipped, digest.hexdigest())
 
 
 def open_annotations(path: Path) -> BinaryIO:
@@ -270,14 +285,24 @@ def _check_row(text: bytes, line: int, offset: int, images: RawImages) -> Annota
         return skip(Reason.NO_IMAGE, f"a question has the marker {MARKER}, but the row has no image")
     if fault_of_text := _fault_of_text(row, conversations):
         return skip(Reason.BAD_TEXT, fault_of_text)
-    found = [(path, normalise_path(path), images.find(path)) for path in paths]
-    for path, image_path, image in found:
-        if image_path is None or image is None:
-            return skip(Reason.MISSING_IMAGE, path=path)
-    image_paths = tuple(image_path for _, image_path, _ in found if image_path is not None)
-    members = tuple(image for _, _, image in found if image is not None)
+    found: list[Found] = []
+    members: list[Member] = []
+    for path in paths:
+        file = images.find(path)
+        member = images.member(file.name) if file else None
+        if file is None or member is None:
+            return skip(Reason.MISSING_IMAGE, images.explain(path), path)
+        found.append(file)
+        members.append(member)
+    source = _source_of(found[0].path if found else "")
     unstaged = sum(not is_staged(turn.answer) for turn in turns)
-    return AnnotationRow(line, offset, id, source, image_paths, members, unstaged, remarks)
+    return AnnotationRow(line, offset, id, source, tuple(found), tuple(members), unstaged, remarks)
+
+
+def _skip_uncertain(entry: AnnotationRow, found: Found) -> SkippedRow:
+    path = f"{found.left_out}/{found.path}"
+    detail = f"{found.name} is there, but rows with another folder in place of {found.left_out} name it too"
+    return SkippedRow(entry.line, entry.id, entry.source, path, Reason.MISSING_IMAGE, detail)
 
 
 def _paths_of(row: Mapping[str, Any]) -> list[str] | None:
@@ -308,5 +333,5 @@ def _in_unicode(text: str) -> str:
 
 def _source_of(image_path: str) -> str:
     """Return the first folder of the path, or ``UNKNOWN_SOURCE``."""
-    folder, found, _ = (normalise_path(image_path) or "").partition("/")
+    folder, found, _ = (normalise_path(image_path.replace("\\", "/")) or "").partition("/")
     return folder if found else UNKNOWN_SOURCE

@@ -3,18 +3,24 @@
 import os
 import posixpath
 import stat
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 from zipfile import ZipFile, ZipInfo
 
+from llava_cot_jax.data.raw.names import PREFIXES, Found, Match, NameIndex, clean_path, normalise_path, without_prefix
 from llava_cot_jax.data.raw.split_zip import find_parts, open_zip
 from llava_cot_jax.errors import UserError
 
-PREFIXES = ("", "image_files/", "images/", "image/")
-"""Folders that an archive may have in front of the paths in the annotations."""
+MAX_PATHS_TRIED = 50
+"""Number of missing images for which other folders are tried."""
+
+MAX_FOLDERS_TRIED = 200
+
+UTF8_NAME = 0x800
+"""Flag of a zip's member whose name is in UTF-8. Without it, the name is in code page 437, or so it should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +41,47 @@ class Member:
     changed: int = 0
 
 
-class RawImages(Protocol):
-    """Image files by name. The object can be pickled; another process opens the files anew."""
+class RawImages(ABC):
+    """Image files by name. The object can be pickled; another process opens the files anew.
 
-    def find(self, path: str) -> Member | None:
-        """Find the file at a row's path. Return None if it does not exist or the path leads out of the folder."""
+    Args:
+        root: Folder or archive of the files, as the user named it.
+    """
 
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def find(self, path: str) -> Found | None:
+        """Find the file that a row's path means. Return None if none does, or if it is not certain which."""
+        return self._find_as_named(path) or self._index.find(path)
+
+    def _find_as_named(self, path: str) -> Found | None:
+        short = normalise_path(path)
+        name = next((name for prefix in PREFIXES if short and self.member(name := f"{prefix}{short}")), None)
+        return Found(name, without_prefix(name), Match.EXACT) if name else None
+
+    def explain(self, path: str) -> str:
+        """Return why no file is found at a row's path."""
+        return self._index.explain(path)
+
+    def suggest(self, paths: Sequence[str]) -> str:
+        """Return, as the end of a sentence, the folder in which most of some missing files are, or nothing."""
+        tried = [clean_path(path) for path in paths[:: -(-len(paths) // MAX_PATHS_TRIED) or 1]]
+        root = self._root if self._root.is_dir() else self._root.parent
+        beside = [*_folders_in(root), root.parent, *_folders_in(root.parent), root.parent.parent]
+        counts = {
+            folder: sum(ImageFolder(folder)._find_as_named(path) is not None for path in tried) for folder in beside
+        }
+        best = max(beside, key=lambda folder: counts[folder])
+        if 2 * counts[best] <= len(tried):
+            return ""
+        return f", but {best} has {counts[best]} of {len(tried)} images that are missing: name it by --images"
+
+    @abstractmethod
+    def member(self, name: str) -> Member | None:
+        """Return the file of this name. Return None if there is none."""
+
+    @abstractmethod
     def read(self, name: str) -> bytes:
         """Read the content of a file.
 
@@ -48,8 +89,20 @@ class RawImages(Protocol):
             UserError: The file cannot be read.
         """
 
+    @abstractmethod
     def names(self) -> Iterator[str]:
         """Return the names of all files."""
+
+    @cached_property
+    def _index(self) -> NameIndex:
+        return NameIndex(self.names(), self._root)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir())[:MAX_FOLDERS_TRIED]
+    except OSError:
+        return []
 
 
 def open_images(path: Path) -> RawImages:
@@ -59,9 +112,9 @@ def open_images(path: Path) -> RawImages:
         UserError: The path does not exist, or is neither a folder nor a zip nor a part of one; or parts are missing.
     """
     if path.is_file() and path.suffix.lower() == ".zip":
-        return ZippedImages((path,))
+        return ZippedImages(path, (path,))
     if parts := find_parts(path):
-        return ZippedImages(tuple(parts))
+        return ZippedImages(path, tuple(parts))
     if path.is_dir():
         return ImageFolder(path)
     if path.exists():
@@ -69,28 +122,23 @@ def open_images(path: Path) -> RawImages:
     raise UserError(f"there is no {path}, and no parts such as {path.name}.part-aa beside it")
 
 
-def normalise_path(path: str) -> str | None:
-    """Normalise a path, as ``./a//b.png`` to ``a/b.png``. Return None if it leads out of its folder."""
-    short = posixpath.normpath(path)
-    outside = short.startswith(("/", "../")) or short in (".", "..") or "\0" in short
-    return None if outside else short
-
-
-class ZippedImages:
+class ZippedImages(RawImages):
     """``RawImages`` in a zip archive, or in the parts of one.
 
     Args:
+        root: Path by which the user named the archive.
         parts: Files of the archive, in order.
 
     Raises:
         UserError: The archive cannot be opened. This is raised on first use.
     """
 
-    def __init__(self, parts: tuple[Path, ...]) -> None:
+    def __init__(self, root: Path, parts: tuple[Path, ...]) -> None:
+        super().__init__(root)
         self._parts = parts
 
-    def __reduce__(self) -> tuple[type, tuple[tuple[Path, ...]]]:
-        return ZippedImages, (self._parts,)
+    def __reduce__(self) -> tuple[type, tuple[Path, tuple[Path, ...]]]:
+        return ZippedImages, (self._root, self._parts)
 
     @cached_property
     def _zip(self) -> ZipFile:
@@ -98,50 +146,72 @@ class ZippedImages:
 
     @cached_property
     def _infos(self) -> dict[str, ZipInfo]:
-        names = {posixpath.normpath(info.filename): info for info in self._zip.infolist() if not info.is_dir()}
+        names = {posixpath.normpath(_name_of(info)): info for info in self._zip.infolist() if not info.is_dir()}
         return {name: info for name, info in names.items() if not name.startswith("__MACOSX/")}
 
-    def find(self, path: str) -> Member | None:
-        if (short := normalise_path(path)) is None:
-            return None
-        name = next((prefix + short for prefix in PREFIXES if prefix + short in self._infos), None)
-        return Member(name, self._infos[name].file_size, self._infos[name].CRC) if name else None
+    def member(self, name: str) -> Member | None:
+        """Return the file of this name. Return None if there is none."""
+        info = self._infos.get(name)
+        return Member(name, info.file_size, info.CRC) if info else None
 
     def read(self, name: str) -> bytes:
+        """Read the content of a file.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
         try:
             return self._zip.read(self._infos[name])
         except Exception as fault:  # zipfile raises various exceptions for damaged data
             raise UserError(f"{name} cannot be read from {self._parts[0]}: {fault}") from fault
 
     def names(self) -> Iterator[str]:
+        """Return the names of all files."""
         return iter(self._infos)
 
 
-class ImageFolder:
+def _name_of(info: ZipInfo) -> str:
+    """Return the name of a zip's member. Some programs write it in UTF-8 and do not say so."""
+    try:
+        return info.filename if info.flag_bits & UTF8_NAME else info.filename.encode("cp437").decode()
+    except UnicodeError:
+        return info.filename
+
+
+class ImageFolder(RawImages):
     """``RawImages`` in a folder."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return ImageFolder, (self._root,)
 
-    def find(self, path: str) -> Member | None:
-        short = normalise_path(path)
-        for prefix in PREFIXES if short else ():
-            name = f"{prefix}{short}"
-            try:
-                found = (self._root / name).stat()
-            except (OSError, ValueError):  # ValueError: a name that no file can have
-                continue
-            if stat.S_ISREG(found.st_mode):
-                return Member(name, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        return None
+    def member(self, name: str) -> Member | None:
+        """Return the file of this name. Return None if there is none."""
+        try:
+            found = (self._root / name).stat()
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            return None
+        regular = stat.S_ISREG(found.st_mode)
+        return Member(name, found.st_size, found.st_mtime_ns, found.st_ctime_ns) if regular else None
 
     def read(self, name: str) -> bytes:
+        """Read the content of a file.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
         try:
             return (self._root / name).read_bytes()
         except OSError as fault:
             raise UserError(f"{self._root / name} cannot be read: {fault.strerror}") from None
 
     def names(self) -> Iterator[str]:
-        for folder, _, files in os.walk(self._root):
-            inside = Path(folder).relative_to(self._root)
-            yield from ((inside / file).as_posix() for file in files)
+        """Return the names of all files, also of those in folders that are symbolic links."""
+        walked: set[tuple[int, int]] = set()
+        for folder, folders, files in os.walk(self._root, followlinks=True):
+            place = Path(folder).stat()
+            if (place.st_dev, place.st_ino) in walked:  # a link that leads back
+                folders.clear()
+                continue
+            walked.add((place.st_dev, place.st_ino))
+            inside = os.path.relpath(folder, self._root)
+            yield from (posixpath.normpath(f"{inside}/{file}") for file in files)

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
@@ -141,7 +142,7 @@ def prepare_dataset(
         summary = summarise(splits, skipped, _count_unnamed_images(images, annotations))
         _write_lines(work.result / SKIPPED_FILE, [asdict(row) for row in skipped])
         _write_lines(work.result / REMARKS_FILE, _list_remarks(splits))
-        _check_skipped(allow_missing, summary, work.result / SKIPPED_FILE)
+        _check_skipped(allow_missing, summary, skipped, work.result / SKIPPED_FILE, images)
         shards = _plan_shards(splits, work)
         with progress("writing", "rows") as on_progress:
             write = ShardWriter(settings.annotations, images, settings.max_side)
@@ -155,25 +156,42 @@ def prepare_dataset(
     return summary
 
 
-def _check_skipped(allow_missing: int, summary: Summary, names: Path) -> None:
+def _check_skipped(
+    allow_missing: int, summary: Summary, skipped: Sequence[SkippedRow], names: Path, images: RawImages
+) -> None:
     """Check that no more rows are skipped than allowed, and that not all are.
 
     Args:
         allow_missing: Maximum number of rows that may be skipped.
         summary: Counts of the rows.
+        skipped: Rows that are skipped.
         names: File that lists the rows that are skipped.
+        images: Images of the data set.
 
     Raises:
         TooManySkipped: Too many rows are skipped.
     """
+    if summary.skipped < summary.rows and summary.skipped <= allow_missing:
+        return
+    why = f"{names} says why{_describe_first(skipped, images)}"
     if summary.skipped == summary.rows:
-        raise TooManySkipped(f"none of the {summary.rows} rows can be used; {names} says why", summary)
-    if summary.skipped > allow_missing:
-        raise TooManySkipped(
-            f"{summary.skipped} of {summary.rows} rows cannot be used, {names} says why: correct them, or leave them "
-            f"out by --allow_missing {summary.skipped}",
-            summary,
-        )
+        raise TooManySkipped(f"none of the {summary.rows} rows can be used; {why}", summary)
+    raise TooManySkipped(
+        f"{summary.skipped} of {summary.rows} rows cannot be used, {why}: correct them, or leave them out by "
+        f"--allow_missing {summary.skipped}",
+        summary,
+    )
+
+
+def _describe_first(skipped: Sequence[SkippedRow], images: RawImages) -> str:
+    """Return the first row that is skipped for the most frequent reason, and where missing images may be."""
+    if not skipped:
+        return ""
+    (most, _), *_ = Counter(row.reason for row in skipped).most_common()
+    first = next(row for row in skipped if row.reason == most)
+    described = f" (line {first.line}, {most}{first.detail and f': {first.detail}'}"
+    missing = [row.image for row in skipped if row.reason == Reason.MISSING_IMAGE]
+    return f"{described}{images.suggest(missing) if missing else ''})"
 
 
 def _recorded_settings(settings: PrepareSettings, annotations: Annotations) -> dict[str, Any]:

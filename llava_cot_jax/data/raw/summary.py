@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from llava_cot_jax.data.raw.annotations import AnnotationRow, Reason, Remark, SkippedRow
+from llava_cot_jax.data.raw.names import Match
 
 SPLITS = ("train", "validation")
 ROWS = "rows"
@@ -17,7 +18,7 @@ REMARKS_FILE = "remarks.jsonl"
 """Name of the file that lists the rows that are used and have remarks."""
 
 ALWAYS = (ROWS, *SPLITS)
-WHERE_ANY = (*Reason, UNSTAGED, REPEATED, *Remark)
+WHERE_ANY = (*Reason, *Match, UNSTAGED, REPEATED, *Remark)
 NUMBER_OF_IMAGES = re.compile(r"(\d+) images")
 """Pattern of the columns that count the rows with a number of images other than one."""
 
@@ -28,8 +29,9 @@ class Summary:
 
     Attributes:
         sources: Counts by source and column: all rows, rows written to each split, rows skipped for each reason, and
-            among the written rows those with a number of images other than one, those with remarks, the unstaged
-            answers and repeated ids.
+            among the written rows those with a number of images other than one, those with an image that has not the
+            name in the row but another by which it was found, those with remarks, the unstaged answers and repeated
+            ids.
         unnamed_images: Number of images that no row names.
     """
 
@@ -84,6 +86,7 @@ def summarise(splits: dict[str, list[AnnotationRow]], skipped: Iterable[SkippedR
         for entry in entries:
             sources[entry.source].update({ROWS: 1, split: 1, UNSTAGED: entry.unstaged})
             sources[entry.source].update(remark.value for remark in entry.remarks)
+            sources[entry.source].update({one.match.value for one in entry.found} - {Match.EXACT.value})
             if len(entry.images) != 1:
                 sources[entry.source][images_column(len(entry.images))] += 1
     seen: set[str] = set()

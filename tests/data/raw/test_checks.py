@@ -22,7 +22,7 @@ Image.new("1", (9_500, 9_500)).save(HUGE, "PNG")
 
 
 def check(images: RawImages, folder: Path, *names: str, max_side: int | None = None) -> Checks:
-    members = [images.find(name) for name in names]
+    members = [images.member(name) for name in names]
     assert None not in members
     (folder / "checks").mkdir(exist_ok=True)
     return check_images(

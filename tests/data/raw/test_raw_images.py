@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_cot_jax.data.raw.images import PREFIXES, open_images
+from llava_cot_jax.data.raw.images import open_images
+from llava_cot_jax.data.raw.names import PREFIXES, Match
 from llava_cot_jax.errors import UserError
 
 FILES = {"sqa/train/1/image.png": b"one", "geoqa+/images/2.png": b"two", "pisc/ü.jpg": b"three"}
@@ -50,7 +51,10 @@ def test_found_under_a_prefix(tmp_path: Path, write: Writer, prefix: str) -> Non
         for path in (name, f"./{name}", name.replace("/", "//")):
             found = images.find(path)
             assert found is not None
-            assert found.size == len(content)
+            assert (found.path, found.match) == (name, Match.EXACT)
+            member = images.member(found.name)
+            assert member is not None
+            assert member.size == len(content)
             assert images.read(found.name) == content
     assert {Path(name).name for name in images.names()} == {Path(name).name for name in FILES}
 
@@ -71,12 +75,12 @@ def test_nothing_outside(tmp_path: Path, write: Writer, path: str) -> None:
 def test_a_changed_file_has_another_version(tmp_path: Path) -> None:
     """The version changes although neither name nor size does."""
     folder, archive = open_images(in_folder(tmp_path / "folder", "")), open_images(in_zip(tmp_path, ""))
-    before = [folder.find("pisc/ü.jpg"), archive.find("pisc/ü.jpg")]
+    before = [folder.member("pisc/ü.jpg"), archive.member("pisc/ü.jpg")]
     os.utime(tmp_path / "folder/pisc/ü.jpg", ns=(1, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FILES, "pisc/ü.jpg", b"3hree")
         changed = open_images(in_zip(tmp_path, ""))
-    for old, new in zip(before, [folder.find("pisc/ü.jpg"), changed.find("pisc/ü.jpg")], strict=True):
+    for old, new in zip(before, [folder.member("pisc/ü.jpg"), changed.member("pisc/ü.jpg")], strict=True):
         assert old is not None
         assert new is not None
         assert (new.name, new.size) == (old.name, old.size)

@@ -16,13 +16,15 @@ from PIL import Image
 
 from llava_cot_jax.data.raw.annotations import AnnotationRow
 from llava_cot_jax.data.raw.images import ImageFolder, Member
+from llava_cot_jax.data.raw.names import Found, Match
 from llava_cot_jax.data.raw.shards import LlavaCot100k, Shard, ShardWriter, count_records, cut_into_shards, shrink
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing import images
 from llava_cot_jax.processing.images import open_image
 from tests.data.raw.raw_set import encode, make_raw_set, noise, unusual_images
 
-ENTRY = AnnotationRow(1, 0, "id", "sqa", ("sqa/1.png",), (Member("sqa/1.png", 10, 0),), 0)
+FOUND = Found("sqa/1.png", "sqa/1.png", Match.EXACT)
+ENTRY = AnnotationRow(1, 0, "id", "sqa", (FOUND,), (Member("sqa/1.png", 10, 0),), 0)
 
 
 @settings(deadline=None)
@@ -132,10 +134,12 @@ def test_tfds_reads_finished_shards(tmp_path: Path) -> None:
     lines = raw.annotations.read_bytes().splitlines(keepends=True)
     entries = []
     for line, row in list(raw.rows.items())[:5]:
-        image = folder.find(row["image"])
+        found = folder.find(row["image"])
+        assert found is not None
+        image = folder.member(found.name)
         assert image is not None
         offset = sum(map(len, lines[: line - 1]))
-        entries.append(AnnotationRow(line, offset, row["id"], "sqa", (row["image"],), (image,), 0))
+        entries.append(AnnotationRow(line, offset, row["id"], "sqa", (found,), (image,), 0))
     names = [f"llava_cot_100k-train.array_record-0000{i}-of-00002" for i in range(2)]
     shards = [
         Shard(tmp_path / name, tmp_path / f"{i}.turns", tuple(entries[3 * i :][:3])) for i, name in enumerate(names)
@@ -164,7 +168,7 @@ def test_tfds_reads_finished_shards(tmp_path: Path) -> None:
 def shard(tmp_path: Path) -> Shard:
     """Shard of one row, which the writer below can write."""
     raw = make_raw_set(tmp_path, faults=False)
-    image = ImageFolder(raw.write_folder(tmp_path / "images")).find("sqa/train/0/image.png")
+    image = ImageFolder(raw.write_folder(tmp_path / "images")).member("sqa/train/0/image.png")
     assert image is not None
     return Shard(tmp_path / "shard", tmp_path / "turns", (replace(ENTRY, images=(image,)),))
 
