@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,8 @@ def measure_change(folder: Path, before: MllamaConfig, after: MllamaConfig) -> C
     """
     processor = Processor.from_pretrained(folder, after)
     _check_room(folder)
-    inputs = processor([processor.prompt(user_turn(QUESTION, images=1))], [[gradient_picture(after.vision.image_size)]])
+    prompt = processor.prompt(user_turn(QUESTION, images=1))
+    inputs: dict[str, Any] = processor([prompt], [[gradient_picture(after.vision.image_size)]])
     model = Mllama.from_pretrained(folder, config=after, mesh=default_mesh(after))
     new = np.asarray(model(**inputs), np.float32)[0]
     model.config = before
