@@ -99,7 +99,8 @@ def prepare(folder: Path) -> Report:
     turns = [[turn for i in range(10 * row, 10 * row + 10) for turn in rows.turns(i)] for row in range(len(TILES))]
     talks = [chat.encode(row) for row in turns]
     side = vision.image_size
-    images: list[Any] = [rows[10 * i].images[0].resize((wide * side, high * side)) for i, (high, wide) in enumerate(TILES)]
+    sizes = [(wide * side, high * side) for high, wide in TILES]
+    images: list[Any] = [rows[10 * i].images[0].resize(size) for i, size in enumerate(sizes)]
     batch = processor.collate([talk.ids for talk in talks], [[image] for image in images], length=TOKENS)
     batch["pixel_values"] = np.asarray(normalize(vision, batch["pixel_values"], batch["aspect_ratio_ids"]))
     for name, kind in (("loss_mask", bool), ("stage", np.int8)):
