@@ -124,20 +124,23 @@ class Lifeline:
     def shared_failures(self, report: Callable[[BaseException], int]) -> Iterator[None]:
         """End all processes if the block raises an exception in one of them, which prints it and ends with its code.
 
-        In a process that is alone, the exception is raised as usual.
+        In a process that is alone, the exception is raised as usual. So is ``SystemExit`` in any process: it is the end
+        of a run that all processes agree on.
 
         Args:
             report: Function that prints an exception and returns the exit code, such as ``cli.report``.
         """
+        if self._alone:
+            yield
+            return
         try:
             yield
+        except SystemExit:
+            raise
         except BaseException as fault:
-            if self._alone:
-                raise
             self._fail(fault, report)
-        else:
-            if not self._alone:
-                self._hub.post({"done": True})
+        finally:
+            self._hub.post({"done": True})
 
     def catch_aborts(self) -> None:
         """Let SIGABRT, with which jax's service answers the loss of the first process, end this process as others."""

@@ -159,14 +159,24 @@ def test_a_process_that_vanishes_ends_the_others(address, capsys, who):
 
 
 def test_a_process_that_has_ended_well_is_no_loss(address):
-    def slow(lifeline):
-        lifeline.meet()
-        time.sleep(0.7)
-
-    processes = Processes(address, 2, {0: slow, 1: Lifeline.meet})
+    processes = Processes(address, 2, {0: finishing_later, 1: Lifeline.meet})
     assert processes.ended(1) == {1: 0}
     processes.left(1, 0)
     assert processes.ended(2) == {1: 0, 0: 0}
+
+
+def test_an_exit_that_all_agree_on_ends_no_other(address):
+    def leaving(lifeline):
+        lifeline.meet()
+        raise SystemExit(130)
+
+    processes = Processes(address, 2, {0: leaving, 1: finishing_later})
+    assert processes.ended(1) == {1: 0}
+
+
+def finishing_later(lifeline: Lifeline) -> None:
+    lifeline.meet()
+    time.sleep(0.7)
 
 
 def test_an_error_that_follows_from_anothers_end_is_not_shown(address, capsys):
