@@ -336,8 +336,9 @@ class _First(_Connections):
         elif process in self._hosts:
             refusal = f"is there twice, on {self._hosts[process]} too: give each process an index of its own"
         if refusal:
-            self._spread(Failure(process, host, 2, refusal))
-            _send(writer, {"failure": asdict(self.failure)})  # the first one, if there was another
+            failure = Failure(process, host, 2, refusal)
+            self._spread(failure)
+            _send(writer, {"failure": asdict(self.failure or failure)})
             await _receive(reader)
             writer.close()
             return

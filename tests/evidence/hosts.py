@@ -146,7 +146,7 @@ def alone(place: Path, name: str, disturb: str, more: Sequence[str], variables: 
     given = arguments(place / "small", place / "alone" / name.replace(" ", "_"), steps=1, eval_examples=0)
     done = subprocess.run(
         [sys.executable, "-c", COMMAND.format(disturb=FEW_ROWS + disturb), *given, *more],
-        env=environment(place / "cache") | variables,
+        env={**environment(place / "cache"), **variables},
         capture_output=True,
         text=True,
         timeout=120,
