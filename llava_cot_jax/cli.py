@@ -274,8 +274,6 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> 
 def report(fault: BaseException) -> int:
     """Print on stderr what ended a command, and return the exit code: one line, unless it is a fault of the program."""
     match fault:
-        case SystemExit(code=int(code)):
-            return code
         case UserError():
             print("error:", " ".join(str(fault).split()), file=sys.stderr, flush=True)
             return 2

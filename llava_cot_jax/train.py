@@ -5,6 +5,7 @@ python -m llava_cot_jax.train --config FILE.yaml [dotted overrides]
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shlex
 import socket
@@ -41,7 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: A setting or a file cannot be used. This is found before anything expensive starts.
     """
-    settings, options = read_arguments(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        settings, options = read_arguments(arguments)
+    except UserError:
+        with Lifeline(_group_in(arguments)).shared_failures(cli.report):
+            raise
     group = find_group(**vars(options.hosts))
     lifeline = Lifeline(group)
     with lifeline.shared_failures(cli.report):
@@ -103,6 +109,19 @@ def read_arguments(argv: list[str] | None = None) -> tuple[TrainSettings, jsonar
     options = parser.instantiate(parser.parse_args(list(arguments)))
     settings = TrainSettings(**{field.name: options[field.name] for field in fields(TrainSettings)})
     return _relocate_moved_run(settings, arguments), options
+
+
+def _group_in(arguments: Sequence[str]) -> ProcessGroup:
+    """Return the processes that arguments name which cannot be used, so that the others hear of it, or this one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--hosts.coordinator", dest="coordinator")
+    for name in ("count", "index"):
+        parser.add_argument(f"--hosts.{name}", dest=name, type=int)
+    try:
+        known, _ = parser.parse_known_args(list(arguments))
+        return find_group(**vars(known))
+    except (argparse.ArgumentError, UserError):
+        return ProcessGroup()
 
 
 def _relocate_moved_run(settings: TrainSettings, arguments: Sequence[str]) -> TrainSettings:
@@ -169,7 +188,11 @@ def _check_files(settings: TrainSettings) -> None:
 
 
 def _join_hosts(group: ProcessGroup) -> None:
-    """Connect jax with the other processes of the run, or with this one alone, which lets it hear of a SIGTERM."""
+    """Connect jax with the other processes of the run, or with this one alone, which lets it hear of a SIGTERM.
+
+    Raises:
+        UserError: jax cannot start, for example because of one of its own environment variables.
+    """
     import jax
 
     address, bind = group.address, None
@@ -179,14 +202,17 @@ def _join_hosts(group: ProcessGroup) -> None:
             address = bind = f"127.0.0.1:{probe.getsockname()[1]}"
     bypass_proxies(address)
     jax.config.update("jax_check_proxy_envs", False)  # a warning of what was just prevented
-    jax.distributed.initialize(
-        address,
-        group.count,
-        group.index,
-        local_device_ids=group.local_devices,
-        cluster_detection_method="deactivate",
-        coordinator_bind_address=bind,
-    )
+    try:
+        jax.distributed.initialize(
+            address,
+            group.count,
+            group.index,
+            local_device_ids=group.local_devices,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=bind,
+        )
+    except (ValueError, RuntimeError) as fault:
+        raise UserError(f"jax cannot connect the processes of the run at {address}: {fault}") from fault
 
 
 def _answer(result: TrainResult) -> None:

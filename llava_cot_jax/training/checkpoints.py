@@ -11,8 +11,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, Self
 
 import jax
@@ -35,6 +36,9 @@ DAMAGED_FOLDER = "damaged"
 
 TIMEOUT_SECONDS = 2 * 3600
 """Time in which a checkpoint and its checksums must be written in the background."""
+
+CLOSING_SECONDS = 60.0
+"""Time that a process of several which has failed gives the last checkpoint: others may never write their part."""
 
 _JSON = "json"
 """The only entry of the part ``run``: Orbax keeps neither an empty list nor None."""
@@ -91,7 +95,16 @@ class Checkpoints:
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         if failure is None:
             self.wait()
-        self._orbax.close()
+            self._orbax.close()
+            return
+        closing = Thread(target=self._close_after_failure, daemon=True)
+        closing.start()
+        closing.join(CLOSING_SECONDS if jax.process_count() > 1 else None)
+
+    def _close_after_failure(self) -> None:
+        """Let the checkpoint that was started be written. Its own failure would hide the first one."""
+        with suppress(Exception):
+            self._orbax.close()
 
     def _write_checksums(self) -> None:
         """Write the checksums of the checkpoint that is written, but not yet visible. Orbax's first process calls this.

@@ -46,9 +46,11 @@ def start_fields(settings: TrainSettings, accept_changes: bool) -> dict[str, str
     sources = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".yaml"))
     fields |= {f"the digest of {path.relative_to(package.parent)}": _digest(path.read_bytes()) for path in sources}
     fields |= {name: os.environ.get(name, "not set") for name in JAX_VARIABLES}
-    for name in FLAG_VARIABLES:
-        flags = os.environ.get(name, "").split()
-        fields[name] = " ".join(sorted(flag for flag in flags if not flag.startswith("--xla_dump"))) or "not set"
+    for variable in FLAG_VARIABLES:
+        for flag in os.environ.get(variable, "").split():
+            name, _, value = flag.partition("=")
+            if not name.startswith("--xla_dump"):
+                fields[f"{name} in {variable}"] = value or "set"
     return fields
 
 

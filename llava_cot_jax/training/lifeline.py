@@ -97,9 +97,10 @@ class Lifeline:
         Raises:
             UserError: They are not there after ``MEETING_SECONDS``.
         """
-        if not self._alone and not self._wait(lambda: self._hub.met, MEETING_SECONDS, f"; {ALONE}"):
-            self._hub.given_up = True
-            raise UserError(f"gave up after {MEETING_SECONDS:.0f} s of waiting for {self._hub.awaited}; {ALONE}")
+        hub = self._hub
+        if not self._alone and not self._wait(lambda: hub.met and not hub.failure, MEETING_SECONDS, f"; {ALONE}"):
+            hub.given_up = True
+            raise UserError(f"gave up after {MEETING_SECONDS:.0f} s of waiting for {hub.awaited}; {ALONE}")
 
     def agree(self, fields: Mapping[str, str]) -> None:
         """Compare what each process has read for itself. All processes must call this, equally often.
@@ -123,20 +124,23 @@ class Lifeline:
     def shared_failures(self, report: Callable[[BaseException], int]) -> Iterator[None]:
         """End all processes if the block raises an exception in one of them, which prints it and ends with its code.
 
-        In a process that is alone, the exception is raised as usual.
+        In a process that is alone, the exception is raised as usual. So is ``SystemExit`` in any process: it is the end
+        of a run that all processes agree on.
 
         Args:
             report: Function that prints an exception and returns the exit code, such as ``cli.report``.
         """
+        if self._alone:
+            yield
+            return
         try:
             yield
+        except SystemExit:
+            raise
         except BaseException as fault:
-            if self._alone:
-                raise
             self._fail(fault, report)
-        else:
-            if not self._alone:
-                self._hub.post({"done": True})
+        finally:
+            self._hub.post({"done": True})
 
     def catch_aborts(self) -> None:
         """Let SIGABRT, with which jax's service answers the loss of the first process, end this process as others."""
@@ -146,10 +150,11 @@ class Lifeline:
         def on_abort(_: int) -> None:
             with self._hub.changed:
                 self._hub.changed.wait_for(lambda: self._hub.failure is not None, _GRACE_SECONDS)
-                ending, failure = self._ending, self._hub.failure
-            if failure and not ending:
-                print(f"error: {failure}", file=sys.stderr, flush=True)
-            self._leave(self._code if ending or not failure else failure.code)
+                if self._ending:
+                    self._hub.changed.wait(_LEAVING_SECONDS)  # another thread is about to end the process
+            if self._hub.failure:
+                self._watch(self._hub.failure)
+            self._leave(self._code)
 
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)  # kept for as long as C may call it
         ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
@@ -258,11 +263,14 @@ class _Connections:
             self.changed.notify_all()
 
     def _learn(self, failure: Failure, at_once: bool = False) -> None:
-        """Note a failure, after which this process ends soon."""
+        """Note a failure, after which this process ends soon, or at once."""
         if self.failure is None:
             self._change(failure=failure)
-            delay = 0.0 if at_once else _GRACE_SECONDS
-            self._loop.call_later(delay, Thread(target=self._on_failure, args=(failure,), daemon=True).start)
+            if at_once:
+                self._on_failure(failure)
+            else:
+                thread = Thread(target=self._on_failure, args=(failure,), daemon=True)
+                self._loop.call_later(_GRACE_SECONDS, thread.start)
 
 
 class _First(_Connections):
@@ -274,6 +282,7 @@ class _First(_Connections):
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._done: set[int] = set()
         self._answers: dict[int, dict[int, Mapping[str, str]]] = {}  # fields of each process, by round
+        self._all_there = asyncio.Event()
 
     def post(self, message: _Message) -> None:
         """Act on a message of this process itself."""
@@ -303,9 +312,9 @@ class _First(_Connections):
             return
         self._update()
         pings = asyncio.create_task(self._ping())
-        while not self.met:
-            await asyncio.sleep(0.05)
+        await self._all_there.wait()
         server.close()  # jax's service takes over the port
+        self._change(met=True)
         self._broadcast({"met": True})
         await pings
 
@@ -327,8 +336,9 @@ class _First(_Connections):
         elif process in self._hosts:
             refusal = f"is there twice, on {self._hosts[process]} too: give each process an index of its own"
         if refusal:
-            self._spread(Failure(process, host, 2, refusal))
-            _send(writer, {"failure": asdict(self.failure)})  # the first one, if there was another
+            failure = Failure(process, host, 2, refusal)
+            self._spread(failure)
+            _send(writer, {"failure": asdict(self.failure or failure)})
             await _receive(reader)
             writer.close()
             return
@@ -377,7 +387,9 @@ class _First(_Connections):
             slow = [process for process in self._hosts if process not in self._answers[min(self._answers)]]
             awaited = f"{name_processes(slow, self._hosts)}, not as far as the others before the first step"
         self._broadcast({"awaited": awaited})
-        self._change(awaited=awaited, met=self.met or not missing)
+        self._change(awaited=awaited)
+        if not missing:
+            self._all_there.set()
 
     def _spread(self, failure: Failure) -> None:
         """Tell the other processes of the first failure, and end this one soon."""
@@ -415,10 +427,13 @@ class _Other(_Connections):
         """Return at once: no process needs this one for its end."""
 
     async def _run(self) -> None:
-        while not self.met and self.failure is None:
-            self._change(awaited=self._missing(await self._connect()))
+        while True:
+            why = await self._connect()
+            if self.met or self.failure:
+                break
+            self._change(awaited=self._missing(why))
             await asyncio.sleep(0.3)
-        if self.failure is None and not self._first_is_done:
+        if self.failure is None and not self._first_is_done:  # jax's service, which has ended too, is about to abort
             self._learn(Failure(0, self._group.host, 1, _LOST), at_once=True)
 
     async def _connect(self) -> str:

@@ -6,6 +6,7 @@ They compile as a user's would: over many steps, the rounding of quickly compile
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from typing import Any
 from tests.training.small_run import arguments, command, environment
 
 STEPS = 20
+
+COMMAND = """
+from llava_cot_jax import cli, train
+{disturb}
+cli.run(train.main)
+"""
 
 
 @dataclass(frozen=True)
@@ -41,22 +48,47 @@ def run_alone(place: Path, name: str, cache: Path, **settings: Any) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def start_on_hosts(place: Path, name: str, cache: Path, hosts: Hosts, **settings: Any) -> list[subprocess.Popen[bytes]]:
-    """The processes of a run, which write what they print to ``log_of`` each."""
+def start_on_hosts(
+    place: Path,
+    name: str,
+    cache: Path,
+    hosts: Hosts,
+    *,
+    each: Mapping[int, Sequence[str]] | None = None,
+    disturb: Mapping[int, str] | None = None,
+    quick: bool = False,
+    **settings: Any,
+) -> list[subprocess.Popen[bytes]]:
+    """The processes of a run, which write what they print to ``log_of`` each.
+
+    Args:
+        place: Holds the checkpoint ``small``, the run and the logs.
+        name: Of the run.
+        cache: Of compiled programs.
+        hosts: The processes.
+        each: Further arguments of single processes, by index.
+        disturb: Python that single processes run before the command, by index.
+        quick: Whether programs compile quickly.
+        settings: Of all processes.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"
+    group = ["--hosts.coordinator", coordinator, "--hosts.count", str(hosts.processes)]
     shared = arguments(place / "small", place / name, **{"steps": STEPS, **hosts.settings, **settings})
-    shared += ["--hosts.coordinator", coordinator, "--hosts.count", str(hosts.processes)]
+    commands = []
+    for index in range(hosts.processes):
+        script, own = COMMAND.format(disturb=(disturb or {}).get(index, "")), (each or {}).get(index, ())
+        commands.append([sys.executable, "-c", script, *shared, *group, "--hosts.index", str(index), *own])
     logs = [log_of(place, name, index) for index in range(hosts.processes)]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "llava_cot_jax.train", *shared, "--hosts.index", str(index)],
-            env=environment(cache, hosts.devices, quick=False),
+            command,
+            env=environment(cache, hosts.devices, quick=quick),
             stdout=log.open("w"),  # not pipes: all must end together
             stderr=log.with_suffix(".err").open("w"),
         )
-        for index, log in enumerate(logs)
+        for command, log in zip(commands, logs, strict=True)
     ]
 
 
@@ -65,18 +97,23 @@ def log_of(place: Path, name: str, index: int) -> Path:
     return place / f"{name} {index}.log"
 
 
-def ended(started: list[subprocess.Popen[bytes]]) -> list[int]:
+def ended(started: list[subprocess.Popen[bytes]], seconds: float = 900) -> list[int]:
     """The exit codes of processes; none is left after it."""
     try:
-        return [process.wait(timeout=900) for process in started]
+        return [process.wait(timeout=seconds) for process in started]
     finally:
         for process in started:
             process.kill()
+
+
+def errors_of(place: Path, name: str, hosts: Hosts) -> list[str]:
+    """What each process of a run has written to stderr."""
+    return [log_of(place, name, index).with_suffix(".err").read_text() for index in range(hosts.processes)]
 
 
 def run_on_hosts(place: Path, name: str, cache: Path, hosts: Hosts, **settings: Any) -> list[str]:
     """What each process prints."""
     codes = ended(start_on_hosts(place, name, cache, hosts, **settings))
     logs = [log_of(place, name, index) for index in range(hosts.processes)]
-    assert not any(codes), [log.with_suffix(".err").read_text()[-2000:] for log in logs]
+    assert not any(codes), [error[-2000:] for error in errors_of(place, name, hosts)]
     return [log.read_text() for log in logs]
