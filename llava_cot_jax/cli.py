@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jsonargparse
 from rich.console import Console
@@ -27,12 +27,14 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 import llava_cot_jax
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import cache_folder
+from llava_cot_jax.files import cache_folder, usable_cache
 from llava_cot_jax.interruption import EXIT_CODE, command_running
+from llava_cot_jax.memory_errors import describe_exhausted_memory
 from llava_cot_jax.option_errors import (
     UnknownOption,
     configured_options,
@@ -57,6 +59,8 @@ COMMANDS = {
 
 _PACKAGE = "llava_cot_jax"
 
+_SAVE_MEMORY = "Free some memory, or take a machine with more."
+
 _Result = TypeVar("_Result")
 
 _OPTION = re.compile(r"--[A-Za-z][\w.-]*\+?")  # jsonargparse's --name+ appends to a list
@@ -68,6 +72,9 @@ _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.-]+)")
 
 CONFIGURATIONS = Path(__file__).with_name("configs")
 """Folder of the configuration files that come with the package."""
+
+_BAR_WIDTH, _NARROW_BAR_WIDTH, _WIDE_SCREEN = 40, 10, 120
+"""Columns of a progress bar, of one on a screen that is not wide, and of a wide screen."""
 
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 """PCI vendor of TPUs, by which jax finds them too."""
@@ -251,13 +258,16 @@ def find_configuration(name: str) -> Path:
     raise UserError(f"there is no configuration file {path}, nor one of this name in the package{near}")
 
 
-def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> None:
-    """Run a command. A user's mistake ends it with one line and exit code 2, and Ctrl-C with exit code 130.
+def run(
+    main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, save_memory: str = _SAVE_MEMORY
+) -> None:
+    """Run a command. A user's mistake or exhausted memory ends it with one line and exit code 2, Ctrl-C with 130.
 
     Args:
         main: The command.
         leave: Function that ends the process after Ctrl-C. With ``os._exit`` it does not wait for computations that
             are under way.
+        save_memory: What a user of the command can do where memory is exhausted.
     """
     with command_running():
         _quiet_libtpu()
@@ -269,10 +279,19 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit) -> 
             leave(report(interrupt))
         except (UserError, BrokenPipeError) as fault:
             sys.exit(report(fault))
+        except Exception as fault:
+            if not describe_exhausted_memory(fault):
+                raise
+            leave(report(fault, save_memory))
 
 
-def report(fault: BaseException) -> int:
-    """Print on stderr what ended a command, and return the exit code: one line, unless it is a fault of the program."""
+def report(fault: BaseException, save_memory: str = _SAVE_MEMORY) -> int:
+    """Print on stderr what ended a command, and return the exit code: one line, unless it is a fault of the program.
+
+    Args:
+        fault: Exception that ended the command.
+        save_memory: Advice to a user for whom memory does not suffice.
+    """
     match fault:
         case UserError():
             print("error:", " ".join(str(fault).split()), file=sys.stderr, flush=True)
@@ -282,6 +301,9 @@ def report(fault: BaseException) -> int:
             return EXIT_CODE
         case BrokenPipeError():  # the reader of the output ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        case _ if exhausted := describe_exhausted_memory(fault):
+            print(f"error: {exhausted}. {save_memory}", file=sys.stderr, flush=True)
+            return 2
         case _:
             traceback.print_exception(fault)
     return 1
@@ -291,12 +313,17 @@ def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, so that the next process need not compile them again.
 
     ``JAX_COMPILATION_CACHE_DIR`` names another folder, on a disk or in a bucket.
-    ``JAX_ENABLE_COMPILATION_CACHE=false`` turns the cache off.
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` turns the cache off. A folder that cannot be written turns it off too, with a
+    warning.
     """
     import jax
 
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder("compilations")
-    jax.config.update("jax_compilation_cache_dir", str(as_path(folder)))
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = usable_cache(as_path(named) if named else cache_folder("compilations"), "compiled programs")
+    if not folder:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # jax's default of one second is too long for small models.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -345,7 +372,32 @@ class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return the column's text."""
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f}/s", style="progress.data.speed")
+        if not speed:
+            return Text("")
+        rate = f"{speed:,.{0 if speed >= 10 else 1}f}/s" if speed >= 0.5 else f"{1 / speed:,.0f} s each"
+        return Text(rate, style="progress.data.speed")
+
+
+def _firm_column() -> Column:
+    """Return a column of a progress bar that a narrow screen leaves whole."""
+    return Column(no_wrap=True)
+
+
+class _YieldingColumn(ProgressColumn):
+    """Column of a progress bar with a text, of which a narrow screen shows the beginning.
+
+    Args:
+        field: Name of the task's attribute with the text.
+    """
+
+    def __init__(self, field: Literal["description", "note"]) -> None:
+        super().__init__(Column())
+        self._field = field
+
+    def render(self, task: Task) -> Text:
+        """Return the column's text."""
+        text = task.description if self._field == "description" else task.fields["note"]
+        return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager
@@ -355,19 +407,29 @@ def progress_bar(label: str, unit: str = "bytes", every: int | None = None) -> I
     Args:
         label: Text before the bar.
         unit: Unit of what is counted, such as "rows" or "bytes".
-        every: Number of items after which a line is printed where stderr is no terminal. By default, none is printed.
+        every: Number of items after which a line with the note is printed where stderr is no terminal. By default,
+            none is printed.
     """
-    counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
+    counts: tuple[ProgressColumn, ...] = (
+        DownloadColumn(table_column=_firm_column()),
+        TransferSpeedColumn(table_column=_firm_column()),
+    )
     if unit != "bytes":
-        counts = (MofNCompleteColumn(), TextColumn(unit), _RateColumn())
-    columns = (TextColumn(label), BarColumn(), *counts, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        counts = (
+            MofNCompleteColumn(table_column=_firm_column()),
+            TextColumn(unit),
+            _RateColumn(table_column=_firm_column()),
+        )
     console = Console(stderr=True)
+    bar = BarColumn(_BAR_WIDTH if console.width >= _WIDE_SCREEN else _NARROW_BAR_WIDTH)
+    time_left = TimeRemainingColumn(table_column=_firm_column())
+    columns = (_YieldingColumn("description"), bar, *counts, time_left, _YieldingColumn("note"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, note="")
+        task = progress.add_task(label, total=None, note="")
 
         def update(done: int, total: int, note: str = "") -> None:
             progress.update(task, completed=done, total=total, note=note)
-            if every and progress.disable and (done % every == 0 or done == total):
+            if every and note and progress.disable and (done % every == 0 or done == total):
                 print(f"{label} {done}/{total} {unit}: {note}", flush=True)
 
         yield update

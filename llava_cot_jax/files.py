@@ -5,21 +5,72 @@ those of ``pathlib`` do; ``paths.writing_errors`` turns it into a ``UserError``.
 """
 
 import json
+import logging
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import as_path, is_remote, reading_errors, writing_errors
 
+_LOGGER = logging.getLogger(__name__)
 
-def cache_folder(name: str) -> Path:
-    """Return the folder ``name`` of this package's cache, which is below ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llava_cot_jax" / name
+_NAME_ANOTHER_CACHE = "the work goes on, and is done anew at each start; XDG_CACHE_HOME names another folder"
+
+
+def cache_folder(name: str) -> Path | None:
+    """Return the folder ``name`` of this package's cache, which is below ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    None stands for no cache, where there is no home folder: a warning says so, and whoever asks works without one.
+    """
+    try:
+        place = as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    except UserError as fault:
+        _warn_once(f"{fault}; {_NAME_ANOTHER_CACHE}")
+        return None
+    return place / "llava_cot_jax" / name
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _LOGGER.warning("%s", text)
+
+
+@contextmanager
+def keeping_in_cache(folder: Path, what: str) -> Iterator[None]:
+    """Let the block make a folder of the cache and write to it. A warning says if that is not possible.
+
+    Args:
+        folder: Folder in the cache.
+        what: What is not kept then, in the plural.
+    """
+    try:
+        yield
+    except OSError as fault:
+        reason = fault.strerror or fault
+        _LOGGER.warning("%s cannot be kept in %s: %s; %s", what, folder, reason, _NAME_ANOTHER_CACHE)
+
+
+def usable_cache(folder: Path | None, what: str) -> Path | None:
+    """Return a folder of the cache if it can be written. If not, a warning says so, and the result is None.
+
+    Args:
+        folder: Folder in the cache, or None for no cache.
+        what: What is not kept then, in the plural.
+    """
+    usable = None
+    if folder:
+        with keeping_in_cache(folder, what):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not is_remote(folder):
+                tempfile.TemporaryFile(dir=folder).close()
+            usable = folder
+    return usable
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
@@ -145,6 +146,15 @@ def move(folder: Path, destination: Path) -> None:
     else:
         destination.parent.mkdir(exist_ok=True)
         folder.rename(destination)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and all that is in it, if there is one."""
+    if not is_remote(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+    elif bucket_filesystem().exists(str(folder)):
+        bucket_filesystem().rm(str(folder), recursive=True)
 
 
 @contextmanager

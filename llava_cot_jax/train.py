@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jsonargparse
@@ -32,6 +33,13 @@ from llava_cot_jax.training.settings import RENAMED_SETTINGS, TrainSettings
 if TYPE_CHECKING:
     from llava_cot_jax.training.loop import TrainResult
 
+SAVE_MEMORY = (
+    "What fits is told by `llava-cot plan`. Less memory is taken by remat: full, more grad_accum_steps, a smaller "
+    "loader.batch_size or chat.max_length, adapters (lora.rank), optimizer.precision: bfloat16_stochastic, and by more "
+    "devices."
+)
+"""Advice to a user for whom memory does not suffice."""
+
 PRINTED_ANSWERS = 3
 """Number of answers to validation questions that are printed."""
 
@@ -43,14 +51,15 @@ def main(argv: list[str] | None = None) -> None:
         UserError: A setting or a file cannot be used. This is found before anything expensive starts.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    report = partial(cli.report, save_memory=SAVE_MEMORY)
     try:
         settings, options = read_arguments(arguments)
     except UserError:
-        with Lifeline(_group_in(arguments)).shared_failures(cli.report):
+        with Lifeline(_group_in(arguments)).shared_failures(report):
             raise
     group = find_group(**vars(options.hosts))
     lifeline = Lifeline(group)
-    with lifeline.shared_failures(cli.report):
+    with lifeline.shared_failures(report):
         _check_files(settings)
         if settings.eval_generations and group.count > 1:
             raise UserError(
@@ -246,4 +255,4 @@ def _answer(result: TrainResult) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, save_memory=SAVE_MEMORY)

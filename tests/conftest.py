@@ -19,6 +19,7 @@ type_checking.install()
 import base64
 import gc
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=SPECIAL_TOKENS[0]).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(MllamaConfig.llama32_11b().to_dict("bfloat16")))
     return Processor.from_pretrained(folder)
+
+
+@pytest.fixture
+def warnings_of(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the package warns of, also after a command has run in this process, which prints it instead."""
+    monkeypatch.setattr(logging.getLogger("llava_cot_jax"), "propagate", True)
+    return caplog
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,15 +1,21 @@
 """The command line that all commands share: their names, the spelling of options, booleans, and usage lines."""
 
 import importlib
+import io
 import os
+import re
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from importlib.metadata import version
+from itertools import count
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
+from rich.progress import Progress, TaskID
 
 import llava_cot_jax
 from llava_cot_jax import cli
@@ -137,6 +143,58 @@ def test_without_a_command_the_commands_are_listed():
 def test_an_unknown_command(command, message):
     ended = run("-m", "llava_cot_jax", command)
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"error: {message}\n")
+
+
+class DrawnAtOnce(Progress):
+    """A progress bar that draws each update."""
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes, refresh=True)
+
+
+def shown(screen: io.StringIO) -> str:
+    """The last line of a progress bar, without its colours."""
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n")
+    return [line.rstrip() for line in plain.splitlines() if line.strip()][-1]
+
+
+@pytest.mark.parametrize(
+    ("width", "note"),
+    [
+        (60, "loss 1."),
+        (80, "loss 1.2345, 12.3"),
+        (120, "loss 1.2345, 12.3 samples/s, MFU 34.5%"),
+    ],
+)
+def test_a_progress_bar_shows_step_rate_and_time_left_on_any_screen(monkeypatch, width, note):
+    """And no total before it is known, as rich's own of 100."""
+    screen, clock = io.StringIO(), count(0.0, 2.5)
+    console = Console(width=width, force_terminal=True, file=screen, legacy_windows=False)
+    monkeypatch.setattr(cli, "Console", lambda stderr: console)
+    monkeypatch.setattr(cli, "Progress", partial(DrawnAtOnce, auto_refresh=False, get_time=lambda: next(clock)))
+    with cli.progress_bar("training", "steps", 10) as update:
+        before = shown(screen)
+        update(0, 3000)
+        known = shown(screen)
+        for done in range(1200, 1210):
+            update(done, 3000, "loss 1.2345, 12.3 samples/s, MFU 34.5%")
+        last = shown(screen)
+    assert " 0/? steps" in before and "100" not in before
+    assert " 0/3000 steps" in known
+    assert len(last) <= width and "1209/3000 steps" in last and note in last
+    assert re.search(r"(\d s each|\d/s) \d+:\d\d:\d\d ", last), last
+
+
+def test_programs_that_cannot_be_kept_are_a_warning(tmp_path, monkeypatch, warnings_of):
+    """And what jax was to keep, by whichever name, it does not try to."""
+    (tmp_path / "file").write_text("")
+    for name, value in (("XDG_CACHE_HOME", "file"), ("JAX_COMPILATION_CACHE_DIR", "file/programs")):
+        monkeypatch.setenv(name, str(tmp_path / value))
+        set_to: dict[str, Any] = {}
+        monkeypatch.setattr("jax.config.update", set_to.__setitem__)
+        cli.enable_compilation_cache()
+        assert set_to == {"jax_enable_compilation_cache": False}
+        assert "compiled programs cannot be kept in" in warnings_of.messages[-1]
 
 
 def test_the_version():

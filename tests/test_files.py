@@ -11,9 +11,12 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import (
     atomic_file,
     atomic_path,
+    cache_folder,
     check_file_writable,
     copy_file,
+    keeping_in_cache,
     read_json,
+    usable_cache,
     write_json,
     write_text,
 )
@@ -96,3 +99,41 @@ def test_json_has_no_number_that_is_not_finite(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "file.json", {"loss": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has a number without a name."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_there_is_no_cache(warnings_of: pytest.LogCaptureFixture, monkeypatch, tmp_path) -> None:
+    assert cache_folder("index") is None and usable_cache(None, "things") is None
+    assert [record.levelname for record in warnings_of.records] == ["WARNING"]
+    assert warnings_of.messages[0].startswith("~/.cache: there is no such user's home folder; the work goes on, ")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("index") == tmp_path / "llava_cot_jax/index" and len(warnings_of.messages) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(warnings_of, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with keeping_in_cache(tmp_path / "file/below", "counts"):
+        (tmp_path / "file/below").mkdir(parents=True)
+    assert usable_cache(tmp_path / "file/below", "programs") is None
+    assert usable_cache(tmp_path / "new/below", "programs") == tmp_path / "new/below"
+    with keeping_in_cache(tmp_path / "new", "plans"):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    with pytest.raises(ValueError, match="mine"), keeping_in_cache(tmp_path / "new", "plans"):
+        raise ValueError("mine")
+    assert len(warnings_of.messages) == 3
+    assert warnings_of.messages[0].startswith(
+        f"counts cannot be kept in {tmp_path}/file/below: Not a directory; the work "
+    )
+    assert f"plans cannot be kept in {tmp_path}/new: Read-only file system" in warnings_of.messages[2]

@@ -84,8 +84,9 @@ def compiling(event, seconds, fun_name="", **_):
         terminate()
 jax.monitoring.register_event_duration_secs_listener(compiling)
 """
-DURING_A_SAVE = 'before(checkpoints, "write_checksums", terminate, lambda count: count == 2)'
-TWICE = DURING_COMPILATION + DURING_A_SAVE.replace("== 2", "== 1")
+# The first save is that of a trial.
+DURING_A_SAVE = 'before(checkpoints, "write_checksums", terminate, lambda count: count == 3)'
+TWICE = DURING_COMPILATION + DURING_A_SAVE.replace("== 3", "== 2")
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
@@ -123,7 +124,7 @@ def test_ctrl_c_saves_and_a_second_ends_at_once(place, cache, undisturbed):
     assert steps_in(place / "pressed twice/checkpoints") == []
 
 
-IN_A_SAVE = f'before(checkpoints, "write_checksums", lambda: {KILLED}, lambda count: count == 2)'
+IN_A_SAVE = f'before(checkpoints, "write_checksums", lambda: {KILLED}, lambda count: count == 3)'
 
 
 @pytest.mark.slow

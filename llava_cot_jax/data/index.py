@@ -13,8 +13,7 @@ from llava_cot_jax.data.chat import Chat, ConversationSize
 from llava_cot_jax.data.rows import Rows
 from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import read_json, write_json
-from llava_cot_jax.paths import writing_errors
+from llava_cot_jax.files import keeping_in_cache, read_json, write_json
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.progress import OnProgress
 
@@ -47,7 +46,7 @@ class Index:
         rows: Rows,
         processor: Processor,
         settings: ChatSettings,
-        folder: Path,
+        folder: Path | None,
         on_progress: OnProgress = lambda done, total: None,
     ) -> Self:
         """Read the index from ``folder``, or build it and save it there.
@@ -57,18 +56,19 @@ class Index:
             processor: Processor whose tokenizer and chat template are used.
             settings: Settings by which turns become tokens.
             folder: Folder where indices are cached, each under its fingerprint. Any number of processes may share it.
+                With None, or where nothing can be written, the index is not kept.
             on_progress: Function that is called with the number of rows done and of all rows while an index is built.
 
         Raises:
-            UserError: No row is left to train on, or the index cannot be saved.
+            UserError: No row is left to train on.
         """
         fingerprint = _fingerprint(rows, processor, settings)
-        path = folder / f"{fingerprint}.json"
-        kept = cls._read(path, fingerprint, len(rows))
+        path = folder / f"{fingerprint}.json" if folder else None
+        kept = cls._read(path, fingerprint, len(rows)) if path else None
         index = kept or cls._build(rows, Chat(processor, settings), fingerprint, on_progress)
         if not index.lengths.any():
             raise UserError(f"none of the {len(rows)} rows can be trained on: {index.summary()}")
-        if not kept:
+        if path and not kept:
             index._write(path)
         return index
 
@@ -122,7 +122,7 @@ class Index:
             "cut_turns": self.cut_turns.tolist(),
             "left_out": self.skipped,
         }
-        with writing_errors(path):
+        with keeping_in_cache(path.parent, "counts of tokens"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content, indent=None, shared=True)
 

@@ -3,12 +3,14 @@
 import json
 import operator
 import os
+import shutil
+import tempfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from llava_cot_jax.data.description import read_description, turns_name
 from llava_cot_jax.data.raw.annotations import make_turns
 from llava_cot_jax.data.rows import Row, Turn
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import atomic_path, cache_folder
+from llava_cot_jax.files import atomic_path, cache_folder, usable_cache
 from llava_cot_jax.paths import as_path, bucket_filesystem, is_remote, reading_errors
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ class PreparedRows:
     def _lines(self) -> tuple[BinaryIO, np.ndarray]:
         """File of conversations, with the offsets in bytes of its lines and of its end, int64 [records + 1]."""
         with reading_errors(self._turns_path):
-            file = self._turns_on_disk().open("rb")
+            file = self._open_turns()
             offsets = np.fromiter(accumulate(map(len, file), initial=0), np.int64)
         if len(offsets) != self._length + 1:
             raise UserError(
@@ -153,16 +155,24 @@ class PreparedRows:
             )
         return file, offsets
 
-    def _turns_on_disk(self) -> Path:
-        """Return the path of the file of conversations on a disk.
+    def _open_turns(self) -> BinaryIO:
+        """Open the file of conversations on a disk.
 
         A file in a bucket is copied into the cache, under a name that changes with the file's version in the bucket.
+        Without a cache, the copy is a temporary file.
         """
         if not is_remote(self._turns_path):
-            return self._turns_path
-        copy = cache_folder("turns") / f"{bucket_filesystem().ukey(str(self._turns_path))}.jsonl"
+            return self._turns_path.open("rb")
+        bucket, name = bucket_filesystem(), str(self._turns_path)
+        folder = usable_cache(cache_folder("turns"), "conversations")
+        if not folder:
+            temporary = tempfile.TemporaryFile()  # noqa: SIM115 - it stays open as long as this object
+            with bucket.open(name) as source:
+                shutil.copyfileobj(source, temporary)
+            temporary.seek(0)
+            return cast(BinaryIO, temporary)
+        copy = folder / f"{bucket.ukey(name)}.jsonl"
         if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(copy, shared=True) as partial:
-                bucket_filesystem().get_file(str(self._turns_path), str(partial))
-        return copy
+                bucket.get_file(name, str(partial))
+        return copy.open("rb")

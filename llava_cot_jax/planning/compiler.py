@@ -13,8 +13,7 @@ from typing import Any
 import jax
 
 from llava_cot_jax import cli
-from llava_cot_jax.files import cache_folder, read_json, write_json
-from llava_cot_jax.paths import writing_errors
+from llava_cot_jax.files import cache_folder, keeping_in_cache, read_json, write_json
 from llava_cot_jax.planning.collectives import Collective, find_collectives
 from llava_cot_jax.planning.slices import Slice
 
@@ -79,14 +78,16 @@ def compile_for(
     lowered = lower()
     context = json.dumps([FORMAT, compiler_versions(), slice_.name, dict(mesh)])
     key = hashlib.sha256((context + lowered.as_text()).encode()).hexdigest()[:32]
-    cached = cache_folder("plans") / f"{key}.json"
-    if cached.is_file():
+    folder = cache_folder("plans")
+    cached = folder / f"{key}.json" if folder else None
+    if cached and cached.is_file():
         return _from_json(read_json(cached))
     with cli.status(f"compiling {name} for {slice_.name}: this takes minutes"):
         program = cli.run_interruptible(functools.partial(_compile, lowered, mesh))
-    with writing_errors(cached):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cached, asdict(program), shared=True)
+    if cached:
+        with keeping_in_cache(cached.parent, "plans"):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cached, asdict(program), shared=True)
     return program
 
 

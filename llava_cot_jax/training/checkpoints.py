@@ -17,12 +17,14 @@ from threading import Thread
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.paths import is_remote, move
+from llava_cot_jax.paths import is_remote, move, remove_folder
 from llava_cot_jax.training.broadcast import broadcast_string
 from llava_cot_jax.training.checksums import find_damage, write_checksums
 from llava_cot_jax.training.settings import CheckpointSettings
@@ -42,6 +44,9 @@ CLOSING_SECONDS = 60.0
 
 _JSON = "json"
 """The only entry of the part ``run``: Orbax keeps neither an empty list nor None."""
+
+_TRIAL_FOLDER = ".trial"
+"""Name of the folder among the checkpoints to which one is written on trial."""
 
 _METRIC = "validation_loss"
 """Metric by which the best checkpoints are chosen."""
@@ -77,6 +82,7 @@ class Checkpoints:
         self._folder = folder
         self._settings = settings
         self._saving = 0
+        self._unchecked = False  # whether a checkpoint was started, and nobody has asked yet how it ended
         options = ocp.options.AsyncOptions(
             timeout_secs=TIMEOUT_SECONDS,
             # A method would not do: Orbax copies its options deeply, and the method's object with them.
@@ -145,11 +151,11 @@ class Checkpoints:
             UserError: The checkpoint before could not be written, or this one cannot be started.
         """
         self.wait()
-        self._saving = int(state.step)
+        self._saving, self._unchecked = int(state.step), True
         parts = {**_array_parts(state), RUN_PART: {_JSON: json.dumps(run)}}
         known = validation_loss is not None and math.isfinite(validation_loss)
         metrics = {_METRIC: validation_loss} if known else None
-        with _disk_errors(self._folder):
+        with _saving_errors(self._folder):
             self._orbax.save_checkpointables_async(self._saving, parts, force=True, metrics=metrics)
 
     def wait(self) -> None:
@@ -158,8 +164,41 @@ class Checkpoints:
         Raises:
             UserError: It cannot be written: the disk is full, for example.
         """
-        with _disk_errors(self._folder):
+        self._unchecked = False
+        with _saving_errors(self._folder):
             self._orbax.wait()
+
+    def check(self) -> None:
+        """Check, without waiting, whether the checkpoint that was started has failed by now.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        if self._unchecked and not self._orbax.is_saving_in_progress():
+            self.wait()
+
+    def try_saving(self, mesh: Mesh) -> None:
+        """Write a small checkpoint in the way of all others, with a share of every device, and remove it.
+
+        What would keep a run from saving its work is found so before the work is done.
+
+        Args:
+            mesh: Mesh over the devices of all processes.
+
+        Raises:
+            UserError: A checkpoint cannot be written in this folder, read, or removed.
+        """
+        folder = self._folder / _TRIAL_FOLDER
+        with _saving_errors(self._folder):
+            _remove_together(folder)
+            sharding, step = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), NamedSharding(mesh, PartitionSpec())
+            zeros = jax.jit(lambda: jnp.zeros(mesh.size), out_shardings=sharding)()
+            zero = jax.jit(lambda: jnp.int32(0), out_shardings=step)()
+            with Checkpoints(folder, CheckpointSettings()) as trial:
+                trial.save(TrainState(zero, {"trial": zeros}, {}, {"trial": zeros}, zero), {})
+            if damage := broadcast_string(find_damage(folder / "0", share=(jax.process_index(), jax.process_count()))):
+                raise UserError(f"a checkpoint in {self._folder} is not what was written: {damage}")
+            _remove_together(folder)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state of a step, with the shardings and the frozen arrays of ``like``.
@@ -254,15 +293,31 @@ def _check_shapes(place: Path, found: Mapping[str, Any], wanted: Mapping[str, An
                 raise UserError(f"{place} is of another model: {path} has {name} {has}, not {needs}")
 
 
+def _remove_together(folder: Path) -> None:
+    """Remove a folder of all processes, if there is one. All of them must call this."""
+    if jax.process_index() == 0:
+        remove_folder(folder)
+    multihost_utils.sync_global_devices(f"removed {folder.name}")
+
+
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn the error of a full disk into a ``UserError`` that names ``folder``."""
+def _saving_errors(folder: Path) -> Iterator[None]:
+    """Turn what Orbax, TensorStore and a disk or bucket raise in a save into a ``UserError`` that names ``folder``."""
     try:
         yield
-    except Exception as fault:  # Orbax and TensorStore raise several kinds of exception for it
-        if any("No space left" in str(cause) for cause in _causes(fault)):
-            raise UserError(f"no room on the disk of {folder} for a checkpoint: free some and start again") from fault
+    except UserError:
         raise
+    except Exception as fault:
+        causes = list(_causes(fault))
+        if any("No space left" in str(cause) or "quota exceeded" in str(cause).lower() for cause in causes):
+            raise UserError(f"no room on the disk of {folder} for a checkpoint: free some and start again") from fault
+        reasons = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
+        # TensorStore's messages end with the places in its source.
+        reason = (*reasons, str(causes[-1]).partition(" [")[0].strip() or type(causes[-1]).__name__)[0]
+        raise UserError(
+            f"a checkpoint cannot be written to {folder}: {' '.join(reason.split())}. Correct this and start again: "
+            "the run goes on from its newest checkpoint"
+        ) from fault
 
 
 def _causes(fault: BaseException | None) -> Iterator[BaseException]:

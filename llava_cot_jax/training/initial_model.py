@@ -92,5 +92,7 @@ class InitialModel:
 
 def _sum_over_processes(parts: np.ndarray) -> np.ndarray:
     """Return the sum of the arrays of all processes, uint32 as each of them."""
+    if not len(parts):
+        return parts
     gathered = np.asarray(multihost_utils.process_allgather(parts)).reshape(-1, len(parts))
     return gathered.sum(0, dtype=np.uint32)

@@ -105,6 +105,7 @@ def _train(run: Run, agree: Agree, accept_changes: bool) -> TrainResult:
     throughput = Throughput(config, program.trained_parts, program.adapted_parts)
     with ExitStack() as after_saving, Checkpoints(run.checkpoints_folder, settings.checkpoints) as checkpoints:
         checkpoints.check_disk_space(program.state)
+        checkpoints.try_saving(run.mesh)
         run.log(run_table(run, program, training, throughput, steps))
         state = _first_state(run, program, checkpoints, latest)
         description["base"] = base_description(run, before, accept_changes)
@@ -117,6 +118,7 @@ def _train(run: Run, agree: Agree, accept_changes: bool) -> TrainResult:
             MetricsWriter(run.folder, asdict(settings), settings.wandb, first) as metrics,
             run.progress_bar("training", "steps", settings.log_every) as update_bar,
         ):
+            update_bar(first, steps)
             stepper = Stepper(program, training, range(first, steps), metrics, throughput, update_bar)
             loop = _Loop(run, program, stepper, metrics, checkpoints, training, validation, description)
             interruption = after_saving.enter_context(stop_on_interrupt(run.log))
@@ -148,6 +150,7 @@ class _Loop:
             for done in range(first + 1, last + 1):
                 if settings.profile and done - first == PROFILED_STEPS[0]:
                     profile.enter_context(jax.profiler.trace(str(self.metrics.folder / "profile")))
+                self.checkpoints.check()
                 state = self.stepper.step(state)
                 if settings.profile and done - first == PROFILED_STEPS[-1]:
                     self.stepper.finish()

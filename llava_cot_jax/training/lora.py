@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.mllama import init_params
 from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.training.settings import LoraSettings
@@ -38,15 +37,11 @@ def adapter_table(table: Mapping[str, Parameter], settings: LoraSettings) -> dic
     Raises:
         UserError: A target is no regular expression, or matches no projection.
     """
+    projections = [path for path in table if PROJECTION.search(path)]
+    kind = "projection, and nothing else can carry an adapter"
     weights: set[str] = set()
     for pattern in settings.targets if settings.rank else ():
-        found = {path for path in matching_paths(table, pattern, "lora.targets") if PROJECTION.search(path)}
-        if not found:
-            raise UserError(
-                f"lora.targets: {pattern!r} matches no projection, and nothing else can carry an adapter: "
-                "name some, as self_attn.q_proj or mlp"
-            )
-        weights |= found
+        weights |= matching_paths(projections, pattern, "lora.targets", kind)
     adapters: dict[str, Parameter] = {}
     for path in sorted(weights):
         a_path, b_path = adapter_paths(path)

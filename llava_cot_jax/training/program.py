@@ -96,8 +96,7 @@ def make_program(
             regular expression or matches nothing.
     """
     base = parameters(config, "stacked")
-    adapters = adapter_table(base, settings.lora)
-    trained = set(adapters) if adapters else base.keys() - frozen_paths(base, settings.frozen_params)
+    adapters, trained = choose_trained(settings, base)
     table = {**base, **adapters}
     learning_rate = make_schedule(settings.optimizer, steps, steps_per_epoch, schedule_shift)
     optimizer = Optimizer(settings.optimizer, learning_rate, table)
@@ -142,6 +141,20 @@ def make_program(
         step=step,
         evaluate=evaluate,
     )
+
+
+def choose_trained(settings: TrainSettings, base: Mapping[str, Parameter]) -> tuple[dict[str, Parameter], set[str]]:
+    """Return the declarations of a run's adapters, and the paths of all arrays that it trains.
+
+    Args:
+        settings: Settings of the run.
+        base: Declarations of the model's parameters, in the stacked layout.
+
+    Raises:
+        UserError: A pattern of ``frozen_params`` or ``lora.targets`` is no regular expression or matches nothing.
+    """
+    adapters = adapter_table(base, settings.lora)
+    return adapters, set(adapters) or base.keys() - frozen_paths(base, settings.frozen_params)
 
 
 def _abstract_state(

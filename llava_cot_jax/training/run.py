@@ -7,12 +7,13 @@ from typing import Any, Self
 
 from jax.sharding import Mesh
 
+from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.sharding import check_mesh
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import ProgressBar
 from llava_cot_jax.training.initial_model import InitialModel
 from llava_cot_jax.training.layout import CHECKPOINTS, kept_model_files
-from llava_cot_jax.training.program import check_batch_size, make_run_mesh
+from llava_cot_jax.training.program import check_batch_size, choose_trained, make_run_mesh
 from llava_cot_jax.training.settings import TrainSettings
 
 
@@ -47,6 +48,7 @@ class Run:
         initial_model = InitialModel(settings.checkpoint, settings.convention, settings.random_init, files)
         check_batch_size(settings, mesh)
         check_mesh(initial_model.config, mesh)
+        choose_trained(settings, parameters(initial_model.config, "stacked"))  # a pattern may match nothing
         return cls(settings=settings, initial_model=initial_model, mesh=mesh, log=log, progress_bar=progress_bar)
 
     @property

@@ -1,5 +1,6 @@
 """State of a training run: its arrays, their shardings, and the choice of those that are trained."""
 
+import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,13 +92,14 @@ def frozen_paths(paths: Collection[str], patterns: Sequence[str]) -> set[str]:
     return found
 
 
-def matching_paths(paths: Collection[str], pattern: str, setting: str) -> set[str]:
+def matching_paths(paths: Collection[str], pattern: str, setting: str, kind: str = "parameter") -> set[str]:
     """Return the paths in which a regular expression is found.
 
     Args:
         paths: Paths of parameters.
         pattern: Regular expression, which may match anywhere in a path.
         setting: Name of the setting that holds the pattern, for the error.
+        kind: What the paths are of, for the error.
 
     Raises:
         UserError: The pattern is no regular expression, or matches nothing.
@@ -107,6 +109,21 @@ def matching_paths(paths: Collection[str], pattern: str, setting: str) -> set[st
     except re.error as fault:
         raise UserError(f"{setting}: {pattern!r} is no regular expression: {fault}") from None
     if not found:
-        name = "language_model.model.layers.0.self_attn.q_proj.weight"
-        raise UserError(f"{setting}: {pattern!r} matches no parameter; they are named as {name}")
+        raise UserError(
+            f"{setting}: {pattern!r} matches no {kind}; the nearest are {', '.join(_nearest(paths, pattern))}"
+        )
     return found
+
+
+def _nearest(paths: Collection[str], pattern: str, count: int = 3) -> list[str]:
+    """Return the names that are most like a pattern, at most one of those that differ by their numbers alone."""
+    words = re.findall(r"[A-Za-z]\w*", re.sub(r"\\[A-Za-z]", "", pattern)) or [pattern]
+
+    def likeness(path: str) -> float:
+        parts = path.split(".")
+        return sum(max(difflib.SequenceMatcher(None, word, part).ratio() for part in parts) for word in words)
+
+    kinds: dict[str, str] = {}
+    for path in sorted(paths, key=likeness, reverse=True):
+        kinds.setdefault(re.sub(r"\d+", "", path), path)
+    return list(kinds.values())[:count]

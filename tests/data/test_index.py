@@ -68,6 +68,16 @@ def test_it_counts_images_and_turns_that_are_cut(tmp_path):
     assert open_index(tmp_path, Noise(30)).summary() == "0 of 30 rows skipped"
 
 
+def test_an_index_that_cannot_be_kept_is_used_all_the_same(tmp_path, warnings_of):
+    (tmp_path / "file").write_text("")
+    kept = open_index(tmp_path)
+    for folder in (None, tmp_path / "file/index"):
+        assert np.array_equal(open_index(folder).lengths, kept.lengths)
+    assert [message.split(":")[0] for message in warnings_of.messages] == [
+        f"counts of tokens cannot be kept in {tmp_path}/file/index"
+    ]
+
+
 def test_it_is_built_once(tmp_path, monkeypatch):
     built = open_index(tmp_path)
     monkeypatch.setattr(index_module, "Chat", None)  # nothing can be counted any more
@@ -109,9 +119,3 @@ def test_a_damaged_one_is_built_anew(tmp_path, damage):
 def test_nothing_to_train_on(tmp_path):
     with pytest.raises(UserError, match=r"none of the 5 rows can be trained on: 5 of 5 rows skipped; 5: .* 9 tokens"):
         open_index(tmp_path, Noise(5), ChatSettings(max_length=9))
-
-
-def test_a_cache_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        open_index(tmp_path / "file" / "cache", Noise(5))

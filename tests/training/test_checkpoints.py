@@ -2,8 +2,10 @@
 
 import os
 import re
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.training import checkpoints as checkpoints_module
 from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run, steps_in
 from llava_cot_jax.training.checksums import CHECKSUMS_FILE, find_damage
 from llava_cot_jax.training.export import RunExport
@@ -23,6 +26,7 @@ from llava_cot_jax.training.run_folder import (
 )
 from llava_cot_jax.training.settings import CheckpointSettings, TrainSettings
 from tests.training.small_run import write_small
+from tests.training.stepless import stepless_place  # noqa: F401 - a fixture
 from tests.training.test_export import Run, begin, save
 from tests.training.test_settings import BASE, COMPUTED, LOADED, READ_AHEAD, RUN, STARTED, changed
 
@@ -63,6 +67,57 @@ def test_what_is_kept(run, tmp_path, kept, steps):
             state = replace(run.state, step=jax.device_put(np.int32(step), run.state.step.sharding))
             checkpoints.save(state, {}, losses.get(step))
     assert steps_in(tmp_path / "run") == steps
+
+
+class TestSavingFails:
+    """In the background, while steps are made."""
+
+    def test_it_is_told_at_the_next_step(self, run, tmp_path, monkeypatch):
+        """Once it is known; before, a step does not wait for it."""
+        ended = Event()
+
+        def write(folder: Path) -> None:
+            ended.wait()
+            raise PermissionError(13, "Permission denied", str(folder))
+
+        monkeypatch.setattr(checkpoints_module, "write_checksums", write)
+        with (
+            pytest.raises(UserError, match=r"^a checkpoint cannot be written to .*run: Permission denied"),
+            Checkpoints(tmp_path / "run", CheckpointSettings()) as checkpoints,
+        ):
+            checkpoints.check()
+            checkpoints.save(run.state, {})
+            for _ in range(3):
+                checkpoints.check()
+            ended.set()
+            for _ in range(1000):
+                checkpoints.check()
+                time.sleep(0.01)
+
+    def test_a_trial_tells_it_before_the_first_step(self, run, tmp_path, monkeypatch):
+        (tmp_path / "run").mkdir()
+        mesh = run.program.mesh
+        with Checkpoints(tmp_path / "run", CheckpointSettings()) as checkpoints:
+            (tmp_path / "run/.trial/0").mkdir(parents=True)  # as a run leaves it that was killed
+            checkpoints.try_saving(mesh)
+            assert list((tmp_path / "run").iterdir()) == [] and steps_in(tmp_path / "run") == []
+            assert latest_valid_step(tmp_path / "run", print) is None
+            (tmp_path / "run/.trial").write_text("a file in place of the folder")
+            with pytest.raises(UserError, match=r"^a checkpoint cannot be written to .*run: Not a directory"):
+                checkpoints.try_saving(mesh)
+            (tmp_path / "run/.trial").unlink()
+            monkeypatch.setattr(checkpoints_module, "write_checksums", lambda folder: None)
+            with pytest.raises(UserError, match=r"is not what was written: checksums\.json is missing"):
+                checkpoints.try_saving(mesh)
+
+    def test_a_run_is_not_begun(self, place, monkeypatch):
+        def refuse(folder: Path) -> None:
+            raise OSError(30, "Read-only file system", str(folder))
+
+        monkeypatch.setattr(checkpoints_module, "write_checksums", refuse)
+        with pytest.raises(UserError, match="Read-only file system"):
+            place.run("refused", steps=1)
+        assert place.rows == ()
 
 
 def largest(folder: Path) -> Path:

@@ -230,7 +230,7 @@ def test_every_field_of_the_settings_counts(small):
         ({"alpha": 0.0}, "lora.alpha is 0.0"),
         ({"targets": []}, "lora.targets is empty"),
         ({"targets": ["("]}, r"lora.targets: '\(' is no regular expression"),
-        ({"targets": ["q_proj", "qproj"]}, "lora.targets: 'qproj' matches no parameter"),
+        ({"targets": ["q_proj", "qproj"]}, "lora.targets: 'qproj' matches no projection"),
         ({"targets": ["embed_tokens"]}, "lora.targets: 'embed_tokens' matches no projection"),
         ({"targets": ["lm_head|norm|tile|patch|embedding|gate$|bias"]}, "matches no projection"),
     ],

@@ -67,3 +67,25 @@ def test_a_schedule_goes_on_at_the_share_of_the_data_that_was_seen():
         shifted = make_schedule(settings, 75, 25, shift=-25)
         for updates in range(50, 75):
             assert float(shifted(np.int32(updates))) == float(plain(np.int32(updates - 25)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern", "nearest"),
+    [
+        ("frozen_params", "vison_model", r"vision_model\.\S+, vision_model\.\S+, vision_model\.\S+$"),
+        (
+            "lora.targets",
+            "self_attn.qproj",
+            r"vision_model\.\S+, .*language_model\.model\.\S+\.self_attn\.q_proj\.weight$",
+        ),
+        ("lora.targets", r"\.gate$", "mlp.gate_proj.weight"),
+        ("lora.targets", "norm", "and nothing else can carry an adapter; the nearest are "),
+    ],
+)
+def test_patterns_that_match_nothing_are_answered_first(place, monkeypatch, setting, pattern, nearest):
+    """Before the data is read, or anything is written."""
+    monkeypatch.setattr("llava_cot_jax.training.loop.open_rows", None)
+    lora = {"lora.rank": 2} if setting.startswith("lora") else {}
+    with pytest.raises(UserError, match=rf"^{setting}: '\S+' matches no .*{nearest}"):
+        place.run("never", **{setting: [pattern], **lora})
+    assert not (place / "never").exists()
