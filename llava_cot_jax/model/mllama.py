@@ -28,7 +28,7 @@ from llava_cot_jax.model.checkpoint.reading import check_weight_dtype
 from llava_cot_jax.model.checkpoint.sharded_loading import load_params
 from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
-from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.config import EXTRA_EMBEDDINGS, Convention, MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
 from llava_cot_jax.model.inputs import ArrayLike, as_arrays
 from llava_cot_jax.model.layers import int8_linear
@@ -128,7 +128,8 @@ class Mllama(nnx.Module):
 
         Raises:
             UserError: There are pixel values without the ids or the cross-attention mask that belong to them, or shapes
-                contradict the configuration or each other.
+                contradict the configuration or each other, or an id is beyond its table. Ids that are being traced
+                have no values to check; there, one beyond the table acts as the last.
         """
         inputs = as_arrays(
             {
@@ -149,13 +150,18 @@ class Mllama(nnx.Module):
         """Return features of images before the projector, [batch, images, tiles, patches + 1, features].
 
         The arguments are those of a call of the model.
+
+        Raises:
+            UserError: An aspect ratio id is beyond those of the configuration.
         """
         images = {
             "pixel_values": pixel_values,
             "aspect_ratio_ids": aspect_ratio_ids,
             "aspect_ratio_mask": aspect_ratio_mask,
         }
-        return self._run(_features, as_arrays(images))
+        arrays = as_arrays(images)
+        _check_ids(self.config, arrays)
+        return self._run(_features, arrays)
 
     def _run(self, function: Callable[..., Any], inputs: Mapping[str, ArrayLike]) -> Any:
         """Compile and call ``function`` with the parameters and ``inputs``."""
@@ -470,7 +476,7 @@ def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -
     """Check that these arrays can be inputs of a model of ``config`` together.
 
     Raises:
-        UserError: An array lacks another that belongs to it, or has a wrong shape.
+        UserError: An array lacks another that belongs to it, or has a wrong shape, or an id is beyond its table.
     """
     given = {name: tuple(x.shape) for name, x in inputs.items() if x is not None}
     if "input_ids" not in given:
@@ -497,6 +503,32 @@ def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -
     for name, shape in given.items():
         if name in expected and shape != expected[name]:
             raise UserError(f"{name} must have shape {list(expected[name])}, got {list(shape)}")
+    _check_ids(config, inputs)
+
+
+def _check_ids(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:
+    """Check that ids are those of rows of their tables, as far as this process can see them.
+
+    JAX would take the last row for an id beyond it, and count a negative one from the end.
+
+    Raises:
+        UserError: An id has no row, or is no integer.
+    """
+    sizes = {
+        "input_ids": config.text.vocab_size + EXTRA_EMBEDDINGS,
+        "aspect_ratio_ids": len(config.vision.supported_aspect_ratios) + 1,
+    }
+    for name, rows in sizes.items():
+        ids = inputs.get(name)
+        if ids is None or isinstance(ids, jax.core.Tracer):
+            continue
+        if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
+            continue
+        values = np.asarray(ids)
+        if values.dtype.kind not in "iu":
+            raise UserError(f"{name} must be integers, got {values.dtype}")
+        if (wrong := values[(values < 0) | (values >= rows)]).size:
+            raise UserError(f"{name} has {wrong[0]}, but this model has the ids 0 to {rows - 1}")
 
 
 def _to_model_dtype(x: ArrayLike) -> ArrayLike:

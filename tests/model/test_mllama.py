@@ -268,3 +268,39 @@ def test_in_float16_the_tower_does_not_overflow(tiny, batch):
     assert np.abs(features[0]).max() > 1.5 * float(np.finfo(np.float16).max)
     assert features[1].dtype == jnp.float32 and off(features[1], features[0]) < 2e-3
     assert off(logits[1], logits[0]) < 2e-2
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny) -> Mllama:
+    return Mllama.from_pretrained(tiny)
+
+
+@pytest.mark.parametrize("place", [np.asarray, jnp.asarray], ids=["host", "device"])
+@pytest.mark.parametrize(
+    ("name", "wrong", "rows"),
+    [("input_ids", -1, 264), ("input_ids", 264, 264), ("aspect_ratio_ids", 9, 9), ("aspect_ratio_ids", -1, 9)],
+)
+def test_an_id_beyond_its_table_is_refused(tiny_model, batch, place, name, wrong, rows):
+    """By a call, by the tower alone and by a generator."""
+    batch[name][1, 0] = wrong
+    given = {each: place(x) for each, x in batch.items()}
+    calls = [lambda: tiny_model(**given), lambda: Generator(tiny_model).generate(given, max_new_tokens=2)]
+    if name == "aspect_ratio_ids":
+        images = {each: given[each] for each in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        calls.append(lambda: tiny_model.vision_features(**images))
+    for call in calls:
+        with pytest.raises(UserError, match=f"^{name} has {wrong}, but this model has the ids 0 to {rows - 1}$"):
+            call()
+
+
+def test_ids_that_wrap_to_32_bits_or_are_no_integers(tiny_model):
+    with pytest.raises(UserError, match="input_ids has 4294967297"):
+        tiny_model(np.array([[2**32 + 1]]))
+    with pytest.raises(UserError, match="input_ids must be integers, got float32"):
+        tiny_model(np.array([[1.0]], np.float32))
+
+
+def test_ids_that_are_traced_are_not_looked_at(tiny_model):
+    """Every id of the embedding is one, that of the image token and of the rows after it too."""
+    ids = np.array([[250, 1, 263]])
+    np.testing.assert_allclose(jax.jit(lambda x: tiny_model(x))(ids), tiny_model(ids), atol=1e-5)
