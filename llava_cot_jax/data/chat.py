@@ -76,7 +76,7 @@ class Chat:
         """
         answers = self._answers(turns)
         text = self._render(turns, answers)
-        [(ids, start)] = self._processor.tokenize([text])
+        ids, start = self._processor.tokenize_with_starts(text)
         count, length = self._fit(ids)
         marks = self._mark(text, answers)
         trained = np.concatenate([np.full(len(self._second_bos), NOT_TRAINED), marks[start]])[:length]
@@ -96,7 +96,7 @@ class Chat:
             except SkippedConversation as reason:
                 texts.append(reason)
         rendered = [text for text in texts if isinstance(text, str)]
-        ids = (ids for ids, _ in self._processor.tokenize(rendered))
+        ids = iter(self._processor.tokenize(rendered))
         found: list[int | str] = []
         for text in texts:
             try:
