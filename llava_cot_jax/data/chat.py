@@ -103,7 +103,7 @@ class Chat:
         """
         answers = self._answers(turns)
         text = self._render(turns, answers)
-        [(tokens, start)] = self._processor.tokenize([text])
+        tokens, start = self._processor.tokenize_with_starts(text)
         count, length = self._fit(tokens)
         ids = (self._second_bos + tokens)[:length]
         marks = self._mark(text, answers)
@@ -125,7 +125,7 @@ class Chat:
             except SkippedConversation as reason:
                 texts.append(reason)
         rendered = [text for text in texts if isinstance(text, str)]
-        ids = (ids for ids, _ in self._processor.tokenize(rendered))
+        ids = iter(self._processor.tokenize(rendered))
         found: list[ConversationSize | str] = []
         for turns, text in zip(conversations, texts, strict=True):
             try:

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -165,37 +165,30 @@ class Processor:
             raise UserError(f"images is {shown(images)}; give a list with a list of images for each prompt")
         if length is not None:
             check_int("length", length)
-        sequences = [ids for ids, _ in self.tokenize(prompts)]
+        sequences = self.tokenize(prompts)
         return self.collate(sequences, [[] for _ in sequences] if images is None else images, length=length)
 
-    def tokenize(self, prompts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Return the token ids of each prompt, and where in it each token starts, in characters.
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each prompt.
 
         Special tokens count, and no BOS is added. The blank line that ends a header is encoded apart from the text
         after it, as Meta's own chat format does: otherwise it would merge with line breaks that the text begins with.
         """
-        if not prompts:
-            return []
         pieces = [_BEFORE_SPACE.split(prompt) for prompt in prompts]
-        encoded = self.tokenizer(
-            [piece for each in pieces for piece in each],
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        found, rest = [], zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        for each in pieces:
-            ids: list[int] = []
-            starts: list[int] = []
-            before = 0
-            for piece, (own, offsets) in zip(each, rest, strict=False):
-                ids += own
-                starts += [before + start for start, _ in offsets]
-                before += len(piece)
-            found.append((ids, starts))
-        return found
+        encoded = iter(self._encode([piece for each in pieces for piece in each])["input_ids"] if pieces else ())
+        return [list(chain.from_iterable(islice(encoded, len(each)))) for each in pieces]
+
+    def tokenize_with_starts(self, prompt: str) -> tuple[list[int], list[int]]:
+        """Return the token ids of a prompt, as ``tokenize`` does, and where each token starts in it, in characters."""
+        pieces = _BEFORE_SPACE.split(prompt)
+        encoded = self._encode(pieces, return_offsets_mapping=True)
+        before = accumulate(map(len, pieces), initial=0)
+        offsets = zip(before, encoded["offset_mapping"], strict=False)  # ``before`` has the whole length too
+        starts = [place + start for place, each in offsets for start, _ in each]
+        return list(chain.from_iterable(encoded["input_ids"])), starts
+
+    def _encode(self, texts: list[str], **more: bool) -> Any:
+        return self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False, **more)
 
     def collate(
         self,

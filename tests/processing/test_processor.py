@@ -637,8 +637,9 @@ def check_against_meta(processor: Processor, meta: Callable, text: str) -> None:
     ]
     for messages, theirs in cases:
         prompt = processor.prompt(messages)
-        [(ids, starts)] = processor.tokenize([prompt])
+        ids, starts = processor.tokenize_with_starts(prompt)
         assert ids == meta(theirs), (text, theirs)
+        assert processor.tokenize(["a", prompt, ""]) == [processor.tokenize(["a"])[0], ids, []]
         assert processor([prompt], [[IMAGES["wide"]] * prompt.count("<|image|>")])["input_ids"][0].tolist() == ids
         assert starts == sorted(starts) and starts[0] == 0 and starts[-1] < len(prompt)
 
