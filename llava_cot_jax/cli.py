@@ -164,6 +164,7 @@ class Parser(jsonargparse.ArgumentParser):
             UserError: A file cannot be read, or sets an option that there is not.
         """
         actions, checked = self._by_name(), list(arguments)
+        self._sources = {}
         for i, argument in enumerate(arguments):
             if argument == "--":
                 break

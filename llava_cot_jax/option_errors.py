@@ -7,7 +7,7 @@ import argparse
 import difflib
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -192,7 +192,7 @@ def configured_options(
             inner = joined((member.removeprefix(f"{name}.") for member in members[:3]), "or")
             raise UserError(f"{source}: {name} is {_in_yaml(value)}; it must be a mapping of options, such as {inner}")
         elif name not in actions:
-            raise UnknownOption(name)
+            raise UnknownOption(f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name)
         else:
             needs_list = actions[name].nargs in ("+", "*") and not isinstance(value, list)
             if needs_list or (value is None and not _may_be_null(actions[name])):
@@ -209,7 +209,7 @@ def _may_be_null(action: argparse.Action) -> bool:
     return (action.default is None and not action.required) or type(None) in get_args(hint)
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Collection[str]) -> str:
     """Return the end of an error message about an unknown option: the one most like it, or those of its group."""
     name = name.replace("-", "_")
     group, _, last = name.rpartition(".")
@@ -217,4 +217,5 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         if members := [each.removeprefix(prefix) for each in known if each.startswith(prefix)]:
             near = difflib.get_close_matches(wanted, members, n=1)
             return f"; did you mean {prefix}{near[0]}?" if near else f"; {prefix[:-1]} has {joined(members, 'and')}"
-    return did_you_mean(name, known)
+    groups = {each.rpartition(".")[0] for each in known} - {""}
+    return did_you_mean(name, [*known, *groups])

@@ -76,6 +76,8 @@ FILES = {
     "mesh: {x: 3}": "{path}: there is no option mesh.x; mesh has data, fsdp and tensor",
     "mesh: {tensr: 3}": "{path}: there is no option mesh.tensr; did you mean mesh.tensor?",
     "sede: 3": "{path}: there is no option sede; did you mean seed?",
+    "msh: {data: 3}": "{path}: there is no option msh.data; did you mean mesh.data?",
+    "msh: 3": "{path}: there is no option msh; did you mean mesh?",
     "3: 4": "{path}: there is no option 3",
     "seed: 1\njson: true\nseed: 2": "{path}: line 3 gives seed again, which line 1 gives already: remove one",
     "mesh: {data: 1, data: 2}": "{path}: line 1 gives data again, which line 1 gives already: remove one",
