@@ -21,9 +21,9 @@ from llava_cot_jax.inference.sampling import sample_token
 from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext
-from llava_cot_jax.model.inputs import ArrayLike, as_arrays
+from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_inputs
 from llava_cot_jax.model.kv_cache import KVCache
-from llava_cot_jax.model.mllama import Mllama, check_inputs
+from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.processing.processor import Processor

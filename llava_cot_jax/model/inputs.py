@@ -1,4 +1,4 @@
-"""Arrays that a user gives to a model, in whatever form they come."""
+"""Arrays that a user gives to a model: their forms, shapes and ids."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 
 from llava_cot_jax.checks import check_instance, shown
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.config import EXTRA_EMBEDDINGS, MllamaConfig
 
 ArrayLike = jax.Array | np.ndarray
 
@@ -36,3 +37,60 @@ def as_arrays(inputs: Mapping[str, Any]) -> dict[str, ArrayLike]:
             raise UserError(f"{name} is an array of {array.dtype}; ids are whole numbers")
         arrays[name] = array
     return arrays
+
+
+def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:
+    """Check that these arrays can be inputs of a model of ``config`` together.
+
+    Raises:
+        UserError: An array lacks another that belongs to it, or has a wrong shape, or an id is beyond its table.
+    """
+    given = {name: tuple(x.shape) for name, x in inputs.items() if x is not None}
+    if "input_ids" not in given:
+        raise UserError("input_ids are missing: give the token ids of the prompts")
+    if len(given["input_ids"]) != 2:
+        raise UserError(f"input_ids must be [batch, tokens], got shape {list(given['input_ids'])}")
+    batch, tokens = given["input_ids"]
+    if tokens > config.text.max_position_embeddings:
+        raise UserError(f"{tokens} tokens are more than the context of {config.text.max_position_embeddings}")
+    expected: dict[str, tuple[int, ...]] = {"input_ids": (batch, tokens), "attention_mask": (batch, tokens)}
+    if "pixel_values" in given:
+        images = given["pixel_values"][1] if len(given["pixel_values"]) > 1 else 0
+        tower = config.vision
+        tiles, size = tower.max_num_tiles, tower.image_size
+        expected |= {
+            "pixel_values": (batch, images, tiles, tower.num_channels, size, size),
+            "aspect_ratio_ids": (batch, images),
+            "aspect_ratio_mask": (batch, images, tiles),
+            "cross_attention_mask": (batch, tokens, images, tiles),
+        }
+        for name in ("aspect_ratio_ids", "cross_attention_mask"):
+            if name not in given:
+                raise UserError(f"pixel_values came without {name}: pass all that the image processor returns")
+    for name, shape in given.items():
+        if name in expected and shape != expected[name]:
+            raise UserError(f"{name} must have shape {list(expected[name])}, got {list(shape)}")
+    check_ids(config, inputs)
+
+
+def check_ids(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:
+    """Check that ids are those of rows of their tables, as far as this process can see them.
+
+    JAX would take the last row for an id beyond it, and count a negative one from the end.
+
+    Raises:
+        UserError: An id has no row.
+    """
+    sizes = {
+        "input_ids": config.text.vocab_size + EXTRA_EMBEDDINGS,
+        "aspect_ratio_ids": len(config.vision.supported_aspect_ratios) + 1,
+    }
+    for name, rows in sizes.items():
+        ids = inputs.get(name)
+        if ids is None or isinstance(ids, jax.core.Tracer):
+            continue
+        if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
+            continue
+        values = np.asarray(ids)
+        if (wrong := values[(values < 0) | (values >= rows)]).size:
+            raise UserError(f"{name} has {wrong[0]}, but this model has the ids 0 to {rows - 1}")

@@ -28,9 +28,9 @@ from llava_cot_jax.model.checkpoint.reading import check_weight_dtype
 from llava_cot_jax.model.checkpoint.sharded_loading import load_params
 from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
-from llava_cot_jax.model.config import EXTRA_EMBEDDINGS, Convention, MllamaConfig
+from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
-from llava_cot_jax.model.inputs import ArrayLike, as_arrays
+from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_ids, check_inputs
 from llava_cot_jax.model.layers import int8_linear
 from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, Params, initial_values, parameters
 from llava_cot_jax.model.quantization import quantize_params
@@ -160,7 +160,7 @@ class Mllama(nnx.Module):
             "aspect_ratio_mask": aspect_ratio_mask,
         }
         arrays = as_arrays(images)
-        _check_ids(self.config, arrays)
+        check_ids(self.config, arrays)
         return self._run(_features, arrays)
 
     def _run(self, function: Callable[..., Any], inputs: Mapping[str, ArrayLike]) -> Any:
@@ -470,65 +470,6 @@ def _run_compiled(
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}")
-
-
-def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:
-    """Check that these arrays can be inputs of a model of ``config`` together.
-
-    Raises:
-        UserError: An array lacks another that belongs to it, or has a wrong shape, or an id is beyond its table.
-    """
-    given = {name: tuple(x.shape) for name, x in inputs.items() if x is not None}
-    if "input_ids" not in given:
-        raise UserError("input_ids are missing: give the token ids of the prompts")
-    if len(given["input_ids"]) != 2:
-        raise UserError(f"input_ids must be [batch, tokens], got shape {list(given['input_ids'])}")
-    batch, tokens = given["input_ids"]
-    if tokens > config.text.max_position_embeddings:
-        raise UserError(f"{tokens} tokens are more than the context of {config.text.max_position_embeddings}")
-    expected: dict[str, tuple[int, ...]] = {"input_ids": (batch, tokens), "attention_mask": (batch, tokens)}
-    if "pixel_values" in given:
-        images = given["pixel_values"][1] if len(given["pixel_values"]) > 1 else 0
-        tower = config.vision
-        tiles, size = tower.max_num_tiles, tower.image_size
-        expected |= {
-            "pixel_values": (batch, images, tiles, tower.num_channels, size, size),
-            "aspect_ratio_ids": (batch, images),
-            "aspect_ratio_mask": (batch, images, tiles),
-            "cross_attention_mask": (batch, tokens, images, tiles),
-        }
-        for name in ("aspect_ratio_ids", "cross_attention_mask"):
-            if name not in given:
-                raise UserError(f"pixel_values came without {name}: pass all that the image processor returns")
-    for name, shape in given.items():
-        if name in expected and shape != expected[name]:
-            raise UserError(f"{name} must have shape {list(expected[name])}, got {list(shape)}")
-    _check_ids(config, inputs)
-
-
-def _check_ids(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:
-    """Check that ids are those of rows of their tables, as far as this process can see them.
-
-    JAX would take the last row for an id beyond it, and count a negative one from the end.
-
-    Raises:
-        UserError: An id has no row, or is no integer.
-    """
-    sizes = {
-        "input_ids": config.text.vocab_size + EXTRA_EMBEDDINGS,
-        "aspect_ratio_ids": len(config.vision.supported_aspect_ratios) + 1,
-    }
-    for name, rows in sizes.items():
-        ids = inputs.get(name)
-        if ids is None or isinstance(ids, jax.core.Tracer):
-            continue
-        if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
-            continue
-        values = np.asarray(ids)
-        if values.dtype.kind not in "iu":
-            raise UserError(f"{name} must be integers, got {values.dtype}")
-        if (wrong := values[(values < 0) | (values >= rows)]).size:
-            raise UserError(f"{name} has {wrong[0]}, but this model has the ids 0 to {rows - 1}")
 
 
 def _to_model_dtype(x: ArrayLike) -> ArrayLike:
