@@ -296,7 +296,7 @@ def test_an_id_beyond_its_table_is_refused(tiny_model, batch, place, name, wrong
 def test_ids_that_wrap_to_32_bits_or_are_no_integers(tiny_model):
     with pytest.raises(UserError, match="input_ids has 4294967297"):
         tiny_model(np.array([[2**32 + 1]]))
-    with pytest.raises(UserError, match="input_ids must be integers, got float32"):
+    with pytest.raises(UserError, match="input_ids is an array of float32; ids are whole numbers"):
         tiny_model(np.array([[1.0]], np.float32))
 
 
