@@ -23,7 +23,7 @@ from llava_cot_jax.processing import images
 from llava_cot_jax.processing.images import open_image
 from tests.data.raw.raw_set import encode, make_raw_set, noise, unusual_images
 
-ENTRY = AnnotationRow(1, 0, "id", "sqa", Found("sqa/1.png", "sqa/1.png", Match.EXACT), Member("sqa/1.png", 10, 0), 0)
+ENTRY = AnnotationRow(1, 0, 1, "id", "sqa", Found("sqa/1.png", "sqa/1.png", Match.EXACT), Member("sqa/1.png", 10, 0), 0)
 
 
 @settings(deadline=None)
@@ -137,7 +137,11 @@ def test_tfds_reads_finished_shards(tmp_path: Path) -> None:
         assert found is not None
         image = folder.member(found.name)
         assert image is not None
-        entries.append(AnnotationRow(line, sum(map(len, lines[: line - 1])), row["id"], "sqa", found, image, 0))
+        entries.append(
+            AnnotationRow(
+                line, sum(map(len, lines[: line - 1])), len(lines[line - 1]), row["id"], "sqa", found, image, 0
+            )
+        )
     names = [f"llava_cot_100k-train.array_record-0000{i}-of-00002" for i in range(2)]
     shards = [
         Shard(tmp_path / name, tmp_path / f"{i}.turns", tuple(entries[3 * i :][:3])) for i, name in enumerate(names)
@@ -168,7 +172,8 @@ def shard(tmp_path: Path) -> Shard:
     raw = make_raw_set(tmp_path, faults=False)
     image = ImageFolder(raw.write_folder(tmp_path / "images")).member("sqa/train/0/image.png")
     assert image is not None
-    return Shard(tmp_path / "shard", tmp_path / "turns", (replace(ENTRY, image=image),))
+    length = len(raw.annotations.read_bytes().splitlines()[0])
+    return Shard(tmp_path / "shard", tmp_path / "turns", (replace(ENTRY, length=length, image=image),))
 
 
 @pytest.fixture
