@@ -69,7 +69,7 @@ class RawImages(ABC):
         """Return, as the end of a sentence, the folder in which most of some missing files are, or nothing."""
         tried = [clean_path(path) for path in paths[:: -(-len(paths) // MAX_PATHS_TRIED) or 1]]
         root = self._root if self._root.is_dir() else self._root.parent
-        beside = [*_folders_in(root), root.parent, *_folders_in(root.parent), root.parent.parent]
+        beside = [*_folders_in(root), *_folders_in(root.parent), root.parent, root.parent.parent]
         counts = {
             folder: sum(ImageFolder(folder)._find_as_named(path) is not None for path in tried) for folder in beside
         }
