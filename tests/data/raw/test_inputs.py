@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llava_cot_jax.data.raw.inputs import annotations_path, images_path, local_path
+from llava_cot_jax.data.settings import PrepareSettings
 from llava_cot_jax.errors import UserError
 
 
@@ -54,3 +55,9 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"--annotations names 2 files: join them, .* by `cat .*one\.zip .*two\.zip > all"
     ):
         annotations_path(["one.zip", "two.zip"])
+
+
+def test_settings_of_raw_data_in_a_bucket(tmp_path: Path) -> None:
+    for paths in ((Path("gs://bucket/a.jsonl"), tmp_path), (tmp_path, Path("gs://bucket/a"))):
+        with pytest.raises(UserError, match=r"bucket/a.* is in a bucket, .* read from a disk: copy it here first"):
+            PrepareSettings(*paths, tmp_path / "out")
