@@ -4,13 +4,16 @@ python -m llava_cot_jax.prepare --annotations train.jsonl --images image.zip.par
 python -m llava_cot_jax.prepare --show DIR --rows 4
 """
 
+import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import jsonargparse
 from rich.console import Console
 
 from llava_cot_jax import cli
+from llava_cot_jax.data.raw.inputs import annotations_path, images_path
 from llava_cot_jax.data.settings import ChatSettings, PrepareSettings
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
@@ -31,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: An argument is wrong, or the data cannot be read, used or written.
     """
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(_with_lists(sys.argv[1:] if argv is None else argv))
     for name in ("workers", "allow_missing", "rows"):
         if options[name] < 0:
             raise UserError(f"{name} is {options[name]}; it must be at least 0")
@@ -45,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _prepare(options: jsonargparse.Namespace) -> None:
     settings = PrepareSettings(
-        annotations=as_path(options.annotations),
-        images=as_path(options.images),
+        annotations=annotations_path(options.annotations),
+        images=images_path(options.images),
         output=as_path(options.output),
         max_side=options.max_side,
         limit=options.limit,
@@ -76,6 +79,18 @@ def _prepare(options: jsonargparse.Namespace) -> None:
             print(refusal.summary.table())
             raise
     print(summary.table())
+
+
+def _with_lists(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with the several paths that a shell makes of a pattern as one list in JSON."""
+    made: list[str] = []
+    for argument in arguments:
+        option = made[-2] if len(made) > 1 else ""
+        if option in ("--annotations", "--images") and not argument.startswith("-"):
+            made[-1] = json.dumps([*(json.loads(made[-1]) if made[-1].startswith('["') else made[-1:]), argument])
+        else:
+            made.append(argument)
+    return made
 
 
 def _show(options: jsonargparse.Namespace) -> None:
@@ -118,15 +133,15 @@ def _add_preparation_options(add: Callable[..., object]) -> None:
     workers = min(os.cpu_count() or 0, 16)  # each takes about 500 MB, and more would wait for the disk
     add(
         "--annotations",
-        type=str,
-        help="Annotations: train.jsonl of LLaVA-CoT-100k, or a file in its format. A row may have "
-        "several images (a list), or none.",
+        type=list[str] | str,
+        help="Annotations: train.jsonl of LLaVA-CoT-100k, or a file in its format, as JSON Lines or a JSON array. A row "
+        "may have several images (a list), or none.",
     )
     add(
         "--images",
-        type=str,
+        type=list[str] | str,
         help="Images, read in place: a folder, a .zip, one part of a split zip (image.zip.part-aa), or the folder of "
-        "the parts.",
+        "the parts. A pattern such as image.zip.part-* works too.",
     )
     add("--output", type=str, help="Folder to make. Unfinished work is kept in OUTPUT.preparing beside it.")
     add(

@@ -235,6 +235,31 @@ class TestNames:
         assert not [line for line in names.open() if json.loads(line)["source"] == "vg"]
 
 
+class TestForms:
+    def test_an_array_gives_the_same_rows(self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+        rows = [raw.rows[line] for line in sorted(raw.rows)]
+        (tmp_path / "rows.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False))
+        main(arguments(raw, tmp_path / "out", "--annotations", str(tmp_path / "rows.json"), "--allow_missing", "0"))
+        for name in ("train.turns.jsonl", "validation.turns.jsonl"):
+            assert (tmp_path / "out" / name).read_bytes() == undisturbed[name]
+
+    @pytest.mark.parametrize("quoted", [True, False])
+    def test_a_pattern_of_parts(self, raw: RawSet, tmp_path: Path, quoted: bool) -> None:
+        hub = raw.annotations.parent / "hub"
+        named = [f"{hub}/image.zip.part-*"] if quoted else [str(path) for path in sorted(hub.iterdir())]
+        main(arguments(raw, tmp_path / "out", "--limit", "4", "--images", *named))
+        (tmp_path / "prepare.yaml").write_text(json.dumps({"images": named}))
+        main(arguments(raw, tmp_path / "again", "--limit", "4", "--config", str(tmp_path / "prepare.yaml")))
+        assert tree(tmp_path / "again") == tree(tmp_path / "out")
+
+    def test_pointers_in_place_of_images(self, raw: RawSet, tmp_path: Path) -> None:
+        folder = raw.write_folder(tmp_path / "images")
+        for path in [*folder.rglob("*.png"), *folder.rglob("*.jpg")]:
+            path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(UserError, match=r"none of the \d+ rows .* broken image: it is a pointer of Git LFS"):
+            main(arguments(raw, tmp_path / "out", "--images", str(folder)))
+
+
 class TestDisk:
     def test_the_zip_is_never_joined_nor_unpacked(self, tmp_path: Path) -> None:
         """The disk never holds more than the images once, as records, and a little."""
@@ -363,6 +388,12 @@ class TestRefusal:
                 ["--images", "{tmp}/nowhere"],
                 "there is no {tmp}/nowhere, and no parts such as nowhere.part-aa beside it",
             ),
+            (
+                ["--images", "gs://bucket/image.zip"],
+                "gs://bucket/image.zip is not on this machine, and raw data are read from a disk: copy it here first, "
+                "as by `gcloud storage cp -r gs://bucket/image.zip .`",
+            ),
+            (["--annotations", "{tmp}"], "annotations {tmp} is a folder: name a file in it, such as train.jsonl"),
             (["--max_side", "0"], "max_side is 0; it must be at least 1"),
             (["--limit", "-1"], "limit is -1; it must be at least 1"),
             (["--workers", "-1"], "workers is -1; it must be at least 0"),

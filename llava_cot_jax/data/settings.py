@@ -81,7 +81,7 @@ class PrepareSettings:
     """Settings that decide the content of a prepared data set.
 
     Attributes:
-        annotations: JSON Lines file in LLaVA's format.
+        annotations: File of JSON Lines, or of one JSON array, in LLaVA's format.
         images: Folder of images, zip file, or a path that ``split_zip.find_parts`` accepts for a split zip.
         output: Folder to make, on a local disk.
         max_side: Longest side in pixels of a written image; larger images are shrunk, also those that are too large
@@ -91,7 +91,7 @@ class PrepareSettings:
             their image.
 
     Raises:
-        UserError: A number is out of its range, or the output is in a bucket.
+        UserError: A number is out of its range, or a path is in a bucket.
     """
 
     annotations: Path
@@ -107,6 +107,8 @@ class PrepareSettings:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if not 0 <= self.validation_share < 1:
             raise UserError(f"validation_share is {self.validation_share}; it must be at least 0 and less than 1")
+        if remote := [path for path in (self.annotations, self.images) if is_remote(path)]:
+            raise UserError(f"{remote[0]} is in a bucket, and raw data are read from a disk: copy it here first")
         if is_remote(self.output):
             raise UserError(
                 "output is in a bucket, and data is prepared on a disk: name a local folder, then copy it by "

@@ -1,15 +1,20 @@
-"""Annotations of a raw data set: a JSON Lines file in LLaVA's format, read and checked row by row."""
+"""Annotations of a raw data set: JSON Lines or a JSON array in LLaVA's format, read and checked row by row."""
 
 import hashlib
 import json
+import mmap
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llava_cot_jax.data.raw.forms import recognise_file
 from llava_cot_jax.data.raw.images import Member, RawImages
+from llava_cot_jax.data.raw.json_rows import split_rows
 from llava_cot_jax.data.raw.names import Found, contradictory_folders, normalise_path
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.errors import UserError
@@ -23,6 +28,9 @@ CONTROL_TOKEN = re.compile(
     r"|finetune_right_pad(?:_id)?|reserved_special_token_\d+)\|>"
 )
 """Pattern of Llama 3.2's control tokens. A text that spells one would end a message, or stand for an image."""
+
+_AFTER_ALL_PATHS = chr(0x10FFFF)
+"""Character that begins the name of a file among paths, so that it sorts after each of them."""
 
 UNKNOWN_SOURCE = "(unknown)"
 """Source of a row that has no image, or whose image path does not name a source."""
@@ -55,8 +63,10 @@ class AnnotationRow:
     """A row in the right format whose images exist.
 
     Attributes:
-        line: Number of the line in the annotations, from 1. It is the key of the record, since ids may repeat.
-        offset: Offset of the line in the file, in bytes.
+        line: Number of the line in the annotations, or of the element of an array, from 1. It is the key of the
+            record, since ids may repeat.
+        offset: Offset of the row in the file, in bytes.
+        length: Length of the row in the file, in bytes.
         id: Id of the row.
         source: Data set that the first image comes from, or ``UNKNOWN_SOURCE``.
         found: Image files that the paths in the row mean, and how they were found.
@@ -67,6 +77,7 @@ class AnnotationRow:
 
     line: int
     offset: int
+    length: int
     id: str
     source: str
     found: tuple[Found, ...]
@@ -122,29 +133,27 @@ class Annotations:
 
 
 def read_annotations(path: Path, images: RawImages, limit: int | None = None) -> Annotations:
-    """Read the file once, check the format of every row, and find its images. Blank lines are skipped.
+    """Check the format of every row of a file, and find its images. Blank lines are skipped.
 
     Args:
         path: File of annotations.
         images: Images of the data set.
-        limit: Number of lines to use, from the first. None uses all.
+        limit: Number of lines, or of elements of an array, to use, from the first. None uses all.
 
     Raises:
-        UserError: The file cannot be read.
+        UserError: The file cannot be read, or is in another form.
     """
     read = Annotations([], [], "")
-    digest = hashlib.sha256()
-    offset = 0
     with open_annotations(path) as file:
-        for line, text in enumerate(file, 1):
-            digest.update(text)
-            if text.strip() and (limit is None or line <= limit):
-                row = _check_row(text, line, offset, images)
-                if isinstance(row, AnnotationRow):
-                    read.entries.append(row)
-                else:
-                    read.skipped.append(row)
-            offset += len(text)
+        # It is closed with the last reference to it, since searches in it may still refer to it after an error.
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for line, (begin, end) in enumerate(islice(split_rows(content, path), limit), 1):
+        if (text := content[begin:end]).strip():
+            row = _check_row(text, line, begin, images)
+            if isinstance(row, AnnotationRow):
+                read.entries.append(row)
+            else:
+                read.skipped.append(row)
     contradictory = contradictory_folders(one for entry in read.entries for one in entry.found)
     certain: list[AnnotationRow] = []
     uncertain: list[SkippedRow] = []
@@ -154,25 +163,38 @@ def read_annotations(path: Path, images: RawImages, limit: int | None = None) ->
         else:
             certain.append(entry)
     skipped = sorted([*read.skipped, *uncertain], key=lambda row: row.line)
-    return Annotations(certain, skipped, digest.hexdigest())
+    return Annotations(certain, skipped, hashlib.sha256(content).hexdigest())
 
 
 def open_annotations(path: Path) -> BinaryIO:
     """Open the file of annotations to read bytes.
 
     Raises:
-        UserError: The file cannot be opened.
+        UserError: The file cannot be opened, or is neither JSON Lines nor a JSON array.
     """
     try:
-        return path.open("rb")
+        if path.is_dir():
+            raise UserError(f"annotations {path} is a folder: name a file in it, such as train.jsonl")
+        if path.exists() and not path.is_file():
+            raise UserError(f"annotations {path} is no file on a disk: write the rows to one, and name that")
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"annotations {path} is a link to {path.readlink()}, which is not there: fetch that")
+        form = recognise_file(path)
+        file = path.open("rb")
     except OSError as fault:
         raise UserError(f"annotations {path} cannot be read: {fault.strerror}") from None
+    if form or not os.fstat(file.fileno()).st_size:
+        file.close()
+        described = f"{form.what}: {form.remedy_for_rows(path)}" if form else "empty: fetch it again"
+        raise UserError(f"annotations {path} is {described}")
+    return file
 
 
 def read_conversations(file: BinaryIO, entry: AnnotationRow) -> list[dict[str, str]]:
     """Read the conversation of a checked row from the open file."""
     file.seek(entry.offset)
-    return [{key: turn[key] for key in ("from", "value")} for turn in json.loads(file.readline())["conversations"]]
+    row = json.loads(file.read(entry.length))
+    return [{key: turn[key] for key in ("from", "value")} for turn in row["conversations"]]
 
 
 def make_turns(conversations: Sequence[Mapping[str, Any]], images: int) -> tuple[Turn, ...]:
@@ -249,10 +271,14 @@ def link_images(entries: Iterable[AnnotationRow]) -> dict[str, str]:
             parents[path] = path = parents[parent]
         return path
 
+    def link(path: str, other: str) -> None:
+        least, root_of_other = sorted((root(path), root(other)))
+        parents[root_of_other] = least
+
     for entry in entries:
-        for path in entry.image_paths:
-            one, other = sorted((root(entry.image_paths[0]), root(path)))
-            parents[other] = one
+        for one in entry.found:
+            link(entry.image_paths[0], one.path)
+            link(one.path, f"{_AFTER_ALL_PATHS}{one.name}")  # one file may have several paths
     return {path: root(path) for path in list(parents)}
 
 
@@ -262,7 +288,7 @@ def _check_row(text: bytes, line: int, offset: int, images: RawImages) -> Annota
     except (ValueError, RecursionError) as fault:
         return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.BROKEN_JSON, getattr(fault, "msg", str(fault)))
     if not isinstance(row, dict):
-        return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.NOT_A_ROW, "the line is no JSON object")
+        return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.NOT_A_ROW, "it is no JSON object")
     paths = _paths_of(row)
     id = "" if row.get("id") is None else _in_unicode(str(row["id"]))
     first = _in_unicode(paths[0]) if paths else ""
@@ -296,7 +322,7 @@ def _check_row(text: bytes, line: int, offset: int, images: RawImages) -> Annota
         members.append(member)
     source = _source_of(found[0].path if found else "")
     unstaged = sum(not is_staged(turn.answer) for turn in turns)
-    return AnnotationRow(line, offset, id, source, tuple(found), tuple(members), unstaged, remarks)
+    return AnnotationRow(line, offset, len(text), id, source, tuple(found), tuple(members), unstaged, remarks)
 
 
 def _skip_uncertain(entry: AnnotationRow, found: Found) -> SkippedRow:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import PIL
 
+from llava_cot_jax.data.raw.forms import BINARY, HEAD_BYTES, IMAGE, recognise
 from llava_cot_jax.data.raw.images import Member, RawImages
 from llava_cot_jax.data.workers import parallel
 from llava_cot_jax.errors import UserError
@@ -119,8 +120,12 @@ class ImageChecker:
                     open_image(content, self.max_side)
                     return for_this, ""
         except UserError as fault:
-            key = for_this if isinstance(fault, TooManyPixels) else for_any
-            return None if isinstance(fault.__cause__, MemoryError) else key, str(fault)
+            if isinstance(fault.__cause__, MemoryError):
+                return None, str(fault)
+            form = recognise(content[:HEAD_BYTES])
+            if form and form != IMAGE and form != BINARY:
+                return for_any, f"it is {form.what}: {form.remedy_for_images(Path(member.name))}"
+            return for_this if isinstance(fault, TooManyPixels) else for_any, str(fault)
         return for_any, ""
 
 

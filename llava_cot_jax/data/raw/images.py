@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
 
+from llava_cot_jax.data.raw.forms import BINARY, TEXT, ZIP, recognise_file
 from llava_cot_jax.data.raw.names import PREFIXES, Found, Match, NameIndex, clean_path, normalise_path, without_prefix
-from llava_cot_jax.data.raw.split_zip import find_parts, open_zip
+from llava_cot_jax.data.raw.split_zip import PART, check_volumes, find_parts, open_zip
 from llava_cot_jax.errors import UserError
 
 MAX_PATHS_TRIED = 50
@@ -68,7 +69,7 @@ class RawImages(ABC):
         """Return, as the end of a sentence, the folder in which most of some missing files are, or nothing."""
         tried = [clean_path(path) for path in paths[:: -(-len(paths) // MAX_PATHS_TRIED) or 1]]
         root = self._root if self._root.is_dir() else self._root.parent
-        beside = [*_folders_in(root), root.parent, *_folders_in(root.parent), root.parent.parent]
+        beside = [*_folders_in(root), *_folders_in(root.parent), root.parent, root.parent.parent]
         counts = {
             folder: sum(ImageFolder(folder)._find_as_named(path) is not None for path in tried) for folder in beside
         }
@@ -111,14 +112,29 @@ def open_images(path: Path) -> RawImages:
     Raises:
         UserError: The path does not exist, or is neither a folder nor a zip nor a part of one; or parts are missing.
     """
-    if path.is_file() and path.suffix.lower() == ".zip":
-        return ZippedImages(path, (path,))
-    if parts := find_parts(path):
+    try:
+        return _open_images(path)
+    except OSError as fault:
+        raise UserError(f"images {path} cannot be read: {fault.strerror}") from None
+
+
+def _open_images(path: Path) -> RawImages:
+    if path.exists():
+        check_volumes(path)
+    is_part = path.is_dir() or PART.fullmatch(path.name) or not path.exists()
+    if is_part and (parts := find_parts(path)):
         return ZippedImages(path, tuple(parts))
     if path.is_dir():
         return ImageFolder(path)
+    if path.is_file():
+        form = recognise_file(path) or TEXT
+        if form == ZIP or (path.suffix.lower() == ".zip" and form in (BINARY, TEXT)):
+            return ZippedImages(path, (path,))
+        raise UserError(f"images {path} is {form.what}: {form.remedy_for_images(path)}")
+    if path.is_symlink():
+        raise UserError(f"images {path} is a link to {path.readlink()}, which is not there: fetch that")
     if path.exists():
-        raise UserError(f"{path} is neither a folder, nor a .zip, nor a part of one such as image.zip.part-aa")
+        raise UserError(f"images {path} is neither a folder, nor a zip, nor a part of one such as image.zip.part-aa")
     raise UserError(f"there is no {path}, and no parts such as {path.name}.part-aa beside it")
 
 

@@ -114,7 +114,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("nowhere", "there is no .*nowhere, and no parts"),
-        ("train.jsonl", "is neither a folder, nor a .zip, nor a part"),
+        ("train.jsonl", "train.jsonl is a text file: name a folder of images, or a zip of them"),
     ],
 )
 def test_no_images(tmp_path: Path, name: str, message: str) -> None:

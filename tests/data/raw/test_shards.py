@@ -24,7 +24,7 @@ from llava_cot_jax.processing.images import open_image
 from tests.data.raw.raw_set import encode, make_raw_set, noise, unusual_images
 
 FOUND = Found("sqa/1.png", "sqa/1.png", Match.EXACT)
-ENTRY = AnnotationRow(1, 0, "id", "sqa", (FOUND,), (Member("sqa/1.png", 10, 0),), 0)
+ENTRY = AnnotationRow(1, 0, 1, "id", "sqa", (FOUND,), (Member("sqa/1.png", 10, 0),), 0)
 
 
 @settings(deadline=None)
@@ -138,8 +138,8 @@ def test_tfds_reads_finished_shards(tmp_path: Path) -> None:
         assert found is not None
         image = folder.member(found.name)
         assert image is not None
-        offset = sum(map(len, lines[: line - 1]))
-        entries.append(AnnotationRow(line, offset, row["id"], "sqa", (found,), (image,), 0))
+        offset, length = sum(map(len, lines[: line - 1])), len(lines[line - 1])
+        entries.append(AnnotationRow(line, offset, length, row["id"], "sqa", (found,), (image,), 0))
     names = [f"llava_cot_100k-train.array_record-0000{i}-of-00002" for i in range(2)]
     shards = [
         Shard(tmp_path / name, tmp_path / f"{i}.turns", tuple(entries[3 * i :][:3])) for i, name in enumerate(names)
@@ -170,7 +170,8 @@ def shard(tmp_path: Path) -> Shard:
     raw = make_raw_set(tmp_path, faults=False)
     image = ImageFolder(raw.write_folder(tmp_path / "images")).member("sqa/train/0/image.png")
     assert image is not None
-    return Shard(tmp_path / "shard", tmp_path / "turns", (replace(ENTRY, images=(image,)),))
+    length = len(raw.annotations.read_bytes().splitlines()[0])
+    return Shard(tmp_path / "shard", tmp_path / "turns", (replace(ENTRY, length=length, images=(image,)),))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import tempfile
 import zipfile
 from pathlib import Path
@@ -77,6 +78,31 @@ class TestFinding:
             (snapshot / part.name).symlink_to(part.rename(tmp_path / f"blob{i}"))
         assert find_parts(snapshot) == [snapshot / part.name for part in parts]
         assert open_zip(find_parts(snapshot)).testzip() is None
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            "image.zip.part-",
+            "image.zip.",
+            "-d image.zip.part",
+            "-a 3 -d image.zip.",
+            "--numeric-suffixes=1 -a 3 image.zip.",
+        ],
+    )
+    def test_other_names_of_parts(self, raw: RawSet, tmp_path: Path, options: str) -> None:
+        """As split and 7-Zip give them."""
+        whole = raw.write_zip(tmp_path / "whole.zip")
+        *flags, stem = options.split()
+        subprocess.run(["split", "-b", "30000", *flags, "whole.zip", stem], cwd=tmp_path, check=True)
+        whole.unlink()
+        (tmp_path / "image.zip.bak").touch()
+        parts = find_parts(tmp_path)
+        assert len(parts) > 3
+        assert parts == find_parts(tmp_path / "image.zip") == find_parts(parts[1])
+        assert open_zip(parts).testzip() is None
+        parts[1].unlink()
+        with pytest.raises(UserError, match=rf"lacks {parts[1].name}, though"):
+            find_parts(parts[0])
 
     def test_none(self, tmp_path: Path) -> None:
         assert find_parts(tmp_path) == find_parts(tmp_path / "image.zip") == find_parts(tmp_path / "no/where.zip") == []
