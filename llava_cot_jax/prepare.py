@@ -134,8 +134,8 @@ def _add_preparation_options(add: Callable[..., object]) -> None:
     add(
         "--annotations",
         type=list[str] | str,
-        help="Annotations: train.jsonl of LLaVA-CoT-100k, or a file in its format, as JSON Lines or a JSON array. A row "
-        "may have several images (a list), or none.",
+        help="Annotations: train.jsonl of LLaVA-CoT-100k, or a file in its format, as JSON Lines or a JSON array. A "
+        "row may have several images (a list), or none.",
     )
     add(
         "--images",

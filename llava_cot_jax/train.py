@@ -20,12 +20,12 @@ import yaml
 from rich.console import Console
 
 from llava_cot_jax import cli
-from llava_cot_jax.data.sources import open_rows
+from llava_cot_jax.data.sources import open_training_rows, open_validation_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.interruption import EXIT_CODE
 from llava_cot_jax.model.checkpoint.folder import named_folder, resolve_checkpoint
 from llava_cot_jax.paths import as_path, check_folder_writable
-from llava_cot_jax.training.layout import CONFIGURATION, is_run, kept_model_files, relocated
+from llava_cot_jax.training.layout import CONFIGURATION, MOVABLE, is_run, kept_model_files, relocated
 from llava_cot_jax.training.lifeline import Lifeline
 from llava_cot_jax.training.process_group import ProcessGroup, bypass_proxies, find_group
 from llava_cot_jax.training.settings import RENAMED_SETTINGS, TrainSettings
@@ -149,7 +149,7 @@ def _relocate_moved_run(settings: TrainSettings, arguments: Sequence[str]) -> Tr
             if settings.output != stored["output"]:
                 break  # another file names another folder
             now = relocated(stored, folder)
-            moved = {name: now[name] for name in ("data", "checkpoint") if getattr(settings, name) == stored[name]}
+            moved = {name: now[name] for name in MOVABLE if getattr(settings, name) == stored[name]}
             return replace(settings, output=str(folder), **moved)
     return settings
 
@@ -190,8 +190,9 @@ def _check_files(settings: TrainSettings) -> None:
     from llava_cot_jax.processing.processor import check_tokenizer
 
     check_folder_writable(as_path(settings.output))
-    for split in ("train", "validation") if settings.eval_examples else ("train",):
-        open_rows(settings.data, split)
+    open_training_rows(settings.data)
+    if count := max(settings.eval_examples, settings.eval_generations):
+        open_validation_rows(settings.data, settings.validation_data, count)
     if not kept_model_files(settings) and (folder := named_folder(settings.checkpoint)):
         check_tokenizer(folder if settings.random_init else resolve_checkpoint(folder))
 
@@ -236,7 +237,7 @@ def _answer(result: TrainResult) -> None:
     arrays = merged_arrays(result.state, settings.lora, settings.dtype)
     model = Mllama.from_arrays(initial_model.config, arrays, layout="stacked", mesh=run.mesh)
     model.to_layout("unrolled")
-    rows = open_rows(settings.data, "validation")
+    rows = open_validation_rows(settings.data, settings.validation_data, settings.eval_generations)
     indices = find_answerable(initial_model.processor, rows, settings.eval_generations)
     if not indices:
         run.log("no question of the validation rows can be put to the model")

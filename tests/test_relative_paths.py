@@ -78,6 +78,19 @@ class TestRelocated:
         assert found["checkpoint"] == str(tmp_path / "new/base")
         assert found["data"] == f"{tmp_path}/old/data"  # which is nowhere: named as it was stored
 
+    def test_several_data_sets_and_one_to_validate_on(self, tmp_path):
+        for name in ("one", "two", "three"):
+            (tmp_path / "new" / name).mkdir(parents=True)
+        old = tmp_path / "old"
+        given = self.settings(old) | {
+            "data": {f"{old}/one": 2.0, "shapes": 0.5, f"{old}/gone": 1.0, f"{tmp_path}/new/two": 1.0},
+            "validation_data": f"{old}/three",
+        }
+        found = relocated(given, tmp_path / "new/runs/one")
+        new = tmp_path / "new"
+        assert found["data"] == {f"{new}/one": 2.0, "shapes": 0.5, f"{old}/gone": 1.0, f"{new}/two": 1.0}
+        assert found["validation_data"] == f"{new}/three"
+
     def test_what_is_still_there_is_not_looked_for(self, tmp_path):
         for root in ("old", "new"):
             (tmp_path / root / "base").mkdir(parents=True)

@@ -4,6 +4,7 @@ The rows of a batch have similar sizes and are all padded to one of a few bucket
 there is little padding and a training step is compiled for few shapes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -78,6 +79,10 @@ class BatchOrder:
     a new order and leaves out the few rows, others each time, that would not fill a batch. Without ``shuffle`` every
     row comes exactly once, shortest first, and the last batch is filled up.
 
+    The rows may be those of several sets, one after the other, each with a weight: the number of times that each of its
+    rows comes in an epoch. Of a weight's fraction, such as 0.5, another share of the set comes in each epoch, by turns,
+    so that over the epochs all rows of a set come equally often. Without ``shuffle`` weights do not count.
+
     An order may begin in the middle of an epoch, of which another order had some rows. It has batches of the others
     then, leaves out those that would not fill a batch, and goes on with whole epochs. Batches are counted from the
     first of the first order, and only those after ``start`` are known.
@@ -92,6 +97,7 @@ class BatchOrder:
         seed: Seed of the order.
         shuffle: Whether rows and batches come in a new order in each epoch.
         start: Place at which the order begins.
+        sets: Number of rows of each set, and its weight. None is one set of weight 1.
 
     Raises:
         UserError: The order is shuffled and there are fewer rows than in a batch.
@@ -106,17 +112,19 @@ class BatchOrder:
         seed: int,
         shuffle: bool,
         start: Place = START,
+        sets: Sequence[tuple[int, float]] | None = None,
     ) -> None:
-        self.rows = np.flatnonzero(lengths)
         self.lengths = lengths
         self.images = images
         self.batch = batch
         self.seed = seed
         self.shuffle = shuffle
-        if shuffle and len(self.rows) < batch:
-            raise UserError(f"{len(self.rows)} rows do not fill a batch of {batch}: set a smaller batch_size")
+        self.sets = tuple(sets) if sets and shuffle else ((len(lengths), 1.0),)
+        self.rows_per_epoch = int(self._times(0).sum())
+        if shuffle and self.rows_per_epoch < batch:
+            raise UserError(f"{self.rows_per_epoch} rows do not fill a batch of {batch}: set a smaller batch_size")
         self.start = start
-        self.batches_per_epoch = len(self.rows) // batch if shuffle else ceil_div(len(self.rows), batch)
+        self.batches_per_epoch = self.rows_per_epoch // batch if shuffle else ceil_div(self.rows_per_epoch, batch)
         self._first_batches = self.batches_per_epoch if start.seen is None else len(self.rows_of(start.epoch)) // batch
 
     def __getitem__(self, index: int) -> BatchIndices:
@@ -139,22 +147,42 @@ class BatchOrder:
         before = self.start.seen if epoch == self.start.epoch else None
         if before is None and not place:
             return Place(index, epoch)
-        seen = np.zeros(len(self.lengths), bool) if before is None else before.copy()
+        seen = np.zeros(len(self.lengths), np.int32) if before is None else before.copy()
         if place:
             rows = self._epoch(epoch)[:place]
-            seen[rows[rows != FILLER]] = True
+            seen += np.bincount(rows[rows != FILLER], minlength=len(seen)).astype(np.int32)
         return Place(index, epoch, seen)
 
     def epochs_before(self, index: int) -> float:
         """Return the number of epochs before batch ``index``, by the share of the rows that were seen."""
         epoch, place = self._locate(index)
-        seen = len(self.rows) - len(self.rows_of(epoch)) + place * self.batch
-        return epoch + seen / len(self.rows)
+        seen = self.rows_per_epoch - len(self.rows_of(epoch)) + place * self.batch
+        return epoch + seen / self.rows_per_epoch
 
     def rows_of(self, epoch: int) -> np.ndarray:
-        """Return the rows that are left of an epoch at its start, or at that of the order, int64 [rows]."""
-        seen = self.start.seen
-        return self.rows if seen is None or epoch != self.start.epoch else self.rows[~seen[self.rows]]
+        """Return the rows that are left of an epoch at its start, or at that of the order, int64 [rows].
+
+        A row that is to come several times is there as often.
+        """
+        times = self._times(epoch)
+        if self.start.seen is not None and epoch == self.start.epoch:
+            times = np.maximum(times - self.start.seen, 0)
+        return np.repeat(np.arange(len(times)), times)
+
+    def _times(self, epoch: int) -> np.ndarray:
+        """Return how many times each row comes in an epoch, int64 [rows]."""
+        times = np.zeros(len(self.lengths), int)
+        first = 0
+        for number, (count, weight) in enumerate(self.sets):
+            rows = first + np.flatnonzero(self.lengths[first : first + count])
+            whole = int(weight)
+            times[rows] = whole
+            if share := round((weight - whole) * len(rows)):
+                # Not drawn from the seed, so that an epoch that goes on under another one still comes out whole.
+                turns = np.random.default_rng(number).permutation(rows)
+                times[turns[(epoch * share + np.arange(share)) % len(rows)]] += 1
+            first += count
+        return times
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the epoch of a batch, and its place in what is left of the epoch."""

@@ -3,7 +3,9 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
@@ -71,6 +73,24 @@ class Index:
         if path and not kept:
             index._write(path)
         return index
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Return the index of the rows of several data sets, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        starts = accumulate((len(part.lengths) for part in parts), initial=0)
+        return cls(
+            hashlib.sha256("\0".join(part.fingerprint for part in parts).encode()).hexdigest()[:16],
+            np.concatenate([part.lengths for part in parts]),
+            np.concatenate([part.images for part in parts]),
+            np.concatenate([part.cut_turns for part in parts]),
+            {
+                start + i: reason
+                for start, part in zip(starts, parts, strict=False)
+                for i, reason in part.skipped.items()
+            },
+        )
 
     def summary(self) -> str:
         """Return on one line how many rows have how many images, are cut or are skipped, and for what reasons."""

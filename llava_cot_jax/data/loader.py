@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import grain
@@ -22,7 +23,7 @@ from llava_cot_jax.data.batching import FILLER, BatchOrder, bucket_sizes, choose
 from llava_cot_jax.data.chat import Chat, Conversation, SkippedConversation
 from llava_cot_jax.data.index import Index
 from llava_cot_jax.data.place import Place
-from llava_cot_jax.data.rows import Row, Rows
+from llava_cot_jax.data.rows import Mixture, Row, Rows
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from llava_cot_jax.data.workers import die_with_parent
 from llava_cot_jax.errors import UserError
@@ -42,13 +43,14 @@ class Loader:
         index: Sizes of the rows, and the reasons for which rows are skipped.
         buckets: Lengths that batches have, in tokens, increasing.
         image_buckets: Numbers of images that batches have, apart from none, increasing.
+        sets: Number of rows of each data set, without those that are skipped, and its weight.
         batches_per_epoch: Number of batches in an epoch, the same in every epoch.
         fingerprint: Hash of everything that decides which rows a batch has. A run that resumes from the number of a
             batch must find the same fingerprint.
         rows_fingerprint: Identification of the rows alone, whose numbers a ``Place`` has.
 
     Args:
-        rows: Data set.
+        rows: Data set. Rows of a ``Mixture`` come as often in each epoch as its weights say.
         processor: Processor of the model's checkpoint.
         chat: Settings by which turns become tokens.
         settings: Settings by which rows become batches.
@@ -80,8 +82,14 @@ class Loader:
         self._sharding = sharding
         self._mine = _rows_of_this_process(sharding, settings.batch_size)
         self.rows_fingerprint = rows.fingerprint
-        self.index = Index.open(rows, processor, chat, cache or cache_folder("index"), on_progress)
+        parts, weights = (rows.parts, rows.weights) if isinstance(rows, Mixture) else ((rows,), (1.0,))
+        folder = cache or cache_folder("index")
+        self.index = Index.join([Index.open(part, processor, chat, folder, on_progress) for part in parts])
         lengths, images = self.index.lengths, self.index.images
+        sets = [(len(part), weight) for part, weight in zip(parts, weights, strict=True)]
+        ends = list(accumulate(count for count, _ in sets))
+        used = [int(np.count_nonzero(part)) for part in np.split(lengths, ends[:-1])]
+        self.sets = list(zip(used, weights, strict=True))
         self.buckets = choose_buckets(lengths[lengths > 0], settings.num_buckets, settings.pad_to_multiple_of)
         self.image_buckets = choose_buckets(images[images > 0], settings.num_image_buckets, 1) if images.any() else ()
         self._make_order = partial(
@@ -91,6 +99,7 @@ class Loader:
             settings.batch_size,
             seed=settings.seed,
             shuffle=shuffle,
+            sets=sets,
         )
         self._order = self._make_order()
         self.batches_per_epoch = self._order.batches_per_epoch
@@ -102,6 +111,7 @@ class Loader:
             settings.batch_size,
             settings.seed,
             shuffle,
+            weights,
         )
         self.fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
@@ -121,11 +131,6 @@ class Loader:
     def place(self, index: int) -> Place:
         """Return the place before batch ``index``."""
         return self._order.place(index)
-
-    @property
-    def row_count(self) -> int:
-        """Number of rows of the data set, with those that are skipped."""
-        return len(self._rows)
 
     def batches_until(self, epochs: int) -> int:
         """Return the number of batches, from the very first, up to the end of ``epochs`` epochs."""
@@ -179,6 +184,10 @@ class Loader:
         """Number of images of each row of a batch without its padding, int32 [rows]; fillers are left out."""
         rows = self._order[index].rows
         return self.index.images[rows[rows != FILLER]]
+
+    def rows_of_epoch(self) -> np.ndarray:
+        """Rows that come in the first epoch of this loader, each as often as it comes, int64 [rows]."""
+        return self._order.rows_of(self.start.epoch)
 
     def row_ids(self, index: int) -> list[str]:
         """Ids of the rows of a batch; fillers are left out."""

@@ -1,6 +1,10 @@
 """Rows of a data set, each a conversation with the images that it is about, if any."""
 
+import hashlib
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 from llava_cot_jax.processing.images import ImageSource
@@ -98,3 +102,50 @@ class FirstRows:
         if not 0 <= index < len(self):
             raise IndexError(f"there is no row {index} of {len(self)}")
         return index
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """``Rows`` of several data sets, one after the other, with the weight of each.
+
+    Attributes:
+        parts: Data sets.
+        weights: Number of times that each row of a data set comes in an epoch.
+    """
+
+    parts: tuple[Rows, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identification of the content, which changes whenever a row does. The weights are no part of it."""
+        return hashlib.sha256("\0".join(part.fingerprint for part in self.parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Row:
+        """Read the row at ``index``.
+
+        Raises:
+            IndexError: There is no row at ``index``.
+            UserError: The record is damaged. The message names it.
+        """
+        part, inside = self._locate(index)
+        return part[inside]
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """Read the conversation of a row alone, without the cost of its images."""
+        part, inside = self._locate(index)
+        return part.turns(inside)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Index of the first row of each data set, and the number of all rows."""
+        return list(accumulate(map(len, self.parts), initial=0))
+
+    def _locate(self, index: int) -> tuple[Rows, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no row {index} of {len(self)}")
+        number = bisect_right(self._starts, index) - 1
+        return self.parts[number], index - self._starts[number]

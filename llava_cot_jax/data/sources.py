@@ -1,6 +1,9 @@
-"""Opening of a data set by its name: a prepared folder, or the shapes world."""
+"""Opening of data sets by their names: prepared folders, the shapes world, and mixtures of them."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
+
+from llava_cot_jax.errors import UserError
 
 if TYPE_CHECKING:
     from llava_cot_jax.data.rows import Rows
@@ -27,3 +30,50 @@ def open_rows(data: str, split: str) -> "Rows":
     from llava_cot_jax.data.prepared import PreparedRows
 
     return PreparedRows(data, split)
+
+
+def open_training_rows(data: str | Mapping[str, float]) -> "Rows":
+    """Open the rows to train on: the split ``train`` of a data set, or of several.
+
+    Args:
+        data: Name of a data set, or the weight of each by their names, as in ``TrainSettings.data``.
+
+    Raises:
+        UserError: A data set or its split does not exist.
+    """
+    if isinstance(data, str):
+        return open_rows(data, "train")
+    from llava_cot_jax.data.rows import Mixture
+
+    return Mixture(tuple(open_rows(name, "train") for name in data), tuple(map(float, data.values())))
+
+
+def open_validation_rows(data: str | Mapping[str, float], validation_data: str | None, count: int) -> "Rows":
+    """Open the rows to validate on.
+
+    Args:
+        data: Data set or data sets to train on. Where there is no other to validate on, the rows are those of their
+            splits ``validation``, as many of each.
+        validation_data: Data set to validate on alone: its split ``validation`` if it has one, otherwise ``train``.
+        count: Maximum number of rows.
+
+    Raises:
+        UserError: A data set or its split does not exist.
+    """
+    from llava_cot_jax.data.rows import FirstRows, Mixture
+
+    if validation_data is not None:
+        return FirstRows(_open_whole(validation_data), count)
+    if isinstance(data, str):
+        return FirstRows(open_rows(data, "validation"), count)
+    share = max(1, count // len(data))
+    parts = tuple(FirstRows(open_rows(name, "validation"), share) for name in data)
+    return Mixture(parts, (1.0,) * len(parts))
+
+
+def _open_whole(data: str) -> "Rows":
+    """Open the split ``validation`` of a data set, or ``train`` if there is no other."""
+    try:
+        return open_rows(data, "validation")
+    except UserError:
+        return open_rows(data, "train")

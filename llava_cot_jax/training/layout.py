@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from llava_cot_jax.paths import as_path, is_remote, reading_errors
-from llava_cot_jax.training.settings import TrainSettings, check_setting_names
+from llava_cot_jax.training.settings import TrainSettings, check_setting_names, map_names
 
 CONFIGURATION = "config.yaml"
 """Name of the file with all settings of the run, which ``train --config`` takes."""
 
 CHECKPOINTS = "checkpoints"
 """Name of the folder with a folder for each checkpoint, named by its step."""
+
+MOVABLE = ("data", "validation_data", "checkpoint")
+"""Settings that name what a run needs from elsewhere."""
 
 MODEL_FILES = "model"
 """Name of the folder with the files of the model other than its weights."""
@@ -53,17 +56,20 @@ def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
     check_setting_names(settings, folder)
     found, before = dict(settings), Path(settings["output"])
-    for name in ("data", "checkpoint"):
-        path = Path(settings[name])
+
+    def present(name: str) -> str:
+        path = Path(name)
         if not path.is_absolute() or not before.is_absolute() or is_remote(folder) or _exists(path):
-            continue  # a name, a path in a bucket, or a path that is still right
+            return name  # a name, a path in a bucket, or a path that is still right
         shared = Path(os.path.commonpath((path, before)))
         above = len(before.relative_to(shared).parts)
         # Paths that have only the root in common did not move together; and nothing is above the root.
-        if shared != Path(shared.anchor) and above < len(folder.parts):
-            moved = folder.parents[above - 1] / path.relative_to(shared) if above else folder / path.relative_to(shared)
-            found[name] = str(moved if _exists(moved) else path)
-    return found
+        if shared == Path(shared.anchor) or above >= len(folder.parts):
+            return name
+        moved = folder.parents[above - 1] / path.relative_to(shared) if above else folder / path.relative_to(shared)
+        return str(moved if _exists(moved) else path)
+
+    return found | {name: map_names(present, found[name]) for name in MOVABLE if found.get(name) is not None}
 
 
 def _exists(path: Path) -> bool:

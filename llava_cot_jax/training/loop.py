@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from llava_cot_jax.data.loader import Loader
-from llava_cot_jax.data.rows import FirstRows
-from llava_cot_jax.data.sources import open_rows
+from llava_cot_jax.data.rows import Rows
+from llava_cot_jax.data.sources import open_training_rows, open_validation_rows
 from llava_cot_jax.model.sharding import partition_spec
 from llava_cot_jax.progress import ProgressBar
 from llava_cot_jax.stages import STAGES
@@ -196,21 +196,23 @@ def _open_loaders(run: Run) -> tuple[Loader, Loader | None]:
     settings = run.settings
     sharding = NamedSharding(run.mesh, partition_spec(("batch",)))
 
-    def open_loader(split: str, count: int | None) -> Loader:
-        rows = open_rows(settings.data, split)
+    def open_loader(rows: Rows, split: str, shuffle: bool) -> Loader:
         with run.progress_bar(f"counting the tokens of {split}", "rows") as on_progress:
             return Loader(
-                rows if count is None else FirstRows(rows, count),
+                rows,
                 run.initial_model.processor,
                 settings.chat,
                 settings.loader,
                 sharding,
-                shuffle=count is None,
+                shuffle=shuffle,
                 on_progress=on_progress,
             )
 
-    training = open_loader("train", None)
-    return training, open_loader("validation", settings.eval_examples) if settings.eval_examples else None
+    training = open_loader(open_training_rows(settings.data), "train", shuffle=True)
+    if not settings.eval_examples:
+        return training, None
+    held_out = open_validation_rows(settings.data, settings.validation_data, settings.eval_examples)
+    return training, open_loader(held_out, "validation", shuffle=False)
 
 
 def _first_state(run: Run, program: TrainProgram, checkpoints: Checkpoints, step: int | None) -> TrainState:

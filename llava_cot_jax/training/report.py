@@ -28,8 +28,8 @@ def run_table(run: Run, program: TrainProgram, loader: Loader, throughput: Throu
     """
     settings, mesh, state = run.settings, run.mesh, program.state
     device = jax.devices()[0]
-    used = loader.index.lengths > 0
-    lengths, images = loader.index.lengths[used], loader.index.images[used]
+    coming = loader.rows_of_epoch()
+    lengths, images = loader.index.lengths[coming], loader.index.images[coming]
     sample = np.linspace(0, len(lengths) - 1, min(1000, len(lengths))).astype(int)
     batch_size = settings.loader.batch_size
     flops = batch_size * throughput.flops(lengths[sample], images[sample]) / len(sample)
@@ -37,13 +37,16 @@ def run_table(run: Run, program: TrainProgram, loader: Loader, throughput: Throu
     precision = {"float32": "float32", "bfloat16_stochastic": "bfloat16, rounded stochastically"}.get(
         settings.optimizer.precision, "bfloat16, rounded to the nearest (small updates are lost)"
     )
+    names = [settings.data] if isinstance(settings.data, str) else list(settings.data)
+    sets = [f"{name}: {count:,} rows x {weight:g}" for name, (count, weight) in zip(names, loader.sets, strict=True)]
     rows = {
         "devices": f"{mesh.size} x {device.device_kind}, processes: {jax.process_count()}",
         "mesh": " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         "parameters": f"{total:,}, of which {trained:,} are trained ({run.initial_model.config.convention})",
         "precision": f"computed in {settings.dtype}; parameters and moments in {precision}",
         "bytes per device": f"{_bytes_per_device(state) / 1e9:.3f} GB of parameters and moments",
-        "rows": f"{len(lengths):,}; {loader.index.summary()}",
+        "data": "; ".join(sets) if len(sets) > 1 else names[0],
+        "rows": f"{np.count_nonzero(loader.index.lengths):,}; {loader.index.summary()}",
         "tokens per step": f"{batch_size * lengths.mean():,.0f} on average, {batch_size} rows",
         "lengths": f"{', '.join(map(str, loader.buckets))} tokens; {loader.padding():.0%} of all tokens are padding",
         "steps": f"{steps:,}; {loader.batches_per_epoch:,} per epoch",

@@ -85,14 +85,14 @@ def resume_data(run: Run, before: Mapping[str, Any], description: Mapping[str, A
     stored = before.get("place")
     if before["data"] == description["data"]:
         if stored:
-            loader.start_at(Place.from_json(stored["start"], loader.row_count))
+            loader.start_at(Place.from_json(stored["start"]))
         return
     if not stored:
         raise UserError(
             "the newest checkpoint is of a version that stored no place in the data, and the data's batches are others "
             "now: restore the settings of the data, or name another output"
         )
-    place = Place.from_json(stored["now"], loader.row_count)
+    place = Place.from_json(stored["now"])
     if stored["rows"] != loader.rows_fingerprint:
         place = replace(place, seen=None)
         run.log(f"the data has other rows than before: epoch {place.epoch + 1} begins anew with them")

@@ -19,6 +19,7 @@ from llava_cot_jax.training.settings import TrainSettings
 CHANGEABLE_SETTINGS = {
     "output",
     "data",  # its batches have a fingerprint of their own
+    "validation_data",
     "checkpoints.every",
     "checkpoints.max_to_keep",
     "checkpoints.keep_period",
@@ -58,7 +59,8 @@ def run_description(settings: TrainSettings, data: str) -> dict[str, Any]:
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences of two descriptions that affect the result, as "optimizer.b2 was 0.98, now 0.9"."""
     old, new = ({**flat_settings(found["settings"]), "the data's batches": found["data"]} for found in (before, now))
-    names = sorted((old.keys() | new.keys()) - CHANGEABLE_SETTINGS)
+    several_sets = {name for name in old.keys() | new.keys() if name.startswith("data.")}
+    names = sorted((old.keys() | new.keys()) - CHANGEABLE_SETTINGS - several_sets)
     return [
         f"{name} was {old.get(name, 'not known')}, now {new.get(name, 'not known')}"
         for name in names

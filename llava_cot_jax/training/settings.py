@@ -1,6 +1,7 @@
 """Settings of a training run: every field of its configuration file."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -168,6 +169,10 @@ class TrainSettings:
         checkpoint: Checkpoint to start from: a folder in Hugging Face form, an id on the hub, a bucket path, or
             ``shapes`` for the small model of the package.
         data: Data set to train on: a folder made by ``llava-cot prepare``, or ``shapes`` for generated pictures.
+            Several are given with a weight each, as ``{"data/one": 1, "data/two": 2.5}``: the number of times that
+            each of their rows comes in an epoch. Of a fraction, another share of the rows comes in each epoch.
+        validation_data: Data set to validate on: its validation split or, if it has none, all of its rows. By
+            default, the validation split of ``data``; with several data sets, as many rows of each.
         random_init: Start from random weights; only the configuration, tokenizer and image settings of
             ``checkpoint`` are used.
         convention: Convention that the weights were trained with, where their config.json does not state it.
@@ -182,7 +187,7 @@ class TrainSettings:
             Layers are stacked in these names: ``layers.3`` stands for layers 3, 8, 13 and so on of the 11B.
         max_nonfinite_steps: Number of consecutive steps with a loss or gradient that is not finite that ends the run.
         eval_every: Number of steps between validations; 0 validates only at the end.
-        eval_examples: Number of examples of the validation split to validate on; 0 leaves validation out.
+        eval_examples: Number of examples to validate on, the first of those set aside; 0 leaves validation out.
         log_every: Number of steps between printed lines where the output is not a terminal with a progress bar.
         eval_generations: Number of validation questions to answer at the end, to count how many captions and
             conclusions match; 0 leaves this out.
@@ -201,7 +206,8 @@ class TrainSettings:
 
     output: str
     checkpoint: str
-    data: str
+    data: dict[str, float] | str
+    validation_data: str | None = None
     random_init: bool = False
     convention: Convention | None = None
     epochs: int = 3
@@ -232,6 +238,8 @@ class TrainSettings:
         for name in ("seed", "eval_every", "eval_examples", "eval_generations"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not isinstance(self.data, str):
+            self._check_weights(self.data)
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}; it must be at least 1, or left out")
         for name, kind in (("dtype", ComputeDtype), ("remat", RematPolicy)):
@@ -249,14 +257,36 @@ class TrainSettings:
                 "frozen_params is set, and lora.rank: with adapters, all else is frozen; leave one of them out"
             )
 
+    @staticmethod
+    def _check_weights(weights: Mapping[str, float]) -> None:
+        if not weights:
+            raise UserError("data names no data set: name one, or several with a weight each")
+        for name, weight in weights.items():
+            if not 0 < weight < math.inf:
+                raise UserError(f"the weight of data {name} is {weight}; it must be above 0")
+
     def with_absolute_paths(self) -> "TrainSettings":
         """Return the same settings, with paths that mean the same from any working directory.
 
         Raises:
             UserError: ``as_path`` refuses a path.
         """
-        data = self.data if self.data == SHAPES_DATA else str(as_path(self.data))
-        return replace(self, output=str(as_path(self.output)), data=data, checkpoint=absolute_name(self.checkpoint))
+        return replace(
+            self,
+            output=str(as_path(self.output)),
+            data=map_names(_absolute, self.data),
+            validation_data=None if self.validation_data is None else _absolute(self.validation_data),
+            checkpoint=absolute_name(self.checkpoint),
+        )
+
+
+def map_names(function: Callable[[str], str], data: Any) -> Any:
+    """Return a name, or the keys of the names with a weight each that ``TrainSettings.data`` takes, changed."""
+    return {function(name): weight for name, weight in data.items()} if isinstance(data, Mapping) else function(data)
+
+
+def _absolute(data: str) -> str:
+    return data if data == SHAPES_DATA else str(as_path(data))
 
 
 RENAMED_SETTINGS = {

@@ -113,7 +113,7 @@ def test_whatever_changes_on_the_way_each_row_is_seen_once_in_an_epoch(rows, epo
     seen = [np.zeros(rows, int) for _ in range(epochs + 1)]
     place, trained = Place(), lengths > 0
     for number, (batch, count, seed) in enumerate(changes):
-        place = Place.from_json(json.loads(json.dumps(place.to_json())), rows)
+        place = Place.from_json(json.loads(json.dumps(place.to_json())))
         order = make(batch, seed, lengths=lengths, start=place)
         last = order.batches_until(epochs)
         stop = last if number == len(changes) - 1 else min(place.batches + count, last)
@@ -132,6 +132,60 @@ def test_whatever_changes_on_the_way_each_row_is_seen_once_in_an_epoch(rows, epo
     for of_epoch in seen[:epochs]:
         assert of_epoch.max() == 1 and not of_epoch[~trained].any()
         assert np.count_nonzero(trained) - of_epoch.sum() < largest  # the remainder, of less than a batch
+
+
+SETS = ((300, 1.0), (500, 0.3), (200, 2.5))
+"""Sizes and weights of data sets whose rows are ``LENGTHS``."""
+
+
+def rows_of_an_epoch(order: BatchOrder, epoch: int) -> np.ndarray:
+    first = epoch * order.batches_per_epoch
+    return np.concatenate([order[first + i].rows for i in range(order.batches_per_epoch)])
+
+
+def test_each_row_comes_as_often_as_its_set_weighs():
+    """In an epoch as nearly as whole numbers go, and over ten epochs, which make every weight whole, exactly."""
+    order = make(1, sets=SETS)
+    total = np.zeros(len(LENGTHS), int)
+    first = 0
+    for epoch in range(10):
+        times = np.bincount(rows_of_an_epoch(order, epoch), minlength=len(LENGTHS))
+        total += times
+        for (_, weight), part, usable in zip(
+            SETS, np.split(times, [300, 800]), np.split(LENGTHS > 0, [300, 800]), strict=True
+        ):
+            assert not part[~usable].any() and set(part[usable]) <= {int(weight), int(np.ceil(weight))}
+            assert abs(part.sum() - weight * usable.sum()) <= 0.5
+    for count, weight in SETS:
+        part = slice(first, first + count)
+        usable = LENGTHS[part] > 0
+        share = round((weight - int(weight)) * usable.sum())
+        assert np.ptp(total[part][usable]) <= 1 and total[part].sum() == 10 * (int(weight) * usable.sum() + share)
+        first += count
+
+
+def test_one_set_of_weight_1_is_in_the_order_of_no_sets():
+    order, weighted = make(), make(sets=[(len(LENGTHS), 1.0)])
+    assert all(np.array_equal(order[i].rows, weighted[i].rows) for i in range(2 * order.batches_per_epoch))
+
+
+def test_unshuffled_weights_do_not_count():
+    order, weighted = make(shuffle=False), make(shuffle=False, sets=SETS)
+    assert np.array_equal(rows_of_an_epoch(order, 0), rows_of_an_epoch(weighted, 0))
+
+
+@pytest.mark.parametrize("stop", [1, 7, 23])
+def test_an_epoch_of_weighted_sets_is_whole_whatever_batches_it_has(stop):
+    """Batches of 32 rows, and after some of them batches of 8."""
+    order = make(32, sets=SETS)
+    before = np.concatenate([order[i].rows for i in range(stop)])
+    place = Place.from_json(json.loads(json.dumps(order.place(stop).to_json())))
+    rest = make(8, seed=5, sets=SETS, start=place)
+    after = np.concatenate([rest[i].rows for i in range(stop, rest.batches_until(1))])
+    whole = rows_of_an_epoch(make(1, sets=SETS), 0)
+    left = np.bincount(whole, minlength=len(LENGTHS)) - np.bincount(np.append(before, after), minlength=len(LENGTHS))
+    assert left.min() == 0 and left.sum() < 8
+    assert rest.epochs_before(stop) == order.epochs_before(stop) == pytest.approx(len(before) / len(whole))
 
 
 def test_too_few_rows():

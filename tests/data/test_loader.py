@@ -21,6 +21,7 @@ from llava_cot_jax.data.chat import Chat, SkippedConversation
 from llava_cot_jax.data.loader import READY, Loader
 from llava_cot_jax.data.prepared import PreparedRows
 from llava_cot_jax.data.raw.preparation import prepare_dataset
+from llava_cot_jax.data.rows import Mixture
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings, PrepareSettings
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import user_turn
@@ -204,6 +205,27 @@ def test_the_fingerprint_tells_other_batches(make):
     ]
     assert len({loader.fingerprint for loader in others}) == len(others)
     assert make(num_threads=1, num_workers=1, sharding=mesh_of(1, 2)).fingerprint == others[0].fingerprint
+
+
+def test_several_sets_come_by_their_weights(make):
+    """Each row as it comes from its own set, from any batch on; other weights are other batches."""
+    parts = (Noise(30, fingerprint="thirty"), Varied(40, fingerprint="varied, 40"))
+    loader = make(Mixture(parts, (1.0, 1.5)), num_buckets=1, num_image_buckets=1)
+    own = [make(part, num_buckets=1, num_image_buckets=1).index for part in parts]
+    assert loader.index.lengths.tolist() == [*own[0].lengths, *own[1].lengths]
+    assert loader.index.skipped == own[0].skipped | {30 + i: reason for i, reason in own[1].skipped.items()}
+    usable = [int(np.count_nonzero(index.lengths)) for index in own]
+    assert loader.sets == [(usable[0], 1.0), (usable[1], 1.5)]
+    assert loader.batches_per_epoch == (sum(usable) + round(usable[1] / 2)) // 8
+    batches = read(loader, 0, loader.batches_per_epoch + 2)
+    assert same(read(make(Mixture(parts, (1.0, 1.5)), num_buckets=1, num_image_buckets=1), 3, 5), batches[3:5])
+    chat = Chat(demo_processor(), CHAT)
+    for batch in batches:
+        for place, row in enumerate(batch["row"].tolist()):
+            ids = chat.encode(parts[row >= 30].turns(row - 30 * (row >= 30))).ids
+            assert batch["input_ids"][place, : len(ids)].tolist() == ids
+    others = [(1.0, 1.0), (1.0, 2.0), (2.0, 1.5)]
+    assert len({make(Mixture(parts, weights)).fingerprint for weights in others} | {loader.fingerprint}) == 4
 
 
 class Damaged(Noise):

@@ -12,7 +12,7 @@ import pytest
 
 from llava_cot_jax import cli
 from llava_cot_jax.data.rows import FirstRows
-from llava_cot_jax.data.sources import open_rows
+from llava_cot_jax.data.sources import open_training_rows
 from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training import loop
 from llava_cot_jax.training.checkpoints import read_run, steps_in
@@ -83,5 +83,5 @@ def stepless_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setattr(_Loop, "run_steps", lambda steps, *given: found.run_steps(steps, *given))
-        patch.setattr(loop, "open_rows", lambda data, split: FirstRows(open_rows(data, split), ROWS))
+        patch.setattr(loop, "open_training_rows", lambda data: FirstRows(open_training_rows(data), ROWS))
         yield found

@@ -28,7 +28,7 @@ from llava_cot_jax.training.settings import CheckpointSettings, TrainSettings
 from tests.training.small_run import write_small
 from tests.training.stepless import stepless_place  # noqa: F401 - a fixture
 from tests.training.test_export import Run, begin, save
-from tests.training.test_settings import BASE, COMPUTED, LOADED, READ_AHEAD, RUN, STARTED, changed
+from tests.training.test_settings import BASE, COMPUTED, HELD_OUT, LOADED, READ_AHEAD, RUN, STARTED, changed
 
 MESH = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
 
@@ -239,7 +239,8 @@ class TestDescription:
     def test_what_does_not_is_free(self):
         other: dict[str, Any] = {
             "output": "x",
-            "data": "x",
+            "data": {"x": 2.0, "y": 0.5},
+            "validation_data": "x",
             "checkpoints.every": 7,
             "checkpoints.max_to_keep": 7,
             "checkpoints.keep_period": 7,
@@ -257,7 +258,8 @@ class TestDescription:
             "loader.num_workers": 7,
             "loader.num_threads": 7,
         }
-        assert {*RUN, *READ_AHEAD, *MESH, "data"} == other.keys() == CHANGEABLE_SETTINGS - {"grad_accum_steps", "remat"}
+        names = {*RUN, *READ_AHEAD, *MESH, *HELD_OUT, "data"}
+        assert names == other.keys() == CHANGEABLE_SETTINGS - {"grad_accum_steps", "remat"}
         settings: TrainSettings = BASE
         for name, value in other.items():
             settings = changed(settings, name, value)

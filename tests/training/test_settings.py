@@ -14,6 +14,7 @@ import yaml
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from safetensors.numpy import load_file
 
+from llava_cot_jax.cli import progress_bar
 from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.data.shapes.tokenizer import shapes_config
@@ -27,7 +28,9 @@ from llava_cot_jax.planning.programs import abstract_batch
 from llava_cot_jax.planning.slices import parse_topology
 from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.initial_model import InitialModel
+from llava_cot_jax.training.loop import _open_loaders
 from llava_cot_jax.training.program import check_batch_size, make_program, make_run_mesh
+from llava_cot_jax.training.run import Run
 from llava_cot_jax.training.settings import RENAMED_SETTINGS, MeshSettings, TrainSettings, check_setting_names
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -119,6 +122,9 @@ READ_AHEAD = {"loader.num_workers", "loader.num_threads"}
 SEVERAL_IMAGES = {"loader.num_image_buckets"}
 """Those that change batches of rows with several images, as ``test_loader.py`` shows."""
 
+HELD_OUT = {"validation_data"}
+"""Those that change what a run validates on, as ``TestSeveralDataSets`` shows."""
+
 
 def names(settings: Any, prefix: str = "") -> set[str]:
     """The dotted names of all fields."""
@@ -143,7 +149,7 @@ def changed(settings: TrainSettings, name: str, value: Any) -> TrainSettings:
 
 
 def test_no_field_is_forgotten():
-    assert names(BASE) == set(COMPUTED) | set(LOADED) | set(STARTED) | RUN | READ_AHEAD | SEVERAL_IMAGES
+    assert names(BASE) == set(COMPUTED) | set(LOADED) | set(STARTED) | RUN | READ_AHEAD | SEVERAL_IMAGES | HELD_OUT
 
 
 def observe(settings: TrainSettings) -> tuple[Any, ...]:
@@ -193,6 +199,47 @@ def test_each_field_of_the_data_changes_it(tmp_path):
     for name, value in LOADED.items():
         if name != "data":
             assert fingerprint(changed(BASE, name, value)) != before, name
+
+
+class TestSeveralDataSets:
+    ARGUMENTS = ("--output", "o", "--checkpoint", "shapes")
+
+    @pytest.mark.parametrize("form", ["command line", "block", "flow"])
+    def test_they_are_given_with_weights(self, tmp_path, monkeypatch, form):
+        monkeypatch.chdir(tmp_path)
+        texts = {"block": "data:\n  a/b: 2\n  shapes: 0.5\n", "flow": 'data: {a/b: 2, "shapes": 0.5}\n'}
+        (tmp_path / "run.yaml").write_text(texts.get(form, ""))
+        given = ["--data", '{"a/b": 2, "shapes": 0.5}'] if form not in texts else ["--config", "run.yaml"]
+        settings, _ = read_arguments([*self.ARGUMENTS, *given, "--validation_data", "held/out"])
+        assert settings.data == {"a/b": 2.0, "shapes": 0.5} and settings.validation_data == "held/out"
+        absolute = settings.with_absolute_paths()
+        assert absolute.data == {f"{tmp_path}/a/b": 2.0, "shapes": 0.5}
+        assert absolute.validation_data == f"{tmp_path}/held/out"
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            ({}, "data names no data set"),
+            ({"a": 0.0}, "the weight of data a is 0.0; it must be above 0"),
+            ({"a": 1.0, "b": -1.0}, "the weight of data b is -1.0"),
+            ({"a": float("nan")}, "the weight of data a is nan"),
+        ],
+    )
+    def test_weights_that_mean_nothing(self, data, message):
+        with pytest.raises(UserError, match=message):
+            replace(BASE, data=data)
+
+    def test_a_run_opens_them(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr("llava_cot_jax.data.shapes.rows.SIZES", {"train": 40, "validation": 24, "test": 8})
+        settings = replace(
+            BASE, output=str(tmp_path), data={"shapes": 1.5}, mesh=MeshSettings(), validation_data="shapes"
+        )
+        run = Run.open(replace(settings, eval_examples=16), lambda line: None, progress_bar)
+        training, validation = _open_loaders(run)
+        assert (training.sets, training.batches_per_epoch) == ([(40, 1.5)], 1)
+        assert validation.sets == [(16, 1.0)]
+        assert _open_loaders(replace(run, settings=replace(settings, eval_examples=0)))[1] is None
 
 
 def test_random_weights_need_none_on_the_disk(tmp_path):
