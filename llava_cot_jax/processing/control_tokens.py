@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_LLAMA_CONTROL_TOKEN = re.compile(
+CONTROL_TOKEN = re.compile(
     r"<\|(begin_of_text|end_of_text|start_header_id|end_header_id|eom_id|eot_id|step_id|python_tag|image"
     r"|finetune_right_pad(_id)?|reserved_special_token_\d+)\|>"
 )
+"""Pattern of Llama 3.2's control tokens. A text that spells one would end a message, or stand for an image."""
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast, ids: Collection[int] = ()) -> dict[str, int]:
@@ -29,5 +30,5 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast, ids: Collection[int] = ()
     return {
         token: index
         for token, index in tokenizer.get_added_vocab().items()
-        if index in ids or token in named or _LLAMA_CONTROL_TOKEN.fullmatch(token)
+        if index in ids or token in named or CONTROL_TOKEN.fullmatch(token)
     }

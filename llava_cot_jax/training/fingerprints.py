@@ -20,7 +20,7 @@ from llava_cot_jax.training.initial_model import InitialModel
 from llava_cot_jax.training.run_folder import PACKAGES, flat_settings
 from llava_cot_jax.training.settings import TrainSettings
 
-HOSTS_OWN_SETTINGS = {"data", "checkpoint", "loader.num_workers", "loader.num_threads"}
+HOSTS_OWN_SETTINGS = {"data", "validation_data", "checkpoint", "loader.num_workers", "loader.num_threads"}
 """Settings that may differ between hosts: paths, whose contents are compared, and what a host has processors for."""
 
 OTHER_PACKAGES = ("transformers", "tokenizers", "pillow", "libtpu", "jax-cuda13-plugin")
@@ -38,7 +38,7 @@ _SAMPLE_BYTES = 256
 def start_fields(settings: TrainSettings, accept_changes: bool) -> dict[str, str]:
     """Return the settings, versions, source files and compiler flags of this process, by name."""
     given = flat_settings(asdict(settings.with_absolute_paths()))
-    fields = {name: str(value) for name, value in given.items() if name not in HOSTS_OWN_SETTINGS}
+    fields = {name: str(value) for name, value in given.items() if not _is_hosts_own(name)}
     fields["accept_changes"] = str(accept_changes)
     fields["the version of python"] = platform.python_version()
     fields |= {f"the version of {name}": _version(name) for name in (*PACKAGES, *OTHER_PACKAGES)}
@@ -52,6 +52,10 @@ def start_fields(settings: TrainSettings, accept_changes: bool) -> dict[str, str
             if not name.startswith("--xla_dump"):
                 fields[f"{name} in {variable}"] = value or "set"
     return fields
+
+
+def _is_hosts_own(name: str) -> bool:
+    return name in HOSTS_OWN_SETTINGS or name.startswith("data.")  # several data sets, by their paths
 
 
 def model_fields(initial_model: InitialModel, steps: list[int]) -> dict[str, str]:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import mmap
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,16 +17,11 @@ from llava_cot_jax.data.raw.json_rows import split_rows
 from llava_cot_jax.data.raw.names import Found, contradictory_folders, normalise_path
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.control_tokens import CONTROL_TOKEN
 from llava_cot_jax.processing.messages import MARKER, remove_markers
 from llava_cot_jax.stages import is_staged
 
 SYSTEM, SPEAKERS = "system", ("human", "gpt")
-
-CONTROL_TOKEN = re.compile(
-    r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eom_id|eot_id|step_id|python_tag|image"
-    r"|finetune_right_pad(?:_id)?|reserved_special_token_\d+)\|>"
-)
-"""Pattern of Llama 3.2's control tokens. A text that spells one would end a message, or stand for an image."""
 
 _AFTER_ALL_PATHS = chr(0x10FFFF)
 """Character that begins the name of a file among paths, so that it sorts after each of them."""
