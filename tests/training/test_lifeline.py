@@ -158,6 +158,16 @@ def test_a_process_that_vanishes_ends_the_others(address, capsys, who):
     assert f"error: process {who} (" in (line := capsys.readouterr().err) and "was lost: its connection" in line
 
 
+def test_a_process_that_falls_silent_is_lost(address, capsys, monkeypatch):
+    """Its connection is open still, as when its machine has lost its power."""
+    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.3)
+    processes = Processes(address, 2, {0: waiting})
+    with connected(address) as connection:
+        connection.sendall(b'{"process": 1, "count": 2, "host": "b"}\n')
+        assert processes.ended(1) == {0: 1}
+    assert "error: process 1 (b) was lost" in capsys.readouterr().err
+
+
 def test_a_process_that_has_ended_well_is_no_loss(address):
     processes = Processes(address, 2, {0: finishing_later, 1: Lifeline.meet})
     assert processes.ended(1) == {1: 0}
@@ -248,10 +258,16 @@ def test_a_stranger_that_calls_does_no_harm(address):
 
 def say(address: str, text: str) -> str:
     """What is answered to a line."""
+    with connected(address) as connection:
+        connection.sendall(text.encode())
+        return connection.makefile().readline()
+
+
+def connected(address: str) -> socket.socket:
+    """A connection to the first process, once it listens."""
     host, _, port = address.rpartition(":")
     for _ in range(100):
-        with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port)), 5) as connection:
-            connection.sendall(text.encode())
-            return connection.makefile().readline()
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection((host, int(port)), 5)
         time.sleep(0.05)
     raise AssertionError("nobody listens")
