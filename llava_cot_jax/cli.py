@@ -32,7 +32,7 @@ from rich.text import Text
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import cache_folder, usable_cache
 from llava_cot_jax.interruption import EXIT_CODE, command_running
-from llava_cot_jax.memory_errors import describe_exhausted_memory
+from llava_cot_jax.memory_errors import ADVICE, describe_exhausted_memory
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import ProgressUpdate
 
@@ -48,7 +48,7 @@ COMMANDS = {
 
 _PACKAGE = "llava_cot_jax"
 
-_SAVE_MEMORY = "Free some memory, or take a machine with more."
+_ADVICE = "Free some memory, or take a machine with more."
 
 _Result = TypeVar("_Result")
 
@@ -194,16 +194,14 @@ def configurations_in(arguments: Sequence[str]) -> list[Path]:
     return [as_path(name) for name in known.config]
 
 
-def run(
-    main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, save_memory: str = _SAVE_MEMORY
-) -> None:
+def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, command: str = "") -> None:
     """Run a command. A user's mistake or exhausted memory ends it with one line and exit code 2, Ctrl-C with 130.
 
     Args:
         main: The command.
         leave: Function that ends the process after Ctrl-C. With ``os._exit`` it does not wait for computations that
             are under way.
-        save_memory: What a user of the command can do where memory is exhausted.
+        command: The command's name in ``COMMANDS``, by which the error of exhausted memory gives advice.
     """
     with command_running():
         _quiet_libtpu()
@@ -222,7 +220,7 @@ def run(
         except Exception as fault:
             if not (exhausted := describe_exhausted_memory(fault)):
                 raise
-            print(f"error: {exhausted}. {save_memory}", file=sys.stderr, flush=True)
+            print(f"error: {exhausted}. {ADVICE.get(command, _ADVICE)}", file=sys.stderr, flush=True)
             leave(2)
 
 

@@ -52,12 +52,6 @@ if TYPE_CHECKING:
 DEFAULT_MAX_NEW_TOKENS = 2048
 """Longest answer without a search, in tokens, where neither the user nor the checkpoint sets it."""
 
-SAVE_MEMORY = (
-    "Less memory is taken by --quantize int8, --dtype bfloat16, fewer --num_candidates or --max_new_tokens, and by "
-    "more devices (--mesh.tensor). What a search takes is told by `llava-cot plan --search`."
-)
-"""Advice to a user for whom memory does not suffice."""
-
 DEFAULT_MODEL_NOTE = (
     "No --checkpoint was given: the small model of the package answers. It knows pictures of coloured "
     "shapes on a grid, such as it draws itself, and nothing else."
@@ -365,4 +359,4 @@ class _StreamingAnswerer:
 
 
 if __name__ == "__main__":
-    cli.run(main, leave=os._exit, save_memory=SAVE_MEMORY)
+    cli.run(main, leave=os._exit, command="generate")
