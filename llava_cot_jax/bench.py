@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama
 
 
-SAVE_MEMORY = (
-    "Less memory is taken by --quantize int8, --dtype bfloat16, fewer --workload.num_candidates, and by shorter "
-    "questions and answers."
-)
-"""Advice to a user for whom memory does not suffice."""
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
@@ -135,4 +128,4 @@ def _model(options: jsonargparse.Namespace, folder: Path | None) -> "Mllama":
 
 
 if __name__ == "__main__":
-    cli.run(main, save_memory=SAVE_MEMORY)
+    cli.run(main, command="bench")

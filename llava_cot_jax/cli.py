@@ -34,7 +34,7 @@ import llava_cot_jax
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import cache_folder, usable_cache
 from llava_cot_jax.interruption import EXIT_CODE, command_running
-from llava_cot_jax.memory_errors import describe_exhausted_memory
+from llava_cot_jax.memory_errors import ADVICE, describe_exhausted_memory
 from llava_cot_jax.option_errors import (
     UnknownOption,
     configured_options,
@@ -59,7 +59,7 @@ COMMANDS = {
 
 _PACKAGE = "llava_cot_jax"
 
-_SAVE_MEMORY = "Free some memory, or take a machine with more."
+_ADVICE = "Free some memory, or take a machine with more."
 
 _Result = TypeVar("_Result")
 
@@ -259,16 +259,14 @@ def find_configuration(name: str) -> Path:
     raise UserError(f"there is no configuration file {path}, nor one of this name in the package{near}")
 
 
-def run(
-    main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, save_memory: str = _SAVE_MEMORY
-) -> None:
+def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, command: str = "") -> None:
     """Run a command. A user's mistake or exhausted memory ends it with one line and exit code 2, Ctrl-C with 130.
 
     Args:
         main: The command.
         leave: Function that ends the process after Ctrl-C. With ``os._exit`` it does not wait for computations that
             are under way.
-        save_memory: What a user of the command can do where memory is exhausted.
+        command: The command's name in ``COMMANDS``, by which the error of exhausted memory gives advice.
     """
     with command_running():
         _quiet_libtpu()
@@ -283,15 +281,15 @@ def run(
         except Exception as fault:
             if not describe_exhausted_memory(fault):
                 raise
-            leave(report(fault, save_memory))
+            leave(report(fault, command))
 
 
-def report(fault: BaseException, save_memory: str = _SAVE_MEMORY) -> int:
+def report(fault: BaseException, command: str = "") -> int:
     """Print on stderr what ended a command, and return the exit code: one line, unless it is a fault of the program.
 
     Args:
         fault: Exception that ended the command.
-        save_memory: Advice to a user for whom memory does not suffice.
+        command: Name of the command, for the advice to a user for whom memory does not suffice.
     """
     match fault:
         case UserError():
@@ -303,7 +301,7 @@ def report(fault: BaseException, save_memory: str = _SAVE_MEMORY) -> int:
         case BrokenPipeError():  # the reader of the output ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         case _ if exhausted := describe_exhausted_memory(fault):
-            print(f"error: {exhausted}. {save_memory}", file=sys.stderr, flush=True)
+            print(f"error: {exhausted}. {ADVICE.get(command, _ADVICE)}", file=sys.stderr, flush=True)
             return 2
         case _:
             traceback.print_exception(fault)

@@ -24,9 +24,6 @@ from llava_cot_jax.training.layout import is_run
 if TYPE_CHECKING:
     from llava_cot_jax.training.export import RunExport
 
-SAVE_MEMORY = "One tensor at a time is in memory, or 1 GiB of a training run: free that much."
-"""Advice to a user for whom memory does not suffice."""
-
 _STILL_DIFFERENT = """\
 transformers now computes the same vision features. One difference stays: these weights were trained under the
 convention 'meta', where a text token that sees no image (in a chat header before the image, or in a text-only sequence
@@ -170,4 +167,4 @@ def _parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    cli.run(main, save_memory=SAVE_MEMORY)
+    cli.run(main, command="convert")

@@ -56,12 +56,6 @@ _LOG = logging.getLogger("llava_cot_jax.generate")  # where the command is run, 
 MORE_TOKENS = "give a higher --max_new_tokens for the rest, if the model's context holds it"
 """Remedy for an answer that was cut off."""
 
-SAVE_MEMORY = (
-    "Less memory is taken by --quantize int8, --dtype bfloat16, fewer --num_candidates or --max_new_tokens, and by "
-    "more devices (--mesh.tensor). What a search takes is told by `llava-cot plan --search`."
-)
-"""Advice to a user for whom memory does not suffice."""
-
 DEFAULT_MODEL_NOTE = (
     "No --checkpoint was given: the small model of the package answers. It knows pictures of coloured "
     "shapes on a grid, such as it draws itself, and nothing else."
@@ -368,4 +362,4 @@ class _StreamingAnswerer:
 
 
 if __name__ == "__main__":
-    cli.run(main, leave=os._exit, save_memory=SAVE_MEMORY)
+    cli.run(main, leave=os._exit, command="generate")

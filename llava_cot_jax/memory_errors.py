@@ -8,6 +8,25 @@ import errno
 import re
 from collections.abc import Iterator
 
+ADVICE = {
+    "train": (
+        "What fits is told by `llava-cot plan`. Less memory is taken by remat: full, more grad_accum_steps, a smaller "
+        "loader.batch_size or chat.max_length, adapters (lora.rank), optimizer.precision: bfloat16_stochastic, and by "
+        "more devices."
+    ),
+    "generate": (
+        "Less memory is taken by --quantize int8, --dtype bfloat16, fewer --num_candidates or --max_new_tokens, and by "
+        "more devices (--mesh.tensor). What a search takes is told by `llava-cot plan --search`."
+    ),
+    "bench": (
+        "Less memory is taken by --quantize int8, --dtype bfloat16, fewer --workload.num_candidates, and by shorter "
+        "questions and answers."
+    ),
+    "convert": "One tensor at a time is in memory, or 1 GiB of a training run: free that much.",
+    "prepare": "Less memory is taken by fewer --workers, each of which decodes one image at a time.",
+}
+"""Advice to a user for whom memory does not suffice, by command."""
+
 _EXHAUSTED = re.compile(
     r"out of memory|ran out of \w+ memory|OUT_OF_MEMORY|cannot allocate memory|failed to allocate|unable to allocate"
     r"|exceeds available HBM"

@@ -24,10 +24,6 @@ from llava_cot_jax.paths import as_path, writing_errors
 TO_PREPARE = ("annotations", "images", "output")
 
 
-SAVE_MEMORY = "Less memory is taken by fewer --workers, each of which decodes one image at a time."
-"""Advice to a user for whom memory does not suffice."""
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
@@ -190,4 +186,4 @@ def _add_display_options(add: Callable[..., object]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, save_memory=SAVE_MEMORY)
+    cli.run(main, command="prepare")

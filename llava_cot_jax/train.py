@@ -33,13 +33,6 @@ from llava_cot_jax.training.settings import RENAMED_SETTINGS, TrainSettings
 if TYPE_CHECKING:
     from llava_cot_jax.training.loop import TrainResult
 
-SAVE_MEMORY = (
-    "What fits is told by `llava-cot plan`. Less memory is taken by remat: full, more grad_accum_steps, a smaller "
-    "loader.batch_size or chat.max_length, adapters (lora.rank), optimizer.precision: bfloat16_stochastic, and by more "
-    "devices."
-)
-"""Advice to a user for whom memory does not suffice."""
-
 PRINTED_ANSWERS = 3
 """Number of answers to validation questions that are printed."""
 
@@ -51,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         UserError: A setting or a file cannot be used. This is found before anything expensive starts.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    report = partial(cli.report, save_memory=SAVE_MEMORY)
+    report = partial(cli.report, command="train")
     try:
         settings, options = read_arguments(arguments)
     except UserError:
@@ -256,4 +249,4 @@ def _answer(result: TrainResult) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, save_memory=SAVE_MEMORY)
+    cli.run(main, command="train")

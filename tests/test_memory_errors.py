@@ -10,7 +10,7 @@ import pytest
 
 from llava_cot_jax import cli
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.memory_errors import describe_exhausted_memory
+from llava_cot_jax.memory_errors import ADVICE, describe_exhausted_memory
 from tests.processes import ROOT
 
 EDGE = 1 << 22
@@ -36,10 +36,10 @@ def outer(x: jax.Array) -> jax.Array:
 )
 def test_what_cannot_be_allocated_is_one_line_with_its_size(allocate, told, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.run(lambda: jax.block_until_ready(allocate()), save_memory="Take less.")
+        cli.run(lambda: jax.block_until_ready(allocate()), command="prepare")
     error = capsys.readouterr().err
     assert (end.value.code, error.count("\n")) == (2, 1)
-    assert error.startswith("error: out of memory") and told in error and error.endswith(". Take less.\n")
+    assert error.startswith("error: out of memory") and told in error and error.endswith(f". {ADVICE['prepare']}\n")
 
 
 TPU = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 63.80G \

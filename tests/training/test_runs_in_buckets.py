@@ -31,6 +31,9 @@ pytestmark = pytest.mark.slow
 def test_checkpoints_and_the_model_exported_from_them(folder, tmp_path) -> None:
     start = upload(write_small(tmp_path / "small"), folder / "small")
     run = begin(start, folder / "run", frozen_params=["^vision_model"])
+    with Checkpoints(folder / "run" / CHECKPOINTS, KEPT) as checkpoints:
+        checkpoints.try_saving(run.program.mesh)
+    assert not (folder / "run" / CHECKPOINTS / ".trial").exists()
     save(run, folder / "run")
     assert steps_in(folder / "run" / CHECKPOINTS) == [3]
     with Checkpoints(folder / "run" / CHECKPOINTS, KEPT) as checkpoints:
