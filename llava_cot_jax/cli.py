@@ -357,12 +357,17 @@ def _quiet_libtpu() -> None:
             os.environ.setdefault(name, value)
 
 
+class _WarningLines(logging.Handler):
+    """Print each record as a line on stderr, which may be another stream than at the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"warning: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
 def _show_warnings() -> None:
     """Print each warning that the package logs as a line on stderr, whatever handlers absl and jax install."""
     logger = logging.getLogger(_PACKAGE)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    logger.handlers, logger.propagate = [handler], False
+    logger.handlers, logger.propagate = [_WarningLines(logging.WARNING)], False
 
 
 class _RateColumn(ProgressColumn):

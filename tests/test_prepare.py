@@ -370,7 +370,7 @@ class TestAgain:
         main(arguments(raw, tmp_path / "out", "--validation_share", "0", "--max_side", "20"))
         rows = PreparedRows(tmp_path / "out", "train")
         assert len(rows) == len(raw.rows)
-        assert max(Image.open(io.BytesIO(rows[0].image)).size) == 20
+        assert max(Image.open(io.BytesIO(rows[0].images[0])).size) == 20
 
     def test_one_at_a_time(self, raw: RawSet, tmp_path: Path) -> None:
         with WorkFolder(tmp_path / "out"), pytest.raises(UserError, match=r"out is being prepared by another process"):

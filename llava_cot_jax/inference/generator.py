@@ -222,9 +222,9 @@ class Generator:
             (tokens, log_probs, sampled), done, finite = jax.device_get((drawn, state.done, state.finite))
             left -= int(sampled)
             self._check_finite(finite, new - left)
+            if not left and max_new_tokens is None and new < self._default_max_new_tokens and not done.all():
+                logging.getLogger(__name__).warning("the answer: %s", cut_by_context(self.config, new))
             yield tokens[:, :sampled], log_probs[:, :sampled], left
-        if max_new_tokens is None and new < self._default_max_new_tokens and not done.all():
-            logging.getLogger(__name__).warning("the answer: %s", cut_by_context(self.config, new))
 
     def _check_finite(self, finite: np.ndarray, sampled: int) -> None:
         if not finite.all():

@@ -19,6 +19,7 @@ from llava_cot_jax.data.raw.annotations import (
     read_conversations,
 )
 from llava_cot_jax.data.raw.images import ImageFolder
+from llava_cot_jax.data.raw.names import Found, Match
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.errors import UserError
 from tests.data.raw.raw_set import RawSet, make_raw_set
@@ -226,12 +227,16 @@ def test_half_of_a_surrogate_pair(images: ImageFolder, tmp_path: Path, half: byt
 def test_rows_that_share_an_image_are_linked() -> None:
     """Against the connected components of a graph, found by brute force."""
     draw = random.Random(0)
-    rows = [tuple(f"{draw.randrange(40):02}" for _ in range(draw.choice([0, 1, 1, 2, 3]))) for _ in range(40)]
-    linked = link_images([AnnotationRow(1, 0, "", "", paths, (), 0) for paths in rows])
-    groups = [set(paths) for paths in rows if paths]
+    # Every file has two paths, and rows name it by either.
+    numbers = [[draw.randrange(80) for _ in range(draw.choice([0, 1, 1, 2, 3]))] for _ in range(40)]
+    rows = [[Found(f"{number // 2}.png", f"{number:02}", Match.OTHER_FOLDER) for number in some] for some in numbers]
+    linked = link_images([AnnotationRow(1, 0, 0, "", "", tuple(found), (), 0) for found in rows])
+    groups = [{text for one in found for text in (one.path, one.name)} for found in rows if found]
     for _ in range(len(groups)):
         groups = [set().union(*(other for other in groups if other & group)) for group in groups]
-    assert linked == {path: min(group) for group in groups for path in group}
+    paths = [{text for text in group if not text.endswith(".png")} for group in groups]
+    expected = {path: min(group) for group in paths for path in group}
+    assert {path: linked[path] for path in expected} == expected
 
 
 PATHS = [f"sqa/{i}.png" for i in range(20_000)]

@@ -1,7 +1,6 @@
 """End tokens of a checkpoint whose files name different ones, and settings of generation that are not honoured."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,13 +77,12 @@ def test_settings_that_are_not_honoured(folder: Path) -> None:
     assert ignored_settings(folder) == {**ASKED, "typical_p": 0.9}
 
 
-def test_they_are_named_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("llava_cot_jax").propagate = True
+def test_they_are_named_once(folder: Path, warnings_of: pytest.LogCaptureFixture) -> None:
     Mllama.from_pretrained(folder)
-    assert not caplog.messages
+    assert not warnings_of.messages
     edit(folder / "generation_config.json", ASKED)
     Mllama.from_pretrained(folder)
-    (line,) = caplog.messages
+    (line,) = warnings_of.messages
     assert line.endswith(
         "not honoured here: repetition_penalty = 1.3, no_repeat_ngram_size = 3, bad_words_ids = [[5]], "
         "forced_eos_token_id = 7"

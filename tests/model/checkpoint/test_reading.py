@@ -1,7 +1,6 @@
 """Finding a checkpoint, and what is said of one that is not whole."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -266,28 +265,26 @@ class TestConvention:
         assert read_config(tmp_path, "transformers_5").convention == "transformers_5"
         assert read_config(tmp_path, "meta").convention == "meta"
 
-    def test_one_that_is_assumed_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_one_that_is_assumed_is_said(self, tmp_path: Path, warnings_of: pytest.LogCaptureFixture) -> None:
         """transformers keeps what it does not know when it saves a model again."""
-        logging.getLogger("llava_cot_jax").propagate = True
         MllamaConfig.from_pretrained(FIXTURE).save_pretrained(tmp_path)
         assert read_config(tmp_path).convention == "transformers_5"
-        (line,) = caplog.messages
+        (line,) = warnings_of.messages
         assert line == (
             f"the convention 'transformers_5' is assumed, because config.json in {tmp_path} states 'meta', but "
             f"transformers {transformers.__version__} saved it and may have tuned the weights: name the right one by "
             "--convention (see configs/README.md)"
         )
         read_config(tmp_path, "transformers_5")
-        assert len(caplog.messages) == 1
+        assert len(warnings_of.messages) == 1
 
-    def test_what_this_package_writes_is_believed(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        logging.getLogger("llava_cot_jax").propagate = True
+    def test_what_this_package_writes_is_believed(self, tmp_path: Path, warnings_of: pytest.LogCaptureFixture) -> None:
         for convention in get_args(Convention):
             config = read_config(FIXTURE, convention)
             (tmp_path / "config.json").write_text(json.dumps(config.to_dict("float32")))
             assert read_config(tmp_path) == config
         read_config(BUNDLED_MODEL_FOLDER)
-        assert not caplog.messages
+        assert not warnings_of.messages
 
 
 class TestStatedLength:
