@@ -56,6 +56,12 @@ _LOG = logging.getLogger("llava_cot_jax.generate")  # where the command is run, 
 MORE_TOKENS = "give a higher --max_new_tokens for the rest, if the model's context holds it"
 """Remedy for an answer that was cut off."""
 
+CUT_AT = {
+    "max_new_tokens": ("the limit of new tokens", MORE_TOKENS),
+    "context": ("what the prompt leaves of the model's context", "shorten the question for the rest"),
+}
+"""Where an answer is cut off, by what bounds its length, and the remedy."""
+
 DEFAULT_MODEL_NOTE = (
     "No --checkpoint was given: the small model of the package answers. It knows pictures of coloured "
     "shapes on a grid, such as it draws itself, and nothing else."
@@ -227,6 +233,8 @@ class QuestionResult:
         seconds: Seconds by what they were spent on: "first_token" and "total", counted from the question on, or the
             parts of a search.
         forced_stages: Stages that the search closed itself, and why each ended: "eos" or "max_new_tokens".
+        bounded_by: What bounds the length of the answer: "max_new_tokens", or "context" where no length was given and
+            the prompt leaves less than the default of the model's context.
     """
 
     text: str
@@ -236,17 +244,18 @@ class QuestionResult:
     tokens: dict[str, int]
     seconds: dict[str, float]
     forced_stages: dict[str, str] = field(default_factory=dict)
+    bounded_by: str = "max_new_tokens"
 
     @property
     def notes(self) -> list[str]:
         """Lines about an end that the reader of the answer should know of: a limit, or tags that a search added."""
         cut = [stage for stage, ended in self.forced_stages.items() if ended == "max_new_tokens"]
         left = [stage for stage in self.forced_stages if stage not in cut]
-        notes = []
+        notes, (place, remedy) = [], CUT_AT[self.bounded_by]
         if cut:
-            notes.append(f"{', '.join(cut)} cut at the limit of new tokens, and closed by the search: {MORE_TOKENS}")
+            notes.append(f"{', '.join(cut)} cut at {place}, and closed by the search: {remedy}")
         elif self.ended == "max_new_tokens" and not self.forced_stages:
-            notes.append(f"the answer was cut at the limit of new tokens: {MORE_TOKENS}")
+            notes.append(f"the answer was cut at {place}: {remedy}")
         if left:
             notes.append(f"{', '.join(left)} ended without a closing tag, which the search added")
         return notes
@@ -288,8 +297,16 @@ class _SearchAnswerer:
         elif not options.json:
             print(answer.text if options.show_reasoning else answer.conclusion, flush=True)
         self._write_files(model)
-        ended, forced = last.candidates[last.winner].ended, trace.forced_stages
-        return QuestionResult(answer.text, answer.conclusion, answer.stages, ended, trace.tokens, trace.seconds, forced)
+        return QuestionResult(
+            answer.text,
+            answer.conclusion,
+            answer.stages,
+            last.candidates[last.winner].ended,
+            trace.tokens,
+            trace.seconds,
+            trace.forced_stages,
+            "context" if requests.is_shrunk else "max_new_tokens",
+        )
 
     def _write_files(self, model: Mllama) -> None:
         """Write all searches so far to the files that the user asked for."""
@@ -337,17 +354,17 @@ class _StreamingAnswerer:
         processor, images = self._processor, question.sources
         inputs = processor([processor.prompt(user_turn(question.question, len(images)))], [images])
         options, prompt = self._options, inputs["input_ids"].shape[1]
-        check_request(processor.config, prompt, options.max_new_tokens, options.seed, self._default_length)
-        return functools.partial(self._answer, inputs)
+        length = check_request(processor.config, prompt, options.max_new_tokens, options.seed, self._default_length)
+        return functools.partial(self._answer, inputs, length)
 
-    def _answer(self, inputs: dict[str, np.ndarray], model: Mllama) -> QuestionResult:
+    def _answer(self, inputs: dict[str, np.ndarray], length: int, model: Mllama) -> QuestionResult:
         from llava_cot_jax.inference.generator import Generator
         from llava_cot_jax.inference.screen import Screen
 
         options = self._options
         start, first_token_seconds = time.perf_counter(), 0.0
-        generator = Generator(model, self._sampling, self._processor, self._default_length)
-        stream = generator.stream_completions(inputs, max_new_tokens=options.max_new_tokens, seeds=options.seed)
+        generator = Generator(model, self._sampling, self._processor)
+        stream = generator.stream_completions(inputs, max_new_tokens=length, seeds=options.seed)
         with contextlib.nullcontext() if options.json else Screen(options.show_reasoning) as screen:
             for (completion,) in stream:
                 first_token_seconds = first_token_seconds or time.perf_counter() - start
@@ -358,7 +375,16 @@ class _StreamingAnswerer:
         text = completion.text
         counts = {"prompt": int(inputs["attention_mask"].sum()), "new": len(completion.tokens)}
         seconds = {"first_token": first_token_seconds, "total": time.perf_counter() - start}
-        return QuestionResult(text, find_conclusion(text), find_stages(text), completion.ended, counts, seconds)
+        is_shrunk = options.max_new_tokens is None and length < self._default_length
+        return QuestionResult(
+            text,
+            find_conclusion(text),
+            find_stages(text),
+            completion.ended,
+            counts,
+            seconds,
+            bounded_by="context" if is_shrunk else "max_new_tokens",
+        )
 
 
 if __name__ == "__main__":

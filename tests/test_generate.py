@@ -209,7 +209,10 @@ def test_the_default_length_shrinks_to_a_short_context(demo, tmp_path, monkeypat
     answer = json.loads(out)
     assert code == 0 and answer["ended"] == "max_new_tokens" and sum(answer["tokens"].values()) == 64
     left = answer["tokens"]["new"]
-    assert f"warning: the answer: cut off after {left} tokens, which is what the prompt left of" in err
+    assert err.count("warning: ") == 1 and answer["bounded_by"] == "context"
+    assert "warning: the answer was cut at what the prompt leaves of the model's context: shorten the question" in err
+    code, out, err = run(monkeypatch, capsys, *arguments(folder, "--search", "greedy"))
+    assert err.count("warning: ") == 1 and "cut at what the prompt leaves of the model's context" in err
     code, _, err = run(monkeypatch, capsys, *arguments(folder, "--max_new_tokens", str(left + 1)))
     assert code == 2 and "exceeds the context of 64" in err
 

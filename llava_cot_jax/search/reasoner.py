@@ -103,7 +103,12 @@ class Reasoner:
         Raises:
             UserError: ``RequestBuilder.build`` refuses the questions, or the model's logits are not finite.
         """
-        return run_search(self._model, self._builder, self._builder.build(images, questions, seeds))
+        requests = self._builder.build(images, questions, seeds)
+        answers = run_search(self._model, self._builder, requests)
+        if requests.is_shrunk:
+            for answer in answers:
+                _tell_what_was_cut(self._model.config, answer.trace.stages, requests.spec)
+        return answers
 
 
 def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> list[Answer]:
@@ -136,8 +141,6 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
             flops=costs.flops,
             seconds=dict(seconds),
         )
-        if spec.max_new_tokens != builder.spec.max_new_tokens:
-            _tell_what_was_cut(config, stages, spec)
         answers.append(_staged_answer(trace) if spec.stages else _whole_answer(trace))
     return answers
 

@@ -41,6 +41,7 @@ class Requests:
         seeds: Seed of each question's draws.
         seconds: Seconds that the conversion took.
         spec: Static part of the search for this batch: a default length is shrunk to what the context leaves.
+        is_shrunk: Whether the default length is shrunk.
     """
 
     inputs: SearchInputs
@@ -49,6 +50,7 @@ class Requests:
     seeds: list[int]
     seconds: float
     spec: SearchSpec
+    is_shrunk: bool
 
 
 class RequestBuilder:
@@ -127,7 +129,10 @@ class RequestBuilder:
             question=pad(question_ids, capacity=bucket(longest_question)),
             chat_headers=chat_headers,
         )
-        return Requests(inputs, list(questions), num_images, seed_array.tolist(), time.perf_counter() - start, spec)
+        seconds = time.perf_counter() - start
+        return Requests(
+            inputs, list(questions), num_images, seed_array.tolist(), seconds, spec, is_shrunk=spec != self.spec
+        )
 
     def _chat_headers(self, num_images: Sequence[int]) -> RaggedTokens:
         """Return the beginning of the judge's prompts, [kinds, questions]. A check has no images."""
