@@ -211,8 +211,6 @@ def test_the_default_length_shrinks_to_a_short_context(demo, tmp_path, monkeypat
     left = answer["tokens"]["new"]
     assert err.count("warning: ") == 1 and answer["bounded_by"] == "context"
     assert "warning: the answer was cut at what the prompt leaves of the model's context: shorten the question" in err
-    code, out, err = run(monkeypatch, capsys, *arguments(folder, "--search", "greedy"))
-    assert err.count("warning: ") == 1 and "cut at what the prompt leaves of the model's context" in err
     code, _, err = run(monkeypatch, capsys, *arguments(folder, "--max_new_tokens", str(left + 1)))
     assert code == 2 and "exceeds the context of 64" in err
 
@@ -346,20 +344,30 @@ class TestQuestionsAndImages:
 
 
 @pytest.mark.parametrize(
-    ("stages", "ended", "notes"),
+    ("stages", "ended", "bound", "notes"),
     [
-        ({}, "eos", []),
-        ({}, "max_new_tokens", [f"the answer was cut at the limit of new tokens: {MORE_TOKENS}"]),
-        ({"CAPTION": "eos"}, "tag", ["CAPTION ended without a closing tag, which the search added"]),
+        ({}, "eos", "context", []),
+        ({}, "max_new_tokens", "max_new_tokens", [f"the answer was cut at the limit of new tokens: {MORE_TOKENS}"]),
+        ({"CAPTION": "eos"}, "tag", "context", ["CAPTION ended without a closing tag, which the search added"]),
+        (
+            {"SUMMARY": "max_new_tokens"},
+            "tag",
+            "context",
+            [
+                "SUMMARY cut at what the prompt leaves of the model's context, and closed by the search: shorten the "
+                "question for the rest"
+            ],
+        ),
         (
             {"SUMMARY": "max_new_tokens", "CAPTION": "eos", "CONCLUSION": "max_new_tokens"},
+            "max_new_tokens",
             "max_new_tokens",
             [cut("SUMMARY", "CONCLUSION")[9:-1], "CAPTION ended without a closing tag, which the search added"],
         ),
     ],
 )
-def test_how_an_answer_ended_is_told(stages, ended, notes):
-    assert QuestionResult("", "", {}, ended, {}, {}, stages).notes == notes
+def test_how_an_answer_ended_is_told(stages, ended, bound, notes):
+    assert QuestionResult("", "", {}, ended, {}, {}, stages, bound).notes == notes
 
 
 def test_a_mistake_in_a_process_of_its_own(demo, tmp_path):

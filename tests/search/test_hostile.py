@@ -224,11 +224,14 @@ def test_a_default_length_shrinks_to_what_the_context_leaves(prompts, strategy, 
     """The longest that is not refused when it is given, but for a step."""
     _, processor = random_model(0)
     builder = RequestBuilder(processor, strategy, prompts, stated)
-    found = builder.build([None], ["red?"]).spec.max_new_tokens
+    requests = builder.build([None], ["red?"])
+    found = requests.spec.max_new_tokens
+    assert requests.is_shrunk
     assert set(found) == {found[0]} and 100 < found[0] < builder.spec.max_new_tokens[0]
     assert stated is None or builder.spec.max_new_tokens[0] == stated
     given = replace(strategy, max_new_tokens=found[0])
-    assert RequestBuilder(processor, given, prompts, stated).build([None], ["red?"]).spec.max_new_tokens == found
+    requests = RequestBuilder(processor, given, prompts, stated).build([None], ["red?"])
+    assert requests.spec.max_new_tokens == found and not requests.is_shrunk
     given = replace(strategy, max_new_tokens=found[0] + LENGTH_STEP)
     with pytest.raises(UserError, match="more than the context of 1024: shorten the question or lower max_new_tokens"):
         RequestBuilder(processor, given, prompts, stated).build([None], ["red?"])

@@ -74,10 +74,12 @@ def read_adapter(settings: AdapterSettings, config: MllamaConfig) -> Adapter:
     """Read which projections an adapter changes, from the header of its file, and check that it fits a model.
 
     Raises:
-        UserError: The file is damaged, or a tensor in it belongs to no parameter of the model, or does not fit it.
+        UserError: The file is damaged or holds no tensors, or a tensor in it belongs to no parameter of the model, or does not fit it.
     """
     file = settings.folder / ADAPTER_WEIGHTS
     stored = {tensor.name: tensor for tensor in read_header(file)}
+    if not stored:
+        raise UserError(f"{file} holds no tensors: save the adapter again")
     shapes = {name: parameter.shape for name, parameter in parameters(config, "unrolled").items()}
     matrices = {name: found for name in stored if (found := _MATRIX.fullmatch(name))}
     if unknown := sorted(name for name in stored if "lora_" in name and name not in matrices):

@@ -104,8 +104,10 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> AdapterSettings:
         return AdapterSettings(
             folder,
             float(config["lora_alpha"]),
-            {str(pattern): float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()},
+            {re.compile(pattern).pattern: float(a) for pattern, a in (config.get("alpha_pattern") or {}).items()},
             bool(config.get("use_rslora")),
         )
+    except re.error as fault:
+        raise UserError(f"{place}: alpha_pattern holds no regular expression ({fault})") from None
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise UserError(f"{place}: lora_alpha or alpha_pattern is missing or no number ({fault})") from None

@@ -52,8 +52,9 @@ def convert_checkpoint(
         check, tensor = NumberCheck(), stored[entry.name]
         value = read_tensor(tensor, dtype, check)
         if fault := find_fault(table[entry.name], check):
-            other = f" as {dtype}: choose another dtype, or" if dtype.itemsize < tensor.dtype.itemsize else ":"
-            raise UserError(f"{source}: {entry.name} {fault}{other} fetch the checkpoint again")
+            other = f" as {dtype}: choose another dtype, or" if dtype != tensor.dtype else ":"
+            whole = "adapter" if entry.name in adapter.replaced else "checkpoint"
+            raise UserError(f"{tensor.file.parent}: {entry.name} {fault}{other} fetch the {whole} again")
         return value
 
     def values() -> Iterator[np.ndarray]:
@@ -61,8 +62,10 @@ def convert_checkpoint(
         for entry in entries:
             if update := adapter.updates.get(entry.name):
                 value = checked(entry, np.dtype(np.float32))
-                update.add_to({tuple((0, size) for size in value.shape): value})
-                yield value.astype(entry.dtype)
+                with np.errstate(over="ignore", invalid="ignore"):  # what is written is checked
+                    update.add_to({tuple((0, size) for size in value.shape): value})
+                    value = value.astype(entry.dtype)
+                yield value
             else:
                 yield checked(entry, entry.dtype)
             done += entry.nbytes

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.adapter import Adapter, LowRankUpdate, read_adapter
 from llava_cot_jax.model.checkpoint.adapter_settings import AdapterSettings
-from llava_cot_jax.model.checkpoint.faulty_numbers import NumberCheck, find_fault
+from llava_cot_jax.model.checkpoint.faulty_numbers import NumberCheck, find_fault, is_finite
 from llava_cot_jax.model.checkpoint.reading import (
     DTYPE_TENSOR,
     StoredTensor,
@@ -70,14 +70,15 @@ def load_params(
     total = sum(loader.bytes_to_read(stored) for loader in loaders.values())
     arrays, done, faults = {}, 0, list[str]()
     for path, loader in loaders.items():
-        arrays[path], count = loader.load(stored, param_dtype, merged.updates, faults)
+        arrays[path], count = loader.load(stored, param_dtype, merged, faults)
         done += count
         if on_progress:
             on_progress(done, total)
     if faults:
         is_cast = any(tensor.dtype != param_dtype for tensor in stored.values())
         remedy = f"choose another dtype than {param_dtype}, or " if is_cast else ""
-        raise UserError(f"{folder} holds no sound weights: {list_faults(faults)}: {remedy}fetch the checkpoint again")
+        source = "the checkpoint and the adapter" if adapter else "the checkpoint"
+        raise UserError(f"{folder} holds no sound weights: {list_faults(faults)}: {remedy}fetch {source} again")
     return arrays
 
 
@@ -104,12 +105,12 @@ class _ParamLoader:
         self,
         stored: Mapping[str, StoredTensor],
         dtype: np.dtype,
-        updates: Mapping[str, LowRankUpdate],
+        adapter: Adapter,
         faults: list[str],
     ) -> tuple[jax.Array, int]:
         """Return the parameter as an array, and the number of bytes read for it. Append what is wrong with it."""
         parameter = self._parameter
-        is_adapted = any(name in updates for name in parameter.tensors)
+        is_adapted = any(name in adapter.updates for name in parameter.tensors)
         read_as = np.dtype(np.float32) if is_adapted else dtype  # an adapter is added before anything is rounded
         shards = {span: _aligned_empty(slice_shape(span), read_as) for span in set(self._slices.values())}
         count = 0
@@ -118,15 +119,25 @@ class _ParamLoader:
             check = NumberCheck()
             count += read_slices(stored[name], of_layer, check)
             whole = sum(map(slice_size, of_layer)) == math.prod(parameter.tensor_shape)
-            if fault := find_fault(parameter, check, whole=whole):
-                faults.append(f"{name} {fault}")
-            if name in updates:
-                updates[name].add_to(of_layer)
-        shards = {span: shard.astype(dtype, copy=False) for span, shard in shards.items()}
+            fault = find_fault(parameter, check, whole=whole)
+            if not fault and name in adapter.updates:
+                fault = _merge(adapter.updates[name], of_layer, dtype)
+            if fault:
+                faults.append(f"{name}{' of the adapter' if name in adapter.replaced else ''} {fault}")
+        with np.errstate(over="ignore"):  # ``_merge`` has found what is too large for the dtype
+            shards = {span: shard.astype(dtype, copy=False) for span, shard in shards.items()}
         on_devices = [jax.device_put(shards[span], device) for device, span in self._slices.items()]
         array = jax.make_array_from_single_device_arrays(parameter.shape, self._sharding, on_devices, dtype=dtype)
         # The buffers are freed on return. Without this wait, those of many parameters would queue for the device.
         return jax.block_until_ready(array), count
+
+
+def _merge(update: LowRankUpdate, arrays: Mapping[TensorSlice, np.ndarray], dtype: np.dtype) -> str:
+    """Add an adapter to slices of its projection, and return what is wrong with the sums in ``dtype``, or nothing."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        update.add_to(arrays)
+        sound = all(is_finite(values.astype(dtype, copy=False)) for values in arrays.values())
+    return "" if sound else "with its adapter holds numbers that are not finite"
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -183,6 +183,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         tensors_changed(lambda t: t.update({"base_model.model.model.layers.0.norm.weight": np.zeros(4, np.float32)})),
         "belongs to no parameter of the model: it is another model's",
     ),
+    "no tensors": (tensors_changed(dict.clear), "holds no tensors: save the adapter again"),
+    "no pattern": (change(alpha_pattern={"(": 3}), "alpha_pattern holds no regular expression"),
+    "numbers that are not finite": (
+        tensors_changed(lambda t: t[KEY + "B.weight"].fill(np.nan)),
+        r"self_attn.q_proj.weight with its adapter holds numbers that are not finite: fetch the checkpoint and the",
+    ),
+    "a whole tensor that is not finite": (
+        tensors_changed(lambda t: t["base_model.model.model.language_model.norm.weight"].fill(np.inf)),
+        r"language_model.model.norm.weight of the adapter holds numbers that are not finite: fetch",
+    ),
     "an embedding": (
         tensors_changed(
             lambda t: t.update({"base_model.model.model.language_model.embed_tokens.lora_embedding_A": np.zeros(4)})

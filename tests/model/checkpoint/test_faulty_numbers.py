@@ -101,6 +101,11 @@ def test_an_overflow_of_the_dtype(tmp_path: Path) -> None:
     [
         (put(UP, np.nan), "float32", "numbers that are not finite: fetch the checkpoint again"),
         (put(UP, 70000.0), "float16", "numbers that are not finite as float16: choose another dtype, or fetch"),
+        (
+            lambda tensors: tensors.update({UP: (tensors[UP] * 1e8).astype(ml_dtypes.bfloat16)}),
+            "float16",
+            "numbers that are not finite as float16: choose another dtype, or fetch",
+        ),
         (zero(UP), "float32", "nothing but zeros: fetch the checkpoint again"),
     ],
 )
