@@ -164,6 +164,7 @@ class Generator:
             check_instance("processor", processor, Processor, "give the Processor of the model's checkpoint")
         if sampling is not None:
             check_instance("sampling", sampling, Sampling, "give a Sampling, such as Sampling(temperature=0.6)")
+        check_int("default_max_new_tokens", default_max_new_tokens)
         if model.layout != "unrolled":
             raise UserError("a stacked model keeps no cache: call model.to_layout('unrolled') before decoding")
         self._params = model.params

@@ -6,13 +6,12 @@ through every entry of the vocabulary from each of its states. After that a toke
 [state, vocabulary entry].
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.processing.control_tokens import control_tokens
 
 Automaton = np.ndarray
 """State after a byte, int32 [states, 256]. State 0 is the start, and the accepting states come last."""
@@ -28,16 +27,20 @@ def byte_values() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def vocabulary_bytes(tokenizer: PreTrainedTokenizerFast, size: int) -> list[bytes]:
-    """Return the bytes that each of ``size`` vocabulary entries adds to a decoded text.
+def vocabulary_bytes(tokenizer: PreTrainedTokenizerFast, size: int, control: Collection[str]) -> list[bytes]:
+    """Return the bytes that each of ``size`` vocabulary entries adds to a text that ``Processor.decode`` returns.
 
-    Control tokens, and entries without a token, add nothing. An added token adds its own text, special or not.
+    An added token adds its own text, special or not. Entries without a token add nothing.
+
+    Args:
+        tokenizer: Tokenizer of the vocabulary.
+        size: Number of its entries.
+        control: Added tokens that add nothing: ``Processor.control_tokens``.
 
     Raises:
         UserError: The tokenizer's vocabulary is not byte-level.
     """
-    values, control = byte_values(), control_tokens(tokenizer)
-    added = tokenizer.get_added_vocab()
+    values, added = byte_values(), tokenizer.get_added_vocab()
     entries = [b""] * size
     for token, index in tokenizer.get_vocab().items():
         if index >= size:

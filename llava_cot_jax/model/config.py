@@ -461,6 +461,7 @@ def _read_text(section: Mapping[str, Any]) -> TextConfig:
         fields["eos_token_ids"] = check_token_ids(eos, "text_config: eos_token_id")
     # transformers 4 writes rope_theta beside rope_scaling, transformers 5 both into rope_parameters.
     rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    check_instance("text_config: rope_scaling", rope, Mapping, "it must be an object, or null")
     theta = rope.get("rope_theta", section.get("rope_theta"))
     return TextConfig(**fields, **({} if theta is None else {"rope_theta": theta}), rope_scaling=_read_rope(rope))
 

@@ -45,32 +45,62 @@ def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -
     Raises:
         UserError: An array lacks another that belongs to it, or has a wrong shape, or an id is beyond its table.
     """
-    given = {name: tuple(x.shape) for name, x in inputs.items() if x is not None}
+    given = _shapes(inputs)
     if "input_ids" not in given:
         raise UserError("input_ids are missing: give the token ids of the prompts")
-    if len(given["input_ids"]) != 2:
-        raise UserError(f"input_ids must be [batch, tokens], got shape {list(given['input_ids'])}")
+    if len(given["input_ids"]) != 2 or 0 in given["input_ids"]:
+        raise UserError(
+            f"input_ids must be [batch, tokens], with at least one token, got shape {list(given['input_ids'])}"
+        )
     batch, tokens = given["input_ids"]
     if tokens > config.text.max_position_embeddings:
         raise UserError(f"{tokens} tokens are more than the context of {config.text.max_position_embeddings}")
-    expected: dict[str, tuple[int, ...]] = {"input_ids": (batch, tokens), "attention_mask": (batch, tokens)}
+    _check_shapes(given, {"attention_mask": (batch, tokens)})
     if "pixel_values" in given:
-        images = given["pixel_values"][1] if len(given["pixel_values"]) > 1 else 0
-        tower = config.vision
-        tiles, size = tower.max_num_tiles, tower.image_size
-        expected |= {
-            "pixel_values": (batch, images, tiles, tower.num_channels, size, size),
-            "aspect_ratio_ids": (batch, images),
-            "aspect_ratio_mask": (batch, images, tiles),
-            "cross_attention_mask": (batch, tokens, images, tiles),
-        }
-        for name in ("aspect_ratio_ids", "cross_attention_mask"):
-            if name not in given:
-                raise UserError(f"pixel_values came without {name}: pass all that the image processor returns")
-    for name, shape in given.items():
-        if name in expected and shape != expected[name]:
-            raise UserError(f"{name} must have shape {list(expected[name])}, got {list(shape)}")
+        _check_image_shapes(config, given, batch)
+        if "cross_attention_mask" not in given:
+            raise UserError("pixel_values came without cross_attention_mask: pass all that the image processor returns")
+        images = given["pixel_values"][1]
+        _check_shapes(given, {"cross_attention_mask": (batch, tokens, images, config.vision.max_num_tiles)})
     check_ids(config, inputs)
+
+
+def check_images(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:
+    """Check that these arrays can be images of a model of ``config``.
+
+    Raises:
+        UserError: An array is missing or has a wrong shape, or an id is beyond its table.
+    """
+    given = _shapes(inputs)
+    if "pixel_values" not in given:
+        raise UserError("pixel_values are missing: give the tiles of the images")
+    _check_image_shapes(config, given, next(iter(given["pixel_values"]), 0))
+    check_ids(config, inputs)
+
+
+def _shapes(inputs: Mapping[str, ArrayLike | None]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in inputs.items() if x is not None}
+
+
+def _check_image_shapes(config: MllamaConfig, given: Mapping[str, tuple[int, ...]], batch: int) -> None:
+    """Check the shapes of the images of a batch."""
+    if "aspect_ratio_ids" not in given:
+        raise UserError("pixel_values came without aspect_ratio_ids: pass all that the image processor returns")
+    images = given["pixel_values"][1] if len(given["pixel_values"]) > 1 else 0
+    tower = config.vision
+    tiles, size = tower.max_num_tiles, tower.image_size
+    expected = {
+        "pixel_values": (batch, images, tiles, tower.num_channels, size, size),
+        "aspect_ratio_ids": (batch, images),
+        "aspect_ratio_mask": (batch, images, tiles),
+    }
+    _check_shapes(given, expected)
+
+
+def _check_shapes(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        if given.get(name, shape) != shape:
+            raise UserError(f"{name} must have shape {list(shape)}, got {list(given[name])}")
 
 
 def check_ids(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:

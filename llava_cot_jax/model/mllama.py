@@ -30,7 +30,7 @@ from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import Convention, MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
-from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_ids, check_inputs
+from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_images, check_inputs
 from llava_cot_jax.model.layers import int8_linear
 from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, Params, initial_values, parameters
 from llava_cot_jax.model.quantization import quantize_params
@@ -78,9 +78,7 @@ class Mllama(nnx.Module):
         remat: RematPolicy = "none",
         arrays: dict[str, jax.Array] | None = None,
     ) -> None:
-        check_instance("config", config, MllamaConfig, "give an MllamaConfig, or use Mllama.from_pretrained")
-        _check_choice("layout", layout, get_args(ParamLayout))
-        _check_choice("remat", remat, get_args(RematPolicy))
+        _check_settings(config, layout, remat)
         if mesh is not None:
             check_mesh(config, mesh)
         self.config = config
@@ -152,7 +150,7 @@ class Mllama(nnx.Module):
         The arguments are those of a call of the model.
 
         Raises:
-            UserError: An aspect ratio id is beyond those of the configuration.
+            UserError: An array has a wrong shape, or an aspect ratio id is beyond those of the configuration.
         """
         images = {
             "pixel_values": pixel_values,
@@ -160,7 +158,7 @@ class Mllama(nnx.Module):
             "aspect_ratio_mask": aspect_ratio_mask,
         }
         arrays = as_arrays(images)
-        check_ids(self.config, arrays)
+        check_images(self.config, arrays)
         return self._run(_features, arrays)
 
     def _run(self, function: Callable[..., Any], inputs: Mapping[str, ArrayLike]) -> Any:
@@ -205,8 +203,9 @@ class Mllama(nnx.Module):
         """Change the layout in place, one parameter at a time, so that there are never two copies of the model.
 
         Raises:
-            UserError: The parameters are in int8.
+            UserError: The parameters are in int8, or there is no such layout.
         """
+        _check_choice("layout", layout, get_args(ParamLayout))
         if layout == self.layout:
             return
         if self.is_quantized:
@@ -261,11 +260,13 @@ class Mllama(nnx.Module):
 
         Raises:
             UserError: There is no such checkpoint, or it is of another model, or tensors are missing, unexpected,
-                doubled or of another shape, or the adapter does not fit it, or the mesh does not divide the model.
+                doubled, not finite or of another shape, or the adapter does not fit it, or the mesh does not divide
+                the model, or an argument is not of its type.
         """
         merged = None if adapter is None else read_adapter_settings(adapter)
         folder = resolve_checkpoint(path_or_hub_id)
-        config = config or read_config(folder, convention)
+        config = read_config(folder, convention) if config is None else config
+        _check_settings(config, layout, remat)  # before the weights are read
         if ignored := ignored_settings(folder):
             stated = ", ".join(f"{name} = {json.dumps(value)}" for name, value in ignored.items())
             _logger.warning(f"{folder} asks for settings of generation that are not honoured here: {stated}")
@@ -465,6 +466,13 @@ def _run_compiled(
 ) -> Any:
     with use_mesh(mesh):
         return function(params, config, inputs, remat)
+
+
+def _check_settings(config: Any, layout: Any, remat: Any) -> None:
+    """Check the settings of a model that do not depend on its parameters."""
+    check_instance("config", config, MllamaConfig, "give an MllamaConfig, or use Mllama.from_pretrained")
+    _check_choice("layout", layout, get_args(ParamLayout))
+    _check_choice("remat", remat, get_args(RematPolicy))
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -223,15 +223,16 @@ class Processor:
         """Return the text of token ids [tokens] without control tokens, and otherwise unchanged.
 
         Raises:
-            UserError: The ids are no list of whole numbers, or one is negative.
+            UserError: The ids are no list of whole numbers, or the model has no such id.
         """
         array = np.asarray(ids)
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             raise UserError(f"ids is {shown(ids)}; give the token ids of one text as a list of whole numbers")
         hidden = set(self.control_tokens.values())
         tokens = [token for token in array.astype(int).tolist() if token not in hidden]
-        if tokens and min(tokens) < 0:
-            raise UserError(f"{min(tokens)} is not the id of a token: ids count from 0")
+        rows = self.config.text.vocab_size + EXTRA_EMBEDDINGS
+        if wrong := [token for token in tokens if not 0 <= token < rows]:
+            raise UserError(f"{wrong[0]} is not the id of a token: this model has the ids 0 to {rows - 1}")
         # Added tokens are set apart, as transformers takes their characters for those of a byte-level vocabulary.
         return "".join(
             "".join(map(self._added.__getitem__, run)) if added else self._decode_plain(list(run))

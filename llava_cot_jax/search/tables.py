@@ -88,7 +88,7 @@ def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
     Raises:
         UserError: The tokenizer is not byte-level, or a tag is too long.
     """
-    entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size)
+    entries = _vocabulary(processor)
     tags = [f"</{stage}>" for stage in spec.stages or STAGES[-1:]]
     stop_tables, num_states = compile_stop_table([(tag_automaton(tag.encode()), TAILS) for tag in tags], entries)
 
@@ -106,6 +106,11 @@ def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
     return StageTables(
         pad(openings, (count, TAILS)), pad(closings, (count, num_states + TAILS)), jax.device_put(stop_tables)
     )
+
+
+def _vocabulary(processor: Processor) -> list[bytes]:
+    """Return the bytes of each entry of the vocabulary."""
+    return vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size, processor.control_tokens)
 
 
 def closing_text(stage: str, state: int) -> str:
@@ -131,7 +136,7 @@ def build_judge_tables(processor: Processor, spec: SearchSpec, judge: Judge, pro
                 texts[-1] += prompts.stem
             for name, text in zip(ids, texts, strict=True):
                 ids[name].append(token_ids(processor, text))
-    entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size)
+    entries = _vocabulary(processor)
     automata = [
         (case_insensitive(string_automaton([reading.lower().encode() for reading in prompts.readings[kind]])), 2)
         for kind in PROMPT_KINDS

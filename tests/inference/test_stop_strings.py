@@ -1,6 +1,7 @@
 """Tables over a vocabulary against a search in the decoded text, whatever the tokens."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.strategies import StageBeam
 from llava_cot_jax.search.tables import build_judge_tables, build_stage_tables, token_ids
 from llava_cot_jax.stages import STAGES
+from tests.search.models import tagged_processor
 
 CASES = 3000
 FILLERS = [
@@ -70,7 +72,7 @@ def random_text(rng: np.random.Generator, parts: list[str]) -> bytes:
 def test_tags_are_found_where_the_decoded_bytes_have_them(processor):
     """The state counts the line breaks after a tag in the token that completes it, and until then the tag's bytes."""
     tag = b"</SUMMARY>"
-    entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size)
+    entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size, processor.control_tokens)
     (table,), accept = compile_stop_table([(tag_automaton(tag), TAILS)], entries)
     by_bytes = {entry: i for i, entry in enumerate(entries) if entry}
     rng, closed = np.random.default_rng(0), 0
@@ -93,7 +95,7 @@ def test_tags_are_found_where_the_decoded_bytes_have_them(processor):
 def test_written_verdicts_are_found_where_the_decoded_text_has_them(processor):
     """The first of two, in any case; one that stands within the other is not it."""
     readings = ["verdict: correct", "verdict: incorrect", "correct", "incorrect"]
-    entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size)
+    entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size, processor.control_tokens)
     automaton = case_insensitive(string_automaton([reading.encode() for reading in readings[2:]]))
     (table,), accept = compile_stop_table([(automaton, 2)], entries)
     by_bytes = {entry: i for i, entry in enumerate(entries) if entry}
@@ -133,7 +135,7 @@ def test_any_strings_in_any_text(strings, text):
 
 
 def test_special_tokens_are_no_text(published):
-    entries = vocabulary_bytes(published.tokenizer, 128256)
+    entries = vocabulary_bytes(published.tokenizer, 128256, published.control_tokens)
     assert entries[128009] == b"" and entries[271] == b"\n\n"
     for i in range(0, 128000, 97):
         text = published.tokenizer.decode([i])
@@ -172,6 +174,17 @@ def decoded(processor, piece) -> str:
     return processor.decode(piece.tokens[: piece.lengths])
 
 
+def test_what_an_end_token_of_the_configuration_alone_adds_is_what_is_decoded():
+    """The tokenizer calls it a part of a text."""
+    processor = tagged_processor()
+    token = processor.tokenizer.get_added_vocab()["</SUMMARY>"]
+    for ends in ((), (token,)):
+        text = replace(processor.config.text, eos_token_ids=(*processor.config.text.eos_token_ids, *ends))
+        processor = Processor(replace(processor.config, text=text), processor.tokenizer)
+        tables = build_stage_tables(processor, StageBeam().to_spec())
+        assert (processor.decode([token]) == "") == (tables.stop_tables[0, 0, token] == 0) == bool(ends)
+
+
 @pytest.mark.parametrize("stages", [STAGES, ("PLAN", "REASONING", "CONCLUSION")], ids=len)
 def test_both_verdicts_are_the_natural_next_token(processor, stages):
     prompts = JudgePrompts.load()
@@ -188,7 +201,7 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(embedded):
     tokenizer = shapes_tokenizer()
     tokenizer.get_vocab = lambda: {"▁the": 300}
     with pytest.raises(UserError, match="not byte-level"):
-        vocabulary_bytes(tokenizer, 512)
+        vocabulary_bytes(tokenizer, 512, ())
 
 
 @pytest.mark.parametrize("strings", [[], [b""], [b"a", b""]], ids=str)

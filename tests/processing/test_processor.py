@@ -156,7 +156,7 @@ def test_an_added_token_that_is_no_control_token_is_text() -> None:
     prompt = processor.prompt(user_turn("Write a <RÉSUMÉ>, ü!"))
     ids = processor([prompt])["input_ids"][0]
     assert plain in ids and processor.decode(ids).endswith("user\n\nWrite a <RÉSUMÉ>, ü!assistant\n\n")
-    assert vocabulary_bytes(tokenizer, plain + 1)[plain] == "<RÉSUMÉ>".encode()
+    assert vocabulary_bytes(tokenizer, plain + 1, processor.control_tokens)[plain] == "<RÉSUMÉ>".encode()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ def read_adapter(settings: AdapterSettings, config: MllamaConfig) -> Adapter:
     """Read which projections an adapter changes, from the header of its file, and check that it fits a model.
 
     Raises:
-        UserError: The file is damaged or holds no tensors, or a tensor in it belongs to no parameter of the model, or does not fit it.
+        UserError: The file is damaged or holds no tensors, or a tensor in it belongs to no parameter of the model, or
+            does not fit it.
     """
     file = settings.folder / ADAPTER_WEIGHTS
     stored = {tensor.name: tensor for tensor in read_header(file)}
