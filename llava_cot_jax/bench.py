@@ -16,8 +16,9 @@ from llava_cot_jax import cli
 from llava_cot_jax.benchmark.workload import RANDOM_MODELS, Workload
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.adapter_settings import read_adapter_settings
-from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
+from llava_cot_jax.model.checkpoint.folder import resolve_checkpoint
 from llava_cot_jax.model.choices import Dtype
+from llava_cot_jax.model.config import MllamaConfig
 
 if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama
@@ -120,7 +121,8 @@ def _model(options: jsonargparse.Namespace, folder: Path | None) -> "Mllama":
         mesh = default_mesh(RANDOM_MODELS[options.random]())
         with cli.status("making weights"):
             return random_model(options.random, options.dtype, mesh)
-    mesh = default_mesh(config := read_config(folder))
+    config = MllamaConfig.from_pretrained(folder)  # of any convention: it changes no time
+    mesh = default_mesh(config)
     if mesh is not None:
         check_mesh(config, mesh)
     with cli.status("loading weights"):

@@ -17,7 +17,8 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.adapter_settings import read_adapter_settings
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.choices import Dtype
-from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.convention import Convention
 from llava_cot_jax.paths import as_path, checkpoint_path
 from llava_cot_jax.training.layout import is_run
 

@@ -12,7 +12,7 @@ STDIN = "-"
 """Argument that stands for standard input."""
 
 _LONGEST_NAME = 60
-"""Length, in characters, above which the name of an image is cut: that of a ``data:`` URL."""
+"""Length, in characters, above which a ``data:`` URL is cut as the name of an image."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def read_questions(questions: Sequence[str], images: Sequence[str]) -> list[User
     Raises:
         UserError: The numbers do not match, standard input is asked for twice or has nothing, or an image is none.
     """
-    from llava_cot_jax.processing.images import check_image
+    from llava_cot_jax.processing.images import check_image, is_data_url
 
     if [*questions, *images].count(STDIN) > 1:
         raise UserError("standard input, -, can be read once: give it for one question or one image")
@@ -58,12 +58,16 @@ def read_questions(questions: Sequence[str], images: Sequence[str]) -> list[User
     sources: list[str | bytes] = [_read_stdin() if image == STDIN else image for image in images]
     for source in sources:
         check_image(source)
-    names = [image if len(image) <= _LONGEST_NAME else f"{image[:_LONGEST_NAME]}..." for image in images]
+    names = [_shortened(image) if is_data_url(image) else image for image in images]
     asked = []
     for i, question in enumerate(questions):
         own = slice(i, i + 1) if len(questions) > 1 and len(images) > 1 else slice(None)
         asked.append(UserQuestion(_text(question), names[own], sources[own]))
     return asked
+
+
+def _shortened(url: str) -> str:
+    return url if len(url) <= _LONGEST_NAME else f"{url[:_LONGEST_NAME]}..."
 
 
 def draw_pictures(folder: str, count: int, seed: int) -> list[UserQuestion]:

@@ -310,7 +310,7 @@ class TestQuestionsAndImages:
         monkeypatch.setattr(sys, "stdin", Stdin((demo / "picture.png").read_bytes()))
         urls = [(demo / "tall.jpg").as_uri(), f"data:image/jpeg;base64,{data}", "-"]
         (answer,), err = self.answers(monkeypatch, capsys, demo, "--question", QUESTION, "--image", *urls)
-        assert [len(name) for name in answer["images"]] == [min(len(urls[0]), 63), 63, 1]
+        assert [len(name) for name in answer["images"]] == [len(urls[0]), 63, 1]
         processor, images = Processor.from_pretrained(demo), [demo / "tall.jpg"] * 2 + [demo / "picture.png"]
         model = Mllama.from_pretrained(demo, dtype="float32", mesh=default_mesh(processor.config))
         inputs = processor([processor.prompt(user_turn(QUESTION, 3))], [images])
@@ -323,6 +323,8 @@ class TestQuestionsAndImages:
     def test_a_question_in_standard_input(self, demo, monkeypatch):
         monkeypatch.setattr(sys, "stdin", Stdin("Wie viele \u2013 rot?\n".encode()))
         monkeypatch.setenv("HOME", str(demo))
+        long = f"{demo}{'/.' * 40}/picture.png"
+        assert read_questions(["Which?"], [long])[0].images == [long]
         asked = read_questions(["-", "Which?"], ["~/picture.png"])
         assert [each.question for each in asked] == ["Wie viele \u2013 rot?", "Which?"]
         assert [each.sources for each in asked] == [["~/picture.png"]] * 2

@@ -5,33 +5,17 @@ and ``length_penalty``) are not kept. Settings that this implementation does not
 embeddings, dropout) are refused by name rather than ignored.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 from llava_cot_jax.checks import check_instance, check_int, check_number, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json
 from llava_cot_jax.model.checkpoint.generation_settings import check_token_ids, end_token_ids
+from llava_cot_jax.model.convention import Convention, find_convention
 from llava_cot_jax.paths import checkpoint_path, reading_errors
-
-Convention = Literal["meta", "transformers_4", "transformers_5"]
-"""Implementation that the parameters were trained with, one of three.
-
-==================  =======================  ==================================================
-convention          a vision tap is          a text token that sees no image
-==================  =======================  ==================================================
-``meta``            the layer's input        gets nothing from a cross-attention layer
-``transformers_4``  the layer's input        attends to every image token, but gets nothing from the MLP
-``transformers_5``  the layer's output       as ``transformers_4``
-==================  =======================  ==================================================
-
-``meta`` is Meta's llama-models, with which the released weights were trained; ``transformers_4``
-is transformers 4.45 to 4.54, with which LLaVA-CoT's were tuned; ``transformers_5`` is transformers
-4.56 and later.
-"""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -352,8 +336,9 @@ class MllamaConfig:
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read the configuration of a checkpoint.
 
-        It is that of config.json, with the convention that ``find_convention`` finds, the pixel statistics that the
-        processor's files state, and the end tokens that generation_config.json and the tokenizer name besides its own.
+        It is that of config.json, with the convention that ``convention.find_convention`` finds, the pixel statistics
+        that the processor's files state, and the end tokens that generation_config.json and the tokenizer name besides
+        its own.
 
         Args:
             folder: Folder of a checkpoint, or ``"shapes"``, the checkpoint that the package contains.
@@ -399,40 +384,6 @@ class MllamaConfig:
                 "rope_scaling": {"rope_type": "llama3", **vars(text.rope_scaling)} if text.rope_scaling else None,
             },
         }
-
-
-def find_convention(published: Mapping[str, Any]) -> tuple[Convention, str]:
-    """Return the convention that the weights beside a config.json were probably trained with, and what that rests on.
-
-    A convention that the file states counts, unless a version of transformers that computes otherwise has saved the
-    file: transformers keeps the statement, though it may have tuned the weights. A file that states none has the
-    convention of the version that saved it, and ``meta`` where that cannot be told.
-
-    Returns:
-        The convention, and the end of a sentence about config.json that says why it is only assumed; nothing where the
-        file states it.
-    """
-    stated, version = published.get("convention"), str(published.get("transformers_version", ""))
-    saver = None if _is_as_released(published) else _convention_of_transformers(version)
-    if stated is not None and (saver in (None, stated) or stated not in get_args(Convention)):
-        return stated, ""
-    if saver is None:
-        known = f"has the version of Meta's released files, {version}" if version else "states none"
-        return "meta", f"{known}, and nothing tells of another training"
-    statement = "states none" if stated is None else f"states {stated!r}"
-    return saver, f"{statement}, but transformers {version} saved it and may have tuned the weights"
-
-
-def _is_as_released(published: Mapping[str, Any]) -> bool:
-    """Whether a config.json may be Meta's own. transformers adds a name when it saves one that it has read."""
-    return published.get("transformers_version") == "4.45.0.dev0" and not published.get("_name_or_path")
-
-
-def _convention_of_transformers(version: str) -> Convention | None:
-    """Return the convention that a version of transformers computes; None if it is unknown."""
-    if not (release := re.match(r"(\d+)\.(\d+)", version)):
-        return None
-    return "transformers_4" if (int(release[1]), int(release[2])) < (4, 56) else "transformers_5"
 
 
 _VISION_FIELDS = tuple(VisionConfig.__dataclass_fields__)

@@ -65,7 +65,7 @@ def check_inputs(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -
     check_ids(config, inputs)
 
 
-def check_images(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:
+def check_tiles(config: MllamaConfig, inputs: Mapping[str, ArrayLike | None]) -> None:
     """Check that these arrays can be images of a model of ``config``.
 
     Raises:

@@ -28,9 +28,10 @@ from llava_cot_jax.model.checkpoint.reading import check_weight_dtype
 from llava_cot_jax.model.checkpoint.sharded_loading import load_params
 from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
-from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.convention import Convention
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
-from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_images, check_inputs
+from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_inputs, check_tiles
 from llava_cot_jax.model.layers import int8_linear
 from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, Params, initial_values, parameters
 from llava_cot_jax.model.quantization import quantize_params
@@ -158,7 +159,7 @@ class Mllama(nnx.Module):
             "aspect_ratio_mask": aspect_ratio_mask,
         }
         arrays = as_arrays(images)
-        check_images(self.config, arrays)
+        check_tiles(self.config, arrays)
         return self._run(_features, arrays)
 
     def _run(self, function: Callable[..., Any], inputs: Mapping[str, ArrayLike]) -> Any:
@@ -248,7 +249,7 @@ class Mllama(nnx.Module):
             path_or_hub_id: Folder, or ``"organisation/name"`` on the hub.
             config: Configuration that ``folder.read_config`` read from the checkpoint. None reads it.
             convention: Convention that the model was trained with, if ``config`` is None. None takes config.json's, and
-                where it states none, what ``config.find_convention`` assumes, with a warning. LLaVA-CoT's released
+                where it states none, what ``convention.find_convention`` assumes, with a warning. LLaVA-CoT's released
                 weights are ``"transformers_4"`` and do not state it.
             dtype: float32, float16 or bfloat16; None is the checkpoint's own.
             mesh: Devices that hold the parameters. Each process reads only the bytes of its own shards.

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.folder import read_config
-from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.convention import Convention
 from llava_cot_jax.paths import checkpoint_path, is_remote, reading_errors
 
 PUBLISHED = {

@@ -202,7 +202,7 @@ def _name(source: ImageSource) -> str:
     """Return on one line how an error names the image."""
     if isinstance(source, bytes):
         return f"the image of {len(source)} bytes"
-    if _is_data_url(source):
+    if is_data_url(source):
         return f"the image of a data: URL of {len(str(source))} characters"
     if not isinstance(source, str | os.PathLike | Image.Image):
         return "the image"
@@ -214,7 +214,8 @@ def _one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def _is_data_url(source: Any) -> bool:
+def is_data_url(source: Any) -> bool:
+    """Whether an image is given as a ``data:`` URL."""
     return isinstance(source, str) and source[: len(DATA_URL)].lower() == DATA_URL
 
 
@@ -246,7 +247,7 @@ def _data_of(url: str, name: str) -> bytes:
 
 
 def _open_file(source: str | Path | bytes, name: str) -> BinaryIO:
-    if isinstance(source, str) and _is_data_url(source):
+    if isinstance(source, str) and is_data_url(source):
         return io.BytesIO(_data_of(source, name))
     if isinstance(source, bytes):
         return io.BytesIO(source)

@@ -2,7 +2,7 @@
 
 from typing import Any, get_args
 
-from llava_cot_jax.model.config import Convention
+from llava_cot_jax.model.convention import Convention
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 
 

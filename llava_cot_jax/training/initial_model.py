@@ -15,7 +15,7 @@ from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
 from llava_cot_jax.model.checkpoint.digest import WeightsDigest
 from llava_cot_jax.model.checkpoint.folder import find_checkpoint, read_config, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.sharded_loading import load_params
-from llava_cot_jax.model.config import Convention
+from llava_cot_jax.model.convention import Convention
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.progress import OnProgress

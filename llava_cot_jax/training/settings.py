@@ -11,7 +11,7 @@ from llava_cot_jax.data.sources import SHAPES_DATA
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.folder import absolute_name
 from llava_cot_jax.model.choices import MESH_AXES, Dtype, RematPolicy
-from llava_cot_jax.model.config import Convention
+from llava_cot_jax.model.convention import Convention
 from llava_cot_jax.paths import as_path
 
 Schedule = Literal["step", "cosine", "linear"]

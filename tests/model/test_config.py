@@ -12,7 +12,8 @@ from transformers import MllamaConfig as HFConfig
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import Generator
-from llava_cot_jax.model.config import MllamaConfig, RopeScaling, TextConfig, VisionConfig, find_convention
+from llava_cot_jax.model.config import MllamaConfig, RopeScaling, TextConfig, VisionConfig
+from llava_cot_jax.model.convention import find_convention
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
 from tests.conftest import INPUTS

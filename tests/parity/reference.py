@@ -22,7 +22,8 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from llava_cot_jax.model.config import CLIP_MEAN, CLIP_STD, Convention
+from llava_cot_jax.model.config import CLIP_MEAN, CLIP_STD
+from llava_cot_jax.model.convention import Convention
 
 VOCABULARY = 128
 BOS, EOS, PAD, IMAGE = 120, 121, 122, VOCABULARY

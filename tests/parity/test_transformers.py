@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llava_cot_jax.inference.generator import Generator
-from llava_cot_jax.model.config import Convention, MllamaConfig
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.convention import Convention
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import ParamLayout
 from tests.parity.reference import (

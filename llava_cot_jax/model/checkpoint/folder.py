@@ -10,7 +10,8 @@ from pathlib import Path
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json
 from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG, check_folder, check_form, is_adapter
-from llava_cot_jax.model.config import Convention, MllamaConfig, find_convention
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.convention import Convention, find_convention
 from llava_cot_jax.paths import BUNDLED_MODEL, as_path, checkpoint_path, files_in, is_remote, reading_errors
 
 _logger = logging.getLogger(__name__)
@@ -137,8 +138,8 @@ def read_config(folder: Path, convention: Convention | None = None) -> MllamaCon
 
     Args:
         folder: Folder of the checkpoint.
-        convention: Convention that the weights were trained with. None takes the one that ``config.find_convention``
-            finds, and warns where config.json does not state it.
+        convention: Convention that the weights were trained with. None takes the one that
+            ``convention.find_convention`` finds, and warns where config.json does not state it.
 
     Raises:
         UserError: ``MllamaConfig.from_pretrained`` refuses config.json.
@@ -149,7 +150,7 @@ def read_config(folder: Path, convention: Convention | None = None) -> MllamaCon
     if doubt := find_convention(read_json(folder / "config.json"))[1]:
         _logger.warning(
             f"the convention {config.convention!r} is assumed, because config.json in {folder} {doubt}: "
-            "name the right one by --convention (see configs/README.md)"
+            "name the right one by --convention, or convention= in Python (see configs/README.md)"
         )
     return config
 

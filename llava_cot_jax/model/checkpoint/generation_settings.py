@@ -50,7 +50,7 @@ _NEUTRAL_SETTINGS: dict[str, Any] = {
 }
 """Settings of transformers' generation that are not honoured here, each with the value by which it has no effect.
 
-The length, and how tokens are sampled, are the user's to choose, so these settings are not among them.
+``max_new_tokens``, ``temperature``, ``top_k`` and ``top_p`` are the user's to choose, so they are not among them.
 """
 
 

@@ -20,7 +20,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint import reading
 from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_tokens, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.reading import StoredTensor, locate_tensors, read_slices
-from llava_cot_jax.model.config import Convention
+from llava_cot_jax.model.convention import Convention
 from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER, as_path
 
 FIXTURE = Path(__file__).parents[2] / "fixtures/mllama_tiny"
@@ -273,7 +273,7 @@ class TestConvention:
         assert line == (
             f"the convention 'transformers_5' is assumed, because config.json in {tmp_path} states 'meta', but "
             f"transformers {transformers.__version__} saved it and may have tuned the weights: name the right one by "
-            "--convention (see configs/README.md)"
+            "--convention, or convention= in Python (see configs/README.md)"
         )
         read_config(tmp_path, "transformers_5")
         assert len(warnings_of.messages) == 1
