@@ -223,9 +223,9 @@ class Generator:
             (tokens, log_probs, sampled), done, finite = jax.device_get((drawn, state.done, state.finite))
             left -= int(sampled)
             self._check_finite(finite, new - left)
-            if not left and max_new_tokens is None and new < self._default_max_new_tokens and not done.all():
-                logging.getLogger(__name__).warning("the answer: %s", cut_by_context(self.config, new))
             yield tokens[:, :sampled], log_probs[:, :sampled], left
+        if max_new_tokens is None and new < self._default_max_new_tokens and not done.all():
+            logging.getLogger(__name__).warning("the answer: %s", cut_by_context(self.config, new))
 
     def _check_finite(self, finite: np.ndarray, sampled: int) -> None:
         if not finite.all():
@@ -269,8 +269,8 @@ class Generator:
             for row, *piece in zip(rows, tokens, log_probs, strict=True):
                 row.extend(*piece, is_last=not left)
             yield [row.now for row in rows]
-            if all(row.now.ended for row in rows):
-                return
+            if not {row.now.ended for row in rows} & {"", "max_new_tokens"}:
+                return  # of the tokens that stop strings have cut off, nothing need be said
 
     def complete(
         self,

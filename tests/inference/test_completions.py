@@ -1,11 +1,15 @@
 """Texts, stop strings and log-probabilities of generated answers."""
 
+from copy import copy
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 from llava_cot_jax import Generator, Sampling, user_turn
 from llava_cot_jax.inference.completions import GrowingCompletion
+from llava_cot_jax.inference.generator import STEPS_PER_CALL, cut_by_context
 from tests.search.models import random_model
 
 NEW = 40
@@ -48,6 +52,19 @@ def test_an_answer_ends_at_a_stop_string(generator):
         assert got.tokens == first.tokens[: len(got.tokens)] and len(got.log_probs) == len(got.tokens)
         assert stop in processor.decode(got.tokens) and stop not in processor.decode(got.tokens[:-1])
         assert stop in second.text or other == second
+
+
+def test_a_stop_string_just_before_the_end_of_the_context_leaves_nothing_cut_off(generator, caplog):
+    generator, model, _, inputs = generator
+    context = inputs["input_ids"].shape[1] + NEW
+    short = copy(generator)
+    short.config = replace(model.config, text=replace(model.config.text, max_position_embeddings=context))
+    whole = short.complete(inputs, seeds=[3, 4])
+    assert [len(completion.tokens) for completion in whole] == [NEW] * 2
+    assert caplog.messages == [f"the answer: {cut_by_context(short.config, NEW)}"]
+    stopped = short.complete(inputs, seeds=[3, 4], stop=[completion.text[-8:] for completion in whole])
+    assert {completion.ended for completion in stopped} == {"stop"} and len(caplog.messages) == 1
+    assert max(len(completion.tokens) for completion in stopped) > NEW - STEPS_PER_CALL // 2  # in the last piece
 
 
 def test_pieces_of_text_make_the_whole(generator):
