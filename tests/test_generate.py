@@ -28,7 +28,7 @@ from llava_cot_jax.inference.screen import Screen
 from llava_cot_jax.model import config as config_module
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.sharding import default_mesh
+from llava_cot_jax.model.sharding import default_mesh, make_mesh
 from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
@@ -452,7 +452,8 @@ def test_a_search_with_its_trace(demo, monkeypatch, capsys, tmp_path):
     answers, traces = [json.loads(line) for line in out.splitlines()], json.loads(trace.read_text())
     assert [t["question"] for t in traces] == [QUESTION, "Which?"]
     strategy = StageBeam((3, 1, 2, 2), max_new_tokens=8, temperature=0.9)
-    reasoner = Reasoner(Mllama.from_pretrained(demo), Processor.from_pretrained(demo), strategy)
+    model = Mllama.from_pretrained(demo, mesh=make_mesh(fsdp=1))  # as above, so that one program serves both
+    reasoner = Reasoner(model, Processor.from_pretrained(demo), strategy)
     for answer, told, question in zip(answers, traces, (QUESTION, "Which?"), strict=True):
         own = reasoner.answer(demo / "picture.png", question, seed=4)
         assert (answer["text"], answer["stages"], answer["tokens"]) == (own.text, own.stages, own.trace.tokens)
