@@ -1,4 +1,6 @@
-"""The exception for a user's mistake."""
+"""The exception for a user's mistake, and what led to an exception."""
+
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -7,3 +9,10 @@ class UserError(ValueError):
     The message is one line that names the thing and, if there is one, the remedy. A command prints it without a
     traceback and exits with code 2. A library caller can catch ``ValueError``.
     """
+
+
+def causes(fault: BaseException | None) -> Iterator[BaseException]:
+    """Return an exception and those that led to it, the last one first."""
+    while fault is not None:
+        yield fault
+        fault = fault.__cause__ or fault.__context__

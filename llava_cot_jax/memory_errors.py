@@ -6,7 +6,8 @@ and TPUs ("Ran out of memory in memory space hbm. Used 21.95G of 15.48G hbm", "A
 
 import errno
 import re
-from collections.abc import Iterator
+
+from llava_cot_jax.errors import causes
 
 ADVICE = {
     "train": (
@@ -55,7 +56,7 @@ def describe_exhausted_memory(fault: BaseException) -> str | None:
     Args:
         fault: Exception that ended a command. Those that led to it are looked at too.
     """
-    for cause in _causes(fault):
+    for cause in causes(fault):
         text = str(cause)
         # jax.errors.JaxRuntimeError is a RuntimeError; where arrays are put on a device, it may be a ValueError.
         is_from_device = isinstance(cause, RuntimeError) or text.startswith("RESOURCE_EXHAUSTED")
@@ -88,9 +89,3 @@ def _bytes(text: str) -> str:
     number, unit = re.match(r"([\d.,]*\d)\s*(\w*)", text).groups()  # type: ignore[union-attr]
     amount = float(number.replace(",", "")) * 2 ** _UNITS.get("" if unit == "bytes" else unit[:1].lower(), 0)
     return f"{amount / 1e9:,.1f} GB" if amount >= 1e9 else f"{amount / 1e6:,.1f} MB"
-
-
-def _causes(fault: BaseException | None) -> Iterator[BaseException]:
-    while fault is not None:
-        yield fault
-        fault = fault.__cause__ or fault.__context__

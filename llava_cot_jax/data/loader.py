@@ -186,8 +186,8 @@ class Loader:
         return self.index.images[rows[rows != FILLER]]
 
     def rows_of_epoch(self) -> np.ndarray:
-        """Rows that come in the first epoch of this loader, each as often as it comes, int64 [rows]."""
-        return self._order.rows_of(self.start.epoch)
+        """Rows that come in the epoch of the first batch of this loader, each as often as it comes, int64 [rows]."""
+        return self._order.rows_of(self.place(self.start.batches).epoch)
 
     def row_ids(self, index: int) -> list[str]:
         """Ids of the rows of a batch; fillers are left out."""

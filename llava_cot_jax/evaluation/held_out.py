@@ -38,16 +38,18 @@ class HeldOutAnswer:
 def find_answerable(processor: Processor, rows: Rows, count: int) -> list[int]:
     """Return the indices of the first ``count`` examples whose first question can be put to the model.
 
-    A question that spells a special token cannot.
+    A question that spells a special token, or one that leaves no room in the context for an answer, cannot.
     """
+    context = processor.config.text.max_position_embeddings
     found: list[int] = []
     for index in range(len(rows)):
         if len(found) == count:
             break
         turns = rows.turns(index)
         with suppress(UserError):
-            _first_prompt(processor, turns)
-            found.append(index)
+            (ids,) = processor.tokenize([_first_prompt(processor, turns)])
+            if len(ids) < context:
+                found.append(index)
     return found
 
 

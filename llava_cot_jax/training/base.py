@@ -51,7 +51,8 @@ def check_same_base(before: Base | None, now: Base, remedy: str) -> None:
         UserError: They are others.
     """
     if before and before.digest != now.digest:
-        fetch = f" (`hf download {before.checkpoint} --revision {before.commit}` fetches it)" if before.commit else ""
+        on_hub = before.commit and not Path(before.checkpoint).is_absolute()
+        fetch = f" (`hf download {before.checkpoint} --revision {before.commit}` fetches it)" if on_hub else ""
         raise UserError(
             f"the run started from {before}, and its adapters or frozen parameters fit no other weights, but now there "
             f"is {now}: {remedy}{fetch}"

@@ -23,7 +23,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from llava_cot_jax.errors import UserError
+from llava_cot_jax.errors import UserError, causes
+from llava_cot_jax.memory_errors import describe_exhausted_memory
 from llava_cot_jax.paths import is_remote, move, remove_folder
 from llava_cot_jax.training.broadcast import broadcast_string
 from llava_cot_jax.training.checksums import find_damage, write_checksums
@@ -302,25 +303,24 @@ def _remove_together(folder: Path) -> None:
 
 @contextmanager
 def _saving_errors(folder: Path) -> Iterator[None]:
-    """Turn what Orbax, TensorStore and a disk or bucket raise in a save into a ``UserError`` that names ``folder``."""
+    """Turn what Orbax, TensorStore and a disk or bucket raise in a save into a ``UserError`` that names ``folder``.
+
+    Exhausted memory is raised as it is, since the folder is not at fault.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as fault:
-        causes = list(_causes(fault))
-        if any("No space left" in str(cause) or "quota exceeded" in str(cause).lower() for cause in causes):
+        if describe_exhausted_memory(fault):
+            raise
+        led_here = list(causes(fault))
+        if any("No space left" in str(cause) or "quota exceeded" in str(cause).lower() for cause in led_here):
             raise UserError(f"no room on the disk of {folder} for a checkpoint: free some and start again") from fault
-        reasons = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
+        reasons = [cause.strerror for cause in led_here if isinstance(cause, OSError) and cause.strerror]
         # TensorStore's messages end with the places in its source.
-        reason = (*reasons, str(causes[-1]).partition(" [")[0].strip() or type(causes[-1]).__name__)[0]
+        reason = (*reasons, str(led_here[-1]).partition(" [")[0].strip() or type(led_here[-1]).__name__)[0]
         raise UserError(
             f"a checkpoint cannot be written to {folder}: {' '.join(reason.split())}. Correct this and start again: "
             "the run goes on from its newest checkpoint"
         ) from fault
-
-
-def _causes(fault: BaseException | None) -> Iterator[BaseException]:
-    while fault is not None:
-        yield fault
-        fault = fault.__cause__ or fault.__context__

@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from threading import Condition, Event, Thread
 from typing import Any, NoReturn
 
-from llava_cot_jax.errors import UserError
+from llava_cot_jax.errors import UserError, causes
+from llava_cot_jax.memory_errors import describe_exhausted_memory
 from llava_cot_jax.training.agreement import describe_differences, name_processes
 from llava_cot_jax.training.process_group import ALONE, ProcessGroup
 
@@ -47,6 +48,9 @@ _LEAVING_SECONDS = 10.0
 """Time for which the first process, in which jax's service runs, lets the others end before it."""
 
 _LONGEST_MESSAGE = 2**22
+
+_LONGEST_REASON = 300
+"""Number of characters that other processes show of an exception's text, of which XLA writes pages."""
 
 _LOST = "was lost: its connection closed, as when it is killed, its memory runs out, or its machine stops"
 
@@ -180,7 +184,7 @@ class Lifeline:
         """End this process because of its own exception, and the others with it."""
         hub = self._hub
         with hub.changed:
-            if type(fault).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+            if any(type(cause).__name__ in ("JaxRuntimeError", "XlaRuntimeError") for cause in causes(fault)):
                 # It may only tell that another process has ended, whose failure is about to arrive.
                 hub.changed.wait_for(lambda: hub.failure is not None, 2 * _GRACE_SECONDS)
                 while hub.failure:
@@ -189,11 +193,7 @@ class Lifeline:
                 hub.changed.wait()
             self._ending = True
         self._code = report(fault)
-        message = " ".join(str(fault).split())
-        what = f"ended with an error: {message}"
-        if not isinstance(fault, UserError):
-            what = f"ended with {type(fault).__name__}{': ' if message else ''}{message}"
-        hub.tell(what, self._code)
+        hub.tell(f"ended with {_in_a_line(fault)}", self._code)
         self._finish(self._code)
 
     def _watch(self, failure: Failure) -> None:
@@ -492,6 +492,17 @@ async def _receive(reader: asyncio.StreamReader) -> _Message | None:
 def _send(writer: asyncio.StreamWriter | None, message: _Message) -> None:
     if writer and not writer.is_closing():
         writer.write(json.dumps(message).encode() + b"\n")
+
+
+def _in_a_line(fault: BaseException) -> str:
+    """Return what ended a process, for the others."""
+    message = " ".join(str(fault).split())
+    if isinstance(fault, UserError):
+        return f"an error: {message}"
+    if exhausted := describe_exhausted_memory(fault):
+        return f"an error: {exhausted}"
+    shown = message if len(message) <= _LONGEST_REASON else f"{message[:_LONGEST_REASON]}..."
+    return f"{type(fault).__name__}{': ' if shown else ''}{shown}"
 
 
 def _reason(fault: Exception) -> str:

@@ -240,6 +240,11 @@ class TrainSettings:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not isinstance(self.data, str):
             self._check_weights(self.data)
+        elif self.data[:1] in ("[", "{") and self.data[-1:] in ("]", "}"):
+            raise UserError(
+                f"data is {self.data}; several data sets are given with a number each, their weight, as in "
+                '{"data/one": 1, "data/two": 2.5}'
+            )
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}; it must be at least 1, or left out")
         for name, kind in (("dtype", ComputeDtype), ("remat", RematPolicy)):
@@ -281,8 +286,19 @@ class TrainSettings:
 
 
 def map_names(function: Callable[[str], str], data: Any) -> Any:
-    """Return a name, or the keys of the names with a weight each that ``TrainSettings.data`` takes, changed."""
-    return {function(name): weight for name, weight in data.items()} if isinstance(data, Mapping) else function(data)
+    """Return a name, or the keys of the names with a weight each that ``TrainSettings.data`` takes, changed.
+
+    Raises:
+        UserError: Two keys become the same.
+    """
+    if not isinstance(data, Mapping):
+        return function(data)
+    changed: dict[str, float] = {}
+    for name, weight in data.items():
+        if (new := function(name)) in changed:
+            raise UserError(f"data names {new} twice: give it once, with the sum of the weights")
+        changed[new] = weight
+    return changed
 
 
 def _absolute(data: str) -> str:

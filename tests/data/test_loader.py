@@ -228,6 +228,15 @@ def test_several_sets_come_by_their_weights(make):
     assert len({make(Mixture(parts, weights)).fingerprint for weights in others} | {loader.fingerprint}) == 4
 
 
+def test_where_nothing_is_left_of_an_epoch_the_next_one_comes(make):
+    """Rows that came four times when they were to come five times have come often enough for a weight of 3."""
+    rows = Noise(30, fingerprint="thirty")
+    many, few = (make(Mixture((rows,), (weight,)), sharding=mesh_of(1, 2), batch_size=2) for weight in (5.0, 3.0))
+    few.start_at(many.place(many.batches_per_epoch - 1))
+    assert few.batches_until(1) == few.start.batches == many.batches_per_epoch - 1
+    assert np.bincount(few.rows_of_epoch()).tolist() == (3 * (few.index.lengths > 0)).tolist()
+
+
 class Damaged(Noise):
     """Rows of which row 5 has half an image."""
 

@@ -79,3 +79,5 @@ def test_a_commit_on_the_hub_is_named_and_how_to_fetch_it():
     ) as error:
         check_same_base(before, replace(before, digest="bb"), "name it")
     assert str(error.value).endswith("name it (`hf download meta/small --revision 0123abcd` fetches it)")
+    with pytest.raises(UserError, match=r"name it$"):
+        check_same_base(replace(before, checkpoint=str(folder)), replace(before, digest="bb"), "name it")

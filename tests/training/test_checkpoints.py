@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.memory_errors import describe_exhausted_memory
 from llava_cot_jax.training import checkpoints as checkpoints_module
 from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run, steps_in
 from llava_cot_jax.training.checksums import CHECKSUMS_FILE, find_damage
@@ -93,6 +94,17 @@ class TestSavingFails:
             for _ in range(1000):
                 checkpoints.check()
                 time.sleep(0.01)
+
+    def test_exhausted_memory_is_no_fault_of_the_folder(self, run, tmp_path, monkeypatch):
+        def write(folder: Path) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(checkpoints_module, "write_checksums", write)
+        with Checkpoints(tmp_path / "run", CheckpointSettings()) as checkpoints:
+            checkpoints.save(run.state, {})
+            with pytest.raises(Exception) as told:
+                checkpoints.wait()
+        assert not isinstance(told.value, UserError) and describe_exhausted_memory(told.value) == "out of memory"
 
     def test_a_trial_tells_it_before_the_first_step(self, run, tmp_path, monkeypatch):
         (tmp_path / "run").mkdir()

@@ -120,6 +120,13 @@ def test_a_difference_ends_all_by_the_same_error(address, capsys):
         (UserError("no such\nfile"), 2, "error: no such file", "ended with an error: no such file"),
         (OSError(5, "no disk"), 1, "OSError: [Errno 5] no disk", "ended with OSError: [Errno 5] no disk"),
         (KeyboardInterrupt(), 130, "interrupted", "ended with KeyboardInterrupt"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8000000000 bytes." + "\nBuffer 1" * 1000),
+            2,
+            "error: out of memory: 8.0 GB are needed at once. Free some memory, or take a machine with more.",
+            "ended with an error: out of memory: 8.0 GB are needed at once",
+        ),
+        (RuntimeError("x" * 1000), 1, f"RuntimeError: {'x' * 1000}", f"ended with RuntimeError: {'x' * 300}..."),
     ],
 )
 def test_the_error_of_one_ends_the_others(address, capsys, who, fault, code, own, others):
@@ -189,13 +196,17 @@ def finishing_later(lifeline: Lifeline) -> None:
     time.sleep(0.7)
 
 
-def test_an_error_that_follows_from_anothers_end_is_not_shown(address, capsys):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_error_that_follows_from_anothers_end_is_not_shown(address, capsys, wrapped):
     class JaxRuntimeError(RuntimeError):
         pass
 
     def broken_off(lifeline):
         lifeline.meet()
-        raise JaxRuntimeError("connection closed by peer")
+        cause = JaxRuntimeError("connection closed by peer")
+        if wrapped:
+            raise UserError("no checkpoint can be written: closed by peer") from cause
+        raise cause
 
     def slow(lifeline):
         lifeline.meet()

@@ -84,7 +84,7 @@ def test_a_schedule_goes_on_at_the_share_of_the_data_that_was_seen():
 )
 def test_patterns_that_match_nothing_are_answered_first(place, monkeypatch, setting, pattern, nearest):
     """Before the data is read, or anything is written."""
-    monkeypatch.setattr("llava_cot_jax.training.loop.open_rows", None)
+    monkeypatch.setattr("llava_cot_jax.training.loop.open_training_rows", None)
     lora = {"lora.rank": 2} if setting.startswith("lora") else {}
     with pytest.raises(UserError, match=rf"^{setting}: '\S+' matches no .*{nearest}"):
         place.run("never", **{setting: [pattern], **lora})

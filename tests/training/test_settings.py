@@ -223,11 +223,14 @@ class TestSeveralDataSets:
             ({"a": 0.0}, "the weight of data a is 0.0; it must be above 0"),
             ({"a": 1.0, "b": -1.0}, "the weight of data b is -1.0"),
             ({"a": float("nan")}, "the weight of data a is nan"),
+            ('["a", "b"]', "several data sets are given with a number each"),
+            ('{"a": "one"}', "several data sets are given with a number each"),
+            ({"a": 1.0, "./a": 2.0}, "data names .*/a twice"),
         ],
     )
     def test_weights_that_mean_nothing(self, data, message):
         with pytest.raises(UserError, match=message):
-            replace(BASE, data=data)
+            replace(BASE, data=data).with_absolute_paths()
 
     def test_a_run_opens_them(self, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -293,7 +293,7 @@ def _check_row(text: bytes, line: int, offset: int, images: RawImages) -> Annota
 
     conversations = row.get("conversations")
     if not isinstance(conversations, list):
-        return skip(Reason.NOT_A_ROW)
+        return skip(Reason.NOT_A_ROW, _in_unicode(f"it has no list under conversations, only {', '.join(row)}"))
     if paths is None:
         return skip(Reason.NO_IMAGE, "its image is neither a path nor a list of paths")
     try:

@@ -75,6 +75,12 @@ def test_what_is_no_json(images: ImageFolder, tmp_path: Path, line: bytes) -> No
     assert row.detail
 
 
+def test_a_row_of_another_format_is_told_by_its_keys(images: ImageFolder, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png", "messages": [{"role": "user"}]}))
+    (row,) = read_annotations(tmp_path / "a.jsonl", images).skipped
+    assert (row.reason, row.detail) == ("no conversation", "it has no list under conversations, only image, messages")
+
+
 @pytest.mark.parametrize("image", [None, "", [], 7, [7], ["sqa/train/0/image.png", ""], {"path": "a.png"}])
 def test_no_image(images: ImageFolder, tmp_path: Path, image: object) -> None:
     talk = said("<image>\nWhat is it?", "A dot.")
