@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import yaml
@@ -30,7 +30,8 @@ def told(start: str, *arguments: str) -> str:
 
 def with_wrong_value(start: str) -> list[Any]:
     """The options that do not take any text."""
-    return [a for a in named_options(start) if a.choices or getattr(a, "_typehint", str) not in (str, str | None)]
+    hints = ((action, getattr(action, "_typehint", str)) for action in named_options(start))
+    return [action for action, hint in hints if action.choices or str not in (hint, *get_args(hint))]
 
 
 def nested(name: str, value: object) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_hosts_that_differ_end_before_the_first_step(place, cache, name, value, 
     ("who", "name", "value", "told"),
     [
         (1, "data", "/nowhere", "/nowhere is no prepared data set (there is no prepared.json)"),
-        (0, "seed", "x", "argument"),  # it does not get as far as the options of hosts
+        (0, "seed", "x", "--seed is 'x'"),  # it does not get as far as the options of hosts
     ],
 )
 def test_the_mistake_of_one_ends_the_other(place, cache, who, name, value, told):

@@ -1,6 +1,7 @@
 """One training step against transformers with torch's AdamW, on the same batch, in float32."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -265,7 +266,9 @@ def test_rows_with_no_image_one_and_three(tmp_path):
     names = dict(zip(published_names(reference), reference.parameters(), strict=True))
     wanted = {name: p.grad.numpy() / count for name, p in names.items() if p.grad is not None}
 
-    processor = Processor(model.config, tokenizer)
+    ends = tuple(tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"]))
+    config = replace(model.config, text=replace(model.config.text, eos_token_ids=ends))
+    processor = Processor(config, tokenizer)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     loader = Loader(FewRows(), processor, ChatSettings(), LoaderSettings(3), device, shuffle=False, cache=tmp_path)
     (batch,) = loader.batches(0, 1)
