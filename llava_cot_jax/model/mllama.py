@@ -1,6 +1,5 @@
 """Llama-3.2-Vision as a Flax module, and the pure functions of its parameters that it calls."""
 
-import contextlib
 import functools
 import json
 import logging
@@ -35,7 +34,14 @@ from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_inputs, check
 from llava_cot_jax.model.layers import int8_linear
 from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, Params, initial_values, parameters
 from llava_cot_jax.model.quantization import quantize_params
-from llava_cot_jax.model.sharding import check_mesh, check_surroundings, constrain, parameter_sharding, use_mesh
+from llava_cot_jax.model.sharding import (
+    check_mesh,
+    check_surroundings,
+    constrain,
+    parameter_sharding,
+    use_mesh,
+    without_surroundings,
+)
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import OnProgress
 
@@ -167,7 +173,8 @@ class Mllama(nnx.Module):
         check_surroundings(self.mesh, inputs)
         given = {name: _to_model_dtype(x) for name, x in inputs.items()}
         static = {"config": self.config, "mesh": self.mesh, "remat": self.remat}
-        return _run_compiled(self.params, given, function=function, **static)
+        with without_surroundings():
+            return _run_compiled(self.params, given, function=function, **static)
 
     @property
     def params(self) -> Params:
@@ -196,7 +203,7 @@ class Mllama(nnx.Module):
         if not self.is_quantized:
             flat = flatten_dict(self.params, sep=".")
             self._set_params({})  # ``flat`` alone keeps the arrays now
-            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            with without_surroundings() if self.mesh is None else jax.set_mesh(self.mesh):
                 quantized = quantize_params(flat)
             self._set_params(quantized)
 
@@ -324,7 +331,13 @@ def _jit_to_mesh(function: Callable[..., Any], parameter: Parameter, mesh: Mesh 
         with use_mesh(mesh):
             return function(given)
 
-    return jax.jit(on_mesh, out_shardings=None if mesh is None else parameter_sharding(parameter, mesh))
+    compiled = jax.jit(on_mesh, out_shardings=None if mesh is None else parameter_sharding(parameter, mesh))
+
+    def call(given: Any) -> Any:
+        with without_surroundings():
+            return compiled(given)
+
+    return call
 
 
 def _stack(layers: list[jax.Array]) -> jax.Array:
@@ -345,7 +358,8 @@ def init_params(
     Raises:
         UserError: The mesh does not divide a parameter.
     """
-    return {path: _init_param(parameter, key, dtype, mesh) for path, parameter in table.items()}
+    with without_surroundings():
+        return {path: _init_param(parameter, key, dtype, mesh) for path, parameter in table.items()}
 
 
 def _init_param(parameter: Parameter, key: PRNGKeyArray, dtype: Any, mesh: Mesh | None) -> jax.Array:
