@@ -25,7 +25,7 @@ from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_inputs
 from llava_cot_jax.model.kv_cache import KVCache
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import Params
-from llava_cot_jax.model.sharding import use_mesh
+from llava_cot_jax.model.sharding import use_mesh, without_surroundings
 from llava_cot_jax.processing.processor import Processor
 
 STEPS_PER_CALL = 16
@@ -212,14 +212,16 @@ class Generator:
         new = check_request(self.config, longest, max_new_tokens, seeds, default, len(lengths))
         capacity = prompts["input_ids"].shape[1] + bucket(new)
         each = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape)
-        state = _prefill_prompts(self._params, prompts, lengths, each, capacity=capacity, **self._settings)
+        with without_surroundings():
+            state = _prefill_prompts(self._params, prompts, lengths, each, capacity=capacity, **self._settings)
         token, log_prob, done, finite = jax.device_get((state.token, state.log_prob, state.done, state.finite))
         self._check_finite(finite, 1)
         left = new - 1
         yield token[:, None], log_prob[:, None], left
         while left > 0 and not done.all():
             limit = np.int32(left)
-            state, *drawn = _decode_steps(self._params, state, limit, steps=STEPS_PER_CALL, **self._settings)
+            with without_surroundings():
+                state, *drawn = _decode_steps(self._params, state, limit, steps=STEPS_PER_CALL, **self._settings)
             (tokens, log_probs, sampled), done, finite = jax.device_get((drawn, state.done, state.finite))
             left -= int(sampled)
             self._check_finite(finite, new - left)

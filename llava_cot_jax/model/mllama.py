@@ -1,10 +1,8 @@
 """Llama-3.2-Vision as a Flax module, and the pure functions of its parameters that it calls."""
 
-import contextlib
 import functools
 import json
 import logging
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -15,7 +13,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from llava_cot_jax.checks import check_instance, shown
 from llava_cot_jax.errors import UserError
@@ -30,12 +28,20 @@ from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.convention import Convention
+from llava_cot_jax.model.fresh_parameters import init_params
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
 from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_inputs, check_tiles
 from llava_cot_jax.model.layers import int8_linear
-from llava_cot_jax.model.parameters import Initializer, Parameter, ParamLayout, Params, initial_values, parameters
+from llava_cot_jax.model.parameters import Parameter, ParamLayout, Params, parameters
 from llava_cot_jax.model.quantization import quantize_params
-from llava_cot_jax.model.sharding import check_mesh, check_surroundings, constrain, parameter_sharding, use_mesh
+from llava_cot_jax.model.sharding import (
+    check_mesh,
+    check_surroundings,
+    constrain,
+    parameter_sharding,
+    use_mesh,
+    without_surroundings,
+)
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import OnProgress
 
@@ -167,7 +173,8 @@ class Mllama(nnx.Module):
         check_surroundings(self.mesh, inputs)
         given = {name: _to_model_dtype(x) for name, x in inputs.items()}
         static = {"config": self.config, "mesh": self.mesh, "remat": self.remat}
-        return _run_compiled(self.params, given, function=function, **static)
+        with without_surroundings():
+            return _run_compiled(self.params, given, function=function, **static)
 
     @property
     def params(self) -> Params:
@@ -196,7 +203,7 @@ class Mllama(nnx.Module):
         if not self.is_quantized:
             flat = flatten_dict(self.params, sep=".")
             self._set_params({})  # ``flat`` alone keeps the arrays now
-            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            with without_surroundings() if self.mesh is None else jax.set_mesh(self.mesh):
                 quantized = quantize_params(flat)
             self._set_params(quantized)
 
@@ -324,7 +331,13 @@ def _jit_to_mesh(function: Callable[..., Any], parameter: Parameter, mesh: Mesh 
         with use_mesh(mesh):
             return function(given)
 
-    return jax.jit(on_mesh, out_shardings=None if mesh is None else parameter_sharding(parameter, mesh))
+    compiled = jax.jit(on_mesh, out_shardings=None if mesh is None else parameter_sharding(parameter, mesh))
+
+    def call(given: Any) -> Any:
+        with without_surroundings():
+            return compiled(given)
+
+    return call
 
 
 def _stack(layers: list[jax.Array]) -> jax.Array:
@@ -333,38 +346,6 @@ def _stack(layers: list[jax.Array]) -> jax.Array:
 
 def _unstack(stack: jax.Array) -> list[jax.Array]:
     return list(jnp.unstack(stack))
-
-
-def init_params(
-    table: Mapping[str, Parameter], key: PRNGKeyArray, dtype: Any, mesh: Mesh | None
-) -> dict[str, jax.Array]:
-    """Return the initial arrays of the parameters in ``table``, by their paths, sharded over ``mesh``.
-
-    The random draw of a tensor is keyed by its name, so it is the same in either layout.
-
-    Raises:
-        UserError: The mesh does not divide a parameter.
-    """
-    return {path: _init_param(parameter, key, dtype, mesh) for path, parameter in table.items()}
-
-
-def _init_param(parameter: Parameter, key: PRNGKeyArray, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    ids = np.array([zlib.crc32(tensor.encode()) for tensor in parameter.tensors], np.uint32)
-    sharding = None if mesh is None else parameter_sharding(parameter, mesh)
-    shape, stacked = parameter.tensor_shape, parameter.stacked
-    return _initializer(shape, parameter.initializer, parameter.std, dtype, stacked, sharding)(key, ids)
-
-
-@functools.cache  # a model has some thirty distinct kinds of tensor: one compilation each
-def _initializer(
-    shape: tuple[int, ...], initializer: Initializer, std: float, dtype: Any, stacked: bool, sharding: Any
-) -> Callable[[jax.Array, np.ndarray], jax.Array]:
-    def draw(key: jax.Array, ids: jax.Array) -> jax.Array:
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-        tensors = jax.vmap(lambda key: initial_values(shape, initializer, std, key, dtype))(keys)
-        return tensors if stacked else tensors[0]
-
-    return jax.jit(draw, out_shardings=sharding)
 
 
 def cross_attention_states(

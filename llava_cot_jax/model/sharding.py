@@ -146,6 +146,18 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     return use_abstract_mesh(mesh.abstract_mesh)
 
 
+def without_surroundings() -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a model computes on its own devices, whatever mesh ``jax.set_mesh`` has set.
+
+    Otherwise jax would refuse arrays on other devices than those of that mesh. While a function is traced, as by
+    ``jax.jit`` or ``jax.grad``, the mesh stays.
+    """
+    try:
+        return jax.set_mesh(None)
+    except ValueError:  # a function is traced
+        return contextlib.nullcontext()
+
+
 def check_surroundings(mesh: Mesh | None, inputs: Mapping[str, Any]) -> None:
     """Check that a model on ``mesh`` can be called with arrays that a mesh of the user's own may hold.
 

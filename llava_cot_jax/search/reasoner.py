@@ -18,6 +18,7 @@ from llava_cot_jax.inference.decoding import nonfinite_logits_error
 from llava_cot_jax.inference.generator import cut_by_context
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.model.sharding import without_surroundings
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.program import StageResult, search
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER
@@ -121,7 +122,8 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
     config, spec, mesh = model.config, requests.spec, model.mesh
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
     inputs = (requests.inputs, builder.stage_tables, builder.judge_tables)
-    results: StageResult = jax.device_get(search(model.params, *inputs, **static))
+    with without_surroundings():
+        results: StageResult = jax.device_get(search(model.params, *inputs, **static))
     _check_finite(results, model, spec)
     seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}
     answers = []

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llava_cot_jax.model.mllama import init_params
+from llava_cot_jax.model.fresh_parameters import init_params
 from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.training.settings import LoraSettings
 from llava_cot_jax.training.state import matching_paths

@@ -217,6 +217,20 @@ def test_a_mesh_that_the_user_has_set_changes_nothing(twins, mesh):
             np.testing.assert_array_equal(Generator(model).generate({"input_ids": IDS}, max_new_tokens=2), want)
 
 
+def test_a_loaded_model_under_a_mesh_of_the_user(twins):
+    """Arrays that are loaded, unlike fresh ones, are bound to their device. The mesh has others too."""
+    loaded = jax.device_put(flatten_dict(twins.plain.params, sep="."), jax.devices()[1])
+    model = Mllama.from_arrays(twins.plain.config, loaded, layout="unrolled")
+    want = Generator(twins.plain).generate({"input_ids": IDS}, max_new_tokens=3)
+    with jax.set_mesh(users_mesh("x")):
+        assert off(model(IDS), twins.logits) < 1e-5
+        np.testing.assert_array_equal(Generator(model).generate({"input_ids": IDS}, max_new_tokens=3), want)
+        model.to_layout("stacked")
+        model.to_layout("unrolled")
+        model.quantize()
+        assert off(model(IDS), twins.logits) < 0.1
+
+
 def test_inputs_on_a_mesh_of_the_user(twins):
     mesh = users_mesh("x")
     rows = jax.device_put(IDS, NamedSharding(mesh, PartitionSpec("x")))
