@@ -114,7 +114,7 @@ def test_ctrl_c_saves_and_a_second_ends_at_once(place, cache, undisturbed):
     done = disturbed(place, cache, "pressed", f"{SLOWLY}\n{pressed}")
     assert done.returncode == 130 and "Traceback" not in done.stderr
     (step,) = steps_in(place / "pressed/checkpoints")
-    assert "A second Ctrl-C ends it at once." in done.stdout
+    assert "A second Ctrl-C ends it at once." in done.stderr
     assert f"stopped by Ctrl-C after step {step}: the same command resumes from there" in done.stdout
     assert losses_of(place, cache, "pressed") == undisturbed
 

@@ -43,7 +43,8 @@ class PreparedRows:
         if split not in splits:
             raise UserError(
                 f"{folder} has no rows in split {split!r}, only in {' and '.join(splits)}: name one of these, or "
-                "prepare the data with another share for validation"
+                "prepare the data with another share for validation; a training may validate on another data set "
+                "(validation_data), or on none (eval_examples: 0)"
             )
         self._length: int = splits[split]
         self._fingerprint = f"{description['fingerprint']}-{split}"

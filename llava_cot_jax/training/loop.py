@@ -121,7 +121,7 @@ def _train(run: Run, agree: Agree, accept_changes: bool) -> TrainResult:
             update_bar(first, steps)
             stepper = Stepper(program, training, range(first, steps), metrics, throughput, update_bar)
             loop = _Loop(run, program, stepper, metrics, checkpoints, training, validation, description)
-            interruption = after_saving.enter_context(stop_on_interrupt(run.log))
+            interruption = after_saving.enter_context(stop_on_interrupt())
             result = loop.run_steps(state, first, steps)
             if result.complete:
                 return result

@@ -1,10 +1,11 @@
 """Stop of a run after a step, when the user presses Ctrl-C, as a SIGTERM stops it."""
 
+import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
@@ -26,14 +27,12 @@ class Interruption:
 
 
 @contextmanager
-def stop_on_interrupt(log: Callable[[str], None]) -> Iterator[Interruption]:
+def stop_on_interrupt() -> Iterator[Interruption]:
     """Turn the first Ctrl-C within the block into a SIGTERM, which stops all hosts of a run after the same step.
 
     A second one ends this process at once, with exit code 130. A thread listens, because the main thread hears no
     signal while it compiles a program. Where jax does not listen for SIGTERM, Ctrl-C raises ``KeyboardInterrupt``.
-
-    Args:
-        log: Function that shows a line to the user.
+    The warning of what happens is for whoever pressed it, at this process, which need not be the first of the run.
     """
     interruption = Interruption()
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -48,7 +47,7 @@ def stop_on_interrupt(log: Callable[[str], None]) -> Iterator[Interruption]:
                 if interruption.heard:
                     end_at_once()
                 interruption.heard = True
-                log(_FIRST)
+                logging.getLogger(__name__).warning(_FIRST)
                 os.kill(os.getpid(), signal.SIGTERM)
 
     receiver, sender = socket.socketpair()

@@ -125,7 +125,9 @@ class TestRefusal:
             PreparedRows(tmp_path / "nowhere", "train")
 
     def test_no_such_split(self, directory: Path) -> None:
-        with pytest.raises(UserError, match="has no rows in split 'test', only in train and validation: name one"):
+        with pytest.raises(
+            UserError, match=r"has no rows in split 'test', only in train and validation: name one.*validation_data"
+        ):
             PreparedRows(directory, "test")
 
     @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"splits": {"train": 3}}'])
