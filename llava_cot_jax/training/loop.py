@@ -149,6 +149,7 @@ class _Loop:
         with ExitStack() as profile:
             for done in range(first + 1, last + 1):
                 if settings.profile and done - first == PROFILED_STEPS[0]:
+                    self.checkpoints.wait()  # jax's profiler may crash where it starts while threads of a save end
                     profile.enter_context(jax.profiler.trace(str(self.metrics.folder / "profile")))
                 self.checkpoints.check()
                 state = self.stepper.step(state)
