@@ -21,7 +21,7 @@ class ChatSettings:
         max_length: Maximum number of tokens of a conversation, including the image token. A longer conversation
             loses whole turns from its end; one whose first answer does not fit is skipped.
         max_images: Maximum number of images of a conversation. A conversation with more is skipped.
-        text_only: Train on conversations without an image too. Otherwise they are skipped. LLaVA-CoT-100k has none.
+        text_only: Train on conversations without an image too. Otherwise they are skipped, as upstream does.
         upstream_quirks: Train as PKU-YuanGroup/LLaVA-CoT does: with a second BOS, and also on the blank line after
             an assistant's header.
 

@@ -170,7 +170,7 @@ class TrainSettings:
             ``shapes`` for the small model of the package.
         data: Data set to train on: a folder made by ``llava-cot prepare``, or ``shapes`` for generated pictures.
             Several are given with a weight each, as ``{"data/one": 1, "data/two": 2.5}``: the number of times that
-            each of their rows comes in an epoch. Of a fraction, another share of the rows comes in each epoch.
+            each of their rows comes in an epoch. With a fraction, each epoch has another share of the rows.
         validation_data: Data set to validate on: its validation split or, if it has none, all of its rows. By
             default, the validation split of ``data``; with several data sets, as many rows of each.
         random_init: Start from random weights; only the configuration, tokenizer and image settings of
