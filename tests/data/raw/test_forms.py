@@ -30,9 +30,9 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Log in</title>"
 
 
-def tar(mode: str) -> bytes:
+def tar() -> bytes:
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode=mode) as archive:
+    with tarfile.open(fileobj=file, mode="w") as archive:
         archive.addfile(tarfile.TarInfo("a.png"))
     return file.getvalue()
 
@@ -46,11 +46,11 @@ def saved(array: np.ndarray) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(ROW.encode()), "a file compressed by gzip: decompress it by `gunzip -k {path}`"),
+        (gzip.compress(ROW.encode(), mtime=0), "a file compressed by gzip: decompress it by `gunzip -k {path}`"),
         (bz2.compress(ROW.encode()), "a file compressed by bzip2: decompress it by `bunzip2 -k {path}`"),
         (lzma.compress(ROW.encode()), "a file compressed by xz: decompress it by `xz -dk {path}`"),
         (b"\x28\xb5\x2f\xfd\x04", "a file compressed by zstd: decompress it by `zstd -d {path}`"),
-        (tar("w"), "a tar archive: unpack it by `tar -xf {path}`, and name the file of the rows"),
+        (tar(), "a tar archive: unpack it by `tar -xf {path}`, and name the file of the rows"),
         (b"PAR1\x15\x04", "a Parquet file: convert it by `python -c "),
         (b"ARROW1\0\0", "an Arrow (Feather) file: convert it by"),
         (b"\xff\xff\xff\xff\x10\x01\0\0", "a stream of Arrow data: convert it by"),
@@ -132,13 +132,13 @@ class TestImages:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("a.tar", tar("w"), "a tar archive: unpack it by `tar -xf {path}`, and name the folder of the images"),
+            ("a.tar", tar(), "a tar archive: unpack it by `tar -xf {path}`, and name the folder of the images"),
             (
                 "a.tar.gz",
-                tar("w:gz"),
+                gzip.compress(tar(), mtime=0),
                 "a file compressed by gzip: if it is an archive, unpack it by `mkdir images; tar",
             ),
-            ("a.zip", gzip.compress(b""), "a file compressed by gzip"),
+            ("a.zip", gzip.compress(b"", mtime=0), "a file compressed by gzip"),
             ("a.7z", b"7z\xbc\xaf\x27\x1c\0", "a 7z archive: unpack it by `7z x {path}`"),
             ("a.rar", b"Rar!\x1a\x07\x01", "a RAR archive: unpack it by `unrar x {path}`"),
             ("a.png", encode(noise(np.random.default_rng(0))), "an image: name the folder it is in"),
