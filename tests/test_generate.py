@@ -102,6 +102,7 @@ def test_an_end_token_that_config_json_does_not_name_ends_an_answer(tmp_path, ca
     assert json.loads(capsys.readouterr().out)["ended"] == "eos"
 
 
+@pytest.mark.slow
 def test_json_of_two_questions_in_a_process_of_its_own(demo):
     """A PNG and a JPEG; the answers are those of transformers, and the second one compiles nothing."""
     images = ["picture.png", "tall.jpg"]
@@ -494,6 +495,7 @@ def test_ctrl_c_ends_a_search_that_compiles_or_runs(demo):
 class TestWithoutACheckpoint:
     """The small model of the package, asked about pictures that the command draws."""
 
+    @pytest.mark.slow
     def test_it_is_named_and_asked_about_a_drawn_picture(self, monkeypatch, capsys, tmp_path):
         monkeypatch.chdir(tmp_path)
         code, out, err = run(monkeypatch, capsys)

@@ -128,6 +128,7 @@ def test_the_staged_answer_of_the_readme_is_what_the_first_command_prints(tmp_pa
     assert stars == re.findall(r"\b([abc][123])\b", answer["stages"]["CAPTION"])
 
 
+@pytest.mark.slow
 def test_the_library_in_ten_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw_questions(Path("runs/shapes_search"), 4, seed=0)  # as the README's first command does

@@ -29,6 +29,7 @@ def model(tiny) -> Mllama:
     return Mllama.from_pretrained(tiny)
 
 
+@pytest.mark.slow
 def test_the_model_computes_with_what_int8_stands_for(model, batch):
     """The logits are those of a model whose float32 weights are rounded to int8 steps, not those of the original."""
     given = np.asarray(model(**batch))

@@ -149,6 +149,7 @@ def test_advice_is_another_mesh_where_that_is_enough():
     assert change[1].settings == replace(settings, mesh=change[1].settings.mesh)
 
 
+@pytest.mark.slow
 def test_where_nothing_else_helps_adapters_are_advised_and_then_a_larger_slice():
     plan = best_mesh(run(), ELEVEN, parse_topology("v5e-4"), DATA)
     assert plan is not None

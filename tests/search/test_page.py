@@ -155,6 +155,7 @@ def test_a_page_tells_right_from_wrong():
     assert "7,590" in page.texts("dl", "stats")[0] and "65 T" in page.texts("dl", "stats")[0]
 
 
+@pytest.mark.slow
 def test_a_page_holds_a_real_search(tmp_path):
     model, processor = trained_model()
     image, question = scene(1)

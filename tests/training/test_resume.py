@@ -19,6 +19,7 @@ def go_on(place: Place, name: str, stop: int = 1_000_000, **changes: Any) -> tup
     return said, [row for rows in place.rows for row in rows]
 
 
+@pytest.mark.slow
 def test_each_row_is_seen_once_in_an_epoch_through_several_changes(place):
     """Batches of 8, from the sixth on of 16, with another seed from the eighth on, and of 24 in the second epoch."""
     _, first = go_on(place, "changed", 5)
