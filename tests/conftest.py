@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -36,6 +37,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.processing.tokenizer import SPECIAL_TOKENS
+
+hypothesis.settings.register_profile("the same examples every time", derandomize=True, database=None)
+hypothesis.settings.load_profile("the same examples every time")
 
 TINY = Path(__file__).parent / "fixtures" / "mllama_tiny"
 """A random checkpoint (Meta's shapes in small) and, in reference.npz, what it must give under each convention."""

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from llava_cot_jax.data.raw.json_rows import split_rows
 from llava_cot_jax.errors import UserError
 
+WORDS = st.text(max_size=8)
 VALUES = st.recursive(
-    st.none() | st.integers() | st.text(), lambda more: st.lists(more) | st.dictionaries(st.text(), more)
+    st.none() | st.integers() | WORDS,
+    lambda more: st.lists(more, max_size=3) | st.dictionaries(WORDS, more, max_size=3),
+    max_leaves=6,
 )
 ROWS = st.lists(st.fixed_dictionaries({"id": VALUES, 'a "key" {': VALUES, "\\": VALUES}), min_size=2, max_size=5)
 
