@@ -73,8 +73,7 @@ def _train(settings: TrainSettings, accept_changes: bool, group: ProcessGroup, l
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of each thread, then raises
     cli.enable_compilation_cache()
-    if group.count > 1:
-        lifeline.agree(start_fields(settings, accept_changes))
+    lifeline.agree(lambda: start_fields(settings, accept_changes))
     _join_hosts(group)
     lifeline.catch_aborts()
     first = group.index == 0

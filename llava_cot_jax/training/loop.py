@@ -30,7 +30,7 @@ from llava_cot_jax.training.state import TrainState
 from llava_cot_jax.training.stepper import Stepper
 from llava_cot_jax.training.stopping import stop_on_interrupt
 
-Agree = Callable[[Mapping[str, str]], None]
+Agree = Callable[[Callable[[], Mapping[str, str]]], None]
 
 PROFILED_STEPS = range(5, 8)
 """Steps since the start whose profiler trace is written."""
@@ -58,7 +58,7 @@ def train(
     *,
     log: Callable[[Any], None],
     progress_bar: ProgressBar,
-    agree: Agree = lambda fields: None,
+    agree: Agree = lambda read: None,
     accept_changes: bool = False,
 ) -> TrainResult:
     """Train a model, from the latest checkpoint in the run's folder on, if there is one.
@@ -69,8 +69,8 @@ def train(
         settings: Settings of the run.
         log: Function that shows a line, or a table of rich, to the user.
         progress_bar: Function that opens a progress bar, such as ``cli.progress_bar``.
-        agree: Function that raises a ``UserError`` in all processes of the run if the named values that it is given
-            are not the same in all of them, such as ``Lifeline.agree``.
+        agree: Function that raises a ``UserError`` in all processes of the run if the named values that its argument
+            returns are not the same in all of them, such as ``Lifeline.agree``.
         accept_changes: Whether to resume from a checkpoint of other settings, or other data.
 
     Raises:
@@ -80,7 +80,7 @@ def train(
     """
     check_wandb(settings.wandb)
     run = Run.open(settings, log, progress_bar)
-    agree(model_fields(run.initial_model, steps_in(run.checkpoints_folder)))
+    agree(lambda: model_fields(run.initial_model, steps_in(run.checkpoints_folder)))
     make_run_folder(run.folder)
     with RunLock(run.folder):
         return _train(run, agree, accept_changes)
@@ -90,7 +90,7 @@ def _train(run: Run, agree: Agree, accept_changes: bool) -> TrainResult:
     settings = run.settings
     latest = latest_valid_step(run.checkpoints_folder, run.log)
     training, validation = _open_loaders(run)
-    agree(data_fields({"train": training, "validation": validation}))
+    agree(lambda: data_fields({"train": training, "validation": validation}))
     description = run_description(settings, training.fingerprint)
     before = None if latest is None else read_run(run.checkpoints_folder / str(latest))
     if before:

@@ -117,7 +117,7 @@ with lifeline.shared_failures(cli.report):
     lifeline.meet()
     train._join_hosts(group)
     lifeline.catch_aborts()
-    lifeline.agree({})
+    lifeline.agree(dict)
     if group.index == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(100)

@@ -7,13 +7,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from llava_cot_jax.cli import report
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.training import connections
 from llava_cot_jax.training import lifeline as module
-from llava_cot_jax.training.lifeline import Failure, Lifeline
+from llava_cot_jax.training.connections import Failure
+from llava_cot_jax.training.lifeline import Lifeline
 from llava_cot_jax.training.process_group import ALONE, ProcessGroup
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # ends of "processes"
@@ -21,9 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(module, "_GRACE_SECONDS", 0.2)
-    monkeypatch.setattr(module, "_LEAVING_SECONDS", 0.5)
-    monkeypatch.setattr(module, "_TELLING_SECONDS", 2.0)
+    monkeypatch.setattr(connections, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "LEAVING_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "_TELLING_SECONDS", 2.0)
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ class Processes:
 def agreeing(**fields: str) -> Callable[[Lifeline], None]:
     def work(lifeline: Lifeline) -> None:
         lifeline.meet()
-        lifeline.agree(fields)
+        lifeline.agree(lambda: fields)
 
     return work
 
@@ -97,7 +100,7 @@ def test_processes_that_have_read_the_same_go_on(address):
     def work(lifeline):
         lifeline.meet()
         for seed in "123":
-            lifeline.agree({"seed": seed})
+            lifeline.agree(partial(dict, seed=seed))
 
     assert Processes(address, 3, dict.fromkeys(range(3), work)).ended(3) == {0: 0, 1: 0, 2: 0}
 
@@ -167,7 +170,7 @@ def test_a_process_that_vanishes_ends_the_others(address, capsys, who):
 
 def test_a_process_that_falls_silent_is_lost(address, capsys, monkeypatch):
     """Its connection is open still, as when its machine has lost its power."""
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "SILENCE_SECONDS", 0.3)
     processes = Processes(address, 2, {0: waiting})
     with connected(address) as connection:
         connection.sendall(b'{"process": 1, "count": 2, "host": "b"}\n')

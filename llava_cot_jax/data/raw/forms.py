@@ -51,9 +51,12 @@ def _table(what: str, reader: str) -> Form:
     return Form(what, f"convert it by `python -c \"import pandas; pandas.{reader}('PATH').{_TO_LINES}\"`")
 
 
+def _stand_in(what: str, remedy: str) -> Form:
+    return Form(what, remedy, remedy)
+
+
 def _fetched(what: str, command: str) -> Form:
-    fetch = f"fetch the file itself by `{command}`"
-    return Form(what, fetch, fetch)
+    return _stand_in(what, f"fetch the file itself by `{command}`")
 
 
 ZIP = _archive("a zip archive", "unzip PATH")
@@ -64,10 +67,8 @@ IMAGE = Form("an image", "name it by --images, and the file of the rows by --ann
 
 POINTER = _fetched("a pointer of Git LFS, not the file itself", "git lfs pull")
 
-WEB_PAGE = Form(
-    "a web page, perhaps for logging in",
-    "download the file itself, with a token if access is restricted",
-    "download the file itself, with a token if access is restricted",
+WEB_PAGE = _stand_in(
+    "a web page, perhaps for logging in", "download the file itself, with a token if access is restricted"
 )
 
 BINARY = Form("binary data of an unknown form", "name a file of JSON Lines")
