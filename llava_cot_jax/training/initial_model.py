@@ -31,7 +31,6 @@ class InitialModel:
         folder: Folder of the checkpoint.
         random_init: Whether the weights are random.
         has_weights: Whether ``folder`` holds the weights.
-        base: Identity of the weights that ``load_arrays`` has read, or None while it has read none.
 
     Args:
         checkpoint: Checkpoint to start from, as in ``TrainSettings.checkpoint``.
@@ -51,7 +50,7 @@ class InitialModel:
             self.folder = files
         else:
             self.folder = find_checkpoint(checkpoint, weights=False) if random_init else resolve_checkpoint(checkpoint)
-        self.base: Base | None = None
+        self._digest: WeightsDigest | None = None
         self.config = read_config(self.folder, convention)
         self.processor = Processor.from_pretrained(self.folder, self.config)
         self.random_init = random_init
@@ -60,7 +59,8 @@ class InitialModel:
     def load_arrays(self, *, mesh: Mesh, dtype: Any, seed: int, on_progress: OnProgress) -> dict[str, jax.Array]:
         """Load the weights onto the mesh, by path in the stacked layout. Each process reads only its own shards.
 
-        All processes must call this. The digest of a checkpoint's weights is computed meanwhile.
+        All processes must call this. What comes after it runs beside the digest of a checkpoint's weights, which
+        ``find_base`` waits for: nothing here does.
 
         Args:
             mesh: Mesh over all devices.
@@ -75,10 +75,27 @@ class InitialModel:
             model = Mllama(self.config, rngs=nnx.Rngs(seed), layout="stacked", dtype=dtype, mesh=mesh)
             return flatten_dict(model.params, sep=".")
         folder = resolve_checkpoint(self._checkpoint)
-        with WeightsDigest(folder, (jax.process_index(), jax.process_count())) as digest:
-            arrays = load_params(folder, self.config, layout="stacked", mesh=mesh, on_progress=on_progress)
-            self.base = Base.at(self._checkpoint, folder, digest.result(_sum_over_processes))
+        arrays = load_params(folder, self.config, layout="stacked", mesh=mesh, on_progress=on_progress)
+        self._digest = WeightsDigest(folder, (jax.process_index(), jax.process_count()))
         return arrays
+
+    def find_base(self) -> Base | None:
+        """Return the identity of the weights that ``load_arrays`` has read, or None if it has read none.
+
+        All processes must call this.
+
+        Raises:
+            UserError: A file of the weights cannot be read any more.
+        """
+        if self._digest is None:
+            return None
+        digest = self._digest.result(_sum_over_processes)
+        return Base.at(self._checkpoint, resolve_checkpoint(self._checkpoint), digest)
+
+    def close(self) -> None:
+        """Leave unread what the digest of the weights has not come to."""
+        if self._digest is not None:
+            self._digest.close()
 
     def write_auxiliary_files(self, folder: Path) -> None:
         """Write all files of a checkpoint but the weights, unless they are read from ``folder``."""

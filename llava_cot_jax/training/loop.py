@@ -107,9 +107,10 @@ def _train(run: Run, agree: Agree, accept_changes: bool) -> TrainResult:
         checkpoints.check_disk_space(program.state)
         checkpoints.try_saving(run.mesh)
         run.log(run_table(run, program, training, throughput, steps))
+        after_saving.callback(run.initial_model.close)
         state = _first_state(run, program, checkpoints, latest)
+        first = int(state.step)  # the state is there, and its base has had the time that this took
         description["base"] = base_description(run, before, accept_changes)
-        first = int(state.step)
         if first:
             run.log(f"resuming from step {first}, the newest checkpoint in {run.folder}")
         if first >= steps:

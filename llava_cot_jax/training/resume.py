@@ -42,7 +42,7 @@ def base_description(run: Run, before: Mapping[str, Any] | None, accept_changes:
     Raises:
         UserError: The run goes on with frozen parameters from other weights, and the user did not accept changes.
     """
-    stored, found = Base.of(before or {}), run.initial_model.base
+    stored, found = Base.of(before or {}), run.initial_model.find_base()
     if found is None:  # nothing of it was needed
         return asdict(stored) if stored else None
     if before and accept_changes and stored and stored.digest != found.digest:

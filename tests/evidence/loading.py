@@ -27,8 +27,8 @@ import numpy as np
 REPEATS = 5
 MESHES = {"fsdp=8": (1, 8, 1), "2x2x2": (2, 2, 2), "tensor=8": (1, 1, 8)}
 STACKED = "fsdp=8, stacked"
-KNOWN_AGAIN = "the same, digest"
-"""Load of a training run, which computes the digest of the weights meanwhile, by which they are known again."""
+STARTED, KNOWN_AGAIN = "start of a run", "the same, digest"
+"""Load of the weights and first state of a training run with adapters, without and with the digest of the weights."""
 PLAIN, PASSING = "plain read", "read, not kept"
 """Reads in blocks of 8 MiB: into memory of the size of the file, and into memory of the size of a block."""
 
@@ -56,7 +56,7 @@ def main(kinds: list[str]) -> None:
         print(f"checkpoint: {size / 1e9:.2f} GB in bfloat16, largest tensor {largest / 1e9:.2f} GB")
         runs: dict[str, list[dict[str, float]]] = {}
         order = random.Random(0)
-        kinds = kinds or [PLAIN, PASSING, *MESHES, STACKED, KNOWN_AGAIN]
+        kinds = kinds or [PLAIN, PASSING, *MESHES, STACKED, STARTED, KNOWN_AGAIN]
         for _ in range(REPEATS):
             # Memory that another process has just freed is cheaper than fresh memory, so the order is random.
             for what in order.sample(kinds, len(kinds)):
@@ -93,20 +93,25 @@ def measure(folder: Path, what: str) -> dict[str, float]:
     from llava_cot_jax.model.checkpoint.folder import read_config
     from llava_cot_jax.model.checkpoint.sharded_loading import load_params
     from llava_cot_jax.model.sharding import make_mesh
+    from llava_cot_jax.training.program import make_program
+    from llava_cot_jax.training.settings import LoraSettings, TrainSettings
 
     if what in (PLAIN, PASSING):
         return {"seconds": _plain_read(folder / "model.safetensors", keep=what == PLAIN)}
     config = read_config(folder)
-    stacked = what in (STACKED, KNOWN_AGAIN)
+    stacked = what in (STACKED, STARTED, KNOWN_AGAIN)
     mesh = make_mesh(*MESHES["fsdp=8" if stacked else what])
     jax.block_until_ready(jax.device_put(0.0, jax.devices()[0]))  # the backend starts before the clock does
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _memory("VmRSS")
     start = time.perf_counter()
-    with WeightsDigest(folder) if what == KNOWN_AGAIN else nullcontext() as digest:
-        arrays = load_params(folder, config, layout="stacked" if stacked else "unrolled", mesh=mesh)
-        if digest:
-            digest.result()
+    arrays = load_params(folder, config, layout="stacked" if stacked else "unrolled", mesh=mesh)
+    if what in (STARTED, KNOWN_AGAIN):
+        with WeightsDigest(folder) if what == KNOWN_AGAIN else nullcontext() as digest:
+            settings = TrainSettings("run", str(folder), "data", lora=LoraSettings(rank=16))
+            int(make_program(settings, config, mesh, steps=1, steps_per_epoch=1).init_state(dict(arrays)).step)
+            if digest:
+                digest.result()
     seconds = time.perf_counter() - start
     # Replicas on simulated devices share one buffer, so each distinct shard counts once.
     buffers = {

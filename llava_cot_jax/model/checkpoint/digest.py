@@ -1,8 +1,8 @@
 """Digest of the weights of a checkpoint: the same for the same files, wherever they lie, and another for any others.
 
 It is made of the size and the CRC-32C of every file of weights, whatever its name. A bucket states the CRC-32C of each
-of its files, so nothing is read there. On a disk every byte is read once, in threads beside the loading of the weights,
-and several processes divide the bytes among them.
+of its files, so nothing is read there. On a disk every byte is read once, in threads beside whatever comes after, and
+several processes divide the bytes among them.
 """
 
 import base64
@@ -63,7 +63,10 @@ class WeightsDigest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave unread what no thread has begun."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave unread what no thread has begun, and end the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def result(self, combine: Combine = lambda parts: parts) -> str:
