@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.stop_strings import Automaton, string_automaton
 
 ABBREVIATIONS = (
