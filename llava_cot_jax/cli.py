@@ -232,11 +232,11 @@ def program_name(command: str = "") -> str:
 
 def configurations_in(arguments: Sequence[str]) -> list[Path]:
     """Return the files that ``--config`` names among the arguments of a command."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     try:
         known, _ = parser.parse_known_args(list(arguments))
-    except SystemExit:  # --config lacks its value, which the command's own parser reports
+    except argparse.ArgumentError:  # --config lacks its value, which the command's own parser reports
         return []
     return [find_configuration(name) for name in known.config if not name.lstrip().startswith("{")]
 

@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 import fsspec
 from etils import epath
 
-from llava_cot_jax.checks import shown
+from llava_cot_jax.checks import check_text, shown
 from llava_cot_jax.errors import UserError
 
 BUNDLED_MODEL = "shapes"
@@ -44,6 +44,9 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     if not isinstance(text, str | os.PathLike):
         raise UserError(f"a path is {shown(text)}; name a file or a folder")
     name = os.fspath(text)
+    check_text("a path", name)
+    if "\0" in name:
+        raise UserError(f"a path is {shown(name)}; it has a null character, which no path can have")
     if not (scheme := _SCHEME.match(name)):
         return _absolute(name)
     if scheme[1] == "file":
@@ -94,7 +97,7 @@ def checkpoint_path(name: str | Path) -> Path:
     Raises:
         UserError: ``as_path`` refuses ``name``.
     """
-    return BUNDLED_MODEL_FOLDER if name == BUNDLED_MODEL else as_path(name)
+    return BUNDLED_MODEL_FOLDER if isinstance(name, str) and name == BUNDLED_MODEL else as_path(name)
 
 
 def check_folder_writable(folder: Path) -> None:

@@ -86,6 +86,8 @@ def draw_pictures(folder: str, count: int, seed: int) -> list[UserQuestion]:
 def _text(question: str) -> str:
     """Return the text of a question, which standard input has for "-"."""
     if question != STDIN:
+        if not question.strip():
+            raise UserError("a question is empty: give its text after --question")
         return question
     try:
         return _read_stdin().decode().strip()
@@ -94,7 +96,12 @@ def _text(question: str) -> str:
 
 
 def _read_stdin() -> bytes:
-    content = sys.stdin.buffer.read()
+    if sys.stdin is None:  # Python's sign that the process was started without one
+        raise UserError("standard input is closed: - stands for what another command writes there")
+    try:
+        content = sys.stdin.buffer.read()
+    except OSError as fault:
+        raise UserError(f"standard input cannot be read: {fault.strerror or fault}") from None
     if not content.strip():
         raise UserError("standard input is empty: - stands for what another command writes there")
     return content

@@ -335,6 +335,17 @@ class TestQuestionsAndImages:
         assert [each.question for each in asked] == ["Wie viele \u2013 rot?", "Which?"]
         assert [each.sources for each in asked] == [["~/picture.png"]] * 2
 
+    def test_a_standard_input_that_is_closed(self, demo):
+        given = ["-m", "llava_cot_jax.generate", "--checkpoint", str(demo), "--question", "-"]
+        ended = subprocess.run(["sh", "-c", '"$@" <&-', "sh", sys.executable, *given], capture_output=True, text=True)
+        closed = "error: standard input is closed: - stands for what another command writes there\n"
+        assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", closed)
+
+    def test_a_question_without_text(self, monkeypatch, capsys):
+        """As a shell gives it for a variable that is not set."""
+        code, _, err = run(monkeypatch, capsys, "--question", "")
+        assert (code, err) == (2, "error: a question is empty: give its text after --question\n")
+
     @pytest.mark.parametrize(("content", "named"), [(b" \n", "standard input is empty"), (b"\xff", "no text in UTF-8")])
     def test_a_standard_input_that_has_none(self, demo, monkeypatch, capsys, content, named):
         monkeypatch.setattr(sys, "stdin", Stdin(content))
