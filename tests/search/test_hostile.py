@@ -219,10 +219,10 @@ def test_what_exceeds_the_context(prompts):
 def test_a_context_that_is_too_short_for_a_judge(prompts):
     """The remedy that is named, another scorer, is one."""
     _, processor = random_model(0)
-    text = replace(processor.config.text, max_position_embeddings=168)
+    text = replace(processor.config.text, max_position_embeddings=140)
     processor = Processor(replace(processor.config, text=text), processor.tokenizer)
     named = (
-        r"a judge's prompt may .* the context of 168: shorten the question; the scorer LogProbability\(\), which is "
+        r"a judge's prompt may .* the context of 140: shorten the question; the scorer LogProbability\(\), which is "
     )
     with pytest.raises(UserError, match=rf"{named}--judge log_probability, needs no such prompt$"):
         RequestBuilder(processor, StageBeam(2), prompts).build([None], ["red?"])
