@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 import fsspec
 from etils import epath
 
-from llava_cot_jax.checks import check_text, shown
+from llava_cot_jax.checks import shown
 from llava_cot_jax.errors import UserError
 
 BUNDLED_MODEL = "shapes"
@@ -44,9 +44,12 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     if not isinstance(text, str | os.PathLike):
         raise UserError(f"a path is {shown(text)}; name a file or a folder")
     name = os.fspath(text)
-    check_text("a path", name)
-    if "\0" in name:
-        raise UserError(f"a path is {shown(name)}; it has a null character, which no path can have")
+    try:
+        if b"\0" in os.fsencode(name):
+            raise UserError(f"a path is {shown(name)}; it has a null character, which no path can have")
+    except UnicodeEncodeError as fault:
+        character = f"{name[fault.start]!a} at position {fault.start}"
+        raise UserError(f"a path has the character {character}, which no path can have here: rename it") from None
     if not (scheme := _SCHEME.match(name)):
         return _absolute(name)
     if scheme[1] == "file":

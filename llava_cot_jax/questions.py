@@ -1,5 +1,6 @@
 """Questions that ``generate`` is asked, with their images: as arguments, from standard input, or drawn."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,11 +89,19 @@ def _text(question: str) -> str:
     if question != STDIN:
         if not question.strip():
             raise UserError("a question is empty: give its text after --question")
-        return question
+        return _typed_text(question)
     try:
         return _read_stdin().decode().strip()
     except UnicodeDecodeError as fault:
         raise UserError(f"the question in standard input is no text in UTF-8: {fault}") from None
+
+
+def _typed_text(argument: str) -> str:
+    """Return an argument that was typed in UTF-8 where Python, by the locale, has taken it for another encoding."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        return argument
 
 
 def _read_stdin() -> bytes:

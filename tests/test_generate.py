@@ -341,6 +341,18 @@ class TestQuestionsAndImages:
         closed = "error: standard input is closed: - stands for what another command writes there\n"
         assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", closed)
 
+    def test_a_question_and_a_file_in_a_terminal_that_is_not_utf8(self, demo, tmp_path):
+        """Neither a question in UTF-8, nor the name of a file in other bytes, needs a locale."""
+        picture = os.fsencode(tmp_path) + b"/gr\xf6\xdfer.png"
+        shutil.copy(demo / "picture.png", picture)
+        given = ["--checkpoint", str(demo), "--question", "gr\xf6\xdfer?".encode(), "--image", picture, "--json"]
+        environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        command = [sys.executable, "-m", "llava_cot_jax.generate", *given, "--max_new_tokens", "2"]
+        ended = subprocess.run(command, env=environment, capture_output=True, check=True)
+        answer = json.loads(ended.stdout)
+        assert answer["question"] == "gr\xf6\xdfer?"
+        assert os.fsencode(answer["images"][0]) == picture
+
     def test_a_question_without_text(self, monkeypatch, capsys):
         """As a shell gives it for a variable that is not set."""
         code, _, err = run(monkeypatch, capsys, "--question", "")
