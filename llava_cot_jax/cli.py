@@ -1,7 +1,6 @@
 """Reading of options, display of progress, counting of compilations, and report of mistakes, for all commands."""
 
 import argparse
-import io
 import logging
 import os
 import re
@@ -44,6 +43,7 @@ from llava_cot_jax.option_errors import (
     read_configuration,
     suggestion,
 )
+from llava_cot_jax.output import drop_output, escape_what_cannot_be_printed, is_full_disk, run_to_the_last_output
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import ProgressUpdate
 
@@ -232,11 +232,11 @@ def program_name(command: str = "") -> str:
 
 def configurations_in(arguments: Sequence[str]) -> list[Path]:
     """Return the files that ``--config`` names among the arguments of a command."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     try:
         known, _ = parser.parse_known_args(list(arguments))
-    except SystemExit:  # --config lacks its value, which the command's own parser reports
+    except argparse.ArgumentError:  # --config lacks its value, which the command's own parser reports
         return []
     return [find_configuration(name) for name in known.config if not name.lstrip().startswith("{")]
 
@@ -271,14 +271,16 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, 
     with command_running():
         _quiet_libtpu()
         _show_warnings()
-        _escape_what_cannot_be_printed()
+        escape_what_cannot_be_printed()
         try:
-            main()
+            run_to_the_last_output(main)
         except KeyboardInterrupt as interrupt:
             leave(report(interrupt))
         except (UserError, BrokenPipeError) as fault:
             sys.exit(report(fault))
         except Exception as fault:
+            if is_full_disk(fault):
+                sys.exit(report(fault))
             if not describe_exhausted_memory(fault):
                 raise
             leave(report(fault, command))
@@ -299,7 +301,12 @@ def report(fault: BaseException, command: str = "") -> int:
             print("interrupted", file=sys.stderr, flush=True)
             return EXIT_CODE
         case BrokenPipeError():  # the reader of the output ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
+        case OSError() if is_full_disk(fault):
+            drop_output()
+            place = fault.filename or "what the command prints, or for one of its files"
+            print(f"error: no space left for {place}: free some on that disk", file=sys.stderr, flush=True)
+            return 2
         case _ if exhausted := describe_exhausted_memory(fault):
             print(f"error: {exhausted}. {ADVICE.get(command, _ADVICE)}", file=sys.stderr, flush=True)
             return 2
@@ -340,13 +347,6 @@ def run_interruptible(function: Callable[[], _Result]) -> _Result:
 
     Thread(target=work, daemon=True).start()
     return outcome.result()
-
-
-def _escape_what_cannot_be_printed() -> None:
-    """Let a terminal that is not UTF-8 show the code of a character that it lacks, instead of an error of Python."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook has put another object
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libtpu() -> None:

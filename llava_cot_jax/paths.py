@@ -44,6 +44,12 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     if not isinstance(text, str | os.PathLike):
         raise UserError(f"a path is {shown(text)}; name a file or a folder")
     name = os.fspath(text)
+    try:
+        if b"\0" in os.fsencode(name):
+            raise UserError(f"a path is {shown(name)}; it has a null character, which no path can have")
+    except UnicodeEncodeError as fault:
+        character = f"{name[fault.start]!a} at position {fault.start}"
+        raise UserError(f"a path has the character {character}, which no path can have here: rename it") from None
     if not (scheme := _SCHEME.match(name)):
         return _absolute(name)
     if scheme[1] == "file":
@@ -94,7 +100,7 @@ def checkpoint_path(name: str | Path) -> Path:
     Raises:
         UserError: ``as_path`` refuses ``name``.
     """
-    return BUNDLED_MODEL_FOLDER if name == BUNDLED_MODEL else as_path(name)
+    return BUNDLED_MODEL_FOLDER if isinstance(name, str) and name == BUNDLED_MODEL else as_path(name)
 
 
 def check_folder_writable(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Questions that ``generate`` is asked, with their images: as arguments, from standard input, or drawn."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -86,15 +87,30 @@ def draw_pictures(folder: str, count: int, seed: int) -> list[UserQuestion]:
 def _text(question: str) -> str:
     """Return the text of a question, which standard input has for "-"."""
     if question != STDIN:
-        return question
+        if not question.strip():
+            raise UserError("a question is empty: give its text after --question")
+        return _typed_text(question)
     try:
         return _read_stdin().decode().strip()
     except UnicodeDecodeError as fault:
         raise UserError(f"the question in standard input is no text in UTF-8: {fault}") from None
 
 
+def _typed_text(argument: str) -> str:
+    """Return an argument that was typed in UTF-8 where Python, by the locale, has taken it for another encoding."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        return argument
+
+
 def _read_stdin() -> bytes:
-    content = sys.stdin.buffer.read()
+    if sys.stdin is None:  # Python's sign that the process was started without one
+        raise UserError("standard input is closed: - stands for what another command writes there")
+    try:
+        content = sys.stdin.buffer.read()
+    except OSError as fault:
+        raise UserError(f"standard input cannot be read: {fault.strerror or fault}") from None
     if not content.strip():
         raise UserError("standard input is empty: - stands for what another command writes there")
     return content

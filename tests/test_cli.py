@@ -233,6 +233,24 @@ def test_a_terminal_without_a_character_shows_its_code(environment):
     assert ended.stderr == ("error: \u4eac\n" if utf8 else "error: \\u4eac\n").encode()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plan", "--print_config"]])
+def test_an_output_that_cannot_be_written(arguments, unbuffered):
+    """A full disk is told in one line, a reader that has ended ends the command, and without an output all goes on."""
+    command = [sys.executable, "-m", "llava_cot_jax", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+
+    def ended(output: str) -> tuple[int, str]:
+        shell = ["sh", "-c", f'"$@" {output}', "sh", *command]
+        process = subprocess.run(shell, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE, timeout=60)
+        return process.returncode, process.stderr
+
+    full = "error: no space left for what the command prints, or for one of its files: free some on that disk\n"
+    assert ended(">/dev/full") == (2, full)
+    assert ended("| true") == (0, "")
+    assert ended(">&-") == (0, "")
+
+
 SCRIPT = "import sys; from llava_cot_jax.__main__ import main; sys.argv[0] = 'bin/llava-cot'; main()"
 
 

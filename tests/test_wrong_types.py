@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,6 +12,7 @@ import llava_cot_jax
 from llava_cot_jax import (
     Generator,
     Greedy,
+    Judge,
     Mllama,
     MllamaConfig,
     Processor,
@@ -66,6 +68,12 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "an array of floats": (ask(image=np.zeros((4, 4, 3))), r"an array of float64 \[4, 4, 3\]; give a path"),
     "channels first": (ask(image=np.zeros((3, 8, 8), np.uint8)), r"an array of uint8 \[3, 8, 8\]"),
     "an empty array": (ask(image=np.zeros((0, 4, 3), np.uint8)), "has no pixels"),
+    "an image inside jit": (
+        lambda m, p: jax.jit(lambda image: Reasoner(m, p, Greedy(2)).answer(image, "red?").text)(
+            np.zeros((4, 4, 3), np.uint8)
+        ),
+        "an image is a .*Tracer that cannot be made an array of NumPy; give a path",
+    ),
     "None among images": (ask(image=[None]), "an image is None; give a path"),
     "a seed that is a text": (ask(seed="7"), "seed is '7'; it must be a whole number"),
     "a seed that is no number": (ask(seed=None), "seed is None; it must be a whole number"),
@@ -148,6 +156,41 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "labels of another shape": (
         lambda m, p: causal_lm_loss(np.zeros((1, 3, 9)), np.zeros((1, 4), int)),
         r"labels are int64 \[1, 4\]; logits \[1, 3, 9\] need integer labels \[1, 3\]",
+    ),
+    "an array for a choice": (lambda m, p: m.to_layout(np.zeros(3)), "layout is a ndarray; it must be one of"),
+    "an array for a verdict": (lambda m, p: Judge(np.zeros(3)), "verdict is a ndarray; it must be one of"),
+    "an array for a convention": (lambda m, p: MllamaConfig(convention=np.zeros(3)), "unknown convention a ndarray"),
+    "an object for a convention": (lambda m, p: MllamaConfig(convention=object()), "unknown convention a object; one"),
+    "an array for a path": (lambda m, p: Mllama.from_pretrained(np.zeros(3)), "a path is a ndarray; name a file"),
+    "half a character in a path": (
+        lambda m, p: MllamaConfig.from_pretrained(HALF),
+        r"a path has the character '\\ud83d' at",
+    ),
+    "a null character in a path": (lambda m, p: m.save_pretrained("a\0b"), r"a path is 'a\\x00b'; it has a null char"),
+    "the top folder to save to": (lambda m, p: m.save_pretrained("/"), "/ exists and is not empty"),
+    "parameters of a model": (lambda m, p: Mllama(m.config, arrays=[1]), r"arrays is \[1\], a list; give the param"),
+    "whether there are hidden states": (
+        lambda m, p: m(IDS["input_ids"], output_hidden_states=np.zeros(3)),
+        "output_hidden_states is a ndarray; it must be True or False",
+    ),
+    "a processor's configuration": (
+        lambda m, p: Processor.from_pretrained("shapes", "11b"),
+        "config is '11b'; give the MllamaConfig",
+    ),
+    "a number for devices": (lambda m, p: make_mesh(devices=4), "devices is 4; give a list of devices"),
+    "numbers for devices": (lambda m, p: make_mesh(devices=[0]), r"devices is \[0\], a list; give a list of devices"),
+    "a seed in an array of texts": (generate(IDS, seeds=np.array("7")), "seed is a ndarray; it must be a whole number"),
+    "layers within layers": (lambda m, p: TextConfig(cross_attention_layers=((3,),)), r"layers is \(3,\), a tuple; it"),
+    "canvases of three sides": (
+        lambda m, p: VisionConfig(supported_aspect_ratios=((1, 2, 3),)),
+        "has .*; each must be a height and a width in tiles",
+    ),
+    "objects for ids": (lambda m, p: p.decode([object()]), "ids is a list; give the token ids of one text"),
+    "ids inside jit": (
+        lambda m, p: jax.jit(lambda ids: Generator(m).generate({"input_ids": ids}, max_new_tokens=2))(
+            np.ones((1, 3), int)
+        ),
+        "input_ids has no values inside jax.jit, which generation needs: call it outside",
     ),
     "a temperature": (lambda m, p: Sampling("warm"), "temperature is 'warm'; it must be a finite number"),
 }

@@ -82,10 +82,16 @@ class JudgePrompts:
             return cls._from_dict(yaml.safe_load(content.decode()))
         except yaml.YAMLError as fault:
             raise UserError(f"{path} is not YAML: {' '.join(str(fault).split())}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as fault:
-            raise UserError(f"{path}: {fault!r}; compare it with {DEFAULT_JUDGE_PROMPTS}") from None
         except UserError as fault:
             raise UserError(f"{path}: {fault}") from None
+        except UnicodeDecodeError as fault:
+            raise UserError(f"{path} is no text in UTF-8: {fault}") from None
+        except KeyError as missing:
+            raise UserError(f"{path} lacks {missing}; compare it with {DEFAULT_JUDGE_PROMPTS}") from None
+        except (TypeError, ValueError, AttributeError):
+            raise UserError(
+                f"{path} has another form than a file of prompts: compare it with {DEFAULT_JUDGE_PROMPTS}"
+            ) from None
 
     @classmethod
     def _from_dict(cls, content: Mapping[str, Any]) -> "JudgePrompts":

@@ -26,6 +26,10 @@ from llava_cot_jax.search.tables import build_judge_tables, build_stage_tables, 
 LENGTH_STEP = 32
 """Step in tokens in which a default length shrinks."""
 
+_JUDGE_PROMPT = "a judge's prompt"
+
+_WITHOUT_JUDGE = "the scorer LogProbability(), which is --judge log_probability, needs no such prompt"
+
 Images = ImageSource | Sequence[ImageSource] | None
 """Images of a question: one, several, or none."""
 
@@ -159,11 +163,13 @@ class RequestBuilder:
             UserError: The lengths that were given may exceed the context, or nothing is left for an answer.
         """
         context = self.processor.config.text.max_position_embeddings
+        remedy = "shorten the question" if self.spec.shrinks else "shorten the question or lower max_new_tokens"
 
         def too_long(spec: SearchSpec) -> Iterator[str]:
             for what, tokens in self._longest(spec, prompt, question, header).items():
                 if tokens > context:
-                    yield f"{what} may take {tokens} tokens, more than the context of {context}: shorten the question"
+                    other = f"; {_WITHOUT_JUDGE}" if what == _JUDGE_PROMPT else ""
+                    yield f"{what} may take {tokens} tokens, more than the context of {context}: {remedy}{other}"
 
         faults = list(too_long(self.spec))
         if faults and self.spec.shrinks:
@@ -173,7 +179,7 @@ class RequestBuilder:
                 return _with_length(self.spec, count - count % LENGTH_STEP or count)
             faults = list(too_long(_with_length(self.spec, 1)))
         for fault in faults:
-            raise UserError(fault if self.spec.shrinks else f"{fault} or lower max_new_tokens")
+            raise UserError(fault)
         return self.spec
 
     def _longest(self, spec: SearchSpec, prompt: int, question: int, header: int) -> dict[str, int]:
@@ -181,7 +187,7 @@ class RequestBuilder:
         lengths = SearchLengths.of(spec, self.stage_tables, prompt)
         longest = {"the answer": lengths.answer}
         if self.judge_tables is not None and spec.judge is not None:
-            longest["a judge's prompt"] = JudgeLengths.of(
+            longest[_JUDGE_PROMPT] = JudgeLengths.of(
                 spec.judge,
                 self.judge_tables,
                 header=header,

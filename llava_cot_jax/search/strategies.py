@@ -7,7 +7,7 @@ answers, which is the same search with a single stage that has no tags.
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from llava_cot_jax.checks import check_bool, check_int, check_number, check_text, shown
+from llava_cot_jax.checks import check_bool, check_choice, check_int, check_number, check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
 from llava_cot_jax.rounding import ceil_div
@@ -43,8 +43,7 @@ class Judge:
     temperature: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.verdict not in ("token", "rationale"):
-            raise UserError(f'verdict is {shown(self.verdict)}; it must be "token" or "rationale"')
+        check_choice("verdict", self.verdict, ("token", "rationale"))
         check_bool("both_orders", self.both_orders)
         check_int("reason_tokens", self.reason_tokens)
         check_int("check_tokens", self.check_tokens)

@@ -212,8 +212,21 @@ def test_what_exceeds_the_context(prompts):
     model, processor = random_model(0)
     with pytest.raises(UserError, match=r"the answer may take \d+ tokens, more than the context of 1024"):
         Reasoner(model, processor, Greedy(max_new_tokens=2048)).answer(None, "red?")
-    with pytest.raises(UserError, match=r"a judge's prompt may take \d+ tokens.* or lower max_new_tokens$"):
+    with pytest.raises(UserError, match=r"a judge's prompt may .* or lower max_new_tokens; the scorer LogProb"):
         Reasoner(model, processor, BestOfN(2, max_new_tokens=600), prompts).answer(None, "red?")
+
+
+def test_a_context_that_is_too_short_for_a_judge(prompts):
+    """The remedy that is named, another scorer, is one."""
+    _, processor = random_model(0)
+    text = replace(processor.config.text, max_position_embeddings=140)
+    processor = Processor(replace(processor.config, text=text), processor.tokenizer)
+    named = (
+        r"a judge's prompt may .* the context of 140: shorten the question; the scorer LogProbability\(\), which is "
+    )
+    with pytest.raises(UserError, match=rf"{named}--judge log_probability, needs no such prompt$"):
+        RequestBuilder(processor, StageBeam(2), prompts).build([None], ["red?"])
+    assert RequestBuilder(processor, StageBeam(2, LogProbability()), prompts).build([None], ["red?"]).is_shrunk
 
 
 @pytest.mark.parametrize("stated", [None, 999])
@@ -317,11 +330,12 @@ def test_settings_that_cannot_be_used(make, named):
     [
         ("{question}", "", r"pair.text must have {question}, {earlier}, {first}, {second}, each once"),
         ("{first}", "{second} {first}", "each once and in this order"),
-        ("  stem:", "  root:", "KeyError"),
+        ("  stem:", "  root:", r"prompts.yaml lacks 'stem'; compare it with .*judge_prompts.yaml$"),
         ("  whole: ", "  all: ", "criteria lack whole"),
         ('["1", "2"]', '["1"]', "pair.verdicts must be two different texts"),
         ("pair:", "pair: [", "is not YAML"),
-        ("stages: [REASONING]", "stages: 5", "TypeError"),
+        ("stages: [REASONING]", "stages: 5", "prompts.yaml has another form than a file of prompts: compare it with"),
+        ("pair:", "pair: 5\nother:", "has another form than a file of prompts"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_used(tmp_path, old, new, named):
@@ -331,7 +345,7 @@ def test_a_file_of_prompts_that_cannot_be_used(tmp_path, old, new, named):
     path.write_text(text.replace(old, new))
     with pytest.raises(UserError, match=named) as told:
         JudgePrompts.load(path)
-    assert str(path) in str(told.value)
+    assert str(told.value).startswith(f"{path}") and "Error" not in str(told.value)
 
 
 def test_no_file_of_prompts(tmp_path):
