@@ -22,7 +22,7 @@ STRATEGIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_questions_in_different_stages_share_a_batch(prompts, name):
-    """Each question's candidates, verdicts and progress are those of a batch in which all are in its stage, bit for bit.
+    """Each question has the candidates, verdicts and progress of a batch in which all are in its stage, bit for bit.
 
     The first question is two stages ahead of the second, or behind it.
     """
