@@ -124,14 +124,14 @@ class SearchBenchmark:
         suffix = init_cache(self.config.text, count, steps, self.model.dtype)
 
         def sample_stage(
-            params: Params, images: ImageContext | None, logits: jax.Array, prefix: Prefix, table: jax.Array, keys: Any
+            params: Params, images: ImageContext | None, logits: jax.Array, prefix: Prefix, tables: jax.Array, keys: Any
         ) -> Any:
             decoder = self._decoder(params, images)
-            _, samples = sample_candidates(decoder, spec, logits, prefix, suffix, table, keys, jnp.int32(0))
+            _, samples = sample_candidates(decoder, spec, logits, prefix, suffix, tables, keys, jnp.zeros(1, jnp.int32))
             return samples.tokens, samples.log_prob
 
         keys = jax.vmap(jax.random.key)(self.search_inputs.seeds)
-        timing, _ = self._time(sample_stage, images, logits, prefix, stage_tables.stop_tables[0], keys)
+        timing, _ = self._time(sample_stage, images, logits, prefix, stage_tables.stop_tables, keys)
         length = int(prefix.lengths[0])
         read_bytes = self._decoding_bytes(DecodingRun(count, steps - 1, length, 0, text_only=False))
         one = model_costs.text_flops(self.config, 1, self.image_tokens, prefix=length + steps // 2)

@@ -4,7 +4,7 @@ Both are loops around ``text_decoder.forward_with_cache``. The number of their s
 sequences; the compiled program does not depend on them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -88,7 +88,7 @@ class Decoder:
         return init_cache(self.config.text, batch, capacity, self.dtype)
 
     def forward(
-        self, input_ids: Int[Array, "batch tokens"], cache: KVCache, text_only: Bool[Array, ""] | bool = False
+        self, input_ids: Int[Array, "batch tokens"], cache: KVCache, text_only: Bool[Array, " questions"] | bool = False
     ) -> tuple[Float[Array, "batch tokens hidden"], CacheLayers]:
         """Return the hidden states of tokens after ``cache``, and its suffix with the tokens' keys and values."""
         images = None if self.images is None else self.images.at(cache.positions(input_ids.shape[1]), text_only)
@@ -126,15 +126,18 @@ def encode_images(
 
 @jax.named_scope("prefill")
 def prefill(
-    decoder: Decoder, tokens: RaggedTokens, cache: KVCache, *, text_only: Bool[Array, ""] | bool = False
+    decoder: Decoder, tokens: RaggedTokens, cache: KVCache, *, text_only: Bool[Array, " questions"] | bool = False
 ) -> tuple[CacheLayers, Float[Array, "batch vocab"]]:
     """Append known tokens to sequences, chunk by chunk, as many chunks as the longest sequence needs.
+
+    A sequence whose tokens are all appended writes, while others go on, beyond its last token alone. So the tokens that
+    its cache holds stay as they are, however many or few are appended to it.
 
     Args:
         decoder: Model and images.
         tokens: Tokens to append, [batch]. The cache needs room for a chunk more than there are.
         cache: Keys and values of the tokens before them.
-        text_only: Whether the tokens see no image.
+        text_only: Whether a question's tokens see no image.
 
     Returns:
         The suffix of the cache with the tokens' keys and values, and float32 logits after each sequence's last token:
@@ -151,7 +154,7 @@ def prefill(
 
     def prefill_chunk(carry: Carry) -> Carry:
         done, suffix, last_hidden = carry
-        now = replace(cache, suffix=suffix, lengths=cache.lengths + done)
+        now = replace(cache, suffix=suffix, lengths=cache.lengths + jnp.minimum(done, tokens.lengths))
         input_ids = jax.lax.dynamic_slice(padded, (0, done), (batch, chunk))
         hidden, suffix = decoder.forward(input_ids, now, text_only)
         last = (tokens.lengths - 1 - done)[:, None, None]  # [batch, 1, 1], index of the last token in this chunk
@@ -197,22 +200,42 @@ class Samples:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StopConditions:
-    """When the samples of a batch end, and what they are drawn with.
+    """When the samples of a batch end, and what they are drawn with. Every sequence may have conditions of its own.
 
     Attributes:
-        stop_table: State after a token, [states, vocab], as ``stop_strings.compile_stop_table`` makes it; a sample
-            ends in the states from ``states`` on.
-        max_new_tokens: int32, largest number of tokens of a sample.
+        stop_tables: State after a token in each table, as ``stop_strings.compile_stop_table`` makes it; a sample ends
+            in the states from ``states`` on.
+        table: int32, the stop table of each sequence.
+        max_new_tokens: int32, largest number of tokens of a sample, at least 1.
         temperature: float32, temperature of the draws.
-        keys: Random keys; each draw's is folded from its sequence's key and the step.
+        keys: Random keys; each draw's is folded from its sequence's key and the number of draws before it.
         used: Whether to sample a sequence at all.
     """
 
-    stop_table: UInt8[Array, "states vocab"]
-    max_new_tokens: Int[Array, ""]
-    temperature: Float[Array, ""]
+    stop_tables: UInt8[Array, "tables states vocab"]
+    table: Int[Array, " batch"]
+    max_new_tokens: Int[Array, " batch"]
+    temperature: Float[Array, " batch"]
     keys: Key[Array, " batch"]
     used: Bool[Array, " batch"]
+
+    def unfinished(self, samples: Samples) -> Bool[Array, " batch"]:
+        """Return whether a sample goes on: no other reason ended it, and it has fewer tokens than it may have."""
+        return (samples.ended == EndReason.MAX_NEW_TOKENS) & (samples.lengths < self.max_new_tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OpenSamples:
+    """Samples that can be continued.
+
+    Attributes:
+        samples: The samples so far. One that goes on has ``EndReason.MAX_NEW_TOKENS`` until another reason applies.
+        token: int32, the last token drawn, whose keys and values are not in the cache yet.
+    """
+
+    samples: Samples
+    token: Int[Array, " batch"]
 
 
 @jax.named_scope("sample")
@@ -224,7 +247,7 @@ def sample(
     *,
     capacity: int,
     sampling: Sampling,
-    text_only: Bool[Array, ""] | bool = False,
+    text_only: Bool[Array, " questions"] | bool = False,
 ) -> tuple[CacheLayers, Samples]:
     """Sample tokens after sequences until each has ended.
 
@@ -233,58 +256,106 @@ def sample(
         logits: float32 logits of the first token.
         cache: Keys and values of the tokens before it, with room for ``capacity`` tokens more.
         stop: When to stop, and what to draw with.
-        capacity: Number of tokens that the result has room for, at least ``stop.max_new_tokens``.
+        capacity: Number of tokens that the result has room for, at least the largest of ``stop.max_new_tokens``.
         sampling: top_k and top_p; with its temperature 0, every draw takes the likeliest token.
-        text_only: Whether the tokens see no image.
+        text_only: Whether a question's tokens see no image.
 
     Returns:
-        The suffix of the cache with the samples' keys and values, and the samples.
+        The suffix of the cache with the samples' keys and values, and the samples. The last token of a sample may be
+        missing from the cache.
     """
-    text, batch = decoder.config.text, logits.shape[0]
-    num_states = stop.stop_table.shape[0]
-    eos_ids = jnp.array(text.eos_token_ids, jnp.int32)
+    start = start_samples(decoder.config, logits, stop, capacity=capacity, sampling=sampling)
+    suffix, end = continue_samples(decoder, start, cache, stop, sampling=sampling, text_only=text_only)
+    return suffix, end.samples
 
-    def sample_step(step: jax.Array, logits: jax.Array, so_far: Samples) -> tuple[jax.Array, Samples]:
-        """Sample token ``step`` of every sequence that has not ended."""
-        keys = jax.vmap(jax.random.fold_in, (0, None))(stop.keys, step)
-        token = sample_token(logits, keys, sampling, stop.temperature)
-        active = so_far.ended == EndReason.MAX_NEW_TOKENS
-        eos = jnp.isin(token, eos_ids)
-        is_text = active & ~eos
-        state = jnp.where(is_text, stop.stop_table[so_far.state, token].astype(jnp.int32), so_far.state)
-        ended = jnp.where(is_text & (state >= num_states), EndReason.TAG, so_far.ended)
-        ended = jnp.where(active & eos, EndReason.EOS, ended)
-        kept = jnp.where(is_text, token, text.pad_token_id)
-        log_prob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-        return token, Samples(
-            tokens=jax.lax.dynamic_update_slice(so_far.tokens, kept[:, None], (0, step)),
-            lengths=so_far.lengths + is_text,
-            ended=ended,
-            state=state,
-            log_prob=so_far.log_prob + jnp.where(active, log_prob, 0),
-        )
 
-    Carry = tuple[jax.Array, jax.Array, CacheLayers, Samples]
-
-    def unfinished(carry: Carry) -> jax.Array:
-        step, _, _, so_far = carry
-        return (step < stop.max_new_tokens) & (so_far.ended == EndReason.MAX_NEW_TOKENS).any()
-
-    def body(carry: Carry) -> Carry:
-        step, token, suffix, so_far = carry
-        now = replace(cache, suffix=suffix, lengths=cache.lengths + step - 1)
-        hidden, suffix = decoder.forward(token[:, None], now, text_only)
-        token, so_far = sample_step(step, decoder.logits(hidden[:, 0]), so_far)
-        return step + 1, token, suffix, so_far
-
+def start_samples(
+    config: MllamaConfig,
+    logits: Float[Array, "batch vocab"],
+    stop: StopConditions,
+    *,
+    capacity: int,
+    sampling: Sampling,
+) -> OpenSamples:
+    """Draw the first token of samples; the arguments are those of ``sample``."""
+    batch, text = logits.shape[0], config.text
     zeros = jnp.zeros(batch, jnp.int32)
     none = Samples(
         tokens=jnp.full((batch, capacity), text.pad_token_id, jnp.int32),
         lengths=zeros,
-        ended=jnp.where(stop.used, EndReason.MAX_NEW_TOKENS, EndReason.UNUSED),  # the former until another one applies
+        ended=jnp.where(stop.used, EndReason.MAX_NEW_TOKENS, EndReason.UNUSED),
         state=zeros,
         log_prob=jnp.zeros(batch, jnp.float32),
     )
-    token, first = sample_step(jnp.int32(0), logits, none)
-    _, _, suffix, samples = jax.lax.while_loop(unfinished, body, (jnp.int32(1), token, cache.suffix, first))
-    return suffix, samples
+    return _draw(config, logits, OpenSamples(none, zeros), stop, sampling)
+
+
+def continue_samples(
+    decoder: Decoder,
+    start: OpenSamples,
+    cache: KVCache,
+    stop: StopConditions,
+    *,
+    sampling: Sampling,
+    text_only: Bool[Array, " questions"] | bool = False,
+    goes_on: Callable[[Bool[Array, " batch"]], Bool[Array, ""]] = jnp.any,
+) -> tuple[CacheLayers, OpenSamples]:
+    """Continue samples, which may have been started at different times.
+
+    Args:
+        decoder: Model and images.
+        start: The samples so far.
+        cache: Keys and values; its ``lengths`` are those before the first token of each sample.
+        stop: When to stop, and what to draw with.
+        sampling: top_k and top_p, as in ``sample``.
+        text_only: Whether a question's tokens see no image.
+        goes_on: Function that takes whether each sample is unfinished, and returns whether to draw another token of
+            these; by default, until none is unfinished.
+
+    Returns:
+        The suffix of the cache, and the samples.
+    """
+    Carry = tuple[CacheLayers, OpenSamples]
+
+    def unfinished(carry: Carry) -> jax.Array:
+        return goes_on(stop.unfinished(carry[1].samples))
+
+    def body(carry: Carry) -> Carry:
+        suffix, so_far = carry
+        # A sample that has ended writes its last token again.
+        lengths = cache.lengths + jnp.maximum(so_far.samples.num_sampled - 1, 0)
+        hidden, suffix = decoder.forward(
+            so_far.token[:, None], replace(cache, suffix=suffix, lengths=lengths), text_only
+        )
+        return suffix, _draw(decoder.config, decoder.logits(hidden[:, 0]), so_far, stop, sampling)
+
+    return jax.lax.while_loop(unfinished, body, (cache.suffix, start))
+
+
+def _draw(
+    config: MllamaConfig,
+    logits: Float[Array, "batch vocab"],
+    so_far: OpenSamples,
+    stop: StopConditions,
+    sampling: Sampling,
+) -> OpenSamples:
+    """Draw the next token of every sample that is unfinished."""
+    samples, text = so_far.samples, config.text
+    active = stop.unfinished(samples)
+    drawn = samples.lengths  # number of draws so far, where the sample is active
+    token = sample_token(logits, jax.vmap(jax.random.fold_in)(stop.keys, drawn), sampling, stop.temperature)
+    eos = jnp.isin(token, jnp.array(text.eos_token_ids, jnp.int32))
+    is_text = active & ~eos
+    new_state = stop.stop_tables[stop.table, samples.state, token].astype(jnp.int32)
+    state = jnp.where(is_text, new_state, samples.state)
+    ended = jnp.where(is_text & (state >= stop.stop_tables.shape[1]), EndReason.TAG, samples.ended)
+    log_prob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    sequence, capacity = jnp.arange(token.shape[0]), samples.tokens.shape[1]
+    new = Samples(
+        tokens=samples.tokens.at[sequence, jnp.where(is_text, drawn, capacity)].set(token, mode="drop"),
+        lengths=samples.lengths + is_text,
+        ended=jnp.where(active & eos, EndReason.EOS, ended),
+        state=state,
+        log_prob=samples.log_prob + jnp.where(active, log_prob, 0),
+    )
+    return OpenSamples(new, jnp.where(active, token, so_far.token))

@@ -8,19 +8,19 @@ from llava_cot_jax.inference.settings import Sampling
 
 
 def top_k_top_p(
-    logits: Float[Array, "batch vocab"], sampling: Sampling, temperature: Float[Array, ""] | None = None
+    logits: Float[Array, "batch vocab"], sampling: Sampling, temperature: Float[Array, " batch"] | None = None
 ) -> tuple[Float[Array, "batch k"], Int[Array, "batch k"]]:
     """Return the tokens that a draw may take.
 
     Args:
         logits: Logits.
         sampling: Settings, with a temperature above 0.
-        temperature: Temperature above 0 to use in place of that of ``sampling``.
+        temperature: Temperature above 0 of each sequence to use in place of that of ``sampling``.
 
     Returns:
         Logits over the temperature, -inf where top_p excludes a token, and the ids of their tokens.
     """
-    scaled = logits / (sampling.temperature if temperature is None else temperature)
+    scaled = logits / (sampling.temperature if temperature is None else temperature[:, None])
     vocab = logits.shape[-1]
     if sampling.top_k is None and sampling.top_p == 1:
         return scaled, jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), scaled.shape)
@@ -38,7 +38,7 @@ def sample_token(
     logits: Float[Array, "batch vocab"],
     keys: Key[Array, " batch"],
     sampling: Sampling,
-    temperature: Float[Array, ""] | None = None,
+    temperature: Float[Array, " batch"] | None = None,
 ) -> Int[Array, " batch"]:
     """Sample one token for each sequence.
 
@@ -46,8 +46,8 @@ def sample_token(
         logits: Logits.
         keys: Random key of each sequence.
         sampling: Settings; with temperature 0, only taking the likeliest token is compiled.
-        temperature: Temperature to use in place of that of ``sampling``, if the latter is above 0; 0 takes the
-            likeliest token.
+        temperature: Temperature of each sequence to use in place of that of ``sampling``, if the latter is above 0; 0
+            takes the likeliest token.
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

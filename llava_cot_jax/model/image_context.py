@@ -35,19 +35,22 @@ class ImageContext:
     layers: CacheLayers | None = None
     last_token: Int[Array, " questions"] | None = None
 
-    def at(self, positions: Int[Array, "batch n"], text_only: Bool[Array, ""] | bool = False) -> "ImageContext":
+    def at(
+        self, positions: Int[Array, "batch n"], text_only: Bool[Array, " questions"] | bool = False
+    ) -> "ImageContext":
         """Return the context with the masks of the tokens at ``positions`` of sequences that begin with the prompt.
 
         Args:
             positions: int32, positions of tokens; the sequences of the first question come first.
-            text_only: Whether the tokens see no image, so that no cross-attention layer adds anything.
+            text_only: Whether a question's tokens see no image, so that no cross-attention layer adds anything.
         """
         assert self.last_token is not None
         batch, n = positions.shape
         index = jnp.minimum(positions.reshape(self.last_token.shape[0], -1), self.last_token[:, None])
+        sees_images = ~jnp.broadcast_to(jnp.asarray(text_only), self.last_token.shape)[:, None]
         tile_mask = jnp.take_along_axis(self.tile_mask, index[..., None], axis=1).reshape(batch, n, -1)
         gates = (jnp.take_along_axis(gate, index, axis=1) for gate in (self.attention_gate, self.mlp_gate))
-        attention_gate, mlp_gate = (gate.reshape(batch, n) & ~jnp.asarray(text_only) for gate in gates)
+        attention_gate, mlp_gate = ((gate & sees_images).reshape(batch, n) for gate in gates)
         return replace(self, tile_mask=tile_mask, attention_gate=attention_gate, mlp_gate=mlp_gate)
 
 

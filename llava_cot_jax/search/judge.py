@@ -52,20 +52,21 @@ class JudgeInputs:
     """Candidates of a stage, and what the judge is told about them.
 
     Attributes:
-        stage: int32, index of the stage.
+        stage: int32, index of each question's stage.
         texts: Candidates with their tags, [questions, candidates].
         mean_log_prob: float32, mean log-probability of a token of each candidate.
-        num_candidates: int32, number of candidates that the stage has; those beyond have no meaning.
+        num_candidates: int32, number of each question's candidates; those beyond have no meaning. A single one wins
+            without a query.
         chat_headers: Beginning of each kind of prompt, [kinds, questions].
         question: The question, [questions].
-        earlier: Winners of the stages before, [stages, questions].
+        earlier: Winners of the stages before, [questions, stages].
         keys: Random keys of the stage.
     """
 
-    stage: Int[Array, ""]
+    stage: Int[Array, " questions"]
     texts: RaggedTokens
     mean_log_prob: Float[Array, "questions candidates"]
-    num_candidates: Int[Array, ""]
+    num_candidates: Int[Array, " questions"]
     chat_headers: RaggedTokens
     question: RaggedTokens
     earlier: RaggedTokens
@@ -78,21 +79,21 @@ class JudgeCache:
     """KV caches of the judge in a stage.
 
     Attributes:
-        prefix: Shared prefix of the queries of one kind.
+        prefix: Shared prefix of a question's queries of one kind.
         kind: int32, that kind; -1 before a prefix is there.
         prefix_lengths: int32, number of tokens of the prefixes prefilled so far, by kind.
         suffix: Room for the rest of the prompts of a batch and the reasons written after them.
     """
 
     prefix: Prefix
-    kind: Int[Array, ""]
+    kind: Int[Array, " questions"]
     prefix_lengths: Int[Array, "questions kinds"]
     suffix: CacheLayers
 
 
 @dataclass(frozen=True)
 class StageJudge:
-    """Judge of the candidates of one stage.
+    """Judge of candidates, where each question may be in another stage.
 
     Attributes:
         decoder: Model and images.
@@ -133,7 +134,7 @@ class StageJudge:
             header=inputs.chat_headers.capacity,
             question=inputs.question.capacity,
             text=inputs.texts.capacity,
-            earlier=inputs.earlier.lengths.shape[0] - 1,
+            earlier=inputs.earlier.lengths.shape[1] - 1,
         )
 
     @property
@@ -142,8 +143,8 @@ class StageJudge:
         return max(1, self.decoder.prefill_chunk // self.batch_size)
 
     @property
-    def checks_candidates(self) -> Bool[Array, ""]:
-        """Whether the candidates of the stage are checked before pairs are judged."""
+    def checks_candidates(self) -> Bool[Array, " questions"]:
+        """Whether a question's candidates are checked before pairs are judged."""
         return self.tables.checked[self.inputs.stage]
 
     def empty_queries(self, capacity: int) -> JudgeQueries:
@@ -159,38 +160,40 @@ class StageJudge:
         suffix_capacity = lengths.suffix + self.suffix_chunk + lengths.verdict
         return JudgeCache(
             prefix=Prefix(prefix, jnp.zeros(questions, jnp.int32)),
-            kind=jnp.int32(-1),
+            kind=jnp.full(questions, -1, jnp.int32),
             prefix_lengths=jnp.zeros((questions, len(PROMPT_KINDS)), jnp.int32),
             suffix=decoder.init_cache(questions * self.batch_size, suffix_capacity),
         )
 
     @jax.named_scope("judge_prefix")
-    def prefill_prefix(self, cache: JudgeCache, kind: Int[Array, ""]) -> JudgeCache:
-        """Prefill the prefix of queries of ``kind``, unless it is the one that the cache holds."""
-        needed = cache.kind != kind
+    def prefill_prefix(
+        self, cache: JudgeCache, kind: Int[Array, " questions"], used: Bool[Array, " questions"]
+    ) -> JudgeCache:
+        """Prefill the prefix of each question's queries of ``kind``, unless it is in the cache or is not used."""
+        needed = used & (cache.kind != kind)
         tokens = self._prefix_tokens(kind).where(needed)
-        before = KVCache(cache.prefix.layers, jnp.zeros(self.num_questions, jnp.int32))
+        before = KVCache(cache.prefix.layers, jnp.where(needed, 0, cache.prefix.lengths))
         layers, _ = prefill(self.decoder, tokens, before, text_only=kind == CHECK)
         return replace(
             cache,
             prefix=Prefix(layers, jnp.where(needed, tokens.lengths, cache.prefix.lengths)),
-            kind=kind,
-            prefix_lengths=cache.prefix_lengths.at[:, kind].add(tokens.lengths),
+            kind=jnp.where(needed, kind, cache.kind),
+            prefix_lengths=cache.prefix_lengths.at[jnp.arange(self.num_questions), kind].add(tokens.lengths),
         )
 
     @jax.named_scope("judge_queries")
     def ask(
         self,
         cache: JudgeCache,
-        kind: Int[Array, ""],
+        kind: Int[Array, " questions"],
         first: Int[Array, "questions queries"],
         second: Int[Array, "questions queries"],
         used: Bool[Array, "questions queries"],
     ) -> tuple[JudgeCache, JudgeQueries]:
-        """Ask a batch of queries of one kind.
+        """Ask a batch of queries, those of a question of one kind.
 
         Args:
-            cache: Caches with the prefix of this kind.
+            cache: Caches with the prefixes of these kinds.
             kind: int32, PAIR or CHECK.
             first: int32, the candidate shown as response 1, or the one to check.
             second: int32, the candidate shown as response 2; not shown in a check.
@@ -218,21 +221,24 @@ class StageJudge:
         queries = JudgeQueries(first, second, tokens.lengths, vote, other_probability, reason)
         return replace(cache, suffix=suffix), queries
 
-    def _prefix_tokens(self, kind: Int[Array, ""]) -> RaggedTokens:
+    def _prefix_tokens(self, kind: Int[Array, " questions"]) -> RaggedTokens:
         """Tokens that all prompts of ``kind`` begin with, [questions]."""
         inputs, tables, at = self.inputs, self.tables, (kind, self.inputs.stage)
-        before = range(inputs.earlier.lengths.shape[0] - 1)
-        earlier = [inputs.earlier[i].where(tables.shows[kind, inputs.stage, i]) for i in before]
+        before = range(inputs.earlier.lengths.shape[1] - 1)
+        earlier = [inputs.earlier[:, i].where(tables.shows[*at, i]) for i in before]
         fixed = (tables.intro[at], inputs.question, tables.middle[at], *earlier, tables.label[at])
-        return concat((inputs.chat_headers[kind], *fixed), self.lengths.prefix)
+        return concat((inputs.chat_headers[kind, jnp.arange(self.num_questions)], *fixed), self.lengths.prefix)
 
     def _suffix_tokens(
-        self, kind: Int[Array, ""], first: Int[Array, "questions queries"], second: Int[Array, "questions queries"]
+        self,
+        kind: Int[Array, " questions"],
+        first: Int[Array, "questions queries"],
+        second: Int[Array, "questions queries"],
     ) -> RaggedTokens:
         """Tokens of prompts after their prefix, [questions, queries]."""
-        tables, at = self.tables, (kind, self.inputs.stage)
+        tables, at = self.tables, (kind[:, None], self.inputs.stage[:, None])
         first_text = _take_candidates(self.inputs.texts, first)
-        second_text = _take_candidates(self.inputs.texts, second).where(kind == PAIR)
+        second_text = _take_candidates(self.inputs.texts, second).where(kind[:, None] == PAIR)
         return concat((first_text, tables.between[at], second_text, tables.ending[at]), self.lengths.suffix)
 
     def _read_verdict_tokens(
@@ -245,7 +251,7 @@ class StageJudge:
 
     def _write_reasons(
         self,
-        kind: Int[Array, ""],
+        kind: Int[Array, " questions"],
         logits: Float[Array, "batch vocab"],
         cache: KVCache,
         first: Int[Array, "questions queries"],
@@ -254,12 +260,13 @@ class StageJudge:
     ) -> tuple[CacheLayers, Samples]:
         """Sample the reasons after prompts. Return the suffix of the cache, and the reasons, [batch]."""
         judge, pair = self.settings, kind == PAIR
-        draw = jnp.where(pair, Draw.REASON, Draw.CHECK)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(self.inputs.keys, draw)
+        keys = jax.vmap(jax.random.fold_in)(self.inputs.keys, jnp.where(pair, Draw.REASON, Draw.CHECK))
+        queries, batch = first.shape[1], first.size
         stop = StopConditions(
-            stop_table=self.tables.stop_tables[kind],
-            max_new_tokens=jnp.where(pair, judge.reason_tokens, judge.check_tokens),
-            temperature=jnp.float32(judge.temperature),
+            stop_tables=self.tables.stop_tables,
+            table=jnp.repeat(kind, queries),
+            max_new_tokens=jnp.repeat(jnp.where(pair, judge.reason_tokens, judge.check_tokens), queries),
+            temperature=jnp.full(batch, judge.temperature, jnp.float32),
             keys=jax.vmap(fold_in_each)(keys, first, second).reshape(-1),
             used=used.reshape(-1),
         )

@@ -1,4 +1,18 @@
-"""The whole search as one compiled program: from images and prompts to the candidates that won each stage."""
+"""The search in pieces, and the whole of it as one compiled program, from images and prompts to each stage's winner.
+
+A stage of a question takes four pieces. ``StageSearch`` has them, for a batch of questions:
+
+    extend_prefix  prefill what is pending: the prompt, or the last winner, and the opening tag of the stage
+    sample         sample the stage's candidates over the prefix, which is not copied
+    choose         let the scorer of the stage choose a candidate
+    advance        note the winner, which is pending now, and go to the next stage
+
+Every question has a stage of its own (``Progress.stage``), and the tables of tags, temperatures, lengths and prompts
+are gathered by it, so that a batch may hold questions of different stages. What a question draws hangs on its seed and
+its stage alone. ``search`` runs the pieces in a loop inside one program, with all questions in the same stage. A host
+can compile the same pieces on their own, and drive them from one stage to the next; ``sample`` is then
+``start_samples`` and, as often as is wished, ``continue_samples``.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -7,7 +21,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
 
 from llava_cot_jax.inference.decoding import (
     Decoder,
@@ -27,7 +41,7 @@ from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.judge import JudgeInputs, StageJudge
 from llava_cot_jax.search.lengths import SearchLengths
 from llava_cot_jax.search.random_keys import Draw
-from llava_cot_jax.search.strategies import LogProbability, SearchSpec
+from llava_cot_jax.search.strategies import Judge, LogProbability, SearchSpec
 from llava_cot_jax.search.tables import BLANK_LINE, JudgeTables, StageTables
 from llava_cot_jax.search.tournament import StageJudgement, run_tournament
 
@@ -55,12 +69,12 @@ class SearchInputs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StageResult:
-    """Result of a stage. That of a whole search has a leading axis of stages in each array.
+    """Result of a stage of each question. That of a whole search has a leading axis of stages in each array.
 
     Attributes:
         candidates: Candidates, [questions, candidates].
         winner: int32, the candidate that won.
-        judgement: Outcome of the judge's tournament; None where there was no judge.
+        judgement: Outcome of the judge's tournament; None where no stage has a judge.
         num_prefilled: int32, number of tokens prefilled before the stage: the prompt or the last winner, and tags.
     """
 
@@ -98,18 +112,18 @@ def search(
         mesh: Mesh of the model's devices; None on one device.
     """
     with use_mesh(mesh):
-        images = encode_images(params, config, inputs.model_inputs, inputs.lengths)
-        decoder = Decoder(params, config, _close_gates_without_images(images), prefill_chunk)
-        keys = jax.vmap(jax.random.key)(inputs.seeds)
-        stage_search = _StageSearch(decoder, spec, inputs, stage_tables, judge_tables, keys)
-        return jax.lax.scan(stage_search.run_stage, stage_search.init_state(), jnp.arange(spec.num_stages))[1]
+        decoder = Decoder(params, config, encode_question_images(params, config, inputs), prefill_chunk)
+        stage_search = StageSearch(decoder, spec, inputs, stage_tables, judge_tables)
+        start = SearchState(stage_search.init_prefix(), stage_search.init_progress())
+        return jax.lax.scan(lambda state, _: stage_search.run_stage(state), start, length=spec.num_stages)[1]
 
 
-def _close_gates_without_images(images: ImageContext | None) -> ImageContext | None:
-    """Return the images with the attention gates of questions without an image closed, whatever their neighbours have.
+def encode_question_images(params: Params, config: MllamaConfig, inputs: SearchInputs) -> ImageContext | None:
+    """Run the vision tower on the images of questions, and close the gates of a question without any.
 
-    So a question's answer does not depend on the batch that it is in.
+    Its gates are closed whatever its neighbours have, so that its answer does not depend on the batch that it is in.
     """
+    images = encode_images(params, config, inputs.model_inputs, inputs.lengths)
     if images is None:
         return None
     has_image = images.mlp_gate.any(axis=1, keepdims=True)
@@ -118,23 +132,37 @@ def _close_gates_without_images(images: ImageContext | None) -> ImageContext | N
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SearchState:
-    """State of a search between stages.
+class Progress:
+    """How far the search of each question is, apart from its KV cache.
 
     Attributes:
-        prefix: KV cache of the prompts and of the winners that are prefilled.
-        pending: Tokens to prefill before the next stage, [questions].
-        winners: Winner of each stage with its tags, [stages, questions]; empty where the stage is still to come.
+        stage: int32, index of the stage that is to be sampled; the number of stages once there is an answer.
+        pending: Tokens to prefill before that stage, [questions].
+        winners: Winner of each stage with its tags, [questions, stages]; empty where the stage is still to come.
     """
 
-    prefix: Prefix
+    stage: Int[Array, " questions"]
     pending: RaggedTokens
     winners: RaggedTokens
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _StageSearch:
-    """Search for one stage after another.
+class SearchState:
+    """State of the search of each question between stages.
+
+    Attributes:
+        prefix: KV cache of the prompts and of the winners that are prefilled.
+        progress: Stages of the questions, and what is pending.
+    """
+
+    prefix: Prefix
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class StageSearch:
+    """Pieces of the search, each for the present stage of every question of a batch.
 
     Attributes:
         decoder: Model and images.
@@ -142,7 +170,6 @@ class _StageSearch:
         inputs: The questions.
         tables: Tables of the stages.
         judge_tables: Tables of the judge; None where there is none.
-        keys: Random key of each question.
     """
 
     decoder: Decoder
@@ -150,7 +177,6 @@ class _StageSearch:
     inputs: SearchInputs
     tables: StageTables
     judge_tables: JudgeTables | None
-    keys: Key[Array, " questions"]
 
     @property
     def num_questions(self) -> int:
@@ -162,78 +188,114 @@ class _StageSearch:
         """Lengths that the arrays have room for."""
         return SearchLengths.of(self.spec, self.tables, self.inputs.model_inputs["input_ids"].shape[1])
 
-    def init_state(self) -> SearchState:
-        """Return the state before the first stage, with the prompts still to prefill."""
-        decoder, lengths, questions = self.decoder, self.lengths, self.num_questions
+    def init_progress(self) -> Progress:
+        """Return the progress before the first stage, with the prompts pending."""
+        lengths, questions = self.lengths, self.num_questions
         prompt = RaggedTokens(self.inputs.model_inputs["input_ids"], self.inputs.lengths)
         pending = concat((prompt, self.tables.openings[0, BLANK_LINE]), lengths.pending)
-        shape = (self.spec.num_stages, questions)
+        shape = (questions, self.spec.num_stages)
         winners = RaggedTokens(jnp.zeros((*shape, lengths.text), jnp.int32), jnp.zeros(shape, jnp.int32))
-        prefix = decoder.init_cache(questions, lengths.prefix + decoder.prefill_chunk)
-        return SearchState(Prefix(prefix, jnp.zeros(questions, jnp.int32)), pending, winners)
+        return Progress(jnp.zeros(questions, jnp.int32), pending, winners)
+
+    def init_prefix(self) -> Prefix:
+        """Return an empty KV cache for the prompts and the winners."""
+        layers = self.decoder.init_cache(self.num_questions, self.lengths.prefix + self.decoder.prefill_chunk)
+        return Prefix(layers, jnp.zeros(self.num_questions, jnp.int32))
 
     @jax.named_scope("stage")
-    def run_stage(self, state: SearchState, stage: Int[Array, ""]) -> tuple[SearchState, StageResult]:
-        """Sample the candidates of a stage and choose the winner."""
-        prefix, logits = self._extend_prefix(state)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, stage)
-        candidates = self._sample(prefix, logits, keys, stage)
-        closings = self.tables.closings[stage][candidates.state]  # [questions, candidates]
-        texts = concat((self.tables.openings[stage, BLANK_LINE], candidates.text, closings), self.lengths.text)
-        winner, judgement = self._choose(candidates, texts, state.winners, keys, stage)
-
-        won, won_closing, won_text = jax.tree.map(
-            lambda x: x[jnp.arange(self.num_questions), winner], (candidates, closings, texts)
-        )
-        next_stage = jnp.minimum(stage + 1, self.spec.num_stages - 1)
-        next_opening = self.tables.openings[next_stage][_count_line_breaks(won, self.tables.num_states)]
-        pending = concat((won.text, won_closing, next_opening), self.lengths.pending)
-        winners = jax.tree.map(lambda old, new: old.at[stage].set(new), state.winners, won_text)
-        result = StageResult(candidates, winner, judgement, state.pending.lengths)
-        return SearchState(prefix, pending, winners), result
+    def run_stage(self, state: SearchState) -> tuple[SearchState, StageResult]:
+        """Sample the candidates of each question's stage, and choose the winner."""
+        progress = state.progress
+        prefix, logits = self.extend_prefix(state.prefix, progress.pending)
+        candidates = self.sample(prefix, logits, progress.stage)
+        winner, judgement = self.choose(candidates, progress)
+        result = StageResult(candidates, winner, judgement, progress.pending.lengths)
+        return SearchState(prefix, self.advance(progress, candidates, winner)), result
 
     @jax.named_scope("extend_prefix")
-    def _extend_prefix(self, state: SearchState) -> tuple[Prefix, Float[Array, "questions vocab"]]:
+    def extend_prefix(self, prefix: Prefix, pending: RaggedTokens) -> tuple[Prefix, Float[Array, "questions vocab"]]:
         """Prefill the pending tokens. Return the longer prefix, and the logits after it."""
-        before = KVCache(state.prefix.layers, state.prefix.lengths)
-        layers, logits = prefill(self.decoder, state.pending, before)
-        return Prefix(layers, state.prefix.lengths + state.pending.lengths), logits
+        layers, logits = prefill(self.decoder, pending, KVCache(prefix.layers, prefix.lengths))
+        return Prefix(layers, prefix.lengths + pending.lengths), logits
 
-    def _sample(
-        self,
-        prefix: Prefix,
-        logits: Float[Array, "questions vocab"],
-        keys: Key[Array, " questions"],
-        stage: Int[Array, ""],
+    def sample(
+        self, prefix: Prefix, logits: Float[Array, "questions vocab"], stage: Int[Array, " questions"]
     ) -> Samples:
         """Sample the candidates of a stage, [questions, candidates]."""
-        num_sequences = self.num_questions * max(self.spec.num_candidates)
-        suffix = self.decoder.init_cache(num_sequences, self.lengths.candidate)
-        stop_table = self.tables.stop_tables[stage]
-        _, samples = sample_candidates(self.decoder, self.spec, logits, prefix, suffix, stop_table, keys, stage)
-        return jax.tree.map(lambda x: x.reshape(self.num_questions, -1, *x.shape[1:]), samples)
+        suffix = self.decoder.init_cache(self.num_questions * max(self.spec.num_candidates), self.lengths.candidate)
+        keys, tables = stage_keys(self.inputs.seeds, stage), self.tables.stop_tables
+        _, samples = sample_candidates(self.decoder, self.spec, logits, prefix, suffix, tables, keys, stage)
+        return by_question(samples, self.num_questions)
 
-    def _choose(
-        self,
-        candidates: Samples,
-        texts: RaggedTokens,
-        earlier: RaggedTokens,
-        keys: Key[Array, " questions"],
-        stage: Int[Array, ""],
-    ) -> tuple[Int[Array, " questions"], StageJudgement | None]:
-        """Return the candidate that wins a stage, int32, and the outcome of the judge's tournament, if there is one."""
+    def choose(self, candidates: Samples, progress: Progress) -> tuple[Int[Array, " questions"], StageJudgement | None]:
+        """Return the candidate that wins a stage, int32, and the outcome of the judge's tournament, if there is one.
+
+        Every scorer runs once, for the questions whose stage is its own. Without a scorer the first candidate wins.
+        """
+        stage = progress.stage
         mean_log_prob = candidates.log_prob / jnp.maximum(candidates.num_sampled, 1)
         mean_log_prob = jnp.where(candidates.ended == EndReason.UNUSED, -jnp.inf, mean_log_prob)
-        if self.judge_tables is not None and self.spec.judge is not None:
-            num_candidates = jnp.array(self.spec.num_candidates)[stage]
-            headers, question = self.inputs.chat_headers, self.inputs.question
-            inputs = JudgeInputs(stage, texts, mean_log_prob, num_candidates, headers, question, earlier, keys)
-            judge = StageJudge(self.decoder, self.spec.judge, inputs, self.judge_tables, self.spec.sampling)
-            judgement = run_tournament(judge)
-            return judgement.winner, judgement
-        if isinstance(self.spec.scorer, LogProbability):
-            return jnp.argmax(mean_log_prob, axis=-1).astype(jnp.int32), None
-        return jnp.zeros(self.num_questions, jnp.int32), None
+        winner, judgement = jnp.zeros(self.num_questions, jnp.int32), None
+        for scorer in self.spec.distinct_scorers:
+            is_its_stage = jnp.array([each == scorer for each in self.spec.scorers])[stage]
+            if scorer == self.spec.judge:
+                judgement = self._judge(scorer, candidates, mean_log_prob, is_its_stage, progress)
+                chosen = judgement.winner
+            elif isinstance(scorer, LogProbability):
+                chosen = jnp.argmax(mean_log_prob, axis=-1).astype(jnp.int32)
+            else:  # a judge that has nothing to choose between
+                continue
+            winner = jnp.where(is_its_stage, chosen, winner)
+        return winner, judgement
+
+    def _judge(
+        self,
+        judge: Judge,
+        candidates: Samples,
+        mean_log_prob: Float[Array, "questions candidates"],
+        is_judged: Bool[Array, " questions"],
+        progress: Progress,
+    ) -> StageJudgement:
+        """Let the judge choose a candidate of the questions that are judged; that of another question is the first."""
+        assert self.judge_tables is not None
+        inputs = JudgeInputs(
+            stage=progress.stage,
+            texts=self.texts(candidates, progress.stage),
+            mean_log_prob=mean_log_prob,
+            num_candidates=jnp.where(is_judged, jnp.array(self.spec.num_candidates)[progress.stage], 1),
+            chat_headers=self.inputs.chat_headers,
+            question=self.inputs.question,
+            earlier=progress.winners,
+            keys=stage_keys(self.inputs.seeds, progress.stage),
+        )
+        return run_tournament(StageJudge(self.decoder, judge, inputs, self.judge_tables, self.spec.sampling))
+
+    def advance(self, progress: Progress, candidates: Samples, winner: Int[Array, " questions"]) -> Progress:
+        """Return the progress after a stage whose winner is chosen: the winner and the next opening tag are pending."""
+        stage, tables = progress.stage, self.tables
+        question = jnp.arange(self.num_questions)
+        won, won_text = jax.tree.map(lambda x: x[question, winner], (candidates, self.texts(candidates, stage)))
+        next_stage = jnp.minimum(stage + 1, self.spec.num_stages - 1)
+        opening = tables.openings[next_stage, _count_line_breaks(won, tables.num_states)]
+        pending = concat((won.text, tables.closings[stage, won.state], opening), self.lengths.pending)
+        winners = jax.tree.map(lambda old, new: old.at[question, stage].set(new), progress.winners, won_text)
+        return Progress(stage + 1, pending, winners)
+
+    def texts(self, candidates: Samples, stage: Int[Array, " questions"]) -> RaggedTokens:
+        """Return candidates with their tags, [questions, candidates]."""
+        openings = self.tables.openings[stage[:, None], BLANK_LINE]
+        closings = self.tables.closings[stage[:, None], candidates.state]
+        return concat((openings, candidates.text, closings), self.lengths.text)
+
+
+def stage_keys(seeds: UInt32[Array, " questions"], stage: Int[Array, " questions"]) -> Key[Array, " questions"]:
+    """Return the random key of each question's stage."""
+    return jax.vmap(lambda seed, stage: jax.random.fold_in(jax.random.key(seed), stage))(seeds, stage)
+
+
+def by_question(samples: Samples, questions: int) -> Samples:
+    """Return samples of sequences as [questions, candidates]."""
+    return jax.tree.map(lambda x: x.reshape(questions, -1, *x.shape[1:]), samples)
 
 
 @jax.named_scope("candidates")
@@ -243,9 +305,9 @@ def sample_candidates(
     logits: Float[Array, "questions vocab"],
     prefix: Prefix,
     suffix: CacheLayers,
-    stop_table: UInt8[Array, "states vocab"],
+    stop_tables: UInt8[Array, "stages states vocab"],
     keys: Key[Array, " questions"],
-    stage: Int[Array, ""],
+    stage: Int[Array, " questions"],
 ) -> tuple[CacheLayers, Samples]:
     """Sample the candidates of a stage, those of a question side by side.
 
@@ -255,27 +317,47 @@ def sample_candidates(
         logits: float32 logits after the prefix.
         prefix: Tokens that the candidates of a question share.
         suffix: Room for the candidates' keys and values, [questions * candidates].
-        stop_table: Stop table of the stage's closing tag.
+        stop_tables: Stop table of each stage's closing tag.
         keys: Random keys of the stage.
-        stage: int32, index of the stage.
+        stage: int32, index of each question's stage.
 
     Returns:
         The candidates' keys and values, and the candidates, [questions * candidates].
     """
-    questions, most = len(keys), max(spec.num_candidates)
+    stop = candidate_stops(spec, stop_tables, keys, stage)
+    cache = candidate_cache(suffix, prefix)
+    logits = jnp.repeat(logits, max(spec.num_candidates), axis=0)
+    return sample(decoder, logits, cache, stop, capacity=max(spec.max_new_tokens), sampling=spec.sampling)
+
+
+def candidate_cache(suffix: CacheLayers, prefix: Prefix) -> KVCache:
+    """Return the KV cache of candidates without a token."""
+    batch = jax.tree.leaves(suffix)[0].shape[0]
+    return KVCache(suffix, jnp.zeros(batch, jnp.int32), prefix)
+
+
+def candidate_stops(
+    spec: SearchSpec,
+    stop_tables: UInt8[Array, "stages states vocab"],
+    keys: Key[Array, " questions"],
+    stage: Int[Array, " questions"],
+) -> StopConditions:
+    """Return when the candidates of each question's stage end, and what they are drawn with.
+
+    The arguments are those of ``sample_candidates``.
+    """
+    most = max(spec.num_candidates)
     candidate_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, Draw.CANDIDATE)
     each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(candidate_keys, jnp.arange(most))
-    used = jnp.arange(most) < jnp.array(spec.num_candidates)[stage]
-    stop = StopConditions(
-        stop_table=stop_table,
-        max_new_tokens=jnp.array(spec.max_new_tokens)[stage],
-        temperature=jnp.array(spec.temperatures, jnp.float32)[stage],
+    used = jnp.arange(most) < jnp.array(spec.num_candidates)[stage][:, None]
+    return StopConditions(
+        stop_tables=stop_tables,
+        table=jnp.repeat(stage, most),
+        max_new_tokens=jnp.repeat(jnp.array(spec.max_new_tokens)[stage], most),
+        temperature=jnp.repeat(jnp.array(spec.temperatures, jnp.float32)[stage], most),
         keys=each.reshape(-1),
-        used=jnp.tile(used, questions),
+        used=used.reshape(-1),
     )
-    cache = KVCache(suffix, jnp.zeros(questions * most, jnp.int32), prefix)
-    logits = jnp.repeat(logits, most, axis=0)
-    return sample(decoder, logits, cache, stop, capacity=max(spec.max_new_tokens), sampling=spec.sampling)
 
 
 def _count_line_breaks(won: Samples, num_states: int) -> Int[Array, " questions"]:

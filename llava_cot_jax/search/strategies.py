@@ -104,7 +104,7 @@ class SearchSpec:
         temperatures: Temperature of each stage.
         max_new_tokens: Largest number of tokens of a candidate of each stage.
         sampling: top_k and top_p; its temperature is the highest of the stages.
-        scorer: Scorer that chooses among candidates; None keeps the first.
+        scorers: Scorer that chooses among the candidates of each stage; None keeps the first.
         shrinks: Whether ``max_new_tokens`` is a default, which shrinks to what a model's context leaves.
 
     Raises:
@@ -116,7 +116,7 @@ class SearchSpec:
     temperatures: tuple[float, ...]
     max_new_tokens: tuple[int, ...]
     sampling: Sampling
-    scorer: Scorer | None
+    scorers: tuple[Scorer | None, ...]
     shrinks: bool = False
 
     def __post_init__(self) -> None:
@@ -126,8 +126,8 @@ class SearchSpec:
             check_int("max_new_tokens", tokens)
         for temperature in self.temperatures:
             Sampling(temperature)
-        if self.scorer is not None:
-            _check_scorer(self.scorer)
+        for scorer in self.distinct_scorers:
+            _check_scorer(scorer)
 
     @property
     def num_stages(self) -> int:
@@ -135,9 +135,20 @@ class SearchSpec:
         return len(self.num_candidates)
 
     @property
+    def distinct_scorers(self) -> tuple[Scorer, ...]:
+        """The scorers, each once."""
+        return tuple(dict.fromkeys(scorer for scorer in self.scorers if scorer is not None))
+
+    @property
     def judge(self) -> Judge | None:
-        """The scorer, where it is a judge and a stage has candidates to choose between."""
-        return self.scorer if isinstance(self.scorer, Judge) and max(self.num_candidates) > 1 else None
+        """The scorer that is a judge, where one of its stages has candidates to choose between."""
+        judges = (scorer for scorer in map(self.judge_of, range(self.num_stages)) if scorer is not None)
+        return next(judges, None)
+
+    def judge_of(self, stage: int) -> Judge | None:
+        """Return the scorer of a stage, where it is a judge and has candidates to choose between."""
+        scorer = self.scorers[stage]
+        return scorer if isinstance(scorer, Judge) and self.num_candidates[stage] > 1 else None
 
 
 class Strategy(Protocol):
@@ -170,7 +181,7 @@ def _whole_answers(
     """Return a search that samples whole answers."""
     sampling = Sampling(temperature, top_k, top_p)
     longest = DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-    return SearchSpec((), (num_candidates,), (temperature,), (longest,), sampling, scorer, max_new_tokens is None)
+    return SearchSpec((), (num_candidates,), (temperature,), (longest,), sampling, (scorer,), max_new_tokens is None)
 
 
 @dataclass(frozen=True)
@@ -340,7 +351,7 @@ class StageBeam:
             temperatures=temperatures,
             max_new_tokens=self._per_stage("max_new_tokens", longest),
             sampling=Sampling(max(temperatures), self.top_k, self.top_p),
-            scorer=self.scorer,
+            scorers=(self.scorer,) * len(self.stages),
             shrinks=self.max_new_tokens is None,
         )
 

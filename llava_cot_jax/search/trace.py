@@ -163,8 +163,8 @@ def trace_stages(processor: Processor, spec: SearchSpec, result: StageResult) ->
         StageTrace(
             stage=spec.stages[number] if spec.stages else WHOLE_ANSWER,
             candidates=_trace_candidates(processor, spec, number, stage.candidates),
-            checks=[] if stage.judgement is None else _trace_checks(processor, spec, number, stage.judgement),
-            matches=[] if stage.judgement is None else _trace_matches(processor, spec, number, stage.judgement),
+            checks=_trace_checks(processor, spec, number, stage.judgement),
+            matches=_trace_matches(processor, spec, number, stage.judgement),
             winner=int(stage.winner),
         )
         for number, stage in enumerate(_stages(spec, result))
@@ -194,15 +194,25 @@ def _trace_candidates(processor: Processor, spec: SearchSpec, number: int, candi
     return traces
 
 
-def _trace_checks(processor: Processor, spec: SearchSpec, number: int, judgement: StageJudgement) -> list[VerdictTrace]:
+def _trace_checks(
+    processor: Processor, spec: SearchSpec, number: int, judgement: StageJudgement | None
+) -> list[VerdictTrace]:
     """Return the check of each candidate of a stage."""
-    judge = _judge_of(spec)
-    return [_trace_verdict(processor, judge, judgement, i, CHECK) for i in range(_num_checks(spec, number, judgement))]
+    judge = spec.judge_of(number)
+    if judge is None or judgement is None:
+        return []
+    checks = range(_num_checks(spec, number, judge, judgement))
+    return [_trace_verdict(processor, judge, judgement, i, CHECK) for i in checks]
 
 
-def _trace_matches(processor: Processor, spec: SearchSpec, number: int, judgement: StageJudgement) -> list[MatchTrace]:
+def _trace_matches(
+    processor: Processor, spec: SearchSpec, number: int, judgement: StageJudgement | None
+) -> list[MatchTrace]:
     """Return the matches of a stage with their verdicts."""
-    judge, checks, traces = _judge_of(spec), _num_checks(spec, number, judgement), []
+    judge, traces = spec.judge_of(number), []
+    if judge is None or judgement is None:
+        return []
+    checks = _num_checks(spec, number, judge, judgement)
     for i in range(spec.num_candidates[number] - 1):
         match: Matches = jax.tree.map(lambda x: x[i], judgement.matches)  # noqa: B023
         queries = range(checks + i * judge.orders, checks + (i + 1) * judge.orders)
@@ -229,15 +239,9 @@ def _trace_verdict(processor: Processor, judge: Judge, judgement: StageJudgement
     return VerdictTrace(first, second, vote, None, reason, readable=bool(query.reason.ended == EndReason.TAG))
 
 
-def _judge_of(spec: SearchSpec) -> Judge:
-    """Return the judge of a search that has one."""
-    assert spec.judge is not None
-    return spec.judge
-
-
-def _num_checks(spec: SearchSpec, number: int, judgement: StageJudgement) -> int:
+def _num_checks(spec: SearchSpec, number: int, judge: Judge, judgement: StageJudgement) -> int:
     """Return the number of queries of a stage that were checks."""
-    return int(judgement.num_queries) - (spec.num_candidates[number] - 1) * _judge_of(spec).orders
+    return int(judgement.num_queries) - (spec.num_candidates[number] - 1) * judge.orders
 
 
 @dataclass(frozen=True)
@@ -288,8 +292,9 @@ class SearchCosts:
             prefix += int(stage.num_prefilled)
             sampled = stage.candidates.num_sampled[stage.candidates.ended != EndReason.UNUSED].tolist()
             self._add_decoding("candidates", sampled, prefix, [0] * len(sampled))
-            if stage.judgement is not None:
-                self._add_judgement(_judge_of(spec), stage.judgement, _num_checks(spec, number, stage.judgement))
+            judge = spec.judge_of(number)
+            if judge is not None and stage.judgement is not None:
+                self._add_judgement(judge, stage.judgement, _num_checks(spec, number, judge, stage.judgement))
 
     def _add_judgement(self, judge: Judge, judgement: StageJudgement, num_checks: int) -> None:
         queries: JudgeQueries = jax.tree.map(lambda x: x[: int(judgement.num_queries)], judgement.queries)

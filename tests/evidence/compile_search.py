@@ -80,10 +80,10 @@ def candidate_loop(mesh: Mesh, questions: int, candidates: int) -> None:
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     @functools.partial(jax.jit, donate_argnames="suffix")
-    def loop(params, logits, prefix, suffix, images, stop_table, keys, number):
+    def loop(params, logits, prefix, suffix, images, stop_tables, keys, stage):
         with use_mesh(mesh):
             decoder = Decoder(params, CONFIG, images, prefill_chunk=1)
-            return sample_candidates(decoder, spec, logits, prefix, suffix, stop_table, keys, number)
+            return sample_candidates(decoder, spec, logits, prefix, suffix, stop_tables, keys, stage)
 
     cache = functools.partial(init_cache, CONFIG.text, dtype=jnp.bfloat16)
     shapes = jax.eval_shape(
@@ -92,9 +92,9 @@ def candidate_loop(mesh: Mesh, questions: int, candidates: int) -> None:
             "prefix": Prefix(cache(questions, 2048), jnp.zeros(questions, jnp.int32)),
             "suffix": cache(questions * candidates, BUDGET),
             "images": image_context(questions, 2048),
-            "stop_table": jnp.zeros((13, CONFIG.text.vocab_size), jnp.uint8),
+            "stop_tables": jnp.zeros((4, 13, CONFIG.text.vocab_size), jnp.uint8),
             "keys": jax.vmap(jax.random.key)(jnp.zeros(questions, jnp.uint32)),
-            "number": jnp.int32(0),
+            "stage": jnp.zeros(questions, jnp.int32),
         }
     )
     print(f"the loop that samples candidates, on v6e, {questions} questions of {candidates}, 2048 tokens of prompt")

@@ -190,7 +190,7 @@ class Search:
 
     def choose(self, candidates: list[Draws], texts: list[list[int]], tag: str, key: jax.Array) -> Stage:
         means = [c.log_prob / c.drawn for c in candidates]
-        scorer = self.spec.scorer
+        scorer = self.spec.scorers[0]
         if isinstance(self.strategy, MajorityVote):
             answers = [find_stages(self.text(c.ids)).get("CONCLUSION", self.text(c.ids)) for c in candidates]
             spaced = [" ".join(a.lower().split()) for a in answers]
@@ -221,7 +221,7 @@ class Search:
 
     def play(self, stage, texts, means, failed, first, second, tag, key) -> int:
         votes = []
-        for order in range(self.spec.scorer.orders):
+        for order in range(self.spec.judge.orders):
             one, two = (second, first) if order else (first, second)
             verdict = self.judge(texts[one], texts[two], one, two, tag, key)
             stage.verdicts.append(verdict)
@@ -241,7 +241,7 @@ class Search:
     def prompt_of(self, kind: str, tag: str, texts: list[list[int]], images: int) -> list[int]:
         stages = self.spec.stages or ("whole",)
         header, intro, middle, label, *rest = self.prompts.split(self.processor, kind, tag, stages, images)
-        if kind == "pair" and self.spec.scorer.verdict == "token":
+        if kind == "pair" and self.spec.judge.verdict == "token":
             rest[-1] += self.prompts.stem
         ids = self.ids(header) + self.ids(intro) + self.ids(self.question) + self.ids(middle)
         for earlier in self.prompts.shown_stages(tag, stages):
@@ -252,7 +252,7 @@ class Search:
         return ids
 
     def judge(self, one: list[int], two: list[int], first: int, second: int, tag: str, key: jax.Array) -> Verdict:
-        judge = self.spec.scorer
+        judge = self.spec.judge
         ids = self.prompt_of("pair", tag, [one, two], len(self.images))
         sequence = Sequence(self.model, self.processor, ids, self.images)
         if judge.verdict == "token":
@@ -266,12 +266,12 @@ class Search:
         ids = self.prompt_of("check", tag, [text], 0)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, CHECK), i), 0)
         sequence = Sequence(self.model, self.processor, ids, [])
-        return self.read_verdict("check", sequence, ids, key, self.spec.scorer.check_tokens, i, None)
+        return self.read_verdict("check", sequence, ids, key, self.spec.judge.check_tokens, i, None)
 
     def read_verdict(self, kind, sequence, ids, key, max_new_tokens, first, second) -> Verdict:
         yes, no = (r.lower() for r in self.prompts.readings[kind])
         either = re.compile("|".join(re.escape(r) for r in sorted((yes, no), key=len, reverse=True)))
-        judge = self.spec.scorer
+        judge = self.spec.judge
         found = self.write(
             sequence, ids, key, max_new_tokens, judge.temperature, lambda text: either.search(text.lower()) is not None
         )
