@@ -21,15 +21,16 @@ from llava_cot_jax.inference.decoding import (
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, concat
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext
-from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Prefix
+from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Segment
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.judge import JudgeInputs, StageJudge
 from llava_cot_jax.search.lengths import SearchLengths
 from llava_cot_jax.search.random_keys import Draw
 from llava_cot_jax.search.strategies import LogProbability, SearchSpec
-from llava_cot_jax.search.tables import BLANK_LINE, JudgeTables, StageTables
+from llava_cot_jax.search.tables import BLANK_LINE, JudgeTables, ScorerTables, StageTables, VerifierTables
 from llava_cot_jax.search.tournament import StageJudgement, run_tournament
+from llava_cot_jax.search.verifier import StageScores, choose_highest, score_candidates
 
 
 @jax.tree_util.register_dataclass
@@ -61,12 +62,14 @@ class StageResult:
         candidates: Candidates, [questions, candidates].
         winner: int32, the candidate that won.
         judgement: Outcome of the judge's tournament; None where there was no judge.
+        scores: Scores of the verifier; None where there was no verifier.
         num_prefilled: int32, number of tokens prefilled before the stage: the prompt or the last winner, and tags.
     """
 
     candidates: Samples
     winner: Int[Array, " questions"]
     judgement: StageJudgement | None
+    scores: StageScores | None
     num_prefilled: Int[Array, " questions"]
 
 
@@ -75,7 +78,7 @@ def search(
     params: Params,
     inputs: SearchInputs,
     stage_tables: StageTables,
-    judge_tables: JudgeTables | None,
+    scorer_tables: ScorerTables | None,
     *,
     config: MllamaConfig,
     spec: SearchSpec,
@@ -91,7 +94,7 @@ def search(
         params: Parameters of the model, in the unrolled layout.
         inputs: The questions.
         stage_tables: Tables of the stages of ``spec``.
-        judge_tables: Tables of the judge of ``spec``; None where it has none.
+        scorer_tables: Tables of the judge or the verifier of ``spec``; None where it has neither.
         config: Configuration of the model.
         spec: Static part of the search.
         prefill_chunk: Number of tokens of each question that are prefilled at a time.
@@ -101,7 +104,7 @@ def search(
         images = encode_images(params, config, inputs.model_inputs, inputs.lengths)
         decoder = Decoder(params, config, _close_gates_without_images(images), prefill_chunk)
         keys = jax.vmap(jax.random.key)(inputs.seeds)
-        stage_search = _StageSearch(decoder, spec, inputs, stage_tables, judge_tables, keys)
+        stage_search = _StageSearch(decoder, spec, inputs, stage_tables, scorer_tables, keys)
         return jax.lax.scan(stage_search.run_stage, stage_search.init_state(), jnp.arange(spec.num_stages))[1]
 
 
@@ -122,12 +125,12 @@ class SearchState:
     """State of a search between stages.
 
     Attributes:
-        prefix: KV cache of the prompts and of the winners that are prefilled.
+        prefix: Prompts and the winners that are prefilled, a row for each question.
         pending: Tokens to prefill before the next stage, [questions].
         winners: Winner of each stage with its tags, [stages, questions]; empty where the stage is still to come.
     """
 
-    prefix: Prefix
+    prefix: Segment
     pending: RaggedTokens
     winners: RaggedTokens
 
@@ -141,7 +144,7 @@ class _StageSearch:
         spec: Static part of the search.
         inputs: The questions.
         tables: Tables of the stages.
-        judge_tables: Tables of the judge; None where there is none.
+        scorer_tables: Tables of the judge or the verifier; None where there is neither.
         keys: Random key of each question.
     """
 
@@ -149,7 +152,7 @@ class _StageSearch:
     spec: SearchSpec
     inputs: SearchInputs
     tables: StageTables
-    judge_tables: JudgeTables | None
+    scorer_tables: ScorerTables | None
     keys: Key[Array, " questions"]
 
     @property
@@ -170,17 +173,18 @@ class _StageSearch:
         shape = (self.spec.num_stages, questions)
         winners = RaggedTokens(jnp.zeros((*shape, lengths.text), jnp.int32), jnp.zeros(shape, jnp.int32))
         prefix = decoder.init_cache(questions, lengths.prefix + decoder.prefill_chunk)
-        return SearchState(Prefix(prefix, jnp.zeros(questions, jnp.int32)), pending, winners)
+        return SearchState(Segment(prefix, jnp.zeros(questions, jnp.int32)), pending, winners)
 
     @jax.named_scope("stage")
     def run_stage(self, state: SearchState, stage: Int[Array, ""]) -> tuple[SearchState, StageResult]:
         """Sample the candidates of a stage and choose the winner."""
         prefix, logits = self._extend_prefix(state)
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, stage)
-        candidates = self._sample(prefix, logits, keys, stage)
+        cached, candidates = self._sample(prefix, logits, keys, stage)
         closings = self.tables.closings[stage][candidates.state]  # [questions, candidates]
         texts = concat((self.tables.openings[stage, BLANK_LINE], candidates.text, closings), self.lengths.text)
-        winner, judgement = self._choose(candidates, texts, state.winners, keys, stage)
+        scores = self._score((prefix, cached), candidates, closings, stage)
+        winner, judgement = self._choose(candidates, texts, state.winners, scores, keys, stage)
 
         won, won_closing, won_text = jax.tree.map(
             lambda x: x[jnp.arange(self.num_questions), winner], (candidates, closings, texts)
@@ -189,46 +193,59 @@ class _StageSearch:
         next_opening = self.tables.openings[next_stage][_count_line_breaks(won, self.tables.num_states)]
         pending = concat((won.text, won_closing, next_opening), self.lengths.pending)
         winners = jax.tree.map(lambda old, new: old.at[stage].set(new), state.winners, won_text)
-        result = StageResult(candidates, winner, judgement, state.pending.lengths)
+        result = StageResult(candidates, winner, judgement, scores, state.pending.lengths)
         return SearchState(prefix, pending, winners), result
 
     @jax.named_scope("extend_prefix")
-    def _extend_prefix(self, state: SearchState) -> tuple[Prefix, Float[Array, "questions vocab"]]:
+    def _extend_prefix(self, state: SearchState) -> tuple[Segment, Float[Array, "questions vocab"]]:
         """Prefill the pending tokens. Return the longer prefix, and the logits after it."""
         before = KVCache(state.prefix.layers, state.prefix.lengths)
         layers, logits = prefill(self.decoder, state.pending, before)
-        return Prefix(layers, state.prefix.lengths + state.pending.lengths), logits
+        return Segment(layers, state.prefix.lengths + state.pending.lengths), logits
 
     def _sample(
         self,
-        prefix: Prefix,
+        prefix: Segment,
         logits: Float[Array, "questions vocab"],
         keys: Key[Array, " questions"],
         stage: Int[Array, ""],
-    ) -> Samples:
-        """Sample the candidates of a stage, [questions, candidates]."""
+    ) -> tuple[Segment, Samples]:
+        """Sample the candidates of a stage, [questions, candidates]. Return them after the segment that caches them."""
         num_sequences = self.num_questions * max(self.spec.num_candidates)
         suffix = self.decoder.init_cache(num_sequences, self.lengths.candidate)
         stop_table = self.tables.stop_tables[stage]
-        _, samples = sample_candidates(self.decoder, self.spec, logits, prefix, suffix, stop_table, keys, stage)
-        return jax.tree.map(lambda x: x.reshape(self.num_questions, -1, *x.shape[1:]), samples)
+        layers, samples = sample_candidates(self.decoder, self.spec, logits, (prefix,), suffix, stop_table, keys, stage)
+        candidates = jax.tree.map(lambda x: x.reshape(self.num_questions, -1, *x.shape[1:]), samples)
+        return Segment(layers, samples.num_cached), candidates
+
+    def _score(
+        self, chain: tuple[Segment, ...], candidates: Samples, closings: RaggedTokens, stage: Int[Array, ""]
+    ) -> StageScores | None:
+        """Return the scores of a stage's candidates, if there is a verifier."""
+        if not isinstance(self.scorer_tables, VerifierTables):
+            return None
+        stages = jnp.broadcast_to(stage, self.num_questions)
+        return score_candidates(self.decoder, chain, candidates, closings, stages, self.scorer_tables)
 
     def _choose(
         self,
         candidates: Samples,
         texts: RaggedTokens,
         earlier: RaggedTokens,
+        scores: StageScores | None,
         keys: Key[Array, " questions"],
         stage: Int[Array, ""],
     ) -> tuple[Int[Array, " questions"], StageJudgement | None]:
         """Return the candidate that wins a stage, int32, and the outcome of the judge's tournament, if there is one."""
         mean_log_prob = candidates.log_prob / jnp.maximum(candidates.num_sampled, 1)
         mean_log_prob = jnp.where(candidates.ended == EndReason.UNUSED, -jnp.inf, mean_log_prob)
-        if self.judge_tables is not None and self.spec.judge is not None:
+        if scores is not None:
+            return choose_highest(scores.score, mean_log_prob), None
+        if isinstance(self.scorer_tables, JudgeTables) and self.spec.judge is not None:
             num_candidates = jnp.array(self.spec.num_candidates)[stage]
             headers, question = self.inputs.chat_headers, self.inputs.question
             inputs = JudgeInputs(stage, texts, mean_log_prob, num_candidates, headers, question, earlier, keys)
-            judge = StageJudge(self.decoder, self.spec.judge, inputs, self.judge_tables, self.spec.sampling)
+            judge = StageJudge(self.decoder, self.spec.judge, inputs, self.scorer_tables, self.spec.sampling)
             judgement = run_tournament(judge)
             return judgement.winner, judgement
         if isinstance(self.spec.scorer, LogProbability):
@@ -240,29 +257,31 @@ class _StageSearch:
 def sample_candidates(
     decoder: Decoder,
     spec: SearchSpec,
-    logits: Float[Array, "questions vocab"],
-    prefix: Prefix,
+    logits: Float[Array, "groups vocab"],
+    chain: tuple[Segment, ...],
     suffix: CacheLayers,
     stop_table: UInt8[Array, "states vocab"],
-    keys: Key[Array, " questions"],
+    keys: Key[Array, " groups"],
     stage: Int[Array, ""],
 ) -> tuple[CacheLayers, Samples]:
-    """Sample the candidates of a stage, those of a question side by side.
+    """Sample the candidates of a stage, those of a group side by side.
+
+    A group is a row of the last segment: a question, or a candidate whose continuations are sampled.
 
     Args:
         decoder: Model and images.
         spec: Static part of the search.
-        logits: float32 logits after the prefix.
-        prefix: Tokens that the candidates of a question share.
-        suffix: Room for the candidates' keys and values, [questions * candidates].
+        logits: float32 logits after the chain.
+        chain: Segments that the candidates of a group share, root first.
+        suffix: Room for the candidates' keys and values, [groups * candidates].
         stop_table: Stop table of the stage's closing tag.
         keys: Random keys of the stage.
         stage: int32, index of the stage.
 
     Returns:
-        The candidates' keys and values, and the candidates, [questions * candidates].
+        The candidates' keys and values, and the candidates, [groups * candidates].
     """
-    questions, most = len(keys), max(spec.num_candidates)
+    groups, most = len(keys), max(spec.num_candidates)
     candidate_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, Draw.CANDIDATE)
     each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(candidate_keys, jnp.arange(most))
     used = jnp.arange(most) < jnp.array(spec.num_candidates)[stage]
@@ -271,9 +290,9 @@ def sample_candidates(
         max_new_tokens=jnp.array(spec.max_new_tokens)[stage],
         temperature=jnp.array(spec.temperatures, jnp.float32)[stage],
         keys=each.reshape(-1),
-        used=jnp.tile(used, questions),
+        used=jnp.tile(used, groups),
     )
-    cache = KVCache(suffix, jnp.zeros(questions * most, jnp.int32), prefix)
+    cache = KVCache(suffix, jnp.zeros(groups * most, jnp.int32), chain)
     logits = jnp.repeat(logits, most, axis=0)
     return sample(decoder, logits, cache, stop, capacity=max(spec.max_new_tokens), sampling=spec.sampling)
 
