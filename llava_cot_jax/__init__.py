@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from llava_cot_jax.processing.messages import user_turn
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.reasoner import Answer, Reasoner
-    from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
+    from llava_cot_jax.search.strategies import (
+        BestOfN,
+        Greedy,
+        Judge,
+        LogProbability,
+        MajorityVote,
+        Sample,
+        StageBeam,
+        Verifier,
+        WeightedVote,
+    )
     from llava_cot_jax.stages import find_stages
     from llava_cot_jax.training.loss import causal_lm_loss
 
@@ -45,7 +55,9 @@ __all__ = [
     "StageBeam",
     "TextConfig",
     "UserError",
+    "Verifier",
     "VisionConfig",
+    "WeightedVote",
     "causal_lm_loss",
     "find_stages",
     "make_mesh",
@@ -71,6 +83,8 @@ _MODULES = {
         "MajorityVote",
         "Sample",
         "StageBeam",
+        "Verifier",
+        "WeightedVote",
     ),
     "stages": ("find_stages",),
     "training.loss": ("causal_lm_loss",),

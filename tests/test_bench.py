@@ -74,8 +74,8 @@ def test_all_lengths_are_forced():
     timed = SearchBenchmark(model, WORK, runs=1)
     judge = Judge("rationale", both_orders=False, reason_tokens=3, check_tokens=2)
     spec = StageBeam(2, judge, max_new_tokens=WORK.stage_tokens).to_spec()
-    stage_tables, judge_tables = endless_tables(timed.config, WORK, spec)
-    found = bench_search(timed, spec, stage_tables, judge_tables)
+    stage_tables, scorer_tables = endless_tables(timed.config, WORK, spec)
+    found = bench_search(timed, spec, stage_tables, scorer_tables)
     lengths = np.asarray(found.candidates.lengths)[:, 0]  # [stages, candidates]
     np.testing.assert_array_equal(lengths, np.repeat(np.array(WORK.stage_tokens)[:, None], 2, axis=1))
     reasons = np.asarray(found.judgement.queries.reason.lengths)[:, 0]
@@ -84,9 +84,9 @@ def test_all_lengths_are_forced():
     assert [row[:n].tolist() for row, n in zip(reasons, asked, strict=True)] == [[3], [3], [2, 2, 3], [3]]
 
 
-def bench_search(timed, spec, stage_tables, judge_tables):
+def bench_search(timed, spec, stage_tables, scorer_tables):
     static = {"config": timed.config, "spec": spec, "prefill_chunk": 64, "mesh": None}
-    return search(timed.params, timed.search_inputs, stage_tables, judge_tables, **static)
+    return search(timed.params, timed.search_inputs, stage_tables, scorer_tables, **static)
 
 
 @pytest.fixture

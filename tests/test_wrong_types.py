@@ -208,7 +208,16 @@ def test_every_public_class_and_function_is_tried():
     """Those that only hold what the package gives, and the strategies, which ``test_hostile.py`` tries, are not."""
     tried = {name for call, _ in WRONG.values() for name in _names_in(call.__code__)}
     tried |= {name for helper in (ask, ask_all, generate) for name in _names_in(helper.__code__)}
-    strategies = {"BestOfN", "Judge", "LogProbability", "MajorityVote", "Sample", "StageBeam"}
+    strategies = {
+        "BestOfN",
+        "Judge",
+        "LogProbability",
+        "MajorityVote",
+        "Sample",
+        "StageBeam",
+        "Verifier",
+        "WeightedVote",
+    }
     assert set(llava_cot_jax.__all__) - {"Answer", "Completion", "UserError"} - strategies <= tried
 
 

@@ -16,7 +16,7 @@ from llava_cot_jax.costs import model_costs
 from llava_cot_jax.inference.decoding import Decoder, encode_images, prefill
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.model.image_context import ImageContext
-from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Prefix, init_cache
+from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Segment, init_cache
 from llava_cot_jax.model.layers import linear
 from llava_cot_jax.model.mllama import Mllama, compute_logits
 from llava_cot_jax.model.parameters import Params
@@ -82,7 +82,7 @@ class SearchBenchmark:
         yield row
         # The longest stage starts after the stages before it, whose part of the cache is left empty.
         before = sum(self.work.stage_tokens[: self.work.stage_tokens.index(max(self.work.stage_tokens))])
-        prefix = Prefix(layers, self.search_inputs.lengths + before)
+        prefix = Segment(layers, self.search_inputs.lengths + before)
         for count in self.work.num_candidates:
             yield self._decode_steps(count, images, prefix, logits)
         if max(self.work.num_candidates) > 1:
@@ -116,7 +116,9 @@ class SearchBenchmark:
         read_bytes = self._step_bytes(1, 0, 0)["weights"]
         return BenchmarkRow("prefill", timing, tokens, "token", flops, read_bytes, matmuls), result
 
-    def _decode_steps(self, count: int, images: ImageContext | None, prefix: Prefix, logits: jax.Array) -> BenchmarkRow:
+    def _decode_steps(
+        self, count: int, images: ImageContext | None, prefix: Segment, logits: jax.Array
+    ) -> BenchmarkRow:
         """Measure the decoding steps of the longest stage, after the prompt and the stages before it."""
         steps = max(self.work.stage_tokens)
         spec = StageBeam(count, max_new_tokens=steps, stages=("A",)).to_spec()
@@ -124,10 +126,16 @@ class SearchBenchmark:
         suffix = init_cache(self.config.text, count, steps, self.model.dtype)
 
         def sample_stage(
-            params: Params, images: ImageContext | None, logits: jax.Array, prefix: Prefix, tables: jax.Array, keys: Any
+            params: Params,
+            images: ImageContext | None,
+            logits: jax.Array,
+            prefix: Segment,
+            tables: jax.Array,
+            keys: Any,
         ) -> Any:
             decoder = self._decoder(params, images)
-            _, samples = sample_candidates(decoder, spec, logits, prefix, suffix, tables, keys, jnp.zeros(1, jnp.int32))
+            stage = jnp.zeros(1, jnp.int32)
+            _, samples = sample_candidates(decoder, spec, logits, (prefix,), suffix, tables, keys, stage)
             return samples.tokens, samples.log_prob
 
         keys = jax.vmap(jax.random.key)(self.search_inputs.seeds)
@@ -148,8 +156,8 @@ class SearchBenchmark:
 
         def verdict(params: Params, images: ImageContext | None, suffixes: RaggedTokens) -> jax.Array:
             decoder = replace(self._decoder(params, images), prefill_chunk=max(1, chunk // orders))
-            prefix = Prefix(decoder.init_cache(1, lengths.prefix), jnp.full(1, lengths.prefix, jnp.int32))
-            cache = KVCache(decoder.init_cache(orders, lengths.suffix + chunk), jnp.zeros(orders, jnp.int32), prefix)
+            prefix = Segment(decoder.init_cache(1, lengths.prefix), jnp.full(1, lengths.prefix, jnp.int32))
+            cache = KVCache(decoder.init_cache(orders, lengths.suffix + chunk), jnp.zeros(orders, jnp.int32), (prefix,))
             return prefill(decoder, suffixes, cache)[1]
 
         timing, _ = self._time(verdict, images, suffixes)
@@ -161,11 +169,11 @@ class SearchBenchmark:
     def _judge_lengths(self, judge: Judge) -> JudgeLengths:
         """Lengths of a judge's prompts on the longest stage, without earlier stages."""
         spec = StageBeam(2, judge, max_new_tokens=max(self.work.stage_tokens), stages=("A",)).to_spec()
-        stage_tables, judge_tables = endless_tables(self.config, self.work, spec)
-        assert judge_tables is not None
+        stage_tables, scorer_tables = endless_tables(self.config, self.work, spec)
+        assert scorer_tables.judge is not None
         return JudgeLengths.of(
             judge,
-            judge_tables,
+            scorer_tables.judge,
             header=self.search_inputs.chat_headers.capacity,
             question=int(self.search_inputs.question.lengths.max()),
             text=SearchLengths.of(spec, stage_tables, self.work.prompt_tokens).text,
@@ -175,11 +183,11 @@ class SearchBenchmark:
     def whole_search(self, name: str, strategy: Strategy) -> BenchmarkRow:
         """Measure a whole search."""
         spec = strategy.to_spec()
-        stage_tables, judge_tables = endless_tables(self.config, self.work, spec)
+        stage_tables, scorer_tables = endless_tables(self.config, self.work, spec)
         mesh = self.model.mesh
         static = {"config": self.config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
         timing, found = time_program(
-            lambda: search(self.params, self.search_inputs, stage_tables, judge_tables, **static), self.runs
+            lambda: search(self.params, self.search_inputs, stage_tables, scorer_tables, **static), self.runs
         )
         one = jax.tree.map(lambda x: x[:, 0], jax.device_get(found))
         costs = SearchCosts(self.config, spec, one, num_images=1 if self.image_tokens else 0)

@@ -192,6 +192,20 @@ class Samples:
         return RaggedTokens(self.tokens, self.lengths)
 
     @property
+    def num_cached(self) -> jax.Array:
+        """Number of tokens of text whose keys and values are sure to be in the suffix of the cache, int32.
+
+        The last token is sampled, but not computed with.
+        """
+        return jnp.maximum(self.lengths - 1, 0)
+
+    @property
+    def last_token(self) -> RaggedTokens:
+        """The tokens of text that ``num_cached`` does not count: the last one, or none where there is no text."""
+        token = jnp.take_along_axis(self.tokens, self.num_cached[..., None], axis=-1)
+        return RaggedTokens(token, self.lengths - self.num_cached)
+
+    @property
     def num_sampled(self) -> jax.Array:
         """Number of tokens sampled, an end-of-sequence token counted, int32."""
         return self.lengths + (self.ended == EndReason.EOS)

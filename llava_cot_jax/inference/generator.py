@@ -357,7 +357,8 @@ def check_seeds(seeds: Sequence[int] | int, batch: int = 1) -> None:
     Raises:
         UserError: A seed is no whole number or does not fit 32 bits, or there is another number of seeds.
     """
-    given: list[Any] = list(seeds) if isinstance(seeds, list | tuple | range) or np.ndim(seeds) else [seeds]
+    values: Any = seeds
+    given = list(values) if isinstance(values, list | tuple | range) or np.ndim(values) else [values]
     for seed in given:
         check_int("seed", seed, least=None)
         if not 0 <= seed < 2**32:

@@ -6,8 +6,9 @@ Only the shapes of tables are read, so these functions work on abstract arrays a
 from dataclasses import dataclass
 from typing import Self
 
+from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.search.strategies import Judge, SearchSpec
-from llava_cot_jax.search.tables import JudgeTables, StageTables
+from llava_cot_jax.search.tables import JudgeTables, StageTables, VerifierTables
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,26 @@ class JudgeLengths:
     def total(self) -> int:
         """Tokens of the longest prompt and what is written after it."""
         return self.prefix + self.suffix + self.verdict
+
+
+def probe_capacity(tables: VerifierTables, closing: int) -> int:
+    """Return the largest number of tokens that the verifier reads after a candidate's cached ones.
+
+    Args:
+        tables: Probes of the verifier.
+        closing: Largest number of tokens that close a candidate.
+    """
+    return 1 + closing + tables.probes.capacity
+
+
+def probe_chunk(prefill_chunk: int, num_candidates: int, capacity: int) -> int:
+    """Return the number of tokens of each probe to prefill at a time.
+
+    All probes of a question together take at most a chunk, as a prompt does, and the chunks are of equal size.
+
+    Args:
+        prefill_chunk: Number of tokens of each question that are prefilled at a time.
+        num_candidates: Number of probes of a question.
+        capacity: Largest number of tokens of a probe.
+    """
+    return ceil_div(capacity, ceil_div(capacity, max(1, prefill_chunk // num_candidates)))

@@ -12,14 +12,18 @@ from llava_cot_jax.search.strategies import (
     LogProbability,
     MajorityVote,
     Sample,
+    Scorer,
     StageBeam,
     Strategy,
+    Verifier,
+    WeightedVote,
 )
 
 STRATEGIES: dict[str, type[Any]] = {
     "greedy": Greedy,
     "sample": Sample,
     "majority_vote": MajorityVote,
+    "weighted_vote": WeightedVote,
     "best_of_n": BestOfN,
     "stage_beam": StageBeam,
 }
@@ -48,9 +52,11 @@ def add_arguments(parser: Any) -> None:
     )
     add(
         "--judge",
-        choices=["token", "rationale", "log_probability"],
-        help="Scorer that chooses among candidates: the model as judge, by the probability of its verdict (token, the "
-        "default) or by a written reason (rationale), or the candidates' mean log-probability.",
+        choices=["token", "rationale", "verifier", "log_probability"],
+        help="Scorer that chooses among candidates: the model as judge of pairs, by the probability of its verdict "
+        "(token) or by a written reason (rationale); the model as verifier, by the probability of yes when it is asked "
+        "whether a candidate is right (verifier); or the candidates' mean log-probability. By default, verifier with "
+        "weighted_vote, which takes no other, and otherwise token.",
     )
     add(
         "--max_new_tokens",
@@ -115,6 +121,8 @@ def _sampling(given: dict[str, Any]) -> Sampling:
     return Sampling(**{name: given[name] for name in _SAMPLING if name in given})
 
 
-def _scorer(judge: Any) -> Judge | LogProbability:
+def _scorer(judge: Any) -> Scorer:
     """Return the scorer that ``--judge`` names."""
+    if judge == "verifier":
+        return Verifier()
     return LogProbability() if judge == "log_probability" else Judge(judge)

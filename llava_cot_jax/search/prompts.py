@@ -45,6 +45,21 @@ _MARK = "\ue000"
 
 
 @dataclass(frozen=True)
+class ProbePrompt:
+    """Question of the verifier about the candidate before it.
+
+    Attributes:
+        text: Text of the question, in which ``{criterion}`` stands for the stage's criterion.
+        stem: Beginning of the answer.
+        answers: The two texts that may follow the stem: that the candidate is right, and that it is not.
+    """
+
+    text: str
+    stem: str
+    answers: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class JudgePrompts:
     """Contents of a file of prompts. ``judge_prompts.yaml`` explains its keys.
 
@@ -57,6 +72,7 @@ class JudgePrompts:
         earlier: Words before the earlier stages.
         shows: Earlier stages that the judge of a stage is shown.
         checked: Stages whose candidates are checked.
+        probe: Question of the verifier.
     """
 
     text: Mapping[PromptKind, str]
@@ -67,6 +83,7 @@ class JudgePrompts:
     earlier: str
     shows: Mapping[str, tuple[str, ...]]
     checked: tuple[str, ...]
+    probe: ProbePrompt
 
     @classmethod
     def load(cls, path: str | Path = DEFAULT_JUDGE_PROMPTS) -> "JudgePrompts":
@@ -109,6 +126,11 @@ class JudgePrompts:
             earlier=str(content["earlier"]),
             shows={str(stage): tuple(map(str, shown)) for stage, shown in content["shows"].items()},
             checked=tuple(map(str, content["check"]["stages"])),
+            probe=ProbePrompt(
+                text=_without_mark("probe.text", str(content["probe"]["text"])),
+                stem=str(content["probe"]["stem"]),
+                answers=_two_texts("probe.answers", content["probe"]["answers"]),
+            ),
         )
 
     def shown_stages(self, stage: str, stages: Sequence[str]) -> list[str]:
@@ -130,12 +152,26 @@ class JudgePrompts:
             stages: All stages of the search in order.
             images: Number of images in the chat header.
         """
-        text = self.text[kind].replace("{criterion}", self.criteria.get(stage, self.criteria["other"]))
+        text = self.text[kind].replace("{criterion}", self._criterion(stage))
         text = text.replace("{earlier}", (self.earlier if self.shown_stages(stage, stages) else "") + _MARK)
         for name in PLACEHOLDERS[kind]:
             text = text.replace(f"{{{name}}}", _MARK)
         prompt = processor.prompt([user_message(_MARK + text, images=images)])
         return prompt.split(_MARK)
+
+    def probe_text(self, processor: "Processor", stage: str) -> str:
+        """Return the text of the verifier after a candidate of ``stage``, in the model's chat format.
+
+        It is the end of the assistant's turn, the user's question, and the beginning of the answer.
+        """
+        question = self.probe.text.replace("{criterion}", self._criterion(stage))
+        answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
+        conversation = processor.prompt([user_message("?"), answer, user_message(question)])
+        return conversation.partition(_MARK)[2] + self.probe.stem
+
+    def _criterion(self, stage: str) -> str:
+        """Return the criterion of a stage."""
+        return self.criteria.get(stage, self.criteria["other"])
 
 
 def _check_placeholders(kind: PromptKind, text: str) -> None:
@@ -144,8 +180,14 @@ def _check_placeholders(kind: PromptKind, text: str) -> None:
     places = [text.find(placeholder) for placeholder in placeholders]
     if places != sorted(places) or any(text.count(placeholder) != 1 for placeholder in placeholders):
         raise UserError(f"{kind}.text must have {', '.join(placeholders)}, each once and in this order")
+    _without_mark(f"{kind}.text", text)
+
+
+def _without_mark(name: str, text: str) -> str:
+    """Return ``text`` of the key ``name``, which must not have the mark."""
     if _MARK in text:
-        raise UserError(f"{kind}.text has the character U+{ord(_MARK):X}, which is used as a mark")
+        raise UserError(f"{name} has the character U+{ord(_MARK):X}, which is used as a mark")
+    return text
 
 
 def _two_texts(name: str, values: Sequence[str]) -> tuple[str, str]:

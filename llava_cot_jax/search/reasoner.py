@@ -1,9 +1,9 @@
 """Answers to questions about images by a search, each with the trace of its search."""
 
 import logging
+import math
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -23,8 +23,8 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.program import StageResult, search
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
-from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, StageBeam, Strategy
-from llava_cot_jax.search.trace import SearchCosts, StageTrace, Trace, trace_stages
+from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, StageBeam, Strategy, WeightedVote
+from llava_cot_jax.search.trace import CandidateTrace, SearchCosts, StageTrace, Trace, trace_stages
 from llava_cot_jax.stages import find_conclusion, find_stages, normalize_answer
 
 ACCELERATOR_CHUNK, CPU_CHUNK = 256, 64
@@ -121,7 +121,7 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
     start = time.perf_counter()
     config, spec, mesh = model.config, requests.spec, model.mesh
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
-    inputs = (requests.inputs, builder.stage_tables, builder.judge_tables)
+    inputs = (requests.inputs, builder.stage_tables, builder.scorer_tables)
     with without_surroundings():
         results: StageResult = jax.device_get(search(model.params, *inputs, **static))
     _check_finite(results, model, spec)
@@ -131,7 +131,9 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
         result: StageResult = jax.tree.map(lambda x: x[:, i], results)  # noqa: B023
         stages = trace_stages(builder.processor, spec, result)
         if isinstance(builder.strategy, MajorityVote):
-            stages = [_vote(stages[0])]
+            stages = [_vote(stages[0], lambda _: 1.0)]
+        if isinstance(builder.strategy, WeightedVote):
+            stages = [_vote(stages[0], _score_of)]
         costs = SearchCosts(config, spec, result, requests.num_images[i])
         trace = Trace(
             question=question,
@@ -190,12 +192,20 @@ def _staged_answer(trace: Trace) -> Answer:
     return Answer("\n\n".join(texts), bodies, body, trace)
 
 
-def _vote(stage: StageTrace) -> StageTrace:
-    """Return the stage with the winner of a majority vote."""
+def _vote(stage: StageTrace, weigh: Callable[[CandidateTrace], float]) -> StageTrace:
+    """Return the stage with the winner of a vote in which each candidate's conclusion has the weight of ``weigh``."""
     votes = [normalize_answer(find_conclusion(candidate.text)) for candidate in stage.candidates]
-    counts = Counter(votes)
+    weights = [weigh(candidate) for candidate in stage.candidates]
+    # fsum rounds once, so that the order of the candidates does not decide between equal sums.
+    totals = {vote: math.fsum(w for v, w in zip(votes, weights, strict=True) if v == vote) for vote in votes}
 
-    def rank(i: int) -> tuple[int, float, int]:
-        return counts[votes[i]], stage.candidates[i].mean_log_prob, -i
+    def rank(i: int) -> tuple[float, float, float, int]:
+        return totals[votes[i]], weights[i], stage.candidates[i].mean_log_prob, -i
 
     return replace(stage, winner=max(range(len(votes)), key=rank))
+
+
+def _score_of(candidate: CandidateTrace) -> float:
+    """Return the score of a candidate that has one."""
+    assert candidate.score is not None
+    return candidate.score

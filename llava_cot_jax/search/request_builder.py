@@ -21,7 +21,12 @@ from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import SearchInputs
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, PROMPT_KINDS, WHOLE_ANSWER, JudgePrompts
 from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_strategy
-from llava_cot_jax.search.tables import build_judge_tables, build_stage_tables, chat_header_ids, token_ids
+from llava_cot_jax.search.tables import (
+    build_scorer_tables,
+    build_stage_tables,
+    chat_header_ids,
+    token_ids,
+)
 
 LENGTH_STEP = 32
 """Step in tokens in which a default length shrinks."""
@@ -72,7 +77,7 @@ class RequestBuilder:
         strategy: Strategy to search with.
         spec: Static part of the search.
         stage_tables: Tables of the stages.
-        judge_tables: Tables of the judge; None where there is none.
+        scorer_tables: Tables of the judge and the verifier.
 
     Raises:
         UserError: A setting of the search, or a prompt, cannot be used.
@@ -95,7 +100,7 @@ class RequestBuilder:
         self.spec = spec
         self._prompts = prompts = JudgePrompts.load(judge_prompts)
         self.stage_tables = build_stage_tables(processor, spec)
-        self.judge_tables = None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, prompts)
+        self.scorer_tables = build_scorer_tables(processor, spec, prompts)
 
     def build(self, images: Sequence[Images], questions: Sequence[str], seeds: Sequence[int] | int = 0) -> Requests:
         """Return the requests for a batch of questions.
@@ -186,14 +191,18 @@ class RequestBuilder:
         """Return the tokens of the longest sequences of a search, by what they are."""
         lengths = SearchLengths.of(spec, self.stage_tables, prompt)
         longest = {"the answer": lengths.answer}
-        if self.judge_tables is not None and spec.judge is not None:
+        if self.scorer_tables.verifier is not None:
+            longest["an answer with the verifier's question"] = (
+                lengths.answer + self.scorer_tables.verifier.probes.capacity
+            )
+        if self.scorer_tables.judge is not None and spec.judge is not None:
             longest[_JUDGE_PROMPT] = JudgeLengths.of(
                 spec.judge,
-                self.judge_tables,
+                self.scorer_tables.judge,
                 header=header,
                 question=question,
                 text=lengths.text,
-                earlier=int(np.asarray(self.judge_tables.shows).sum(axis=-1).max()),
+                earlier=int(np.asarray(self.scorer_tables.judge.shows).sum(axis=-1).max()),
             ).total
         return longest
 

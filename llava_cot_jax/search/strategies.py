@@ -79,18 +79,29 @@ class LogProbability:
     """Scorer that keeps the candidate with the highest mean log-probability of a token."""
 
 
-Scorer = Judge | LogProbability
+@dataclass(frozen=True)
+class Verifier:
+    """Scorer in which the model itself is asked after each candidate whether it is right, seeing the image.
+
+    A score is the probability of "yes" against "no". It is absolute: it does not depend on the other candidates. The
+    highest wins, of equal ones that with the highest mean log-probability. A question takes some fifty tokens for each
+    candidate, of which nothing is read again.
+    """
+
+
+Scorer = Judge | LogProbability | Verifier
 """Scorers that the compiled search knows. It calls no function of the user's own."""
 
 
 def _check_scorer(scorer: Any) -> None:
     """Check that a strategy's scorer is one that the search knows."""
-    if isinstance(scorer, Judge | LogProbability):
+    if isinstance(scorer, Scorer):
         return
-    if isinstance(scorer, type) and issubclass(scorer, Judge | LogProbability):
+    if isinstance(scorer, type) and issubclass(scorer, Scorer):
         raise UserError(f"scorer is {shown(scorer)}; give an object of it: {scorer.__name__}()")
     raise UserError(
-        f"scorer is {shown(scorer)}; it must be Judge() or LogProbability(): a scorer of your own is not supported"
+        f"scorer is {shown(scorer)}; it must be Judge(), Verifier() or LogProbability(): a scorer of your own is not "
+        "supported"
     )
 
 
@@ -149,6 +160,11 @@ class SearchSpec:
         """Return the scorer of a stage, where it is a judge and has candidates to choose between."""
         scorer = self.scorers[stage]
         return scorer if isinstance(scorer, Judge) and self.num_candidates[stage] > 1 else None
+
+    @property
+    def has_verifier(self) -> bool:
+        """Whether a verifier scores the candidates of a stage, a single one too."""
+        return any(isinstance(scorer, Verifier) for scorer in self.scorers)
 
 
 class Strategy(Protocol):
@@ -263,6 +279,49 @@ class MajorityVote:
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
         return _whole_answers(self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p)
+
+
+@dataclass(frozen=True)
+class WeightedVote:
+    """Strategy of sampled answers, of which one with the conclusion that has the highest sum of scores is kept.
+
+    Conclusions are compared as in ``MajorityVote``, which is the same vote with all scores 1. Among the answers with
+    the winning conclusion the highest score decides, then the highest mean log-probability of a token, as it does
+    between conclusions with equal sums (Math-Shepherd, arXiv 2312.08935).
+
+    Attributes:
+        num_candidates: Number of answers.
+        scorer: Scorer that gives each answer a score of its own.
+        temperature: Temperature of sampling.
+        max_new_tokens: Largest number of tokens of an answer; by default 2048, or what the context leaves.
+        top_k: Number of likeliest tokens that are sampled from; None is all.
+        top_p: Probability up to which the likeliest tokens are sampled from.
+
+    Raises:
+        UserError: A setting is not of its type, or out of range.
+    """
+
+    num_candidates: int = 8
+    scorer: Verifier = Verifier()
+    temperature: float = 0.6
+    max_new_tokens: int | None = None
+    top_k: int | None = 50
+    top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check_scorer(self.scorer)
+        if not isinstance(self.scorer, Verifier):
+            raise UserError(
+                f"scorer is {shown(self.scorer)}; a weighted vote needs a score of each answer's own: give Verifier(), "
+                "which is --judge verifier"
+            )
+        self.to_spec()  # refuses wrong settings now
+
+    def to_spec(self) -> SearchSpec:
+        """Return the static part of the compiled search."""
+        return _whole_answers(
+            self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p, self.scorer
+        )
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,35 @@ class JudgeTables:
     stop_tables: UInt8[Array, "kinds states vocab"]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VerifierTables:
+    """Texts by which the verifier asks whether a candidate is right, and how its answer is read.
+
+    Attributes:
+        probes: Text after a candidate of each stage: the end of the turn, a user's question, and the beginning of the
+            answer, [stages].
+        answers: int32, the tokens of "yes" and "no" after it.
+    """
+
+    probes: RaggedTokens
+    answers: Int[Array, "2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ScorerTables:
+    """Tables of the scorers that the model computes.
+
+    Attributes:
+        judge: Tables of the judge; None where no stage has one.
+        verifier: Tables of the verifier; None where no stage has one.
+    """
+
+    judge: JudgeTables | None
+    verifier: VerifierTables | None
+
+
 def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
     """Return the tables of the stages of ``spec``.
 
@@ -119,6 +148,18 @@ def closing_text(stage: str, state: int) -> str:
     return (f" {tag}" if state == 0 else tag.encode()[state:].decode(errors="ignore")) + "\n\n"
 
 
+def build_scorer_tables(processor: Processor, spec: SearchSpec, prompts: JudgePrompts) -> ScorerTables:
+    """Return the tables of the judge and of the verifier of ``spec``.
+
+    Raises:
+        UserError: A verdict or an answer is not the natural next token.
+    """
+    return ScorerTables(
+        judge=None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, prompts),
+        verifier=build_verifier_tables(processor, spec, prompts) if spec.has_verifier else None,
+    )
+
+
 def build_judge_tables(processor: Processor, spec: SearchSpec, judge: Judge, prompts: JudgePrompts) -> JudgeTables:
     """Return the tables of the judge of the candidates of ``spec``.
 
@@ -153,18 +194,49 @@ def build_judge_tables(processor: Processor, spec: SearchSpec, judge: Judge, pro
     )
 
 
+def build_verifier_tables(processor: Processor, spec: SearchSpec, prompts: JudgePrompts) -> VerifierTables:
+    """Return the tables of the verifier of the candidates of ``spec``.
+
+    Raises:
+        UserError: An answer is not the natural next token after a probe.
+    """
+    probes = [prompts.probe_text(processor, stage) for stage in spec.stages or (WHOLE_ANSWER,)]
+    answers = _natural_tokens(
+        processor,
+        probes[0],
+        prompts.probe.answers,
+        f"after the verifier's stem {prompts.probe.stem!r} the answer",
+        'let the stem end with a colon and the answers begin with a space, as in "Answer:" and " yes"',
+    )
+    return VerifierTables(
+        pad([token_ids(processor, probe) for probe in probes]), jax.device_put(np.array(answers, np.int32))
+    )
+
+
 def _verdict_tokens(processor: Processor, stages: Sequence[str], prompts: JudgePrompts) -> list[int]:
     """Return the tokens of the two verdicts after the stem."""
-    ending = prompts.split(processor, "pair", stages[0], stages, images=0)[-1] + prompts.stem
-    before = token_ids(processor, ending)
+    return _natural_tokens(
+        processor,
+        prompts.split(processor, "pair", stages[0], stages, images=0)[-1] + prompts.stem,
+        prompts.verdicts,
+        f"after the judge's stem {prompts.stem!r} the verdict",
+        'end the stem with a space and let the verdicts be digits, as in "I choose response "',
+    )
+
+
+def _natural_tokens(processor: Processor, text: str, endings: Sequence[str], what: str, remedy: str) -> list[int]:
+    """Return the token of each of ``endings`` after ``text``.
+
+    Raises:
+        UserError: An ending is not one token, or changes the tokens of the text before it. The error is made of
+            ``what`` and ``remedy``.
+    """
+    before = token_ids(processor, text)
     found = []
-    for verdict in prompts.verdicts:
-        *same, last = token_ids(processor, ending + verdict)
+    for ending in endings:
+        *same, last = token_ids(processor, text + ending)
         if same != before:
-            raise UserError(
-                f"after the judge's stem {prompts.stem!r} the verdict {verdict!r} is not one natural next token: "
-                'end the stem with a space and let the verdicts be digits, as in "I choose response "'
-            )
+            raise UserError(f"{what} {ending!r} is not one natural next token: {remedy}")
         found.append(last)
     return found
 

@@ -15,7 +15,7 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.judge import CHECK, PAIR, JudgeQueries
 from llava_cot_jax.search.program import StageResult
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
-from llava_cot_jax.search.strategies import Judge, SearchSpec
+from llava_cot_jax.search.strategies import Judge, SearchSpec, Verifier
 from llava_cot_jax.search.tables import closing_text
 from llava_cot_jax.search.tournament import Decision, Matches, StageJudgement
 
@@ -31,6 +31,8 @@ class CandidateTrace:
         tokens: Number of tokens of the text.
         log_prob: Sum of the natural log-probabilities of all tokens sampled, before temperature, top_k and top_p.
         mean_log_prob: Mean of these log-probabilities.
+        score: Score of the verifier, the probability of "yes" against "no"; None without a verifier.
+        other_probability: Probability that the verifier gives to anything but the two answers; None without one.
     """
 
     text: str
@@ -39,6 +41,8 @@ class CandidateTrace:
     tokens: int
     log_prob: float
     mean_log_prob: float
+    score: float | None = None
+    other_probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ class Trace:
         stages: Stages in their order.
         vision_encoder_calls: Number of runs of the vision tower: 1, or 0 without an image.
         tokens: Number of tokens by what they were for. Prefilled: "prompt", "winners" of stages, "judge_prefixes" and
-            "judge_queries", the parts of the judge's prompts. Sampled: "candidates" and "judge_reasons".
+            "judge_queries", the parts of the judge's prompts, and "verifier_probes", what the verifier reads after
+            candidates. Sampled: "candidates" and "judge_reasons".
         flops: FLOPs by the same parts, and for the images ("vision"), by the useful count of ``model_costs``, which
             leaves out padding and unused results.
         seconds: Seconds of the batch that the question was in, by what they were spent on.
@@ -162,7 +167,7 @@ def trace_stages(processor: Processor, spec: SearchSpec, result: StageResult) ->
     return [
         StageTrace(
             stage=spec.stages[number] if spec.stages else WHOLE_ANSWER,
-            candidates=_trace_candidates(processor, spec, number, stage.candidates),
+            candidates=_trace_candidates(processor, spec, number, stage),
             checks=_trace_checks(processor, spec, number, stage.judgement),
             matches=_trace_matches(processor, spec, number, stage.judgement),
             winner=int(stage.winner),
@@ -176,10 +181,11 @@ def _stages(spec: SearchSpec, result: StageResult) -> list[StageResult]:
     return [jax.tree.map(lambda x: x[number], result) for number in range(spec.num_stages)]  # noqa: B023
 
 
-def _trace_candidates(processor: Processor, spec: SearchSpec, number: int, candidates: Samples) -> list[CandidateTrace]:
-    traces = []
+def _trace_candidates(processor: Processor, spec: SearchSpec, number: int, stage: StageResult) -> list[CandidateTrace]:
+    """Return the candidates of a stage."""
+    scores, traces = stage.scores if isinstance(spec.scorers[number], Verifier) else None, []
     for i in range(spec.num_candidates[number]):
-        one: Samples = jax.tree.map(lambda x: x[i], candidates)  # noqa: B023
+        one: Samples = jax.tree.map(lambda x: x[i], stage.candidates)  # noqa: B023
         is_closed = not spec.stages or one.ended == EndReason.TAG
         traces.append(
             CandidateTrace(
@@ -189,6 +195,8 @@ def _trace_candidates(processor: Processor, spec: SearchSpec, number: int, candi
                 tokens=int(one.lengths),
                 log_prob=float(one.log_prob),
                 mean_log_prob=float(one.log_prob) / max(int(one.num_sampled), 1),
+                score=None if scores is None else float(scores.score[i]),
+                other_probability=None if scores is None else float(scores.other_probability[i]),
             )
         )
     return traces
@@ -281,7 +289,10 @@ class SearchCosts:
     def __init__(self, config: MllamaConfig, spec: SearchSpec, result: StageResult, num_images: int) -> None:
         self._config = config
         self._image_tokens = num_images * config.vision.image_tokens
-        parts = ("prompt", "winners", "candidates", "judge_prefixes", "judge_queries", "judge_reasons")
+        parts = (
+            *("prompt", "winners", "candidates", "verifier_probes"),
+            *("judge_prefixes", "judge_queries", "judge_reasons"),
+        )
         self.tokens = dict.fromkeys(parts, 0)
         vision = sum(model_costs.vision_flops(config, num_images).values()) if num_images else 0
         self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
@@ -292,6 +303,10 @@ class SearchCosts:
             prefix += int(stage.num_prefilled)
             sampled = stage.candidates.num_sampled[stage.candidates.ended != EndReason.UNUSED].tolist()
             self._add_decoding("candidates", sampled, prefix, [0] * len(sampled))
+            if stage.scores is not None and isinstance(spec.scorers[number], Verifier):
+                for i in range(spec.num_candidates[number]):
+                    cached = int(stage.candidates.num_cached[i])
+                    self._add_prefill("verifier_probes", int(stage.scores.probe_lengths[i]), prefix + cached)
             judge = spec.judge_of(number)
             if judge is not None and stage.judgement is not None:
                 self._add_judgement(judge, stage.judgement, _num_checks(spec, number, judge, stage.judgement))

@@ -77,6 +77,10 @@ def how_chosen(stage: StageTrace, strategy: str) -> str:
         return f"{count} candidates, {winner} wins its matches"
     if strategy.startswith("MajorityVote("):
         return f"{count} candidates, {winner} has the most common conclusion"
+    if strategy.startswith("WeightedVote("):
+        return f"{count} candidates, {winner} has the conclusion with the highest sum of scores"
+    if stage.candidates[stage.winner].score is not None:
+        return f"{count} candidates, {winner} has the highest score"
     if stage.candidates[stage.winner].mean_log_prob == max(c.mean_log_prob for c in stage.candidates):
         return f"{count} candidates, {winner} has the highest mean log-probability"
     return f"{count} candidates, {winner} is kept"
@@ -98,6 +102,16 @@ def verdict_result(verdict: VerdictTrace) -> str:
         said = f"for {(verdict.first if verdict.vote > 0 else verdict.second) + 1}" if verdict.vote else "undecided"
         said = said if verdict.readable else "unreadable"
     return f"{shown}: {said}, vote {verdict.vote:+.2f}"
+
+
+def score(candidate: CandidateTrace) -> str:
+    """Return the verifier's score of a candidate with the probability of anything but its two answers.
+
+    It is nothing for a candidate without a score.
+    """
+    if candidate.score is None or candidate.other_probability is None:
+        return ""
+    return f"score {candidate.score:.3f}, {candidate.other_probability:.1%} on neither yes nor no"
 
 
 def neither_share(verdict: VerdictTrace) -> str:

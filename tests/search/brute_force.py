@@ -15,7 +15,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import JudgePrompts
-from llava_cot_jax.search.strategies import Judge, LogProbability, MajorityVote
+from llava_cot_jax.search.strategies import Judge, LogProbability, MajorityVote, Verifier, WeightedVote
 from llava_cot_jax.stages import find_stages
 
 WIDTH = 64
@@ -59,6 +59,7 @@ class Stage:
     checks: list[Verdict] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     matches: list[Match] = field(default_factory=list)
+    scores: list[tuple[float, float]] = field(default_factory=list)  # of the verifier, and what is on neither answer
 
 
 class Sequence:
@@ -151,7 +152,11 @@ class Search:
                 (self.ids(f"<{tag}>") if tag is not None else []) + c.ids + self.ids(a)
                 for c, a in zip(candidates, added, strict=True)
             ]
-            stage = self.choose(candidates, texts, tag or "whole", stage_key)
+            scores = []
+            if isinstance(spec.scorers[0], Verifier):
+                whole = [prefix + c.ids + self.ids(a) for c, a in zip(candidates, added, strict=True)]
+                scores = [self.verify(main, ids, tag or "whole") for ids in whole]
+            stage = self.choose(candidates, texts, tag or "whole", stage_key, scores)
             stages.append(stage)
             won = candidates[stage.winner]
             prefix += won.ids + self.ids(added[stage.winner])
@@ -188,15 +193,41 @@ class Search:
         there = max(n for n in range(len(closing)) if text.endswith(closing[:n]))
         return (closing[there:] if there else " " + closing) + "\n\n"
 
-    def choose(self, candidates: list[Draws], texts: list[list[int]], tag: str, key: jax.Array) -> Stage:
+    def verify(self, sequence: Sequence, ids: list[int], tag: str) -> tuple[float, float]:
+        """Return the verifier's score of the candidate that ``ids`` end with, and what is on neither answer."""
+        probe, criteria = self.prompts.probe, self.prompts.criteria
+        question = probe.text.replace("{criterion}", criteria.get(tag, criteria["other"]))
+        text = "<|eot_id|>" + "".join(
+            f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}"
+            for role, content in (("user", question + "<|eot_id|>"), ("assistant", probe.stem))
+        )
+        p = np.exp(log_softmax(sequence.logits(ids + self.ids(text))))
+        yes, no = (p[self.ids(probe.stem + answer)[-1]] for answer in probe.answers)
+        return float(yes / (yes + no)), float(1 - yes - no)
+
+    def choose(
+        self,
+        candidates: list[Draws],
+        texts: list[list[int]],
+        tag: str,
+        key: jax.Array,
+        scores: list[tuple[float, float]],
+    ) -> Stage:
         means = [c.log_prob / c.drawn for c in candidates]
         scorer = self.spec.scorers[0]
-        if isinstance(self.strategy, MajorityVote):
+        if isinstance(self.strategy, MajorityVote | WeightedVote):
             answers = [find_stages(self.text(c.ids)).get("CONCLUSION", self.text(c.ids)) for c in candidates]
             spaced = [" ".join(a.lower().split()) for a in answers]
             votes = [re.sub(r"^\W+|\W+$", "", text) or text for text in spaced]
-            counts = Counter(votes)
-            return Stage(candidates, max(range(len(votes)), key=lambda i: (counts[votes[i]], means[i])))
+            weights = [score for score, _ in scores] or [1.0] * len(votes)
+            totals = Counter[str]()
+            for vote, weight in zip(votes, weights, strict=True):
+                totals[vote] += weight
+            ranks = [(totals[vote], *rest) for vote, *rest in zip(votes, weights, means, strict=True)]
+            return Stage(candidates, max(range(len(votes)), key=ranks.__getitem__), scores=scores)
+        if isinstance(scorer, Verifier):
+            ranks = [(score, mean) for (score, _), mean in zip(scores, means, strict=True)]
+            return Stage(candidates, max(range(len(ranks)), key=ranks.__getitem__), scores=scores)
         if isinstance(scorer, LogProbability):
             return Stage(candidates, int(np.argmax(means)))
         if not isinstance(scorer, Judge) or len(candidates) == 1:

@@ -28,6 +28,10 @@ check:
   stages: [REASONING]
   text: "Check. Question: {question}{earlier} Steps: {first} Right?"
   readings: [o, i]
+probe:
+  text: "{criterion} Right?"
+  stem: "Answer:"
+  answers: [" yes", " no"]
 """
 """File of prompts for models that were not trained to judge: letters that they often write count as verdicts."""
 
