@@ -43,7 +43,7 @@ from llava_cot_jax.option_errors import (
     read_configuration,
     suggestion,
 )
-from llava_cot_jax.output import drop_output, escape_what_cannot_be_printed, is_full_disk, run_to_the_last_output
+from llava_cot_jax.output import drop_output, is_full_disk, prepare_streams, run_to_the_last_output
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import ProgressUpdate
 
@@ -271,7 +271,7 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, 
     with command_running():
         _quiet_libtpu()
         _show_warnings()
-        escape_what_cannot_be_printed()
+        prepare_streams()
         try:
             run_to_the_last_output(main)
         except KeyboardInterrupt as interrupt:

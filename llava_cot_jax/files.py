@@ -20,6 +20,9 @@ from llava_cot_jax.paths import as_path, is_remote, reading_errors, writing_erro
 
 _LOGGER = logging.getLogger(__name__)
 
+_DEVICES = Path("/dev")
+"""Folder of devices and of links to them. ``/dev/stdout`` may lead to a file."""
+
 _NAME_ANOTHER_CACHE = "the work goes on, and is done anew at each start; XDG_CACHE_HOME names another folder"
 
 
@@ -120,11 +123,25 @@ def synced_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, which appears whole or not at all. Missing folders are made."""
+    """Write a UTF-8 text file, which appears whole or not at all. Missing folders are made, and a link is kept.
+
+    What is no file, such as a pipe or ``/dev/stdout``, takes the text itself.
+    """
     content = text.encode()
+    if _is_device(path):
+        path.write_bytes(content)
+        return
+    path = path if is_remote(path) else path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, shared=True) as file:
         file.write(content)
+
+
+def _is_device(path: Path) -> bool:
+    """Whether a path names a device or a pipe, in whose place no file may be put."""
+    if is_remote(path) or not path.exists() or path.is_dir():
+        return False
+    return _DEVICES in path.parents or not path.is_file()
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2, shared: bool = False) -> None:
@@ -169,6 +186,10 @@ def check_file_writable(path: Path) -> None:
     Raises:
         UserError: It cannot be written.
     """
+    if _is_device(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{path} cannot be written: you have no permission")
+        return
     with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         is_folder = path.is_dir()

@@ -1,16 +1,24 @@
-"""What a command prints: on terminals that lack characters, to readers that have ended, and to disks that are full."""
+"""Standard output and errors of a command: terminals that lack characters, readers that have ended, full disks."""
 
 import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from llava_cot_jax.paths import NO_SPACE
 
 
-def escape_what_cannot_be_printed() -> None:
-    """Let a terminal that is not UTF-8 show the code of a character that it lacks, instead of an error of Python."""
+def prepare_streams() -> None:
+    """Let anything be printed anywhere.
+
+    A terminal that is not UTF-8 shows the code of a character that it lacks. What a process prints that was started
+    without standard output, or without standard errors, goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 as long as the process runs
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook has put another object
             stream.reconfigure(errors="backslashreplace")
@@ -21,19 +29,14 @@ def run_to_the_last_output(main: Callable[[], None]) -> None:
     try:
         main()
     except SystemExit:  # after --help, say
-        _flush()
-        raise
-    _flush()
-
-
-def _flush() -> None:
-    if sys.stdout is not None:  # the process may have been started without one
         sys.stdout.flush()
+        raise
+    sys.stdout.flush()
 
 
 def drop_output() -> None:
     """Let what is still to be printed go nowhere, so that Python does not try to write it when the process ends."""
-    with contextlib.suppress(AttributeError, OSError):  # there is no output, or it is no file
+    with contextlib.suppress(OSError):  # where a test or a notebook has put an object that is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -357,8 +357,9 @@ def check_seeds(seeds: Sequence[int] | int, batch: int = 1) -> None:
     Raises:
         UserError: A seed is no whole number or does not fit 32 bits, or there is another number of seeds.
     """
-    values: Any = seeds
-    given = list(values) if isinstance(values, list | tuple | range) or np.ndim(values) else [values]
+    seeds_or_one: Any = seeds
+    is_several = isinstance(seeds, list | tuple | range) or np.ndim(seeds_or_one) > 0
+    given: list[Any] = list(seeds_or_one) if is_several else [seeds_or_one]
     for seed in given:
         check_int("seed", seed, least=None)
         if not 0 <= seed < 2**32:
