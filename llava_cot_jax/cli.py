@@ -294,7 +294,7 @@ def report(fault: BaseException, command: str = "") -> int:
     match fault:
         case UserError():
             print("error:", " ".join(str(fault).split()), file=sys.stderr, flush=True)
-            return 2
+            return fault.exit_code
         case KeyboardInterrupt():
             print("interrupted", file=sys.stderr, flush=True)
             return EXIT_CODE

@@ -165,4 +165,4 @@ def test_a_shell_in_an_allocation_says_what_it_waits_for(place, cache):
         f"warning: waiting for {what}; {remedy}",
         f"error: gave up after 2 s of waiting for {what}; {remedy}",
     ]
-    assert done.returncode == 2
+    assert done.returncode == 1  # launch/spot.sh starts it again
