@@ -102,7 +102,7 @@ def _try_bucket(folder: Path) -> None:
     except TimeoutError:
         raise OSError(f"the bucket did not answer within {BUCKET_SECONDS:.0f} s") from None
     except UserError as fault:
-        raise OSError(str(fault)) from fault
+        raise OSError(str(fault).removeprefix(f"{folder} ")) from fault
 
 
 @contextmanager
