@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import shlex
 import socket
 import sys
@@ -261,4 +262,4 @@ def _answer(result: TrainResult) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, command="train")
+    cli.run(main, leave=os._exit, command="train")  # threads of a save that failed may wait for hours
