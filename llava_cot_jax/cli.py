@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal, NoReturn, TypeVar
@@ -30,7 +30,7 @@ from rich.table import Column
 from rich.text import Text
 
 import llava_cot_jax
-from llava_cot_jax.errors import UserError
+from llava_cot_jax.errors import TransientError, UserError
 from llava_cot_jax.files import cache_folder, usable_cache
 from llava_cot_jax.interruption import EXIT_CODE, command_running
 from llava_cot_jax.memory_errors import ADVICE, describe_exhausted_memory
@@ -264,8 +264,8 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, 
 
     Args:
         main: The command.
-        leave: Function that ends the process after Ctrl-C. With ``os._exit`` it does not wait for computations that
-            are under way.
+        leave: Function that ends the process after Ctrl-C or a mistake. With ``os._exit`` it does not wait for
+            computations or threads that are under way.
         command: The command's name in ``COMMANDS``, by which the error of exhausted memory gives advice.
     """
     with command_running():
@@ -274,14 +274,16 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, 
         prepare_streams()
         try:
             run_to_the_last_output(main)
-        except KeyboardInterrupt as interrupt:
-            leave(report(interrupt))
-        except (UserError, BrokenPipeError) as fault:
+        except BrokenPipeError as fault:
             sys.exit(report(fault))
+        except (KeyboardInterrupt, UserError) as fault:
+            with suppress(OSError, ValueError):  # the reader of the output may have ended
+                sys.stdout.flush()
+            leave(report(fault))
         except Exception as fault:
             if is_full_disk(fault):
                 sys.exit(report(fault))
-            if not describe_exhausted_memory(fault):
+            if not describe_exhausted_memory(fault) and not _unusable_devices(fault):
                 raise
             leave(report(fault, command))
 
@@ -293,10 +295,10 @@ def report(fault: BaseException, command: str = "") -> int:
         fault: Exception that ended the command.
         command: Name of the command, for the advice to a user for whom memory does not suffice.
     """
-    match fault:
-        case UserError():
-            print("error:", " ".join(str(fault).split()), file=sys.stderr, flush=True)
-            return 2
+    match _unusable_devices(fault) or fault:
+        case UserError() as mistake:
+            print("error:", " ".join(str(mistake).split()), file=sys.stderr, flush=True)
+            return mistake.exit_code
         case KeyboardInterrupt():
             print("interrupted", file=sys.stderr, flush=True)
             return EXIT_CODE
@@ -313,6 +315,15 @@ def report(fault: BaseException, command: str = "") -> int:
         case _:
             traceback.print_exception(fault)
     return 1
+
+
+def _unusable_devices(fault: BaseException) -> UserError | None:
+    """Return the error of a platform that jax does not know, or whose devices it cannot use, if ``fault`` is that."""
+    text = str(fault)
+    if not isinstance(fault, RuntimeError) or not text.startswith("Unable to initialize backend"):
+        return None
+    kind = UserError if "list of known backends" in text else TransientError  # another process may hold the devices
+    return kind(f"jax cannot use the devices: {text}")
 
 
 def enable_compilation_cache() -> None:

@@ -16,7 +16,7 @@ import fsspec
 from etils import epath
 
 from llava_cot_jax.checks import shown
-from llava_cot_jax.errors import UserError
+from llava_cot_jax.errors import TransientError, UserError
 
 BUNDLED_MODEL = "shapes"
 """Name of the small trained model of the shapes world, which comes with the package."""
@@ -171,8 +171,8 @@ def reading_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist{' (or its bucket does not)' if is_remote(path) else ''}") from None
     except Exception as fault:
-        if is_remote(path) and (reason := _bucket_error(fault)):
-            raise UserError(f"{path} {reason}") from fault
+        if is_remote(path) and (mistake := _bucket_error(path, fault)):
+            raise mistake from fault
         if isinstance(fault, OSError):
             raise UserError(f"{path} cannot be read: {fault.strerror or fault}") from None
         raise
@@ -189,8 +189,8 @@ def writing_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as fault:
-        if is_remote(path) and (reason := _bucket_error(fault)):
-            raise UserError(f"{path} {reason}") from fault
+        if is_remote(path) and (mistake := _bucket_error(path, fault)):
+            raise mistake from fault
         if not isinstance(fault, OSError):
             raise
         if fault.errno in NO_SPACE:
@@ -202,8 +202,8 @@ def writing_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {fault.strerror or fault}{other}") from fault
 
 
-def _bucket_error(fault: Exception) -> str:
-    """Return why a bucket cannot be used, or nothing if the error is not a bucket's."""
+def _bucket_error(path: Path, fault: Exception) -> UserError | None:
+    """Return the error that says why ``path`` in a bucket cannot be used, or None if ``fault`` is not a bucket's."""
     import aiohttp
     import requests
     from gcsfs.retry import HttpError, NonRetryableError
@@ -212,13 +212,15 @@ def _bucket_error(fault: Exception) -> str:
     first_line = (str(fault).splitlines() or [type(fault).__name__])[0]
     match fault:
         case FileNotFoundError():
-            return "does not exist (or its bucket does not)"
+            return UserError(f"{path} does not exist (or its bucket does not)")
         case TransportError() | aiohttp.ClientError() | requests.RequestException():
-            return f"cannot be reached, is there a network? ({first_line})"
+            return TransientError(f"{path} cannot be reached, is there a network? ({first_line})")
         case HttpError(code=401) | GoogleAuthError() | NonRetryableError():
-            return "needs credentials: run `gcloud auth application-default login`"
+            return UserError(f"{path} needs credentials: run `gcloud auth application-default login`")
         case OSError() if first_line.startswith("Forbidden"):
-            return "is closed to your credentials: ask for the role Storage Object User on the bucket"
+            return UserError(
+                f"{path} is closed to your credentials: ask for the role Storage Object User on the bucket"
+            )
         case OSError() | HttpError():
-            return f"cannot be used: {first_line}"
-    return ""
+            return UserError(f"{path} cannot be used: {first_line}")
+    return None

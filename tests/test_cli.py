@@ -197,6 +197,23 @@ def test_programs_that_cannot_be_kept_are_a_warning(tmp_path, monkeypatch, warni
         assert "compiled programs cannot be kept in" in warnings_of.messages[-1]
 
 
+def test_a_platform_that_jax_does_not_know_is_one_line():
+    script = "from llava_cot_jax import cli\nimport jax\ncli.run(jax.devices)"
+    environment = os.environ | {"JAX_PLATFORMS": "nonsense"}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: jax cannot use the devices: Unable to initialize backend 'nonsense'")
+    assert ended.returncode == 2
+
+
+def test_devices_that_another_process_holds_deserve_another_start(capsys):
+    text = "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 7"
+    assert cli.report(RuntimeError(text)) == 1
+    assert capsys.readouterr().err == f"error: jax cannot use the devices: {text}\n"
+    cli.report(RuntimeError("another one"))
+    assert capsys.readouterr().err == "RuntimeError: another one\n"
+
+
 def test_the_version():
     assert run("-m", "llava_cot_jax", "--version").stdout == f"llava-cot {version('llava_cot_jax')}\n"
     assert llava_cot_jax.__version__ == version("llava_cot_jax")
