@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from llava_cot_jax.inference.decoding import (
 )
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, concat
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.image_context import ImageContext
 from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Prefix
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
@@ -99,21 +98,10 @@ def search(
     """
     with use_mesh(mesh):
         images = encode_images(params, config, inputs.model_inputs, inputs.lengths)
-        decoder = Decoder(params, config, _close_gates_without_images(images), prefill_chunk)
+        decoder = Decoder(params, config, images, prefill_chunk)
         keys = jax.vmap(jax.random.key)(inputs.seeds)
         stage_search = _StageSearch(decoder, spec, inputs, stage_tables, judge_tables, keys)
         return jax.lax.scan(stage_search.run_stage, stage_search.init_state(), jnp.arange(spec.num_stages))[1]
-
-
-def _close_gates_without_images(images: ImageContext | None) -> ImageContext | None:
-    """Return the images with the attention gates of questions without an image closed, whatever their neighbours have.
-
-    So a question's answer does not depend on the batch that it is in.
-    """
-    if images is None:
-        return None
-    has_image = images.mlp_gate.any(axis=1, keepdims=True)
-    return replace(images, attention_gate=images.attention_gate & has_image)
 
 
 @jax.tree_util.register_dataclass
