@@ -304,9 +304,9 @@ def report(fault: BaseException, command: str = "") -> int:
             return EXIT_CODE
         case BrokenPipeError():  # the reader of the output ended
             drop_output()
-        case OSError() if is_full_disk(fault):
+        case OSError() as full if is_full_disk(full):
             drop_output()
-            place = fault.filename or "what the command prints, or for one of its files"
+            place = full.filename or "what the command prints, or for one of its files"
             print(f"error: no space left for {place}: free some on that disk", file=sys.stderr, flush=True)
             return 2
         case _ if exhausted := describe_exhausted_memory(fault):

@@ -106,6 +106,8 @@ def encode_images(
 ) -> ImageContext | None:
     """Run the vision tower on the images of prompts. This is its only run.
 
+    Each prompt sees its own images alone, as in a batch of one, whatever convention the model follows.
+
     Args:
         params: Parameters of the model, in the unrolled layout.
         config: Configuration of the model.
@@ -120,7 +122,8 @@ def encode_images(
     text_params = params["language_model"]["model"]
     states = cross_attention_states(params, config, inputs)
     layers = text_decoder.image_keys_values(text_params, config.text, states)
-    masks = cross_attention_mask(config, inputs["cross_attention_mask"])
+    is_image = inputs["aspect_ratio_ids"] > 0  # the id of what fills up a batch is 0
+    masks = cross_attention_mask(config, inputs["cross_attention_mask"], is_image)
     return ImageContext(*masks, layers=layers, last_token=lengths - 1)
 
 

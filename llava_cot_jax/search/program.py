@@ -17,7 +17,7 @@ can compile the same pieces on their own, and drive them from one stage to the n
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -123,15 +123,8 @@ def search(
 
 
 def encode_question_images(params: Params, config: MllamaConfig, inputs: SearchInputs) -> ImageContext | None:
-    """Run the vision tower on the images of questions, and close the gates of a question without any.
-
-    Its gates are closed whatever its neighbours have, so that its answer does not depend on the batch that it is in.
-    """
-    images = encode_images(params, config, inputs.model_inputs, inputs.lengths)
-    if images is None:
-        return None
-    has_image = images.mlp_gate.any(axis=1, keepdims=True)
-    return replace(images, attention_gate=images.attention_gate & has_image)
+    """Run the vision tower on the images of questions; None where there are none."""
+    return encode_images(params, config, inputs.model_inputs, inputs.lengths)
 
 
 @jax.tree_util.register_dataclass

@@ -98,9 +98,15 @@ def draw(logits: np.ndarray, key: jax.Array, temperature: float, top_k: int | No
         p = np.exp(scaled - scaled.max())
         p /= p.sum()
         scaled = np.where((np.cumsum(p) - p < top_p) | (np.arange(len(p)) == 0), scaled, -np.inf)
-    score = scaled + np.asarray(jax.random.gumbel(key, scaled.shape))
+    score = scaled + noise(key, ids)
     order = np.argsort(-score, kind="stable")
     return int(ids[order[0]]), float(score[order[0]] - score[order[1]])
+
+
+def noise(key: jax.Array, ids: np.ndarray) -> np.ndarray:
+    """Return the Gumbel noise of tokens, which the first word of the key with a token's id folded in decides."""
+    words = np.asarray(jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, ids)))[:, 0]
+    return -np.log(-np.log((words // 2**9 + 0.5) / 2**23))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
