@@ -27,6 +27,7 @@ from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.judge import JudgeInputs, StageJudge
 from llava_cot_jax.search.lengths import SearchLengths
 from llava_cot_jax.search.random_keys import Draw
+from llava_cot_jax.search.stage_ends import end_stage
 from llava_cot_jax.search.strategies import LogProbability, SearchSpec
 from llava_cot_jax.search.tables import BLANK_LINE, JudgeTables, StageTables
 from llava_cot_jax.search.tournament import StageJudgement, run_tournament
@@ -62,12 +63,14 @@ class StageResult:
         winner: int32, the candidate that won.
         judgement: Outcome of the judge's tournament; None where there was no judge.
         num_prefilled: int32, number of tokens prefilled before the stage: the prompt or the last winner, and tags.
+        kept: int32, number of tokens that are kept of each candidate: those before the opening of the next stage.
     """
 
     candidates: Samples
     winner: Int[Array, " questions"]
     judgement: StageJudgement | None
     num_prefilled: Int[Array, " questions"]
+    kept: Int[Array, "questions candidates"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "prefill_chunk", "mesh"))
@@ -178,18 +181,20 @@ class _StageSearch:
         prefix, logits = self._extend_prefix(state)
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, stage)
         candidates = self._sample(prefix, logits, keys, stage)
+        kept, line_breaks = end_stage(candidates, self.tables, stage)
         closings = self.tables.closings[stage][candidates.state]  # [questions, candidates]
-        texts = concat((self.tables.openings[stage, BLANK_LINE], candidates.text, closings), self.lengths.text)
+        label = self.tables.openings[stage, BLANK_LINE] if self.tables.labels is None else self.tables.labels[stage]
+        texts = concat((label, kept, closings), self.lengths.text)
         winner, judgement = self._choose(candidates, texts, state.winners, keys, stage)
 
-        won, won_closing, won_text = jax.tree.map(
-            lambda x: x[jnp.arange(self.num_questions), winner], (candidates, closings, texts)
+        won, won_breaks, won_closing, won_text = jax.tree.map(
+            lambda x: x[jnp.arange(self.num_questions), winner], (kept, line_breaks, closings, texts)
         )
         next_stage = jnp.minimum(stage + 1, self.spec.num_stages - 1)
-        next_opening = self.tables.openings[next_stage][_count_line_breaks(won, self.tables.num_states)]
-        pending = concat((won.text, won_closing, next_opening), self.lengths.pending)
+        next_opening = self.tables.openings[next_stage][won_breaks]
+        pending = concat((won, won_closing, next_opening), self.lengths.pending)
         winners = jax.tree.map(lambda old, new: old.at[stage].set(new), state.winners, won_text)
-        result = StageResult(candidates, winner, judgement, state.pending.lengths)
+        result = StageResult(candidates, winner, judgement, state.pending.lengths, kept.lengths)
         return SearchState(prefix, pending, winners), result
 
     @jax.named_scope("extend_prefix")
@@ -276,8 +281,3 @@ def sample_candidates(
     cache = KVCache(suffix, jnp.zeros(questions * most, jnp.int32), prefix)
     logits = jnp.repeat(logits, most, axis=0)
     return sample(decoder, logits, cache, stop, capacity=max(spec.max_new_tokens), sampling=spec.sampling)
-
-
-def _count_line_breaks(won: Samples, num_states: int) -> Int[Array, " questions"]:
-    """Return the number of line breaks, at most ``BLANK_LINE``, that a stage ends with once it is closed, int32."""
-    return jnp.where(won.ended == EndReason.TAG, won.state - num_states, BLANK_LINE)
