@@ -34,12 +34,13 @@ from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_toke
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import BUNDLED_MODEL, as_path, writing_errors
-from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.processing.messages import question_text, user_message
 from llava_cot_jax.questions import UserQuestion, draw_pictures, read_questions
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_request_options
 from llava_cot_jax.search.strategies import Strategy
+from llava_cot_jax.stage_format import StageFormat, check_marks
 from llava_cot_jax.stages import find_conclusion, find_stages
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.enable_compilation_cache()
     compilations = cli.CompilationCounter()
     mesh = _mesh(options.mesh, config)
-    method = _search_or_sampling(options)
+    method, format = _search_or_sampling(options), StageFormat.load(options.format)
     if isinstance(method, Sampling):
         answerer: _StreamingAnswerer | _SearchAnswerer = _StreamingAnswerer(processor, method, options, stated_length)
     else:
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(report, allow_nan=False), flush=True)
         elif shows_plain_text and question.right_answer:
             print(f"(the right answer: {question.right_answer})", flush=True)
-        for note in result.notes:
+        for note in result.notes(format):
             _LOG.warning(f"{question.header}: {note}" if len(questions) > 1 else note)
     for name in ("trace", "page"):
         if options[name]:
@@ -246,8 +247,7 @@ class QuestionResult:
     forced_stages: dict[str, str] = field(default_factory=dict)
     bounded_by: str = "max_new_tokens"
 
-    @property
-    def notes(self) -> list[str]:
+    def notes(self, format: StageFormat) -> list[str]:
         """Lines about an end that the reader of the answer should know of: a limit, or tags that a search added."""
         cut = [stage for stage, ended in self.forced_stages.items() if ended == "max_new_tokens"]
         left = [stage for stage in self.forced_stages if stage not in cut]
@@ -257,7 +257,8 @@ class QuestionResult:
         elif self.ended == "max_new_tokens" and not self.forced_stages:
             notes.append(f"the answer was cut at {place}: {remedy}")
         if left:
-            notes.append(f"{', '.join(left)} ended without a closing tag, which the search added")
+            missing = sorted({"a closing tag" if format[stage].closing else "the next heading" for stage in left})
+            notes.append(f"{', '.join(left)} ended without {' or '.join(missing)}, which the search added")
         return notes
 
 
@@ -341,6 +342,8 @@ class _StreamingAnswerer:
         self, processor: Processor, sampling: Sampling, options: jsonargparse.Namespace, stated_length: int | None
     ) -> None:
         self._processor, self._sampling, self._options = processor, sampling, options
+        self._format = StageFormat.load(options.format)
+        check_marks(self._format, processor.control_tokens)
         self._default_length = stated_length or DEFAULT_MAX_NEW_TOKENS
 
     def prepare(self, question: UserQuestion) -> Callable[[Mllama], QuestionResult]:
@@ -352,7 +355,8 @@ class _StreamingAnswerer:
         from llava_cot_jax.inference.generator import check_request
 
         processor, images = self._processor, question.sources
-        inputs = processor([processor.prompt(user_turn(question.question, len(images)))], [images])
+        asked = self._format.prompt(question_text(question.question, len(images)))
+        inputs = processor([processor.prompt([user_message(asked, len(images))])], [images])
         options, prompt = self._options, inputs["input_ids"].shape[1]
         length = check_request(processor.config, prompt, options.max_new_tokens, options.seed, self._default_length)
         return functools.partial(self._answer, inputs, length)
@@ -365,7 +369,7 @@ class _StreamingAnswerer:
         start, first_token_seconds = time.perf_counter(), 0.0
         generator = Generator(model, self._sampling, self._processor)
         stream = generator.stream_completions(inputs, max_new_tokens=length, seeds=options.seed)
-        with contextlib.nullcontext() if options.json else Screen(options.show_reasoning) as screen:
+        with contextlib.nullcontext() if options.json else Screen(options.show_reasoning, self._format) as screen:
             for (completion,) in stream:
                 first_token_seconds = first_token_seconds or time.perf_counter() - start
                 if screen:
@@ -378,8 +382,8 @@ class _StreamingAnswerer:
         is_shrunk = options.max_new_tokens is None and length < self._default_length
         return QuestionResult(
             text,
-            find_conclusion(text),
-            find_stages(text),
+            find_conclusion(text, self._format),
+            find_stages(text, self._format),
             completion.ended,
             counts,
             seconds,

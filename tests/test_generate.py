@@ -35,6 +35,7 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.questions import read_questions
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import StageBeam
+from llava_cot_jax.stage_format import LLAVA_COT
 from llava_cot_jax.stages import STAGES
 from tests.demo import write_demo
 from tests.parity.reference import and_then, logits_of, under
@@ -398,7 +399,7 @@ class TestQuestionsAndImages:
     ],
 )
 def test_how_an_answer_ended_is_told(stages, ended, bound, notes):
-    assert QuestionResult("", "", {}, ended, {}, {}, stages, bound).notes == notes
+    assert QuestionResult("", "", {}, ended, {}, {}, stages, bound).notes(LLAVA_COT) == notes
 
 
 def test_a_mistake_in_a_process_of_its_own(demo, tmp_path):

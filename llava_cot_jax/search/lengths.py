@@ -17,8 +17,8 @@ class SearchLengths:
 
     Attributes:
         candidate: Tokens that are sampled for a candidate.
-        text: A candidate with its opening tag and the closing tag that may be added.
-        pending: Tokens that are prefilled before a stage: the prompt or the last winner, and the next opening tag.
+        text: A candidate with its opening, or its label for the judge, and the closing that may be added.
+        pending: Tokens that are prefilled before a stage: the prompt or the last winner, and the next opening.
         prefix: Tokens that the candidates of the last stage share.
         answer: The prompt with the whole answer.
     """
@@ -34,9 +34,10 @@ class SearchLengths:
         """Return the lengths of a search after a prompt of ``prompt`` tokens."""
         candidate, tokens = max(spec.max_new_tokens), sum(spec.max_new_tokens)
         opening, closing = tables.openings.capacity, tables.closings.capacity
+        label = opening if tables.labels is None else tables.labels.capacity
         return cls(
             candidate=candidate,
-            text=opening + candidate + closing,
+            text=max(opening, label) + candidate + closing,
             pending=max(prompt, candidate + closing) + opening,
             prefix=prompt + tokens - spec.max_new_tokens[-1] + spec.num_stages * (closing + opening) - closing,
             answer=prompt + tokens + spec.num_stages * (closing + opening),

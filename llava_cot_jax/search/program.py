@@ -17,7 +17,7 @@ can compile the same pieces on their own, and drive them from one stage to the n
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.judge import JudgeInputs, StageJudge
 from llava_cot_jax.search.lengths import SearchLengths
 from llava_cot_jax.search.random_keys import Draw
+from llava_cot_jax.search.stage_ends import end_stage
 from llava_cot_jax.search.strategies import Judge, LogProbability, SearchSpec, Verifier
 from llava_cot_jax.search.tables import BLANK_LINE, ScorerTables, StageTables
 from llava_cot_jax.search.tournament import StageJudgement, run_tournament
@@ -79,6 +80,7 @@ class StageResult:
         judgement: Outcome of the judge's tournament; None where no stage has a judge.
         scores: Scores of the verifier; None where no stage has a verifier.
         num_prefilled: int32, number of tokens prefilled before the stage: the prompt or the last winner, and tags.
+        kept: int32, number of tokens that are kept of each candidate: those before the opening of the next stage.
     """
 
     candidates: Samples
@@ -86,6 +88,7 @@ class StageResult:
     judgement: StageJudgement | None
     scores: StageScores | None
     num_prefilled: Int[Array, " questions"]
+    kept: Int[Array, "questions candidates"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "prefill_chunk", "mesh"))
@@ -207,7 +210,8 @@ class StageSearch:
         own, candidates = self.sample(prefix, logits, progress.stage)
         scores = self.score((prefix, own), candidates, progress.stage)
         winner, judgement = self.choose(candidates, scores, progress)
-        result = StageResult(candidates, winner, judgement, scores, progress.pending.lengths)
+        kept = self.kept(candidates, progress.stage).lengths
+        result = StageResult(candidates, winner, judgement, scores, progress.pending.lengths, kept)
         return SearchState(prefix, self.advance(progress, candidates, winner)), result
 
     @jax.named_scope("extend_prefix")
@@ -223,7 +227,20 @@ class StageSearch:
         suffix = self.decoder.init_cache(self.num_questions * max(self.spec.num_candidates), self.lengths.candidate)
         keys, tables = stage_keys(self.inputs.seeds, stage), self.tables.stop_tables
         layers, samples = sample_candidates(self.decoder, self.spec, logits, (prefix,), suffix, tables, keys, stage)
-        return Segment(layers, samples.num_cached), by_question(samples, self.num_questions)
+        candidates = by_question(samples, self.num_questions)
+        return self.segment(layers, candidates, stage), candidates
+
+    def segment(self, layers: CacheLayers, candidates: Samples, stage: Int[Array, " questions"]) -> Segment:
+        """Return the segment of the cache that holds what is kept of candidates, but for the last token of each."""
+        return Segment(layers, self._cut(candidates, stage).num_cached.reshape(-1))
+
+    def kept(self, candidates: Samples, stage: Int[Array, " questions"]) -> RaggedTokens:
+        """Return the tokens that are kept of candidates: those before the opening of the next stage."""
+        return end_stage(candidates, self.tables, stage)[0]
+
+    def _cut(self, candidates: Samples, stage: Int[Array, " questions"]) -> Samples:
+        """Return candidates that have no more tokens than are kept of them."""
+        return replace(candidates, lengths=self.kept(candidates, stage).lengths)
 
     def score(
         self, chain: tuple[Segment, ...], candidates: Samples, stage: Int[Array, " questions"]
@@ -239,7 +256,7 @@ class StageSearch:
         if tables is None:
             return None
         closings = self.tables.closings[stage[:, None], candidates.state]
-        return score_candidates(self.decoder, chain, candidates, closings, stage, tables)
+        return score_candidates(self.decoder, chain, self._cut(candidates, stage), closings, stage, tables)
 
     def choose(
         self, candidates: Samples, scores: StageScores | None, progress: Progress
@@ -294,18 +311,21 @@ class StageSearch:
         """Return the progress after a stage whose winner is chosen: the winner and the next opening tag are pending."""
         stage, tables = progress.stage, self.tables
         question = jnp.arange(self.num_questions)
-        won, won_text = jax.tree.map(lambda x: x[question, winner], (candidates, self.texts(candidates, stage)))
-        next_stage = jnp.minimum(stage + 1, self.spec.num_stages - 1)
-        opening = tables.openings[next_stage, _count_line_breaks(won, tables.num_states)]
-        pending = concat((won.text, tables.closings[stage, won.state], opening), self.lengths.pending)
+        kept, line_breaks = end_stage(candidates, tables, stage)
+        closings = tables.closings[stage[:, None], candidates.state]
+        each = (kept, line_breaks, closings, self.texts(candidates, stage))
+        won, won_breaks, won_closing, won_text = jax.tree.map(lambda x: x[question, winner], each)
+        opening = tables.openings[jnp.minimum(stage + 1, self.spec.num_stages - 1), won_breaks]
+        pending = concat((won, won_closing, opening), self.lengths.pending)
         winners = jax.tree.map(lambda old, new: old.at[question, stage].set(new), progress.winners, won_text)
         return Progress(stage + 1, pending, winners)
 
     def texts(self, candidates: Samples, stage: Int[Array, " questions"]) -> RaggedTokens:
-        """Return candidates with their tags, [questions, candidates]."""
-        openings = self.tables.openings[stage[:, None], BLANK_LINE]
-        closings = self.tables.closings[stage[:, None], candidates.state]
-        return concat((openings, candidates.text, closings), self.lengths.text)
+        """Return candidates with their tags, as the judge is shown them, [questions, candidates]."""
+        tables, at = self.tables, stage[:, None]
+        labels = tables.openings[at, BLANK_LINE] if tables.labels is None else tables.labels[at]
+        closings = tables.closings[at, candidates.state]
+        return concat((labels, self.kept(candidates, stage), closings), self.lengths.text)
 
 
 def stage_keys(seeds: UInt32[Array, " questions"], stage: Int[Array, " questions"]) -> Key[Array, " questions"]:
@@ -380,8 +400,3 @@ def candidate_stops(
         keys=each.reshape(-1),
         used=used.reshape(-1),
     )
-
-
-def _count_line_breaks(won: Samples, num_states: int) -> Int[Array, " questions"]:
-    """Return the number of line breaks, at most ``BLANK_LINE``, that a stage ends with once it is closed, int32."""
-    return jnp.where(won.ended == EndReason.TAG, won.state - num_states, BLANK_LINE)

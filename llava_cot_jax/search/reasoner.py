@@ -25,7 +25,8 @@ from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, StageBeam, Strategy, WeightedVote
 from llava_cot_jax.search.trace import CandidateTrace, SearchCosts, StageTrace, Trace, trace_stages
-from llava_cot_jax.stages import find_conclusion, find_stages, normalize_answer
+from llava_cot_jax.stage_format import StageFormat
+from llava_cot_jax.stages import body_of, find_conclusion, find_stages, normalize_answer
 
 ACCELERATOR_CHUNK, CPU_CHUNK = 256, 64
 """Number of tokens of each question that are prefilled at a time, on an accelerator and on a CPU."""
@@ -43,8 +44,8 @@ class Answer:
 
     Attributes:
         text: Whole text with its tags.
-        stages: Body of each stage, by its tag.
-        conclusion: Text for the user: the body of the last stage, or the whole text of an answer without stages.
+        stages: Body of each stage, by its name.
+        conclusion: Text for the user: the body of the format's conclusion, or the whole text of an answer without it.
         trace: Trace of the search.
     """
 
@@ -131,9 +132,9 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
         result: StageResult = jax.tree.map(lambda x: x[:, i], results)  # noqa: B023
         stages = trace_stages(builder.processor, spec, result)
         if isinstance(builder.strategy, MajorityVote):
-            stages = [_vote(stages[0], lambda _: 1.0)]
+            stages = [_vote(stages[0], spec.format, lambda _: 1.0)]
         if isinstance(builder.strategy, WeightedVote):
-            stages = [_vote(stages[0], _score_of)]
+            stages = [_vote(stages[0], spec.format, _score_of)]
         costs = SearchCosts(config, spec, result, requests.num_images[i])
         trace = Trace(
             question=question,
@@ -144,6 +145,7 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
             tokens=costs.tokens,
             flops=costs.flops,
             seconds=dict(seconds),
+            format=spec.format,
         )
         answers.append(_staged_answer(trace) if spec.stages else _whole_answer(trace))
     return answers
@@ -178,23 +180,22 @@ def _whole_answer(trace: Trace) -> Answer:
     """Return the answer that a search with whole answers as candidates found."""
     stage = trace.stages[0]
     text = stage.candidates[stage.winner].text
-    return Answer(text, find_stages(text), find_conclusion(text), trace)
+    return Answer(text, find_stages(text, trace.format), find_conclusion(text, trace.format), trace)
 
 
 def _staged_answer(trace: Trace) -> Answer:
     """Return the answer that a search by stages found."""
-    texts, bodies, body = [], {}, ""
-    for stage in trace.stages:
+    texts, bodies = [], {}
+    for stage, marks in zip(trace.stages, trace.format.stages, strict=True):
         won = stage.candidates[stage.winner]
-        body = (won.text + won.added).partition(f"</{stage.stage}>")[0].strip()
-        bodies[stage.stage] = body
-        texts.append((f"<{stage.stage}>" + won.text + won.added).strip())
-    return Answer("\n\n".join(texts), bodies, body, trace)
+        bodies[stage.stage] = body_of(won.text + won.added, marks)
+        texts.append(((marks.opening or "") + won.text + won.added).strip())
+    return Answer("\n\n".join(texts), bodies, bodies[trace.format.conclusion], trace)
 
 
-def _vote(stage: StageTrace, weigh: Callable[[CandidateTrace], float]) -> StageTrace:
+def _vote(stage: StageTrace, format: StageFormat, weigh: Callable[[CandidateTrace], float]) -> StageTrace:
     """Return the stage with the winner of a vote in which each candidate's conclusion has the weight of ``weigh``."""
-    votes = [normalize_answer(find_conclusion(candidate.text)) for candidate in stage.candidates]
+    votes = [normalize_answer(find_conclusion(candidate.text, format)) for candidate in stage.candidates]
     weights = [weigh(candidate) for candidate in stage.candidates]
     # fsum rounds once, so that the order of the candidates does not decide between equal sums.
     totals = {vote: math.fsum(w for v, w in zip(votes, weights, strict=True) if v == vote) for vote in votes}

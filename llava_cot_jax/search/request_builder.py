@@ -15,7 +15,7 @@ from llava_cot_jax.inference.decoding import bucket
 from llava_cot_jax.inference.generator import check_seeds, pad_to_bucket
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
 from llava_cot_jax.processing.images import ImageSource
-from llava_cot_jax.processing.messages import question_text, user_turn
+from llava_cot_jax.processing.messages import question_text, user_message
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import SearchInputs
@@ -123,9 +123,10 @@ class RequestBuilder:
         check_seeds(seeds, len(questions))
         processor, image_lists = self.processor, [_as_list(each) for each in images]
         num_images = [len(each) for each in image_lists]
-        prompts = [processor.prompt(user_turn(*each)) for each in zip(questions, num_images, strict=True)]
-        model_inputs, lengths = pad_to_bucket(processor.config, processor(prompts, image_lists))
         texts = [question_text(*each) for each in zip(questions, num_images, strict=True)]
+        asked = [user_message(self.spec.format.prompt(text), n) for text, n in zip(texts, num_images, strict=True)]
+        prompts = [processor.prompt([message]) for message in asked]
+        model_inputs, lengths = pad_to_bucket(processor.config, processor(prompts, image_lists))
         question_ids = [token_ids(processor, text) for text in texts]
         longest_question = max(map(len, question_ids))
         chat_headers = self._chat_headers(num_images)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from llava_cot_jax.costs import model_costs
-from llava_cot_jax.inference.decoding import EndReason, Samples
+from llava_cot_jax.inference.decoding import EndReason
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.judge import CHECK, PAIR, JudgeQueries
@@ -18,6 +18,7 @@ from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.strategies import Judge, SearchSpec, Verifier
 from llava_cot_jax.search.tables import closing_text
 from llava_cot_jax.search.tournament import Decision, Matches, StageJudgement
+from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,12 @@ class CandidateTrace:
     """Candidate of a stage.
 
     Attributes:
-        text: Text that the model wrote. The stage's opening tag is given to the model, and not part of it.
-        ended: Why the candidate ended: "tag", "eos" or "max_new_tokens".
-        added: Closing tag, or the rest of it, that was added because the model did not write it.
+        text: Text that the model wrote. The stage's opening is given to the model, and not part of it, and neither is
+            the next opening, where the model wrote that.
+        ended: Why the candidate ended: "tag", its closing; "heading", the opening of a later stage in a format without
+            closings; "turn", the end of the model's turn where that ends the stage; "eos", that end before the stage's;
+            or "max_new_tokens".
+        added: Closing, or the rest of it, that was added because the model did not write it.
         tokens: Number of tokens of the text.
         log_prob: Sum of the natural log-probabilities of all tokens sampled, before temperature, top_k and top_p.
         mean_log_prob: Mean of these log-probabilities.
@@ -93,7 +97,7 @@ class StageTrace:
     """Stage of a search.
 
     Attributes:
-        stage: Tag of the stage; "whole" where answers were sampled whole.
+        stage: Name of the stage; "whole" where answers were sampled whole.
         candidates: Candidates in their order.
         checks: Check of each candidate; empty where candidates are not checked.
         matches: Matches in the order in which they were played.
@@ -123,6 +127,7 @@ class Trace:
         flops: FLOPs by the same parts, and for the images ("vision"), by the useful count of ``model_costs``, which
             leaves out padding and unused results.
         seconds: Seconds of the batch that the question was in, by what they were spent on.
+        format: Format of the stages.
     """
 
     question: str
@@ -133,19 +138,20 @@ class Trace:
     tokens: dict[str, int]
     flops: dict[str, int]
     seconds: dict[str, float]
+    format: StageFormat = LLAVA_COT
 
     @property
     def forced_stages(self) -> dict[str, str]:
-        """Stages that the search closed itself, as the winner did not: why each ended, by its tag.
+        """Stages that the search ended itself, as the winner did not: why each ended, by its name.
 
         The reasons are "max_new_tokens", where the stage was cut off, and "eos".
         """
         winners = {stage.stage: stage.candidates[stage.winner] for stage in self.stages if stage.stage != WHOLE_ANSWER}
-        return {name: winner.ended for name, winner in winners.items() if winner.ended != "tag"}
+        return {name: winner.ended for name, winner in winners.items() if winner.ended in ("eos", "max_new_tokens")}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the trace as nested dicts and lists, by the names of the attributes."""
-        return asdict(self)
+        """Return the trace as nested dicts and lists, by the names of the attributes, with the name of the format."""
+        return asdict(self) | {"format": self.format.name}
 
     def to_json(self, indent: int | None = None) -> str:
         """Return the trace as a JSON object, which ``generate --trace`` writes a list of.
@@ -185,14 +191,14 @@ def _trace_candidates(processor: Processor, spec: SearchSpec, number: int, stage
     """Return the candidates of a stage."""
     scores, traces = stage.scores if isinstance(spec.scorers[number], Verifier) else None, []
     for i in range(spec.num_candidates[number]):
-        one: Samples = jax.tree.map(lambda x: x[i], stage.candidates)  # noqa: B023
+        one, kept = jax.tree.map(lambda x: x[i], (stage.candidates, stage.kept))  # noqa: B023
         is_closed = not spec.stages or one.ended == EndReason.TAG
         traces.append(
             CandidateTrace(
-                text=processor.decode(np.asarray(one.tokens[: one.lengths])),
-                ended=EndReason(int(one.ended)).name.lower(),
-                added="" if is_closed else closing_text(spec.stages[number], int(one.state)).rstrip("\n"),
-                tokens=int(one.lengths),
+                text=processor.decode(np.asarray(one.tokens[:kept])),
+                ended=_how_ended(spec, number, EndReason(int(one.ended))),
+                added="" if is_closed else closing_text(spec.format.stages[number], int(one.state)).rstrip("\n"),
+                tokens=int(kept),
                 log_prob=float(one.log_prob),
                 mean_log_prob=float(one.log_prob) / max(int(one.num_sampled), 1),
                 score=None if scores is None else float(scores.score[i]),
@@ -200,6 +206,16 @@ def _trace_candidates(processor: Processor, spec: SearchSpec, number: int, stage
             )
         )
     return traces
+
+
+def _how_ended(spec: SearchSpec, number: int, reason: EndReason) -> str:
+    """Return why a candidate of a stage ended, as ``CandidateTrace.ended`` has it."""
+    if spec.stages and spec.format.stages[number].closing is None:
+        if reason == EndReason.TAG:
+            return "heading"
+        if reason == EndReason.EOS and spec.format.ends_turn(number):
+            return "turn"
+    return reason.name.lower()
 
 
 def _trace_checks(
@@ -305,7 +321,7 @@ class SearchCosts:
             self._add_decoding("candidates", sampled, prefix, [0] * len(sampled))
             if stage.scores is not None and isinstance(spec.scorers[number], Verifier):
                 for i in range(spec.num_candidates[number]):
-                    cached = int(stage.candidates.num_cached[i])
+                    cached = max(int(stage.kept[i]) - 1, 0)
                     self._add_prefill("verifier_probes", int(stage.scores.probe_lengths[i]), prefix + cached)
             judge = spec.judge_of(number)
             if judge is not None and stage.judgement is not None:
