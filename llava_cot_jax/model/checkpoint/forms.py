@@ -71,8 +71,8 @@ _QUANTIZED_NAME = re.compile(
 )
 """Pattern of the names of tensors that only quantized weights have."""
 
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
-"""Parts of names that wrappers of PyTorch modules add anywhere, and that no tensor of the model has."""
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "modules_to_save"}
+"""Parts of names that wrappers of modules in PyTorch and PEFT add anywhere, and that no tensor of the model has."""
 
 
 def check_form(where: str | Path, names: Collection[str], config: Mapping[str, Any] | None) -> None:
@@ -136,7 +136,7 @@ def is_adapter(name: str) -> bool:
     return name.startswith("adapter_") and name.endswith((".safetensors", ".bin"))
 
 
-def _entries_in(folder: Path) -> set[str]:
+def entries_in(folder: Path) -> set[str]:
     """Return the names in the folders of a folder, with their paths; none of deeper folders, none in a bucket."""
     found: set[str] = set()
     for path in [] if is_remote(folder) else folder.iterdir():
@@ -156,7 +156,7 @@ def check_folder(folder: Path, files: Collection[str]) -> None:
     if not is_remote(folder) and not has_weights:
         _check_not_of_a_run(folder, files)
     config = read_json(folder / "config.json") if "config.json" in files else None
-    check_form(folder, files if has_weights else {*files, *_entries_in(folder)}, config)
+    check_form(folder, files if has_weights else {*files, *entries_in(folder)}, config)
 
 
 def _check_not_of_a_run(folder: Path, files: Collection[str]) -> None:
