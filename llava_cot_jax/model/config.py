@@ -352,6 +352,11 @@ class MllamaConfig:
         _, stated = image_settings(folder)
         pixels: dict[str, Any] = {k: tuple(stated[k]) for k in ("image_mean", "image_std") if k in stated}
         ends = tuple(dict.fromkeys((*config.text.eos_token_ids, *end_token_ids(folder))))
+        if not any(token < config.text.vocab_size for token in ends):
+            raise UserError(
+                f"{folder} names no end token within its vocabulary of {config.text.vocab_size} ({list(ends)}), so "
+                "that no answer would end: correct eos_token_id in generation_config.json"
+            )
         text = replace(config.text, eos_token_ids=ends)
         return replace(config, vision=replace(config.vision, **pixels), text=text)
 
