@@ -23,13 +23,9 @@ IMAGES = [[scene(3 * i + j)[0] for j in range(count)] for i, count in enumerate(
 SEEDS = [4, 5, 6]
 NEW = 24
 
-CONVENTIONS = [
-    convention if convention == "transformers_4" else pytest.param(convention, marks=pytest.mark.slow)
-    for convention in get_args(Convention)
-]
 
-
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.slow
+@pytest.mark.parametrize("convention", get_args(Convention))
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=50, top_p=0.9)], ids=["greedy", "sampled"])
 def test_a_generator_answers_each_as_alone(convention, sampling):
     model, processor = random_model(3, convention=convention, eos=())
@@ -48,7 +44,9 @@ def test_a_generator_answers_each_as_alone(convention, sampling):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("convention", get_args(Convention))
-@pytest.mark.parametrize("judge", [Judge("token"), Judge("rationale", reason_tokens=6, check_tokens=5)], ids=str)
+@pytest.mark.parametrize(
+    "judge", [Judge("token"), Judge("rationale", reason_tokens=6, check_tokens=5)], ids=lambda judge: judge.verdict
+)
 def test_a_search_answers_each_as_alone(prompts, monkeypatch, convention, judge):
     found = recorded_results(monkeypatch)
     model, processor = random_model(3, convention=convention, eos=tuple(range(0, 500, 60)))
