@@ -113,6 +113,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "a processor from nothing": (lambda m, p: Processor.from_pretrained(None), "a path is None"),
     "a model from nothing": (lambda m, p: Mllama.from_pretrained(None), "a path is None"),
     "a dtype": (lambda m, p: Mllama.from_pretrained("shapes", dtype="float99"), "dtype 'float99' are not supported"),
+    "half a character in a dtype": (lambda m, p: Mllama.from_pretrained("shapes", dtype=HALF), "dtype 'broken "),
     "a layout to load": (lambda m, p: Mllama.from_pretrained("shapes", layout="flat"), "layout is 'flat'; it must be"),
     "a layout to change to": (lambda m, p: m.to_layout("flat"), "layout is 'flat'; it must be one of"),
     "a configuration to load": (lambda m, p: Mllama.from_pretrained("shapes", config="11b"), "config is '11b'; give"),

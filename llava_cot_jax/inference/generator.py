@@ -358,7 +358,7 @@ def check_seeds(seeds: Sequence[int] | int, batch: int = 1) -> None:
         UserError: A seed is no whole number or does not fit 32 bits, or there is another number of seeds.
     """
     seeds_or_one: Any = seeds
-    is_several = isinstance(seeds, list | tuple | range) or np.ndim(seeds_or_one) > 0
+    is_several = isinstance(seeds, list | tuple | range) or getattr(seeds, "ndim", 0) > 0
     given: list[Any] = list(seeds_or_one) if is_several else [seeds_or_one]
     for seed in given:
         check_int("seed", seed, least=None)
