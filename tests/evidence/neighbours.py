@@ -78,7 +78,7 @@ def candidates(model: Mllama, builder: RequestBuilder, asked: list[Question]) ->
     images, texts, seeds = (list(x) for x in zip(*asked, strict=True))
     inputs = builder.build(images, texts, seeds).inputs
     static = {"config": model.config, "spec": builder.spec, "prefill_chunk": 64, "mesh": None}
-    result = search(model.params, inputs, builder.stage_tables, builder.judge_tables, **static)
+    result = search(model.params, inputs, builder.stage_tables, builder.scorer_tables, **static)
     return np.asarray(result.candidates.tokens[0])
 
 
