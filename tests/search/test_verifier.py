@@ -123,7 +123,7 @@ WINNERS = dict(zip(VOTES, (1, 2, 1, 1, 2), strict=True))
 
 @pytest.mark.parametrize("name", VOTES)
 def test_a_weighted_vote(name):
-    assert _vote(vote_of(*VOTES[name]), _score_of).winner == WINNERS[name]
+    assert _vote(vote_of(*VOTES[name]), LLAVA_COT, _score_of).winner == WINNERS[name]
 
 
 def test_a_weighted_vote_with_all_scores_1_is_a_majority_vote():
@@ -133,8 +133,8 @@ def test_a_weighted_vote_with_all_scores_1_is_a_majority_vote():
         count = int(rng.integers(1, 9))
         drawn = zip(rng.choice(list("abc"), count), rng.choice([-0.1, -0.5, -2.0], count), strict=True)
         stage = vote_of(*((str(text), 1.0, float(mean)) for text, mean in drawn))
-        weighted = _vote(stage, _score_of)
-        assert weighted == _vote(stage, lambda _: 1.0)
+        weighted = _vote(stage, LLAVA_COT, _score_of)
+        assert weighted == _vote(stage, LLAVA_COT, lambda _: 1.0)
         winners.add(weighted.winner)
     assert len(winners) > 4
 
