@@ -29,7 +29,7 @@ STRATEGY = StageBeam((3, 2, 1, 3), Verifier(), temperature=0.9, max_new_tokens=(
 @pytest.fixture(scope="module")
 def ending():
     """A random model that often ends an answer, under the convention of the installed transformers."""
-    return random_model(1, convention="transformers_5", eos=tuple(range(0, 500, 60)))
+    return random_model(1, convention="transformers_5", eos=tuple(range(0, 500, 20)))
 
 
 @pytest.mark.slow
@@ -43,7 +43,6 @@ def test_scores_are_those_of_transformers(ending, prompts, monkeypatch, tmp_path
     images, found = [image] if has_image else [], recorded_results(monkeypatch)
     answer = Reasoner(model, processor, STRATEGY, prompts).answer(image if has_image else None, question, seed=5)
     candidates = jax.device_get(found[0].candidates)
-    loaded = JudgePrompts.load(prompts)
     arrays = processor([processor.prompt(user_turn(question, len(images)))], [images])
 
     def ids(text: str) -> list[int]:
@@ -53,7 +52,8 @@ def test_scores_are_those_of_transformers(ending, prompts, monkeypatch, tmp_path
         given = {name: x for name, x in arrays.items() if name not in ("input_ids", "attention_mask")}
         if images:
             mask = given["cross_attention_mask"]
-            given["cross_attention_mask"] = np.repeat(mask[:, -1:], len(sequence), axis=1).astype(np.int64)
+            later = np.repeat(mask[:, -1:], len(sequence) - mask.shape[1], axis=1)
+            given["cross_attention_mask"] = np.concatenate([mask, later], axis=1).astype(np.int64)
             tiles = jnp.asarray(given["pixel_values"]), jnp.asarray(given["aspect_ratio_ids"])
             pixels = normalize(model.config.vision, *tiles)
             given["pixel_values"] = np.array(pixels, np.float32)
@@ -68,9 +68,9 @@ def test_scores_are_those_of_transformers(ending, prompts, monkeypatch, tmp_path
     prefix, breaks, ends = arrays["input_ids"][0].tolist(), 2, set()
     for number, stage in enumerate(answer.trace.stages):
         prefix += ids("\n" * (2 - breaks) + f"<{stage.stage}>")
-        criterion = loaded.criteria.get(stage.stage, loaded.criteria["other"])
+        asked = "Sound?" if stage.stage == "REASONING" else "Good?"
         probe = (
-            f"<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{criterion} Right?<|eot_id|>"
+            f"<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{asked}<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n\nAnswer:"
         )
         for i, candidate in enumerate(stage.candidates):
@@ -87,7 +87,7 @@ def test_scores_are_those_of_transformers(ending, prompts, monkeypatch, tmp_path
         assert stage.candidates[stage.winner].score == max(c.score for c in stage.candidates)
         prefix += won
     assert len({c.score for stage in answer.trace.stages for c in stage.candidates}) > 6
-    assert ends >= {"eos", "max_new_tokens"}
+    assert ends == {"eos", "max_new_tokens"}
 
 
 def test_the_highest_score_wins_and_then_the_likelier_candidate():
@@ -200,13 +200,13 @@ def test_answers_that_are_no_natural_next_token(tmp_path):
     [
         ('answers: [" yes", " no"]', 'answers: [" yes"]', "probe.answers must be two different texts"),
         ("probe:\n", "probes:\n", "KeyError\\('probe'\\); compare it with"),
-        ("written last right", "\ue000", "probe.text has the character U\\+E000"),
+        ("Is this plan", "\ue000", "probe.questions.SUMMARY has the character U\\+E000"),
+        ("    other: Is this part right? Answer yes or no.\n", "", "probe.questions lack other"),
     ],
 )
 def test_probes_that_cannot_be_used(tmp_path, old, new, message):
     path = tmp_path / "prompts.yaml"
-    text = DEFAULT_JUDGE_PROMPTS.read_text().replace("Is what you wrote last right", "written last right")
-    path.write_text(text.replace(old, new))
+    path.write_text(DEFAULT_JUDGE_PROMPTS.read_text().replace(old, new))
     with pytest.raises(UserError, match=message) as told:
         JudgePrompts.load(path)
     assert "\n" not in str(told.value)
