@@ -36,9 +36,8 @@ def main() -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     print(f"{datetime.date.today()}; {versions}; compiled for TPUs, run on none")
     slice_ = slices.parse_topology("v6e-1")
-    print(
-        f"11B, bfloat16, one image of 4 tiles, {BUDGET} tokens a stage; {slice_.generation.usable_hbm_bytes / GB:.1f} GB"
-    )
+    memory = slice_.generation.usable_hbm_bytes / GB
+    print(f"11B, bfloat16, one image of 4 tiles, {BUDGET} tokens a stage, on one v6e of {memory:.1f} GB")
     mesh = make_mesh(tensor=1, devices=slice_.devices())
     print(f"rollouts: 1 question, {CANDIDATES} candidates, {CONTINUATIONS} continuations each of {CONTINUATION} tokens")
     report(lower_rollouts(mesh))
