@@ -264,6 +264,7 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
             "--num_candidates has no meaning for --search greedy",
         ),
         (lambda d, t: [*SEARCH, "majority_vote", "--judge", "token"], "--judge has no meaning"),
+        (lambda d, t: [*SEARCH, "weighted_vote", "--judge", "token"], "which is --judge verifier"),
         (lambda d, t: [*SEARCH, "best_of_n", "--num_candidates", "[4, 2]"], "--num_candidates takes one value"),
         (lambda d, t: [*SEARCH, "stage_beam", "--num_candidates", "[4, 2]"], "2 values for 4 stages"),
         (lambda d, t: [*SEARCH, "stage_beam", "--max_new_tokens", "0"], "max_new_tokens is 0; it must be at least 1"),

@@ -33,7 +33,7 @@ class Workload:
     reason_tokens: int = 40
     check_tokens: int = 20
     judge_prompt_tokens: int = 110
-    probe_tokens: int = 50
+    probe_tokens: int = 22
     num_candidates: tuple[int, ...] = (1, 4, 10)
 
     def __post_init__(self) -> None:

@@ -49,12 +49,12 @@ class ProbePrompt:
     """Question of the verifier about the candidate before it.
 
     Attributes:
-        text: Text of the question, in which ``{criterion}`` stands for the stage's criterion.
+        questions: Question about a candidate of each stage.
         stem: Beginning of the answer.
         answers: The two texts that may follow the stem: that the candidate is right, and that it is not.
     """
 
-    text: str
+    questions: Mapping[str, str]
     stem: str
     answers: tuple[str, str]
 
@@ -114,9 +114,10 @@ class JudgePrompts:
     def _from_dict(cls, content: Mapping[str, Any]) -> "JudgePrompts":
         for kind in PROMPT_KINDS:
             _check_placeholders(kind, content[kind]["text"])
-        for name in (WHOLE_ANSWER, "other"):
-            if name not in content["criteria"]:
-                raise UserError(f"criteria lack {name}")
+        for key, stages in (("criteria", content["criteria"]), ("probe.questions", content["probe"]["questions"])):
+            for name in (WHOLE_ANSWER, "other"):
+                if name not in stages:
+                    raise UserError(f"{key} lack {name}")
         return cls(
             text={kind: str(content[kind]["text"]) for kind in PROMPT_KINDS},
             readings={kind: _two_texts(f"{kind}.readings", content[kind]["readings"]) for kind in PROMPT_KINDS},
@@ -127,7 +128,10 @@ class JudgePrompts:
             shows={str(stage): tuple(map(str, shown)) for stage, shown in content["shows"].items()},
             checked=tuple(map(str, content["check"]["stages"])),
             probe=ProbePrompt(
-                text=_without_mark("probe.text", str(content["probe"]["text"])),
+                questions={
+                    str(stage): _without_mark(f"probe.questions.{stage}", str(text))
+                    for stage, text in content["probe"]["questions"].items()
+                },
                 stem=str(content["probe"]["stem"]),
                 answers=_two_texts("probe.answers", content["probe"]["answers"]),
             ),
@@ -152,7 +156,7 @@ class JudgePrompts:
             stages: All stages of the search in order.
             images: Number of images in the chat header.
         """
-        text = self.text[kind].replace("{criterion}", self._criterion(stage))
+        text = self.text[kind].replace("{criterion}", self.criteria.get(stage, self.criteria["other"]))
         text = text.replace("{earlier}", (self.earlier if self.shown_stages(stage, stages) else "") + _MARK)
         for name in PLACEHOLDERS[kind]:
             text = text.replace(f"{{{name}}}", _MARK)
@@ -164,14 +168,10 @@ class JudgePrompts:
 
         It is the end of the assistant's turn, the user's question, and the beginning of the answer.
         """
-        question = self.probe.text.replace("{criterion}", self._criterion(stage))
+        question = self.probe.questions.get(stage, self.probe.questions["other"])
         answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
         conversation = processor.prompt([user_message("?"), answer, user_message(question)])
         return conversation.partition(_MARK)[2] + self.probe.stem
-
-    def _criterion(self, stage: str) -> str:
-        """Return the criterion of a stage."""
-        return self.criteria.get(stage, self.criteria["other"])
 
 
 def _check_placeholders(kind: PromptKind, text: str) -> None:

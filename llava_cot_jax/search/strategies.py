@@ -84,7 +84,7 @@ class Verifier:
     """Scorer in which the model itself is asked after each candidate whether it is right, seeing the image.
 
     A score is the probability of "yes" against "no". It is absolute: it does not depend on the other candidates. The
-    highest wins, of equal ones that with the highest mean log-probability. A question takes some fifty tokens for each
+    highest wins, of equal ones that with the highest mean log-probability. A question takes some 25 tokens for each
     candidate, of which nothing is read again.
     """
 

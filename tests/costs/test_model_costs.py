@@ -233,7 +233,7 @@ def test_decode_flops_are_those_of_the_program(small, images):
         return tuple(LayerCache(entry, entry) if is_cross == cross and capacity else None for is_cross in text.is_cross)
 
     prefix = Segment(layers(questions, shared, False), abstract(questions))
-    cache = KVCache(layers(rows, own, False), abstract(rows), prefix)
+    cache = KVCache(layers(rows, own, False), abstract(rows), (prefix,))
     tiles = abstract(rows, 1, 1, small.vision.max_num_tiles)
     context = None
     if images:

@@ -239,8 +239,8 @@ class Search:
 
     def verify(self, sequence: Sequence, ids: list[int], tag: str) -> tuple[float, float]:
         """Return the verifier's score of the candidate that ``ids`` end with, and what is on neither answer."""
-        probe, criteria = self.prompts.probe, self.prompts.criteria
-        question = probe.text.replace("{criterion}", criteria.get(tag, criteria["other"]))
+        probe = self.prompts.probe
+        question = probe.questions.get(tag, probe.questions["other"])
         text = "<|eot_id|>" + "".join(
             f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}"
             for role, content in (("user", question + "<|eot_id|>"), ("assistant", probe.stem))

@@ -29,7 +29,7 @@ check:
   text: "Check. Question: {question}{earlier} Steps: {first} Right?"
   readings: [o, i]
 probe:
-  text: "{criterion} Right?"
+  questions: {REASONING: "Sound?", whole: "Right?", other: "Good?"}
   stem: "Answer:"
   answers: [" yes", " no"]
 """

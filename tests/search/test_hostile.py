@@ -17,7 +17,7 @@ from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import LENGTH_STEP, RequestBuilder
 from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
-from llava_cot_jax.search.tables import build_judge_tables
+from llava_cot_jax.search.tables import build_judge_tables, build_verifier_tables
 from llava_cot_jax.stages import STAGES
 from tests.search.models import random_model, scene, tagged_processor, trained_model
 
@@ -368,7 +368,11 @@ def test_each_field_of_the_file_changes_what_the_model_reads():
     token = StageBeam(2).to_spec()
 
     def tables(prompts, spec):
-        return jax.tree.leaves(build_judge_tables(processor, spec, spec.judge, prompts))
+        judge, verifier = (
+            build_judge_tables(processor, spec, spec.judge, prompts),
+            build_verifier_tables(processor, spec, prompts),
+        )
+        return jax.tree.leaves((judge, verifier))
 
     prompts = JudgePrompts.load()
     changed = {
@@ -380,6 +384,7 @@ def test_each_field_of_the_file_changes_what_the_model_reads():
         "earlier": " Before: ",
         "shows": {"CONCLUSION": ("SUMMARY",)},
         "checked": ("CAPTION",),
+        "probe": replace(prompts.probe, questions={**prompts.probe.questions, "CAPTION": "Correct?"}),
     }
     assert set(changed) == set(JudgePrompts.__dataclass_fields__)
     for name, value in changed.items():

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from llava_cot_jax.inference.decoding import Decoder, Samples, encode_images, prefill
-from llava_cot_jax.inference.ragged_tokens import RaggedTokens, concat, pad
+from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
 from llava_cot_jax.model.kv_cache import KVCache, Segment
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.search.program import sample_candidates
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_builder import RequestBuilder
+from llava_cot_jax.search.rollouts import joint_capacity, sample_continuations
 from llava_cot_jax.search.strategies import BestOfN, LogProbability
 from tests.search import brute_force
 from tests.search.models import random_model, scene
@@ -30,7 +31,7 @@ def test_continuations_of_candidates_are_those_after_a_plain_prefix(prompts):
     then = replace(first, num_candidates=CONTINUATIONS)
     builder = RequestBuilder(processor, first, prompts)
     inputs = builder.build([image], [question], 5).inputs
-    stop_table = builder.stage_tables.stop_tables[0]
+    stop_tables = builder.stage_tables.stop_tables
     keys = jax.random.split(jax.random.key(7), CANDIDATES)
     params, config = model.params, model.config
     tag = processor.tokenizer("\n\n<REASONING>", add_special_tokens=False)["input_ids"]
@@ -42,17 +43,15 @@ def test_continuations_of_candidates_are_those_after_a_plain_prefix(prompts):
         prompt, none = RaggedTokens(inputs.model_inputs["input_ids"], inputs.lengths), jnp.zeros(1, jnp.int32)
         layers, logits = prefill(decoder, prompt, KVCache(decoder.init_cache(1, prompt.capacity + CHUNK), none))
         root = Segment(layers, prompt.lengths)
-        room = decoder.init_cache(CANDIDATES, LONGEST + len(tag) + CHUNK)
-        stage, root_keys = jnp.int32(0), jax.vmap(jax.random.key)(inputs.seeds)
+        room = decoder.init_cache(CANDIDATES, LONGEST + joint_capacity(len(tag)))
+        stage, root_keys = jnp.zeros(CANDIDATES, jnp.int32), jax.vmap(jax.random.key)(inputs.seeds)
         layers, candidates = sample_candidates(
-            decoder, first.to_spec(), logits, (root,), room, stop_table, root_keys, stage
+            decoder, first.to_spec(), logits, (root,), room, stop_tables, root_keys, stage[:1]
         )
-        before = KVCache(layers, candidates.num_cached, (root,))
-        joint = concat((candidates.last_token, pad([tag])), 1 + len(tag))
-        layers, logits = prefill(decoder, joint, before)
-        chain = (root, Segment(layers, candidates.num_cached + joint.lengths))
-        room = decoder.init_cache(CANDIDATES * CONTINUATIONS, LONGEST)
-        _, continuations = sample_candidates(decoder, then.to_spec(), logits, chain, room, stop_table, keys, stage)
+        chain, joints = (root, Segment(layers, candidates.num_cached)), pad([tag] * CANDIDATES)
+        continuations = sample_continuations(
+            decoder, then.to_spec(), chain, candidates, joints, stop_tables, keys, stage
+        )
         return candidates, continuations
 
     candidates, continuations = jax.device_get(rollouts(params, inputs))
