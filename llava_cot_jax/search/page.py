@@ -148,6 +148,7 @@ def _candidate_view(
         "long": len(candidate.text) > LONG_TEXT_CHARACTERS,
         "added": candidate.added,
         "mean": _minus(wording.log_prob(candidate.mean_log_prob)),
+        "own_score": wording.own_score(candidate, stage),
         "same_as": next((j + 1 for j in range(i) if stage.candidates[j].text == candidate.text), None),
         "percent": _percent(math.exp(min(candidate.mean_log_prob, 0.0))),
         "tokens": wording.counted(candidate.tokens, "token"),

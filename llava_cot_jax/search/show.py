@@ -61,11 +61,13 @@ def _describe(trace: Trace, right_answer: str | None, correct: bool | None) -> I
 def _describe_candidate(number: int, candidate: CandidateTrace, stage: StageTrace) -> Iterator[RenderableType]:
     won = number == stage.winner
     facts = (
-        f"mean log-probability {wording.log_prob(candidate.mean_log_prob)} a token, "
-        f"{wording.counted(candidate.tokens, 'token')}, {wording.how_ended(candidate)}"
+        wording.own_score(candidate, stage),
+        f"mean log-probability {wording.log_prob(candidate.mean_log_prob)} a token",
+        wording.counted(candidate.tokens, "token"),
+        wording.how_ended(candidate),
     )
     name = Text(f"{number + 1} winner" if won else f"{number + 1}", style=WINNER if won else "")
-    yield _line(Text.assemble(name, ": ", facts))
+    yield _line(Text.assemble(name, ": ", ", ".join(filter(None, facts))))
     texts = [each.text for each in stage.candidates]
     if (first := texts.index(candidate.text)) < number:
         yield _Indented(Text(f"the same text as {first + 1}", style=MINOR), 5)

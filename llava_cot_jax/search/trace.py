@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.judge import CHECK, PAIR, JudgeQueries
 from llava_cot_jax.search.program import StageResult
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
+from llava_cot_jax.search.scorers import OwnScores
 from llava_cot_jax.search.strategies import Judge, SearchSpec
 from llava_cot_jax.search.tables import closing_text
 from llava_cot_jax.search.tournament import Decision, Matches, StageJudgement
@@ -31,6 +32,8 @@ class CandidateTrace:
         tokens: Number of tokens of the text.
         log_prob: Sum of the natural log-probabilities of all tokens sampled, before temperature, top_k and top_p.
         mean_log_prob: Mean of these log-probabilities.
+        score: Score by a function of the user's own; None where there is none, or where it is not a number, so that the
+            candidate lost.
     """
 
     text: str
@@ -39,6 +42,7 @@ class CandidateTrace:
     tokens: int
     log_prob: float
     mean_log_prob: float
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class StageTrace:
         checks: Check of each candidate; empty where candidates are not checked.
         matches: Matches in the order in which they were played.
         winner: Candidate that won.
+        own_scorer: Name of the function of the user's own that scored the candidates; None without one.
+        scorer_seconds: Seconds that this function took.
     """
 
     stage: str
@@ -101,6 +107,15 @@ class StageTrace:
     checks: list[VerdictTrace]
     matches: list[MatchTrace]
     winner: int
+    own_scorer: str | None = None
+    scorer_seconds: float = 0.0
+
+    def with_own_scores(self, scores: OwnScores | None) -> "StageTrace":
+        """Return the stage with the scores of a function of the user's own, if there are any."""
+        if scores is None:
+            return self
+        scored = [replace(one, score=score) for one, score in zip(self.candidates, scores.scores, strict=True)]
+        return replace(self, candidates=scored, own_scorer=scores.scorer, scorer_seconds=scores.seconds)
 
 
 @dataclass
@@ -151,32 +166,34 @@ class Trace:
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
 
-def trace_stages(processor: Processor, spec: SearchSpec, result: StageResult) -> list[StageTrace]:
+def split_stages(results: StageResult, question: int) -> list[StageResult]:
+    """Return the result of each stage of a question, out of the result of a whole search."""
+    num_stages = results.winner.shape[0]
+    return [jax.tree.map(lambda x: x[stage, question], results) for stage in range(num_stages)]  # noqa: B023
+
+
+def trace_stages(processor: Processor, spec: SearchSpec, stages: Sequence[StageResult]) -> list[StageTrace]:
     """Return the stages of one question's search.
 
     Args:
         processor: Processor that decodes tokens.
         spec: Static part of the search.
-        result: Host arrays [stages, ...] of the question.
+        stages: Result of each stage of the question, in host arrays.
     """
     return [
         StageTrace(
             stage=spec.stages[number] if spec.stages else WHOLE_ANSWER,
-            candidates=_trace_candidates(processor, spec, number, stage.candidates),
+            candidates=trace_candidates(processor, spec, number, stage.candidates),
             checks=_trace_checks(processor, spec, number, stage.judgement),
             matches=_trace_matches(processor, spec, number, stage.judgement),
             winner=int(stage.winner),
         )
-        for number, stage in enumerate(_stages(spec, result))
+        for number, stage in enumerate(stages)
     ]
 
 
-def _stages(spec: SearchSpec, result: StageResult) -> list[StageResult]:
-    """Return the result of each stage."""
-    return [jax.tree.map(lambda x: x[number], result) for number in range(spec.num_stages)]  # noqa: B023
-
-
-def _trace_candidates(processor: Processor, spec: SearchSpec, number: int, candidates: Samples) -> list[CandidateTrace]:
+def trace_candidates(processor: Processor, spec: SearchSpec, number: int, candidates: Samples) -> list[CandidateTrace]:
+    """Return the candidates of stage ``number``, out of host arrays [candidates, ...]."""
     traces = []
     for i in range(spec.num_candidates[number]):
         one: Samples = jax.tree.map(lambda x: x[i], candidates)  # noqa: B023
@@ -269,7 +286,7 @@ class SearchCosts:
     Args:
         config: Configuration of the model.
         spec: Static part of the search.
-        result: Host arrays [stages, ...] of the question.
+        stages: Result of each stage of the question, in host arrays.
         num_images: Number of images of the question.
 
     Attributes:
@@ -278,7 +295,7 @@ class SearchCosts:
         decoding_runs: Runs of the decoding loop, as if all sequences of a stage and a kind were sampled in one run.
     """
 
-    def __init__(self, config: MllamaConfig, spec: SearchSpec, result: StageResult, num_images: int) -> None:
+    def __init__(self, config: MllamaConfig, spec: SearchSpec, stages: Sequence[StageResult], num_images: int) -> None:
         self._config = config
         self._image_tokens = num_images * config.vision.image_tokens
         parts = ("prompt", "winners", "candidates", "judge_prefixes", "judge_queries", "judge_reasons")
@@ -287,7 +304,7 @@ class SearchCosts:
         self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
         self.decoding_runs: list[DecodingRun] = []
         prefix = 0
-        for number, stage in enumerate(_stages(spec, result)):
+        for number, stage in enumerate(stages):
             self._add_prefill("winners" if number else "prompt", int(stage.num_prefilled), prefix)
             prefix += int(stage.num_prefilled)
             sampled = stage.candidates.num_sampled[stage.candidates.ended != EndReason.UNUSED].tolist()
