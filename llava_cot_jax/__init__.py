@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from llava_cot_jax.model.sharding import make_mesh
     from llava_cot_jax.processing.messages import user_turn
     from llava_cot_jax.processing.processor import Processor
-    from llava_cot_jax.search.reasoner import Answer, Reasoner
+    from llava_cot_jax.search.answers import Answer
+    from llava_cot_jax.search.reasoner import Reasoner
     from llava_cot_jax.search.strategies import (
         BestOfN,
         Greedy,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         Verifier,
         WeightedVote,
     )
+    from llava_cot_jax.search.stream import AnswerStream, Question, StreamedAnswer
     from llava_cot_jax.stages import find_stages
     from llava_cot_jax.training.loss import causal_lm_loss
 
@@ -39,6 +41,7 @@ prepare_process()  # before anything slow is imported
 
 __all__ = [
     "Answer",
+    "AnswerStream",
     "BestOfN",
     "Completion",
     "Generator",
@@ -49,10 +52,12 @@ __all__ = [
     "Mllama",
     "MllamaConfig",
     "Processor",
+    "Question",
     "Reasoner",
     "Sample",
     "Sampling",
     "StageBeam",
+    "StreamedAnswer",
     "TextConfig",
     "UserError",
     "Verifier",
@@ -74,7 +79,8 @@ _MODULES = {
     "inference.completions": ("Completion",),
     "inference.generator": ("Generator",),
     "inference.settings": ("Sampling",),
-    "search.reasoner": ("Answer", "Reasoner"),
+    "search.answers": ("Answer",),
+    "search.reasoner": ("Reasoner",),
     "search.strategies": (
         "BestOfN",
         "Greedy",
@@ -86,6 +92,7 @@ _MODULES = {
         "Verifier",
         "WeightedVote",
     ),
+    "search.stream": ("AnswerStream", "Question", "StreamedAnswer"),
     "stages": ("find_stages",),
     "training.loss": ("causal_lm_loss",),
 }

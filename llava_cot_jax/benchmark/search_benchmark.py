@@ -22,10 +22,9 @@ from llava_cot_jax.model.mllama import Mllama, compute_logits
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
-from llava_cot_jax.search.program import SearchInputs, sample_candidates, search
-from llava_cot_jax.search.reasoner import default_prefill_chunk
+from llava_cot_jax.search.program import SearchInputs, default_prefill_chunk, sample_candidates, search
 from llava_cot_jax.search.strategies import Judge, StageBeam, Strategy, Verifier
-from llava_cot_jax.search.trace import DecodingRun, SearchCosts
+from llava_cot_jax.search.trace import DecodingRun, SearchCosts, split_stages
 from llava_cot_jax.search.verifier import StageScores, score_candidates
 
 
@@ -221,8 +220,9 @@ class SearchBenchmark:
         timing, found = time_program(
             lambda: search(self.params, self.search_inputs, stage_tables, scorer_tables, **static), self.runs
         )
-        one = jax.tree.map(lambda x: x[:, 0], jax.device_get(found))
-        costs = SearchCosts(self.config, spec, one, num_images=1 if self.image_tokens else 0)
+        costs = SearchCosts(
+            self.config, spec, split_stages(jax.device_get(found), 0), num_images=1 if self.image_tokens else 0
+        )
         read_bytes = sum(map(self._decoding_bytes, costs.decoding_runs))
         return BenchmarkRow(name, timing, 1, "question", sum(costs.flops.values()), read_bytes)
 

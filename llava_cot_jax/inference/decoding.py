@@ -300,7 +300,7 @@ def start_samples(
     none = Samples(
         tokens=jnp.full((batch, capacity), text.pad_token_id, jnp.int32),
         lengths=zeros,
-        ended=jnp.where(stop.used, EndReason.MAX_NEW_TOKENS, EndReason.UNUSED),
+        ended=jnp.where(stop.used, EndReason.MAX_NEW_TOKENS, EndReason.UNUSED).astype(jnp.int32),
         state=zeros,
         log_prob=jnp.zeros(batch, jnp.float32),
     )

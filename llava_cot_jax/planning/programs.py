@@ -13,8 +13,7 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.quantization import is_quantized
 from llava_cot_jax.model.sharding import parameter_sharding, partition_spec
-from llava_cot_jax.search.program import search
-from llava_cot_jax.search.reasoner import default_prefill_chunk
+from llava_cot_jax.search.program import default_prefill_chunk, search
 from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.training.program import TrainProgram
 from llava_cot_jax.training.settings import TrainSettings

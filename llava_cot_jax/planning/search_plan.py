@@ -21,7 +21,7 @@ from llava_cot_jax.planning.roofline import Roofline
 from llava_cot_jax.planning.slices import GENERATIONS, HBM_MARGIN, Slice
 from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths, probe_capacity, probe_chunk
-from llava_cot_jax.search.reasoner import ACCELERATOR_CHUNK
+from llava_cot_jax.search.program import ACCELERATOR_CHUNK
 from llava_cot_jax.search.strategies import Judge, SearchSpec
 
 TYPICAL_WORKLOAD = Workload(prompt_tokens=256, judge_prompt_tokens=200)

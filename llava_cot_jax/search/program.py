@@ -48,6 +48,15 @@ from llava_cot_jax.search.tables import BLANK_LINE, ScorerTables, StageTables
 from llava_cot_jax.search.tournament import StageJudgement, run_tournament
 from llava_cot_jax.search.verifier import StageScores, choose_highest, score_candidates
 
+ACCELERATOR_CHUNK, CPU_CHUNK = 256, 64
+"""Number of tokens of each question that are prefilled at a time, on an accelerator and on a CPU."""
+
+
+def default_prefill_chunk(mesh: Mesh | None) -> int:
+    """Return the number of tokens to prefill at a time: enough to hide the reading of the weights on an accelerator."""
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    return CPU_CHUNK if device.platform == "cpu" else ACCELERATOR_CHUNK
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -1,58 +1,26 @@
 """Answers to questions about images by a search, each with the trace of its search."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import cast
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from llava_cot_jax.checks import check_instance
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.inference.decoding import nonfinite_logits_error
 from llava_cot_jax.inference.generator import cut_by_context
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import without_surroundings
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.search.program import StageResult, search
-from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER
+from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite
+from llava_cot_jax.search.program import StageResult, default_prefill_chunk, search
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
-from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, StageBeam, Strategy, WeightedVote
-from llava_cot_jax.search.trace import CandidateTrace, SearchCosts, StageTrace, Trace, trace_stages
-from llava_cot_jax.stage_format import StageFormat
-from llava_cot_jax.stages import body_of, find_conclusion, find_stages, normalize_answer
-
-ACCELERATOR_CHUNK, CPU_CHUNK = 256, 64
-"""Number of tokens of each question that are prefilled at a time, on an accelerator and on a CPU."""
-
-
-def default_prefill_chunk(mesh: Mesh | None) -> int:
-    """Return the number of tokens to prefill at a time: enough to hide the reading of the weights on an accelerator."""
-    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
-    return CPU_CHUNK if device.platform == "cpu" else ACCELERATOR_CHUNK
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Answer to a question.
-
-    Attributes:
-        text: Whole text with its tags.
-        stages: Body of each stage, by its name.
-        conclusion: Text for the user: the body of the format's conclusion, or the whole text of an answer without it.
-        trace: Trace of the search.
-    """
-
-    text: str
-    stages: dict[str, str]
-    conclusion: str
-    trace: Trace
+from llava_cot_jax.search.strategies import SearchSpec, StageBeam, Strategy
+from llava_cot_jax.search.stream import DEFAULT_SLOTS, AnswerStream, Question, run_in_slots
+from llava_cot_jax.search.trace import StageTrace, split_stages
 
 
 class Reasoner:
@@ -112,50 +80,64 @@ class Reasoner:
                 _tell_what_was_cut(self._model.config, answer.trace.stages, requests.spec)
         return answers
 
+    def answer_stream(
+        self,
+        questions: Iterable[Question],
+        *,
+        slots: int = DEFAULT_SLOTS,
+        ordered: bool = True,
+        prompt_tokens: int = 1,
+        images: int = 0,
+    ) -> AnswerStream:
+        """Answer any number of questions with bounded memory, some of them at a time.
+
+        The questions being answered share the steps of one decoding loop, in whatever stages they are. When one is
+        answered, the next takes its slot. An answer does not depend on the others.
+
+        Args:
+            questions: The questions. The next is taken when a slot is about to be free.
+            slots: Number of questions that are answered at a time.
+            ordered: Whether to give the answers in the order of the questions, rather than as they come.
+            prompt_tokens: Number of tokens of a prompt that the slots have room for at least.
+            images: Number of images of a question that the slots have room for at least. Where a question needs more
+                room, the slots grow once those before it are answered. This compiles the search anew, and a warning
+                says so.
+
+        Raises:
+            UserError: An argument is not of its type or out of range.
+        """
+        return AnswerStream(
+            self._model,
+            self._builder,
+            questions,
+            slots=slots,
+            ordered=ordered,
+            prompt_tokens=prompt_tokens,
+            images=images,
+        )
+
 
 def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> list[Answer]:
     """Search for the answers to requests that ``builder`` has built.
 
     Raises:
-        UserError: The model's logits are not finite.
+        UserError: The model's logits are not finite, or a scorer of the user's own fails.
     """
+    if requests.spec.calls_host:
+        return run_in_slots(model, builder, requests)
     start = time.perf_counter()
     config, spec, mesh = model.config, requests.spec, model.mesh
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
     inputs = (requests.inputs, builder.stage_tables, builder.scorer_tables)
     with without_surroundings():
         results: StageResult = jax.device_get(search(model.params, *inputs, **static))
-    _check_finite(results, model, spec)
     seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}
-    answers = []
-    for i, question in enumerate(requests.questions):
-        result: StageResult = jax.tree.map(lambda x: x[:, i], results)  # noqa: B023
-        stages = trace_stages(builder.processor, spec, result)
-        if isinstance(builder.strategy, MajorityVote):
-            stages = [_vote(stages[0], spec.format, lambda _: 1.0)]
-        if isinstance(builder.strategy, WeightedVote):
-            stages = [_vote(stages[0], spec.format, _score_of)]
-        costs = SearchCosts(config, spec, result, requests.num_images[i])
-        trace = Trace(
-            question=question,
-            seed=requests.seeds[i],
-            strategy=repr(_with_lengths(builder.strategy, spec)),
-            stages=stages,
-            vision_encoder_calls=min(requests.num_images[i], 1),
-            tokens=costs.tokens,
-            flops=costs.flops,
-            seconds=dict(seconds),
-            format=spec.format,
-        )
-        answers.append(_staged_answer(trace) if spec.stages else _whole_answer(trace))
-    return answers
-
-
-def _with_lengths(strategy: Strategy, spec: SearchSpec) -> Strategy:
-    """Return the strategy with the lengths that were searched with in place of those left to the default."""
-    if not spec.shrinks or not is_dataclass(strategy):
-        return strategy
-    return cast(Strategy, replace(strategy, max_new_tokens=spec.max_new_tokens[0]))
+    stages = [split_stages(results, i) for i in range(len(requests.questions))]
+    for i, each in enumerate(stages):
+        check_finite(each, spec, f"question {i + 1}", model.dtype)
+    maker = AnswerMaker(config, builder.processor, builder.strategy, spec)
+    asked = zip(requests.questions, requests.seeds, map(len, requests.images), stages, strict=True)
+    return [maker.make(*each, seconds) for each in asked]
 
 
 def _tell_what_was_cut(config: MllamaConfig, stages: Sequence[StageTrace], spec: SearchSpec) -> None:
@@ -164,49 +146,3 @@ def _tell_what_was_cut(config: MllamaConfig, stages: Sequence[StageTrace], spec:
     if cut:
         names = ", ".join(stage.stage for stage in cut) if spec.stages else "the answer"
         logging.getLogger(__name__).warning("%s: %s", names, cut_by_context(config, spec.max_new_tokens[0]))
-
-
-def _check_finite(results: StageResult, model: Mllama, spec: SearchSpec) -> None:
-    """Check the log-probabilities and the votes of a search. Logits that are NaN or infinity make them so too."""
-    floats = [x for x in jax.tree.leaves(results) if np.issubdtype(x.dtype, np.floating)]  # [stages, questions, ...]
-    finite = np.all([np.isfinite(x).reshape(*x.shape[:2], -1).all(axis=-1) for x in floats], axis=0)
-    if not finite.all():
-        stage, question = np.argwhere(~finite)[0].tolist()
-        name = spec.stages[stage] if spec.stages else WHOLE_ANSWER
-        raise nonfinite_logits_error(f"in the stage {name} of question {question + 1}", model.dtype)
-
-
-def _whole_answer(trace: Trace) -> Answer:
-    """Return the answer that a search with whole answers as candidates found."""
-    stage = trace.stages[0]
-    text = stage.candidates[stage.winner].text
-    return Answer(text, find_stages(text, trace.format), find_conclusion(text, trace.format), trace)
-
-
-def _staged_answer(trace: Trace) -> Answer:
-    """Return the answer that a search by stages found."""
-    texts, bodies = [], {}
-    for stage, marks in zip(trace.stages, trace.format.stages, strict=True):
-        won = stage.candidates[stage.winner]
-        bodies[stage.stage] = body_of(won.text + won.added, marks)
-        texts.append(((marks.opening or "") + won.text + won.added).strip())
-    return Answer("\n\n".join(texts), bodies, bodies[trace.format.conclusion], trace)
-
-
-def _vote(stage: StageTrace, format: StageFormat, weigh: Callable[[CandidateTrace], float]) -> StageTrace:
-    """Return the stage with the winner of a vote in which each candidate's conclusion has the weight of ``weigh``."""
-    votes = [normalize_answer(find_conclusion(candidate.text, format)) for candidate in stage.candidates]
-    weights = [weigh(candidate) for candidate in stage.candidates]
-    # fsum rounds once, so that the order of the candidates does not decide between equal sums.
-    totals = {vote: math.fsum(w for v, w in zip(votes, weights, strict=True) if v == vote) for vote in votes}
-
-    def rank(i: int) -> tuple[float, float, float, int]:
-        return totals[votes[i]], weights[i], stage.candidates[i].mean_log_prob, -i
-
-    return replace(stage, winner=max(range(len(votes)), key=rank))
-
-
-def _score_of(candidate: CandidateTrace) -> float:
-    """Return the score of a candidate that has one."""
-    assert candidate.score is not None
-    return candidate.score

@@ -46,7 +46,7 @@ class Requests:
     Attributes:
         inputs: Inputs of the compiled search.
         questions: Texts of the questions.
-        num_images: Number of images of each question.
+        images: Images of each question.
         seeds: Seed of each question's draws.
         seconds: Seconds that the conversion took.
         spec: Static part of the search for this batch: a default length is shrunk to what the context leaves.
@@ -55,11 +55,25 @@ class Requests:
 
     inputs: SearchInputs
     questions: list[str]
-    num_images: list[int]
+    images: list[list[ImageSource]]
     seeds: list[int]
     seconds: float
     spec: SearchSpec
     is_shrunk: bool
+
+    def question(self, i: int) -> "Requests":
+        """Return the batch of question ``i`` alone, with the arrays' padding as it is."""
+        here, inputs = slice(i, i + 1), self.inputs
+        one = SearchInputs(
+            {name: x[here] for name, x in inputs.model_inputs.items()},
+            inputs.lengths[here],
+            inputs.seeds[here],
+            inputs.question[here],
+            inputs.chat_headers[:, here],
+        )
+        return replace(
+            self, inputs=one, questions=self.questions[here], images=self.images[here], seeds=self.seeds[here]
+        )
 
 
 class RequestBuilder:
@@ -129,8 +143,8 @@ class RequestBuilder:
         model_inputs, lengths = pad_to_bucket(processor.config, processor(prompts, image_lists))
         question_ids = [token_ids(processor, text) for text in texts]
         longest_question = max(map(len, question_ids))
-        chat_headers = self._chat_headers(num_images)
-        spec = self._fitting_spec(int(lengths.max()), longest_question, chat_headers.capacity)
+        chat_headers = self.chat_headers(num_images)
+        spec = self.fitting_spec(int(lengths.max()), longest_question, chat_headers.capacity)
         seed_array = np.broadcast_to(np.asarray(seeds, np.uint32), len(questions))
         inputs = SearchInputs(
             model_inputs={name: jax.device_put(x) for name, x in model_inputs.items()},
@@ -141,10 +155,10 @@ class RequestBuilder:
         )
         seconds = time.perf_counter() - start
         return Requests(
-            inputs, list(questions), num_images, seed_array.tolist(), seconds, spec, is_shrunk=spec != self.spec
+            inputs, list(questions), image_lists, seed_array.tolist(), seconds, spec, is_shrunk=spec != self.spec
         )
 
-    def _chat_headers(self, num_images: Sequence[int]) -> RaggedTokens:
+    def chat_headers(self, num_images: Sequence[int]) -> RaggedTokens:
         """Return the beginning of the judge's prompts, [kinds, questions]. A check has no images."""
         stages = self.spec.stages or (WHOLE_ANSWER,)
         headers = [
@@ -154,7 +168,7 @@ class RequestBuilder:
         ]
         return pad(headers, (len(PROMPT_KINDS), len(num_images)))
 
-    def _fitting_spec(self, prompt: int, question: int, header: int) -> SearchSpec:
+    def fitting_spec(self, prompt: int, question: int, header: int) -> SearchSpec:
         """Return the search with lengths that fit the model's context.
 
         A default length is shrunk as far as needed, in steps of ``LENGTH_STEP`` tokens, so that prompts of similar

@@ -65,6 +65,7 @@ def _describe_candidate(
     won = number == stage.winner
     facts = (
         wording.score(candidate),
+        wording.own_score(candidate, stage),
         f"mean log-probability {wording.log_prob(candidate.mean_log_prob)} a token",
         wording.counted(candidate.tokens, "token"),
         wording.how_ended(candidate),

@@ -4,6 +4,7 @@
 answers, which is the same search with a single stage that has no tags.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -11,6 +12,7 @@ from llava_cot_jax.checks import check_bool, check_choice, check_instance, check
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
 from llava_cot_jax.rounding import ceil_div
+from llava_cot_jax.search.scorers import OwnScorer, ScorerFunction, check_own_scorer
 from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
 
 DEFAULT_STAGE_TOKENS = 1024
@@ -90,18 +92,27 @@ class Verifier:
 
 
 Scorer = Judge | LogProbability | Verifier
-"""Scorers that the compiled search knows. It calls no function of the user's own."""
+"""Scorers that the compiled search knows."""
+
+AnyScorer = Scorer | ScorerFunction
+"""Scorers that a strategy takes: the search's, and functions of a user's own, which are called between its stages."""
 
 
-def _check_scorer(scorer: Any) -> None:
-    """Check that a strategy's scorer is one that the search knows."""
-    if isinstance(scorer, Scorer):
-        return
+def _check_scorer(scorer: Any) -> Scorer | OwnScorer:
+    """Return a strategy's scorer as the search takes it.
+
+    Raises:
+        UserError: It is none.
+    """
+    if isinstance(scorer, Scorer | OwnScorer):
+        return scorer
     if isinstance(scorer, type) and issubclass(scorer, Scorer):
         raise UserError(f"scorer is {shown(scorer)}; give an object of it: {scorer.__name__}()")
+    if callable(scorer):
+        return check_own_scorer(scorer)
     raise UserError(
-        f"scorer is {shown(scorer)}; it must be Judge(), Verifier() or LogProbability(): a scorer of your own is not "
-        "supported"
+        f"scorer is {shown(scorer)}; it must be Judge(), Verifier(), LogProbability() or a function of (images, "
+        "question, stage, texts) that returns a score for each text"
     )
 
 
@@ -128,7 +139,7 @@ class SearchSpec:
     temperatures: tuple[float, ...]
     max_new_tokens: tuple[int, ...]
     sampling: Sampling
-    scorers: tuple[Scorer | None, ...]
+    scorers: tuple[Scorer | OwnScorer | None, ...]
     shrinks: bool = False
     format: StageFormat = LLAVA_COT
 
@@ -139,8 +150,8 @@ class SearchSpec:
             check_int("max_new_tokens", tokens)
         for temperature in self.temperatures:
             Sampling(temperature)
-        for scorer in self.distinct_scorers:
-            _check_scorer(scorer)
+        if len([scorer for scorer in self.distinct_scorers if isinstance(scorer, Judge)]) > 1:
+            raise UserError("scorer has two different judges: give one Judge for all stages that have one")
 
     @property
     def num_stages(self) -> int:
@@ -148,7 +159,7 @@ class SearchSpec:
         return len(self.num_candidates)
 
     @property
-    def distinct_scorers(self) -> tuple[Scorer, ...]:
+    def distinct_scorers(self) -> tuple[Scorer | OwnScorer, ...]:
         """The scorers, each once."""
         return tuple(dict.fromkeys(scorer for scorer in self.scorers if scorer is not None))
 
@@ -157,6 +168,16 @@ class SearchSpec:
         """The scorer that is a judge, where one of its stages has candidates to choose between."""
         judges = (scorer for scorer in map(self.judge_of, range(self.num_stages)) if scorer is not None)
         return next(judges, None)
+
+    @property
+    def calls_host(self) -> bool:
+        """Whether a function of the user's own chooses in a stage, so that the host drives the search."""
+        return any(self.own_scorer_of(stage) for stage in range(self.num_stages))
+
+    def own_scorer_of(self, stage: int) -> OwnScorer | None:
+        """Return the scorer of a stage, where it is of the user's own and has candidates to choose between."""
+        scorer = self.scorers[stage]
+        return scorer if isinstance(scorer, OwnScorer) and self.num_candidates[stage] > 1 else None
 
     def judge_of(self, stage: int) -> Judge | None:
         """Return the scorer of a stage, where it is a judge and has candidates to choose between."""
@@ -199,7 +220,7 @@ def _whole_answers(
     max_new_tokens: int | None,
     top_k: int | None = None,
     top_p: float = 1.0,
-    scorer: Scorer | None = None,
+    scorer: Scorer | OwnScorer | None = None,
 ) -> SearchSpec:
     """Return a search that samples whole answers. One answer in several turns is sampled turn by turn."""
     check_instance("format", format, StageFormat, FORMAT_REMEDY)
@@ -370,7 +391,7 @@ class BestOfN:
 
     Attributes:
         num_candidates: Number of answers.
-        scorer: Scorer that chooses.
+        scorer: Scorer that chooses: ``Judge``, ``LogProbability``, or a function as ``ScorerFunction`` describes it.
         temperature: Temperature of sampling.
         max_new_tokens: Largest number of tokens of an answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
@@ -382,7 +403,7 @@ class BestOfN:
     """
 
     num_candidates: int = 8
-    scorer: Scorer = Judge()
+    scorer: AnyScorer = Judge()
     temperature: float = 0.6
     max_new_tokens: int | None = None
     top_k: int | None = 50
@@ -390,13 +411,13 @@ class BestOfN:
     format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
-        _check_scorer(self.scorer)  # None too, which a specification may have
         self.to_spec()  # refuses wrong settings now
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
+        scorer = _check_scorer(self.scorer)
         return _whole_answers(
-            self.format, self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p, self.scorer
+            self.format, self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p, scorer
         )
 
 
@@ -404,12 +425,13 @@ class BestOfN:
 class StageBeam:
     """Strategy of stage-level beam search: of the candidates for each stage, the scorer chooses which one to continue.
 
-    ``num_candidates``, ``temperature`` and ``max_new_tokens`` take one value for all stages, or a tuple with one for
-    each stage in order.
+    ``num_candidates``, ``scorer``, ``temperature`` and ``max_new_tokens`` take one value for all stages, or a tuple
+    with one for each stage in order; ``scorer`` also takes a mapping from each stage to its scorer.
 
     Attributes:
         num_candidates: Number of candidates of a stage.
-        scorer: Scorer that chooses.
+        scorer: Scorer that chooses: ``Judge``, ``LogProbability``, or a function as ``ScorerFunction`` describes it.
+            The judges of different stages must be equal.
         temperature: Temperature of sampling.
         max_new_tokens: Largest number of tokens of a candidate; by default 1024, or what the context leaves for each
             stage.
@@ -424,7 +446,7 @@ class StageBeam:
     """
 
     num_candidates: int | tuple[int, ...] = 4
-    scorer: Scorer = Judge()
+    scorer: AnyScorer | tuple[AnyScorer, ...] | Mapping[str, AnyScorer] = Judge()
     temperature: float | tuple[float, ...] = 0.6
     max_new_tokens: int | tuple[int, ...] | None = None
     top_k: int | None = 50
@@ -433,7 +455,6 @@ class StageBeam:
     format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
-        _check_scorer(self.scorer)  # None too, which a specification may have
         self._settle_stages()
         self.to_spec()  # refuses wrong settings now
 
@@ -463,10 +484,22 @@ class StageBeam:
             temperatures=temperatures,
             max_new_tokens=self._per_stage("max_new_tokens", longest),
             sampling=Sampling(max(temperatures), self.top_k, self.top_p),
-            scorers=(self.scorer,) * len(self.format.stages),
+            scorers=tuple(map(_check_scorer, self._per_stage("scorer", self._scorers_in_order()))),
             shrinks=self.max_new_tokens is None,
             format=self.format,
         )
+
+    def _scorers_in_order(self) -> AnyScorer | tuple[AnyScorer, ...]:
+        """Return the scorer, or where there is a mapping, the scorers in the order of the stages."""
+        if not isinstance(self.scorer, Mapping):
+            return self.scorer
+        stages = self.format.names
+        if set(self.scorer) != set(stages):
+            raise UserError(
+                f"scorer is for {', '.join(map(str, self.scorer)) or 'no stage'}; it must have one scorer for each of "
+                f"{', '.join(stages)}"
+            )
+        return tuple(self.scorer[stage] for stage in stages)
 
     def _per_stage(self, name: str, value: _Value | tuple[_Value, ...]) -> tuple[_Value, ...]:
         """Return one value for each stage."""

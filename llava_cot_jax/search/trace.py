@@ -2,22 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from llava_cot_jax.costs import model_costs
-from llava_cot_jax.inference.decoding import EndReason
+from llava_cot_jax.inference.decoding import EndReason, Samples
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.judge import CHECK, PAIR, JudgeQueries
 from llava_cot_jax.search.program import StageResult
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
+from llava_cot_jax.search.scorers import OwnScores
 from llava_cot_jax.search.strategies import Judge, SearchSpec, Verifier
 from llava_cot_jax.search.tables import closing_text
 from llava_cot_jax.search.tournament import Decision, Matches, StageJudgement
+from llava_cot_jax.search.verifier import StageScores
 from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
 
 
@@ -35,7 +37,8 @@ class CandidateTrace:
         tokens: Number of tokens of the text.
         log_prob: Sum of the natural log-probabilities of all tokens sampled, before temperature, top_k and top_p.
         mean_log_prob: Mean of these log-probabilities.
-        score: Score of the verifier, the probability of "yes" against "no"; None without a verifier.
+        score: Score of the verifier, the probability of "yes" against "no", or of a function of the user's own. None
+            where there is none, or where that function's is not a number, so that the candidate lost.
         other_probability: Probability that the verifier gives to anything but the two answers; None without one.
     """
 
@@ -102,6 +105,8 @@ class StageTrace:
         checks: Check of each candidate; empty where candidates are not checked.
         matches: Matches in the order in which they were played.
         winner: Candidate that won.
+        own_scorer: Name of the function of the user's own that scored the candidates; None without one.
+        scorer_seconds: Seconds that this function took.
     """
 
     stage: str
@@ -109,6 +114,15 @@ class StageTrace:
     checks: list[VerdictTrace]
     matches: list[MatchTrace]
     winner: int
+    own_scorer: str | None = None
+    scorer_seconds: float = 0.0
+
+    def with_own_scores(self, scores: OwnScores | None) -> "StageTrace":
+        """Return the stage with the scores of a function of the user's own, if there are any."""
+        if scores is None:
+            return self
+        scored = [replace(one, score=score) for one, score in zip(self.candidates, scores.scores, strict=True)]
+        return replace(self, candidates=scored, own_scorer=scores.scorer, scorer_seconds=scores.seconds)
 
 
 @dataclass
@@ -162,43 +176,60 @@ class Trace:
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
 
-def trace_stages(processor: Processor, spec: SearchSpec, result: StageResult) -> list[StageTrace]:
+def split_stages(results: StageResult, question: int) -> list[StageResult]:
+    """Return the result of each stage of a question, out of the result of a whole search."""
+    num_stages = results.winner.shape[0]
+    return [jax.tree.map(lambda x: x[stage, question], results) for stage in range(num_stages)]  # noqa: B023
+
+
+def trace_stages(processor: Processor, spec: SearchSpec, stages: Sequence[StageResult]) -> list[StageTrace]:
     """Return the stages of one question's search.
 
     Args:
         processor: Processor that decodes tokens.
         spec: Static part of the search.
-        result: Host arrays [stages, ...] of the question.
+        stages: Result of each stage of the question, in host arrays.
     """
     return [
         StageTrace(
             stage=spec.stages[number] if spec.stages else WHOLE_ANSWER,
-            candidates=_trace_candidates(processor, spec, number, stage),
+            candidates=trace_candidates(processor, spec, number, stage.candidates, stage.kept, stage.scores),
             checks=_trace_checks(processor, spec, number, stage.judgement),
             matches=_trace_matches(processor, spec, number, stage.judgement),
             winner=int(stage.winner),
         )
-        for number, stage in enumerate(_stages(spec, result))
+        for number, stage in enumerate(stages)
     ]
 
 
-def _stages(spec: SearchSpec, result: StageResult) -> list[StageResult]:
-    """Return the result of each stage."""
-    return [jax.tree.map(lambda x: x[number], result) for number in range(spec.num_stages)]  # noqa: B023
+def trace_candidates(
+    processor: Processor,
+    spec: SearchSpec,
+    number: int,
+    candidates: Samples,
+    kept: jax.Array,
+    scores: StageScores | None = None,
+) -> list[CandidateTrace]:
+    """Return the candidates of stage ``number``, out of host arrays [candidates, ...].
 
-
-def _trace_candidates(processor: Processor, spec: SearchSpec, number: int, stage: StageResult) -> list[CandidateTrace]:
-    """Return the candidates of a stage."""
-    scores, traces = stage.scores if isinstance(spec.scorers[number], Verifier) else None, []
+    Args:
+        processor: Processor that decodes tokens.
+        spec: Static part of the search.
+        number: Index of the stage.
+        candidates: Candidates.
+        kept: int32, number of tokens that are kept of each.
+        scores: Scores of the verifier, if there are any.
+    """
+    scores, traces = scores if isinstance(spec.scorers[number], Verifier) else None, []
     for i in range(spec.num_candidates[number]):
-        one, kept = jax.tree.map(lambda x: x[i], (stage.candidates, stage.kept))  # noqa: B023
+        one: Samples = jax.tree.map(lambda x: x[i], candidates)  # noqa: B023
         is_closed = not spec.stages or one.ended == EndReason.TAG
         traces.append(
             CandidateTrace(
-                text=processor.decode(np.asarray(one.tokens[:kept])),
+                text=processor.decode(np.asarray(one.tokens[: kept[i]])),
                 ended=_how_ended(spec, number, EndReason(int(one.ended))),
                 added="" if is_closed else closing_text(spec.format.stages[number], int(one.state)).rstrip("\n"),
-                tokens=int(kept),
+                tokens=int(kept[i]),
                 log_prob=float(one.log_prob),
                 mean_log_prob=float(one.log_prob) / max(int(one.num_sampled), 1),
                 score=None if scores is None else float(scores.score[i]),
@@ -293,7 +324,7 @@ class SearchCosts:
     Args:
         config: Configuration of the model.
         spec: Static part of the search.
-        result: Host arrays [stages, ...] of the question.
+        stages: Result of each stage of the question, in host arrays.
         num_images: Number of images of the question.
 
     Attributes:
@@ -302,7 +333,7 @@ class SearchCosts:
         decoding_runs: Runs of the decoding loop, as if all sequences of a stage and a kind were sampled in one run.
     """
 
-    def __init__(self, config: MllamaConfig, spec: SearchSpec, result: StageResult, num_images: int) -> None:
+    def __init__(self, config: MllamaConfig, spec: SearchSpec, stages: Sequence[StageResult], num_images: int) -> None:
         self._config = config
         self._image_tokens = num_images * config.vision.image_tokens
         parts = (
@@ -314,7 +345,7 @@ class SearchCosts:
         self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
         self.decoding_runs: list[DecodingRun] = []
         prefix = 0
-        for number, stage in enumerate(_stages(spec, result)):
+        for number, stage in enumerate(stages):
             self._add_prefill("winners" if number else "prompt", int(stage.num_prefilled), prefix)
             prefix += int(stage.num_prefilled)
             sampled = stage.candidates.num_sampled[stage.candidates.ended != EndReason.UNUSED].tolist()

@@ -84,6 +84,9 @@ def how_chosen(stage: StageTrace, strategy: str) -> str:
         return "one candidate"
     if stage.matches:
         return f"{count} candidates, {winner} wins its matches"
+    if stage.own_scorer:
+        took = f"which took {stage.scorer_seconds:.1f} s"
+        return f"{count} candidates, {winner} has the highest score of {stage.own_scorer}, {took}"
     if strategy.startswith("MajorityVote("):
         return f"{count} candidates, {winner} has the most common conclusion"
     if strategy.startswith("WeightedVote("):
@@ -93,6 +96,13 @@ def how_chosen(stage: StageTrace, strategy: str) -> str:
     if stage.candidates[stage.winner].mean_log_prob == max(c.mean_log_prob for c in stage.candidates):
         return f"{count} candidates, {winner} has the highest mean log-probability"
     return f"{count} candidates, {winner} is kept"
+
+
+def own_score(candidate: CandidateTrace, stage: StageTrace) -> str:
+    """Return the score of a candidate by a function of the user's own, or nothing where there is none."""
+    if not stage.own_scorer:
+        return ""
+    return "no score that is a number, so it loses" if candidate.score is None else f"score {candidate.score:.6g}"
 
 
 def match_result(match: MatchTrace) -> str:

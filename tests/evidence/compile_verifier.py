@@ -22,8 +22,7 @@ from llava_cot_jax.model.kv_cache import KVCache, Segment
 from llava_cot_jax.model.sharding import make_mesh, use_mesh
 from llava_cot_jax.planning import slices
 from llava_cot_jax.planning.programs import abstract_params, lower_search
-from llava_cot_jax.search.program import SearchInputs, sample_candidates
-from llava_cot_jax.search.reasoner import ACCELERATOR_CHUNK
+from llava_cot_jax.search.program import ACCELERATOR_CHUNK, SearchInputs, sample_candidates
 from llava_cot_jax.search.rollouts import joint_capacity, sample_continuations
 from llava_cot_jax.search.strategies import BestOfN, StageBeam, Verifier
 

@@ -15,6 +15,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import JudgePrompts
+from llava_cot_jax.search.scorers import OwnScorer
 from llava_cot_jax.search.strategies import Judge, LogProbability, MajorityVote, Verifier, WeightedVote
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import find_stages
@@ -258,7 +259,7 @@ class Search:
         scores: list[tuple[float, float]],
     ) -> Stage:
         means = [c.log_prob / c.drawn for c in candidates]
-        scorer = self.spec.scorers[0]
+        scorer = self.spec.scorers[(self.spec.stages or (tag,)).index(tag)]
         if isinstance(self.strategy, MajorityVote | WeightedVote):
             answers = [find_stages(self.text(c.ids)).get("CONCLUSION", self.text(c.ids)) for c in candidates]
             spaced = [" ".join(a.lower().split()) for a in answers]
@@ -274,6 +275,10 @@ class Search:
             return Stage(candidates, max(range(len(ranks)), key=ranks.__getitem__), scores=scores)
         if isinstance(scorer, LogProbability):
             return Stage(candidates, int(np.argmax(means)))
+        if isinstance(scorer, OwnScorer):
+            before = [self.text(ids).strip() for ids in self.won.values()]
+            answers = ["\n\n".join([*before, self.text(ids).strip()]) for ids in texts]
+            return Stage(candidates, int(np.nanargmax(scorer.function(self.images, self.question, tag, answers))))
         if not isinstance(scorer, Judge) or len(candidates) == 1:
             return Stage(candidates, 0)
         stage = Stage(candidates, 0)

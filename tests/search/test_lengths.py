@@ -114,7 +114,7 @@ def test_another_length_shows_wherever_it_is_used(prompts, monkeypatch, name):
         patch.setattr(JudgeLengths, "of", longer)
         caches_of_the_program(model, builder)
     monkeypatch.setattr(JudgeLengths, "of", longer)
-    monkeypatch.setattr(RequestBuilder, "_fitting_spec", lambda self, *_: self.spec)
+    monkeypatch.setattr(RequestBuilder, "fitting_spec", lambda self, *_: self.spec)
     assert max(caches_of_the_program(model, builder) - sizes) > MORE
     assert planned_bytes(model, builder.spec) > planned
     if name != "verdict":  # the benchmark measures a token verdict

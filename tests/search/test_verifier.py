@@ -16,11 +16,12 @@ from llava_cot_jax.model.vision_tower import normalize
 from llava_cot_jax.planning.search_plan import plan_search
 from llava_cot_jax.planning.slices import parse_topology
 from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.search.answers import _score_of, _vote
 from llava_cot_jax.search.lengths import probe_capacity, probe_chunk
 from llava_cot_jax.search.options import STRATEGIES
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, JudgePrompts
-from llava_cot_jax.search.reasoner import Reasoner, _score_of, _vote
+from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.strategies import BestOfN, Judge, LogProbability, StageBeam, Verifier, WeightedVote
 from llava_cot_jax.search.tables import build_verifier_tables

@@ -1,0 +1,146 @@
+"""Scorers of a user's own: functions that are called on the host between compiled stages."""
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from llava_cot_jax.checks import shown
+from llava_cot_jax.errors import UserError
+
+ScorerFunction = Callable[[list[Image.Image], str, str, list[str]], Sequence[float]]
+"""Function that scores the candidates of a stage: (images, question, stage, texts) -> a score for each text.
+
+The images are RGB; ``stage`` is the stage's name, or "whole" where answers are sampled whole. A text is the answer as
+far as it goes, with its tags: the winners of the stages before, and one of the candidates. The highest score wins, and
+of equal ones the first. A candidate whose score is NaN or minus infinity loses.
+"""
+
+_WANTED = "(images, question, stage, texts)"
+
+_LONGEST_QUESTION = 60
+"""Number of characters of a question that a message shows."""
+
+
+@dataclass(frozen=True)
+class OwnScorer:
+    """Scorer of a user's own. Any two are equal, since a compiled program does not depend on the function.
+
+    Attributes:
+        function: The function.
+    """
+
+    function: ScorerFunction = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the function, or of the class of a callable object."""
+        return getattr(self.function, "__qualname__", type(self.function).__qualname__)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class OwnScores:
+    """Scores of a stage's candidates by a function of the user's own.
+
+    Attributes:
+        scorer: Name of the function.
+        scores: Score of each candidate; None for one that loses because its score is NaN or minus infinity.
+        seconds: Seconds that the function took.
+    """
+
+    scorer: str
+    scores: list[float | None]
+    seconds: float
+
+    @property
+    def winner(self) -> int:
+        """The candidate with the highest score."""
+        return max(range(len(self.scores)), key=lambda i: (_or_lowest(self.scores[i]), -i))
+
+
+def check_own_scorer(function: Any) -> OwnScorer:
+    """Return the scorer that a callable object is.
+
+    Raises:
+        UserError: It cannot take the four arguments.
+    """
+    scorer = OwnScorer(function)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function of a library in C may not tell
+        return scorer
+    try:
+        signature.bind(*[None] * 4)
+    except TypeError:
+        raise UserError(f"scorer is {shown(function)}, which takes {signature}; it must take {_WANTED}") from None
+    return scorer
+
+
+def call_scorer(
+    scorer: OwnScorer, images: list[Image.Image], question: str, stage: str, texts: list[str], place: str
+) -> OwnScores:
+    """Let a scorer score the candidates of a stage.
+
+    Args:
+        scorer: The scorer.
+        images: Images of the question.
+        question: Text of the question.
+        stage: Name of the stage.
+        texts: The answers as far as they go.
+        place: Words that say which question of the user's it is.
+
+    Raises:
+        UserError: The function raised an exception, or did not return a usable score for each text.
+    """
+    short = " ".join(question.split())
+    short = short if len(short) <= _LONGEST_QUESTION else f"{short[:_LONGEST_QUESTION]}..."
+    subject = f"the scorer {scorer.name}, called in the stage {stage} of {place} ({short}),"
+    start = time.perf_counter()
+    try:
+        returned = scorer.function(images, question, stage, texts)
+    except Exception as fault:
+        said = " ".join(str(fault).split())
+        raise UserError(f"{subject} raised {type(fault).__name__}{said and ': '}{said}") from fault
+    seconds = time.perf_counter() - start
+    try:
+        return OwnScores(scorer.name, _read_scores(returned, len(texts)), seconds)
+    except UserError as fault:
+        raise UserError(f"{subject} returned {fault}") from None
+
+
+def _read_scores(returned: Any, count: int) -> list[float | None]:
+    """Return ``count`` scores of a function.
+
+    Raises:
+        UserError: What is returned is something else. The message says what, to follow "returned".
+    """
+    wanted = f"it must return a sequence of {count} numbers, one for each text"
+    try:
+        scores = np.asarray(returned)
+    except Exception:  # arrays of other libraries raise errors of their own
+        raise UserError(f"{shown(returned)}: {wanted}") from None
+    is_number = jnp.issubdtype(scores.dtype, jnp.floating) or jnp.issubdtype(scores.dtype, jnp.integer)
+    if scores.ndim != 1 or (scores.size and not is_number):
+        raise UserError(f"{shown(returned)}: {wanted}")
+    if len(scores) != count:
+        raise UserError(f"{len(scores)} scores for {count} texts: {wanted}")
+    numbers: list[float] = scores.astype(float).tolist()
+    if math.inf in numbers:
+        raise UserError("a score of infinity: the highest score must be a number")
+    read = [number if math.isfinite(number) else None for number in numbers]
+    if all(number is None for number in read):
+        raise UserError("no score that is a number: at least one candidate must have one")
+    return read
+
+
+def _or_lowest(score: float | None) -> float:
+    return -math.inf if score is None else score
