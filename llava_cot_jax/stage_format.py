@@ -131,9 +131,11 @@ class StageFormat:
         """Whether a stage after the first is asked for in a turn of its own."""
         return any(stage.ask is not None for stage in self.stages[1:])
 
-    def prompt(self, question: str) -> str:
-        """Return what the user says to ask a question: the prompt for the first stage."""
-        return (self.stages[0].ask or QUESTION).replace(QUESTION, question)
+    @property
+    def around_question(self) -> tuple[str, str]:
+        """What the user says before and after a question to ask for the first stage."""
+        before, _, after = (self.stages[0].ask or QUESTION).partition(QUESTION)
+        return before, after
 
     def ends_turn(self, index: int) -> bool:
         """Whether a stage is the last one of a turn."""
