@@ -104,8 +104,8 @@ class RequestBuilder:
             seeds: Seed of each question's draws, or one seed for all.
 
         Raises:
-            UserError: There are not as many images as questions, a question has a special token or is malformed, an image cannot be
-                read, a seed is out of range, or the search may exceed the model's context.
+            UserError: There are not as many images as questions, a question is malformed or has a special token, an
+                image cannot be read, a seed is out of range, or the search may exceed the model's context.
         """
         start = time.perf_counter()
         for given in (images, questions):
