@@ -166,7 +166,7 @@ MISTAKES = {
     "an unknown source": (user({"type": "image", "base64": "a"}), [], "an image of a message has the key base64"),
     "assistant last": ([*user_turn("Hi"), {"role": "assistant", "content": "Yes?"}], [], "of role 'assistant'"),
     "system alone": ([{"role": "system", "content": "Be brief."}], [], "of role 'system'"),
-    "half a character": (user(text("\ud800")), [], "no valid character at position 0"),
+    "half a character": (user(text("\ud800")), [], "the text of a user message has no valid character at position"),
     "a special token": (user(text("<|eot_id|>")), [], "contains the special token <|eot_id|>"),
     "a special token in an answer": (
         [*user_turn("Hi"), {"role": "assistant", "content": "<|image|>"}, *user_turn("Hi")],
@@ -223,7 +223,7 @@ def test_a_file_of_messages_that_cannot_be_used(tmp_path: Path, processor: Proce
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no.json"):
+    with pytest.raises(UserError, match=r"no\.json"):
         read_messages(str(tmp_path / "no.json"), [])
     with pytest.raises(UserError, match="can be read once"):
         read_messages("-", ["-"])
