@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.reasoner import Answer, Reasoner
     from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
+    from llava_cot_jax.stage_format import StageFormat
     from llava_cot_jax.stages import find_stages
     from llava_cot_jax.training.loss import causal_lm_loss
 
@@ -43,6 +44,7 @@ __all__ = [
     "Sample",
     "Sampling",
     "StageBeam",
+    "StageFormat",
     "TextConfig",
     "UserError",
     "VisionConfig",
@@ -72,6 +74,7 @@ _MODULES = {
         "Sample",
         "StageBeam",
     ),
+    "stage_format": ("StageFormat",),
     "stages": ("find_stages",),
     "training.loss": ("causal_lm_loss",),
 }
