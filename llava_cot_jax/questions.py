@@ -14,7 +14,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import as_path, reading_errors
 
 if TYPE_CHECKING:
-    from llava_cot_jax.processing.conversation import Question
+    from llava_cot_jax.processing.conversation import QuestionOrMessages
     from llava_cot_jax.processing.messages import Message
 
 STDIN = "-"
@@ -43,8 +43,8 @@ class UserQuestion:
     messages: list[Message] | None = None
 
     @property
-    def asked(self) -> Question:
-        """What the model is asked: the text, or the messages of the conversation."""
+    def asked(self) -> QuestionOrMessages:
+        """Question as the model is asked it: the text, or the messages of the conversation."""
         return self.question if self.messages is None else self.messages
 
     @property

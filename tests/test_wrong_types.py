@@ -144,7 +144,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "stages of a format in a list": (
         lambda m, p: StageFormat("mine", []),
-        r"stages is \[\], a list; it must be a tuple",
+        r"stages is \[\], a list; it must be",
     ),
     "stages of nothing": (lambda m, p: find_stages(None), "text is None; it must be a text"),
     "a mesh axis": (lambda m, p: make_mesh(data="2"), "mesh axis data is '2'; it must be a whole number"),

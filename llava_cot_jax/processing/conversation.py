@@ -12,12 +12,12 @@ from llava_cot_jax.processing.messages import Message, user_turn
 SOURCE_KEYS = ("image", "url", "path")
 """Keys by which a part of a message may hold its image, as in transformers."""
 
-Question = str | Sequence[Message]
+QuestionOrMessages = str | Sequence[Message]
 """A question: its text, or the messages of a conversation, of which the last is the user's."""
 
 
 @dataclass(frozen=True)
-class Conversation:
+class UserConversation:
     """Conversation that ends with a user's question. ``Processor.prompt`` checks the rest of its messages.
 
     Attributes:
@@ -55,7 +55,7 @@ class Conversation:
         return [*earlier, {**last, "content": parts}]
 
 
-def read_conversation(question: Question, images: Sequence[ImageSource] = ()) -> Conversation:
+def read_conversation(question: QuestionOrMessages, images: Sequence[ImageSource] = ()) -> UserConversation:
     """Return the conversation that a question is, whose images are in its messages, or beside them in order.
 
     Args:
@@ -68,7 +68,7 @@ def read_conversation(question: Question, images: Sequence[ImageSource] = ()) ->
     """
     if isinstance(question, str):
         check_text("a question", question)
-        return Conversation(user_turn(question, len(images)), list(images))
+        return UserConversation(user_turn(question, len(images)), list(images))
     if not isinstance(question, list | tuple):
         raise UserError(f"a question is {shown(question)}; it must be a text, or a list of messages")
     if not question:
@@ -100,7 +100,7 @@ def read_conversation(question: Question, images: Sequence[ImageSource] = ()) ->
     last = messages[-1]
     if isinstance(last, Mapping) and last.get("role") not in (None, "user"):
         raise UserError(f"the last message is of role {shown(last['role'])}: it must be the user's question")
-    return Conversation(messages, found)
+    return UserConversation(messages, found)
 
 
 def _sources(part: Mapping[str, Any]) -> list[ImageSource]:

@@ -19,7 +19,7 @@ from llava_cot_jax.inference.generator import cut_by_context
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import without_surroundings
-from llava_cot_jax.processing.conversation import Question
+from llava_cot_jax.processing.conversation import QuestionOrMessages
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.program import StageResult, search
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER
@@ -85,7 +85,7 @@ class Reasoner:
         self._model = model
         self._builder = RequestBuilder(processor, StageBeam() if search is None else search, judge_prompts)
 
-    def answer(self, image: Images, question: Question, *, seed: int = 0) -> Answer:
+    def answer(self, image: Images, question: QuestionOrMessages, *, seed: int = 0) -> Answer:
         """Answer a question about an image, about a list of images, or, with None, without an image.
 
         Instead of its text, a question may be a conversation: messages as transformers takes them, of which the last is
@@ -98,7 +98,7 @@ class Reasoner:
         return self.answer_batch([image], [question], seeds=seed)[0]
 
     def answer_batch(
-        self, images: Sequence[Images], questions: Sequence[Question], *, seeds: Sequence[int] | int = 0
+        self, images: Sequence[Images], questions: Sequence[QuestionOrMessages], *, seeds: Sequence[int] | int = 0
     ) -> list[Answer]:
         """Answer a batch of questions together. Each size of a batch compiles a program of its own.
 

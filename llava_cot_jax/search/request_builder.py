@@ -14,7 +14,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import bucket
 from llava_cot_jax.inference.generator import check_seeds, pad_to_bucket
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
-from llava_cot_jax.processing.conversation import Question, read_conversation
+from llava_cot_jax.processing.conversation import QuestionOrMessages, read_conversation
 from llava_cot_jax.processing.images import ImageSource
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
@@ -94,7 +94,7 @@ class RequestBuilder:
         self.judge_tables = None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, prompts)
 
     def build(
-        self, images: Sequence[Images], questions: Sequence[Question], seeds: Sequence[int] | int = 0
+        self, images: Sequence[Images], questions: Sequence[QuestionOrMessages], seeds: Sequence[int] | int = 0
     ) -> Requests:
         """Return the requests for a batch of questions.
 
