@@ -231,8 +231,8 @@ class QuestionResult:
         text: The whole answer.
         conclusion: Body of its last stage, or the whole text of an answer without stages.
         stages: Body of each stage in the answer, by name.
-        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", or "max_new_tokens" where
-            it was cut off.
+        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", "turn" where the format has it end
+            with the model's turn, or "max_new_tokens" where it was cut off.
         tokens: Numbers of tokens, by what they are for: "prompt" and "new", or the parts of a search.
         seconds: Seconds by what they were spent on: "first_token" and "total", counted from the question on, or the
             parts of a search.
