@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         WeightedVote,
     )
     from llava_cot_jax.search.stream import AnswerStream, Question, StreamedAnswer
+    from llava_cot_jax.stage_format import StageFormat
     from llava_cot_jax.stages import find_stages
     from llava_cot_jax.training.loss import causal_lm_loss
 
@@ -57,6 +58,7 @@ __all__ = [
     "Sample",
     "Sampling",
     "StageBeam",
+    "StageFormat",
     "StreamedAnswer",
     "TextConfig",
     "UserError",
@@ -93,6 +95,7 @@ _MODULES = {
         "WeightedVote",
     ),
     "search.stream": ("AnswerStream", "Question", "StreamedAnswer"),
+    "stage_format": ("StageFormat",),
     "stages": ("find_stages",),
     "training.loss": ("causal_lm_loss",),
 }

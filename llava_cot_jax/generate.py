@@ -34,8 +34,7 @@ from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_toke
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import BUNDLED_MODEL, as_path, writing_errors
-from llava_cot_jax.processing.messages import question_text, user_message
-from llava_cot_jax.questions import UserQuestion, draw_pictures, read_questions
+from llava_cot_jax.questions import UserQuestion, draw_pictures, read_messages, read_questions
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_request_options
@@ -213,6 +212,10 @@ def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:
 
 def _questions(options: jsonargparse.Namespace) -> list[UserQuestion]:
     """Return the user's questions, each with its images, or, without any, questions about pictures drawn here."""
+    if options.messages:
+        if options.question:
+            raise UserError("--messages ends with the question: leave out --question")
+        return [read_messages(options.messages, options.image or [])]
     if options.question:
         return read_questions(options.question, options.image or [])
     if options.image:
@@ -228,8 +231,8 @@ class QuestionResult:
         text: The whole answer.
         conclusion: Body of its last stage, or the whole text of an answer without stages.
         stages: Body of each stage in the answer, by name.
-        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", or "max_new_tokens" where
-            it was cut off.
+        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", "turn" where the format has it end
+            with the model's turn, or "max_new_tokens" where it was cut off.
         tokens: Numbers of tokens, by what they are for: "prompt" and "new", or the parts of a search.
         seconds: Seconds by what they were spent on: "first_token" and "total", counted from the question on, or the
             parts of a search.
@@ -280,7 +283,7 @@ class _SearchAnswerer:
         Raises:
             UserError: The question or its image cannot be used.
         """
-        requests = self._builder.build([question.sources], [question.question], self._options.seed)
+        requests = self._builder.build([question.sources], [question.asked], self._options.seed)
         return functools.partial(self._answer, question, requests)
 
     def _answer(self, question: UserQuestion, requests: Requests, model: Mllama) -> QuestionResult:
@@ -353,10 +356,10 @@ class _StreamingAnswerer:
             UserError: The question or its image cannot be used.
         """
         from llava_cot_jax.inference.generator import check_request
+        from llava_cot_jax.processing.conversation import read_conversation
 
-        processor, images = self._processor, question.sources
-        asked = self._format.prompt(question_text(question.question, len(images)))
-        inputs = processor([processor.prompt([user_message(asked, len(images))])], [images])
+        processor, asked = self._processor, read_conversation(question.asked, question.sources)
+        inputs = processor([processor.prompt(asked.asked(*self._format.around_question))], [asked.images])
         options, prompt = self._options, inputs["input_ids"].shape[1]
         length = check_request(processor.config, prompt, options.max_new_tokens, options.seed, self._default_length)
         return functools.partial(self._answer, inputs, length)

@@ -17,13 +17,13 @@ STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 FORMATS_FOLDER = Path(__file__).with_name("stage_formats")
 """Folder of the formats that have a name: one YAML file for each."""
 
-QUESTION = "{question}"
+QUESTION_PLACEHOLDER = "{question}"
 """Placeholder for the user's question in the prompt for the first stage."""
 
 
 @dataclass(frozen=True)
 class StageMarks:
-    """What a stage is asked for by, opened and closed with.
+    """Texts by which a stage is asked for, opened and closed.
 
     Attributes:
         name: Name of the stage.
@@ -131,9 +131,11 @@ class StageFormat:
         """Whether a stage after the first is asked for in a turn of its own."""
         return any(stage.ask is not None for stage in self.stages[1:])
 
-    def prompt(self, question: str) -> str:
-        """Return what the user says to ask a question: the prompt for the first stage."""
-        return (self.stages[0].ask or QUESTION).replace(QUESTION, question)
+    @property
+    def around_question(self) -> tuple[str, str]:
+        """Texts that the user says before and after a question to ask for the first stage."""
+        before, _, after = (self.stages[0].ask or QUESTION_PLACEHOLDER).partition(QUESTION_PLACEHOLDER)
+        return before, after
 
     def ends_turn(self, index: int) -> bool:
         """Whether a stage is the last one of a turn."""
@@ -166,13 +168,15 @@ class StageFormat:
 
     def _check_marks(self) -> None:
         first, *others = self.stages
-        if first.ask is not None and first.ask.count(QUESTION) != 1:
-            raise UserError(f"ask of {first.name} must have {QUESTION} once")
+        if first.ask is not None and first.ask.count(QUESTION_PLACEHOLDER) != 1:
+            raise UserError(f"ask of {first.name} must have {QUESTION_PLACEHOLDER} once")
         for stage in others:
             if stage.ask is None and stage.opening is None:
                 raise UserError(f"{stage.name} has no opening, and no turn of its own (ask): it could not be found")
-            if QUESTION in (stage.ask or ""):
-                raise UserError(f"ask of {stage.name} has {QUESTION}, which only the first stage is asked with")
+            if QUESTION_PLACEHOLDER in (stage.ask or ""):
+                raise UserError(
+                    f"ask of {stage.name} has {QUESTION_PLACEHOLDER}, which only the first stage is asked with"
+                )
         for one, other in combinations([stage for stage in self.stages if stage.mark], 2):
             if one.mark in other.mark or other.mark in one.mark:
                 raise UserError(

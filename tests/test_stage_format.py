@@ -135,15 +135,16 @@ def test_each_field_of_a_format_is_read():
     assert "RATIONALES" not in find_stages(MULBERRY, changed(format, 1, opening="### Reasons:"))
     assert find_stages(MULBERRY, changed(format, 0, closing="four"))["CAPTION"] == "A chart with"
     assert find_conclusion(MULBERRY, replace(format, conclusion="CAPTION")) == found["CAPTION"]
-    assert format.prompt("Why?") != changed(format, 0, ask="{question}\nThink.").prompt("Why?") == "Why?\nThink."
+    other = changed(format, 0, ask="{question}\nThink.")
+    assert format.around_question != other.around_question == ("", "\nThink.")
     assert list(find_stages(MULBERRY, changed(format, 3, ask="And the answer?"))) == list(found)[:3]
     assert list(find_stages(MULBERRY, replace(format, stages=format.stages[:2], conclusion=""))) == list(found)[:2]
 
 
 def test_the_prompt_of_a_question_is_the_question_unless_the_format_says_otherwise():
-    assert LLAVA_COT.prompt("Why {so}?") == "Why {so}?"
-    assert FORMATS["llamav_o1"].prompt("Why?").startswith("Why?\nSummarize how")
-    assert FORMATS["mulberry"].prompt("{question}").endswith("\n\n{question}")
+    assert LLAVA_COT.around_question == ("", "")
+    assert [part[:14] for part in FORMATS["llamav_o1"].around_question] == ["", "\nSummarize how"]
+    assert [part[-2:] for part in FORMATS["mulberry"].around_question] == ["\n\n", ""]
 
 
 @pytest.mark.parametrize("name", SINGLE_TURN)

@@ -19,6 +19,7 @@ from llava_cot_jax import (
     Reasoner,
     Sampling,
     StageBeam,
+    StageFormat,
     TextConfig,
     UserError,
     VisionConfig,
@@ -146,6 +147,14 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "layers in a list": (lambda m, p: TextConfig(cross_attention_layers=[3]), r"\[3\], a list; it must be a tuple"),
     "an epsilon": (lambda m, p: VisionConfig(norm_eps=None), "vision norm_eps is None; it must be a finite number"),
     "canvases": (lambda m, p: VisionConfig(supported_aspect_ratios=((1, "1"),)), "supported_aspect_ratios is '1'"),
+    "a format of nothing": (
+        lambda m, p: StageFormat(None, ()),
+        "the name of a stage format is None; it must be a text",
+    ),
+    "stages of a format in a list": (
+        lambda m, p: StageFormat("mine", []),
+        r"stages is \[\], a list; it must be",
+    ),
     "stages of nothing": (lambda m, p: find_stages(None), "text is None; it must be a text"),
     "a mesh axis": (lambda m, p: make_mesh(data="2"), "mesh axis data is '2'; it must be a whole number"),
     "a turn of nothing": (lambda m, p: user_turn(None), "question is None; it must be a text"),

@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llava_cot_jax.checks import check_instance, check_text
+from llava_cot_jax.checks import check_instance
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import bucket
 from llava_cot_jax.inference.generator import check_seeds, pad_to_bucket
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
+from llava_cot_jax.processing.conversation import QuestionOrMessages, read_conversation
 from llava_cot_jax.processing.images import ImageSource
-from llava_cot_jax.processing.messages import question_text, user_message
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import SearchInputs
@@ -45,7 +45,7 @@ class Requests:
 
     Attributes:
         inputs: Inputs of the compiled search.
-        questions: Texts of the questions.
+        questions: Texts of the questions: of a conversation, that of the user's last message.
         images: Images of each question.
         seeds: Seed of each question's draws.
         seconds: Seconds that the conversion took.
@@ -116,32 +116,32 @@ class RequestBuilder:
         self.stage_tables = build_stage_tables(processor, spec)
         self.scorer_tables = build_scorer_tables(processor, spec, prompts)
 
-    def build(self, images: Sequence[Images], questions: Sequence[str], seeds: Sequence[int] | int = 0) -> Requests:
+    def build(
+        self, images: Sequence[Images], questions: Sequence[QuestionOrMessages], seeds: Sequence[int] | int = 0
+    ) -> Requests:
         """Return the requests for a batch of questions.
 
         Args:
             images: Images of each question: one, several, or None.
-            questions: Texts of the questions.
+            questions: Questions, each a text or the messages of a conversation.
             seeds: Seed of each question's draws, or one seed for all.
 
         Raises:
-            UserError: There are not as many images as questions, a question has a special token, an image cannot be
-                read, a seed is out of range, or the search may exceed the model's context.
+            UserError: There are not as many images as questions, a question is malformed or has a special token, an
+                image cannot be read, a seed is out of range, or the search may exceed the model's context.
         """
         start = time.perf_counter()
         for given in (images, questions):
             if not isinstance(given, list | tuple) or not given or len(given) != len(questions):
                 raise UserError("give a list of questions, and as many images, None where there is none")
-        for question in questions:
-            check_text("a question", question)
         check_seeds(seeds, len(questions))
-        processor, image_lists = self.processor, [_as_list(each) for each in images]
+        processor = self.processor
+        asked = [read_conversation(*each) for each in zip(questions, map(_as_list, images), strict=True)]
+        image_lists = [each.images for each in asked]
         num_images = [len(each) for each in image_lists]
-        texts = [question_text(*each) for each in zip(questions, num_images, strict=True)]
-        asked = [user_message(self.spec.format.prompt(text), n) for text, n in zip(texts, num_images, strict=True)]
-        prompts = [processor.prompt([message]) for message in asked]
+        prompts = [processor.prompt(each.asked(*self.spec.format.around_question)) for each in asked]
         model_inputs, lengths = pad_to_bucket(processor.config, processor(prompts, image_lists))
-        question_ids = [token_ids(processor, text) for text in texts]
+        question_ids = [token_ids(processor, each.told) for each in asked]
         longest_question = max(map(len, question_ids))
         chat_headers = self.chat_headers(num_images)
         spec = self.fitting_spec(int(lengths.max()), longest_question, chat_headers.capacity)
@@ -153,9 +153,12 @@ class RequestBuilder:
             question=pad(question_ids, capacity=bucket(longest_question)),
             chat_headers=chat_headers,
         )
+        # A question that is a text is shown as it was given, with the markers of its images.
+        pairs = zip(questions, asked, strict=True)
+        shown_questions = [given if isinstance(given, str) else each.question for given, each in pairs]
         seconds = time.perf_counter() - start
         return Requests(
-            inputs, list(questions), image_lists, seed_array.tolist(), seconds, spec, is_shrunk=spec != self.spec
+            inputs, shown_questions, image_lists, seed_array.tolist(), seconds, spec, is_shrunk=spec != self.spec
         )
 
     def chat_headers(self, num_images: Sequence[int]) -> RaggedTokens:
