@@ -15,6 +15,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import Samples
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import without_surroundings
+from llava_cot_jax.processing.conversation import QuestionOrMessages
 from llava_cot_jax.processing.images import open_image
 from llava_cot_jax.search import slots as pieces
 from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite, join_stages, stage_name, tagged_text
@@ -36,12 +37,12 @@ class Question:
     """Question of a stream.
 
     Attributes:
-        question: Text of the question.
+        question: Text of the question, or messages of a conversation that ends with it.
         images: Images that it is about: one, several, or None.
         seed: Seed of its draws.
     """
 
-    question: str
+    question: QuestionOrMessages
     images: Images = None
     seed: int = 0
 
