@@ -112,7 +112,7 @@ def init_slots(
         decoder, rows = pieces.decoder, num_slots * settings.most
         zeros = jnp.zeros(rows, jnp.int32)
         capacity = pieces.lengths.candidate
-        unused = jnp.full(rows, EndReason.UNUSED, jnp.int32)
+        unused = jnp.full(rows, EndReason.UNUSED).astype(jnp.int32)  # a weak type would compile the pieces twice
         samples = Samples(jnp.zeros((rows, capacity), jnp.int32), zeros, unused, zeros, jnp.zeros(rows, jnp.float32))
         prefix = decoder.init_cache(num_slots, pieces.lengths.prefix + decoder.prefill_chunk)
         none = jnp.zeros(num_slots, jnp.int32)
