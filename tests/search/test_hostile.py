@@ -276,7 +276,7 @@ def test_what_cannot_be_asked(prompts):
         (lambda: StageBeam(max_new_tokens=(9, 9, 0, 9)), "max_new_tokens is 0; it must be at least 1"),
         (lambda: StageBeam((2, 2)), "num_candidates has 2 values for 4 stages"),
         (lambda: StageBeam(temperature=(0.1, 0.1, -1.0, 0.2)), "temperature"),
-        (lambda: StageBeam(stages=("A", "A")), "different tags"),
+        (lambda: StageBeam(stages=("A", "A")), "different names"),
         (lambda: StageBeam(stages=()), "at least one"),
         (lambda: Sample(top_p=0.0), "top_p"),
         (lambda: MajorityVote(top_k=0), "top_k"),
