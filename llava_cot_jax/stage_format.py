@@ -57,7 +57,8 @@ class StageFormat:
         conclusion: Name of the stage that is shown as the answer; empty for the last one.
 
     Raises:
-        UserError: There are no stages, or one of them cannot be told from another, or has a text that is empty or a special token.
+        UserError: There are no stages, one of them cannot be told from another, or a text of one is empty or has a
+            special token.
     """
 
     name: str
