@@ -39,7 +39,7 @@ from llava_cot_jax.search.options import STRATEGIES, add_arguments, strategy_or_
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_request_options
 from llava_cot_jax.search.strategies import Strategy
-from llava_cot_jax.stage_format import StageFormat, check_marks
+from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import find_conclusion, find_stages
 
 if TYPE_CHECKING:
@@ -346,7 +346,6 @@ class _StreamingAnswerer:
     ) -> None:
         self._processor, self._sampling, self._options = processor, sampling, options
         self._format = StageFormat.load(options.format)
-        check_marks(self._format, processor.control_tokens)
         self._default_length = stated_length or DEFAULT_MAX_NEW_TOKENS
 
     def prepare(self, question: UserQuestion) -> Callable[[Mllama], QuestionResult]:

@@ -1,6 +1,6 @@
 """Format of a staged answer: what opens and closes each stage, and which stage is shown as the answer."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations, permutations
 from os import PathLike
@@ -10,6 +10,7 @@ from typing import Any, Self
 from llava_cot_jax.checks import check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import as_path, reading_errors
+from llava_cot_jax.processing.control_tokens import CONTROL_TOKEN
 
 STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 """LLaVA-CoT's stages in their order. Each is enclosed in ``<NAME>`` and ``</NAME>``."""
@@ -56,7 +57,8 @@ class StageFormat:
         conclusion: Name of the stage that is shown as the answer; empty for the last one.
 
     Raises:
-        UserError: There are no stages, or one of them cannot be told from another, or has an empty text.
+        UserError: There are no stages, one of them cannot be told from another, or a text of one is empty or has a
+            special token.
     """
 
     name: str
@@ -160,6 +162,11 @@ class StageFormat:
                     check_text(f"{field} of {stage.name}", text)
                     if not text.strip():
                         raise UserError(f"{field} of {stage.name} is empty: leave it out where there is none")
+                    if token := CONTROL_TOKEN.search(text):
+                        raise UserError(
+                            f"{field} of {stage.name} has the special token {token[0]}, which no answer shows: give a "
+                            "text, or leave it out where the stage ends with its turn"
+                        )
         names = self.names
         if not names or not all(map(str.strip, names)) or len(set(names)) < len(names):
             raise UserError(f"stages must have different names, at least one; got {names}")
@@ -188,21 +195,6 @@ class StageFormat:
                 raise UserError(
                     f"the closing of {closed.name} and the opening of {opened.name} cannot be told apart: leave out "
                     "the closing, and the stage ends before the next opening"
-                )
-
-
-def check_marks(format: StageFormat, control_tokens: Collection[str]) -> None:
-    """Check that a format has no control token of a tokenizer in a text that is looked for.
-
-    Raises:
-        UserError: It has one. An answer shows no control tokens, so that the text would never be found.
-    """
-    for stage in format.stages:
-        for field, text in (("opening", stage.opening), ("closing", stage.closing)):
-            if found := [token for token in control_tokens if token in (text or "")]:
-                raise UserError(
-                    f"stage format {format.name}: {field} of {stage.name} has the special token {found[0]}, which no "
-                    "answer shows: give a text, or leave it out where the stage ends with its turn"
                 )
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.screen import Screen
-from llava_cot_jax.stage_format import FORMATS_FOLDER, LLAVA_COT, StageFormat, StageMarks, check_marks
+from llava_cot_jax.stage_format import FORMATS_FOLDER, LLAVA_COT, StageFormat, StageMarks
 from llava_cot_jax.stages import find_conclusion, find_stages, is_staged, locate_stages, may_be_staged
 
 NAMES = ("llamav_o1", "llava_cot", "llava_cot_sentences", "mulberry")
@@ -191,6 +191,12 @@ MISTAKES = {
         "closing of A and the opening of B cannot be told apart",
     ),
     "no opening": ({"stages": [GOOD, {"name": "B"}]}, "B has no opening"),
+    "special closing": (
+        {"stages": [GOOD | {"closing": "<|eot_id|>"}]},
+        "closing of A has the special token <|eot_id|>",
+    ),
+    "special opening": ({"stages": [GOOD | {"opening": "A<|image|>"}]}, "opening of A has the special token <|image|>"),
+    "special ask": ({"stages": [GOOD | {"ask": "{question}<|eot_id|>"}]}, "ask of A has the special token <|eot_id|>"),
     "question left out": ({"stages": [GOOD | {"ask": "Think."}]}, "ask of A must have {question} once"),
     "question twice": ({"stages": [GOOD | {"ask": "{question}{question}"}]}, "ask of A must have {question} once"),
     "question later": ({"stages": [GOOD, {"name": "B", "ask": "{question}"}]}, "which only the first stage"),
@@ -225,12 +231,3 @@ def test_a_file_that_is_not_yaml(tmp_path):
     with pytest.raises(UserError, match=r"mine.yaml is not YAML") as mistake:
         StageFormat.load(tmp_path / "mine.yaml")
     assert "\n" not in str(mistake.value)
-
-
-@pytest.mark.parametrize("field", ["opening", "closing"])
-def test_a_mark_with_a_special_token_is_refused(field):
-    """An added token that is text, such as a tag of its own, is none of them."""
-    format = changed(LLAVA_COT, 1, **{field: "<|eot_id|>"})
-    with pytest.raises(UserError, match=rf"{field} of CAPTION has the special token <\|eot_id\|>"):
-        check_marks(format, {"<|eot_id|>": 1})
-    check_marks(LLAVA_COT, {"<|eot_id|>": 1})

@@ -24,7 +24,7 @@ from llava_cot_jax.processing.messages import Message, user_message
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import PROMPT_KINDS, WHOLE_ANSWER, JudgePrompts, PromptKind
 from llava_cot_jax.search.strategies import Judge, SearchSpec
-from llava_cot_jax.stage_format import StageFormat, StageMarks, check_marks
+from llava_cot_jax.stage_format import StageFormat, StageMarks
 
 _ANSWER = "\ue000"
 """Text that stands for an answer in the chat template: a character of Unicode's private use area."""
@@ -127,10 +127,9 @@ def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
     Whole answers are one stage, which ends with the closing of the format's last stage and has nothing added.
 
     Raises:
-        UserError: The tokenizer is not byte-level, or an opening or a closing is too long or has a control token.
+        UserError: The tokenizer is not byte-level, or a closing, or an opening that ends a stage, is too long.
     """
     format = spec.format
-    check_marks(format, processor.control_tokens)
     numbers = range(spec.num_stages) if spec.stages else range(len(format.stages) - 1, len(format.stages))
     automata = [(_end_automaton(format, number), TAILS) for number in numbers]
     stop_tables, num_states = compile_stop_table(automata, _vocabulary(processor))
