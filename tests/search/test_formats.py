@@ -147,8 +147,8 @@ def test_what_is_kept_of_a_candidate_is_what_its_bytes_say(processor, name):
         tokens = np.array([ids + [7] * (width - len(ids)) for ids, *_ in rows])
         lengths, states, reasons = (np.array(x) for x in zip(*((len(i), s, r) for i, s, r in rows), strict=True))
         samples = Samples(tokens, lengths, reasons, states, np.zeros(len(rows)))
-        batch, stage = jax.tree.map(lambda x: x[None], samples), np.array([number], np.int32)
-        kept, breaks = jax.device_get(end_stage(batch, tables, stage))
+        batch = jax.tree.map(lambda x: x[None], samples)
+        kept, breaks = jax.device_get(end_stage(batch, tables, np.array([number], np.int32)))
         for (ids, _, reason), length, found in zip(rows, kept.lengths[0], breaks[0], strict=True):
             whole = b"".join(entries[i] for i in ids)
             want = len(ids)
