@@ -55,7 +55,7 @@ def test_the_model_and_the_judge_are_told_the_whole_conversation(random, prompts
     header = inputs.chat_headers[0, 0]
     for ids in (prompt, header.tokens[: header.lengths]):
         assert np.count_nonzero(np.asarray(ids) == image) == 2
-    assert (requests.questions, requests.num_images) == ([asked], [2])
+    assert (requests.questions, [len(images) for images in requests.images]) == ([asked], [2])
     apart = RequestBuilder(processor, BEAM, prompts).build([[one, other]], [asked]).inputs.model_inputs
     np.testing.assert_array_equal(inputs.model_inputs["pixel_values"], apart["pixel_values"])
 
