@@ -128,7 +128,7 @@ class RequestBuilder:
         check_seeds(seeds, len(questions))
         processor, image_lists = self.processor, [_as_list(each) for each in images]
         num_images = [len(each) for each in image_lists]
-        prompts = [processor.prompt(user_turn(*each)) for each in zip(questions, num_images, strict=True)]
+        prompts = [self.prompt(*each) for each in zip(questions, num_images, strict=True)]
         model_inputs, lengths = pad_to_bucket(processor.config, processor(prompts, image_lists))
         texts = [question_text(*each) for each in zip(questions, num_images, strict=True)]
         question_ids = [token_ids(processor, text) for text in texts]
@@ -147,6 +147,14 @@ class RequestBuilder:
         return Requests(
             inputs, list(questions), image_lists, seed_array.tolist(), seconds, spec, is_shrunk=spec != self.spec
         )
+
+    def prompt(self, question: str, num_images: int) -> str:
+        """Return the prompt of a question.
+
+        Raises:
+            UserError: It has a special token.
+        """
+        return self.processor.prompt(user_turn(question, num_images))
 
     def chat_headers(self, num_images: Sequence[int]) -> RaggedTokens:
         """Return the beginning of the judge's prompts, [kinds, questions]. A check has no images."""
