@@ -1,6 +1,7 @@
 """Answer questions about images with a Llama-3.2-Vision checkpoint.
 
 llava-cot generate --checkpoint DIR_OR_HUB_ID --image FILE --question TEXT
+llava-cot generate --checkpoint DIR_OR_HUB_ID --questions FILE.jsonl --output FILE.jsonl
 
 Without ``--search`` the text streams as it is generated. With it, one compiled program searches for the answer. Without
 ``--checkpoint`` the small model of the package answers, and without ``--question`` it is asked about pictures that this
@@ -34,11 +35,12 @@ from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_toke
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import BUNDLED_MODEL, as_path, writing_errors
+from llava_cot_jax.question_job import QuestionFileJob, add_question_file_options, check_question_file_options
 from llava_cot_jax.questions import UserQuestion, draw_pictures, read_messages, read_questions
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_request_options
-from llava_cot_jax.search.strategies import Strategy
+from llava_cot_jax.search.strategies import Greedy, Sample, Strategy
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import find_conclusion, find_stages
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.processing.processor import Processor
+    from llava_cot_jax.search.answers import Answer
     from llava_cot_jax.search.request_builder import Requests
     from llava_cot_jax.search.trace import Trace
 
@@ -83,8 +86,14 @@ def main(argv: list[str] | None = None) -> None:
     folder = resolve_checkpoint(options.checkpoint)
     config = read_config(folder, options.convention)
     stated_length = read_max_new_tokens(folder)
-    questions = _questions(options)
+    questions = [] if options.questions else _questions(options)
     _check_files(options)
+    job = None
+    if options.questions:
+        job = QuestionFileJob(options, _strategy(options), config, stated_length)
+        if not job.rows:
+            print(f"{options.output} has the answers to all questions of {options.questions}", file=sys.stderr)
+            return
 
     # These imports take longer than all checks so far.
     from llava_cot_jax.processing.processor import Processor
@@ -98,12 +107,11 @@ def main(argv: list[str] | None = None) -> None:
     cli.enable_compilation_cache()
     compilations = cli.CompilationCounter()
     mesh = _mesh(options.mesh, config)
-    method, format = _search_or_sampling(options), StageFormat.load(options.format)
-    if isinstance(method, Sampling):
-        answerer: _StreamingAnswerer | _SearchAnswerer = _StreamingAnswerer(processor, method, options, stated_length)
+    if job:
+        job.prepare(processor)
     else:
-        answerer = _SearchAnswerer(processor, method, options, stated_length)
-    prepared = [answerer.prepare(question) for question in questions]
+        answerer = _answerer(processor, options, stated_length)
+        prepared = [answerer.prepare(question) for question in questions]
     if uses_default_model:
         Console(stderr=True).print(DEFAULT_MODEL_NOTE, style="bold yellow")
 
@@ -121,6 +129,9 @@ def main(argv: list[str] | None = None) -> None:
             model.quantize()
     loading_seconds = time.perf_counter() - start
 
+    if job:
+        cli.run_interruptible(lambda: job.run(model, _result_of))
+        return
     for question, answer in zip(questions, prepared, strict=True):
         compiled_before = compilations.count
         shows_plain_text = not options.json and not options.show_search
@@ -135,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(report, allow_nan=False), flush=True)
         elif shows_plain_text and question.right_answer:
             print(f"(the right answer: {question.right_answer})", flush=True)
-        for note in result.notes(format):
+        for note in result.notes(StageFormat.load(options.format)):
             _LOG.warning(f"{question.header}: {note}" if len(questions) > 1 else note)
     for name in ("trace", "page"):
         if options[name]:
@@ -167,6 +178,7 @@ def _parser() -> cli.Parser:
         )
     add_arguments(parser)
     add_request_options(parser)
+    add_question_file_options(parser)
     return parser
 
 
@@ -177,11 +189,26 @@ def _search_or_sampling(options: jsonargparse.Namespace) -> Strategy | Sampling:
         UserError: An option out of range, or one that has no meaning with the others.
     """
     method = strategy_or_sampling(options)
+    if options.questions is not None:
+        check_question_file_options(options)
+    elif options.output is not None:
+        raise UserError("--output takes the answers to a file of questions: give --questions too")
     if options.search is None:
         for name in ("trace", "page", "show_search"):
             if options[name]:
                 raise UserError(f"--{name} needs a search: give --search too ({', '.join(STRATEGIES)})")
     return method
+
+
+def _strategy(options: jsonargparse.Namespace) -> Strategy:
+    """Return the search, or, without one, the strategy that samples as is asked for."""
+    method = _search_or_sampling(options)
+    if not isinstance(method, Sampling):
+        return method
+    format, length = StageFormat.load(options.format), options.max_new_tokens
+    if method.temperature == 0:
+        return Greedy(length, format=format)
+    return Sample(method.temperature, length, method.top_k, method.top_p, format=format)
 
 
 def _check_files(options: jsonargparse.Namespace) -> None:
@@ -265,6 +292,26 @@ class QuestionResult:
         return notes
 
 
+def _result_of(answer: Answer, is_shrunk: bool) -> QuestionResult:
+    """Return the answer of a search.
+
+    Args:
+        answer: The answer.
+        is_shrunk: Whether the context left less than the default length.
+    """
+    trace, last = answer.trace, answer.trace.stages[-1]
+    return QuestionResult(
+        answer.text,
+        answer.conclusion,
+        answer.stages,
+        last.candidates[last.winner].ended,
+        trace.tokens,
+        trace.seconds,
+        trace.forced_stages,
+        "context" if is_shrunk else "max_new_tokens",
+    )
+
+
 class _SearchAnswerer:
     """Answers questions by a search."""
 
@@ -292,7 +339,7 @@ class _SearchAnswerer:
         options = self._options
         with contextlib.nullcontext() if options.json else cli.status("searching"):
             (answer,) = cli.run_interruptible(lambda: run_search(model, self._builder, requests))
-        trace, last = answer.trace, answer.trace.stages[-1]
+        trace = answer.trace
         self._searches.append((question, trace))
         if options.show_search and not options.json:
             from llava_cot_jax.search.show import describe_search
@@ -301,16 +348,7 @@ class _SearchAnswerer:
         elif not options.json:
             print(answer.text if options.show_reasoning else answer.conclusion, flush=True)
         self._write_files(model)
-        return QuestionResult(
-            answer.text,
-            answer.conclusion,
-            answer.stages,
-            last.candidates[last.winner].ended,
-            trace.tokens,
-            trace.seconds,
-            trace.forced_stages,
-            "context" if requests.is_shrunk else "max_new_tokens",
-        )
+        return _result_of(answer, requests.is_shrunk)
 
     def _write_files(self, model: Mllama) -> None:
         """Write all searches so far to the files that the user asked for."""
@@ -336,6 +374,16 @@ class _SearchAnswerer:
             }
             entries = [PageEntry(trace, q.sources, q.right_answer) for q, trace in self._searches]
             write_page(as_path(options.page), entries, facts)
+
+
+def _answerer(
+    processor: Processor, options: jsonargparse.Namespace, stated_length: int | None
+) -> _StreamingAnswerer | _SearchAnswerer:
+    """Return what answers the questions that the options give one by one."""
+    method = _search_or_sampling(options)
+    if isinstance(method, Sampling):
+        return _StreamingAnswerer(processor, method, options, stated_length)
+    return _SearchAnswerer(processor, method, options, stated_length)
 
 
 class _StreamingAnswerer:

@@ -14,7 +14,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import bucket
 from llava_cot_jax.inference.generator import check_seeds, pad_to_bucket
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
-from llava_cot_jax.processing.conversation import QuestionOrMessages, read_conversation
+from llava_cot_jax.processing.conversation import QuestionOrMessages, UserConversation, read_conversation
 from llava_cot_jax.processing.images import ImageSource
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
@@ -139,7 +139,7 @@ class RequestBuilder:
         asked = [read_conversation(*each) for each in zip(questions, map(_as_list, images), strict=True)]
         image_lists = [each.images for each in asked]
         num_images = [len(each) for each in image_lists]
-        prompts = [processor.prompt(each.asked(*self.spec.format.around_question)) for each in asked]
+        prompts = [self.prompt(each) for each in asked]
         model_inputs, lengths = pad_to_bucket(processor.config, processor(prompts, image_lists))
         question_ids = [token_ids(processor, each.told) for each in asked]
         longest_question = max(map(len, question_ids))
@@ -160,6 +160,10 @@ class RequestBuilder:
         return Requests(
             inputs, shown_questions, image_lists, seed_array.tolist(), seconds, spec, is_shrunk=spec != self.spec
         )
+
+    def prompt(self, conversation: UserConversation) -> str:
+        """Return the prompt of a conversation that ends with a question."""
+        return self.processor.prompt(conversation.asked(*self.spec.format.around_question))
 
     def chat_headers(self, num_images: Sequence[int]) -> RaggedTokens:
         """Return the beginning of the judge's prompts, [kinds, questions]. A check has no images."""

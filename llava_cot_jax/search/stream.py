@@ -307,10 +307,10 @@ class AnswerStream:
         builder: RequestBuilder,
         questions: Iterable[Question],
         *,
-        slots: int,
-        ordered: bool,
-        prompt_tokens: int,
-        images: int,
+        slots: int = DEFAULT_SLOTS,
+        ordered: bool = True,
+        prompt_tokens: int = 1,
+        images: int = 0,
     ) -> None:
         check_int("slots", slots)
         check_bool("ordered", ordered)
@@ -333,6 +333,11 @@ class AnswerStream:
     def decoding_steps(self) -> int:
         """Number of decoding steps so far, each of which reads the weights once for all slots."""
         return self._steps_before + (self._search.decoding_steps if self._search else 0)
+
+    @property
+    def is_shrunk(self) -> bool:
+        """Whether the default length is shrunk to what the context leaves after the longest prompt in the slots."""
+        return self._room.spec != self._builder.spec
 
     def __iter__(self) -> Iterator[StreamedAnswer]:
         return self

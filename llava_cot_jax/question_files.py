@@ -1,0 +1,208 @@
+"""Files of questions and of their answers, for ``generate --questions``: JSON lines that a killed run goes on with."""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from llava_cot_jax.checks import shown
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.files import check_file_writable, read_json, write_json
+from llava_cot_jax.paths import is_remote, reading_errors, writing_errors
+
+KEYS = ("id", "question", "image", "images", "seed")
+"""Keys that a row of a file of questions may have."""
+
+_LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    """Row of a file of questions.
+
+    Attributes:
+        id: Text or whole number that tells it from all others.
+        question: Text of the question.
+        seed: Seed of its draws; None takes the command's.
+        images: Images as the row names them.
+        sources: The images: paths, of which those in the row are relative to the file's folder, and ``data:`` URLs.
+    """
+
+    id: str | int
+    question: str
+    seed: int | None = None
+    images: list[str] = field(default_factory=list)
+    sources: list[str | bytes] = field(default_factory=list)
+
+
+def read_question_rows(path: Path) -> list[QuestionRow]:
+    """Read a file of questions: JSON lines with the keys of ``KEYS``, of which ``id`` and ``question`` are needed.
+
+    Raises:
+        UserError: The file cannot be read, a line is no such row, or two rows have the same id.
+    """
+    with reading_errors(path):
+        lines = path.read_bytes().split(b"\n")
+    rows: dict[str | int, QuestionRow] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        row = _read_row(line, place, path.parent)
+        if row.id in rows:
+            raise UserError(
+                f"{place} has the id {shown(row.id)} of an earlier line: give each question an id of its own"
+            )
+        rows[row.id] = row
+    if not rows:
+        raise UserError(f"{path} has no questions: give one JSON object with id and question on each line")
+    return list(rows.values())
+
+
+def _read_row(line: bytes, place: str, folder: Path) -> QuestionRow:
+    from llava_cot_jax.processing.images import is_data_url
+
+    try:
+        row = json.loads(line)
+    except ValueError as fault:
+        raise UserError(f"{place} is not JSON: {fault}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is no JSON object, but {shown(row)}")
+    if unknown := [key for key in row if key not in KEYS]:
+        raise UserError(f"{place} has the key {shown(unknown[0])}; the keys of a question are {', '.join(KEYS)}")
+    identifier, question, seed = row.get("id"), row.get("question"), row.get("seed")
+    if isinstance(identifier, bool) or not isinstance(identifier, str | int):
+        raise UserError(f"{place}: id is {shown(identifier)}; it must be a text or a whole number")
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f"{place}: question is {shown(question)}; it must be a text")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED):
+        raise UserError(f"{place}: seed is {shown(seed)}; it must be a whole number from 0 to {_LARGEST_SEED}")
+    if "image" in row and "images" in row:
+        raise UserError(f"{place} has both image and images: give one of them")
+    images = [row["image"]] if row.get("image") is not None else row.get("images") or []
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise UserError(f"{place}: images is {shown(images)}; it must be a list of paths")
+    sources: list[str | bytes] = [image if is_data_url(image) else _source(image, folder) for image in images]
+    return QuestionRow(identifier, question, seed, images, sources)
+
+
+def _source(image: str, folder: Path) -> str:
+    """Return an image's path, relative to the folder of the file of questions, or its URL."""
+    return image if "://" in image else str(folder / image)
+
+
+class AnswerFile:
+    """File that takes an answer after the other, each as a JSON line that stays whatever happens afterwards.
+
+    A file that is there already is continued: a last line that was cut off is dropped, and the others are known. The
+    settings stand in a file beside it. While it is open, no other process can open it so.
+
+    Args:
+        path: Path of the file, on a disk.
+        settings: Settings that the answers depend on, by their names, as JSON has them.
+
+    Attributes:
+        known: Text of each question whose answer it has, by its id.
+
+    Raises:
+        UserError: The file cannot be written or is no such file, another process has it open, or it was begun with
+            other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        if is_remote(path):
+            raise UserError(f"{path} is in a bucket, where no line can be added to a file: name an output on a disk")
+        check_file_writable(path)
+        self.known: dict[str | int, str] = {}
+        self._path, self._settings_path = path, path.with_name(f"{path.name}.settings.json")
+        with writing_errors(path):
+            self._file: BinaryIO = path.open("ab+")
+        try:
+            self._lock()
+            self._check_settings(dict(settings))
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Append an answer, which is on the disk when this returns.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n"
+        with writing_errors(self._path):
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.known[row["id"]] = row["question"]
+
+    def unanswered(self, rows: Sequence[QuestionRow]) -> list[QuestionRow]:
+        """Return the rows whose answers it does not have.
+
+        Raises:
+            UserError: It has the answer to another question of the same id.
+        """
+        for row in rows:
+            if self.known.get(row.id, row.question) != row.question:
+                raise UserError(
+                    f"{self._path} has the answer to another question with the id {shown(row.id)}: name another output"
+                )
+        return [row for row in rows if row.id not in self.known]
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self._path} is being written by another process: name another output") from None
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        """Check that the file was begun with these settings, or write them down where it is empty."""
+        self._file.seek(0, os.SEEK_END)
+        if not self._file.tell():
+            with writing_errors(self._settings_path):
+                write_json(self._settings_path, settings)
+            return
+        if not self._settings_path.exists():
+            raise UserError(
+                f"{self._path} exists, but {self._settings_path.name}, which says how it was begun, does not: name "
+                "another output"
+            )
+        begun = read_json(self._settings_path)
+        for name in [*settings, *begun]:
+            if (before := begun.get(name)) != (now := settings.get(name)):
+                raise UserError(
+                    f"{self._path} was begun with {name} = {json.dumps(before)}, which is {json.dumps(now)} now: give "
+                    "the same settings to go on, or name another output"
+                )
+
+    def _read(self) -> None:
+        """Read what was answered, and cut off a last line that was not written whole."""
+        self._file.seek(0)
+        whole = 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                self.known[row["id"]] = row["question"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{self._path}, line {number} is no answer of this command: name another output"
+                ) from None
+            whole += len(line)
+        with writing_errors(self._path):
+            self._file.truncate(whole)
