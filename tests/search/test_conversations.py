@@ -28,6 +28,7 @@ def random():
     return random_model(1)
 
 
+@pytest.mark.slow
 def test_one_question_is_answered_as_its_text_is(random, prompts):
     """Messages and texts share a batch, with the images inside, beside, or none."""
     reasoner = Reasoner(*random, BEAM, prompts)
