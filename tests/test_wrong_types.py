@@ -16,6 +16,7 @@ from llava_cot_jax import (
     Mllama,
     MllamaConfig,
     Processor,
+    Question,
     Reasoner,
     Sampling,
     StageBeam,
@@ -202,6 +203,10 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
         ),
         "input_ids has no values inside jax.jit, which generation needs: call it outside",
     ),
+    "slots of a stream": (
+        lambda m, p: Reasoner(m, p, Greedy(2)).answer_stream([Question("red?")], slots="two"),
+        "slots is 'two'; it must be a whole number",
+    ),
     "a temperature": (lambda m, p: Sampling("warm"), "temperature is 'warm'; it must be a finite number"),
 }
 
@@ -228,7 +233,8 @@ def test_every_public_class_and_function_is_tried():
         "Verifier",
         "WeightedVote",
     }
-    assert set(llava_cot_jax.__all__) - {"Answer", "Completion", "UserError"} - strategies <= tried
+    made_here = {"Answer", "AnswerStream", "Completion", "StreamedAnswer", "UserError"}
+    assert set(llava_cot_jax.__all__) - made_here - strategies <= tried
 
 
 def _names_in(code: Any) -> set[str]:

@@ -8,9 +8,9 @@ A stage of a question takes five pieces. ``StageSearch`` has them, for a batch o
     choose         let the scorer of the stage choose a candidate
     advance        note the winner, which is pending now, and go to the next stage
 
-Every question has a stage of its own (``Progress.stage``), and the tables of tags, temperatures, lengths and prompts
-are gathered by it, so that a batch may hold questions of different stages. What a question draws hangs on its seed and
-its stage alone. ``search`` runs the pieces in a loop inside one program, with all questions in the same stage. A host
+Every question has a stage of its own (``SearchProgress.stage``), and the tables of tags, temperatures, lengths and
+prompts are gathered by it, so that a batch may hold questions of different stages. What a question draws hangs on its
+seed and its stage alone. ``search`` runs the pieces in a loop inside one program, with all questions in the same stage. A host
 can compile the same pieces on their own, and drive them from one stage to the next; ``sample`` is then
 ``start_samples`` and, as often as is wished, ``continue_samples``.
 """
@@ -141,7 +141,7 @@ def encode_question_images(params: Params, config: MllamaConfig, inputs: SearchI
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Progress:
+class SearchProgress:
     """How far the search of each question is, apart from its KV cache.
 
     Attributes:
@@ -166,7 +166,7 @@ class SearchState:
     """
 
     prefix: Segment
-    progress: Progress
+    progress: SearchProgress
 
 
 @dataclass(frozen=True)
@@ -197,14 +197,14 @@ class StageSearch:
         """Lengths that the arrays have room for."""
         return SearchLengths.of(self.spec, self.tables, self.inputs.model_inputs["input_ids"].shape[1])
 
-    def init_progress(self) -> Progress:
+    def init_progress(self) -> SearchProgress:
         """Return the progress before the first stage, with the prompts pending."""
         lengths, questions = self.lengths, self.num_questions
         prompt = RaggedTokens(self.inputs.model_inputs["input_ids"], self.inputs.lengths)
         pending = concat((prompt, self.tables.openings[0, BLANK_LINE]), lengths.pending)
         shape = (questions, self.spec.num_stages)
         winners = RaggedTokens(jnp.zeros((*shape, lengths.text), jnp.int32), jnp.zeros(shape, jnp.int32))
-        return Progress(jnp.zeros(questions, jnp.int32), pending, winners)
+        return SearchProgress(jnp.zeros(questions, jnp.int32), pending, winners)
 
     def init_prefix(self) -> Segment:
         """Return an empty KV cache for the prompts and the winners."""
@@ -268,7 +268,7 @@ class StageSearch:
         return score_candidates(self.decoder, chain, self._cut(candidates, stage), closings, stage, tables)
 
     def choose(
-        self, candidates: Samples, scores: StageScores | None, progress: Progress
+        self, candidates: Samples, scores: StageScores | None, progress: SearchProgress
     ) -> tuple[Int[Array, " questions"], StageJudgement | None]:
         """Return the candidate that wins a stage, int32, and the outcome of the judge's tournament, if there is one.
 
@@ -299,7 +299,7 @@ class StageSearch:
         candidates: Samples,
         mean_log_prob: Float[Array, "questions candidates"],
         is_judged: Bool[Array, " questions"],
-        progress: Progress,
+        progress: SearchProgress,
     ) -> StageJudgement:
         """Let the judge choose a candidate of the questions that are judged; that of another question is the first."""
         tables = self.scorer_tables.judge
@@ -316,7 +316,9 @@ class StageSearch:
         )
         return run_tournament(StageJudge(self.decoder, judge, inputs, tables, self.spec.sampling))
 
-    def advance(self, progress: Progress, candidates: Samples, winner: Int[Array, " questions"]) -> Progress:
+    def advance(
+        self, progress: SearchProgress, candidates: Samples, winner: Int[Array, " questions"]
+    ) -> SearchProgress:
         """Return the progress after a stage whose winner is chosen: the winner and the next opening tag are pending."""
         stage, tables = progress.stage, self.tables
         question = jnp.arange(self.num_questions)
@@ -327,7 +329,7 @@ class StageSearch:
         opening = tables.openings[jnp.minimum(stage + 1, self.spec.num_stages - 1), won_breaks]
         pending = concat((won, won_closing, opening), self.lengths.pending)
         winners = jax.tree.map(lambda old, new: old.at[question, stage].set(new), progress.winners, won_text)
-        return Progress(stage + 1, pending, winners)
+        return SearchProgress(stage + 1, pending, winners)
 
     def texts(self, candidates: Samples, stage: Int[Array, " questions"]) -> RaggedTokens:
         """Return candidates with their tags, as the judge is shown them, [questions, candidates]."""

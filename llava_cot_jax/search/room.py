@@ -50,7 +50,7 @@ class Room:
 
     @classmethod
     def at_least(cls, builder: RequestBuilder, prompt_tokens: int, images: int) -> "Room":
-        """Return room for prompts of ``prompt_tokens`` tokens and for so many images.
+        """Return room for prompts of ``prompt_tokens`` tokens and for ``images`` images.
 
         Raises:
             UserError: The search may exceed the model's context after such a prompt.

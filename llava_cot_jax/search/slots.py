@@ -23,8 +23,8 @@ from llava_cot_jax.model.kv_cache import CacheLayers, Segment
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.program import (
-    Progress,
     SearchInputs,
+    SearchProgress,
     StageResult,
     StageSearch,
     by_question,
@@ -135,7 +135,7 @@ def admit(
     tables: SlotTables,
     *,
     settings: SlotSettings,
-) -> tuple[Slots, Progress]:
+) -> tuple[Slots, SearchProgress]:
     """Put a question into a slot: run the vision tower on its images. Return the slots, and the question's progress."""
     with use_mesh(settings.mesh):
         images = encode_question_images(params, settings.config, question)
@@ -154,7 +154,7 @@ def start_stage(
     slots: Slots,
     slot: Int[Array, ""],
     question: SearchInputs,
-    progress: Progress,
+    progress: SearchProgress,
     tables: SlotTables,
     *,
     settings: SlotSettings,
@@ -217,11 +217,11 @@ def choose(
     slots: Slots,
     slot: Int[Array, ""],
     question: SearchInputs,
-    progress: Progress,
+    progress: SearchProgress,
     tables: SlotTables,
     *,
     settings: SlotSettings,
-) -> tuple[StageResult, Progress]:
+) -> tuple[StageResult, SearchProgress]:
     """Let the stage's scorer choose among a slot's candidates. Return the result, and the question's progress."""
     with use_mesh(settings.mesh):
         pieces = _pieces(params, _take(slots.images, slot), question, tables, settings)
@@ -240,7 +240,7 @@ def read_candidates(
     slots: Slots,
     slot: Int[Array, ""],
     question: SearchInputs,
-    progress: Progress,
+    progress: SearchProgress,
     tables: SlotTables,
     *,
     settings: SlotSettings,
@@ -257,12 +257,12 @@ def keep(
     slots: Slots,
     slot: Int[Array, ""],
     question: SearchInputs,
-    progress: Progress,
+    progress: SearchProgress,
     tables: SlotTables,
     winner: Int[Array, " 1"],
     *,
     settings: SlotSettings,
-) -> tuple[StageResult, Progress]:
+) -> tuple[StageResult, SearchProgress]:
     """Return what ``choose`` returns, for a winner that the host has chosen."""
     candidates = _candidates(slots, slot, settings)
     pieces = _pieces(params, None, question, tables, settings)

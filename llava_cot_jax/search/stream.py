@@ -19,7 +19,7 @@ from llava_cot_jax.processing.conversation import QuestionOrMessages
 from llava_cot_jax.processing.images import open_image
 from llava_cot_jax.search import slots as pieces
 from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite, join_stages, stage_name, tagged_text
-from llava_cot_jax.search.program import Progress, StageResult, default_prefill_chunk
+from llava_cot_jax.search.program import SearchProgress, StageResult, default_prefill_chunk
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.room import Room, put_in_room
 from llava_cot_jax.search.scorers import OwnScorer, OwnScores, call_scorer
@@ -82,7 +82,7 @@ class _Occupant:
 
     index: int
     requests: Requests
-    progress: Progress
+    progress: SearchProgress
     start: float
     stages: list[StageResult] = field(default_factory=list)
     own_scores: dict[int, OwnScores] = field(default_factory=dict)

@@ -31,7 +31,7 @@ _REFUSED_SETTINGS = (
 """Settings of PEFT that change what an adapter computes, and that this implementation does not have."""
 
 MERGE_IN_PEFT = "merge it in PEFT with merge_and_unload(), and give the model that this makes as the checkpoint"
-"""What to do with an adapter that cannot be read."""
+"""Remedy for an adapter that cannot be read."""
 
 _STARTS_FROM_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` with which PEFT trains on the base weights as stored. PiSSA changes them."""
