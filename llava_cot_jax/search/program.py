@@ -10,8 +10,8 @@ A stage of a question takes five pieces. ``StageSearch`` has them, for a batch o
 
 Every question has a stage of its own (``SearchProgress.stage``), and the tables of tags, temperatures, lengths and
 prompts are gathered by it, so that a batch may hold questions of different stages. What a question draws hangs on its
-seed and its stage alone. ``search`` runs the pieces in a loop inside one program, with all questions in the same stage. A host
-can compile the same pieces on their own, and drive them from one stage to the next; ``sample`` is then
+seed and its stage alone. ``search`` runs the pieces in a loop inside one program, with all questions in the same stage.
+A host can compile the same pieces on their own, and drive them from one stage to the next; ``sample`` is then
 ``start_samples`` and, as often as is wished, ``continue_samples``.
 """
 

@@ -256,7 +256,7 @@ def test_the_plan_counts_the_probes_beside_the_candidates():
     assert plans[0].seconds > plans[1].seconds
 
     builder = RequestBuilder(processor, BestOfN(3, Verifier(), max_new_tokens=70))
-    probe = probe_capacity(builder.scorer_tables, builder.stage_tables.closings.capacity)
+    probe = probe_capacity(builder.scorer_tables.verifier, builder.stage_tables.closings.capacity)
     assert probe + probe_chunk(64, 3, probe) in caches_of_the_program(model, builder)
 
 
