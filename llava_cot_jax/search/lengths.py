@@ -96,11 +96,12 @@ def probe_capacity(tables: VerifierTables, closing: int) -> int:
 def probe_chunk(prefill_chunk: int, num_candidates: int, capacity: int) -> int:
     """Return the number of tokens of each probe to prefill at a time.
 
-    All probes of a question together take at most a chunk, as a prompt does, and the chunks are of equal size.
+    The chunks are of equal size. All probes of a question together take at most twice the tokens of a prompt's chunk:
+    on an accelerator one chunk then reads the weights once for ten candidates, and the memory stays bounded.
 
     Args:
         prefill_chunk: Number of tokens of each question that are prefilled at a time.
         num_candidates: Number of probes of a question.
         capacity: Largest number of tokens of a probe.
     """
-    return ceil_div(capacity, ceil_div(capacity, max(1, prefill_chunk // num_candidates)))
+    return ceil_div(capacity, ceil_div(capacity, max(1, 2 * prefill_chunk // num_candidates)))

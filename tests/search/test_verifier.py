@@ -249,7 +249,7 @@ def test_the_plan_counts_the_probes_beside_the_candidates():
     work = Workload(prompt_tokens=9, image_tiles=1, stage_tokens=(4,), judge_prompt_tokens=5, probe_tokens=300)
     plans = [plan_search(spec, model.config, parse_topology("v6e-1"), work=work) for spec in (verified, likely)]
     leaf = 1 + 1 + 300  # the last token, and no closing tag, which has room for one token
-    chunk = leaf // 4 + 1  # 256 // 3 tokens at most, and four chunks of equal size
+    chunk = leaf // 2  # 2 * 256 // 3 tokens at most, and two chunks of equal size
     text = model.config.text
     values = 2 * text.num_key_value_heads * text.head_dim * (text.num_hidden_layers - len(text.cross_attention_layers))
     assert plans[0].memory["caches"] - plans[1].memory["caches"] == 3 * (leaf + chunk) * values * 2
@@ -261,7 +261,7 @@ def test_the_plan_counts_the_probes_beside_the_candidates():
 
 
 @pytest.mark.parametrize(
-    ("limit", "candidates", "capacity", "chunk"), [(256, 10, 27, 14), (64, 10, 27, 6), (256, 1, 27, 27), (4, 9, 5, 1)]
+    ("limit", "candidates", "capacity", "chunk"), [(256, 10, 27, 27), (64, 10, 27, 9), (256, 1, 27, 27), (4, 9, 5, 1)]
 )
 def test_chunks_of_probes_are_of_equal_size(limit, candidates, capacity, chunk):
     assert probe_chunk(limit, candidates, capacity) == chunk
