@@ -9,11 +9,13 @@ from flax import nnx
 
 import llava_cot_jax
 from llava_cot_jax import (
+    AnswerStream,
     Generator,
     Greedy,
     Mllama,
     MllamaConfig,
     Processor,
+    Question,
     Reasoner,
     Sampling,
     StageBeam,
@@ -48,6 +50,11 @@ def generate(inputs: Any, **settings: Any) -> Callable[..., Any]:
     return lambda model, processor: Generator(model).generate(inputs, **{"max_new_tokens": 4, **settings})
 
 
+def _error_of(stream: AnswerStream) -> None:
+    """Raise the error of the first answer of a stream."""
+    raise next(stream).error
+
+
 def complete(**settings: Any) -> Callable[..., Any]:
     return lambda model, processor: Generator(model, processor=processor).complete(IDS, max_new_tokens=4, **settings)
 
@@ -67,6 +74,18 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "channels first": (ask(image=np.zeros((3, 8, 8), np.uint8)), r"an array of uint8 \[3, 8, 8\]"),
     "an empty array": (ask(image=np.zeros((0, 4, 3), np.uint8)), "has no pixels"),
     "None among images": (ask(image=[None]), "an image is None; give a path"),
+    "a text for a question of a stream": (
+        lambda m, p: _error_of(Reasoner(m, p, Greedy(4)).answer_stream(["red?"])),
+        r"a question of the stream is 'red\?'; give Question\(text, images\)",
+    ),
+    "a number in a question of a stream": (
+        lambda m, p: _error_of(Reasoner(m, p, Greedy(4)).answer_stream([Question(3)])),
+        "a question is 3; it must be a text",
+    ),
+    "one question for a stream": (
+        lambda m, p: Reasoner(m, p, Greedy(4)).answer_stream(Question("red?")),
+        "questions is a Question; give an iterable of Question",
+    ),
     "a seed that is a text": (ask(seed="7"), "seed is '7'; it must be a whole number"),
     "a seed that is no number": (ask(seed=None), "seed is None; it must be a whole number"),
     "another number of seeds": (ask_all([None] * 3, ["a"] * 3, seeds=[1, 2]), "2 seeds for 3 prompts"),
@@ -166,7 +185,12 @@ def test_every_public_class_and_function_is_tried():
     tried = {name for call, _ in WRONG.values() for name in _names_in(call.__code__)}
     tried |= {name for helper in (ask, ask_all, generate) for name in _names_in(helper.__code__)}
     strategies = {"BestOfN", "Judge", "LogProbability", "MajorityVote", "Sample", "StageBeam"}
-    assert set(llava_cot_jax.__all__) - {"Answer", "Completion", "UserError"} - strategies <= tried
+    assert (
+        set(llava_cot_jax.__all__)
+        - {"Answer", "AnswerStream", "Completion", "StreamedAnswer", "UserError"}
+        - strategies
+        <= tried
+    )
 
 
 def _names_in(code: Any) -> set[str]:

@@ -74,4 +74,6 @@ def trained_model() -> tuple[Mllama, Processor]:
 def scene(index: int) -> tuple[Image.Image, str]:
     """Return a held-out picture, and the question about it."""
     row = ShapesRows("test")[index]
-    return row.images[0], row.turns[0].question.replace("<image>", "").strip()
+    (image,) = row.images
+    assert isinstance(image, Image.Image)
+    return image, row.turns[0].question.replace("<image>", "").strip()
