@@ -10,6 +10,7 @@ from flax import nnx
 
 import llava_cot_jax
 from llava_cot_jax import (
+    AnswerStream,
     Generator,
     Greedy,
     Judge,
@@ -52,6 +53,11 @@ def generate(inputs: Any, **settings: Any) -> Callable[..., Any]:
     return lambda model, processor: Generator(model).generate(inputs, **{"max_new_tokens": 4, **settings})
 
 
+def _error_of(stream: AnswerStream) -> None:
+    """Raise the error of the first answer of a stream."""
+    raise next(stream).error
+
+
 def complete(**settings: Any) -> Callable[..., Any]:
     return lambda model, processor: Generator(model, processor=processor).complete(IDS, max_new_tokens=4, **settings)
 
@@ -77,6 +83,18 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
         "an image is a .*Tracer that cannot be made an array of NumPy; give a path",
     ),
     "None among images": (ask(image=[None]), "an image is None; give a path"),
+    "a text for a question of a stream": (
+        lambda m, p: _error_of(Reasoner(m, p, Greedy(4)).answer_stream(["red?"])),
+        r"a question of the stream is 'red\?'; give Question\(text, images\)",
+    ),
+    "a number in a question of a stream": (
+        lambda m, p: _error_of(Reasoner(m, p, Greedy(4)).answer_stream([Question(3)])),
+        "a question is 3; it must be a text",
+    ),
+    "one question for a stream": (
+        lambda m, p: Reasoner(m, p, Greedy(4)).answer_stream(Question("red?")),
+        "questions is a Question; give an iterable of Question",
+    ),
     "a seed that is a text": (ask(seed="7"), "seed is '7'; it must be a whole number"),
     "a seed that is no number": (ask(seed=None), "seed is None; it must be a whole number"),
     "another number of seeds": (ask_all([None] * 3, ["a"] * 3, seeds=[1, 2]), "2 seeds for 3 prompts"),

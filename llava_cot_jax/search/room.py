@@ -111,7 +111,7 @@ def _pad_model_inputs(given: Mapping[str, jax.Array], room: Room, config: Mllama
         "aspect_ratio_mask": np.zeros((questions, 0, tiles), np.int32),
         "cross_attention_mask": np.zeros((*ids.shape, 0, tiles), np.uint8),
     }
-    images = {**without_images, **given}
+    images: dict[str, jax.Array | np.ndarray] = {**without_images, **given}
     no_image = np.arange(tiles) == 0  # the image processor marks the first tile of a missing image
     for name, value in (("pixel_values", 0), ("aspect_ratio_ids", 0), ("aspect_ratio_mask", no_image)):
         arrays[name] = _pad_axis(images[name], 1, room.images, value)

@@ -3,12 +3,13 @@
     python tests/evidence/answer_stream.py | tee tests/evidence/answer_stream.txt
 
 The model is the random one of the tests of the search: three text layers, a vocabulary of 512, of which one token in
-sixty ends a stage. So the length of a candidate is drawn from about a geometric distribution, cut at 200 tokens.
+thirty ends a stage. So the length of a candidate is drawn from about a geometric distribution, cut at 120 tokens.
 """
 
 import argparse
 import datetime
 import gc
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,14 @@ from llava_cot_jax.search.answers import Answer
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import Judge, StageBeam
 from llava_cot_jax.search.stream import Question
-from tests.search.models import random_model
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.search.models import random_model  # noqa: E402
 
 COUNT, SLOTS, MANY = 64, 8, 1000
-STAGES = StageBeam(4, Judge("token"), temperature=1.0, max_new_tokens=200, top_k=None, top_p=1.0)
+STAGES = StageBeam(4, Judge("token"), temperature=1.0, max_new_tokens=120, top_k=None, top_p=1.0)
 SHORT = StageBeam(2, Judge("token"), temperature=1.0, max_new_tokens=12)
 ROOM = {"slots": SLOTS, "prompt_tokens": 128, "images": 1}
 
@@ -32,7 +37,7 @@ ROOM = {"slots": SLOTS, "prompt_tokens": 128, "images": 1}
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{datetime.date.today()}; jax {jax.__version__}; {jax.devices()[0].device_kind}; {SLOTS} slots")
-    model, processor = random_model(1, eos=tuple(range(0, 500, 60)))
+    model, processor = random_model(1, eos=tuple(range(0, 500, 30)))
     reasoner = Reasoner(model, processor, STAGES)
     asked = list(questions(COUNT))
     list(reasoner.answer_stream(asked[:2], **ROOM))  # compiles
