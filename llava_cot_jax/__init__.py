@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llava_cot_jax.processing.messages import user_turn
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.reasoner import Answer, Reasoner
+    from llava_cot_jax.search.sentence_beam import SentenceBeam
     from llava_cot_jax.search.strategies import (
         BestOfN,
         Greedy,
@@ -52,6 +53,7 @@ __all__ = [
     "Reasoner",
     "Sample",
     "Sampling",
+    "SentenceBeam",
     "StageBeam",
     "TextConfig",
     "UserError",
@@ -75,6 +77,7 @@ _MODULES = {
     "inference.generator": ("Generator",),
     "inference.settings": ("Sampling",),
     "search.reasoner": ("Answer", "Reasoner"),
+    "search.sentence_beam": ("SentenceBeam",),
     "search.strategies": (
         "BestOfN",
         "Greedy",

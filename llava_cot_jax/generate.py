@@ -59,6 +59,7 @@ MORE_TOKENS = "give a higher --max_new_tokens for the rest, if the model's conte
 
 CUT_AT = {
     "max_new_tokens": ("the limit of new tokens", MORE_TOKENS),
+    "max_sentences": ("the limit of sentences", "give a higher --max_sentences for the rest"),
     "context": ("what the prompt leaves of the model's context", "shorten the question for the rest"),
 }
 """Where an answer is cut off, by what bounds its length, and the remedy."""
@@ -228,14 +229,15 @@ class QuestionResult:
         text: The whole answer.
         conclusion: Body of its last stage, or the whole text of an answer without stages.
         stages: Body of each stage in the answer, by name.
-        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", or "max_new_tokens" where
-            it was cut off.
+        ended: Why the answer, or the last stage or sentence of a search, ended: "eos", "tag", or "max_new_tokens" or
+            "sentence" where it was cut off.
         tokens: Numbers of tokens, by what they are for: "prompt" and "new", or the parts of a search.
         seconds: Seconds by what they were spent on: "first_token" and "total", counted from the question on, or the
             parts of a search.
         forced_stages: Stages that the search closed itself, and why each ended: "eos" or "max_new_tokens".
-        bounded_by: What bounds the length of the answer: "max_new_tokens", or "context" where no length was given and
-            the prompt leaves less than the default of the model's context.
+        bounded_by: What bounds the length of the answer: "max_new_tokens"; "context" where no length was given and the
+            prompt leaves less than the default of the model's context; or "max_sentences" where there are as many
+            sentences as there may be.
     """
 
     text: str
@@ -254,7 +256,7 @@ class QuestionResult:
         notes, (place, remedy) = [], CUT_AT[self.bounded_by]
         if cut:
             notes.append(f"{', '.join(cut)} cut at {place}, and closed by the search: {remedy}")
-        elif self.ended == "max_new_tokens" and not self.forced_stages:
+        elif self.ended in ("max_new_tokens", "sentence") and not self.forced_stages:
             notes.append(f"the answer was cut at {place}: {remedy}")
         if left:
             missing = sorted({"a closing tag" if format[stage].closing else "the next heading" for stage in left})
@@ -306,7 +308,7 @@ class _SearchAnswerer:
             trace.tokens,
             trace.seconds,
             trace.forced_stages,
-            "context" if requests.is_shrunk else "max_new_tokens",
+            _bound_of(requests, trace),
         )
 
     def _write_files(self, model: Mllama) -> None:
@@ -333,6 +335,15 @@ class _SearchAnswerer:
             }
             entries = [PageEntry(trace, q.sources, q.right_answer) for q, trace in self._searches]
             write_page(as_path(options.page), entries, facts)
+
+
+def _bound_of(requests: Requests, trace: Trace) -> str:
+    """Return what bounds the length of an answer, as ``QuestionResult.bounded_by`` has it."""
+    spec = requests.spec
+    written = sum(stage.candidates[stage.winner].tokens for stage in trace.stages)
+    if spec.max_sentences and len(trace.stages) == spec.max_sentences and written < spec.max_new_tokens[0]:
+        return "max_sentences"
+    return "context" if requests.is_shrunk else "max_new_tokens"
 
 
 class _StreamingAnswerer:

@@ -22,8 +22,8 @@ from llava_cot_jax.model.mllama import Mllama, compute_logits
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
-from llava_cot_jax.search.program import SearchInputs, sample_candidates, search
-from llava_cot_jax.search.reasoner import default_prefill_chunk
+from llava_cot_jax.search.program import SearchInputs, sample_candidates
+from llava_cot_jax.search.reasoner import default_prefill_chunk, program_of
 from llava_cot_jax.search.strategies import Judge, StageBeam, Strategy
 from llava_cot_jax.search.trace import DecodingRun, SearchCosts
 
@@ -187,7 +187,7 @@ class SearchBenchmark:
         mesh = self.model.mesh
         static = {"config": self.config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
         timing, found = time_program(
-            lambda: search(self.params, self.search_inputs, stage_tables, scorer_tables, **static), self.runs
+            lambda: program_of(spec)(self.params, self.search_inputs, stage_tables, scorer_tables, **static), self.runs
         )
         one = jax.tree.map(lambda x: x[:, 0], jax.device_get(found))
         costs = SearchCosts(self.config, spec, one, num_images=1 if self.image_tokens else 0)

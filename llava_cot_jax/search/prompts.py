@@ -28,6 +28,10 @@ DEFAULT_JUDGE_PROMPTS = Path(__file__).with_name("judge_prompts.yaml")
 WHOLE_ANSWER = "whole"
 """Name that stands for a stage where answers are sampled whole."""
 
+FIRST_SENTENCE, SENTENCE = "first sentence", "sentence"
+"""Names that stand for a stage where answers are sampled sentence by sentence: the prompts for a later sentence show
+the answer so far in the place of the first one."""
+
 PromptKind = Literal["pair", "check"]
 """Kind of a prompt: about a pair of candidates, or a check of one."""
 
@@ -136,7 +140,7 @@ class JudgePrompts:
     def shown_stages(self, stage: str, stages: Sequence[str]) -> list[str]:
         """Return those of ``stages`` before ``stage`` that its judge is shown."""
         before = stages[: stages.index(stage)] if stage in stages else ()
-        return [earlier for earlier in before if earlier in self.shows.get(stage, ())]
+        return [earlier for earlier in before if earlier in self.shows.get(stage, ()) or stage == SENTENCE]
 
     def split(
         self, processor: "Processor", kind: PromptKind, stage: str, stages: Sequence[str], images: int
@@ -171,7 +175,7 @@ class JudgePrompts:
 
     def _criterion(self, stage: str) -> str:
         """Return the criterion of a stage."""
-        return self.criteria.get(stage, self.criteria["other"])
+        return self.criteria.get(SENTENCE if stage == FIRST_SENTENCE else stage, self.criteria["other"])
 
 
 def _check_placeholders(kind: PromptKind, text: str) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -21,10 +21,11 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import without_surroundings
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.program import StageResult, search
-from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
+from llava_cot_jax.search.sentence_search import search_sentences
 from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, StageBeam, Strategy, WeightedVote
-from llava_cot_jax.search.trace import CandidateTrace, SearchCosts, StageTrace, Trace, trace_stages
+from llava_cot_jax.search.trace import CandidateTrace, SearchCosts, StageTrace, Trace, stage_name, trace_stages
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import body_of, find_conclusion, find_stages, normalize_answer
 
@@ -113,6 +114,11 @@ class Reasoner:
         return answers
 
 
+def program_of(spec: SearchSpec) -> Any:
+    """Return the compiled program of a search, a function of ``jax.jit`` with the arguments of ``search``."""
+    return search_sentences if spec.max_sentences else search
+
+
 def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> list[Answer]:
     """Search for the answers to requests that ``builder`` has built.
 
@@ -124,7 +130,7 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
     inputs = (requests.inputs, builder.stage_tables, builder.scorer_tables)
     with without_surroundings():
-        results: StageResult = jax.device_get(search(model.params, *inputs, **static))
+        results: StageResult = jax.device_get(program_of(spec)(model.params, *inputs, **static))
     _check_finite(results, model, spec)
     seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}
     answers = []
@@ -160,6 +166,9 @@ def _with_lengths(strategy: Strategy, spec: SearchSpec) -> Strategy:
 
 def _tell_what_was_cut(config: MllamaConfig, stages: Sequence[StageTrace], spec: SearchSpec) -> None:
     """Say which winners were cut off because the context left less than the default length."""
+    if spec.max_sentences:  # a sentence that is cut goes on in the next one, where the length allows one
+        written = sum(stage.candidates[stage.winner].tokens for stage in stages)
+        stages = stages[-1:] if written >= spec.max_new_tokens[0] else ()
     cut = [stage for stage in stages if stage.candidates[stage.winner].ended == "max_new_tokens"]
     if cut:
         names = ", ".join(stage.stage for stage in cut) if spec.stages else "the answer"
@@ -172,14 +181,13 @@ def _check_finite(results: StageResult, model: Mllama, spec: SearchSpec) -> None
     finite = np.all([np.isfinite(x).reshape(*x.shape[:2], -1).all(axis=-1) for x in floats], axis=0)
     if not finite.all():
         stage, question = np.argwhere(~finite)[0].tolist()
-        name = spec.stages[stage] if spec.stages else WHOLE_ANSWER
-        raise nonfinite_logits_error(f"in the stage {name} of question {question + 1}", model.dtype)
+        raise nonfinite_logits_error(f"in the stage {stage_name(spec, stage)} of question {question + 1}", model.dtype)
 
 
 def _whole_answer(trace: Trace) -> Answer:
-    """Return the answer that a search with whole answers as candidates found."""
-    stage = trace.stages[0]
-    text = stage.candidates[stage.winner].text
+    """Return the answer that a search with whole answers, or their sentences, as candidates found."""
+    text = trace.whole_text
+    assert text is not None
     return Answer(text, find_stages(text, trace.format), find_conclusion(text, trace.format), trace)
 
 

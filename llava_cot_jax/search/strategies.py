@@ -93,7 +93,7 @@ Scorer = Judge | LogProbability | Verifier
 """Scorers that the compiled search knows. It calls no function of the user's own."""
 
 
-def _check_scorer(scorer: Any) -> None:
+def check_scorer(scorer: Any) -> None:
     """Check that a strategy's scorer is one that the search knows."""
     if isinstance(scorer, Scorer):
         return
@@ -118,6 +118,8 @@ class SearchSpec:
         scorers: Scorer that chooses among the candidates of each stage; None keeps the first.
         shrinks: Whether ``max_new_tokens`` is a default, which shrinks to what a model's context leaves.
         format: Format of the stages, and of whole answers.
+        max_sentences: Largest number of sentences of an answer that is searched for sentence by sentence; 0 elsewhere.
+        max_sentence_tokens: Largest number of tokens of a sentence.
 
     Raises:
         UserError: A setting is out of range.
@@ -131,6 +133,8 @@ class SearchSpec:
     scorers: tuple[Scorer | None, ...]
     shrinks: bool = False
     format: StageFormat = LLAVA_COT
+    max_sentences: int = 0
+    max_sentence_tokens: int = 0
 
     def __post_init__(self) -> None:
         for candidates in self.num_candidates:
@@ -140,12 +144,18 @@ class SearchSpec:
         for temperature in self.temperatures:
             Sampling(temperature)
         for scorer in self.distinct_scorers:
-            _check_scorer(scorer)
+            check_scorer(scorer)
 
     @property
     def num_stages(self) -> int:
         """Number of stages, 1 where whole answers are sampled."""
         return len(self.num_candidates)
+
+    @property
+    def candidate_tokens(self) -> int:
+        """Largest number of tokens of a candidate of any stage."""
+        longest = max(self.max_new_tokens)
+        return min(longest, self.max_sentence_tokens) if self.max_sentences else longest
 
     @property
     def distinct_scorers(self) -> tuple[Scorer, ...]:
@@ -192,7 +202,7 @@ FORMAT_REMEDY = 'give a StageFormat, such as StageFormat.load("mulberry")'
 """Remedy for a format that is none."""
 
 
-def _whole_answers(
+def whole_answers(
     format: StageFormat,
     num_candidates: int,
     temperature: float,
@@ -244,7 +254,7 @@ class Greedy:
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(self.format, 1, 0.0, self.max_new_tokens)
+        return whole_answers(self.format, 1, 0.0, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -273,7 +283,7 @@ class Sample:
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(self.format, 1, self.temperature, self.max_new_tokens, self.top_k, self.top_p)
+        return whole_answers(self.format, 1, self.temperature, self.max_new_tokens, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -308,7 +318,7 @@ class MajorityVote:
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(
+        return whole_answers(
             self.format, self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p
         )
 
@@ -343,7 +353,7 @@ class WeightedVote:
     format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
-        _check_scorer(self.scorer)
+        check_scorer(self.scorer)
         if not isinstance(self.scorer, Verifier):
             raise UserError(
                 f"scorer is {shown(self.scorer)}; a weighted vote needs a score of each answer's own: give Verifier(), "
@@ -353,7 +363,7 @@ class WeightedVote:
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(
+        return whole_answers(
             self.format,
             self.num_candidates,
             self.temperature,
@@ -390,12 +400,12 @@ class BestOfN:
     format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
-        _check_scorer(self.scorer)  # None too, which a specification may have
+        check_scorer(self.scorer)  # None too, which a specification may have
         self.to_spec()  # refuses wrong settings now
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(
+        return whole_answers(
             self.format, self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p, self.scorer
         )
 
@@ -433,7 +443,7 @@ class StageBeam:
     format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
-        _check_scorer(self.scorer)  # None too, which a specification may have
+        check_scorer(self.scorer)  # None too, which a specification may have
         self._settle_stages()
         self.to_spec()  # refuses wrong settings now
 

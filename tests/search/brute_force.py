@@ -125,6 +125,7 @@ class Search:
         self.images = [] if image is None else [image]
         self.question, self.key = question, jax.random.key(seed)
         self.spec = strategy.to_spec()
+        self.stage_names = self.spec.stages or ("whole",)
         self.won: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
@@ -276,7 +277,7 @@ class Search:
         return winner
 
     def prompt_of(self, kind: str, tag: str, texts: list[list[int]], images: int) -> list[int]:
-        stages = self.spec.stages or ("whole",)
+        stages = self.stage_names
         header, intro, middle, label, *rest = self.prompts.split(self.processor, kind, tag, stages, images)
         if kind == "pair" and self.spec.judge.verdict == "token":
             rest[-1] += self.prompts.stem

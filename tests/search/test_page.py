@@ -26,6 +26,7 @@ ALL = {
     "scored": traces.scored_trace(),
     "vote": traces.whole_trace(),
     "greedy": traces.whole_trace("Greedy(max_new_tokens=2048)", 1),
+    "sentences": traces.sentence_trace(),
     "untagged": traces.untagged_trace(),
 }
 every_trace = pytest.mark.parametrize("trace", ALL.values(), ids=ALL)
