@@ -319,7 +319,7 @@ class AnswerStream:
         check_instance("questions", questions, Iterable, "give an iterable of Question(...)")
         if builder.spec.max_sentences:
             raise UserError(
-                f"search is {builder.strategy}, by which no stream is answered: ask with Reasoner.answer_batch, or "
+                f"{type(builder.strategy).__name__} answers no stream of questions: ask with Reasoner.answer_batch, or "
                 "search with StageBeam()"
             )
         self._model, self._builder, self._num_slots, self._ordered = model, builder, slots, ordered

@@ -186,6 +186,7 @@ SETTINGS = {
     "no tokens": (lambda: SentenceBeam(max_sentence_tokens=0), "max_sentence_tokens is 0; it must be at least 1"),
     "no scorer": (lambda: SentenceBeam(scorer=None), "scorer is None; it must be"),
     "a class": (lambda: SentenceBeam(scorer=Verifier), r"give an object of it: Verifier\(\)"),
+    "a function": (lambda: SentenceBeam(scorer=lambda *four: [0.0]), "calls no function: give Judge.., Verifier"),
     "heat": (lambda: SentenceBeam(temperature=-1), "temperature is -1; it must not be negative"),
     "a name": (lambda: SentenceBeam(format="mulberry"), "format is 'mulberry'; give a StageFormat"),
     "turns": (lambda: SentenceBeam(format=StageFormat.load("llamav_o1")), "in several turns, so that its answers"),
@@ -208,6 +209,13 @@ def test_what_exceeds_the_context(prompts):
             RequestBuilder(processor, SentenceBeam(scorer=scorer, max_new_tokens=1020), prompts).build([None], ["red?"])
         shrunk = RequestBuilder(processor, SentenceBeam(scorer=scorer), prompts).build([None], ["red?"])
         assert shrunk.is_shrunk and 500 < shrunk.spec.max_new_tokens[0] < 1000
+
+
+def test_a_stream_is_refused(prompts):
+    model, processor = random_model()
+    reasoner = Reasoner(model, processor, SentenceBeam(scorer=LogProbability()), prompts)
+    with pytest.raises(UserError, match=r"^SentenceBeam answers no stream of questions: ask with"):
+        reasoner.answer_stream([])
 
 
 def test_a_format_whose_last_stage_has_no_closing():
@@ -234,6 +242,10 @@ def test_a_command_says_that_an_answer_was_cut(capsys, tmp_path, warnings_of):
         (["--search=stage_beam", "--max_sentence_tokens=3"], "--max_sentence_tokens has no meaning for --search stage"),
         (["--search=sentence_beam", "--max_new_tokens=[3, 4]"], "--max_new_tokens takes one value"),
         (["--search=sentence_beam", "--max_sentences=0"], "max_sentences is 0; it must be at least 1"),
+        (
+            ["--search=sentence_beam", "--questions=asked.jsonl", "--output=answers.jsonl"],
+            "--search sentence_beam answers no file of --questions: give --question, or another --search",
+        ),
     ],
 )
 def test_options_that_cannot_be_used(given, message):
