@@ -21,7 +21,7 @@ pair:
   stem: "I choose response "
   verdicts: ["1", "2"]
   readings: [e, a]
-criteria: {REASONING: "Sound?", whole: "Right?", other: "Good?"}
+criteria: {REASONING: "Sound?", whole: "Right?", sentence: "Next?", other: "Good?"}
 earlier: " Seen: "
 shows: {REASONING: [CAPTION], CONCLUSION: [CAPTION, REASONING]}
 check:
