@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llava_cot_jax.processing.messages import user_turn
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.reasoner import Answer, Reasoner
+    from llava_cot_jax.search.retracing import Retracing
     from llava_cot_jax.search.sentence_beam import SentenceBeam
     from llava_cot_jax.search.strategies import (
         BestOfN,
@@ -51,6 +52,7 @@ __all__ = [
     "MllamaConfig",
     "Processor",
     "Reasoner",
+    "Retracing",
     "Sample",
     "Sampling",
     "SentenceBeam",
@@ -77,6 +79,7 @@ _MODULES = {
     "inference.generator": ("Generator",),
     "inference.settings": ("Sampling",),
     "search.reasoner": ("Answer", "Reasoner"),
+    "search.retracing": ("Retracing",),
     "search.sentence_beam": ("SentenceBeam",),
     "search.strategies": (
         "BestOfN",

@@ -24,8 +24,8 @@ from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import SearchInputs, sample_candidates
 from llava_cot_jax.search.reasoner import default_prefill_chunk, program_of
+from llava_cot_jax.search.search_costs import DecodingRun, SearchCosts
 from llava_cot_jax.search.strategies import Judge, StageBeam, Strategy
-from llava_cot_jax.search.trace import DecodingRun, SearchCosts
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,11 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.program import StageResult, search
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
+from llava_cot_jax.search.retracing_search import search_retracing
+from llava_cot_jax.search.search_costs import SearchCosts
 from llava_cot_jax.search.sentence_search import search_sentences
 from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, StageBeam, Strategy, WeightedVote
-from llava_cot_jax.search.trace import CandidateTrace, SearchCosts, StageTrace, Trace, stage_name, trace_stages
+from llava_cot_jax.search.trace import CandidateTrace, StageTrace, Trace, stage_name, trace_stages
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import body_of, find_conclusion, find_stages, normalize_answer
 
@@ -110,12 +112,14 @@ class Reasoner:
         answers = run_search(self._model, self._builder, requests)
         if requests.is_shrunk:
             for answer in answers:
-                _tell_what_was_cut(self._model.config, answer.trace.stages, requests.spec)
+                _tell_what_was_cut(self._model.config, answer.trace, requests.spec)
         return answers
 
 
 def program_of(spec: SearchSpec) -> Any:
     """Return the compiled program of a search, a function of ``jax.jit`` with the arguments of ``search``."""
+    if spec.rounds:
+        return search_retracing
     return search_sentences if spec.max_sentences else search
 
 
@@ -164,14 +168,14 @@ def _with_lengths(strategy: Strategy, spec: SearchSpec) -> Strategy:
     return cast(Strategy, replace(strategy, max_new_tokens=spec.max_new_tokens[0]))
 
 
-def _tell_what_was_cut(config: MllamaConfig, stages: Sequence[StageTrace], spec: SearchSpec) -> None:
+def _tell_what_was_cut(config: MllamaConfig, trace: Trace, spec: SearchSpec) -> None:
     """Say which winners were cut off because the context left less than the default length."""
+    cut = [name for name, won in trace.path.items() if won.ended == "max_new_tokens"]
     if spec.max_sentences:  # a sentence that is cut goes on in the next one, where the length allows one
-        written = sum(stage.candidates[stage.winner].tokens for stage in stages)
-        stages = stages[-1:] if written >= spec.max_new_tokens[0] else ()
-    cut = [stage for stage in stages if stage.candidates[stage.winner].ended == "max_new_tokens"]
+        written = sum(won.tokens for won in trace.path.values())
+        cut = cut if written >= spec.max_new_tokens[0] else []
     if cut:
-        names = ", ".join(stage.stage for stage in cut) if spec.stages else "the answer"
+        names = ", ".join(cut) if spec.stages else "the answer"
         logging.getLogger(__name__).warning("%s: %s", names, cut_by_context(config, spec.max_new_tokens[0]))
 
 
@@ -194,9 +198,9 @@ def _whole_answer(trace: Trace) -> Answer:
 def _staged_answer(trace: Trace) -> Answer:
     """Return the answer that a search by stages found."""
     texts, bodies = [], {}
-    for stage, marks in zip(trace.stages, trace.format.stages, strict=True):
-        won = stage.candidates[stage.winner]
-        bodies[stage.stage] = body_of(won.text + won.added, marks)
+    for marks in trace.format.stages:
+        won = trace.path[marks.name]
+        bodies[marks.name] = body_of(won.text + won.added, marks)
         texts.append(((marks.opening or "") + won.text + won.added).strip())
     return Answer("\n\n".join(texts), bodies, bodies[trace.format.conclusion], trace)
 

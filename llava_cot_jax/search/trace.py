@@ -39,6 +39,9 @@ class CandidateTrace:
         mean_log_prob: Mean of these log-probabilities.
         score: Score of the verifier, the probability of "yes" against "no"; None without a verifier.
         other_probability: Probability that the verifier gives to anything but the two answers; None without one.
+        parent: In a retracing search, the candidate that a reasoning or a conclusion continues: a caption of the same
+            round, or a reasoning of ``parent_round``. None elsewhere.
+        parent_round: Round of the reasoning that a conclusion continues; 0 elsewhere.
     """
 
     text: str
@@ -49,6 +52,8 @@ class CandidateTrace:
     mean_log_prob: float
     score: float | None = None
     other_probability: float | None = None
+    parent: int | None = None
+    parent_round: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ class StageTrace:
         candidates: Candidates in their order.
         checks: Check of each candidate; empty where candidates are not checked.
         matches: Matches in the order in which they were played.
-        winner: Candidate that won.
+        winner: Candidate that won: in a round that led to the answer, the one that did, and in another round the best.
+        round: Round of a retracing search, from 1; 0 elsewhere.
     """
 
     stage: str
@@ -112,6 +118,7 @@ class StageTrace:
     checks: list[VerdictTrace]
     matches: list[MatchTrace]
     winner: int
+    round: int = 0
 
 
 @dataclass
@@ -151,6 +158,13 @@ class Trace:
         return "".join(stage.candidates[stage.winner].text for stage in self.stages)
 
     @property
+    def path(self) -> dict[str, CandidateTrace]:
+        """Candidate of each stage that led to the answer, by the stage's name."""
+        last = self.stages[-1]
+        rounds = (0, last.candidates[last.winner].parent_round)
+        return {stage.stage: stage.candidates[stage.winner] for stage in self.stages if stage.round in rounds}
+
+    @property
     def forced_stages(self) -> dict[str, str]:
         """Stages that the search ended itself, as the winner did not: why each ended, by its name.
 
@@ -158,8 +172,7 @@ class Trace:
         """
         if self.whole_text is not None:
             return {}
-        winners = {stage.stage: stage.candidates[stage.winner] for stage in self.stages}
-        return {name: winner.ended for name, winner in winners.items() if winner.ended in ("eos", "max_new_tokens")}
+        return {name: winner.ended for name, winner in self.path.items() if winner.ended in ("eos", "max_new_tokens")}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the trace as nested dicts and lists, by the names of the attributes, with the name of the format."""
@@ -187,47 +200,74 @@ def trace_stages(processor: Processor, spec: SearchSpec, result: StageResult) ->
         spec: Static part of the search.
         result: Host arrays [stages, ...] of the question.
     """
-    spec, before, traces = _with_sentences(spec, result), list[int](), []
-    for number, stage in enumerate(_stages(spec, result)):
+    before, traces = list[int](), []
+    for name, number, round_, stage in stages_of(spec, result):
         traces.append(
             StageTrace(
-                stage=stage_name(spec, number),
+                stage=name,
                 candidates=_trace_candidates(processor, spec, number, stage, before),
                 checks=_trace_checks(processor, spec, number, stage.judgement),
                 matches=_trace_matches(processor, spec, number, stage.judgement),
                 winner=int(stage.winner),
+                round=round_,
             )
         )
         if spec.max_sentences:
             won = stage.candidates.text[int(stage.winner)]
             before += np.asarray(won.tokens[: won.lengths]).tolist()
-    return traces
+    return _lead_to_the_answer(traces, spec.num_candidates[-2]) if spec.rounds else traces
 
 
-def stage_name(spec: SearchSpec, number: int) -> str:
-    """Return the name of a stage, or of a sentence, in a trace."""
+def stage_name(spec: SearchSpec, index: int) -> str:
+    """Return the name of the stage of a result, as a trace has it."""
     if spec.max_sentences:
-        return sentence_name(number)
-    return spec.stages[number] if spec.stages else WHOLE_ANSWER
+        return sentence_name(index)
+    if spec.rounds:
+        return spec.stages[_stage_of(spec, index)]
+    return spec.stages[index] if spec.stages else WHOLE_ANSWER
 
 
-def _with_sentences(spec: SearchSpec, result: StageResult) -> SearchSpec:
-    """Return the specification of a search sentence by sentence with a stage for each sentence that was sampled."""
-    if not spec.max_sentences:
-        return spec
-    count = int((result.candidates.ended[:, 0] != EndReason.UNUSED).sum())
-    return replace(
-        spec,
-        num_candidates=spec.num_candidates * count,
-        temperatures=spec.temperatures * count,
-        max_new_tokens=spec.max_new_tokens * count,
-        scorers=spec.scorers * count,
-    )
+def _stage_of(spec: SearchSpec, index: int) -> int:
+    """Return the stage of a result's index: of a retracing search, whose rounds each have a caption and a reasoning."""
+    if spec.max_sentences:
+        return 0
+    if spec.rounds is None or index == 0:
+        return index
+    return 3 if index > 2 * spec.rounds.most else 2 - index % 2
 
 
-def _stages(spec: SearchSpec, result: StageResult) -> list[StageResult]:
-    """Return the result of each stage."""
-    return [jax.tree.map(lambda x: x[number], result) for number in range(spec.num_stages)]  # noqa: B023
+def stages_of(spec: SearchSpec, result: StageResult) -> list[tuple[str, int, int, StageResult]]:
+    """Return each stage that candidates were sampled for: its name, its index in ``spec``, its round, and its result."""
+    found = []
+    for index, ended in enumerate(result.candidates.ended[:, 0]):
+        if ended != EndReason.UNUSED:
+            stage: StageResult = jax.tree.map(lambda x: x[index], result)  # noqa: B023
+            number = _stage_of(spec, index)
+            round_ = (index + 1) // 2 if spec.rounds and number in (1, 2) else 0
+            found.append((stage_name(spec, index), number, round_, stage))
+    return found
+
+
+def _lead_to_the_answer(stages: list[StageTrace], per_round: int) -> list[StageTrace]:
+    """Return the stages of a retracing search, where the winners are the caption and the reasoning that led to the answer.
+
+    Args:
+        stages: Stages whose winners have the highest scores. A conclusion's parent counts the reasonings of all rounds.
+        per_round: Number of reasonings of a round.
+    """
+    *before, last = stages
+    conclusions = []
+    for one in last.candidates:
+        assert one.parent is not None
+        conclusions.append(replace(one, parent=one.parent % per_round, parent_round=one.parent // per_round + 1))
+    final, traces = conclusions[last.winner], []
+    winner = final.parent
+    for stage in reversed(before):
+        if stage.round == final.parent_round and winner is not None:
+            stage = replace(stage, winner=winner)
+            winner = stage.candidates[winner].parent
+        traces.append(stage)
+    return [*reversed(traces), replace(last, candidates=conclusions)]
 
 
 def _trace_candidates(
@@ -253,6 +293,7 @@ def _trace_candidates(
                 mean_log_prob=float(one.log_prob) / max(int(one.num_sampled), 1),
                 score=None if scores is None else float(scores.score[i]),
                 other_probability=None if scores is None else float(scores.other_probability[i]),
+                parent=int(stage.parent[i]) if stage.parent is not None and number > 1 else None,
             )
         )
     return traces
@@ -285,7 +326,7 @@ def _trace_checks(
     judge = spec.judge_of(number)
     if judge is None or judgement is None:
         return []
-    checks = range(_num_checks(spec, number, judge, judgement))
+    checks = range(num_checks(spec, number, judge, judgement))
     return [_trace_verdict(processor, judge, judgement, i, CHECK) for i in checks]
 
 
@@ -296,7 +337,7 @@ def _trace_matches(
     judge, traces = spec.judge_of(number), []
     if judge is None or judgement is None:
         return []
-    checks = _num_checks(spec, number, judge, judgement)
+    checks = num_checks(spec, number, judge, judgement)
     for i in range(spec.num_candidates[number] - 1):
         match: Matches = jax.tree.map(lambda x: x[i], judgement.matches)  # noqa: B023
         queries = range(checks + i * judge.orders, checks + (i + 1) * judge.orders)
@@ -323,102 +364,6 @@ def _trace_verdict(processor: Processor, judge: Judge, judgement: StageJudgement
     return VerdictTrace(first, second, vote, None, reason, readable=bool(query.reason.ended == EndReason.TAG))
 
 
-def _num_checks(spec: SearchSpec, number: int, judge: Judge, judgement: StageJudgement) -> int:
+def num_checks(spec: SearchSpec, number: int, judge: Judge, judgement: StageJudgement) -> int:
     """Return the number of queries of a stage that were checks."""
     return int(judgement.num_queries) - (spec.num_candidates[number] - 1) * judge.orders
-
-
-@dataclass(frozen=True)
-class DecodingRun:
-    """Sequences that were sampled side by side, in one run of the decoding loop.
-
-    Attributes:
-        num_sequences: Number of sequences.
-        steps: Number of steps of the loop, each of which reads the weights once.
-        prefix_tokens: Number of tokens before the sequences, which they share.
-        suffix_tokens: Number of each sequence's own tokens before those that are sampled, on average.
-        text_only: Whether the sequences see no image.
-    """
-
-    num_sequences: int
-    steps: int
-    prefix_tokens: int
-    suffix_tokens: int
-    text_only: bool
-
-
-class SearchCosts:
-    """Tokens and FLOPs of the search for one question's answer, by what they were spent on.
-
-    Args:
-        config: Configuration of the model.
-        spec: Static part of the search.
-        result: Host arrays [stages, ...] of the question.
-        num_images: Number of images of the question.
-
-    Attributes:
-        tokens: Number of tokens, as in ``Trace``.
-        flops: FLOPs, as in ``Trace``.
-        decoding_runs: Runs of the decoding loop, as if all sequences of a stage and a kind were sampled in one run.
-    """
-
-    def __init__(self, config: MllamaConfig, spec: SearchSpec, result: StageResult, num_images: int) -> None:
-        self._config = config
-        self._image_tokens = num_images * config.vision.image_tokens
-        parts = (
-            *("prompt", "winners", "candidates", "verifier_probes"),
-            *("judge_prefixes", "judge_queries", "judge_reasons"),
-        )
-        self.tokens = dict.fromkeys(parts, 0)
-        vision = sum(model_costs.vision_flops(config, num_images).values()) if num_images else 0
-        self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
-        self.decoding_runs: list[DecodingRun] = []
-        spec, prefix = _with_sentences(spec, result), 0
-        for number, stage in enumerate(_stages(spec, result)):
-            self._add_prefill("winners" if number else "prompt", int(stage.num_prefilled), prefix)
-            prefix += int(stage.num_prefilled)
-            sampled = stage.candidates.num_sampled[stage.candidates.ended != EndReason.UNUSED].tolist()
-            self._add_decoding("candidates", sampled, prefix, [0] * len(sampled))
-            if stage.scores is not None and isinstance(spec.scorers[number], Verifier):
-                for i in range(spec.num_candidates[number]):
-                    cached = max(int(stage.kept[i]) - 1, 0)
-                    self._add_prefill("verifier_probes", int(stage.scores.probe_lengths[i]), prefix + cached)
-            judge = spec.judge_of(number)
-            if judge is not None and stage.judgement is not None:
-                self._add_judgement(judge, stage.judgement, _num_checks(spec, number, judge, stage.judgement))
-
-    def _add_judgement(self, judge: Judge, judgement: StageJudgement, num_checks: int) -> None:
-        queries: JudgeQueries = jax.tree.map(lambda x: x[: int(judgement.num_queries)], judgement.queries)
-        for kind, indices in ((CHECK, slice(num_checks)), (PAIR, slice(num_checks, None))):
-            prefix, text_only = int(judgement.prefix_lengths[kind]), kind == CHECK
-            self._add_prefill("judge_prefixes", prefix, 0, text_only)
-            suffixes = queries.suffix_lengths[indices].tolist()
-            for suffix in suffixes:
-                self._add_prefill("judge_queries", suffix, prefix, text_only)
-            if judge.writes_reasons:
-                sampled = queries.reason.num_sampled[indices].tolist()
-                self._add_decoding("judge_reasons", sampled, prefix, suffixes, text_only)
-
-    def _add_prefill(self, part: str, tokens: int, prefix: int, text_only: bool = False) -> None:
-        """Add a prefill of ``tokens`` tokens after ``prefix`` others, with logits of the last one."""
-        self._add(part, tokens, tokens, prefix, min(tokens, 1), text_only)
-
-    def _add_decoding(
-        self, part: str, sampled: Sequence[int], prefix: int, suffixes: Sequence[int], text_only: bool = False
-    ) -> None:
-        """Add sequences of ``sampled`` tokens, each after the shared prefix and its own suffix.
-
-        The first token of a sequence is sampled from the logits of the prefill; the last is not computed with.
-        """
-        for tokens, suffix in zip(sampled, suffixes, strict=True):
-            self._add(part, tokens, tokens - 1, prefix + suffix, tokens - 1, text_only)
-        if sampled:
-            steps, mean_suffix = max(sampled) - 1, sum(suffixes) // len(suffixes)
-            self.decoding_runs.append(DecodingRun(len(sampled), steps, prefix, mean_suffix, text_only))
-
-    def _add(self, part: str, tokens: int, computed: int, before: int, scored: int, text_only: bool) -> None:
-        """Add ``tokens`` tokens, and the FLOPs of computing ``computed`` of them, with logits of ``scored`` of them."""
-        self.tokens[part] += tokens
-        image_tokens = 0 if text_only else self._image_tokens
-        work = model_costs.text_flops(self._config, computed, image_tokens, prefix=before, scored=scored)
-        self.flops[part] += sum(work.values())
