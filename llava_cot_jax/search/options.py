@@ -96,8 +96,8 @@ def add_arguments(parser: Any) -> None:
         "--threshold",
         type=str | None,
         default=None,
-        help="Score from 0 to 1 above which the second-best reasoning of retracing must be, so that no more captions are "
-        "written; or the JSON file that holds it, which --threshold_to has written. By default, 0.5.",
+        help="Score from 0 to 1 above which the second-best reasoning of retracing must be, so that no more captions "
+        "are written; or the JSON file that holds it, which --threshold_to has written. By default, 0.5.",
     )
     add(
         "--max_rounds",

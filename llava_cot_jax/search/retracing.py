@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
-from llava_cot_jax.checks import check_int, check_number, shown
+from llava_cot_jax.checks import check_int, check_number
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_text
 from llava_cot_jax.paths import as_path, reading_errors, writing_errors
@@ -79,7 +79,9 @@ class Retracing:
                 f"a round has {written} reasonings (keep times reasonings), but the search needs "
                 f"{max(self.conclusions, 2)}: for a second-best one, and for {self.conclusions} conclusions"
             )
-        beam = StageBeam(1, Verifier(), self.temperature, self.max_new_tokens, self.top_k, self.top_p, None, self.format)
+        beam = StageBeam(
+            1, Verifier(), self.temperature, self.max_new_tokens, self.top_k, self.top_p, None, self.format
+        )
         if len(self.format.stages) != 4:
             raise UserError(
                 f"format {self.format.name} has {len(self.format.stages)} stages, but a retracing search needs four: "

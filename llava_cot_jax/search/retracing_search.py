@@ -1,13 +1,13 @@
 """The retracing search as one compiled program, from images and prompts to the conclusions.
 
-Its cache is a chain of segments, to which every stage adds one. What is kept of a stage is selected by rows, and the end
-of each row with the opening of the next stage is appended to it. So no token is computed twice:
+Its cache is a chain of segments, to which every stage adds one. What is kept of a stage is selected by rows, and the
+end of each row with the opening of the next stage is appended to it. So no token is computed twice:
 
     prompt | summary | captions that are kept, or those of the best reasonings | the best reasonings | conclusions
     [questions]        [questions * keep]       [questions * pool]               [questions * pool]
 
-The best reasonings of all rounds, each with its caption, are a pool of fixed size, which every round is merged into. The
-rounds of all questions of a batch run side by side, and a question that needs no more of them samples nothing.
+The best reasonings of all rounds, each with its caption, are a pool of fixed size, which every round is merged into.
+The rounds of all questions of a batch run side by side, and a question that needs no more of them samples nothing.
 """
 
 import functools
@@ -78,7 +78,8 @@ class Branch:
     """Candidates of a stage with the end of the chain that they are cached in.
 
     Attributes:
-        own: Keys and values of what is kept of the candidates, but for the last token of each, [questions * candidates].
+        own: Keys and values of what is kept of the candidates, but for the last token of each,
+            [questions * candidates].
         candidates: Candidates, [questions, candidates].
         scores: Scores of the verifier; None for a summary.
         parent: int32, the candidate before that each continues.
@@ -254,7 +255,11 @@ class RetracingSearch:
         rows = _take_rows(branch.own, chosen)
         kept, line_breaks = end_stage(branch.candidates, tables, at)
         cut = replace(branch.candidates, lengths=kept.lengths)
-        pieces = (cut.last_token, tables.closings[stage, branch.candidates.state], tables.openings[stage + 1, line_breaks])
+        pieces = (
+            cut.last_token,
+            tables.closings[stage, branch.candidates.state],
+            tables.openings[stage + 1, line_breaks],
+        )
         joint = concat([_take(piece, chosen) for piece in pieces], self.joint_tokens)
         joint = joint.where(_take(branch.candidates.ended, chosen) != EndReason.UNUSED)
         flat = RaggedTokens(joint.tokens.reshape(-1, joint.capacity), joint.lengths.reshape(-1))
@@ -336,9 +341,7 @@ class RetracingSearch:
         most = max(self.spec.num_candidates)
 
         def widen(tree: Any) -> Any:
-            return jax.tree.map(
-                lambda x: jnp.pad(x, ((0, 0), (0, most - x.shape[1]), *[(0, 0)] * (x.ndim - 2))), tree
-            )
+            return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, most - x.shape[1]), *[(0, 0)] * (x.ndim - 2))), tree)
 
         candidates: Samples = widen(branch.candidates)
         is_there = jnp.arange(most) < kept.shape[1]
@@ -378,4 +381,6 @@ def _stack(results: list[StageResult]) -> StageResult:
 def _unused(count: int, like: StageResult) -> StageResult:
     """Return a result without candidates for each round, of the shapes of that of a round."""
     none = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), like)
-    return replace(none, candidates=replace(none.candidates, ended=jnp.full_like(none.candidates.ended, EndReason.UNUSED)))
+    return replace(
+        none, candidates=replace(none.candidates, ended=jnp.full_like(none.candidates.ended, EndReason.UNUSED))
+    )

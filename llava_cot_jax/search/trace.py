@@ -1,17 +1,14 @@
 """Trace of a search, for people to read: every candidate, every verdict, and what they cost."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from llava_cot_jax.costs import model_costs
 from llava_cot_jax.inference.completions import INCOMPLETE
 from llava_cot_jax.inference.decoding import EndReason
-from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.judge import CHECK, PAIR, JudgeQueries
 from llava_cot_jax.search.program import StageResult
@@ -237,7 +234,7 @@ def _stage_of(spec: SearchSpec, index: int) -> int:
 
 
 def stages_of(spec: SearchSpec, result: StageResult) -> list[tuple[str, int, int, StageResult]]:
-    """Return each stage that candidates were sampled for: its name, its index in ``spec``, its round, and its result."""
+    """Return each stage that candidates were sampled for: its name, its index in ``spec``, its round, its result."""
     found = []
     for index, ended in enumerate(result.candidates.ended[:, 0]):
         if ended != EndReason.UNUSED:
@@ -249,7 +246,7 @@ def stages_of(spec: SearchSpec, result: StageResult) -> list[tuple[str, int, int
 
 
 def _lead_to_the_answer(stages: list[StageTrace], per_round: int) -> list[StageTrace]:
-    """Return the stages of a retracing search, where the winners are the caption and the reasoning that led to the answer.
+    """Return the stages of a retracing search, whose winners are the caption and the reasoning that led to the answer.
 
     Args:
         stages: Stages whose winners have the highest scores. A conclusion's parent counts the reasonings of all rounds.
