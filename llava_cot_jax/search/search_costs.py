@@ -97,9 +97,9 @@ class SearchCosts:
             if number == 1 and root:  # the end of the summary is read once
                 starts = [root] * count
             else:
-                joint = int(stage.num_prefilled) // rows
-                for parent in sorted(parents)[:: count // rows]:
-                    self._add_prefill("winners", joint, parent - 1)
+                joint, rest = divmod(int(stage.num_prefilled), rows)
+                for row, parent in enumerate(parents[:: count // rows]):
+                    self._add_prefill("winners", joint + (row < rest), parent - 1)
                 starts = [parent - 1 + joint for parent in parents]
                 root = root or starts[0]
             self._add_candidates(spec, number, stage, root, [start - root for start in starts])

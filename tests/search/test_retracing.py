@@ -15,7 +15,7 @@ from llava_cot_jax.search.options import strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import RequestBuilder
-from llava_cot_jax.search.retracing import DEVIATIONS, Retracing, Threshold, read_threshold
+from llava_cot_jax.search.retracing import DEVIATIONS, Retracing, Threshold, read_threshold, reasoning_scores
 from llava_cot_jax.search.retracing_search import search_retracing
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import STAGES
@@ -85,9 +85,12 @@ def test_a_random_model_searches_as_brute_force_does(ending, prompts, monkeypatc
 @pytest.mark.slow
 def test_neighbours_and_places_change_nothing(ending, prompts):
     """Three questions that need different numbers of rounds, one of them without an image: bit for bit."""
-    reasoner = Reasoner(*ending, replace(SMALL, threshold=0.33), prompts)
     (image, first), (_, second), (other, third) = scene(0), scene(1), scene(2)
     asked = [(image, first, 3), (None, second, 4), (other, third, 5)]
+    once = Reasoner(*ending, replace(SMALL, max_rounds=1), prompts)
+    scores = [reasoning_scores(once.answer(image, text, seed=seed).trace) for image, text, seed in asked]
+    lowest, middle, _ = sorted(sorted(each)[-2] for each in scores)
+    reasoner = Reasoner(*ending, replace(SMALL, threshold=(lowest + middle) / 2), prompts)
 
     def ask(*places):
         images, questions, seeds = zip(*(asked[place] for place in places), strict=True)
