@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.answers import Answer
     from llava_cot_jax.search.reasoner import Reasoner
+    from llava_cot_jax.search.retracing import Retracing
     from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
     from llava_cot_jax.search.sentence_beam import SentenceBeam
     from llava_cot_jax.search.strategies import (
@@ -54,6 +55,7 @@ __all__ = [
     "Processor",
     "Question",
     "Reasoner",
+    "Retracing",
     "Sample",
     "Sampling",
     "SentenceBeam",
@@ -83,6 +85,7 @@ _MODULES = {
     "inference.settings": ("Sampling",),
     "search.answers": ("Answer",),
     "search.reasoner": ("Reasoner",),
+    "search.retracing": ("Retracing",),
     "search.scorers": ("Judge", "LogProbability", "Verifier"),
     "search.sentence_beam": ("SentenceBeam",),
     "search.strategies": (

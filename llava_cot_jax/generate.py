@@ -40,6 +40,7 @@ from llava_cot_jax.questions import UserQuestion, draw_pictures, read_messages, 
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_request_options
+from llava_cot_jax.search.retracing import Threshold, reasoning_scores
 from llava_cot_jax.search.strategies import Greedy, Sample, SearchSpec, Strategy
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import find_conclusion, find_stages
@@ -149,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"(the right answer: {question.right_answer})", flush=True)
         for note in result.notes(StageFormat.load(options.format)):
             _LOG.warning(f"{question.header}: {note}" if len(questions) > 1 else note)
+    if isinstance(answerer, _SearchAnswerer) and options.threshold_to:
+        answerer.write_threshold()
     for name in ("trace", "page"):
         if options[name]:
             print(f"wrote the {name} of the search to {options[name]}", file=sys.stderr)
@@ -198,6 +201,8 @@ def _search_or_sampling(options: jsonargparse.Namespace) -> Strategy | Sampling:
         for name in ("trace", "page", "show_search"):
             if options[name]:
                 raise UserError(f"--{name} needs a search: give --search too ({', '.join(STRATEGIES)})")
+    if options.threshold_to and options.search != "retracing":
+        raise UserError("--threshold_to stores a threshold of --search retracing: give that too")
     return method
 
 
@@ -223,7 +228,7 @@ def _check_files(options: jsonargparse.Namespace) -> None:
     for axis, size in vars(options.mesh).items():
         if size is not None and size < 1:
             raise UserError(f"mesh.{axis} is {size}; it must be at least 1")
-    for name in ("trace", "page"):
+    for name in ("trace", "page", "threshold_to"):
         if options[name] is not None:
             check_file_writable(as_path(options[name]))
 
@@ -358,6 +363,21 @@ class _SearchAnswerer:
         self._write_files(model)
         result = _result_of(answer, requests.is_shrunk)
         return replace(result, bounded_by="max_sentences") if _has_all_sentences(trace, requests.spec) else result
+
+    def write_threshold(self) -> None:
+        """Write the threshold that the scores of all searches give, and print it.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        scores = [score for _, trace in self._searches for score in reasoning_scores(trace)]
+        found, path = Threshold.of(scores), self._options.threshold_to
+        found.write(path)
+        print(
+            f"wrote the threshold {found.threshold:.4f} to {path}: the mean of {found.count} reasonings' scores is "
+            f"{found.mean:.4f}, their standard deviation {found.std:.4f}",
+            file=sys.stderr,
+        )
 
     def _write_files(self, model: Mllama) -> None:
         """Write all searches so far to the files that the user asked for."""

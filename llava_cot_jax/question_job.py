@@ -33,6 +33,7 @@ _OF_SINGLE_QUESTIONS = (
     "image",
     "draw",
     "trace",
+    "threshold_to",
     "page",
     "show_search",
     "show_reasoning",
@@ -74,8 +75,10 @@ def check_question_file_options(options: Any) -> None:
     for name in _OF_SINGLE_QUESTIONS:
         if options[name]:
             raise UserError(f"--{name} has no meaning with --questions, whose answers go to --output")
-    if options.search == "sentence_beam":
-        raise UserError("--search sentence_beam answers no file of --questions: give --question, or another --search")
+    if options.search in ("sentence_beam", "retracing"):
+        raise UserError(
+            f"--search {options.search} answers no file of --questions: give --question, or another --search"
+        )
     check_int("slots", options.slots)
 
 

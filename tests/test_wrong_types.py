@@ -246,6 +246,7 @@ def test_every_public_class_and_function_is_tried():
         "Judge",
         "LogProbability",
         "MajorityVote",
+        "Retracing",
         "Sample",
         "SentenceBeam",
         "StageBeam",

@@ -25,8 +25,9 @@ from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import SearchInputs, default_prefill_chunk, sample_candidates
 from llava_cot_jax.search.reasoner import program_of
 from llava_cot_jax.search.scorers import Judge, Verifier
+from llava_cot_jax.search.search_costs import DecodingRun, SearchCosts
 from llava_cot_jax.search.strategies import StageBeam, Strategy
-from llava_cot_jax.search.trace import DecodingRun, SearchCosts, split_stages
+from llava_cot_jax.search.trace import split_stages
 from llava_cot_jax.search.verifier import StageScores, score_candidates
 
 

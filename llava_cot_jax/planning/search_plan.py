@@ -166,6 +166,10 @@ def _kv_cache_bytes(
     prefix = lengths.prefix + ACCELERATOR_CHUNK
     candidates = max(spec.num_candidates)
     suffix = candidates * lengths.candidate
+    if spec.rounds is not None:
+        # Beside the candidates: the captions that are kept, and the best reasonings with their captions, of the rounds
+        # before, of this one, and of both.
+        suffix += (sum(spec.num_candidates[1:3]) + spec.rounds.keep + 4 * spec.num_candidates[3]) * lengths.candidate
     if scorer_tables.verifier is not None:
         probe = probe_capacity(scorer_tables.verifier, stage_tables.closings.capacity)
         suffix += candidates * (probe + probe_chunk(ACCELERATOR_CHUNK, candidates, probe))

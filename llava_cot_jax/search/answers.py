@@ -13,8 +13,9 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.search.program import StageResult
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.scorers import OwnScorer, OwnScores
+from llava_cot_jax.search.search_costs import SearchCosts
 from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, Strategy, WeightedVote
-from llava_cot_jax.search.trace import CandidateTrace, SearchCosts, StageTrace, Trace, stage_name, trace_stages
+from llava_cot_jax.search.trace import CandidateTrace, StageTrace, Trace, stages_of, trace_stages
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import body_of, find_conclusion, find_stages, normalize_answer
 
@@ -48,10 +49,10 @@ def check_finite(stages: Sequence[StageResult], spec: SearchSpec, place: str, dt
     Raises:
         UserError: One of them is NaN or infinity.
     """
-    for number, stage in enumerate(stages):
+    for name, _, _, stage in stages_of(spec, stages):
         floats = [x for x in jax.tree.leaves(stage) if np.issubdtype(x.dtype, np.floating)]
         if not all(np.isfinite(x).all() for x in floats):
-            raise nonfinite_logits_error(f"in the stage {stage_name(spec, number)} of {place}", dtype)
+            raise nonfinite_logits_error(f"in the stage {name} of {place}", dtype)
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,10 @@ def _whole_answer(trace: Trace) -> Answer:
 def _staged_answer(trace: Trace) -> Answer:
     """Return the answer that a search by stages found."""
     texts, bodies = [], {}
-    for stage, marks in zip(trace.stages, trace.format.stages, strict=True):
-        won = stage.candidates[stage.winner]
-        bodies[stage.stage] = body_of(won.text + won.added, marks)
-        texts.append(tagged_text(trace.format, stage.stage, won))
+    for marks in trace.format.stages:
+        won = trace.path[marks.name]
+        bodies[marks.name] = body_of(won.text + won.added, marks)
+        texts.append(tagged_text(trace.format, marks.name, won))
     return Answer(join_stages(texts), bodies, bodies[trace.format.conclusion], trace)
 
 

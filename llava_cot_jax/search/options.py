@@ -5,6 +5,7 @@ from typing import Any
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.search.retracing import Retracing, read_threshold
 from llava_cot_jax.search.scorers import Judge, LogProbability, Scorer, Verifier
 from llava_cot_jax.search.sentence_beam import SentenceBeam
 from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam, Strategy, WeightedVote
@@ -18,10 +19,11 @@ STRATEGIES: dict[str, type[Any]] = {
     "best_of_n": BestOfN,
     "sentence_beam": SentenceBeam,
     "stage_beam": StageBeam,
+    "retracing": Retracing,
 }
 """Strategies by their names for ``--search``."""
 
-_NEED_SEARCH = ("num_candidates", "judge", "max_sentences", "max_sentence_tokens")
+_NEED_SEARCH = ("num_candidates", "judge", "max_sentences", "max_sentence_tokens", "threshold", "max_rounds")
 """Options that have no meaning without ``--search``."""
 
 _SAMPLING = ("temperature", "top_k", "top_p")
@@ -80,6 +82,19 @@ def add_arguments(parser: Any) -> None:
         "By default, 128.",
     )
     add(
+        "--threshold",
+        type=str | None,
+        default=None,
+        help="Score from 0 to 1 above which the second-best reasoning of retracing must be, so that no more captions "
+        "are written; or the JSON file that holds it, which --threshold_to has written. By default, 0.5.",
+    )
+    add(
+        "--max_rounds",
+        type=int | None,
+        default=None,
+        help="Largest number of rounds of captions and reasonings of retracing. By default, 5.",
+    )
+    add(
         "--temperature",
         type=float | tuple[float, ...] | None,
         default=None,
@@ -120,7 +135,7 @@ def strategy_or_sampling(options: Any) -> Strategy | Sampling:
             raise UserError(f"--{option} has no meaning for --search {options.search}")
         if isinstance(value, tuple) and strategy_type is not StageBeam:
             raise UserError(f"--{option} takes one value, except for --search stage_beam")
-        settings[name] = _scorer(value) if option == "judge" else value
+        settings[name] = _READ[option](value) if option in _READ else value
     return strategy_type(**settings)
 
 
@@ -142,3 +157,7 @@ def _scorer(judge: Any) -> Scorer:
     if judge == "verifier":
         return Verifier()
     return LogProbability() if judge == "log_probability" else Judge(judge)
+
+
+_READ = {"judge": _scorer, "threshold": read_threshold}
+"""Functions that make settings of the values of options."""

@@ -90,6 +90,8 @@ class StageResult:
         scores: Scores of the verifier; None where no stage has a verifier.
         num_prefilled: int32, number of tokens prefilled before the stage: the prompt or the last winner, and tags.
         kept: int32, number of tokens that are kept of each candidate: those before the opening of the next stage.
+        parent: int32, the candidate of the stage before that each candidate continues, in a retracing search, where it
+            is not the winner; for a conclusion it counts the reasonings of all rounds.
     """
 
     candidates: Samples
@@ -98,6 +100,7 @@ class StageResult:
     scores: StageScores | None
     num_prefilled: Int[Array, " questions"]
     kept: Int[Array, "questions candidates"]
+    parent: Int[Array, "questions candidates"] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "prefill_chunk", "mesh"))

@@ -14,6 +14,7 @@ class Draw(IntEnum):
     BRACKET = 1
     REASON = 2
     CHECK = 3
+    ROUND = 4
 
 
 def fold_in_each(key: Key[Array, ""], *numbers: Int[Array, " n"]) -> Key[Array, " n"]:

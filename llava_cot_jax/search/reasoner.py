@@ -20,10 +20,11 @@ from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite
 from llava_cot_jax.search.program import StageResult, default_prefill_chunk, search
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
+from llava_cot_jax.search.retracing_search import search_retracing
 from llava_cot_jax.search.sentence_search import search_sentences
 from llava_cot_jax.search.strategies import SearchSpec, StageBeam, Strategy
 from llava_cot_jax.search.stream import DEFAULT_SLOTS, AnswerStream, Question, run_in_slots
-from llava_cot_jax.search.trace import StageTrace, split_stages
+from llava_cot_jax.search.trace import Trace, split_stages
 
 
 class Reasoner:
@@ -84,7 +85,7 @@ class Reasoner:
         answers = run_search(self._model, self._builder, requests)
         if requests.is_shrunk:
             for answer in answers:
-                _tell_what_was_cut(self._model.config, answer.trace.stages, requests.spec)
+                _tell_what_was_cut(self._model.config, answer.trace, requests.spec)
         return answers
 
     def answer_stream(
@@ -126,6 +127,8 @@ class Reasoner:
 
 def program_of(spec: SearchSpec) -> Any:
     """Return the compiled program of a search, a function of ``jax.jit`` with the arguments of ``search``."""
+    if spec.rounds:
+        return search_retracing
     return search_sentences if spec.max_sentences else search
 
 
@@ -152,12 +155,13 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
     return [maker.make(*each, seconds) for each in asked]
 
 
-def _tell_what_was_cut(config: MllamaConfig, stages: Sequence[StageTrace], spec: SearchSpec) -> None:
+def _tell_what_was_cut(config: MllamaConfig, trace: Trace, spec: SearchSpec) -> None:
     """Say which winners were cut off because the context left less than the default length."""
+    winners = list(trace.path.items())
     if spec.max_sentences:  # a sentence that is cut goes on in the next one, where the length allows one
-        written = sum(stage.candidates[stage.winner].tokens for stage in stages)
-        stages = stages[-1:] if written >= spec.max_new_tokens[0] else ()
-    cut = [stage for stage in stages if stage.candidates[stage.winner].ended == "max_new_tokens"]
+        written = sum(won.tokens for _, won in winners)
+        winners = winners[-1:] if written >= spec.max_new_tokens[0] else []
+    cut = [name for name, won in winners if won.ended == "max_new_tokens"]
     if cut:
-        names = ", ".join(stage.stage for stage in cut) if spec.stages else "the answer"
+        names = ", ".join(cut) if spec.stages else "the answer"
         logging.getLogger(__name__).warning("%s: %s", names, cut_by_context(config, spec.max_new_tokens[0]))

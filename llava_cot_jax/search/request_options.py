@@ -57,6 +57,12 @@ def _add_question_options(add: Any) -> None:
 
 def _add_output_options(add: Any) -> None:
     add("--trace", type=str, help="JSON file that takes all candidates, verdicts and counts of a search.")
+    add(
+        "--threshold_to",
+        type=str,
+        help="JSON file that takes the threshold for --search retracing that the answers to these questions give: the "
+        "mean score of the reasonings of first rounds, and 0.2533 standard deviations more. --threshold reads it.",
+    )
     add("--page", type=str, help="HTML file that shows all candidates, scores and verdicts of a search.")
     add("--show_search", type=bool, default=False, help="Print all candidates, scores and verdicts of a search.")
     add("--show_reasoning", type=bool, default=False, help="Print all four stages, not only the conclusion.")

@@ -64,6 +64,7 @@ def _describe_candidate(
 ) -> Iterator[RenderableType]:
     won = number == stage.winner
     facts = (
+        wording.origin(candidate),
         wording.score(candidate),
         wording.own_score(candidate, stage),
         f"mean log-probability {wording.log_prob(candidate.mean_log_prob)} a token",

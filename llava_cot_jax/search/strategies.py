@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from llava_cot_jax.checks import check_instance, check_int, check_number, check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
+from llava_cot_jax.search.rounds import Rounds
 from llava_cot_jax.search.scorers import AnyScorer, Judge, OwnScorer, Scorer, Verifier, check_scorer
 from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
 
@@ -35,6 +36,7 @@ class SearchSpec:
         format: Format of the stages, and of whole answers.
         max_sentences: Largest number of sentences of an answer that is searched for sentence by sentence; 0 elsewhere.
         max_sentence_tokens: Largest number of tokens of a sentence.
+        rounds: Rounds of a retracing search; None elsewhere.
 
     Raises:
         UserError: A setting is out of range.
@@ -50,6 +52,7 @@ class SearchSpec:
     format: StageFormat = LLAVA_COT
     max_sentences: int = 0
     max_sentence_tokens: int = 0
+    rounds: Rounds | None = None
 
     def __post_init__(self) -> None:
         for candidates in self.num_candidates:

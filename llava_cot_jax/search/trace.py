@@ -8,10 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from llava_cot_jax.costs import model_costs
 from llava_cot_jax.inference.completions import INCOMPLETE
 from llava_cot_jax.inference.decoding import EndReason, Samples
-from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.judge import CHECK, PAIR, JudgeQueries
 from llava_cot_jax.search.program import StageResult
@@ -42,6 +40,9 @@ class CandidateTrace:
         score: Score of the verifier, the probability of "yes" against "no", or of a function of the user's own. None
             where there is none, or where that function's is not a number, so that the candidate lost.
         other_probability: Probability that the verifier gives to anything but the two answers; None without one.
+        parent: In a retracing search, the candidate that a reasoning or a conclusion continues: a caption of the same
+            round, or a reasoning of ``parent_round``. None elsewhere.
+        parent_round: Round of the reasoning that a conclusion continues; 0 elsewhere.
     """
 
     text: str
@@ -52,6 +53,8 @@ class CandidateTrace:
     mean_log_prob: float
     score: float | None = None
     other_probability: float | None = None
+    parent: int | None = None
+    parent_round: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ class StageTrace:
         candidates: Candidates in their order.
         checks: Check of each candidate; empty where candidates are not checked.
         matches: Matches in the order in which they were played.
-        winner: Candidate that won.
+        winner: Candidate that won: in a round that led to the answer, the one that did, and in another round the best.
+        round: Round of a retracing search, from 1; 0 elsewhere.
         own_scorer: Name of the function of the user's own that scored the candidates; None without one.
         scorer_seconds: Seconds that this function took.
     """
@@ -117,6 +121,7 @@ class StageTrace:
     checks: list[VerdictTrace]
     matches: list[MatchTrace]
     winner: int
+    round: int = 0
     own_scorer: str | None = None
     scorer_seconds: float = 0.0
 
@@ -165,6 +170,13 @@ class Trace:
         return "".join(stage.candidates[stage.winner].text for stage in self.stages)
 
     @property
+    def path(self) -> dict[str, CandidateTrace]:
+        """Candidate of each stage that led to the answer, by the stage's name."""
+        last = self.stages[-1]
+        rounds = (0, last.candidates[last.winner].parent_round)
+        return {stage.stage: stage.candidates[stage.winner] for stage in self.stages if stage.round in rounds}
+
+    @property
     def forced_stages(self) -> dict[str, str]:
         """Stages that the search ended itself, as the winner did not: why each ended, by its name.
 
@@ -172,8 +184,7 @@ class Trace:
         """
         if self.whole_text is not None:
             return {}
-        winners = {stage.stage: stage.candidates[stage.winner] for stage in self.stages}
-        return {name: winner.ended for name, winner in winners.items() if winner.ended in ("eos", "max_new_tokens")}
+        return {name: winner.ended for name, winner in self.path.items() if winner.ended in ("eos", "max_new_tokens")}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the trace as nested dicts and lists, by the names of the attributes, with the name of the format."""
@@ -189,15 +200,31 @@ class Trace:
 
 
 def split_stages(results: StageResult, question: int) -> list[StageResult]:
-    """Return the result of each stage, or sentence, that a question has, out of the result of a whole search."""
-    count = int((results.candidates.ended[:, question, 0] != EndReason.UNUSED).sum())
-    return [jax.tree.map(lambda x: x[stage, question], results) for stage in range(count)]  # noqa: B023
+    """Return the result of each stage, sentence, or stage of a round that a question has, out of a whole search's."""
+    used = np.flatnonzero(results.candidates.ended[:, question, 0] != EndReason.UNUSED)
+    return [jax.tree.map(lambda x: x[stage, question], results) for stage in used]  # noqa: B023
+
+
+def stages_of(spec: SearchSpec, stages: Sequence[StageResult]) -> list[tuple[str, int, int, StageResult]]:
+    """Return what each result of a question's search is of: its name, its index in ``spec``, its round, and itself.
+
+    Of a retracing search there are the summary, captions and reasonings of each round in turn, and the conclusions.
+    """
+    found = []
+    for place, stage in enumerate(stages):
+        if spec.max_sentences:
+            found.append((sentence_name(place), 0, 0, stage))
+            continue
+        number, round_ = place, 0
+        if spec.rounds and place:
+            is_last = place == len(stages) - 1
+            number, round_ = (3, 0) if is_last else (2 - place % 2, (place + 1) // 2)
+        found.append((stage_name(spec, number), number, round_, stage))
+    return found
 
 
 def stage_name(spec: SearchSpec, number: int) -> str:
-    """Return the name of a stage, or of a sentence, in a trace."""
-    if spec.max_sentences:
-        return sentence_name(number)
+    """Return the name of a stage in a trace by its index in ``spec``."""
     return spec.stages[number] if spec.stages else WHOLE_ANSWER
 
 
@@ -214,36 +241,46 @@ def trace_stages(processor: Processor, spec: SearchSpec, stages: Sequence[StageR
         spec: Static part of the search.
         stages: Result of each stage of the question, in host arrays.
     """
-    spec, before, traces = _with_sentences(spec, len(stages)), list[int](), []
-    for number, stage in enumerate(stages):
+    before, traces = list[int](), []
+    for name, number, round_, stage in stages_of(spec, stages):
         traces.append(
             StageTrace(
-                stage=stage_name(spec, number),
+                stage=name,
                 candidates=trace_candidates(
-                    processor, spec, number, stage.candidates, stage.kept, stage.scores, before
+                    processor, spec, number, stage.candidates, stage.kept, stage.scores, before, stage.parent
                 ),
                 checks=_trace_checks(processor, spec, number, stage.judgement),
                 matches=_trace_matches(processor, spec, number, stage.judgement),
                 winner=int(stage.winner),
+                round=round_,
             )
         )
         if spec.max_sentences:
             won = stage.candidates.text[int(stage.winner)]
             before += np.asarray(won.tokens[: won.lengths]).tolist()
-    return traces
+    return _lead_to_the_answer(traces, spec.num_candidates[-2]) if spec.rounds else traces
 
 
-def _with_sentences(spec: SearchSpec, count: int) -> SearchSpec:
-    """Return the specification of a search sentence by sentence with a stage for each of ``count`` sentences."""
-    if not spec.max_sentences:
-        return spec
-    return replace(
-        spec,
-        num_candidates=spec.num_candidates * count,
-        temperatures=spec.temperatures * count,
-        max_new_tokens=spec.max_new_tokens * count,
-        scorers=spec.scorers * count,
-    )
+def _lead_to_the_answer(stages: list[StageTrace], per_round: int) -> list[StageTrace]:
+    """Return the stages of a retracing search, whose winners are the caption and the reasoning that led to the answer.
+
+    Args:
+        stages: Stages whose winners have the highest scores. A conclusion's parent counts the reasonings of all rounds.
+        per_round: Number of reasonings of a round.
+    """
+    *before, last = stages
+    conclusions = []
+    for one in last.candidates:
+        assert one.parent is not None
+        conclusions.append(replace(one, parent=one.parent % per_round, parent_round=one.parent // per_round + 1))
+    final, traces = conclusions[last.winner], []
+    winner = final.parent
+    for stage in reversed(before):
+        if stage.round == final.parent_round and winner is not None:
+            stage = replace(stage, winner=winner)
+            winner = stage.candidates[winner].parent
+        traces.append(stage)
+    return [*reversed(traces), replace(last, candidates=conclusions)]
 
 
 def trace_candidates(
@@ -254,6 +291,7 @@ def trace_candidates(
     kept: jax.Array,
     scores: StageScores | None = None,
     before: Sequence[int] = (),
+    parent: jax.Array | None = None,
 ) -> list[CandidateTrace]:
     """Return the candidates of stage ``number``, out of host arrays [candidates, ...].
 
@@ -265,6 +303,7 @@ def trace_candidates(
         kept: int32, number of tokens that are kept of each.
         scores: Scores of the verifier, if there are any.
         before: Tokens of the answer before a sentence.
+        parent: int32, what each of a retracing search continues.
     """
     scores, traces = scores if isinstance(spec.scorers[number], Verifier) else None, []
     for i in range(spec.num_candidates[number]):
@@ -285,6 +324,7 @@ def trace_candidates(
                 mean_log_prob=float(one.log_prob) / max(int(one.num_sampled), 1),
                 score=None if scores is None else float(scores.score[i]),
                 other_probability=None if scores is None else float(scores.other_probability[i]),
+                parent=int(parent[i]) if parent is not None and number > 1 else None,
             )
         )
     return traces
@@ -317,7 +357,7 @@ def _trace_checks(
     judge = spec.judge_of(number)
     if judge is None or judgement is None:
         return []
-    checks = range(_num_checks(spec, number, judge, judgement))
+    checks = range(num_checks(spec, number, judge, judgement))
     return [_trace_verdict(processor, judge, judgement, i, CHECK) for i in checks]
 
 
@@ -328,7 +368,7 @@ def _trace_matches(
     judge, traces = spec.judge_of(number), []
     if judge is None or judgement is None:
         return []
-    checks = _num_checks(spec, number, judge, judgement)
+    checks = num_checks(spec, number, judge, judgement)
     for i in range(spec.num_candidates[number] - 1):
         match: Matches = jax.tree.map(lambda x: x[i], judgement.matches)  # noqa: B023
         queries = range(checks + i * judge.orders, checks + (i + 1) * judge.orders)
@@ -355,102 +395,6 @@ def _trace_verdict(processor: Processor, judge: Judge, judgement: StageJudgement
     return VerdictTrace(first, second, vote, None, reason, readable=bool(query.reason.ended == EndReason.TAG))
 
 
-def _num_checks(spec: SearchSpec, number: int, judge: Judge, judgement: StageJudgement) -> int:
+def num_checks(spec: SearchSpec, number: int, judge: Judge, judgement: StageJudgement) -> int:
     """Return the number of queries of a stage that were checks."""
     return int(judgement.num_queries) - (spec.num_candidates[number] - 1) * judge.orders
-
-
-@dataclass(frozen=True)
-class DecodingRun:
-    """Sequences that were sampled side by side, in one run of the decoding loop.
-
-    Attributes:
-        num_sequences: Number of sequences.
-        steps: Number of steps of the loop, each of which reads the weights once.
-        prefix_tokens: Number of tokens before the sequences, which they share.
-        suffix_tokens: Number of each sequence's own tokens before those that are sampled, on average.
-        text_only: Whether the sequences see no image.
-    """
-
-    num_sequences: int
-    steps: int
-    prefix_tokens: int
-    suffix_tokens: int
-    text_only: bool
-
-
-class SearchCosts:
-    """Tokens and FLOPs of the search for one question's answer, by what they were spent on.
-
-    Args:
-        config: Configuration of the model.
-        spec: Static part of the search.
-        stages: Result of each stage of the question, in host arrays.
-        num_images: Number of images of the question.
-
-    Attributes:
-        tokens: Number of tokens, as in ``Trace``.
-        flops: FLOPs, as in ``Trace``.
-        decoding_runs: Runs of the decoding loop, as if all sequences of a stage and a kind were sampled in one run.
-    """
-
-    def __init__(self, config: MllamaConfig, spec: SearchSpec, stages: Sequence[StageResult], num_images: int) -> None:
-        self._config = config
-        self._image_tokens = num_images * config.vision.image_tokens
-        parts = (
-            *("prompt", "winners", "candidates", "verifier_probes"),
-            *("judge_prefixes", "judge_queries", "judge_reasons"),
-        )
-        self.tokens = dict.fromkeys(parts, 0)
-        vision = sum(model_costs.vision_flops(config, num_images).values()) if num_images else 0
-        self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
-        self.decoding_runs: list[DecodingRun] = []
-        spec, prefix = _with_sentences(spec, len(stages)), 0
-        for number, stage in enumerate(stages):
-            self._add_prefill("winners" if number else "prompt", int(stage.num_prefilled), prefix)
-            prefix += int(stage.num_prefilled)
-            sampled = stage.candidates.num_sampled[stage.candidates.ended != EndReason.UNUSED].tolist()
-            self._add_decoding("candidates", sampled, prefix, [0] * len(sampled))
-            if stage.scores is not None and isinstance(spec.scorers[number], Verifier):
-                for i in range(spec.num_candidates[number]):
-                    cached = max(int(stage.kept[i]) - 1, 0)
-                    self._add_prefill("verifier_probes", int(stage.scores.probe_lengths[i]), prefix + cached)
-            judge = spec.judge_of(number)
-            if judge is not None and stage.judgement is not None:
-                self._add_judgement(judge, stage.judgement, _num_checks(spec, number, judge, stage.judgement))
-
-    def _add_judgement(self, judge: Judge, judgement: StageJudgement, num_checks: int) -> None:
-        queries: JudgeQueries = jax.tree.map(lambda x: x[: int(judgement.num_queries)], judgement.queries)
-        for kind, indices in ((CHECK, slice(num_checks)), (PAIR, slice(num_checks, None))):
-            prefix, text_only = int(judgement.prefix_lengths[kind]), kind == CHECK
-            self._add_prefill("judge_prefixes", prefix, 0, text_only)
-            suffixes = queries.suffix_lengths[indices].tolist()
-            for suffix in suffixes:
-                self._add_prefill("judge_queries", suffix, prefix, text_only)
-            if judge.writes_reasons:
-                sampled = queries.reason.num_sampled[indices].tolist()
-                self._add_decoding("judge_reasons", sampled, prefix, suffixes, text_only)
-
-    def _add_prefill(self, part: str, tokens: int, prefix: int, text_only: bool = False) -> None:
-        """Add a prefill of ``tokens`` tokens after ``prefix`` others, with logits of the last one."""
-        self._add(part, tokens, tokens, prefix, min(tokens, 1), text_only)
-
-    def _add_decoding(
-        self, part: str, sampled: Sequence[int], prefix: int, suffixes: Sequence[int], text_only: bool = False
-    ) -> None:
-        """Add sequences of ``sampled`` tokens, each after the shared prefix and its own suffix.
-
-        The first token of a sequence is sampled from the logits of the prefill; the last is not computed with.
-        """
-        for tokens, suffix in zip(sampled, suffixes, strict=True):
-            self._add(part, tokens, tokens - 1, prefix + suffix, tokens - 1, text_only)
-        if sampled:
-            steps, mean_suffix = max(sampled) - 1, sum(suffixes) // len(suffixes)
-            self.decoding_runs.append(DecodingRun(len(sampled), steps, prefix, mean_suffix, text_only))
-
-    def _add(self, part: str, tokens: int, computed: int, before: int, scored: int, text_only: bool) -> None:
-        """Add ``tokens`` tokens, and the FLOPs of computing ``computed`` of them, with logits of ``scored`` of them."""
-        self.tokens[part] += tokens
-        image_tokens = 0 if text_only else self._image_tokens
-        work = model_costs.text_flops(self._config, computed, image_tokens, prefix=before, scored=scored)
-        self.flops[part] += sum(work.values())

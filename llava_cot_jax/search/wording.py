@@ -64,7 +64,9 @@ def agrees(conclusion: str, right_answer: str) -> bool:
 
 def stage_title(stage: StageTrace) -> str:
     """Return the name of a stage for a heading."""
-    return "Whole answers" if stage.stage == WHOLE_ANSWER else stage.stage.capitalize()
+    if stage.stage == WHOLE_ANSWER:
+        return "Whole answers"
+    return stage.stage.capitalize() + (f", round {stage.round}" if stage.round else "")
 
 
 def how_ended(candidate: CandidateTrace) -> str:
@@ -92,7 +94,10 @@ def how_chosen(stage: StageTrace, strategy: str) -> str:
         return f"{count} candidates, {winner} has the most common conclusion"
     if strategy.startswith("WeightedVote("):
         return f"{count} candidates, {winner} has the conclusion with the highest sum of scores"
-    if stage.candidates[stage.winner].score is not None:
+    scores = [candidate.score for candidate in stage.candidates if candidate.score is not None]
+    if scores and stage.candidates[stage.winner].score != max(scores):
+        return f"{count} candidates, {winner} leads to the answer"  # of a round whose best one does not
+    if scores:
         return f"{count} candidates, {winner} has the highest score"
     if stage.candidates[stage.winner].mean_log_prob == max(c.mean_log_prob for c in stage.candidates):
         return f"{count} candidates, {winner} has the highest mean log-probability"
@@ -122,6 +127,13 @@ def verdict_result(verdict: VerdictTrace) -> str:
         said = f"for {(verdict.first if verdict.vote > 0 else verdict.second) + 1}" if verdict.vote else "undecided"
         said = said if verdict.readable else "unreadable"
     return f"{shown}: {said}, vote {verdict.vote:+.2f}"
+
+
+def origin(candidate: CandidateTrace) -> str:
+    """Return what a candidate of a retracing search continues; nothing elsewhere."""
+    if candidate.parent is None:
+        return ""
+    return f"after {candidate.parent + 1}" + (f" of round {candidate.parent_round}" if candidate.parent_round else "")
 
 
 def score(candidate: CandidateTrace) -> str:
