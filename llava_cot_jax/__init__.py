@@ -22,8 +22,19 @@ if TYPE_CHECKING:
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.answers import Answer
     from llava_cot_jax.search.reasoner import Reasoner
-    from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
+    from llava_cot_jax.search.strategies import (
+        BestOfN,
+        Greedy,
+        Judge,
+        LogProbability,
+        MajorityVote,
+        Sample,
+        StageBeam,
+        Verifier,
+        WeightedVote,
+    )
     from llava_cot_jax.search.stream import AnswerStream, Question, StreamedAnswer
+    from llava_cot_jax.stage_format import StageFormat
     from llava_cot_jax.stages import find_stages
     from llava_cot_jax.training.loss import causal_lm_loss
 
@@ -47,10 +58,13 @@ __all__ = [
     "Sample",
     "Sampling",
     "StageBeam",
+    "StageFormat",
     "StreamedAnswer",
     "TextConfig",
     "UserError",
+    "Verifier",
     "VisionConfig",
+    "WeightedVote",
     "causal_lm_loss",
     "find_stages",
     "make_mesh",
@@ -77,8 +91,11 @@ _MODULES = {
         "MajorityVote",
         "Sample",
         "StageBeam",
+        "Verifier",
+        "WeightedVote",
     ),
     "search.stream": ("AnswerStream", "Question", "StreamedAnswer"),
+    "stage_format": ("StageFormat",),
     "stages": ("find_stages",),
     "training.loss": ("causal_lm_loss",),
 }

@@ -4,6 +4,7 @@ python -m llava_cot_jax.bench --random 100m --dtype float32
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,4 +131,4 @@ def _model(options: jsonargparse.Namespace, folder: Path | None) -> "Mllama":
 
 
 if __name__ == "__main__":
-    cli.run(main, command="bench")
+    cli.run(main, leave=os._exit, command="bench")

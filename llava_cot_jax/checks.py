@@ -1,6 +1,8 @@
 """Checks of the values that a user of the library gives: a wrong one is refused in one line that names it."""
 
 import math
+import re
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -8,6 +10,9 @@ from llava_cot_jax.errors import UserError
 
 _LONGEST_SHOWN = 60
 """Length, in characters, above which the representation of a value is cut in a message."""
+
+_OBJECT = re.compile(r"<class '| at 0x[0-9a-f]+>")
+"""Part of the representation of an object in a list that tells a user nothing."""
 
 
 def shown(value: object) -> str:
@@ -22,7 +27,8 @@ def shown(value: object) -> str:
         kind = f"a {type(value).__name__}"
         # Others, such as models, have long representations that take long to make.
         text = f"{value!r}, {kind}" if isinstance(value, list | tuple | dict | set | bytes) else kind
-        return text if len(text) <= _LONGEST_SHOWN and text.isprintable() else kind
+        is_telling = len(text) <= _LONGEST_SHOWN and text.isprintable() and not _OBJECT.search(text)
+        return text if is_telling else kind
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
@@ -56,6 +62,16 @@ def check_bool(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise UserError(f"{name} is {shown(value)}; it must be True or False")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Check that ``value`` is one of some texts.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}")
 
 
 def check_text(name: str, value: Any) -> None:

@@ -1,7 +1,6 @@
 """Reading of options, display of progress, counting of compilations, and report of mistakes, for all commands."""
 
 import argparse
-import io
 import logging
 import os
 import re
@@ -9,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal, NoReturn, TypeVar
@@ -31,7 +30,7 @@ from rich.table import Column
 from rich.text import Text
 
 import llava_cot_jax
-from llava_cot_jax.errors import UserError
+from llava_cot_jax.errors import TransientError, UserError
 from llava_cot_jax.files import cache_folder, usable_cache
 from llava_cot_jax.interruption import EXIT_CODE, command_running
 from llava_cot_jax.memory_errors import ADVICE, describe_exhausted_memory
@@ -44,6 +43,7 @@ from llava_cot_jax.option_errors import (
     read_configuration,
     suggestion,
 )
+from llava_cot_jax.output import drop_output, is_full_disk, prepare_streams, run_to_the_last_output
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import ProgressUpdate
 
@@ -232,11 +232,11 @@ def program_name(command: str = "") -> str:
 
 def configurations_in(arguments: Sequence[str]) -> list[Path]:
     """Return the files that ``--config`` names among the arguments of a command."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     try:
         known, _ = parser.parse_known_args(list(arguments))
-    except SystemExit:  # --config lacks its value, which the command's own parser reports
+    except argparse.ArgumentError:  # --config lacks its value, which the command's own parser reports
         return []
     return [find_configuration(name) for name in known.config if not name.lstrip().startswith("{")]
 
@@ -264,22 +264,26 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, 
 
     Args:
         main: The command.
-        leave: Function that ends the process after Ctrl-C. With ``os._exit`` it does not wait for computations that
-            are under way.
+        leave: Function that ends the process after Ctrl-C or a mistake. With ``os._exit`` it does not wait for
+            computations or threads that are under way.
         command: The command's name in ``COMMANDS``, by which the error of exhausted memory gives advice.
     """
     with command_running():
         _quiet_libtpu()
         _show_warnings()
-        _escape_what_cannot_be_printed()
+        prepare_streams()
         try:
-            main()
-        except KeyboardInterrupt as interrupt:
-            leave(report(interrupt))
-        except (UserError, BrokenPipeError) as fault:
+            run_to_the_last_output(main)
+        except BrokenPipeError as fault:
             sys.exit(report(fault))
+        except (KeyboardInterrupt, UserError) as fault:
+            with suppress(OSError, ValueError):  # the reader of the output may have ended
+                sys.stdout.flush()
+            leave(report(fault))
         except Exception as fault:
-            if not describe_exhausted_memory(fault):
+            if is_full_disk(fault):
+                sys.exit(report(fault))
+            if not describe_exhausted_memory(fault) and not _unusable_devices(fault):
                 raise
             leave(report(fault, command))
 
@@ -291,21 +295,35 @@ def report(fault: BaseException, command: str = "") -> int:
         fault: Exception that ended the command.
         command: Name of the command, for the advice to a user for whom memory does not suffice.
     """
-    match fault:
-        case UserError():
-            print("error:", " ".join(str(fault).split()), file=sys.stderr, flush=True)
-            return 2
+    match _unusable_devices(fault) or fault:
+        case UserError() as mistake:
+            print("error:", " ".join(str(mistake).split()), file=sys.stderr, flush=True)
+            return mistake.exit_code
         case KeyboardInterrupt():
             print("interrupted", file=sys.stderr, flush=True)
             return EXIT_CODE
         case BrokenPipeError():  # the reader of the output ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
+        case OSError() as full if is_full_disk(full):
+            drop_output()
+            place = full.filename or "what the command prints, or for one of its files"
+            print(f"error: no space left for {place}: free some on that disk", file=sys.stderr, flush=True)
+            return 2
         case _ if exhausted := describe_exhausted_memory(fault):
             print(f"error: {exhausted}. {ADVICE.get(command, _ADVICE)}", file=sys.stderr, flush=True)
             return 2
         case _:
             traceback.print_exception(fault)
     return 1
+
+
+def _unusable_devices(fault: BaseException) -> UserError | None:
+    """Return the error of a platform that jax does not know, or whose devices it cannot use, if ``fault`` is that."""
+    text = str(fault)
+    if not isinstance(fault, RuntimeError) or not text.startswith("Unable to initialize backend"):
+        return None
+    kind = UserError if "list of known backends" in text else TransientError  # another process may hold the devices
+    return kind(f"jax cannot use the devices: {text}")
 
 
 def enable_compilation_cache() -> None:
@@ -340,13 +358,6 @@ def run_interruptible(function: Callable[[], _Result]) -> _Result:
 
     Thread(target=work, daemon=True).start()
     return outcome.result()
-
-
-def _escape_what_cannot_be_printed() -> None:
-    """Let a terminal that is not UTF-8 show the code of a character that it lacks, instead of an error of Python."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook has put another object
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libtpu() -> None:

@@ -8,7 +8,21 @@ class UserError(ValueError):
 
     The message is one line that names the thing and, if there is one, the remedy. A command prints it without a
     traceback and exits with code 2. A library caller can catch ``ValueError``.
+
+    Attributes:
+        exit_code: Exit code of a command that the error ends. The scripts in ``launch`` take 2 as final.
     """
+
+    exit_code = 2
+
+
+class TransientError(UserError):
+    """Error that may be gone at another start of the same command, such as a host that comes late.
+
+    It ends a command with exit code 1, after which the scripts in ``launch`` start it again.
+    """
+
+    exit_code = 1
 
 
 def causes(fault: BaseException | None) -> Iterator[BaseException]:

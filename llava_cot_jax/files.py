@@ -10,9 +10,11 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO
 
 from llava_cot_jax.errors import UserError
@@ -20,7 +22,13 @@ from llava_cot_jax.paths import as_path, is_remote, reading_errors, writing_erro
 
 _LOGGER = logging.getLogger(__name__)
 
+_DEVICES = Path("/dev")
+"""Folder of devices and of links to them. ``/dev/stdout`` may lead to a file."""
+
 _NAME_ANOTHER_CACHE = "the work goes on, and is done anew at each start; XDG_CACHE_HOME names another folder"
+
+BUCKET_SECONDS = 10.0
+"""Time in which a bucket must take the first file of a cache. Each access to one that is out of reach takes minutes."""
 
 
 def cache_folder(name: str) -> Path | None:
@@ -66,11 +74,38 @@ def usable_cache(folder: Path | None, what: str) -> Path | None:
     usable = None
     if folder:
         with keeping_in_cache(folder, what):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not is_remote(folder):
+            if is_remote(folder):
+                _try_bucket(folder)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
             usable = folder
     return usable
+
+
+def _try_bucket(folder: Path) -> None:
+    """Write a file to a folder in a bucket, and wait at most ``BUCKET_SECONDS`` for it.
+
+    Raises:
+        OSError: The bucket cannot be written, or does not answer.
+    """
+    outcome: Future[None] = Future()
+
+    def write() -> None:
+        try:
+            with writing_errors(folder):
+                (folder / ".trial").write_bytes(b"")
+            outcome.set_result(None)
+        except Exception as fault:
+            outcome.set_exception(fault)
+
+    Thread(target=write, daemon=True).start()
+    try:
+        outcome.result(BUCKET_SECONDS)
+    except TimeoutError:
+        raise OSError(f"the bucket did not answer within {BUCKET_SECONDS:.0f} s") from None
+    except UserError as fault:
+        raise OSError(str(fault).removeprefix(f"{folder} ")) from fault
 
 
 @contextmanager
@@ -120,11 +155,25 @@ def synced_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, which appears whole or not at all. Missing folders are made."""
+    """Write a UTF-8 text file, which appears whole or not at all. Missing folders are made, and a link is kept.
+
+    What is no file, such as a pipe or ``/dev/stdout``, takes the text itself.
+    """
     content = text.encode()
+    if _is_device(path):
+        path.write_bytes(content)
+        return
+    path = path if is_remote(path) else path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, shared=True) as file:
         file.write(content)
+
+
+def _is_device(path: Path) -> bool:
+    """Whether a path names a device or a pipe, in whose place no file may be put."""
+    if is_remote(path) or not path.exists() or path.is_dir():
+        return False
+    return _DEVICES in path.parents or not path.is_file()
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2, shared: bool = False) -> None:
@@ -169,6 +218,10 @@ def check_file_writable(path: Path) -> None:
     Raises:
         UserError: It cannot be written.
     """
+    if _is_device(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{path} cannot be written: you have no permission")
+        return
     with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         is_folder = path.is_dir()

@@ -35,13 +35,13 @@ from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_toke
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import BUNDLED_MODEL, as_path, writing_errors
-from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.question_job import QuestionFileJob, add_question_file_options, check_question_file_options
-from llava_cot_jax.questions import UserQuestion, draw_pictures, read_questions
+from llava_cot_jax.questions import UserQuestion, draw_pictures, read_messages, read_questions
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_request_options
 from llava_cot_jax.search.strategies import Greedy, Sample, Strategy
+from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import find_conclusion, find_stages
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(report, allow_nan=False), flush=True)
         elif shows_plain_text and question.right_answer:
             print(f"(the right answer: {question.right_answer})", flush=True)
-        for note in result.notes:
+        for note in result.notes(StageFormat.load(options.format)):
             _LOG.warning(f"{question.header}: {note}" if len(questions) > 1 else note)
     for name in ("trace", "page"):
         if options[name]:
@@ -205,9 +205,10 @@ def _strategy(options: jsonargparse.Namespace) -> Strategy:
     method = _search_or_sampling(options)
     if not isinstance(method, Sampling):
         return method
+    format, length = StageFormat.load(options.format), options.max_new_tokens
     if method.temperature == 0:
-        return Greedy(options.max_new_tokens)
-    return Sample(method.temperature, options.max_new_tokens, method.top_k, method.top_p)
+        return Greedy(length, format=format)
+    return Sample(method.temperature, length, method.top_k, method.top_p, format=format)
 
 
 def _check_files(options: jsonargparse.Namespace) -> None:
@@ -238,6 +239,10 @@ def _mesh(sizes: jsonargparse.Namespace, config: MllamaConfig) -> Mesh | None:
 
 def _questions(options: jsonargparse.Namespace) -> list[UserQuestion]:
     """Return the user's questions, each with its images, or, without any, questions about pictures drawn here."""
+    if options.messages:
+        if options.question:
+            raise UserError("--messages ends with the question: leave out --question")
+        return [read_messages(options.messages, options.image or [])]
     if options.question:
         return read_questions(options.question, options.image or [])
     if options.image:
@@ -253,8 +258,8 @@ class QuestionResult:
         text: The whole answer.
         conclusion: Body of its last stage, or the whole text of an answer without stages.
         stages: Body of each stage in the answer, by name.
-        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", or "max_new_tokens" where
-            it was cut off.
+        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", "turn" where the format has it end
+            with the model's turn, or "max_new_tokens" where it was cut off.
         tokens: Numbers of tokens, by what they are for: "prompt" and "new", or the parts of a search.
         seconds: Seconds by what they were spent on: "first_token" and "total", counted from the question on, or the
             parts of a search.
@@ -272,8 +277,7 @@ class QuestionResult:
     forced_stages: dict[str, str] = field(default_factory=dict)
     bounded_by: str = "max_new_tokens"
 
-    @property
-    def notes(self) -> list[str]:
+    def notes(self, format: StageFormat) -> list[str]:
         """Lines about an end that the reader of the answer should know of: a limit, or tags that a search added."""
         cut = [stage for stage, ended in self.forced_stages.items() if ended == "max_new_tokens"]
         left = [stage for stage in self.forced_stages if stage not in cut]
@@ -283,7 +287,8 @@ class QuestionResult:
         elif self.ended == "max_new_tokens" and not self.forced_stages:
             notes.append(f"the answer was cut at {place}: {remedy}")
         if left:
-            notes.append(f"{', '.join(left)} ended without a closing tag, which the search added")
+            missing = sorted({"a closing tag" if format[stage].closing else "the next heading" for stage in left})
+            notes.append(f"{', '.join(left)} ended without {' or '.join(missing)}, which the search added")
         return notes
 
 
@@ -325,7 +330,7 @@ class _SearchAnswerer:
         Raises:
             UserError: The question or its image cannot be used.
         """
-        requests = self._builder.build([question.sources], [question.question], self._options.seed)
+        requests = self._builder.build([question.sources], [question.asked], self._options.seed)
         return functools.partial(self._answer, question, requests)
 
     def _answer(self, question: UserQuestion, requests: Requests, model: Mllama) -> QuestionResult:
@@ -388,6 +393,7 @@ class _StreamingAnswerer:
         self, processor: Processor, sampling: Sampling, options: jsonargparse.Namespace, stated_length: int | None
     ) -> None:
         self._processor, self._sampling, self._options = processor, sampling, options
+        self._format = StageFormat.load(options.format)
         self._default_length = stated_length or DEFAULT_MAX_NEW_TOKENS
 
     def prepare(self, question: UserQuestion) -> Callable[[Mllama], QuestionResult]:
@@ -397,9 +403,10 @@ class _StreamingAnswerer:
             UserError: The question or its image cannot be used.
         """
         from llava_cot_jax.inference.generator import check_request
+        from llava_cot_jax.processing.conversation import read_conversation
 
-        processor, images = self._processor, question.sources
-        inputs = processor([processor.prompt(user_turn(question.question, len(images)))], [images])
+        processor, asked = self._processor, read_conversation(question.asked, question.sources)
+        inputs = processor([processor.prompt(asked.asked(*self._format.around_question))], [asked.images])
         options, prompt = self._options, inputs["input_ids"].shape[1]
         length = check_request(processor.config, prompt, options.max_new_tokens, options.seed, self._default_length)
         return functools.partial(self._answer, inputs, length)
@@ -412,7 +419,7 @@ class _StreamingAnswerer:
         start, first_token_seconds = time.perf_counter(), 0.0
         generator = Generator(model, self._sampling, self._processor)
         stream = generator.stream_completions(inputs, max_new_tokens=length, seeds=options.seed)
-        with contextlib.nullcontext() if options.json else Screen(options.show_reasoning) as screen:
+        with contextlib.nullcontext() if options.json else Screen(options.show_reasoning, self._format) as screen:
             for (completion,) in stream:
                 first_token_seconds = first_token_seconds or time.perf_counter() - start
                 if screen:
@@ -425,8 +432,8 @@ class _StreamingAnswerer:
         is_shrunk = options.max_new_tokens is None and length < self._default_length
         return QuestionResult(
             text,
-            find_conclusion(text),
-            find_stages(text),
+            find_conclusion(text, self._format),
+            find_stages(text, self._format),
             completion.ended,
             counts,
             seconds,

@@ -5,15 +5,16 @@ the process ends at once there, since nothing has been begun that would have to 
 always, so that a command can clean up. Processes that only import the package keep their own handling of signals.
 """
 
+import functools
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_CODE = 130
 """Exit code after Ctrl-C, which is 128 plus the number of SIGINT, as shells have it."""
@@ -21,6 +22,9 @@ EXIT_CODE = 130
 _PACKAGE_FOLDER = Path(__file__).absolute().parent
 _SCRIPT = "llava-cot"
 _SHOW_CURSOR = b"\r\x1b[K\x1b[?25h"
+
+_SECONDS_UNTIL_AGAIN = 0.02
+"""Time after which Python has left the place where it ignores exceptions."""
 
 _running = False
 
@@ -42,11 +46,14 @@ def command_running() -> Iterator[None]:
     global _running
     outer, heard = _running, _is_heard()
     before = signal.signal(signal.SIGINT, _handle) if heard else None
+    report_ignored = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_raise_again, report_ignored)
     _running = True
     try:
         yield
     finally:
         _running = outer
+        sys.unraisablehook = report_ignored
         if heard:
             signal.signal(signal.SIGINT, before)
 
@@ -67,6 +74,15 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     if not _running or _is_importing(frame):
         end_at_once()
     raise KeyboardInterrupt
+
+
+def _raise_again(report_ignored: Callable[[Any], object], ignored: Any) -> None:
+    """Raise a ``KeyboardInterrupt`` again, elsewhere, that Python has ignored because it came in a destructor, say."""
+    if ignored.exc_type is KeyboardInterrupt:
+        press = functools.partial(signal.pthread_kill, threading.get_ident(), signal.SIGINT)
+        threading.Timer(_SECONDS_UNTIL_AGAIN, press).start()
+    else:
+        report_ignored(ignored)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -16,7 +16,7 @@ import fsspec
 from etils import epath
 
 from llava_cot_jax.checks import shown
-from llava_cot_jax.errors import UserError
+from llava_cot_jax.errors import TransientError, UserError
 
 BUNDLED_MODEL = "shapes"
 """Name of the small trained model of the shapes world, which comes with the package."""
@@ -44,6 +44,12 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     if not isinstance(text, str | os.PathLike):
         raise UserError(f"a path is {shown(text)}; name a file or a folder")
     name = os.fspath(text)
+    try:
+        if b"\0" in os.fsencode(name):
+            raise UserError(f"a path is {shown(name)}; it has a null character, which no path can have")
+    except UnicodeEncodeError as fault:
+        character = f"{name[fault.start]!a} at position {fault.start}"
+        raise UserError(f"a path has the character {character}, which no path can have here: rename it") from None
     if not (scheme := _SCHEME.match(name)):
         return _absolute(name)
     if scheme[1] == "file":
@@ -94,7 +100,7 @@ def checkpoint_path(name: str | Path) -> Path:
     Raises:
         UserError: ``as_path`` refuses ``name``.
     """
-    return BUNDLED_MODEL_FOLDER if name == BUNDLED_MODEL else as_path(name)
+    return BUNDLED_MODEL_FOLDER if isinstance(name, str) and name == BUNDLED_MODEL else as_path(name)
 
 
 def check_folder_writable(folder: Path) -> None:
@@ -165,8 +171,8 @@ def reading_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist{' (or its bucket does not)' if is_remote(path) else ''}") from None
     except Exception as fault:
-        if is_remote(path) and (reason := _bucket_error(fault)):
-            raise UserError(f"{path} {reason}") from fault
+        if is_remote(path) and (mistake := _bucket_error(path, fault)):
+            raise mistake from fault
         if isinstance(fault, OSError):
             raise UserError(f"{path} cannot be read: {fault.strerror or fault}") from None
         raise
@@ -183,8 +189,8 @@ def writing_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as fault:
-        if is_remote(path) and (reason := _bucket_error(fault)):
-            raise UserError(f"{path} {reason}") from fault
+        if is_remote(path) and (mistake := _bucket_error(path, fault)):
+            raise mistake from fault
         if not isinstance(fault, OSError):
             raise
         if fault.errno in NO_SPACE:
@@ -196,8 +202,8 @@ def writing_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {fault.strerror or fault}{other}") from fault
 
 
-def _bucket_error(fault: Exception) -> str:
-    """Return why a bucket cannot be used, or nothing if the error is not a bucket's."""
+def _bucket_error(path: Path, fault: Exception) -> UserError | None:
+    """Return the error that says why ``path`` in a bucket cannot be used, or None if ``fault`` is not a bucket's."""
     import aiohttp
     import requests
     from gcsfs.retry import HttpError, NonRetryableError
@@ -206,13 +212,15 @@ def _bucket_error(fault: Exception) -> str:
     first_line = (str(fault).splitlines() or [type(fault).__name__])[0]
     match fault:
         case FileNotFoundError():
-            return "does not exist (or its bucket does not)"
+            return UserError(f"{path} does not exist (or its bucket does not)")
         case TransportError() | aiohttp.ClientError() | requests.RequestException():
-            return f"cannot be reached, is there a network? ({first_line})"
+            return TransientError(f"{path} cannot be reached, is there a network? ({first_line})")
         case HttpError(code=401) | GoogleAuthError() | NonRetryableError():
-            return "needs credentials: run `gcloud auth application-default login`"
+            return UserError(f"{path} needs credentials: run `gcloud auth application-default login`")
         case OSError() if first_line.startswith("Forbidden"):
-            return "is closed to your credentials: ask for the role Storage Object User on the bucket"
+            return UserError(
+                f"{path} is closed to your credentials: ask for the role Storage Object User on the bucket"
+            )
         case OSError() | HttpError():
-            return f"cannot be used: {first_line}"
-    return ""
+            return UserError(f"{path} cannot be used: {first_line}")
+    return None

@@ -63,12 +63,19 @@ def _plan_training(argv: Sequence[str], console: Console) -> None:
         default=DatasetSize.tokens_per_example,
         help="Mean number of tokens of an example. The default is that of LLaVA-CoT-100k.",
     )
+    add(
+        "--images_per_example",
+        type=int,
+        default=DatasetSize.images_per_example,
+        help="Number of images of each example. A batch is as large as the example in it with the most images.",
+    )
     add("--mfu", type=float, default=0.4, help="Model FLOPs utilization, from 0 to 1, that hours are computed for.")
     options = parser.instantiate(parser.parse_args(list(argv)))
     settings = TrainSettings(**{field.name: options[field.name] for field in fields(TrainSettings)})
     if not 0 < options.mfu <= 1:
         raise UserError(f"mfu is {options.mfu}; it must be above 0 and at most 1")
-    dataset, slice_ = DatasetSize(options.examples, options.tokens_per_example), _slice(options.topology)
+    dataset = DatasetSize(options.examples, options.tokens_per_example, options.images_per_example)
+    slice_ = _slice(options.topology)
     config = model_config_for(settings.checkpoint, settings.convention)
 
     slices.enable_tpu_compiler()

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("llava_cot_jax.generate")
 
-_OF_SINGLE_QUESTIONS = ("question", "image", "draw", "trace", "page", "show_search", "show_reasoning", "json")
+_OF_SINGLE_QUESTIONS = (
+    "question",
+    "messages",
+    "image",
+    "draw",
+    "trace",
+    "page",
+    "show_search",
+    "show_reasoning",
+    "json",
+)
 """Options that have no meaning with a file of questions."""
 
 _LINES = 20
@@ -104,6 +114,7 @@ class QuestionFileJob:
             "dtype": options.dtype,
             "quantize": options.quantize,
             "search": repr(self._strategy),
+            "format": hashlib.sha256(repr(self._strategy.to_spec().format).encode()).hexdigest(),
             "default_max_new_tokens": self._stated_length,
             "judge_prompts": digest,
             "seed": options.seed,
@@ -122,12 +133,14 @@ class QuestionFileJob:
 
     def _longest_prompt(self, builder: RequestBuilder) -> int:
         """Return the number of tokens of the longest prompt that can be answered, at least 1."""
+        from llava_cot_jax.processing.conversation import read_conversation
         from llava_cot_jax.search.tables import token_ids
 
         lengths = {1}
         for row in self.rows:
             with contextlib.suppress(UserError):  # which the stream tells in the row
-                lengths.add(len(token_ids(builder.processor, builder.prompt(row.question, len(row.sources)))))
+                prompt = builder.prompt(read_conversation(row.question, row.sources))
+                lengths.add(len(token_ids(builder.processor, prompt)))
         header = builder.chat_headers([max(len(row.sources) for row in self.rows)]).capacity
         for length in sorted(lengths, reverse=True):
             with contextlib.suppress(UserError):
@@ -181,4 +194,4 @@ def _said(streamed: StreamedAnswer, result_of: Callable[[Answer], Any]) -> dict[
     if streamed.answer is None:
         return {"error": str(streamed.error)}
     result = result_of(streamed.answer)
-    return {**asdict(result), "notes": result.notes}
+    return {**asdict(result), "notes": result.notes(streamed.answer.trace.format)}

@@ -1,13 +1,24 @@
-"""The four stages of an answer, how they are found in its text, and when two answers count as the same."""
+"""The stages of an answer, how they are found in its text, and when two answers count as the same."""
 
 import re
 import string
 from dataclasses import dataclass
 
 from llava_cot_jax.checks import check_text
+from llava_cot_jax.stage_format import LLAVA_COT, STAGES, StageFormat, StageMarks
 
-STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
-"""LLaVA-CoT's stages in their order. Each is enclosed in ``<NAME>`` and ``</NAME>``."""
+__all__ = [
+    "STAGES",
+    "Stage",
+    "body_of",
+    "find_conclusion",
+    "find_stages",
+    "is_staged",
+    "locate_stages",
+    "may_be_staged",
+    "normalize_answer",
+    "without_partial_mark",
+]
 
 
 @dataclass(frozen=True)
@@ -15,10 +26,11 @@ class Stage:
     """A stage of a text.
 
     Attributes:
-        start: Position of the opening tag, in characters.
-        end: Position after the closing tag, or where the stage ends without one.
-        body: Text between the tags, without the space around it.
-        closed: Whether the closing tag is there.
+        start: Position of the opening, in characters.
+        end: Position after the closing, or where the stage ends without one.
+        body: Text between the two, without the space around it.
+        closed: Whether the stage ended as its format has it: with its closing; or, in a format without one, before the
+            next opening, or with the text where no stage can follow.
     """
 
     start: int
@@ -27,40 +39,52 @@ class Stage:
     closed: bool
 
 
-def locate_stages(text: str) -> dict[str, Stage]:
-    """Return each stage of ``text`` that was opened, by name and in order.
+def locate_stages(text: str, format: StageFormat = LLAVA_COT) -> dict[str, Stage]:
+    """Return each stage of ``text``, the text of one turn, that was opened, by name and in order.
 
-    A stage that was never closed reaches to the next stage's opening tag, or to the end of the text. A stage counts
-    once and in its order: a tag that is repeated or out of order is text.
+    A stage that was never closed reaches to a later stage's opening, or to the end of the text. A stage counts once and
+    in its order: an opening or a closing that is repeated or out of order is text.
     """
     found: dict[str, Stage] = {}
     position = 0
-    for i, name in enumerate(STAGES):
-        start = text.find(f"<{name}>", position)
+    for i, stage in enumerate(format.stages):
+        if i and stage.ask is not None:
+            break
+        start = text.find(stage.mark, position) if text else -1
         if start < 0:
             continue
-        inside = start + len(f"<{name}>")
-        later = "".join(f"|(?=<{n}>)" for n in STAGES[i + 1 :])
-        stop = re.compile(rf"</{name}>{later}|\Z").search(text, inside)
+        inside = start + len(stage.mark)
+        later = format.later_marks(i)
+        closing = (stage.closing or "").strip()
+        patterns = [re.escape(closing)] if closing else []
+        patterns += [f"(?={re.escape(mark)})" for mark in later]
+        stop = re.compile("|".join([*patterns, r"\Z"])).search(text, inside)
         assert stop is not None  # \Z always matches
         position = stop.end()
-        found[name] = Stage(start, position, text[inside : stop.start()].strip(), closed=bool(stop.group()))
+        closed = bool(stop.group()) if closing else not later or position < len(text)
+        found[stage.name] = Stage(start, position, text[inside : stop.start()].strip(), closed)
     return found
 
 
-def find_stages(text: str) -> dict[str, str]:
+def find_stages(text: str, format: StageFormat = LLAVA_COT) -> dict[str, str]:
     """Return the body of each stage of ``text`` that was opened, as ``locate_stages`` finds it.
 
     Raises:
         UserError: ``text`` is no text.
     """
     check_text("text", text)
-    return {name: stage.body for name, stage in locate_stages(text).items()}
+    return {name: stage.body for name, stage in locate_stages(text, format).items()}
 
 
-def find_conclusion(text: str) -> str:
+def find_conclusion(text: str, format: StageFormat = LLAVA_COT) -> str:
     """Return the body of the conclusion of a whole answer, or the whole text of an answer without one."""
-    return find_stages(text).get("CONCLUSION", text.strip())
+    return find_stages(text, format).get(format.conclusion, text.strip())
+
+
+def body_of(text: str, stage: StageMarks) -> str:
+    """Return the body of a stage whose text, up to its end, comes without the opening."""
+    closing = (stage.closing or "").strip()
+    return (text.partition(closing)[0] if closing else text).strip()
 
 
 def normalize_answer(text: str) -> str:
@@ -69,13 +93,23 @@ def normalize_answer(text: str) -> str:
     return spaced.strip(string.punctuation + string.whitespace) or spaced
 
 
-def is_staged(text: str) -> bool:
-    """Whether ``text`` has all four stages in order, each one closed."""
-    stages = locate_stages(text)
-    return len(stages) == len(STAGES) and all(stage.closed for stage in stages.values())
+def is_staged(text: str, format: StageFormat = LLAVA_COT) -> bool:
+    """Whether ``text`` has all stages of its format in order, each one closed."""
+    stages = locate_stages(text, format)
+    return len(stages) == len(format.stages) and all(stage.closed for stage in stages.values())
 
 
-def may_be_staged(text: str) -> bool:
+def may_be_staged(text: str, format: StageFormat = LLAVA_COT) -> bool:
     """Whether ``text``, the beginning of an answer, opens a stage or may yet do so."""
     start = text.lstrip()
-    return any(f"<{name}>".startswith(start[: len(name) + 2]) for name in STAGES)
+    return any(stage.mark.startswith(start[: len(stage.mark)]) for stage in format.stages)
+
+
+def without_partial_mark(body: str, stage: str, format: StageFormat) -> str:
+    """Return the body of a stage that is still being written without the beginning of what may end it."""
+    index = format.names.index(stage)
+    ends = [(format.stages[index].closing or "").strip(), *format.later_marks(index)]
+    for start in range(max(len(body) - max(map(len, ends)), 0), len(body)):
+        if any(end.startswith(body[start:]) for end in ends):
+            return body[:start].rstrip()
+    return body

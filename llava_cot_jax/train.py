@@ -6,7 +6,9 @@ python -m llava_cot_jax.train --config FILE.yaml [dotted overrides]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import shlex
 import socket
 import sys
@@ -115,14 +117,26 @@ def read_arguments(argv: list[str] | None = None) -> tuple[TrainSettings, jsonar
 def _group_in(arguments: Sequence[str]) -> ProcessGroup:
     """Return the processes that arguments name which cannot be used, so that the others hear of it, or this one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--hosts.coordinator", dest="coordinator")
-    for name in ("count", "index"):
-        parser.add_argument(f"--hosts.{name}", dest=name, type=int)
+    configured = _configured_hosts(arguments)
+    for name, kind in (("coordinator", str), ("count", int), ("index", int)):
+        parser.add_argument(f"--hosts.{name}", dest=name, type=kind, default=configured.get(f"hosts.{name}"))
     try:
         known, _ = parser.parse_known_args(list(arguments))
         return find_group(**vars(known))
     except (argparse.ArgumentError, UserError):
         return ProcessGroup()
+
+
+def _configured_hosts(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the options of hosts in the configuration files that arguments name, as far as these can be read."""
+    configured: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # a UserError is a ValueError
+        for configuration in cli.configurations_in(arguments):
+            content = yaml.safe_load(configuration.read_text(encoding="utf-8"))
+            group = content.pop("hosts", None) if isinstance(content, dict) else None
+            if isinstance(group, dict):
+                configured |= {f"hosts.{name}": value for name, value in group.items()}
+    return {name: str(value) for name, value in configured.items() if value is not None}
 
 
 def _relocate_moved_run(settings: TrainSettings, arguments: Sequence[str]) -> TrainSettings:
@@ -248,4 +262,4 @@ def _answer(result: TrainResult) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, command="train")
+    cli.run(main, leave=os._exit, command="train")  # threads of a save that failed may wait for hours

@@ -56,6 +56,7 @@ def bucket_host() -> Iterator[None]:
         patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # as_path does so, but a test may import gcsfs first
         patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
         yield
         server.stop()

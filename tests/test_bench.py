@@ -74,8 +74,8 @@ def test_all_lengths_are_forced():
     timed = SearchBenchmark(model, WORK, runs=1)
     judge = Judge("rationale", both_orders=False, reason_tokens=3, check_tokens=2)
     spec = StageBeam(2, judge, max_new_tokens=WORK.stage_tokens).to_spec()
-    stage_tables, judge_tables = endless_tables(timed.config, WORK, spec)
-    found = bench_search(timed, spec, stage_tables, judge_tables)
+    stage_tables, scorer_tables = endless_tables(timed.config, WORK, spec)
+    found = bench_search(timed, spec, stage_tables, scorer_tables)
     lengths = np.asarray(found.candidates.lengths)[:, 0]  # [stages, candidates]
     np.testing.assert_array_equal(lengths, np.repeat(np.array(WORK.stage_tokens)[:, None], 2, axis=1))
     reasons = np.asarray(found.judgement.queries.reason.lengths)[:, 0]
@@ -84,9 +84,9 @@ def test_all_lengths_are_forced():
     assert [row[:n].tolist() for row, n in zip(reasons, asked, strict=True)] == [[3], [3], [2, 2, 3], [3]]
 
 
-def bench_search(timed, spec, stage_tables, judge_tables):
+def bench_search(timed, spec, stage_tables, scorer_tables):
     static = {"config": timed.config, "spec": spec, "prefill_chunk": 64, "mesh": None}
-    return search(timed.params, timed.search_inputs, stage_tables, judge_tables, **static)
+    return search(timed.params, timed.search_inputs, stage_tables, scorer_tables, **static)
 
 
 @pytest.fixture
@@ -119,13 +119,14 @@ def test_the_report(monkeypatch, capsys, tmp_path, found_again):
     totals = {name: value for part in parts for name, value in part.items()}
     assert list(parts[0]) == ["date", "versions", "device", "workload", "rates"]
     names = [row["name"] for row in rows]
-    assert names[:5] == ["vision tower", "prefill", "decode, N = 1", "decode, N = 2", "judge, a pair"]
+    components = ["vision tower", "prefill", "decode, N = 1", "decode, N = 2", "verifier, N = 2", "judge, a pair"]
+    assert names[: len(components)] == components
     assert [row["sequences"] for row in rows[2:4]] == [1, 2]
     assert len(found_again) >= len(names)  # each was timed warm too
     assert "stage beam, rationale, N = 2" in names and "greedy" in names
     assert all(p["timing"]["median"] > 0 and p["flops"] > 0 for p in rows)
     assert totals["recompilations"] == 0
-    assert set(totals["judge_share"]) == {"token, N = 2", "rationale, N = 2"}
+    assert set(totals["scorer_share"]) == {"verifier, N = 2", "token, N = 2", "rationale, N = 2"}
     calls = {row["method"]: row["calls"] for row in baseline}
     assert calls == {"one call after another": 10 * 2 - 6, "batched sampling, no judge": 4}
     assert "differ from transformers' by at most" in err and "times as long as ours" in err

@@ -197,6 +197,23 @@ def test_programs_that_cannot_be_kept_are_a_warning(tmp_path, monkeypatch, warni
         assert "compiled programs cannot be kept in" in warnings_of.messages[-1]
 
 
+def test_a_platform_that_jax_does_not_know_is_one_line():
+    script = "from llava_cot_jax import cli\nimport jax\ncli.run(jax.devices)"
+    environment = os.environ | {"JAX_PLATFORMS": "nonsense"}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: jax cannot use the devices: Unable to initialize backend 'nonsense'")
+    assert ended.returncode == 2
+
+
+def test_devices_that_another_process_holds_deserve_another_start(capsys):
+    text = "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 7"
+    assert cli.report(RuntimeError(text)) == 1
+    assert capsys.readouterr().err == f"error: jax cannot use the devices: {text}\n"
+    cli.report(RuntimeError("another one"))
+    assert capsys.readouterr().err == "RuntimeError: another one\n"
+
+
 def test_the_version():
     assert run("-m", "llava_cot_jax", "--version").stdout == f"llava-cot {version('llava_cot_jax')}\n"
     assert llava_cot_jax.__version__ == version("llava_cot_jax")
@@ -231,6 +248,24 @@ def test_a_terminal_without_a_character_shows_its_code(environment):
     out = "d\u00e9j\u00e0 \u5317 \\ud83d" if utf8 else r"d\xe9j\xe0 \u5317 \ud83d"
     assert ended.stdout == f"{out}\n".encode()
     assert ended.stderr == ("error: \u4eac\n" if utf8 else "error: \\u4eac\n").encode()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plan", "--print_config"]])
+def test_an_output_that_cannot_be_written(arguments, unbuffered):
+    """A full disk is told in one line, a reader that has ended ends the command, and without an output all goes on."""
+    command = [sys.executable, "-m", "llava_cot_jax", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+
+    def ended(output: str) -> tuple[int, str]:
+        shell = ["sh", "-c", f'"$@" {output}', "sh", *command]
+        process = subprocess.run(shell, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE, timeout=60)
+        return process.returncode, process.stderr
+
+    full = "error: no space left for what the command prints, or for one of its files: free some on that disk\n"
+    assert ended(">/dev/full") == (2, full)
+    assert ended("| true") == (0, "")
+    assert ended(">&-") == (0, "")
 
 
 SCRIPT = "import sys; from llava_cot_jax.__main__ import main; sys.argv[0] = 'bin/llava-cot'; main()"

@@ -137,3 +137,21 @@ def test_a_cache_that_cannot_be_written_is_a_warning(warnings_of, tmp_path: Path
         f"counts cannot be kept in {tmp_path}/file/below: Not a directory; the work "
     )
     assert f"plans cannot be kept in {tmp_path}/new: Read-only file system" in warnings_of.messages[2]
+
+
+def test_a_device_or_a_link_is_not_replaced(tmp_path):
+    """Neither a shell's pipe nor a named one becomes a file, and a link leads where it led."""
+    os.mkfifo(tmp_path / "named")
+    reader, writer = os.pipe()
+    ends = {
+        Path(f"/dev/fd/{writer}"): reader,
+        tmp_path / "named": os.open(tmp_path / "named", os.O_RDONLY | os.O_NONBLOCK),
+    }
+    for path, end in ends.items():
+        check_file_writable(path)
+        write_text(path, "text")
+        assert not path.is_file() and os.read(end, 9) == b"text"
+    (tmp_path / "link").symlink_to("file")
+    for text in ("one", "two"):
+        write_text(tmp_path / "link", text)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "two"

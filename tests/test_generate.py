@@ -35,6 +35,7 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.questions import read_questions
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import StageBeam
+from llava_cot_jax.stage_format import LLAVA_COT
 from llava_cot_jax.stages import STAGES
 from tests.demo import write_demo
 from tests.parity.reference import and_then, logits_of, under
@@ -263,6 +264,7 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
             "--num_candidates has no meaning for --search greedy",
         ),
         (lambda d, t: [*SEARCH, "majority_vote", "--judge", "token"], "--judge has no meaning"),
+        (lambda d, t: [*SEARCH, "weighted_vote", "--judge", "token"], "which is --judge verifier"),
         (lambda d, t: [*SEARCH, "best_of_n", "--num_candidates", "[4, 2]"], "--num_candidates takes one value"),
         (lambda d, t: [*SEARCH, "stage_beam", "--num_candidates", "[4, 2]"], "2 values for 4 stages"),
         (lambda d, t: [*SEARCH, "stage_beam", "--max_new_tokens", "0"], "max_new_tokens is 0; it must be at least 1"),
@@ -335,6 +337,29 @@ class TestQuestionsAndImages:
         assert [each.question for each in asked] == ["Wie viele \u2013 rot?", "Which?"]
         assert [each.sources for each in asked] == [["~/picture.png"]] * 2
 
+    def test_a_standard_input_that_is_closed(self, demo):
+        given = ["-m", "llava_cot_jax.generate", "--checkpoint", str(demo), "--question", "-"]
+        ended = subprocess.run(["sh", "-c", '"$@" <&-', "sh", sys.executable, *given], capture_output=True, text=True)
+        closed = "error: standard input is closed: - stands for what another command writes there\n"
+        assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", closed)
+
+    def test_a_question_and_a_file_in_a_terminal_that_is_not_utf8(self, demo, tmp_path):
+        """Neither a question in UTF-8, nor the name of a file in other bytes, needs a locale."""
+        picture = os.fsencode(tmp_path) + b"/gr\xf6\xdfer.png"
+        shutil.copy(demo / "picture.png", picture)
+        given = ["--checkpoint", str(demo), "--question", "gr\xf6\xdfer?".encode(), "--image", picture, "--json"]
+        environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        command = [sys.executable, "-m", "llava_cot_jax.generate", *given, "--max_new_tokens", "2"]
+        ended = subprocess.run(command, env=environment, capture_output=True, check=True)
+        answer = json.loads(ended.stdout)
+        assert answer["question"] == "gr\xf6\xdfer?"
+        assert os.fsencode(answer["images"][0]) == picture
+
+    def test_a_question_without_text(self, monkeypatch, capsys):
+        """As a shell gives it for a variable that is not set."""
+        code, _, err = run(monkeypatch, capsys, "--question", "")
+        assert (code, err) == (2, "error: a question is empty: give its text after --question\n")
+
     @pytest.mark.parametrize(("content", "named"), [(b" \n", "standard input is empty"), (b"\xff", "no text in UTF-8")])
     def test_a_standard_input_that_has_none(self, demo, monkeypatch, capsys, content, named):
         monkeypatch.setattr(sys, "stdin", Stdin(content))
@@ -375,7 +400,7 @@ class TestQuestionsAndImages:
     ],
 )
 def test_how_an_answer_ended_is_told(stages, ended, bound, notes):
-    assert QuestionResult("", "", {}, ended, {}, {}, stages, bound).notes == notes
+    assert QuestionResult("", "", {}, ended, {}, {}, stages, bound).notes(LLAVA_COT) == notes
 
 
 def test_a_mistake_in_a_process_of_its_own(demo, tmp_path):

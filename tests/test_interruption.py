@@ -64,6 +64,34 @@ def test_other_programs_keep_their_own_handling():
         assert signal.signal(signal.SIGINT, kept) is before
 
 
+IGNORED = """
+import signal, time
+from llava_cot_jax import cli
+
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def main():
+    try:
+        Dying()
+        time.sleep(20)
+    finally:
+        print("cleaned up")
+
+cli.run(main)
+"""
+
+
+def test_where_python_ignores_exceptions(tmp_path):
+    """As in a destructor that is called while jax traces a program."""
+    (tmp_path / "llava-cot").write_text(IGNORED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "llava-cot")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=15)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "cleaned up\n", "interrupted\n")
+
+
 def test_a_command_may_clean_up(capsys):
     cleaned = []
 

@@ -106,6 +106,7 @@ ARGUMENTS = [
     ("convert", ["a"], "give DESTINATION"),
     ("convert", [], "give SOURCE and DESTINATION"),
     ("generate", ["--seed"], "--seed needs a value: a whole number"),
+    ("plan", ["--config"], "--config needs a value: a mapping, or a YAML file of one"),
     ("generate", ["--question"], "--question needs a value: a list of texts"),
     (
         "generate",

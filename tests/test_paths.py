@@ -19,7 +19,8 @@ from llava_cot_jax.data.prepared import PreparedRows
 from llava_cot_jax.data.raw import preparation
 from llava_cot_jax.data.settings import PrepareSettings
 from llava_cot_jax.data.sources import open_rows
-from llava_cot_jax.errors import UserError
+from llava_cot_jax.errors import TransientError, UserError
+from llava_cot_jax.files import usable_cache
 from llava_cot_jax.model.checkpoint import reading, writing
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.reading import StoredTensor, locate_tensors, read_slices
@@ -124,9 +125,26 @@ class TestRefusals:
 
         monkeypatch.setattr("gcsfs.retry.asyncio.sleep", at_once)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://localhost:1")
-        with pytest.raises(UserError, match=r"^gs://bucket/a cannot be reached, is there a network\? \(.*localhost:1"):
+        with pytest.raises(
+            TransientError, match=r"^gs://bucket/a cannot be reached, is there a network\? \(.*localhost:1"
+        ):
             resolve_checkpoint("gs://bucket/a")
         assert not caplog.records  # one line is enough
+
+    def test_a_cache_is_done_without(
+        self, monkeypatch: pytest.MonkeyPatch, warnings_of: pytest.LogCaptureFixture, folder: Path
+    ) -> None:
+        """Within seconds, although every access to a bucket that is out of reach is repeated for minutes."""
+        assert usable_cache(folder, "programs") == folder and not warnings_of.messages
+        assert usable_cache(as_path("gs://nowhere/a"), "programs") is None
+        monkeypatch.setattr("llava_cot_jax.files.BUCKET_SECONDS", 0.5)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://localhost:1")
+        assert usable_cache(folder, "programs") is None
+        told = [message.partition(";")[0] for message in warnings_of.messages]
+        assert told == [
+            "programs cannot be kept in gs://nowhere/a: does not exist (or its bucket does not)",
+            f"programs cannot be kept in {folder}: the bucket did not answer within 0 s",
+        ]
 
     @pytest.mark.parametrize("name", ["gs://nowhere/a", "gs://bucket/a"])
     def test_nothing_there(self, name: str, tmp_path: Path) -> None:

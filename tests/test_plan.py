@@ -49,7 +49,11 @@ def test_the_size_of_the_data_set_changes_the_hours(capsys):
     (base,) = told(capsys, *FULL, "--topology", "v5e:8x8")
     (fewer,) = told(capsys, *FULL, "--topology", "v5e:8x8", "--examples", "49223")
     (longer,) = told(capsys, *FULL, "--topology", "v5e:8x8", "--tokens_per_example", "1200")
+    (album,) = told(capsys, *FULL, "--topology", "v5e:8x8", "--images_per_example", "3")
     assert fewer["hours"] == pytest.approx(base["hours"] / 2, rel=0.01) and longer["hours"] > base["hours"]
+    assert album["hours"] > base["hours"]
+    one, three = (plan["computed"]["memory"]["batch"] for plan in (base, album))  # nearly all of it is pixels
+    assert 2.9 * one < three < 3.1 * one
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(capsys):

@@ -1,5 +1,6 @@
 """Tests of the prepare command: its output, counts and errors, and results that no interruption changes."""
 
+import gzip
 import io
 import json
 import os
@@ -143,7 +144,7 @@ class TestResult:
         source, rows, train, validation, *others = last.split()
         assert (source, rows, int(train) + int(validation)) == ("vg", "10", 10)
         assert set(others) == {"0"}
-        assert images == "images that no row names: 1"
+        assert images == "files that no row names: 1"
         cells = [int(cell) for cell in total.split()[1:]]
         assert total.split()[0] == "all"
         assert cells[0] == sum(cells[1:3]) + sum(cells[3:10]) == len(raw.rows) + len(raw.skipped)
@@ -236,6 +237,41 @@ class TestNames:
 
 
 class TestForms:
+    def test_files_in_another_form_in_place_of_images(self, raw: RawSet, tmp_path: Path) -> None:
+        rows = [raw.rows[1] | {"image": name} for name in ("a.png", "b.png")]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images/a.png").write_bytes(gzip.compress(b"", mtime=0))
+        (tmp_path / "images/b.png").write_bytes(b"<svg/>")
+        files = ["--annotations", str(tmp_path / "a.jsonl"), "--images", str(tmp_path / "images")]
+        with pytest.raises(UserError, match="none of the 2 rows can be used"):
+            main(arguments(raw, tmp_path / "out", *files))
+        skipped = map(json.loads, (tmp_path / "out.preparing/result/skipped.jsonl").open())
+        assert [row["detail"] for row in skipped] == [
+            "it is a file compressed by gzip: put the image in its place",
+            "it is an XML file: put the image in its place",
+        ]
+
+    def test_turns_of_chat_apis_give_the_same_rows(self, raw: RawSet, tmp_path: Path) -> None:
+        names = {"human": "user", "gpt": "assistant"}
+        other = dict(raw.rows[1])
+        turns = other.pop("conversations")
+        other["messages"] = [{"role": names[turn["from"]], "content": turn["value"]} for turn in turns]
+        for name, row in {"llava": raw.rows[1], "chat": other}.items():
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+            files = ["--annotations", str(tmp_path / f"{name}.jsonl"), "--validation_share", "0"]
+            main(arguments(raw, tmp_path / name, *files))
+        llava, chat = (PreparedRows(tmp_path / name, "train") for name in ("llava", "chat"))
+        assert llava[0] == chat[0] and llava.turns(0) == chat.turns(0)
+
+    def test_rows_without_an_id_repeat_none(self, raw: RawSet, tmp_path: Path) -> None:
+        rows = [{key: value for key, value in raw.rows[1].items() if key != "id"} | more for more in ({}, {"id": None})]
+        rows += [raw.rows[1], raw.rows[1]]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        main(arguments(raw, tmp_path / "out", "--annotations", str(tmp_path / "a.jsonl")))
+        (counts,) = json.loads((tmp_path / "out/prepared.json").read_text())["sources"].values()
+        assert (counts["rows"], counts["repeated ids"]) == (4, 1)
+
     def test_an_array_gives_the_same_rows(self, raw: RawSet, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
         rows = [raw.rows[line] for line in sorted(raw.rows)]
         (tmp_path / "rows.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -371,6 +407,17 @@ class TestAgain:
         rows = PreparedRows(tmp_path / "out", "train")
         assert len(rows) == len(raw.rows)
         assert max(Image.open(io.BytesIO(rows[0].images[0])).size) == 20
+
+    def test_damaged_settings_of_a_run_begin_anew(
+        self, raw: RawSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], warnings_of: pytest.LogCaptureFixture
+    ) -> None:
+        with pytest.raises(UserError):
+            main(arguments(raw, tmp_path / "out", "--allow_missing", "0"))
+        settings = tmp_path / "out.preparing/settings.json"
+        settings.write_text("cut")
+        main(arguments(raw, tmp_path / "out"))
+        assert warnings_of.messages == [f"{settings} is damaged: the output is written anew"]
+        assert "0 images were checked now" in capsys.readouterr().out
 
     def test_one_at_a_time(self, raw: RawSet, tmp_path: Path) -> None:
         with WorkFolder(tmp_path / "out"), pytest.raises(UserError, match=r"out is being prepared by another process"):

@@ -124,6 +124,34 @@ def test_ctrl_c_saves_and_a_second_ends_at_once(place, cache, undisturbed):
     assert steps_in(place / "pressed twice/checkpoints") == []
 
 
+BECOMES_A_FILE = """
+import shutil
+from llava_cot_jax.training.checkpoints import Checkpoints
+real = Checkpoints.save
+def save(self, state, run, loss=None):
+    if self._folder.name == "checkpoints":
+        shutil.rmtree(self._folder)
+        self._folder.write_text("")
+    real(self, state, run, loss)
+Checkpoints.save = save
+
+import runpy
+real_run = cli.run
+def run_as_users_do(_):
+    cli.run = real_run
+    runpy.run_path(train.__file__, run_name="__main__")
+cli.run = run_as_users_do
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_cannot_begin_ends_the_process(place, cache):
+    """Orbax's threads wait for hours for the folder of a checkpoint, and Python for them."""
+    done = disturbed(place, cache, "became a file", BECOMES_A_FILE)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: a checkpoint cannot be written to ") and "Not a directory" in done.stderr
+
+
 IN_A_SAVE = f'before(checkpoints, "write_checksums", lambda: {KILLED}, lambda count: count == 3)'
 
 

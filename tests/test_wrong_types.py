@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,6 +13,7 @@ from llava_cot_jax import (
     AnswerStream,
     Generator,
     Greedy,
+    Judge,
     Mllama,
     MllamaConfig,
     Processor,
@@ -19,6 +21,7 @@ from llava_cot_jax import (
     Reasoner,
     Sampling,
     StageBeam,
+    StageFormat,
     TextConfig,
     UserError,
     VisionConfig,
@@ -73,6 +76,12 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "an array of floats": (ask(image=np.zeros((4, 4, 3))), r"an array of float64 \[4, 4, 3\]; give a path"),
     "channels first": (ask(image=np.zeros((3, 8, 8), np.uint8)), r"an array of uint8 \[3, 8, 8\]"),
     "an empty array": (ask(image=np.zeros((0, 4, 3), np.uint8)), "has no pixels"),
+    "an image inside jit": (
+        lambda m, p: jax.jit(lambda image: Reasoner(m, p, Greedy(2)).answer(image, "red?").text)(
+            np.zeros((4, 4, 3), np.uint8)
+        ),
+        "an image is a .*Tracer that cannot be made an array of NumPy; give a path",
+    ),
     "None among images": (ask(image=[None]), "an image is None; give a path"),
     "a text for a question of a stream": (
         lambda m, p: _error_of(Reasoner(m, p, Greedy(4)).answer_stream(["red?"])),
@@ -124,6 +133,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "a processor from nothing": (lambda m, p: Processor.from_pretrained(None), "a path is None"),
     "a model from nothing": (lambda m, p: Mllama.from_pretrained(None), "a path is None"),
     "a dtype": (lambda m, p: Mllama.from_pretrained("shapes", dtype="float99"), "dtype 'float99' are not supported"),
+    "half a character in a dtype": (lambda m, p: Mllama.from_pretrained("shapes", dtype=HALF), "dtype 'broken "),
     "a layout to load": (lambda m, p: Mllama.from_pretrained("shapes", layout="flat"), "layout is 'flat'; it must be"),
     "a layout to change to": (lambda m, p: m.to_layout("flat"), "layout is 'flat'; it must be one of"),
     "a configuration to load": (lambda m, p: Mllama.from_pretrained("shapes", config="11b"), "config is '11b'; give"),
@@ -156,6 +166,14 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "layers in a list": (lambda m, p: TextConfig(cross_attention_layers=[3]), r"\[3\], a list; it must be a tuple"),
     "an epsilon": (lambda m, p: VisionConfig(norm_eps=None), "vision norm_eps is None; it must be a finite number"),
     "canvases": (lambda m, p: VisionConfig(supported_aspect_ratios=((1, "1"),)), "supported_aspect_ratios is '1'"),
+    "a format of nothing": (
+        lambda m, p: StageFormat(None, ()),
+        "the name of a stage format is None; it must be a text",
+    ),
+    "stages of a format in a list": (
+        lambda m, p: StageFormat("mine", []),
+        r"stages is \[\], a list; it must be",
+    ),
     "stages of nothing": (lambda m, p: find_stages(None), "text is None; it must be a text"),
     "a mesh axis": (lambda m, p: make_mesh(data="2"), "mesh axis data is '2'; it must be a whole number"),
     "a turn of nothing": (lambda m, p: user_turn(None), "question is None; it must be a text"),
@@ -167,6 +185,45 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "labels of another shape": (
         lambda m, p: causal_lm_loss(np.zeros((1, 3, 9)), np.zeros((1, 4), int)),
         r"labels are int64 \[1, 4\]; logits \[1, 3, 9\] need integer labels \[1, 3\]",
+    ),
+    "an array for a choice": (lambda m, p: m.to_layout(np.zeros(3)), "layout is a ndarray; it must be one of"),
+    "an array for a verdict": (lambda m, p: Judge(np.zeros(3)), "verdict is a ndarray; it must be one of"),
+    "an array for a convention": (lambda m, p: MllamaConfig(convention=np.zeros(3)), "unknown convention a ndarray"),
+    "an object for a convention": (lambda m, p: MllamaConfig(convention=object()), "unknown convention a object; one"),
+    "an array for a path": (lambda m, p: Mllama.from_pretrained(np.zeros(3)), "a path is a ndarray; name a file"),
+    "half a character in a path": (
+        lambda m, p: MllamaConfig.from_pretrained(HALF),
+        r"a path has the character '\\ud83d' at",
+    ),
+    "a null character in a path": (lambda m, p: m.save_pretrained("a\0b"), r"a path is 'a\\x00b'; it has a null char"),
+    "the top folder to save to": (lambda m, p: m.save_pretrained("/"), "/ exists and is not empty"),
+    "parameters of a model": (lambda m, p: Mllama(m.config, arrays=[1]), r"arrays is \[1\], a list; give the param"),
+    "whether there are hidden states": (
+        lambda m, p: m(IDS["input_ids"], output_hidden_states=np.zeros(3)),
+        "output_hidden_states is a ndarray; it must be True or False",
+    ),
+    "a processor's configuration": (
+        lambda m, p: Processor.from_pretrained("shapes", "11b"),
+        "config is '11b'; give the MllamaConfig",
+    ),
+    "a number for devices": (lambda m, p: make_mesh(devices=4), "devices is 4; give a list of devices"),
+    "numbers for devices": (lambda m, p: make_mesh(devices=[0]), r"devices is \[0\], a list; give a list of devices"),
+    "a seed in an array of texts": (generate(IDS, seeds=np.array("7")), "seed is a ndarray; it must be a whole number"),
+    "layers within layers": (lambda m, p: TextConfig(cross_attention_layers=((3,),)), r"layers is \(3,\), a tuple; it"),
+    "canvases of three sides": (
+        lambda m, p: VisionConfig(supported_aspect_ratios=((1, 2, 3),)),
+        "has .*; each must be a height and a width in tiles",
+    ),
+    "objects for ids": (lambda m, p: p.decode([object()]), "ids is a list; give the token ids of one text"),
+    "ids inside jit": (
+        lambda m, p: jax.jit(lambda ids: Generator(m).generate({"input_ids": ids}, max_new_tokens=2))(
+            np.ones((1, 3), int)
+        ),
+        "input_ids has no values inside jax.jit, which generation needs: call it outside",
+    ),
+    "slots of a stream": (
+        lambda m, p: Reasoner(m, p, Greedy(2)).answer_stream([Question("red?")], slots="two"),
+        "slots is 'two'; it must be a whole number",
     ),
     "a temperature": (lambda m, p: Sampling("warm"), "temperature is 'warm'; it must be a finite number"),
 }
@@ -184,13 +241,18 @@ def test_every_public_class_and_function_is_tried():
     """Those that only hold what the package gives, and the strategies, which ``test_hostile.py`` tries, are not."""
     tried = {name for call, _ in WRONG.values() for name in _names_in(call.__code__)}
     tried |= {name for helper in (ask, ask_all, generate) for name in _names_in(helper.__code__)}
-    strategies = {"BestOfN", "Judge", "LogProbability", "MajorityVote", "Sample", "StageBeam"}
-    assert (
-        set(llava_cot_jax.__all__)
-        - {"Answer", "AnswerStream", "Completion", "StreamedAnswer", "UserError"}
-        - strategies
-        <= tried
-    )
+    strategies = {
+        "BestOfN",
+        "Judge",
+        "LogProbability",
+        "MajorityVote",
+        "Sample",
+        "StageBeam",
+        "Verifier",
+        "WeightedVote",
+    }
+    made_here = {"Answer", "AnswerStream", "Completion", "StreamedAnswer", "UserError"}
+    assert set(llava_cot_jax.__all__) - made_here - strategies <= tried
 
 
 def _names_in(code: Any) -> set[str]:

@@ -19,7 +19,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.search.program import SearchInputs
 from llava_cot_jax.search.prompts import PROMPT_KINDS
 from llava_cot_jax.search.strategies import SearchSpec
-from llava_cot_jax.search.tables import JudgeTables, StageTables
+from llava_cot_jax.search.tables import JudgeTables, ScorerTables, StageTables, VerifierTables
 
 
 def random_model(name: str, dtype: Any, mesh: jax.sharding.Mesh | None) -> Mllama:
@@ -67,7 +67,7 @@ def random_search_inputs(config: MllamaConfig, work: Workload, questions: int = 
     )
 
 
-def endless_tables(config: MllamaConfig, work: Workload, spec: SearchSpec) -> tuple[StageTables, JudgeTables | None]:
+def endless_tables(config: MllamaConfig, work: Workload, spec: SearchSpec) -> tuple[StageTables, ScorerTables]:
     """Return stop tables that never match, so that every candidate is as long as it may be."""
     count, states = spec.num_stages, 2
     tag = [[3] * TAG_TOKENS] if spec.stages else [[]]
@@ -76,9 +76,12 @@ def endless_tables(config: MllamaConfig, work: Workload, spec: SearchSpec) -> tu
         closings=pad(tag * (count * (states + TAILS)), (count, states + TAILS)),
         stop_tables=jnp.zeros((count, states, config.text.vocab_size), jnp.uint8),
     )
+    verifier_tables = None
+    if spec.has_verifier:
+        verifier_tables = VerifierTables(probes=pad([[5] * work.probe_tokens] * count), answers=jnp.arange(2))
     judge = spec.judge
     if judge is None:
-        return stage_tables, None
+        return stage_tables, ScorerTables(None, verifier_tables)
 
     def part(share: float) -> RaggedTokens:
         shape = (len(PROMPT_KINDS), count)
@@ -100,4 +103,4 @@ def endless_tables(config: MllamaConfig, work: Workload, spec: SearchSpec) -> tu
         verdicts=jnp.arange(2),
         stop_tables=jnp.zeros((len(PROMPT_KINDS), states, config.text.vocab_size), jnp.uint8),
     )
-    return stage_tables, judge_tables
+    return stage_tables, ScorerTables(judge_tables, verifier_tables)

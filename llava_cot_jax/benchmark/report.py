@@ -20,7 +20,16 @@ from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.costs.device_memory import peak_device_memory
 from llava_cot_jax.costs.model_costs import parameter_counts
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.search.strategies import Greedy, Judge, LogProbability, MajorityVote, StageBeam, Strategy
+from llava_cot_jax.search.strategies import (
+    Greedy,
+    Judge,
+    LogProbability,
+    MajorityVote,
+    Scorer,
+    StageBeam,
+    Strategy,
+    Verifier,
+)
 
 
 def measure(
@@ -65,15 +74,15 @@ def measure(
             _add_row(table, row, rates)
     recompilations, memory = sum(row.timing.recompilations for row in rows), peak_device_memory()
     seconds = {row.name: row.timing.median for row in rows}
-    judge_shares = _judge_shares(seconds, work)
-    write({"recompilations": recompilations, "peak_memory": memory, "judge_share": judge_shares})
+    scorer_shares = _scorer_shares(seconds, work)
+    write({"recompilations": recompilations, "peak_memory": memory, "scorer_share": scorer_shares})
     console.print(table)
     console.print(
         f"recompilations: {recompilations}; "
         f"peak memory: {'not reported by this device' if memory is None else f'{memory / 1e9:.1f} GB'}"
     )
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in judge_shares.items())
-    console.print("share of the judge in the time of a search:", shares)
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in scorer_shares.items())
+    console.print("share of the scorer in the time of a search:", shares)
     if baseline:
         for measured in _measure_baseline(
             TransformersBaseline(model, work, bench.search_inputs), seconds, work, console
@@ -99,7 +108,13 @@ def _searches(work: Workload) -> list[tuple[str, Strategy]]:
         (f"majority vote, N = {most}", MajorityVote(most, max_new_tokens=whole)),
     ]
     for count in work.num_candidates:
-        for name, scorer in (("likelihood", LogProbability()), ("token", Judge()), ("rationale", reasons)):
+        scorers: dict[str, Scorer] = {
+            "likelihood": LogProbability(),
+            "verifier": Verifier(),
+            "token": Judge(),
+            "rationale": reasons,
+        }
+        for name, scorer in scorers.items():
             if count > 1 or name == "likelihood":
                 stages = tuple(f"S{i}" for i in range(len(work.stage_tokens)))
                 found.append(
@@ -141,14 +156,14 @@ def _add_row(table: Table, row: BenchmarkRow, rates: list[DeviceRates]) -> None:
     )
 
 
-def _judge_shares(seconds: Mapping[str, float], work: Workload) -> dict[str, float]:
-    """Share of the time of each judged search by which it exceeds that of the same search without a judge."""
+def _scorer_shares(seconds: Mapping[str, float], work: Workload) -> dict[str, float]:
+    """Share of the time of each search by which it exceeds that of the same search by log-probability."""
     return {
-        f"{verdict}, N = {count}": 1
-        - seconds[f"stage beam, likelihood, N = {count}"] / seconds[f"stage beam, {verdict}, N = {count}"]
+        f"{scorer}, N = {count}": 1
+        - seconds[f"stage beam, likelihood, N = {count}"] / seconds[f"stage beam, {scorer}, N = {count}"]
         for count in work.num_candidates
         if count > 1
-        for verdict in ("token", "rationale")
+        for scorer in ("verifier", "token", "rationale")
     }
 
 
@@ -179,7 +194,7 @@ def _measure_baseline(
     console.print(f"logits after the prompt differ from transformers' by at most {difference:.2g} of {largest:.3g}")
     for count in (n for n in work.num_candidates if n > 1):
         for method, run, names in (
-            ("one call after another", baseline.sequential, ("rationale", "token")),
+            ("one call after another", baseline.sequential, ("rationale", "token", "verifier")),
             ("batched sampling, no judge", baseline.batched, ("likelihood",)),
         ):
             with cli.status(f"transformers, {method}, N = {count}"):

@@ -13,18 +13,19 @@ from llava_cot_jax.benchmark.inputs import endless_tables, random_search_inputs,
 from llava_cot_jax.benchmark.timing import ResultT, Timing, time_program
 from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.costs import model_costs
-from llava_cot_jax.inference.decoding import Decoder, encode_images, prefill
+from llava_cot_jax.inference.decoding import Decoder, EndReason, Samples, encode_images, prefill
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.model.image_context import ImageContext
-from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Prefix, init_cache
+from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Segment, init_cache
 from llava_cot_jax.model.layers import linear
 from llava_cot_jax.model.mllama import Mllama, compute_logits
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import SearchInputs, default_prefill_chunk, sample_candidates, search
-from llava_cot_jax.search.strategies import Judge, StageBeam, Strategy
+from llava_cot_jax.search.strategies import Judge, StageBeam, Strategy, Verifier
 from llava_cot_jax.search.trace import DecodingRun, SearchCosts, split_stages
+from llava_cot_jax.search.verifier import StageScores, score_candidates
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class BenchmarkRow:
         name: Name of the component.
         timing: Seconds that it takes.
         count: Number of units that it processes.
-        unit: Unit of ``count``: "image", "token", "step", "pair" or "question".
+        unit: Unit of ``count``: "image", "token", "step", "candidate", "pair" or "question".
         flops: FLOPs of the whole component, by the useful count of ``model_costs``.
         bytes: Bytes that the component must read from memory: the weights once, or in each decoding step together with
             the KV caches. For a whole search these are the bytes of its decoding steps; prefill is bound by compute.
@@ -72,7 +73,7 @@ class SearchBenchmark:
         self.image_tokens = self.config.vision.image_tokens if work.image_tiles else 0
 
     def component_rows(self) -> Iterator[BenchmarkRow]:
-        """Measure the vision tower, the prefill, decoding steps by number of candidates, and a judged pair."""
+        """Measure the vision tower, the prefill, decoding steps, the verifier on a stage, and the judge on a pair."""
         images = None
         if self.image_tokens:
             tower, images = self._vision_tower()
@@ -81,10 +82,11 @@ class SearchBenchmark:
         yield row
         # The longest stage starts after the stages before it, whose part of the cache is left empty.
         before = sum(self.work.stage_tokens[: self.work.stage_tokens.index(max(self.work.stage_tokens))])
-        prefix = Prefix(layers, self.search_inputs.lengths + before)
+        prefix = Segment(layers, self.search_inputs.lengths + before)
         for count in self.work.num_candidates:
             yield self._decode_steps(count, images, prefix, logits)
-        if max(self.work.num_candidates) > 1:
+        if (most := max(self.work.num_candidates)) > 1:
+            yield self._verify(most, images)
             yield self._judge_pair(images)
 
     def _time(self, function: Callable[..., ResultT], *arguments: Any) -> tuple[Timing, ResultT]:
@@ -115,7 +117,9 @@ class SearchBenchmark:
         read_bytes = self._step_bytes(1, 0, 0)["weights"]
         return BenchmarkRow("prefill", timing, tokens, "token", flops, read_bytes, matmuls), result
 
-    def _decode_steps(self, count: int, images: ImageContext | None, prefix: Prefix, logits: jax.Array) -> BenchmarkRow:
+    def _decode_steps(
+        self, count: int, images: ImageContext | None, prefix: Segment, logits: jax.Array
+    ) -> BenchmarkRow:
         """Measure the decoding steps of the longest stage, after the prompt and the stages before it."""
         steps = max(self.work.stage_tokens)
         spec = StageBeam(count, max_new_tokens=steps, stages=("A",)).to_spec()
@@ -123,10 +127,16 @@ class SearchBenchmark:
         suffix = init_cache(self.config.text, count, steps, self.model.dtype)
 
         def sample_stage(
-            params: Params, images: ImageContext | None, logits: jax.Array, prefix: Prefix, tables: jax.Array, keys: Any
+            params: Params,
+            images: ImageContext | None,
+            logits: jax.Array,
+            prefix: Segment,
+            tables: jax.Array,
+            keys: Any,
         ) -> Any:
             decoder = self._decoder(params, images)
-            _, samples = sample_candidates(decoder, spec, logits, prefix, suffix, tables, keys, jnp.zeros(1, jnp.int32))
+            stage = jnp.zeros(1, jnp.int32)
+            _, samples = sample_candidates(decoder, spec, logits, (prefix,), suffix, tables, keys, stage)
             return samples.tokens, samples.log_prob
 
         keys = jax.vmap(jax.random.key)(self.search_inputs.seeds)
@@ -138,6 +148,36 @@ class SearchBenchmark:
         flops = count * sum(one.values()) * (steps - 1)
         return BenchmarkRow(f"decode, N = {count}", timing, steps - 1, "step", flops, read_bytes, matmuls, count)
 
+    def _verify(self, count: int, images: ImageContext | None) -> BenchmarkRow:
+        """Measure the verifier on the candidates of the longest stage, after the prompt and the stages before it."""
+        longest = max(self.work.stage_tokens)
+        spec = StageBeam(count, Verifier(), max_new_tokens=longest, stages=("A",)).to_spec()
+        stage_tables, scorer_tables = endless_tables(self.config, self.work, spec)
+        tables = scorer_tables.verifier
+        assert tables is not None
+        prefix = self.work.prompt_tokens + sum(self.work.stage_tokens[: self.work.stage_tokens.index(longest)])
+        closings = stage_tables.closings[0][jnp.zeros((1, count), jnp.int32)]
+        numbers = jnp.full((1, count), longest, jnp.int32)
+        ended = jnp.full_like(numbers, EndReason.MAX_NEW_TOKENS)
+        tokens = jnp.ones((1, count, longest), jnp.int32)
+        candidates = Samples(tokens, numbers, ended, jnp.zeros_like(numbers), jnp.zeros((1, count), jnp.float32))
+
+        def scores(params: Params, images: ImageContext | None, candidates: Samples) -> StageScores:
+            decoder = self._decoder(params, images)
+            chain = (
+                Segment(decoder.init_cache(1, prefix), jnp.full(1, prefix, jnp.int32)),
+                Segment(decoder.init_cache(count, longest), candidates.num_cached.reshape(-1)),
+            )
+            return score_candidates(decoder, chain, candidates, closings, jnp.zeros(1, jnp.int32), tables)
+
+        timing, found = self._time(scores, images, candidates)
+        probe = int(found.probe_lengths[0, 0])
+        one = model_costs.text_flops(self.config, probe, self.image_tokens, prefix=prefix + longest - 1, scored=1)
+        matmuls = self._time(lambda p: self._text_matmuls(p, count * probe, count))[0].median
+        read_bytes = self._step_bytes(1, 0, 0)["weights"]
+        flops = count * sum(one.values())
+        return BenchmarkRow(f"verifier, N = {count}", timing, count, "candidate", flops, read_bytes, matmuls)
+
     def _judge_pair(self, images: ImageContext | None) -> BenchmarkRow:
         """Measure a token verdict on two candidates of the longest stage: the prefill of both orders of the pair."""
         judge, chunk = Judge(), default_prefill_chunk(self.model.mesh)
@@ -147,8 +187,8 @@ class SearchBenchmark:
 
         def verdict(params: Params, images: ImageContext | None, suffixes: RaggedTokens) -> jax.Array:
             decoder = replace(self._decoder(params, images), prefill_chunk=max(1, chunk // orders))
-            prefix = Prefix(decoder.init_cache(1, lengths.prefix), jnp.full(1, lengths.prefix, jnp.int32))
-            cache = KVCache(decoder.init_cache(orders, lengths.suffix + chunk), jnp.zeros(orders, jnp.int32), prefix)
+            prefix = Segment(decoder.init_cache(1, lengths.prefix), jnp.full(1, lengths.prefix, jnp.int32))
+            cache = KVCache(decoder.init_cache(orders, lengths.suffix + chunk), jnp.zeros(orders, jnp.int32), (prefix,))
             return prefill(decoder, suffixes, cache)[1]
 
         timing, _ = self._time(verdict, images, suffixes)
@@ -160,11 +200,11 @@ class SearchBenchmark:
     def _judge_lengths(self, judge: Judge) -> JudgeLengths:
         """Lengths of a judge's prompts on the longest stage, without earlier stages."""
         spec = StageBeam(2, judge, max_new_tokens=max(self.work.stage_tokens), stages=("A",)).to_spec()
-        stage_tables, judge_tables = endless_tables(self.config, self.work, spec)
-        assert judge_tables is not None
+        stage_tables, scorer_tables = endless_tables(self.config, self.work, spec)
+        assert scorer_tables.judge is not None
         return JudgeLengths.of(
             judge,
-            judge_tables,
+            scorer_tables.judge,
             header=self.search_inputs.chat_headers.capacity,
             question=int(self.search_inputs.question.lengths.max()),
             text=SearchLengths.of(spec, stage_tables, self.work.prompt_tokens).text,
@@ -174,11 +214,11 @@ class SearchBenchmark:
     def whole_search(self, name: str, strategy: Strategy) -> BenchmarkRow:
         """Measure a whole search."""
         spec = strategy.to_spec()
-        stage_tables, judge_tables = endless_tables(self.config, self.work, spec)
+        stage_tables, scorer_tables = endless_tables(self.config, self.work, spec)
         mesh = self.model.mesh
         static = {"config": self.config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
         timing, found = time_program(
-            lambda: search(self.params, self.search_inputs, stage_tables, judge_tables, **static), self.runs
+            lambda: search(self.params, self.search_inputs, stage_tables, scorer_tables, **static), self.runs
         )
         costs = SearchCosts(
             self.config, spec, split_stages(jax.device_get(found), 0), num_images=1 if self.image_tokens else 0

@@ -20,6 +20,7 @@ class Workload:
         reason_tokens: Number of tokens of a judge's written reason.
         check_tokens: Number of tokens of a judge's check of a reasoning.
         judge_prompt_tokens: Number of tokens of the judge's prompt without the question and the candidates.
+        probe_tokens: Number of tokens of the verifier's question with the beginning of the answer.
         num_candidates: Numbers of candidates to measure.
 
     Raises:
@@ -32,6 +33,7 @@ class Workload:
     reason_tokens: int = 40
     check_tokens: int = 20
     judge_prompt_tokens: int = 110
+    probe_tokens: int = 22
     num_candidates: tuple[int, ...] = (1, 4, 10)
 
     def __post_init__(self) -> None:

@@ -7,12 +7,15 @@ there is little padding and a training step is compiled for few shapes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
 from llava_cot_jax.data.place import START, Place
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.rounding import ceil_div
+
+MAX_ROWS_PER_EPOCH = 1 << 30
 
 FILLER = -1
 """Row number that stands for no row, to fill up the last batch of an evaluation."""
@@ -100,7 +103,8 @@ class BatchOrder:
         sets: Number of rows of each set, and its weight. None is one set of weight 1.
 
     Raises:
-        UserError: The order is shuffled and there are fewer rows than in a batch.
+        UserError: The order is shuffled and there are fewer rows than in a batch; or by its weight, no row of a set
+            comes in an epoch; or there are too many.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class BatchOrder:
         self.seed = seed
         self.shuffle = shuffle
         self.sets = tuple(sets) if sets and shuffle else ((len(lengths), 1.0),)
+        self._check_weights()
         self.rows_per_epoch = int(self._times(0).sum())
         if shuffle and self.rows_per_epoch < batch:
             raise UserError(f"{self.rows_per_epoch} rows do not fill a batch of {batch}: set a smaller batch_size")
@@ -168,6 +173,24 @@ class BatchOrder:
         if self.start.seen is not None and epoch == self.start.epoch:
             times = np.maximum(times - self.start.seen, 0)
         return np.repeat(np.arange(len(times)), times)
+
+    def _check_weights(self) -> None:
+        """Check that of each set some row comes in an epoch, and that an epoch is not too long for the memory.
+
+        Raises:
+            UserError: It is not so.
+        """
+        ends = list(accumulate(count for count, _ in self.sets))
+        used = [np.count_nonzero(part) for part in np.split(self.lengths, ends[:-1])]
+        for number, (rows, (_, weight)) in enumerate(zip(used, self.sets, strict=True), 1):
+            if rows and not round(weight * rows):
+                raise UserError(
+                    f"data set {number} of {len(used)} has {rows} rows, of which none comes in an epoch by its weight "
+                    f"of {weight}: give it at least {1 / rows:.2g}"
+                )
+        total = sum(rows * weight for rows, (_, weight) in zip(used, self.sets, strict=True))
+        if total > MAX_ROWS_PER_EPOCH:
+            raise UserError(f"by the weights of data, an epoch has {total:.2g} rows: give smaller weights, more epochs")
 
     def _times(self, epoch: int) -> np.ndarray:
         """Return how many times each row comes in an epoch, int64 [rows]."""

@@ -25,7 +25,7 @@ from llava_cot_jax.data.index import Index
 from llava_cot_jax.data.place import Place
 from llava_cot_jax.data.rows import Mixture, Row, Rows
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
-from llava_cot_jax.data.workers import die_with_parent
+from llava_cot_jax.data.workers import die_with_parent, expect_leftover_memory
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import cache_folder
 from llava_cot_jax.processing.images import open_image
@@ -155,6 +155,7 @@ class Loader:
         """
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain's workers copy absl's flags
+        expect_leftover_memory()
         threads = self._settings.num_threads
         processes = grain.MultiprocessingOptions(self._settings.num_workers, per_worker_buffer_size=1)
         dataset = (

@@ -44,7 +44,7 @@ class PreparedRows:
             raise UserError(
                 f"{folder} has no rows in split {split!r}, only in {' and '.join(splits)}: name one of these, or "
                 "prepare the data with another share for validation; a training may validate on another data set "
-                "(validation_data), or on none (eval_examples: 0)"
+                "(validation_data), or on none (eval_examples: 0, eval_generations: 0)"
             )
         self._length: int = splits[split]
         self._fingerprint = f"{description['fingerprint']}-{split}"

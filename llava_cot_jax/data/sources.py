@@ -39,13 +39,18 @@ def open_training_rows(data: str | Mapping[str, float]) -> "Rows":
         data: Name of a data set, or the weight of each by their names, as in ``TrainSettings.data``.
 
     Raises:
-        UserError: A data set or its split does not exist.
+        UserError: A data set or its split does not exist, or two are the same.
     """
     if isinstance(data, str):
         return open_rows(data, "train")
     from llava_cot_jax.data.rows import Mixture
 
-    return Mixture(tuple(open_rows(name, "train") for name in data), tuple(map(float, data.values())))
+    parts = {name: open_rows(name, "train") for name in data}
+    names: dict[str, str] = {}
+    for name, rows in parts.items():
+        if (other := names.setdefault(rows.fingerprint, name)) != name:
+            raise UserError(f"{other} and {name} are the same data: name them once, with the sum of the weights")
+    return Mixture(tuple(parts.values()), tuple(map(float, data.values())))
 
 
 def open_validation_rows(data: str | Mapping[str, float], validation_data: str | None, count: int) -> "Rows":

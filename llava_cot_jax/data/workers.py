@@ -3,6 +3,7 @@
 import multiprocessing as mp
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,6 +18,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_LEFTOVER_MEMORY = "ignore:resource_tracker:UserWarning"
+"""Option ``-W`` of Python for the warnings of its resource tracker."""
+
+
 def die_with_parent() -> None:
     """End this worker process as soon as its parent has ended, even by SIGKILL. To be called once."""
     parent = mp.parent_process()
@@ -28,6 +33,16 @@ def die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="die_with_parent").start()
+
+
+def expect_leftover_memory() -> None:
+    """Let the processes that Python starts from here on free shared memory that was left over, without a warning.
+
+    A worker that ends while it sends a batch cannot know whether the batch was received. So Python's resource tracker,
+    a process that Python starts beside the first worker, frees it, which it would report as a leak.
+    """
+    if _LEFTOVER_MEMORY not in sys.warnoptions:
+        sys.warnoptions.append(_LEFTOVER_MEMORY)
 
 
 def parallel(

@@ -106,6 +106,8 @@ def encode_images(
 ) -> ImageContext | None:
     """Run the vision tower on the images of prompts. This is its only run.
 
+    Each prompt sees its own images alone, as in a batch of one, whatever convention the model follows.
+
     Args:
         params: Parameters of the model, in the unrolled layout.
         config: Configuration of the model.
@@ -120,7 +122,8 @@ def encode_images(
     text_params = params["language_model"]["model"]
     states = cross_attention_states(params, config, inputs)
     layers = text_decoder.image_keys_values(text_params, config.text, states)
-    masks = cross_attention_mask(config, inputs["cross_attention_mask"])
+    is_image = inputs["aspect_ratio_ids"] > 0  # the id of what fills up a batch is 0
+    masks = cross_attention_mask(config, inputs["cross_attention_mask"], is_image)
     return ImageContext(*masks, layers=layers, last_token=lengths - 1)
 
 
@@ -190,6 +193,20 @@ class Samples:
     def text(self) -> RaggedTokens:
         """The tokens of text."""
         return RaggedTokens(self.tokens, self.lengths)
+
+    @property
+    def num_cached(self) -> jax.Array:
+        """Number of tokens of text whose keys and values are sure to be in the suffix of the cache, int32.
+
+        The last token is sampled, but not computed with.
+        """
+        return jnp.maximum(self.lengths - 1, 0)
+
+    @property
+    def last_token(self) -> RaggedTokens:
+        """The tokens of text that ``num_cached`` does not count: the last one, or none where there is no text."""
+        token = jnp.take_along_axis(self.tokens, self.num_cached[..., None], axis=-1)
+        return RaggedTokens(token, self.lengths - self.num_cached)
 
     @property
     def num_sampled(self) -> jax.Array:

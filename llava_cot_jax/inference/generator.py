@@ -357,7 +357,9 @@ def check_seeds(seeds: Sequence[int] | int, batch: int = 1) -> None:
     Raises:
         UserError: A seed is no whole number or does not fit 32 bits, or there is another number of seeds.
     """
-    given: list[Any] = list(seeds) if isinstance(seeds, list | tuple | range | np.ndarray) else [seeds]
+    seeds_or_one: Any = seeds
+    is_several = isinstance(seeds, list | tuple | range) or getattr(seeds, "ndim", 0) > 0
+    given: list[Any] = list(seeds_or_one) if is_several else [seeds_or_one]
     for seed in given:
         check_int("seed", seed, least=None)
         if not 0 <= seed < 2**32:
@@ -370,8 +372,13 @@ def pad_to_bucket(config: MllamaConfig, inputs: Mapping[str, ArrayLike]) -> tupl
     """Return ``inputs`` padded on the right to their bucket, without an attention mask, and the lengths of the prompts.
 
     Raises:
-        UserError: A prompt is nothing but padding.
+        UserError: A prompt is nothing but padding, or an array is being traced.
     """
+    if traced := [name for name, x in inputs.items() if isinstance(x, jax.core.Tracer)]:
+        raise UserError(
+            f"{', '.join(traced)} has no values inside jax.jit, which generation needs: call it outside, where it runs "
+            "compiled programs of its own"
+        )
     arrays = {name: np.asarray(x) for name, x in inputs.items() if x is not None}
     ids = arrays["input_ids"].astype(np.int32)
     present = arrays.pop("attention_mask", np.ones_like(ids)).astype(bool)

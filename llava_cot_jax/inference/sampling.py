@@ -33,6 +33,17 @@ def top_k_top_p(
     return jnp.where(kept, scaled, -jnp.inf), ids
 
 
+def gumbel_noise(keys: Key[Array, " batch"], ids: Int[Array, "batch k"]) -> Float[Array, "batch k"]:
+    """Return standard Gumbel noise for tokens, each of which depends on a sequence's key and the token's id alone.
+
+    A key with an id folded in is a hash of both, whose bits are taken as they are. To draw from that key would hash a
+    second time, and over a whole vocabulary take twice as long.
+    """
+    hashes = jax.random.key_data(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, ids))[..., 0]
+    uniform = ((hashes >> 9).astype(jnp.float32) + 0.5) * 2.0**-23  # the middle of one of 2**23 equal parts of 0 to 1
+    return -jnp.log(-jnp.log(uniform))
+
+
 @jax.named_scope("sample_token")
 def sample_token(
     logits: Float[Array, "batch vocab"],
@@ -40,7 +51,9 @@ def sample_token(
     sampling: Sampling,
     temperature: Float[Array, " batch"] | None = None,
 ) -> Int[Array, " batch"]:
-    """Sample one token for each sequence.
+    """Sample one token for each sequence: that with the largest sum of logit over temperature and noise.
+
+    A token keeps its noise where rounding changes its rank, or where top_k and top_p keep other tokens beside it.
 
     Args:
         logits: Logits.
@@ -53,7 +66,7 @@ def sample_token(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     usable = None if temperature is None else jnp.where(temperature > 0, temperature, 1.0)
     scaled, ids = top_k_top_p(logits, sampling, usable)
-    choice = jax.vmap(jax.random.categorical)(keys, scaled)
+    choice = jnp.argmax(scaled + gumbel_noise(keys, ids), axis=-1)
     if temperature is not None:
         choice = jnp.where(temperature > 0, choice, jnp.argmax(scaled, axis=-1))
     return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]

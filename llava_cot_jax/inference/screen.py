@@ -5,7 +5,8 @@ from typing import Self
 
 from rich.console import Console
 
-from llava_cot_jax.stages import find_stages, may_be_staged
+from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
+from llava_cot_jax.stages import find_stages, may_be_staged, without_partial_mark
 
 
 class Screen:
@@ -15,10 +16,11 @@ class Screen:
 
     Args:
         show_reasoning: Whether to show the whole text of every answer.
+        format: Format of the stages.
     """
 
-    def __init__(self, show_reasoning: bool) -> None:
-        self._whole = show_reasoning
+    def __init__(self, show_reasoning: bool, format: StageFormat = LLAVA_COT) -> None:
+        self._whole, self._format = show_reasoning, format
         self._shown = ""
         self._stage = ""
         self._console = Console(stderr=True)
@@ -34,20 +36,20 @@ class Screen:
 
     def show(self, text: str) -> None:
         """Show the answer as far as it is generated."""
-        stages = find_stages(text)
-        if self._whole or not (stages or may_be_staged(text)):
+        stages = find_stages(text, self._format)
+        if self._whole or not (stages or may_be_staged(text, self._format)):
             self._print(text)
         elif stages:
             stage, body = list(stages.items())[-1]
-            if stage == "CONCLUSION":
-                self._print(_without_partial_tag(body))
+            if stage == self._format.conclusion:
+                self._print(without_partial_mark(body, stage, self._format))
             elif stage != self._stage:
                 self._stage = stage
                 self._show_status(f"writing the {stage.lower()}")
 
     def finish(self, text: str) -> None:
         """Show what is still hidden of the whole answer, and end the line."""
-        conclusion = find_stages(text).get("CONCLUSION")
+        conclusion = find_stages(text, self._format).get(self._format.conclusion)
         self._print(text if self._whole or conclusion is None else conclusion)
         print(flush=True)
 
@@ -60,9 +62,3 @@ class Screen:
         self._status.stop()
         print(text.removeprefix(self._shown), end="", flush=True)
         self._shown = text
-
-
-def _without_partial_tag(body: str) -> str:
-    """Return ``body`` without the beginning of a closing tag at its end."""
-    start = body.rfind("<")
-    return body[:start].rstrip() if start >= 0 and "</CONCLUSION>".startswith(body[start:]) else body

@@ -100,6 +100,53 @@ def tag_automaton(tag: bytes) -> Automaton:
     return np.concatenate([table[:accept], tails])
 
 
+def heading_automaton(headings: Sequence[bytes]) -> Automaton:
+    """Return an automaton for the headings that may follow a text.
+
+    It counts line breaks, up to a blank line: in the first ``TAILS`` states, those at the end of a text that no heading
+    begins at the end of; in the last ``TAILS``, which accept, those before the heading that is complete.
+
+    Raises:
+        UserError: A heading is empty, or there is none.
+    """
+    strings = string_automaton(headings)
+    nodes = len(strings) - len(headings)
+    depth = _depths(strings, nodes)
+    table = np.zeros(((nodes + 1) * TAILS, 256), np.int32)
+    for node in range(nodes):
+        for byte in range(256):
+            following = min(int(strings[node, byte]), nodes)
+            for breaks in range(TAILS):
+                if following == nodes or depth[following] == depth[node] + 1:
+                    after = breaks  # the heading goes on, or is complete
+                elif following:
+                    after = 0  # another begins within it
+                else:
+                    after = min((0 if node else breaks) + 1, TAILS - 1) if byte == ord("\n") else 0
+                table[node * TAILS + breaks, byte] = following * TAILS + after
+    table[nodes * TAILS :] = np.arange(nodes * TAILS, (nodes + 1) * TAILS)[:, None]
+    return table
+
+
+def _depths(automaton: Automaton, nodes: int) -> list[int]:
+    """Return the number of bytes that each of the first ``nodes`` states of a ``string_automaton`` has seen."""
+    depths, frontier = [0] * nodes, {0}
+    seen = set(frontier)
+    for depth in range(1, nodes):
+        frontier = {int(node) for node in automaton[sorted(frontier)].reshape(-1) if node < nodes} - seen
+        seen |= frontier
+        for node in frontier:
+            depths[node] = depth
+    return depths
+
+
+def endless_automaton() -> Automaton:
+    """Return an automaton that finds nothing, for a text that only an end-of-sequence token ends."""
+    table = np.zeros((1 + TAILS, 256), np.int32)
+    table[1:] = np.arange(1, 1 + TAILS)[:, None]
+    return table
+
+
 def case_insensitive(automaton: Automaton) -> Automaton:
     """Return an automaton for strings in lower case that finds them in upper case too."""
     table = automaton.copy()

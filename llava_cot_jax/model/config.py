@@ -32,14 +32,14 @@ def _check_types(config: Any, kind: str) -> None:
             if value is not None:
                 check_instance(name, value, RopeScaling, "give a RopeScaling, or None")
         else:
-            _check_tuple(name, value, whole="int" in str(each.type))
-
-
-def _check_tuple(name: str, value: Any, whole: bool) -> None:
-    if not isinstance(value, tuple):
-        raise UserError(f"{name} is {shown(value)}; it must be a tuple")
-    for entry in value:
-        (_check_tuple if isinstance(entry, tuple) else _check_number)(name, entry, whole)
+            if not isinstance(value, tuple):
+                raise UserError(f"{name} is {shown(value)}; it must be a tuple")
+            of_pairs = each.type == tuple[tuple[int, int], ...]
+            for entry in value:
+                if of_pairs and not (isinstance(entry, tuple) and len(entry) == 2):
+                    raise UserError(f"{name} has {shown(entry)}; each must be a height and a width in tiles")
+                for number in entry if of_pairs else (entry,):
+                    _check_number(name, number, whole="int" in str(each.type))
 
 
 def _check_number(name: str, value: Any, whole: bool) -> None:
@@ -267,8 +267,8 @@ class MllamaConfig:
         check_instance("vision", self.vision, VisionConfig, "give a VisionConfig")
         check_instance("text", self.text, TextConfig, "give a TextConfig")
         check_int("image_token_index", self.image_token_index, least=None)
-        if self.convention not in get_args(Convention):
-            raise UserError(f"unknown convention {self.convention!r}; one of {', '.join(get_args(Convention))}")
+        if not isinstance(self.convention, str) or self.convention not in get_args(Convention):
+            raise UserError(f"unknown convention {shown(self.convention)}; one of {', '.join(get_args(Convention))}")
         embeddings = self.text.vocab_size + EXTRA_EMBEDDINGS
         if not 0 <= self.image_token_index < embeddings:
             raise UserError(f"image_token_index {self.image_token_index} is beyond the {embeddings} embeddings")
@@ -352,6 +352,11 @@ class MllamaConfig:
         _, stated = image_settings(folder)
         pixels: dict[str, Any] = {k: tuple(stated[k]) for k in ("image_mean", "image_std") if k in stated}
         ends = tuple(dict.fromkeys((*config.text.eos_token_ids, *end_token_ids(folder))))
+        if not any(token < config.text.vocab_size for token in ends):
+            raise UserError(
+                f"{folder} names no end token within its vocabulary of {config.text.vocab_size} ({list(ends)}), so "
+                "that no answer would end: correct eos_token_id in generation_config.json"
+            )
         text = replace(config.text, eos_token_ids=ends)
         return replace(config, vision=replace(config.vision, **pixels), text=text)
 

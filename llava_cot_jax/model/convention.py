@@ -37,7 +37,10 @@ def find_convention(published: Mapping[str, Any]) -> tuple[Convention, str]:
     if stated is not None and (saver in (None, stated) or stated not in get_args(Convention)):
         return stated, ""
     if saver is None:
-        known = f"has the version of Meta's released files, {version}" if version else "states none"
+        known = "states none"
+        if version:
+            meaning = "the version of Meta's released files" if _is_as_released(published) else "an unknown version"
+            known = f"has {meaning}, {version}"
         return "meta", f"{known}, and nothing tells of another training"
     statement = "states none" if stated is None else f"states {stated!r}"
     return saver, f"{statement}, but transformers {version} saved it and may have tuned the weights"

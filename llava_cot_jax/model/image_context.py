@@ -55,16 +55,26 @@ class ImageContext:
 
 
 def cross_attention_mask(
-    config: MllamaConfig, mask: Integer[Array, "batch tokens images tiles"]
+    config: MllamaConfig,
+    mask: Integer[Array, "batch tokens images tiles"],
+    is_image: Bool[Array, "batch images"] | None = None,
 ) -> tuple[Bool[Array, "batch tokens n"], Bool[Array, "batch tokens"], Bool[Array, "batch tokens"]]:
     """Return ``tile_mask``, ``attention_gate`` and ``mlp_gate`` of ``ImageContext`` for a mask of 0 and 1.
 
     A token without an image gets nothing from a cross-attention layer under the convention ``meta``. Under those of
-    transformers it attends to every image token, and only the MLP adds nothing.
+    transformers it attends to every tile of the images, and only the MLP adds nothing.
+
+    Args:
+        config: Configuration of the model.
+        mask: Which tiles each token sees.
+        is_image: Whether an image is one of the sequence's own and does not only fill up the batch. With it, a sequence
+            gets what transformers computes for it alone. None counts every image, as transformers does in a batch.
     """
     visible = mask.astype(bool).reshape(*mask.shape[:2], -1)
     sees_image = attention_gate = visible.any(axis=-1)
     if config.convention != "meta":
-        visible = visible | ~sees_image[..., None]
-        attention_gate = jnp.ones_like(sees_image)
+        own = jnp.ones_like(mask[:, 0, :, 0], bool) if is_image is None else is_image
+        every_tile = jnp.repeat(own, mask.shape[-1], axis=1)
+        visible = visible | (~sees_image[..., None] & every_tile[:, None])
+        attention_gate = jnp.broadcast_to(own.any(axis=1, keepdims=True), sees_image.shape)
     return jnp.pad(visible, ((0, 0), (0, 0), (0, 1))), attention_gate, sees_image

@@ -1,10 +1,13 @@
-"""KV cache of decoding, in two segments: a prefix that sequences share, and the suffix that is a sequence's own.
+"""KV cache of decoding: a chain of segments that sequences share, and the suffix that is a sequence's own.
 
-The sequences of a batch are the candidates of questions, those of the first question first. A prefix and the images
-belong to a question. So ten candidates read one prefix, and nothing of it is copied.
+Each row of a segment is shared by a group of consecutive sequences, and each level of the chain divides the groups of
+the level before it. So ten candidates read one question, sixteen continuations read one candidate, and nothing of a
+question, a candidate or an image is ever copied. Images belong to a question.
 
-    question 0   prefix [capacity] + images    sequences 0, 1, 2   suffix [capacity] each
-    question 1   prefix [capacity] + images    sequences 3, 4, 5   suffix [capacity] each
+    question 0 + images    candidate 0    sequences 0, 1   suffix [capacity] each
+                           candidate 1    sequences 2, 3   suffix [capacity] each
+    question 1 + images    candidate 2    sequences 4, 5   suffix [capacity] each
+                           candidate 3    sequences 6, 7   suffix [capacity] each
 """
 
 from dataclasses import dataclass
@@ -57,16 +60,16 @@ def init_cache(config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype) 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Prefix:
-    """Segment of the cache that all sequences of a question share.
+class Segment:
+    """Segment of the cache, each row of which a group of consecutive sequences shares.
 
     Attributes:
-        layers: Keys and values of the self-attention layers, [questions, kv_heads, capacity, head_dim].
-        lengths: int32, number of tokens of each prefix. What lies beyond has no meaning.
+        layers: Keys and values of the self-attention layers, [groups, kv_heads, capacity, head_dim].
+        lengths: int32, number of tokens of each row. What lies beyond has no meaning.
     """
 
     layers: CacheLayers
-    lengths: Int[Array, " questions"]
+    lengths: Int[Array, " groups"]
 
 
 @jax.tree_util.register_dataclass
@@ -78,16 +81,17 @@ class KVCache:
         suffix: Keys and values of each sequence's own tokens, [batch, kv_heads, capacity, head_dim]. Those of new
             tokens are written here.
         lengths: int32, number of tokens of each suffix, which is the index of the next token in it.
-        prefix: Shared tokens before the suffix; None where there are none.
+        prefix: Shared segments before the suffix, root first. The number of groups of each divides the number of
+            sequences.
     """
 
     suffix: CacheLayers
     lengths: Int[Array, " batch"]
-    prefix: Prefix | None = None
+    prefix: tuple[Segment, ...] = ()
 
     def positions(self, tokens: int) -> Int[Array, "batch tokens"]:
         """Return the positions of the next ``tokens`` tokens of each sequence, int32."""
         start = self.lengths
-        if self.prefix is not None:
-            start = start + jnp.repeat(self.prefix.lengths, start.shape[0] // self.prefix.lengths.shape[0])
+        for segment in self.prefix:
+            start = start + jnp.repeat(segment.lengths, start.shape[0] // segment.lengths.shape[0])
         return start[:, None] + jnp.arange(tokens)

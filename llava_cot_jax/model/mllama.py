@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from llava_cot_jax.checks import check_instance, shown
+from llava_cot_jax.checks import check_bool, check_choice, check_instance
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model import text_decoder, vision_tower
 from llava_cot_jax.model.attention import causal_mask
@@ -97,6 +97,7 @@ class Mllama(nnx.Module):
                 raise UserError("give rngs, from which initial parameters are drawn, or arrays")
             check_instance("rngs", rngs, nnx.Rngs, "give flax.nnx.Rngs(0), or with another seed")
             arrays = init_params(parameters(config, layout), rngs.params(), check_weight_dtype(dtype), mesh)
+        check_instance("arrays", arrays, dict, "give the parameters by their paths")
         self._set_params(arrays)
 
     def __call__(
@@ -147,6 +148,7 @@ class Mllama(nnx.Module):
             }
         )
         check_inputs(self.config, inputs)
+        check_bool("output_hidden_states", output_hidden_states)
         return self._run(_logits_and_states if output_hidden_states else _all_logits, inputs)
 
     def vision_features(
@@ -170,11 +172,12 @@ class Mllama(nnx.Module):
 
     def _run(self, function: Callable[..., Any], inputs: Mapping[str, ArrayLike]) -> Any:
         """Compile and call ``function`` with the parameters and ``inputs``."""
-        check_surroundings(self.mesh, inputs)
+        params = self.params
+        check_surroundings(self.mesh, params, inputs)
         given = {name: _to_model_dtype(x) for name, x in inputs.items()}
         static = {"config": self.config, "mesh": self.mesh, "remat": self.remat}
         with without_surroundings():
-            return _run_compiled(self.params, given, function=function, **static)
+            return _run_compiled(params, given, function=function, **static)
 
     @property
     def params(self) -> Params:
@@ -213,7 +216,7 @@ class Mllama(nnx.Module):
         Raises:
             UserError: The parameters are in int8, or there is no such layout.
         """
-        _check_choice("layout", layout, get_args(ParamLayout))
+        check_choice("layout", layout, get_args(ParamLayout))
         if layout == self.layout:
             return
         if self.is_quantized:
@@ -453,13 +456,8 @@ def _run_compiled(
 def _check_settings(config: Any, layout: Any, remat: Any) -> None:
     """Check the settings of a model that do not depend on its parameters."""
     check_instance("config", config, MllamaConfig, "give an MllamaConfig, or use Mllama.from_pretrained")
-    _check_choice("layout", layout, get_args(ParamLayout))
-    _check_choice("remat", remat, get_args(RematPolicy))
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}")
+    check_choice("layout", layout, get_args(ParamLayout))
+    check_choice("remat", remat, get_args(RematPolicy))
 
 
 def _to_model_dtype(x: ArrayLike) -> ArrayLike:

@@ -7,7 +7,7 @@ of ``constrain``.
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     shape = (data, fsdp, tensor)
     for axis, size in zip(MESH_AXES, shape, strict=True):
         check_int(f"mesh axis {axis}", size)
+    if devices is not None and not (isinstance(devices, list | tuple) and all(map(_is_device, devices))):
+        raise UserError(f"devices is {shown(devices)}; give a list of devices, such as jax.devices()")
     available = list(jax.devices() if devices is None else devices)
     count = math.prod(shape)
     if count > len(available):
@@ -70,6 +72,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
         raise UserError(f"data={data} does not divide over {slices} slices: make it a multiple of {slices}")
     within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
     return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, available[:count]), MESH_AXES, axis_types=axes)
+
+
+def _is_device(value: Any) -> bool:
+    """Whether ``value`` is a device, or stands for one in a topology that is compiled for."""
+    return hasattr(value, "platform") and hasattr(value, "device_kind")
 
 
 def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -146,20 +153,24 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     return use_abstract_mesh(mesh.abstract_mesh)
 
 
-def without_surroundings() -> contextlib.AbstractContextManager[None]:
-    """Return the context in which a model computes on its own devices, whatever mesh ``jax.set_mesh`` has set.
+@contextlib.contextmanager
+def without_surroundings() -> Iterator[None]:
+    """Compute in the block on a model's own devices and in 32 bits, whatever ``jax.set_mesh`` and 64-bit mode say.
 
-    Otherwise jax would refuse arrays on other devices than those of that mesh. While a function is traced, as by
-    ``jax.jit`` or ``jax.grad``, the mesh stays.
+    Otherwise jax would refuse arrays on other devices than those of that mesh, and 64-bit numbers beside 32-bit ones.
+    While a function is traced, as by ``jax.jit`` or ``jax.grad``, the surroundings stay.
     """
     try:
-        return jax.set_mesh(None)
+        no_mesh = jax.set_mesh(None)
     except ValueError:  # a function is traced
-        return contextlib.nullcontext()
+        yield
+        return
+    with no_mesh, jax.enable_x64(False):
+        yield
 
 
-def check_surroundings(mesh: Mesh | None, inputs: Mapping[str, Any]) -> None:
-    """Check that a model on ``mesh`` can be called with arrays that a mesh of the user's own may hold.
+def check_surroundings(mesh: Mesh | None, params: Any, inputs: Mapping[str, Any]) -> None:
+    """Check that a model on ``mesh`` can be called with parameters and arrays that a mesh of the user's own may hold.
 
     Raises:
         UserError: The call is part of a function that is compiled for another mesh, which ``jax.set_mesh`` has set; or
@@ -173,13 +184,14 @@ def check_surroundings(mesh: Mesh | None, inputs: Mapping[str, Any]) -> None:
                 "make the mesh with axis_types=(jax.sharding.AxisType.Auto,) for each axis"
             )
     around = get_abstract_mesh()
-    is_traced = any(isinstance(x, jax.core.Tracer) for x in arrays.values())
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, arrays)))
     if mesh is None or around.empty or around.manual_axes:
         return
     if is_traced and around != mesh.abstract_mesh:
         raise UserError(
-            f"the model is on a mesh with the axes {', '.join(mesh.axis_names)}, and jax.jit compiles for another one, "
-            f"with {', '.join(around.axis_names)}: use jax.set_mesh(model.mesh), or call the model outside jit"
+            f"the model is on a mesh with the axes {', '.join(mesh.axis_names)}, and jax.jit or jax.grad traces it for "
+            f"another one, with {', '.join(around.axis_names)}: use jax.set_mesh(model.mesh), or call the model "
+            "outside jit"
         )
 
 

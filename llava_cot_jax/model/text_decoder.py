@@ -183,15 +183,14 @@ def forward_with_cache(
 def _attend_to_cache(
     q: Float[Array, "batch heads tokens head_dim"], suffix: LayerCache, cache: KVCache, layer: int
 ) -> Float[Array, "batch heads tokens head_dim"]:
-    """Attend to the suffix, which has the keys and values of the queries' tokens already, and to the prefix."""
+    """Attend to the suffix, which has the keys and values of the queries' tokens already, and to what is shared."""
     index = jnp.arange(suffix.keys.shape[2])
     visible = index <= (cache.lengths[:, None] + jnp.arange(q.shape[2]))[..., None]  # [batch, tokens, capacity]
     segments = [KVSegment(suffix.keys, suffix.values, visible)]
-    if cache.prefix is not None:
-        shared = cache.prefix.layers[layer]
+    for segment in cache.prefix:
+        shared = segment.layers[layer]
         assert shared is not None
-        # [questions, 1, capacity]
-        visible = jnp.arange(shared.keys.shape[2]) < cache.prefix.lengths[:, None, None]
+        visible = jnp.arange(shared.keys.shape[2]) < segment.lengths[:, None, None]  # [groups, 1, capacity]
         segments.append(KVSegment(shared.keys, shared.values, visible))
     return cascade_attention(q, segments)
 

@@ -51,6 +51,7 @@ class TrainingStep:
         program: Program of the run.
         mesh: Number of devices along each mesh axis.
         tokens: Number of tokens of each sequence.
+        images: Number of images of each sequence.
     """
 
     settings: TrainSettings
@@ -58,6 +59,7 @@ class TrainingStep:
     program: TrainProgram
     mesh: Mapping[str, int]
     tokens: int
+    images: int
 
     @property
     def dtype_bytes(self) -> int:
@@ -72,13 +74,13 @@ class TrainingStep:
 
     @property
     def tower_tokens(self) -> int:
-        """Number of tokens of an image in the vision tower, with their padding."""
-        return model_costs.padded_tower_tokens(self.config)
+        """Number of tokens of a sequence's images in the vision tower, with their padding."""
+        return self.images * model_costs.padded_tower_tokens(self.config)
 
     @property
     def image_tokens(self) -> int:
         """Number of image tokens of a sequence, with their padding."""
-        return model_costs.padded_image_tokens(self.config)
+        return model_costs.padded_image_tokens(self.config, self.images)
 
     @property
     def logit_chunks(self) -> int:

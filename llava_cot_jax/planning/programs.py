@@ -22,10 +22,12 @@ WeightDtype = Literal["float32", "bfloat16", "float16", "int8"]
 """Dtype of the weights of a model that decodes."""
 
 
-def abstract_batch(config: MllamaConfig, batch_size: int, tokens: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a batch of ``Loader``: ``batch_size`` examples of ``tokens`` tokens, with an image each."""
+def abstract_batch(
+    config: MllamaConfig, batch_size: int, tokens: int, mesh: Mesh, num_images: int = 1
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a batch of ``Loader``: examples of ``tokens`` tokens with ``num_images`` images each."""
     tower = config.vision
-    images = (batch_size, 1, tower.max_num_tiles)
+    images = (batch_size, num_images, tower.max_num_tiles)
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "input_ids": ((batch_size, tokens), jnp.int32),
         "attention_mask": ((batch_size, tokens), jnp.int32),
@@ -42,10 +44,10 @@ def abstract_batch(config: MllamaConfig, batch_size: int, tokens: int, mesh: Mes
 
 
 def lower_training_step(
-    program: TrainProgram, settings: TrainSettings, config: MllamaConfig, mesh: Mesh
+    program: TrainProgram, settings: TrainSettings, config: MllamaConfig, mesh: Mesh, num_images: int = 1
 ) -> jax.stages.Lowered:
-    """Lower the training step for the longest batch."""
-    batch = abstract_batch(config, settings.loader.batch_size, settings.chat.max_length, mesh)
+    """Lower the training step for the longest batch of examples with ``num_images`` images each."""
+    batch = abstract_batch(config, settings.loader.batch_size, settings.chat.max_length, mesh, num_images)
     return program.step.lower(program.state, batch)  # type: ignore[attr-defined]
 
 

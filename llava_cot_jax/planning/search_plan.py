@@ -20,7 +20,7 @@ from llava_cot_jax.planning.programs import WeightDtype, abstract_params, lower_
 from llava_cot_jax.planning.roofline import Roofline
 from llava_cot_jax.planning.slices import GENERATIONS, HBM_MARGIN, Slice
 from llava_cot_jax.rounding import ceil_div
-from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
+from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths, probe_capacity, probe_chunk
 from llava_cot_jax.search.program import ACCELERATOR_CHUNK
 from llava_cot_jax.search.strategies import Judge, SearchSpec
 
@@ -152,27 +152,32 @@ def smallest_slices_for_search(
 def _kv_cache_bytes(
     spec: SearchSpec, config: MllamaConfig, work: Workload, questions: int, mesh: Mapping[str, int]
 ) -> int:
-    """Bytes per device of all KV caches at the peak: the prefix, its images, and the candidates or the judge's prompts.
+    """Bytes per device of all KV caches at the peak: the prefix, its images, and what belongs to a stage.
 
-    The caches of candidates and those of the judge are never there at the same time.
+    The caches of candidates and those of the judge are never there at the same time. The verifier reads those of the
+    candidates, so that its own come beside them.
     """
     work = replace(work, stage_tokens=spec.max_new_tokens)
-    inputs, stage_tables, judge_tables = jax.eval_shape(
+    inputs, stage_tables, scorer_tables = jax.eval_shape(
         lambda: (random_search_inputs(config, work), *endless_tables(config, work, spec))
     )
     lengths = SearchLengths.of(spec, stage_tables, prompt=inputs.model_inputs["input_ids"].shape[1])
     prefix = lengths.prefix + ACCELERATOR_CHUNK
-    suffix = max(spec.num_candidates) * lengths.candidate
-    if judge_tables is not None and spec.judge is not None:
+    candidates = max(spec.num_candidates)
+    suffix = candidates * lengths.candidate
+    if scorer_tables.verifier is not None:
+        probe = probe_capacity(scorer_tables.verifier, stage_tables.closings.capacity)
+        suffix += candidates * (probe + probe_chunk(ACCELERATOR_CHUNK, candidates, probe))
+    if scorer_tables.judge is not None and spec.judge is not None:
         prompt = JudgeLengths.of(
             spec.judge,
-            judge_tables,
+            scorer_tables.judge,
             header=inputs.chat_headers.capacity,
             question=inputs.question.capacity,
             text=lengths.text,
             earlier=spec.num_stages - 1,
         )
-        queries = spec.judge.queries_per_batch(max(spec.num_candidates))
+        queries = spec.judge.queries_per_batch(candidates)
         per_query = prompt.suffix + ACCELERATOR_CHUNK // queries + prompt.verdict
         suffix = max(suffix, prompt.prefix + ACCELERATOR_CHUNK + queries * per_query)
     text_token, image_token = model_costs.kv_cache_values_per_token(config)
@@ -227,6 +232,9 @@ class _SearchCosts:
             yield tokens * self.decode_step(stage, suffix=tokens // 2).step_seconds
             if self.spec.judge is not None and self.spec.num_candidates[stage] > 1:
                 yield from self._judge_seconds(self.spec.judge, stage)
+            if self.spec.has_verifier:
+                probes = self.spec.num_candidates[stage] * (self.work.probe_tokens + 1)
+                yield self._prefill_seconds(probes, prefix=prefix + tokens)
             if stage + 1 < len(self.stage_tokens):
                 yield self._prefill_seconds(tokens, prefix)
             prefix += tokens

@@ -12,6 +12,7 @@ class DatasetSize:
     Attributes:
         examples: Number of training examples in an epoch.
         tokens_per_example: Mean number of tokens of an example.
+        images_per_example: Number of images of each example.
 
     Raises:
         UserError: A number is below 1.
@@ -19,7 +20,8 @@ class DatasetSize:
 
     examples: int = 98_446
     tokens_per_example: int = 596
+    images_per_example: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.examples, self.tokens_per_example) < 1:
-            raise UserError("examples and tokens_per_example must be at least 1")
+        if min(self.examples, self.tokens_per_example, self.images_per_example) < 1:
+            raise UserError("examples, tokens_per_example and images_per_example must be at least 1")

@@ -29,7 +29,7 @@ def training_table(plan: TrainingPlan, compiled: CompiledProgram | None, mfu: fl
     table.add_row("trained", f"{what} in {precision}; computed in {settings.dtype}")
     table.add_row(
         "batch",
-        f"{settings.loader.batch_size} examples of up to {settings.chat.max_length} tokens, "
+        f"{settings.loader.batch_size} examples of up to {settings.chat.max_length} tokens and {plan.images} image(s), "
         f"{settings.grad_accum_steps} gradient accumulation step(s), remat {settings.remat}",
     )
     _add_memory(table, plan.memory, plan.slice, compiled)

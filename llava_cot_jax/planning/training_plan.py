@@ -32,6 +32,7 @@ class TrainingPlan:
         flops: FLOPs of such a step on all devices together, as MFU counts them.
         recomputed_flops: FLOPs of such a step that the backward pass recomputes, which MFU does not count.
         steps: Number of steps of the run.
+        images: Number of images of each example.
     """
 
     settings: TrainSettings
@@ -41,6 +42,7 @@ class TrainingPlan:
     flops: int
     recomputed_flops: int
     steps: int
+    images: int
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -77,11 +79,13 @@ def plan_training(settings: TrainSettings, config: MllamaConfig, slice_: Slice, 
     per_epoch = max(1, dataset.examples // settings.loader.batch_size)
     steps = settings.steps or settings.epochs * per_epoch
     program = make_program(settings, config, mesh, steps=steps, steps_per_epoch=per_epoch)
-    longest = TrainingStep(settings, config, program, dict(mesh.shape), settings.chat.max_length)
+    images = dataset.images_per_example
+    longest = TrainingStep(settings, config, program, dict(mesh.shape), settings.chat.max_length, images)
     average = replace(longest, tokens=min(dataset.tokens_per_example, settings.chat.max_length))
-    useful = training_flops(config, average.tokens, 1, trained=program.trained_parts, adapted=program.adapted_parts)
+    trained, adapted = program.trained_parts, program.adapted_parts
+    useful = training_flops(config, average.tokens, images, trained=trained, adapted=adapted)
     flops = settings.loader.batch_size * sum(useful.values())
-    recomputed_by_kind = recomputed_flops(config, average.tokens, 1, remat=settings.remat)
+    recomputed_by_kind = recomputed_flops(config, average.tokens, images, remat=settings.remat)
     recomputed = settings.loader.batch_size * sum(
         count
         for kind, count in recomputed_by_kind.items()
@@ -93,8 +97,8 @@ def plan_training(settings: TrainSettings, config: MllamaConfig, slice_: Slice, 
         hbm_bytes=training_hbm_bytes(average),
         sent_bytes=training_bytes_sent(average),
     )
-    memory = training_memory(longest, abstract_batch(config, settings.loader.batch_size, longest.tokens, mesh))
-    return TrainingPlan(settings, slice_, memory, roofline, flops, recomputed, steps)
+    memory = training_memory(longest, abstract_batch(config, settings.loader.batch_size, longest.tokens, mesh, images))
+    return TrainingPlan(settings, slice_, memory, roofline, flops, recomputed, steps, images)
 
 
 def compile_training(plan: TrainingPlan, config: MllamaConfig) -> CompiledProgram:
@@ -109,7 +113,10 @@ def compile_training(plan: TrainingPlan, config: MllamaConfig) -> CompiledProgra
     steps = settings.steps or settings.epochs * max(1, DatasetSize.examples // settings.loader.batch_size)
     program = make_program(settings, config, mesh, steps=steps, steps_per_epoch=steps)
     return compile_for(
-        plan.slice, plan.mesh, lambda: lower_training_step(program, settings, config, mesh), "the training step"
+        plan.slice,
+        plan.mesh,
+        lambda: lower_training_step(program, settings, config, mesh, plan.images),
+        "the training step",
     )
 
 

@@ -224,7 +224,10 @@ def _from_pixels(source: Any) -> Image.Image:
     wanted = "give a path, the bytes of a file, a Pillow image, or uint8 pixels [height, width, 3]"
     if not hasattr(source, "__array__"):
         raise UserError(f"an image is {shown(source)}; {wanted}")
-    pixels = np.asarray(source)
+    try:
+        pixels = np.asarray(source)
+    except (TypeError, ValueError, RuntimeError):  # inside jax.jit, say, or of a tensor on a device
+        raise UserError(f"an image is {shown(source)} that cannot be made an array of NumPy; {wanted}") from None
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
         raise UserError(f"an image is an array of {pixels.dtype} {list(pixels.shape)}; {wanted}")
     if not pixels.size:

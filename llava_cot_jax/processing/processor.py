@@ -27,6 +27,9 @@ from llava_cot_jax.processing.messages import CHAT_TEMPLATE, IMAGE_TOKEN, PROMPT
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_CONFIG_NEEDED = "give the MllamaConfig of the model"
+"""Remedy for a configuration of another type."""
+
 _LOGGER = logging.getLogger(__name__)
 
 _BEFORE_SPACE = re.compile(r"(?<=<\|end_header_id\|>\n\n)(?=\s)")
@@ -50,7 +53,7 @@ class Processor:
     """
 
     def __init__(self, config: MllamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-        check_instance("config", config, MllamaConfig, "give the MllamaConfig of the model")
+        check_instance("config", config, MllamaConfig, _CONFIG_NEEDED)
         if not hasattr(tokenizer, "get_added_vocab"):
             raise UserError(f"tokenizer is {shown(tokenizer)}; give a fast tokenizer, or use Processor.from_pretrained")
         image_id = tokenizer.get_added_vocab().get(IMAGE_TOKEN)
@@ -86,6 +89,8 @@ class Processor:
             UserError: A file is missing or damaged, or two of them contradict each other, or the chat template can
                 write no question.
         """
+        if config is not None:
+            check_instance("config", config, MllamaConfig, _CONFIG_NEEDED)
         folder = find_checkpoint(path, weights=False)
         if config is None:
             config = MllamaConfig.from_pretrained(folder)

@@ -1,7 +1,7 @@
 """Answers with the traces of their searches, made from what the compiled search returns."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, cast
 
@@ -13,9 +13,10 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.search.program import StageResult
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.scorers import OwnScorer, OwnScores
-from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, Strategy
+from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, Strategy, WeightedVote
 from llava_cot_jax.search.trace import CandidateTrace, SearchCosts, StageTrace, Trace, trace_stages
-from llava_cot_jax.stages import find_conclusion, find_stages, normalize_answer
+from llava_cot_jax.stage_format import StageFormat
+from llava_cot_jax.stages import body_of, find_conclusion, find_stages, normalize_answer
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Answer:
 
     Attributes:
         text: Whole text with its tags.
-        stages: Body of each stage, by its tag.
-        conclusion: Text for the user: the body of the last stage, or the whole text of an answer without stages.
+        stages: Body of each stage, by its name.
+        conclusion: Text for the user: the body of the format's conclusion, or the whole text of an answer without it.
         trace: Trace of the search.
     """
 
@@ -97,7 +98,9 @@ class AnswerMaker:
         traces = trace_stages(self.processor, self.spec, stages)
         traces = [stage.with_own_scores(own_scores.get(number)) for number, stage in enumerate(traces)]
         if isinstance(self.strategy, MajorityVote):
-            traces = [_vote(traces[0])]
+            traces = [_vote(traces[0], self.spec.format, lambda _: 1.0)]
+        if isinstance(self.strategy, WeightedVote):
+            traces = [_vote(traces[0], self.spec.format, _score_of)]
         if own_scores:
             scoring = sum(scores.seconds for scores in own_scores.values())
             seconds = {**seconds, "search": seconds["search"] - scoring, "scorer": scoring}
@@ -111,14 +114,15 @@ class AnswerMaker:
             tokens=costs.tokens,
             flops=costs.flops,
             seconds=dict(seconds),
+            format=self.spec.format,
         )
         return _staged_answer(trace) if self.spec.stages else _whole_answer(trace)
 
 
-def tagged_text(stage: str, candidate: CandidateTrace) -> str:
+def tagged_text(format: StageFormat, stage: str, candidate: CandidateTrace) -> str:
     """Return the text of a candidate with its tags; that of a whole answer has those that the model wrote."""
-    opening = "" if stage == WHOLE_ANSWER else f"<{stage}>"
-    return (opening + candidate.text + candidate.added).strip()
+    opening = None if stage == WHOLE_ANSWER else format[stage].opening
+    return ((opening or "") + candidate.text + candidate.added).strip()
 
 
 def join_stages(texts: Sequence[str]) -> str:
@@ -143,26 +147,33 @@ def _whole_answer(trace: Trace) -> Answer:
     """Return the answer that a search with whole answers as candidates found."""
     stage = trace.stages[0]
     text = stage.candidates[stage.winner].text
-    return Answer(text, find_stages(text), find_conclusion(text), trace)
+    return Answer(text, find_stages(text, trace.format), find_conclusion(text, trace.format), trace)
 
 
 def _staged_answer(trace: Trace) -> Answer:
     """Return the answer that a search by stages found."""
-    texts, bodies, body = [], {}, ""
-    for stage in trace.stages:
+    texts, bodies = [], {}
+    for stage, marks in zip(trace.stages, trace.format.stages, strict=True):
         won = stage.candidates[stage.winner]
-        body = (won.text + won.added).partition(f"</{stage.stage}>")[0].strip()
-        bodies[stage.stage] = body
-        texts.append(tagged_text(stage.stage, won))
-    return Answer(join_stages(texts), bodies, body, trace)
+        bodies[stage.stage] = body_of(won.text + won.added, marks)
+        texts.append(tagged_text(trace.format, stage.stage, won))
+    return Answer(join_stages(texts), bodies, bodies[trace.format.conclusion], trace)
 
 
-def _vote(stage: StageTrace) -> StageTrace:
-    """Return the stage with the winner of a majority vote."""
-    votes = [normalize_answer(find_conclusion(candidate.text)) for candidate in stage.candidates]
-    counts = Counter(votes)
+def _vote(stage: StageTrace, format: StageFormat, weigh: Callable[[CandidateTrace], float]) -> StageTrace:
+    """Return the stage with the winner of a vote in which each candidate's conclusion has the weight of ``weigh``."""
+    votes = [normalize_answer(find_conclusion(candidate.text, format)) for candidate in stage.candidates]
+    weights = [weigh(candidate) for candidate in stage.candidates]
+    # fsum rounds once, so that the order of the candidates does not decide between equal sums.
+    totals = {vote: math.fsum(w for v, w in zip(votes, weights, strict=True) if v == vote) for vote in votes}
 
-    def rank(i: int) -> tuple[int, float, int]:
-        return counts[votes[i]], stage.candidates[i].mean_log_prob, -i
+    def rank(i: int) -> tuple[float, float, float, int]:
+        return totals[votes[i]], weights[i], stage.candidates[i].mean_log_prob, -i
 
     return replace(stage, winner=max(range(len(votes)), key=rank))
+
+
+def _score_of(candidate: CandidateTrace) -> float:
+    """Return the score of a candidate that has one."""
+    assert candidate.score is not None
+    return candidate.score

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llava_cot_jax.inference.decoding import Decoder, EndReason, Samples, StopConditions, prefill, sample
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, concat
 from llava_cot_jax.inference.settings import Sampling
-from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Prefix
+from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Segment
 from llava_cot_jax.search.lengths import JudgeLengths
 from llava_cot_jax.search.prompts import PROMPT_KINDS
 from llava_cot_jax.search.random_keys import Draw, fold_in_each
@@ -85,7 +85,7 @@ class JudgeCache:
         suffix: Room for the rest of the prompts of a batch and the reasons written after them.
     """
 
-    prefix: Prefix
+    prefix: Segment
     kind: Int[Array, " questions"]
     prefix_lengths: Int[Array, "questions kinds"]
     suffix: CacheLayers
@@ -159,7 +159,7 @@ class StageJudge:
         prefix = decoder.init_cache(questions, lengths.prefix + decoder.prefill_chunk)
         suffix_capacity = lengths.suffix + self.suffix_chunk + lengths.verdict
         return JudgeCache(
-            prefix=Prefix(prefix, jnp.zeros(questions, jnp.int32)),
+            prefix=Segment(prefix, jnp.zeros(questions, jnp.int32)),
             kind=jnp.full(questions, -1, jnp.int32),
             prefix_lengths=jnp.zeros((questions, len(PROMPT_KINDS)), jnp.int32),
             suffix=decoder.init_cache(questions * self.batch_size, suffix_capacity),
@@ -176,7 +176,7 @@ class StageJudge:
         layers, _ = prefill(self.decoder, tokens, before, text_only=kind == CHECK)
         return replace(
             cache,
-            prefix=Prefix(layers, jnp.where(needed, tokens.lengths, cache.prefix.lengths)),
+            prefix=Segment(layers, jnp.where(needed, tokens.lengths, cache.prefix.lengths)),
             kind=jnp.where(needed, kind, cache.kind),
             prefix_lengths=cache.prefix_lengths.at[jnp.arange(self.num_questions), kind].add(tokens.lengths),
         )
@@ -204,7 +204,7 @@ class StageJudge:
         """
         tokens = self._suffix_tokens(kind, first, second).where(used)
         flat = RaggedTokens(tokens.tokens.reshape(-1, tokens.capacity), tokens.lengths.reshape(-1))
-        before = KVCache(cache.suffix, jnp.zeros_like(flat.lengths), cache.prefix)
+        before = KVCache(cache.suffix, jnp.zeros_like(flat.lengths), (cache.prefix,))
         decoder = replace(self.decoder, prefill_chunk=self.suffix_chunk)
         suffix, logits = prefill(decoder, flat, before, text_only=kind == CHECK)
         if self.settings.writes_reasons:

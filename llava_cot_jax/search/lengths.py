@@ -6,8 +6,9 @@ Only the shapes of tables are read, so these functions work on abstract arrays a
 from dataclasses import dataclass
 from typing import Self
 
+from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.search.strategies import Judge, SearchSpec
-from llava_cot_jax.search.tables import JudgeTables, StageTables
+from llava_cot_jax.search.tables import JudgeTables, StageTables, VerifierTables
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class SearchLengths:
 
     Attributes:
         candidate: Tokens that are sampled for a candidate.
-        text: A candidate with its opening tag and the closing tag that may be added.
-        pending: Tokens that are prefilled before a stage: the prompt or the last winner, and the next opening tag.
+        text: A candidate with its opening, or its label for the judge, and the closing that may be added.
+        pending: Tokens that are prefilled before a stage: the prompt or the last winner, and the next opening.
         prefix: Tokens that the candidates of the last stage share.
         answer: The prompt with the whole answer.
     """
@@ -33,9 +34,10 @@ class SearchLengths:
         """Return the lengths of a search after a prompt of ``prompt`` tokens."""
         candidate, tokens = max(spec.max_new_tokens), sum(spec.max_new_tokens)
         opening, closing = tables.openings.capacity, tables.closings.capacity
+        label = opening if tables.labels is None else tables.labels.capacity
         return cls(
             candidate=candidate,
-            text=opening + candidate + closing,
+            text=max(opening, label) + candidate + closing,
             pending=max(prompt, candidate + closing) + opening,
             prefix=prompt + tokens - spec.max_new_tokens[-1] + spec.num_stages * (closing + opening) - closing,
             answer=prompt + tokens + spec.num_stages * (closing + opening),
@@ -79,3 +81,27 @@ class JudgeLengths:
     def total(self) -> int:
         """Tokens of the longest prompt and what is written after it."""
         return self.prefix + self.suffix + self.verdict
+
+
+def probe_capacity(tables: VerifierTables, closing: int) -> int:
+    """Return the largest number of tokens that the verifier reads after a candidate's cached ones.
+
+    Args:
+        tables: Probes of the verifier.
+        closing: Largest number of tokens that close a candidate.
+    """
+    return 1 + closing + tables.probes.capacity
+
+
+def probe_chunk(prefill_chunk: int, num_candidates: int, capacity: int) -> int:
+    """Return the number of tokens of each probe to prefill at a time.
+
+    The chunks are of equal size. All probes of a question together take at most twice the tokens of a prompt's chunk:
+    on an accelerator one chunk then reads the weights once for ten candidates, and the memory stays bounded.
+
+    Args:
+        prefill_chunk: Number of tokens of each question that are prefilled at a time.
+        num_candidates: Number of probes of a question.
+        capacity: Largest number of tokens of a probe.
+    """
+    return ceil_div(capacity, ceil_div(capacity, max(1, 2 * prefill_chunk // num_candidates)))

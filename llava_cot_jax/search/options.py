@@ -12,14 +12,19 @@ from llava_cot_jax.search.strategies import (
     LogProbability,
     MajorityVote,
     Sample,
+    Scorer,
     StageBeam,
     Strategy,
+    Verifier,
+    WeightedVote,
 )
+from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
 
 STRATEGIES: dict[str, type[Any]] = {
     "greedy": Greedy,
     "sample": Sample,
     "majority_vote": MajorityVote,
+    "weighted_vote": WeightedVote,
     "best_of_n": BestOfN,
     "stage_beam": StageBeam,
 }
@@ -40,6 +45,13 @@ def add_arguments(parser: Any) -> None:
     add = parser.add_argument
     add("--search", choices=list(STRATEGIES), help="Strategy to search with. stage_beam is LLaVA-CoT's method.")
     add(
+        "--format",
+        type=str,
+        default=LLAVA_COT.name,
+        help="Format of the stages of an answer: a name (llava_cot, which is Sherlock's too, llava_cot_sentences, "
+        "llamav_o1 or mulberry), or a YAML file like those in llava_cot_jax/stage_formats.",
+    )
+    add(
         "--num_candidates",
         type=int | tuple[int, ...] | None,
         default=None,
@@ -48,9 +60,11 @@ def add_arguments(parser: Any) -> None:
     )
     add(
         "--judge",
-        choices=["token", "rationale", "log_probability"],
-        help="Scorer that chooses among candidates: the model as judge, by the probability of its verdict (token, the "
-        "default) or by a written reason (rationale), or the candidates' mean log-probability.",
+        choices=["token", "rationale", "verifier", "log_probability"],
+        help="Scorer that chooses among candidates: the model as judge of pairs, by the probability of its verdict "
+        "(token) or by a written reason (rationale); the model as verifier, by the probability of yes when it is asked "
+        "whether a candidate is right (verifier); or the candidates' mean log-probability. By default, verifier with "
+        "weighted_vote, which takes no other, and otherwise token.",
     )
     add(
         "--max_new_tokens",
@@ -89,11 +103,12 @@ def strategy_or_sampling(options: Any) -> Strategy | Sampling:
         UserError: An option is out of range, or has no meaning with the others.
     """
     given = {name: options[name] for name in (*_NEED_SEARCH, *_SAMPLING, _LENGTH) if options[name] is not None}
+    format = StageFormat.load(options.format)
     if options.search is None:
-        return _sampling(given)
+        return _sampling(given, format)
     strategy_type = STRATEGIES[options.search]
     accepted = {field.name for field in dataclasses.fields(strategy_type)}
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"format": format}
     for option, value in given.items():
         name = "scorer" if option == "judge" else option
         if name not in accepted:
@@ -104,8 +119,10 @@ def strategy_or_sampling(options: Any) -> Strategy | Sampling:
     return strategy_type(**settings)
 
 
-def _sampling(given: dict[str, Any]) -> Sampling:
+def _sampling(given: dict[str, Any], format: StageFormat) -> Sampling:
     """Return how tokens are sampled without a search, from the options that are given."""
+    if format.has_turns:
+        raise UserError(f"--format {format.name} asks for its stages in several turns: give --search too, as in greedy")
     for name in _NEED_SEARCH:
         if name in given:
             raise UserError(f"--{name} needs a search: give --search too ({', '.join(STRATEGIES)})")
@@ -115,6 +132,8 @@ def _sampling(given: dict[str, Any]) -> Sampling:
     return Sampling(**{name: given[name] for name in _SAMPLING if name in given})
 
 
-def _scorer(judge: Any) -> Judge | LogProbability:
+def _scorer(judge: Any) -> Scorer:
     """Return the scorer that ``--judge`` names."""
+    if judge == "verifier":
+        return Verifier()
     return LogProbability() if judge == "log_probability" else Judge(judge)

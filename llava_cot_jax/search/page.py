@@ -17,6 +17,7 @@ from llava_cot_jax.processing.images import ImageSource, open_image
 from llava_cot_jax.search import wording
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace
+from llava_cot_jax.stage_format import StageFormat
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
@@ -124,7 +125,7 @@ def _entry_view(number: int, entry: PageEntry) -> dict[str, Any]:
 
 def _stage_view(stage: StageTrace, trace: Trace) -> dict[str, Any]:
     checks = {check.first: _verdict_view(check) for check in stage.checks}
-    candidates = [_candidate_view(i, one, stage, checks.get(i)) for i, one in enumerate(stage.candidates)]
+    candidates = [_candidate_view(i, one, stage, checks.get(i), trace.format) for i, one in enumerate(stage.candidates)]
     rounds = wording.rounds_of(stage)
     return {
         "title": wording.stage_title(stage),
@@ -139,15 +140,17 @@ def _stage_view(stage: StageTrace, trace: Trace) -> dict[str, Any]:
 
 
 def _candidate_view(
-    i: int, candidate: CandidateTrace, stage: StageTrace, check: dict[str, Any] | None
+    i: int, candidate: CandidateTrace, stage: StageTrace, check: dict[str, Any] | None, format: StageFormat
 ) -> dict[str, Any]:
     return {
         "number": i + 1,
         "won": i == stage.winner and len(stage.candidates) > 1,
-        "parts": wording.split_tags(candidate.text, stage.stage),
+        "parts": wording.split_tags(candidate.text, format),
         "long": len(candidate.text) > LONG_TEXT_CHARACTERS,
         "added": candidate.added,
         "mean": _minus(wording.log_prob(candidate.mean_log_prob)),
+        "score": wording.score(candidate),
+        "score_percent": _percent(candidate.score or 0.0) if wording.score(candidate) else "",
         "own_score": wording.own_score(candidate, stage),
         "same_as": next((j + 1 for j in range(i) if stage.candidates[j].text == candidate.text), None),
         "percent": _percent(math.exp(min(candidate.mean_log_prob, 0.0))),

@@ -1,16 +1,17 @@
 """The search in pieces, and the whole of it as one compiled program, from images and prompts to each stage's winner.
 
-A stage of a question takes four pieces. ``StageSearch`` has them, for a batch of questions:
+A stage of a question takes five pieces. ``StageSearch`` has them, for a batch of questions:
 
     extend_prefix  prefill what is pending: the prompt, or the last winner, and the opening tag of the stage
     sample         sample the stage's candidates over the prefix, which is not copied
+    score          score the candidates by the verifier, over their own cache, which is not copied either
     choose         let the scorer of the stage choose a candidate
     advance        note the winner, which is pending now, and go to the next stage
 
-Every question has a stage of its own (``Progress.stage``), and the tables of tags, temperatures, lengths and prompts
-are gathered by it, so that a batch may hold questions of different stages. What a question draws hangs on its seed and
-its stage alone. ``search`` runs the pieces in a loop inside one program, with all questions in the same stage. A host
-can compile the same pieces on their own, and drive them from one stage to the next; ``sample`` is then
+Every question has a stage of its own (``SearchProgress.stage``), and the tables of tags, temperatures, lengths and
+prompts are gathered by it, so that a batch may hold questions of different stages. What a question draws hangs on its
+seed and its stage alone. ``search`` runs the pieces in a loop inside one program, with all questions in the same stage.
+A host can compile the same pieces on their own, and drive them from one stage to the next; ``sample`` is then
 ``start_samples`` and, as often as is wished, ``continue_samples``.
 """
 
@@ -35,15 +36,17 @@ from llava_cot_jax.inference.decoding import (
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, concat
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext
-from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Prefix
+from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Segment
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.judge import JudgeInputs, StageJudge
 from llava_cot_jax.search.lengths import SearchLengths
 from llava_cot_jax.search.random_keys import Draw
-from llava_cot_jax.search.strategies import Judge, LogProbability, SearchSpec
-from llava_cot_jax.search.tables import BLANK_LINE, JudgeTables, StageTables
+from llava_cot_jax.search.stage_ends import end_stage
+from llava_cot_jax.search.strategies import Judge, LogProbability, SearchSpec, Verifier
+from llava_cot_jax.search.tables import BLANK_LINE, ScorerTables, StageTables
 from llava_cot_jax.search.tournament import StageJudgement, run_tournament
+from llava_cot_jax.search.verifier import StageScores, choose_highest, score_candidates
 
 ACCELERATOR_CHUNK, CPU_CHUNK = 256, 64
 """Number of tokens of each question that are prefilled at a time, on an accelerator and on a CPU."""
@@ -84,13 +87,17 @@ class StageResult:
         candidates: Candidates, [questions, candidates].
         winner: int32, the candidate that won.
         judgement: Outcome of the judge's tournament; None where no stage has a judge.
+        scores: Scores of the verifier; None where no stage has a verifier.
         num_prefilled: int32, number of tokens prefilled before the stage: the prompt or the last winner, and tags.
+        kept: int32, number of tokens that are kept of each candidate: those before the opening of the next stage.
     """
 
     candidates: Samples
     winner: Int[Array, " questions"]
     judgement: StageJudgement | None
+    scores: StageScores | None
     num_prefilled: Int[Array, " questions"]
+    kept: Int[Array, "questions candidates"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "prefill_chunk", "mesh"))
@@ -98,7 +105,7 @@ def search(
     params: Params,
     inputs: SearchInputs,
     stage_tables: StageTables,
-    judge_tables: JudgeTables | None,
+    scorer_tables: ScorerTables,
     *,
     config: MllamaConfig,
     spec: SearchSpec,
@@ -114,7 +121,7 @@ def search(
         params: Parameters of the model, in the unrolled layout.
         inputs: The questions.
         stage_tables: Tables of the stages of ``spec``.
-        judge_tables: Tables of the judge of ``spec``; None where it has none.
+        scorer_tables: Tables of the judge and the verifier of ``spec``.
         config: Configuration of the model.
         spec: Static part of the search.
         prefill_chunk: Number of tokens of each question that are prefilled at a time.
@@ -122,26 +129,19 @@ def search(
     """
     with use_mesh(mesh):
         decoder = Decoder(params, config, encode_question_images(params, config, inputs), prefill_chunk)
-        stage_search = StageSearch(decoder, spec, inputs, stage_tables, judge_tables)
+        stage_search = StageSearch(decoder, spec, inputs, stage_tables, scorer_tables)
         start = SearchState(stage_search.init_prefix(), stage_search.init_progress())
         return jax.lax.scan(lambda state, _: stage_search.run_stage(state), start, length=spec.num_stages)[1]
 
 
 def encode_question_images(params: Params, config: MllamaConfig, inputs: SearchInputs) -> ImageContext | None:
-    """Run the vision tower on the images of questions, and close the gates of a question without any.
-
-    Its gates are closed whatever its neighbours have, so that its answer does not depend on the batch that it is in.
-    """
-    images = encode_images(params, config, inputs.model_inputs, inputs.lengths)
-    if images is None:
-        return None
-    has_image = images.mlp_gate.any(axis=1, keepdims=True)
-    return replace(images, attention_gate=images.attention_gate & has_image)
+    """Run the vision tower on the images of questions; None where there are none."""
+    return encode_images(params, config, inputs.model_inputs, inputs.lengths)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Progress:
+class SearchProgress:
     """How far the search of each question is, apart from its KV cache.
 
     Attributes:
@@ -165,8 +165,8 @@ class SearchState:
         progress: Stages of the questions, and what is pending.
     """
 
-    prefix: Prefix
-    progress: Progress
+    prefix: Segment
+    progress: SearchProgress
 
 
 @dataclass(frozen=True)
@@ -178,14 +178,14 @@ class StageSearch:
         spec: Static part of the search.
         inputs: The questions.
         tables: Tables of the stages.
-        judge_tables: Tables of the judge; None where there is none.
+        scorer_tables: Tables of the judge and the verifier.
     """
 
     decoder: Decoder
     spec: SearchSpec
     inputs: SearchInputs
     tables: StageTables
-    judge_tables: JudgeTables | None
+    scorer_tables: ScorerTables
 
     @property
     def num_questions(self) -> int:
@@ -197,46 +197,79 @@ class StageSearch:
         """Lengths that the arrays have room for."""
         return SearchLengths.of(self.spec, self.tables, self.inputs.model_inputs["input_ids"].shape[1])
 
-    def init_progress(self) -> Progress:
+    def init_progress(self) -> SearchProgress:
         """Return the progress before the first stage, with the prompts pending."""
         lengths, questions = self.lengths, self.num_questions
         prompt = RaggedTokens(self.inputs.model_inputs["input_ids"], self.inputs.lengths)
         pending = concat((prompt, self.tables.openings[0, BLANK_LINE]), lengths.pending)
         shape = (questions, self.spec.num_stages)
         winners = RaggedTokens(jnp.zeros((*shape, lengths.text), jnp.int32), jnp.zeros(shape, jnp.int32))
-        return Progress(jnp.zeros(questions, jnp.int32), pending, winners)
+        return SearchProgress(jnp.zeros(questions, jnp.int32), pending, winners)
 
-    def init_prefix(self) -> Prefix:
+    def init_prefix(self) -> Segment:
         """Return an empty KV cache for the prompts and the winners."""
         layers = self.decoder.init_cache(self.num_questions, self.lengths.prefix + self.decoder.prefill_chunk)
-        return Prefix(layers, jnp.zeros(self.num_questions, jnp.int32))
+        return Segment(layers, jnp.zeros(self.num_questions, jnp.int32))
 
     @jax.named_scope("stage")
     def run_stage(self, state: SearchState) -> tuple[SearchState, StageResult]:
         """Sample the candidates of each question's stage, and choose the winner."""
         progress = state.progress
         prefix, logits = self.extend_prefix(state.prefix, progress.pending)
-        candidates = self.sample(prefix, logits, progress.stage)
-        winner, judgement = self.choose(candidates, progress)
-        result = StageResult(candidates, winner, judgement, progress.pending.lengths)
+        own, candidates = self.sample(prefix, logits, progress.stage)
+        scores = self.score((prefix, own), candidates, progress.stage)
+        winner, judgement = self.choose(candidates, scores, progress)
+        kept = self.kept(candidates, progress.stage).lengths
+        result = StageResult(candidates, winner, judgement, scores, progress.pending.lengths, kept)
         return SearchState(prefix, self.advance(progress, candidates, winner)), result
 
     @jax.named_scope("extend_prefix")
-    def extend_prefix(self, prefix: Prefix, pending: RaggedTokens) -> tuple[Prefix, Float[Array, "questions vocab"]]:
+    def extend_prefix(self, prefix: Segment, pending: RaggedTokens) -> tuple[Segment, Float[Array, "questions vocab"]]:
         """Prefill the pending tokens. Return the longer prefix, and the logits after it."""
         layers, logits = prefill(self.decoder, pending, KVCache(prefix.layers, prefix.lengths))
-        return Prefix(layers, prefix.lengths + pending.lengths), logits
+        return Segment(layers, prefix.lengths + pending.lengths), logits
 
     def sample(
-        self, prefix: Prefix, logits: Float[Array, "questions vocab"], stage: Int[Array, " questions"]
-    ) -> Samples:
-        """Sample the candidates of a stage, [questions, candidates]."""
+        self, prefix: Segment, logits: Float[Array, "questions vocab"], stage: Int[Array, " questions"]
+    ) -> tuple[Segment, Samples]:
+        """Sample the candidates of a stage, [questions, candidates]. Return them after the segment that caches them."""
         suffix = self.decoder.init_cache(self.num_questions * max(self.spec.num_candidates), self.lengths.candidate)
         keys, tables = stage_keys(self.inputs.seeds, stage), self.tables.stop_tables
-        _, samples = sample_candidates(self.decoder, self.spec, logits, prefix, suffix, tables, keys, stage)
-        return by_question(samples, self.num_questions)
+        layers, samples = sample_candidates(self.decoder, self.spec, logits, (prefix,), suffix, tables, keys, stage)
+        candidates = by_question(samples, self.num_questions)
+        return self.segment(layers, candidates, stage), candidates
 
-    def choose(self, candidates: Samples, progress: Progress) -> tuple[Int[Array, " questions"], StageJudgement | None]:
+    def segment(self, layers: CacheLayers, candidates: Samples, stage: Int[Array, " questions"]) -> Segment:
+        """Return the segment of the cache that holds what is kept of candidates, but for the last token of each."""
+        return Segment(layers, self._cut(candidates, stage).num_cached.reshape(-1))
+
+    def kept(self, candidates: Samples, stage: Int[Array, " questions"]) -> RaggedTokens:
+        """Return the tokens that are kept of candidates: those before the opening of the next stage."""
+        return end_stage(candidates, self.tables, stage)[0]
+
+    def _cut(self, candidates: Samples, stage: Int[Array, " questions"]) -> Samples:
+        """Return candidates that have no more tokens than are kept of them."""
+        return replace(candidates, lengths=self.kept(candidates, stage).lengths)
+
+    def score(
+        self, chain: tuple[Segment, ...], candidates: Samples, stage: Int[Array, " questions"]
+    ) -> StageScores | None:
+        """Return the verifier's scores of the candidates, of every question; None where no stage has a verifier.
+
+        Args:
+            chain: Segments up to the candidates' own, root first.
+            candidates: Candidates, [questions, candidates].
+            stage: int32, index of each question's stage.
+        """
+        tables = self.scorer_tables.verifier
+        if tables is None:
+            return None
+        closings = self.tables.closings[stage[:, None], candidates.state]
+        return score_candidates(self.decoder, chain, self._cut(candidates, stage), closings, stage, tables)
+
+    def choose(
+        self, candidates: Samples, scores: StageScores | None, progress: SearchProgress
+    ) -> tuple[Int[Array, " questions"], StageJudgement | None]:
         """Return the candidate that wins a stage, int32, and the outcome of the judge's tournament, if there is one.
 
         Every scorer runs once, for the questions whose stage is its own. Without a scorer the first candidate wins.
@@ -250,6 +283,9 @@ class StageSearch:
             if scorer == self.spec.judge:
                 judgement = self._judge(scorer, candidates, mean_log_prob, is_its_stage, progress)
                 chosen = judgement.winner
+            elif isinstance(scorer, Verifier):
+                assert scores is not None
+                chosen = choose_highest(scores.score, mean_log_prob)
             elif isinstance(scorer, LogProbability):
                 chosen = jnp.argmax(mean_log_prob, axis=-1).astype(jnp.int32)
             else:  # a judge that has nothing to choose between
@@ -263,10 +299,11 @@ class StageSearch:
         candidates: Samples,
         mean_log_prob: Float[Array, "questions candidates"],
         is_judged: Bool[Array, " questions"],
-        progress: Progress,
+        progress: SearchProgress,
     ) -> StageJudgement:
         """Let the judge choose a candidate of the questions that are judged; that of another question is the first."""
-        assert self.judge_tables is not None
+        tables = self.scorer_tables.judge
+        assert tables is not None
         inputs = JudgeInputs(
             stage=progress.stage,
             texts=self.texts(candidates, progress.stage),
@@ -277,24 +314,29 @@ class StageSearch:
             earlier=progress.winners,
             keys=stage_keys(self.inputs.seeds, progress.stage),
         )
-        return run_tournament(StageJudge(self.decoder, judge, inputs, self.judge_tables, self.spec.sampling))
+        return run_tournament(StageJudge(self.decoder, judge, inputs, tables, self.spec.sampling))
 
-    def advance(self, progress: Progress, candidates: Samples, winner: Int[Array, " questions"]) -> Progress:
+    def advance(
+        self, progress: SearchProgress, candidates: Samples, winner: Int[Array, " questions"]
+    ) -> SearchProgress:
         """Return the progress after a stage whose winner is chosen: the winner and the next opening tag are pending."""
         stage, tables = progress.stage, self.tables
         question = jnp.arange(self.num_questions)
-        won, won_text = jax.tree.map(lambda x: x[question, winner], (candidates, self.texts(candidates, stage)))
-        next_stage = jnp.minimum(stage + 1, self.spec.num_stages - 1)
-        opening = tables.openings[next_stage, _count_line_breaks(won, tables.num_states)]
-        pending = concat((won.text, tables.closings[stage, won.state], opening), self.lengths.pending)
+        kept, line_breaks = end_stage(candidates, tables, stage)
+        closings = tables.closings[stage[:, None], candidates.state]
+        each = (kept, line_breaks, closings, self.texts(candidates, stage))
+        won, won_breaks, won_closing, won_text = jax.tree.map(lambda x: x[question, winner], each)
+        opening = tables.openings[jnp.minimum(stage + 1, self.spec.num_stages - 1), won_breaks]
+        pending = concat((won, won_closing, opening), self.lengths.pending)
         winners = jax.tree.map(lambda old, new: old.at[question, stage].set(new), progress.winners, won_text)
-        return Progress(stage + 1, pending, winners)
+        return SearchProgress(stage + 1, pending, winners)
 
     def texts(self, candidates: Samples, stage: Int[Array, " questions"]) -> RaggedTokens:
-        """Return candidates with their tags, [questions, candidates]."""
-        openings = self.tables.openings[stage[:, None], BLANK_LINE]
-        closings = self.tables.closings[stage[:, None], candidates.state]
-        return concat((openings, candidates.text, closings), self.lengths.text)
+        """Return candidates with their tags, as the judge is shown them, [questions, candidates]."""
+        tables, at = self.tables, stage[:, None]
+        labels = tables.openings[at, BLANK_LINE] if tables.labels is None else tables.labels[at]
+        closings = tables.closings[at, candidates.state]
+        return concat((labels, self.kept(candidates, stage), closings), self.lengths.text)
 
 
 def stage_keys(seeds: UInt32[Array, " questions"], stage: Int[Array, " questions"]) -> Key[Array, " questions"]:
@@ -311,47 +353,49 @@ def by_question(samples: Samples, questions: int) -> Samples:
 def sample_candidates(
     decoder: Decoder,
     spec: SearchSpec,
-    logits: Float[Array, "questions vocab"],
-    prefix: Prefix,
+    logits: Float[Array, "groups vocab"],
+    chain: tuple[Segment, ...],
     suffix: CacheLayers,
     stop_tables: UInt8[Array, "stages states vocab"],
-    keys: Key[Array, " questions"],
-    stage: Int[Array, " questions"],
+    keys: Key[Array, " groups"],
+    stage: Int[Array, " groups"],
 ) -> tuple[CacheLayers, Samples]:
-    """Sample the candidates of a stage, those of a question side by side.
+    """Sample the candidates of a stage, those of a group side by side.
+
+    A group is a row of the last segment: a question, or a candidate whose continuations are sampled.
 
     Args:
         decoder: Model and images.
         spec: Static part of the search.
-        logits: float32 logits after the prefix.
-        prefix: Tokens that the candidates of a question share.
-        suffix: Room for the candidates' keys and values, [questions * candidates].
+        logits: float32 logits after the chain.
+        chain: Segments that the candidates of a group share, root first.
+        suffix: Room for the candidates' keys and values, [groups * candidates].
         stop_tables: Stop table of each stage's closing tag.
         keys: Random keys of the stage.
-        stage: int32, index of each question's stage.
+        stage: int32, index of each group's stage.
 
     Returns:
-        The candidates' keys and values, and the candidates, [questions * candidates].
+        The candidates' keys and values, and the candidates, [groups * candidates].
     """
     stop = candidate_stops(spec, stop_tables, keys, stage)
-    cache = candidate_cache(suffix, prefix)
+    cache = candidate_cache(suffix, chain)
     logits = jnp.repeat(logits, max(spec.num_candidates), axis=0)
     return sample(decoder, logits, cache, stop, capacity=max(spec.max_new_tokens), sampling=spec.sampling)
 
 
-def candidate_cache(suffix: CacheLayers, prefix: Prefix) -> KVCache:
+def candidate_cache(suffix: CacheLayers, chain: tuple[Segment, ...]) -> KVCache:
     """Return the KV cache of candidates without a token."""
     batch = jax.tree.leaves(suffix)[0].shape[0]
-    return KVCache(suffix, jnp.zeros(batch, jnp.int32), prefix)
+    return KVCache(suffix, jnp.zeros(batch, jnp.int32), chain)
 
 
 def candidate_stops(
     spec: SearchSpec,
     stop_tables: UInt8[Array, "stages states vocab"],
-    keys: Key[Array, " questions"],
-    stage: Int[Array, " questions"],
+    keys: Key[Array, " groups"],
+    stage: Int[Array, " groups"],
 ) -> StopConditions:
-    """Return when the candidates of each question's stage end, and what they are drawn with.
+    """Return when the candidates of each group's stage end, and what they are drawn with.
 
     The arguments are those of ``sample_candidates``.
     """
@@ -367,8 +411,3 @@ def candidate_stops(
         keys=each.reshape(-1),
         used=used.reshape(-1),
     )
-
-
-def _count_line_breaks(won: Samples, num_states: int) -> Int[Array, " questions"]:
-    """Return the number of line breaks, at most ``BLANK_LINE``, that a stage ends with once it is closed, int32."""
-    return jnp.where(won.ended == EndReason.TAG, won.state - num_states, BLANK_LINE)

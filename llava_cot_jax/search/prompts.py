@@ -45,6 +45,21 @@ _MARK = "\ue000"
 
 
 @dataclass(frozen=True)
+class ProbePrompt:
+    """Question of the verifier about the candidate before it.
+
+    Attributes:
+        questions: Question about a candidate of each stage.
+        stem: Beginning of the answer.
+        answers: The two texts that may follow the stem: that the candidate is right, and that it is not.
+    """
+
+    questions: Mapping[str, str]
+    stem: str
+    answers: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class JudgePrompts:
     """Contents of a file of prompts. ``judge_prompts.yaml`` explains its keys.
 
@@ -57,6 +72,7 @@ class JudgePrompts:
         earlier: Words before the earlier stages.
         shows: Earlier stages that the judge of a stage is shown.
         checked: Stages whose candidates are checked.
+        probe: Question of the verifier.
     """
 
     text: Mapping[PromptKind, str]
@@ -67,6 +83,7 @@ class JudgePrompts:
     earlier: str
     shows: Mapping[str, tuple[str, ...]]
     checked: tuple[str, ...]
+    probe: ProbePrompt
 
     @classmethod
     def load(cls, path: str | Path = DEFAULT_JUDGE_PROMPTS) -> "JudgePrompts":
@@ -82,18 +99,25 @@ class JudgePrompts:
             return cls._from_dict(yaml.safe_load(content.decode()))
         except yaml.YAMLError as fault:
             raise UserError(f"{path} is not YAML: {' '.join(str(fault).split())}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as fault:
-            raise UserError(f"{path}: {fault!r}; compare it with {DEFAULT_JUDGE_PROMPTS}") from None
         except UserError as fault:
             raise UserError(f"{path}: {fault}") from None
+        except UnicodeDecodeError as fault:
+            raise UserError(f"{path} is no text in UTF-8: {fault}") from None
+        except KeyError as missing:
+            raise UserError(f"{path} lacks {missing}; compare it with {DEFAULT_JUDGE_PROMPTS}") from None
+        except (TypeError, ValueError, AttributeError):
+            raise UserError(
+                f"{path} has another form than a file of prompts: compare it with {DEFAULT_JUDGE_PROMPTS}"
+            ) from None
 
     @classmethod
     def _from_dict(cls, content: Mapping[str, Any]) -> "JudgePrompts":
         for kind in PROMPT_KINDS:
             _check_placeholders(kind, content[kind]["text"])
-        for name in (WHOLE_ANSWER, "other"):
-            if name not in content["criteria"]:
-                raise UserError(f"criteria lack {name}")
+        for key, stages in (("criteria", content["criteria"]), ("probe.questions", content["probe"]["questions"])):
+            for name in (WHOLE_ANSWER, "other"):
+                if name not in stages:
+                    raise UserError(f"{key} lack {name}")
         return cls(
             text={kind: str(content[kind]["text"]) for kind in PROMPT_KINDS},
             readings={kind: _two_texts(f"{kind}.readings", content[kind]["readings"]) for kind in PROMPT_KINDS},
@@ -103,6 +127,14 @@ class JudgePrompts:
             earlier=str(content["earlier"]),
             shows={str(stage): tuple(map(str, shown)) for stage, shown in content["shows"].items()},
             checked=tuple(map(str, content["check"]["stages"])),
+            probe=ProbePrompt(
+                questions={
+                    str(stage): _without_mark(f"probe.questions.{stage}", str(text))
+                    for stage, text in content["probe"]["questions"].items()
+                },
+                stem=str(content["probe"]["stem"]),
+                answers=_two_texts("probe.answers", content["probe"]["answers"]),
+            ),
         )
 
     def shown_stages(self, stage: str, stages: Sequence[str]) -> list[str]:
@@ -131,6 +163,16 @@ class JudgePrompts:
         prompt = processor.prompt([user_message(_MARK + text, images=images)])
         return prompt.split(_MARK)
 
+    def probe_text(self, processor: "Processor", stage: str) -> str:
+        """Return the text of the verifier after a candidate of ``stage``, in the model's chat format.
+
+        It is the end of the assistant's turn, the user's question, and the beginning of the answer.
+        """
+        question = self.probe.questions.get(stage, self.probe.questions["other"])
+        answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
+        conversation = processor.prompt([user_message("?"), answer, user_message(question)])
+        return conversation.partition(_MARK)[2] + self.probe.stem
+
 
 def _check_placeholders(kind: PromptKind, text: str) -> None:
     """Check that a prompt has each placeholder once, and in order."""
@@ -138,8 +180,14 @@ def _check_placeholders(kind: PromptKind, text: str) -> None:
     places = [text.find(placeholder) for placeholder in placeholders]
     if places != sorted(places) or any(text.count(placeholder) != 1 for placeholder in placeholders):
         raise UserError(f"{kind}.text must have {', '.join(placeholders)}, each once and in this order")
+    _without_mark(f"{kind}.text", text)
+
+
+def _without_mark(name: str, text: str) -> str:
+    """Return ``text`` of the key ``name``, which must not have the mark."""
     if _MARK in text:
-        raise UserError(f"{kind}.text has the character U+{ord(_MARK):X}, which is used as a mark")
+        raise UserError(f"{name} has the character U+{ord(_MARK):X}, which is used as a mark")
+    return text
 
 
 def _two_texts(name: str, values: Sequence[str]) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from llava_cot_jax.inference.generator import cut_by_context
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import without_surroundings
+from llava_cot_jax.processing.conversation import QuestionOrMessages
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite
 from llava_cot_jax.search.program import StageResult, default_prefill_chunk, search
@@ -52,8 +53,12 @@ class Reasoner:
         self._model = model
         self._builder = RequestBuilder(processor, StageBeam() if search is None else search, judge_prompts)
 
-    def answer(self, image: Images, question: str, *, seed: int = 0) -> Answer:
+    def answer(self, image: Images, question: QuestionOrMessages, *, seed: int = 0) -> Answer:
         """Answer a question about an image, about a list of images, or, with None, without an image.
+
+        Instead of its text, a question may be a conversation: messages as transformers takes them, of which the last is
+        the user's. Images stand in the messages, or ``image`` has those that have no source there, in order. A judge is
+        told the texts of all messages, and shown all images.
 
         Raises:
             UserError: ``RequestBuilder.build`` refuses the question, or the model's logits are not finite.
@@ -61,13 +66,13 @@ class Reasoner:
         return self.answer_batch([image], [question], seeds=seed)[0]
 
     def answer_batch(
-        self, images: Sequence[Images], questions: Sequence[str], *, seeds: Sequence[int] | int = 0
+        self, images: Sequence[Images], questions: Sequence[QuestionOrMessages], *, seeds: Sequence[int] | int = 0
     ) -> list[Answer]:
         """Answer a batch of questions together. Each size of a batch compiles a program of its own.
 
         Args:
             images: Images of each question: one, several, or None.
-            questions: Texts of the questions.
+            questions: Questions, each as ``answer`` takes it.
             seeds: Seed of each question's draws, or one seed for all.
 
         Raises:
@@ -128,7 +133,7 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
     start = time.perf_counter()
     config, spec, mesh = model.config, requests.spec, model.mesh
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
-    inputs = (requests.inputs, builder.stage_tables, builder.judge_tables)
+    inputs = (requests.inputs, builder.stage_tables, builder.scorer_tables)
     with without_surroundings():
         results: StageResult = jax.device_get(search(model.params, *inputs, **static))
     seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}

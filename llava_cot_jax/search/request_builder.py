@@ -9,22 +9,31 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llava_cot_jax.checks import check_instance, check_text
+from llava_cot_jax.checks import check_instance
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import bucket
 from llava_cot_jax.inference.generator import check_seeds, pad_to_bucket
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
+from llava_cot_jax.processing.conversation import QuestionOrMessages, UserConversation, read_conversation
 from llava_cot_jax.processing.images import ImageSource
-from llava_cot_jax.processing.messages import question_text, user_turn
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import SearchInputs
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, PROMPT_KINDS, WHOLE_ANSWER, JudgePrompts
 from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_strategy
-from llava_cot_jax.search.tables import build_judge_tables, build_stage_tables, chat_header_ids, token_ids
+from llava_cot_jax.search.tables import (
+    build_scorer_tables,
+    build_stage_tables,
+    chat_header_ids,
+    token_ids,
+)
 
 LENGTH_STEP = 32
 """Step in tokens in which a default length shrinks."""
+
+_JUDGE_PROMPT = "a judge's prompt"
+
+_WITHOUT_JUDGE = "the scorer LogProbability(), which is --judge log_probability, needs no such prompt"
 
 Images = ImageSource | Sequence[ImageSource] | None
 """Images of a question: one, several, or none."""
@@ -36,7 +45,7 @@ class Requests:
 
     Attributes:
         inputs: Inputs of the compiled search.
-        questions: Texts of the questions.
+        questions: Texts of the questions: of a conversation, that of the user's last message.
         images: Images of each question.
         seeds: Seed of each question's draws.
         seconds: Seconds that the conversion took.
@@ -82,7 +91,7 @@ class RequestBuilder:
         strategy: Strategy to search with.
         spec: Static part of the search.
         stage_tables: Tables of the stages.
-        judge_tables: Tables of the judge; None where there is none.
+        scorer_tables: Tables of the judge and the verifier.
 
     Raises:
         UserError: A setting of the search, or a prompt, cannot be used.
@@ -105,33 +114,34 @@ class RequestBuilder:
         self.spec = spec
         self._prompts = prompts = JudgePrompts.load(judge_prompts)
         self.stage_tables = build_stage_tables(processor, spec)
-        self.judge_tables = None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, prompts)
+        self.scorer_tables = build_scorer_tables(processor, spec, prompts)
 
-    def build(self, images: Sequence[Images], questions: Sequence[str], seeds: Sequence[int] | int = 0) -> Requests:
+    def build(
+        self, images: Sequence[Images], questions: Sequence[QuestionOrMessages], seeds: Sequence[int] | int = 0
+    ) -> Requests:
         """Return the requests for a batch of questions.
 
         Args:
             images: Images of each question: one, several, or None.
-            questions: Texts of the questions.
+            questions: Questions, each a text or the messages of a conversation.
             seeds: Seed of each question's draws, or one seed for all.
 
         Raises:
-            UserError: There are not as many images as questions, a question has a special token, an image cannot be
-                read, a seed is out of range, or the search may exceed the model's context.
+            UserError: There are not as many images as questions, a question is malformed or has a special token, an
+                image cannot be read, a seed is out of range, or the search may exceed the model's context.
         """
         start = time.perf_counter()
         for given in (images, questions):
             if not isinstance(given, list | tuple) or not given or len(given) != len(questions):
                 raise UserError("give a list of questions, and as many images, None where there is none")
-        for question in questions:
-            check_text("a question", question)
         check_seeds(seeds, len(questions))
-        processor, image_lists = self.processor, [_as_list(each) for each in images]
+        processor = self.processor
+        asked = [read_conversation(*each) for each in zip(questions, map(_as_list, images), strict=True)]
+        image_lists = [each.images for each in asked]
         num_images = [len(each) for each in image_lists]
-        prompts = [self.prompt(*each) for each in zip(questions, num_images, strict=True)]
+        prompts = [self.prompt(each) for each in asked]
         model_inputs, lengths = pad_to_bucket(processor.config, processor(prompts, image_lists))
-        texts = [question_text(*each) for each in zip(questions, num_images, strict=True)]
-        question_ids = [token_ids(processor, text) for text in texts]
+        question_ids = [token_ids(processor, each.told) for each in asked]
         longest_question = max(map(len, question_ids))
         chat_headers = self.chat_headers(num_images)
         spec = self.fitting_spec(int(lengths.max()), longest_question, chat_headers.capacity)
@@ -143,18 +153,17 @@ class RequestBuilder:
             question=pad(question_ids, capacity=bucket(longest_question)),
             chat_headers=chat_headers,
         )
+        # A question that is a text is shown as it was given, with the markers of its images.
+        pairs = zip(questions, asked, strict=True)
+        shown_questions = [given if isinstance(given, str) else each.question for given, each in pairs]
         seconds = time.perf_counter() - start
         return Requests(
-            inputs, list(questions), image_lists, seed_array.tolist(), seconds, spec, is_shrunk=spec != self.spec
+            inputs, shown_questions, image_lists, seed_array.tolist(), seconds, spec, is_shrunk=spec != self.spec
         )
 
-    def prompt(self, question: str, num_images: int) -> str:
-        """Return the prompt of a question.
-
-        Raises:
-            UserError: It has a special token.
-        """
-        return self.processor.prompt(user_turn(question, num_images))
+    def prompt(self, conversation: UserConversation) -> str:
+        """Return the prompt of a conversation that ends with a question."""
+        return self.processor.prompt(conversation.asked(*self.spec.format.around_question))
 
     def chat_headers(self, num_images: Sequence[int]) -> RaggedTokens:
         """Return the beginning of the judge's prompts, [kinds, questions]. A check has no images."""
@@ -181,11 +190,13 @@ class RequestBuilder:
             UserError: The lengths that were given may exceed the context, or nothing is left for an answer.
         """
         context = self.processor.config.text.max_position_embeddings
+        remedy = "shorten the question" if self.spec.shrinks else "shorten the question or lower max_new_tokens"
 
         def too_long(spec: SearchSpec) -> Iterator[str]:
             for what, tokens in self._longest(spec, prompt, question, header).items():
                 if tokens > context:
-                    yield f"{what} may take {tokens} tokens, more than the context of {context}: shorten the question"
+                    other = f"; {_WITHOUT_JUDGE}" if what == _JUDGE_PROMPT else ""
+                    yield f"{what} may take {tokens} tokens, more than the context of {context}: {remedy}{other}"
 
         faults = list(too_long(self.spec))
         if faults and self.spec.shrinks:
@@ -195,21 +206,25 @@ class RequestBuilder:
                 return _with_length(self.spec, count - count % LENGTH_STEP or count)
             faults = list(too_long(_with_length(self.spec, 1)))
         for fault in faults:
-            raise UserError(fault if self.spec.shrinks else f"{fault} or lower max_new_tokens")
+            raise UserError(fault)
         return self.spec
 
     def _longest(self, spec: SearchSpec, prompt: int, question: int, header: int) -> dict[str, int]:
         """Return the tokens of the longest sequences of a search, by what they are."""
         lengths = SearchLengths.of(spec, self.stage_tables, prompt)
         longest = {"the answer": lengths.answer}
-        if self.judge_tables is not None and spec.judge is not None:
-            longest["a judge's prompt"] = JudgeLengths.of(
+        if self.scorer_tables.verifier is not None:
+            longest["an answer with the verifier's question"] = (
+                lengths.answer + self.scorer_tables.verifier.probes.capacity
+            )
+        if self.scorer_tables.judge is not None and spec.judge is not None:
+            longest[_JUDGE_PROMPT] = JudgeLengths.of(
                 spec.judge,
-                self.judge_tables,
+                self.scorer_tables.judge,
                 header=header,
                 question=question,
                 text=lengths.text,
-                earlier=int(np.asarray(self.judge_tables.shows).sum(axis=-1).max()),
+                earlier=int(np.asarray(self.scorer_tables.judge.shows).sum(axis=-1).max()),
             ).total
         return longest
 

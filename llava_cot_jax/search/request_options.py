@@ -31,6 +31,14 @@ def _add_question_options(add: Any) -> None:
         "are drawn and asked about.",
     )
     add(
+        "--messages",
+        type=str,
+        help="JSON file with a conversation in place of a question, or - for standard input: a list of messages as in "
+        'transformers, {"role": ..., "content": ...}, of which the last is the user\'s. A content is a text, or a list '
+        'of {"type": "text", "text": ...} and {"type": "image", "url": ...}; images without a source there are those '
+        "of --image, in order.",
+    )
+    add(
         "--image",
         type=str,
         nargs="*",

@@ -50,7 +50,7 @@ class Room:
 
     @classmethod
     def at_least(cls, builder: RequestBuilder, prompt_tokens: int, images: int) -> "Room":
-        """Return room for prompts of ``prompt_tokens`` tokens and for so many images.
+        """Return room for prompts of ``prompt_tokens`` tokens and for ``images`` images.
 
         Raises:
             UserError: The search may exceed the model's context after such a prompt.
@@ -105,7 +105,7 @@ def _pad_model_inputs(given: Mapping[str, jax.Array], room: Room, config: Mllama
         return arrays
     questions, vision = len(ids), config.vision
     tiles, side = vision.max_num_tiles, vision.image_size
-    without_images = {
+    without_images: dict[str, jax.Array | np.ndarray] = {
         "pixel_values": np.zeros((questions, 0, tiles, vision.num_channels, side, side), np.uint8),
         "aspect_ratio_ids": np.zeros((questions, 0), np.int32),
         "aspect_ratio_mask": np.zeros((questions, 0, tiles), np.int32),

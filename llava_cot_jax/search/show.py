@@ -8,6 +8,7 @@ from rich.text import Text
 
 from llava_cot_jax.search import wording
 from llava_cot_jax.search.trace import CandidateTrace, StageTrace, Trace, VerdictTrace
+from llava_cot_jax.stage_format import StageFormat
 
 WINNER, MINOR, HEADING = "bold green", "dim", "bold"
 
@@ -33,7 +34,7 @@ def _describe(trace: Trace, right_answer: str | None, correct: bool | None) -> I
         yield Text()
         yield Text.assemble((wording.stage_title(stage), HEADING), ": ", wording.how_chosen(stage, trace.strategy))
         for number, candidate in enumerate(stage.candidates):
-            yield from _describe_candidate(number, candidate, stage)
+            yield from _describe_candidate(number, candidate, stage, trace.format)
         if stage.checks:
             yield _line("Checks, without the image", 2)
             for check in stage.checks:
@@ -58,9 +59,12 @@ def _describe(trace: Trace, right_answer: str | None, correct: bool | None) -> I
     yield Text(wording.cost_line(trace), style=MINOR)
 
 
-def _describe_candidate(number: int, candidate: CandidateTrace, stage: StageTrace) -> Iterator[RenderableType]:
+def _describe_candidate(
+    number: int, candidate: CandidateTrace, stage: StageTrace, format: StageFormat
+) -> Iterator[RenderableType]:
     won = number == stage.winner
     facts = (
+        wording.score(candidate),
         wording.own_score(candidate, stage),
         f"mean log-probability {wording.log_prob(candidate.mean_log_prob)} a token",
         wording.counted(candidate.tokens, "token"),
@@ -73,7 +77,7 @@ def _describe_candidate(number: int, candidate: CandidateTrace, stage: StageTrac
         yield _Indented(Text(f"the same text as {first + 1}", style=MINOR), 5)
         return
     text = Text()
-    for part, is_tag in wording.split_tags(candidate.text, stage.stage):
+    for part, is_tag in wording.split_tags(candidate.text, format):
         text.append(part, style=MINOR if is_tag else "")
     yield _Indented(text or Text("(empty)", style=MINOR), 5)
 

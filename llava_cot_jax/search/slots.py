@@ -19,12 +19,12 @@ from jaxtyping import Array, Bool, Int, UInt32
 from llava_cot_jax.inference.decoding import Decoder, EndReason, OpenSamples, Samples, continue_samples, start_samples
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext
-from llava_cot_jax.model.kv_cache import CacheLayers, Prefix
+from llava_cot_jax.model.kv_cache import CacheLayers, Segment
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.program import (
-    Progress,
     SearchInputs,
+    SearchProgress,
     StageResult,
     StageSearch,
     by_question,
@@ -34,7 +34,7 @@ from llava_cot_jax.search.program import (
     stage_keys,
 )
 from llava_cot_jax.search.strategies import SearchSpec
-from llava_cot_jax.search.tables import JudgeTables, StageTables
+from llava_cot_jax.search.tables import ScorerTables, StageTables
 
 _Tree = TypeVar("_Tree")
 
@@ -68,11 +68,11 @@ class SlotTables:
 
     Attributes:
         stages: Tables of the stages.
-        judge: Tables of the judge; None where there is none.
+        scorers: Tables of the judge and the verifier.
     """
 
     stages: StageTables
-    judge: JudgeTables | None
+    scorers: ScorerTables
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +89,7 @@ class Slots:
         seeds: uint32, seed of each question's draws.
     """
 
-    prefix: Prefix
+    prefix: Segment
     suffix: CacheLayers
     images: ImageContext | None
     samples: OpenSamples
@@ -117,7 +117,7 @@ def init_slots(
         prefix = decoder.init_cache(num_slots, pieces.lengths.prefix + decoder.prefill_chunk)
         none = jnp.zeros(num_slots, jnp.int32)
         return Slots(
-            prefix=Prefix(prefix, none),
+            prefix=Segment(prefix, none),
             suffix=decoder.init_cache(rows, capacity),
             images=jax.tree.map(lambda x: jnp.zeros((num_slots, *x.shape[1:]), x.dtype), images),
             samples=OpenSamples(samples, zeros),
@@ -135,7 +135,7 @@ def admit(
     tables: SlotTables,
     *,
     settings: SlotSettings,
-) -> tuple[Slots, Progress]:
+) -> tuple[Slots, SearchProgress]:
     """Put a question into a slot: run the vision tower on its images. Return the slots, and the question's progress."""
     with use_mesh(settings.mesh):
         images = encode_question_images(params, settings.config, question)
@@ -154,7 +154,7 @@ def start_stage(
     slots: Slots,
     slot: Int[Array, ""],
     question: SearchInputs,
-    progress: Progress,
+    progress: SearchProgress,
     tables: SlotTables,
     *,
     settings: SlotSettings,
@@ -200,7 +200,7 @@ def decode(
         suffix, samples = continue_samples(
             Decoder(params, settings.config, slots.images, settings.prefill_chunk),
             slots.samples,
-            candidate_cache(slots.suffix, slots.prefix),
+            candidate_cache(slots.suffix, (slots.prefix,)),
             stop,
             sampling=settings.spec.sampling,
             goes_on=goes_on,
@@ -217,24 +217,38 @@ def choose(
     slots: Slots,
     slot: Int[Array, ""],
     question: SearchInputs,
-    progress: Progress,
+    progress: SearchProgress,
     tables: SlotTables,
     *,
     settings: SlotSettings,
-) -> tuple[StageResult, Progress]:
+) -> tuple[StageResult, SearchProgress]:
     """Let the stage's scorer choose among a slot's candidates. Return the result, and the question's progress."""
     with use_mesh(settings.mesh):
         pieces = _pieces(params, _take(slots.images, slot), question, tables, settings)
-        candidates = _candidates(slots, slot, settings)
-        winner, judgement = pieces.choose(candidates, progress)
-        result = StageResult(candidates, winner, judgement, progress.pending.lengths)
+        candidates, stage = _candidates(slots, slot, settings), progress.stage
+        own = pieces.segment(_take(slots.suffix, slot, settings.most), candidates, stage)
+        scores = pieces.score((_take(slots.prefix, slot), own), candidates, stage)
+        winner, judgement = pieces.choose(candidates, scores, progress)
+        kept = pieces.kept(candidates, stage).lengths
+        result = StageResult(candidates, winner, judgement, scores, progress.pending.lengths, kept)
         return result, pieces.advance(progress, candidates, winner)
 
 
 @_piece
-def read_candidates(slots: Slots, slot: Int[Array, ""], *, settings: SlotSettings) -> Samples:
-    """Return a slot's candidates, [1, candidates]."""
-    return _candidates(slots, slot, settings)
+def read_candidates(
+    params: Params,
+    slots: Slots,
+    slot: Int[Array, ""],
+    question: SearchInputs,
+    progress: SearchProgress,
+    tables: SlotTables,
+    *,
+    settings: SlotSettings,
+) -> tuple[Samples, Int[Array, "1 candidates"]]:
+    """Return a slot's candidates, [1, candidates], and int32, the number of tokens that are kept of each."""
+    candidates = _candidates(slots, slot, settings)
+    pieces = _pieces(params, None, question, tables, settings)
+    return candidates, pieces.kept(candidates, progress.stage).lengths
 
 
 @_piece
@@ -243,16 +257,17 @@ def keep(
     slots: Slots,
     slot: Int[Array, ""],
     question: SearchInputs,
-    progress: Progress,
+    progress: SearchProgress,
     tables: SlotTables,
     winner: Int[Array, " 1"],
     *,
     settings: SlotSettings,
-) -> tuple[StageResult, Progress]:
+) -> tuple[StageResult, SearchProgress]:
     """Return what ``choose`` returns, for a winner that the host has chosen."""
     candidates = _candidates(slots, slot, settings)
     pieces = _pieces(params, None, question, tables, settings)
-    result = StageResult(candidates, winner, None, progress.pending.lengths)
+    kept = pieces.kept(candidates, progress.stage).lengths
+    result = StageResult(candidates, winner, None, None, progress.pending.lengths, kept)
     return result, pieces.advance(progress, candidates, winner)
 
 
@@ -261,7 +276,7 @@ def _pieces(
 ) -> StageSearch:
     """Return the pieces of the search for one question."""
     decoder = Decoder(params, settings.config, images, settings.prefill_chunk)
-    return StageSearch(decoder, settings.spec, question, tables.stages, tables.judge)
+    return StageSearch(decoder, settings.spec, question, tables.stages, tables.scorers)
 
 
 def _candidates(slots: Slots, slot: Int[Array, ""], settings: SlotSettings) -> Samples:

@@ -5,15 +5,15 @@ answers, which is the same search with a single stage that has no tags.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
-from llava_cot_jax.checks import check_bool, check_int, check_number, check_text, shown
+from llava_cot_jax.checks import check_bool, check_choice, check_instance, check_int, check_number, check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
 from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.search.scorers import OwnScorer, ScorerFunction, check_own_scorer
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
 
 DEFAULT_STAGE_TOKENS = 1024
 """Largest number of tokens of a candidate of a stage where no length is given."""
@@ -45,8 +45,7 @@ class Judge:
     temperature: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.verdict not in ("token", "rationale"):
-            raise UserError(f'verdict is {shown(self.verdict)}; it must be "token" or "rationale"')
+        check_choice("verdict", self.verdict, ("token", "rationale"))
         check_bool("both_orders", self.both_orders)
         check_int("reason_tokens", self.reason_tokens)
         check_int("check_tokens", self.check_tokens)
@@ -82,7 +81,17 @@ class LogProbability:
     """Scorer that keeps the candidate with the highest mean log-probability of a token."""
 
 
-Scorer = Judge | LogProbability
+@dataclass(frozen=True)
+class Verifier:
+    """Scorer in which the model itself is asked after each candidate whether it is right, seeing the image.
+
+    A score is the probability of "yes" against "no". It is absolute: it does not depend on the other candidates. The
+    highest wins, of equal ones that with the highest mean log-probability. A question takes some 25 tokens for each
+    candidate, of which nothing is read again.
+    """
+
+
+Scorer = Judge | LogProbability | Verifier
 """Scorers that the compiled search knows."""
 
 AnyScorer = Scorer | ScorerFunction
@@ -102,8 +111,8 @@ def _check_scorer(scorer: Any) -> Scorer | OwnScorer:
     if callable(scorer):
         return check_own_scorer(scorer)
     raise UserError(
-        f"scorer is {shown(scorer)}; it must be Judge(), LogProbability() or a function of (images, question, stage, "
-        "texts) that returns a score for each text"
+        f"scorer is {shown(scorer)}; it must be Judge(), Verifier(), LogProbability() or a function of (images, "
+        "question, stage, texts) that returns a score for each text"
     )
 
 
@@ -112,13 +121,14 @@ class SearchSpec:
     """Static part of a compiled search, which a strategy determines.
 
     Attributes:
-        stages: Tags of the stages in order; empty where whole answers are sampled.
+        stages: Names of the stages in order; empty where whole answers are sampled.
         num_candidates: Number of candidates of each stage.
         temperatures: Temperature of each stage.
         max_new_tokens: Largest number of tokens of a candidate of each stage.
         sampling: top_k and top_p; its temperature is the highest of the stages.
         scorers: Scorer that chooses among the candidates of each stage; None keeps the first.
         shrinks: Whether ``max_new_tokens`` is a default, which shrinks to what a model's context leaves.
+        format: Format of the stages, and of whole answers.
 
     Raises:
         UserError: A setting is out of range.
@@ -131,6 +141,7 @@ class SearchSpec:
     sampling: Sampling
     scorers: tuple[Scorer | OwnScorer | None, ...]
     shrinks: bool = False
+    format: StageFormat = LLAVA_COT
 
     def __post_init__(self) -> None:
         for candidates in self.num_candidates:
@@ -173,6 +184,11 @@ class SearchSpec:
         scorer = self.scorers[stage]
         return scorer if isinstance(scorer, Judge) and self.num_candidates[stage] > 1 else None
 
+    @property
+    def has_verifier(self) -> bool:
+        """Whether a verifier scores the candidates of a stage, a single one too."""
+        return any(isinstance(scorer, Verifier) for scorer in self.scorers)
+
 
 class Strategy(Protocol):
     """Way to search for an answer, as ``Reasoner`` takes it."""
@@ -193,7 +209,12 @@ def check_strategy(strategy: Any) -> None:
         raise UserError(f"search is {shown(strategy)}; it must be a strategy, such as StageBeam() or Greedy()")
 
 
+FORMAT_REMEDY = 'give a StageFormat, such as StageFormat.load("mulberry")'
+"""Remedy for a format that is none."""
+
+
 def _whole_answers(
+    format: StageFormat,
     num_candidates: int,
     temperature: float,
     max_new_tokens: int | None,
@@ -201,10 +222,27 @@ def _whole_answers(
     top_p: float = 1.0,
     scorer: Scorer | OwnScorer | None = None,
 ) -> SearchSpec:
-    """Return a search that samples whole answers."""
+    """Return a search that samples whole answers. One answer in several turns is sampled turn by turn."""
+    check_instance("format", format, StageFormat, FORMAT_REMEDY)
     sampling = Sampling(temperature, top_k, top_p)
     longest = DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-    return SearchSpec((), (num_candidates,), (temperature,), (longest,), sampling, (scorer,), max_new_tokens is None)
+    stages = format.names if format.has_turns else ()
+    if stages and num_candidates != 1:
+        raise UserError(
+            f"format {format.name} asks for its stages in several turns, so that its answers cannot be sampled whole: "
+            "search with StageBeam (--search stage_beam)"
+        )
+    count = len(stages) or 1
+    return SearchSpec(
+        stages=stages,
+        num_candidates=(num_candidates,) * count,
+        temperatures=(temperature,) * count,
+        max_new_tokens=(longest,) * count,
+        sampling=sampling,
+        scorers=(scorer,) * count,
+        shrinks=max_new_tokens is None,
+        format=format,
+    )
 
 
 @dataclass(frozen=True)
@@ -213,19 +251,21 @@ class Greedy:
 
     Attributes:
         max_new_tokens: Largest number of tokens of the answer; by default 2048, or what the context leaves.
+        format: Format of the answer.
 
     Raises:
         UserError: A setting is not of its type, or out of range.
     """
 
     max_new_tokens: int | None = None
+    format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
         self.to_spec()  # refuses wrong settings now
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(1, 0.0, self.max_new_tokens)
+        return _whole_answers(self.format, 1, 0.0, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -237,6 +277,7 @@ class Sample:
         max_new_tokens: Largest number of tokens of the answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
+        format: Format of the answers.
 
     Raises:
         UserError: A setting is not of its type, or out of range.
@@ -246,13 +287,14 @@ class Sample:
     max_new_tokens: int | None = None
     top_k: int | None = 50
     top_p: float = 0.9
+    format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
         self.to_spec()  # refuses wrong settings now
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(1, self.temperature, self.max_new_tokens, self.top_k, self.top_p)
+        return _whole_answers(self.format, 1, self.temperature, self.max_new_tokens, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -269,6 +311,7 @@ class MajorityVote:
         max_new_tokens: Largest number of tokens of an answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
+        format: Format of the answers.
 
     Raises:
         UserError: A setting is not of its type, or out of range.
@@ -279,13 +322,67 @@ class MajorityVote:
     max_new_tokens: int | None = None
     top_k: int | None = 50
     top_p: float = 0.9
+    format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
         self.to_spec()  # refuses wrong settings now
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p)
+        return _whole_answers(
+            self.format, self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p
+        )
+
+
+@dataclass(frozen=True)
+class WeightedVote:
+    """Strategy of sampled answers, of which one with the conclusion that has the highest sum of scores is kept.
+
+    Conclusions are compared as in ``MajorityVote``, which is the same vote with all scores 1. Among the answers with
+    the winning conclusion the highest score decides, then the highest mean log-probability of a token, as it does
+    between conclusions with equal sums (Math-Shepherd, arXiv 2312.08935).
+
+    Attributes:
+        num_candidates: Number of answers.
+        scorer: Scorer that gives each answer a score of its own.
+        temperature: Temperature of sampling.
+        max_new_tokens: Largest number of tokens of an answer; by default 2048, or what the context leaves.
+        top_k: Number of likeliest tokens that are sampled from; None is all.
+        top_p: Probability up to which the likeliest tokens are sampled from.
+        format: Format of the answers.
+
+    Raises:
+        UserError: A setting is not of its type, or out of range.
+    """
+
+    num_candidates: int = 8
+    scorer: Verifier = Verifier()
+    temperature: float = 0.6
+    max_new_tokens: int | None = None
+    top_k: int | None = 50
+    top_p: float = 0.9
+    format: StageFormat = field(default=LLAVA_COT, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_scorer(self.scorer)
+        if not isinstance(self.scorer, Verifier):
+            raise UserError(
+                f"scorer is {shown(self.scorer)}; a weighted vote needs a score of each answer's own: give Verifier(), "
+                "which is --judge verifier"
+            )
+        self.to_spec()  # refuses wrong settings now
+
+    def to_spec(self) -> SearchSpec:
+        """Return the static part of the compiled search."""
+        return _whole_answers(
+            self.format,
+            self.num_candidates,
+            self.temperature,
+            self.max_new_tokens,
+            self.top_k,
+            self.top_p,
+            self.scorer,
+        )
 
 
 @dataclass(frozen=True)
@@ -299,6 +396,7 @@ class BestOfN:
         max_new_tokens: Largest number of tokens of an answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
+        format: Format of the answers.
 
     Raises:
         UserError: A setting is not of its type, or out of range.
@@ -310,6 +408,7 @@ class BestOfN:
     max_new_tokens: int | None = None
     top_k: int | None = 50
     top_p: float = 0.9
+    format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
         self.to_spec()  # refuses wrong settings now
@@ -318,7 +417,7 @@ class BestOfN:
         """Return the static part of the compiled search."""
         scorer = _check_scorer(self.scorer)
         return _whole_answers(
-            self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p, scorer
+            self.format, self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p, scorer
         )
 
 
@@ -338,11 +437,12 @@ class StageBeam:
             stage.
         top_k: Number of likeliest tokens that are sampled from; None is all.
         top_p: Probability up to which the likeliest tokens are sampled from.
-        stages: Tags of the stages in order.
+        stages: Names of the stages in order. Without a format, each is enclosed in ``<NAME>`` and ``</NAME>``.
+        format: Format of the stages, by default that of LLaVA-CoT.
 
     Raises:
-        UserError: A setting is not of its type or out of range, there are no stages, a stage is given twice, or a tuple
-            does not have one value for each stage.
+        UserError: A setting is not of its type or out of range, there are no stages, a stage is given twice, stages are
+            given that are not those of the format, or a tuple does not have one value for each stage.
     """
 
     num_candidates: int | tuple[int, ...] = 4
@@ -351,51 +451,64 @@ class StageBeam:
     max_new_tokens: int | tuple[int, ...] | None = None
     top_k: int | None = 50
     top_p: float = 0.9
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] | None = None
+    format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
+        self._settle_stages()
         self.to_spec()  # refuses wrong settings now
+
+    def _settle_stages(self) -> None:
+        """Let the format and the names of the stages agree."""
+        check_instance("format", self.format, StageFormat, FORMAT_REMEDY)
+        if self.stages is None:
+            object.__setattr__(self, "stages", self.format.names)
+        elif not isinstance(self.stages, tuple):
+            raise UserError(f"stages is {shown(self.stages)}; it must be a tuple of tags")
+        elif self.stages != self.format.names:
+            if self.format != LLAVA_COT:
+                raise UserError(f"stages is {self.stages}, but the format {self.format.name} has {self.format.names}")
+            for stage in self.stages:
+                check_text("a stage", stage)
+            object.__setattr__(self, "format", StageFormat.tagged(self.stages))
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        if not isinstance(self.stages, tuple):
-            raise UserError(f"stages is {shown(self.stages)}; it must be a tuple of tags")
-        for stage in self.stages:
-            check_text("a stage", stage)
-        if not self.stages or not all(self.stages) or len(set(self.stages)) < len(self.stages):
-            raise UserError(f"stages must be different tags, at least one; got {self.stages}")
         temperatures = self._per_stage("temperature", self.temperature)
         for temperature in temperatures:
             check_number("temperature", temperature)
         longest = DEFAULT_STAGE_TOKENS if self.max_new_tokens is None else self.max_new_tokens
         return SearchSpec(
-            stages=self.stages,
+            stages=self.format.names,
             num_candidates=self._per_stage("num_candidates", self.num_candidates),
             temperatures=temperatures,
             max_new_tokens=self._per_stage("max_new_tokens", longest),
             sampling=Sampling(max(temperatures), self.top_k, self.top_p),
             scorers=tuple(map(_check_scorer, self._per_stage("scorer", self._scorers_in_order()))),
             shrinks=self.max_new_tokens is None,
+            format=self.format,
         )
 
     def _scorers_in_order(self) -> AnyScorer | tuple[AnyScorer, ...]:
         """Return the scorer, or where there is a mapping, the scorers in the order of the stages."""
         if not isinstance(self.scorer, Mapping):
             return self.scorer
-        if set(self.scorer) != set(self.stages):
+        stages = self.format.names
+        if set(self.scorer) != set(stages):
             raise UserError(
                 f"scorer is for {', '.join(map(str, self.scorer)) or 'no stage'}; it must have one scorer for each of "
-                f"{', '.join(self.stages)}"
+                f"{', '.join(stages)}"
             )
-        return tuple(self.scorer[stage] for stage in self.stages)
+        return tuple(self.scorer[stage] for stage in stages)
 
     def _per_stage(self, name: str, value: _Value | tuple[_Value, ...]) -> tuple[_Value, ...]:
         """Return one value for each stage."""
         if isinstance(value, list):
             raise UserError(f"{name} is {shown(value)}; give one value, or a tuple with one for each stage")
-        values = value if isinstance(value, tuple) else (value,) * len(self.stages)
-        if len(values) != len(self.stages):
+        count = len(self.format.stages)
+        values = value if isinstance(value, tuple) else (value,) * count
+        if len(values) != count:
             raise UserError(
-                f"{name} has {len(values)} values for {len(self.stages)} stages: give one value, or one for each stage"
+                f"{name} has {len(values)} values for {count} stages: give one value, or one for each stage"
             )
         return values

@@ -15,10 +15,11 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import Samples
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.sharding import without_surroundings
+from llava_cot_jax.processing.conversation import QuestionOrMessages
 from llava_cot_jax.processing.images import open_image
 from llava_cot_jax.search import slots as pieces
 from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite, join_stages, stage_name, tagged_text
-from llava_cot_jax.search.program import Progress, StageResult, default_prefill_chunk
+from llava_cot_jax.search.program import SearchProgress, StageResult, default_prefill_chunk
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.room import Room, put_in_room
 from llava_cot_jax.search.scorers import OwnScorer, OwnScores, call_scorer
@@ -36,12 +37,12 @@ class Question:
     """Question of a stream.
 
     Attributes:
-        question: Text of the question.
+        question: Text of the question, or messages of a conversation that ends with it.
         images: Images that it is about: one, several, or None.
         seed: Seed of its draws.
     """
 
-    question: str
+    question: QuestionOrMessages
     images: Images = None
     seed: int = 0
 
@@ -81,7 +82,7 @@ class _Occupant:
 
     index: int
     requests: Requests
-    progress: Progress
+    progress: SearchProgress
     start: float
     stages: list[StageResult] = field(default_factory=list)
     own_scores: dict[int, OwnScores] = field(default_factory=dict)
@@ -108,7 +109,7 @@ class SlotSearch:
         self._model, self._builder = model, builder
         mesh = model.mesh
         self._settings = pieces.SlotSettings(model.config, room.spec, default_prefill_chunk(mesh), mesh)
-        self._tables = pieces.SlotTables(builder.stage_tables, builder.judge_tables)
+        self._tables = pieces.SlotTables(builder.stage_tables, builder.scorer_tables)
         self._maker = AnswerMaker(model.config, builder.processor, builder.strategy, room.spec)
         self._occupants: list[_Occupant | None] = [None] * num_slots
         self._slots: pieces.Slots | None = None
@@ -195,7 +196,7 @@ class SlotSearch:
             if scorer is None:
                 chosen = pieces.choose(*given, self._tables, settings=self._settings)
             else:
-                scores = self._score(slot, occupant, scorer, place)
+                scores = self._score(given, occupant, scorer, place)
                 winner = np.array([scores.winner], np.int32)
                 chosen = pieces.keep(*given, self._tables, winner, settings=self._settings)
                 occupant.own_scores[number] = scores
@@ -204,24 +205,25 @@ class SlotSearch:
         occupant.stages.append(result)
         check_finite(occupant.stages, spec, place, dtype)
         if spec.calls_host:
-            occupant.winners.append(self._tagged_texts(number, result.candidates)[int(result.winner)])
+            texts = self._tagged_texts(number, result.candidates, result.kept)
+            occupant.winners.append(texts[int(result.winner)])
 
-    def _score(self, slot: int, occupant: _Occupant, scorer: OwnScorer, place: str) -> OwnScores:
+    def _score(self, given: tuple[Any, ...], occupant: _Occupant, scorer: OwnScorer, place: str) -> OwnScores:
         """Let a scorer of the user's own score a slot's candidates."""
         number, spec, requests = len(occupant.stages), self.room.spec, occupant.requests
-        samples = pieces.read_candidates(self._slots, np.int32(slot), settings=self._settings)
-        candidates: Samples = _of_one_question(jax.device_get(samples))
+        read = pieces.read_candidates(*given, self._tables, settings=self._settings)
+        candidates, kept = _of_one_question(jax.device_get(read))
         if occupant.images is None:
             occupant.images = [open_image(image) for image in requests.images[0]]
-        texts = [join_stages([*occupant.winners, text]) for text in self._tagged_texts(number, candidates)]
+        texts = [join_stages([*occupant.winners, text]) for text in self._tagged_texts(number, candidates, kept)]
         name = stage_name(spec, number)
         return call_scorer(scorer, list(occupant.images), requests.questions[0], name, texts, place)
 
-    def _tagged_texts(self, number: int, candidates: Samples) -> list[str]:
+    def _tagged_texts(self, number: int, candidates: Samples, kept: jax.Array) -> list[str]:
         """Return the candidates of a stage with their tags."""
         spec = self.room.spec
-        traces = trace_candidates(self._builder.processor, spec, number, candidates)
-        return [tagged_text(stage_name(spec, number), trace) for trace in traces]
+        traces = trace_candidates(self._builder.processor, spec, number, candidates, kept)
+        return [tagged_text(spec.format, stage_name(spec, number), trace) for trace in traces]
 
     def _answer(self, occupant: _Occupant) -> Answer:
         requests = occupant.requests

@@ -11,16 +11,23 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
 from llava_cot_jax.inference.stop_strings import (
     TAILS,
+    Automaton,
     case_insensitive,
     compile_stop_table,
+    endless_automaton,
+    heading_automaton,
     string_automaton,
     tag_automaton,
     vocabulary_bytes,
 )
+from llava_cot_jax.processing.messages import Message, user_message
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import PROMPT_KINDS, WHOLE_ANSWER, JudgePrompts, PromptKind
 from llava_cot_jax.search.strategies import Judge, SearchSpec
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import StageFormat, StageMarks
+
+_ANSWER = "\ue000"
+"""Text that stands for an answer in the chat template: a character of Unicode's private use area."""
 
 BLANK_LINE = TAILS - 1
 """Number of line breaks at the end of a text that ends with a blank line, as a prompt and a closed stage do."""
@@ -29,22 +36,27 @@ BLANK_LINE = TAILS - 1
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StageTables:
-    """Tags of the stages, and stop tables that find their ends.
+    """Openings and closings of the stages, and stop tables that find their ends.
 
-    An opening tag is given to the model, never sampled, so it cannot be missing. The rest of a closing tag that was not
-    sampled whole is added: a candidate that reached its largest length after ``</SUM`` is closed by ``MARY>``.
+    An opening is given to the model, never sampled, so it cannot be missing. The rest of a closing that was not sampled
+    whole is added: a candidate that reached its largest length after ``</SUM`` is closed by ``MARY>``. A stage without
+    a closing ends before the opening of a later stage, which is cut off where the model writes it.
 
     Attributes:
-        openings: Opening tag of each stage after a text with 0 to ``BLANK_LINE`` line breaks at its end,
-            [stages, TAILS].
-        closings: Rest of the closing tag and a blank line, for each state of the stop table; nothing in the accepting
-            states, [stages, states + TAILS].
-        stop_tables: uint8, stop table of each stage's closing tag.
+        openings: Opening of each stage after a text with 0 to ``BLANK_LINE`` line breaks at its end, [stages, TAILS].
+            That of a stage with a turn of its own begins with the end of the turn before, and what the user says.
+        closings: Rest of the closing and a blank line, for each state of the stop table; nothing in the accepting
+            states, nor for a stage without a closing, [stages, states + TAILS].
+        stop_tables: uint8, stop table of what ends each stage.
+        labels: Text before a stage where the judge is shown it, [stages]; None where it is the opening.
+        cuts: Whether a stage ends before the opening of a later stage; None where none does.
     """
 
     openings: RaggedTokens
     closings: RaggedTokens
     stop_tables: UInt8[Array, "stages states vocab"]
+    labels: RaggedTokens | None = None
+    cuts: Bool[Array, " stages"] | None = None
 
     @property
     def num_states(self) -> int:
@@ -80,32 +92,97 @@ class JudgeTables:
     stop_tables: UInt8[Array, "kinds states vocab"]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VerifierTables:
+    """Texts by which the verifier asks whether a candidate is right, and how its answer is read.
+
+    Attributes:
+        probes: Text after a candidate of each stage: the end of the turn, a user's question, and the beginning of the
+            answer, [stages].
+        answers: int32, the tokens of "yes" and "no" after it.
+    """
+
+    probes: RaggedTokens
+    answers: Int[Array, "2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ScorerTables:
+    """Tables of the scorers that the model computes.
+
+    Attributes:
+        judge: Tables of the judge; None where no stage has one.
+        verifier: Tables of the verifier; None where no stage has one.
+    """
+
+    judge: JudgeTables | None
+    verifier: VerifierTables | None
+
+
 def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
     """Return the tables of the stages of ``spec``.
 
-    Whole answers are one stage, which ends with LLaVA-CoT's last closing tag and has no tag added.
+    Whole answers are one stage, which ends with the closing of the format's last stage and has nothing added.
 
     Raises:
-        UserError: The tokenizer is not byte-level, or a tag is too long.
+        UserError: The tokenizer is not byte-level, or a closing, or an opening that ends a stage, is too long.
     """
-    entries = _vocabulary(processor)
-    tags = [f"</{stage}>" for stage in spec.stages or STAGES[-1:]]
-    stop_tables, num_states = compile_stop_table([(tag_automaton(tag.encode()), TAILS) for tag in tags], entries)
-
-    def ids(text: str) -> list[int]:
-        return token_ids(processor, text)
-
-    openings: list[list[int]] = []
-    closings: list[list[int]] = []
-    for stage in spec.stages or (None,):
-        for tail in range(TAILS):
-            openings.append([] if stage is None else ids("\n" * (BLANK_LINE - tail) + f"<{stage}>"))
-        for state in range(num_states + TAILS):
-            closings.append([] if stage is None or state >= num_states else ids(closing_text(stage, state)))
-    count = len(tags)
+    format = spec.format
+    numbers = range(spec.num_stages) if spec.stages else range(len(format.stages) - 1, len(format.stages))
+    automata = [(_end_automaton(format, number), TAILS) for number in numbers]
+    stop_tables, num_states = compile_stop_table(automata, _vocabulary(processor))
+    count = len(numbers)
+    openings: list[list[int]] = [[]] * TAILS
+    closings: list[list[int]] = [[]] * (num_states + TAILS)
+    if spec.stages:
+        openings = [ids for number in numbers for ids in _openings(processor, format, number)]
+        texts = [closing_text(stage, state) for stage in format.stages for state in range(num_states)]
+        added = [token_ids(processor, text) for text in texts]
+        closings = [ids for n in numbers for ids in [*added[n * num_states : (n + 1) * num_states], *[[]] * TAILS]]
+    cuts = [stage.closing is None and bool(format.later_marks(n)) for n, stage in enumerate(format.stages)]
+    is_labelled = bool(spec.stages) and any(stage.closing is None for stage in format.stages)
     return StageTables(
-        pad(openings, (count, TAILS)), pad(closings, (count, num_states + TAILS)), jax.device_put(stop_tables)
+        pad(openings, (count, TAILS)),
+        pad(closings, (count, num_states + TAILS)),
+        jax.device_put(stop_tables),
+        pad([token_ids(processor, _label(stage)) for stage in format.stages]) if is_labelled else None,
+        jax.device_put(np.array(cuts)) if spec.stages and any(cuts) else None,
     )
+
+
+def _end_automaton(format: StageFormat, number: int) -> Automaton:
+    """Return the automaton that finds what ends a stage in its text."""
+    if closing := format.stages[number].closing:
+        return tag_automaton(closing.strip().encode())
+    if later := format.later_marks(number):
+        return heading_automaton([mark.encode() for mark in later])
+    return endless_automaton()
+
+
+def _openings(processor: Processor, format: StageFormat, number: int) -> list[list[int]]:
+    """Return the tokens that open a stage after a text with 0 to ``BLANK_LINE`` line breaks at its end."""
+    stage = format.stages[number]
+    if number and stage.ask is not None:
+        return [token_ids(processor, _turn(processor, stage.ask) + (stage.opening or ""))] * TAILS
+    if stage.opening is None:
+        return [[]] * TAILS
+    return [token_ids(processor, "\n" * (BLANK_LINE - tail) + stage.opening) for tail in range(TAILS)]
+
+
+def _turn(processor: Processor, ask: str) -> str:
+    """Return the text from the end of an assistant's answer to the beginning of the next, with what the user says."""
+    answer: Message = {"role": "assistant", "content": _ANSWER}
+    prompt = processor.prompt([user_message("?"), answer, user_message(ask)])
+    return prompt.partition(_ANSWER)[2]
+
+
+def _label(stage: StageMarks) -> str:
+    """Return what the judge is shown before a stage, of which it is not told that it is a turn."""
+    if stage.closing:
+        return stage.opening or ""
+    return "\n" + (stage.opening or f"{stage.name.capitalize()}: ")
 
 
 def _vocabulary(processor: Processor) -> list[bytes]:
@@ -113,10 +190,24 @@ def _vocabulary(processor: Processor) -> list[bytes]:
     return vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size, processor.control_tokens)
 
 
-def closing_text(stage: str, state: int) -> str:
-    """Return the text that closes a stage after ``state`` bytes of its closing tag, and a blank line."""
-    tag = f"</{stage}>"
-    return (f" {tag}" if state == 0 else tag.encode()[state:].decode(errors="ignore")) + "\n\n"
+def closing_text(stage: StageMarks, state: int) -> str:
+    """Return the text that closes a stage after ``state`` bytes of its closing, and a blank line."""
+    if not stage.closing:
+        return ""
+    closing = stage.closing.strip()
+    return (f" {closing}" if state == 0 else closing.encode()[state:].decode(errors="ignore")) + "\n\n"
+
+
+def build_scorer_tables(processor: Processor, spec: SearchSpec, prompts: JudgePrompts) -> ScorerTables:
+    """Return the tables of the judge and of the verifier of ``spec``.
+
+    Raises:
+        UserError: A verdict or an answer is not the natural next token.
+    """
+    return ScorerTables(
+        judge=None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, prompts),
+        verifier=build_verifier_tables(processor, spec, prompts) if spec.has_verifier else None,
+    )
 
 
 def build_judge_tables(processor: Processor, spec: SearchSpec, judge: Judge, prompts: JudgePrompts) -> JudgeTables:
@@ -153,18 +244,49 @@ def build_judge_tables(processor: Processor, spec: SearchSpec, judge: Judge, pro
     )
 
 
+def build_verifier_tables(processor: Processor, spec: SearchSpec, prompts: JudgePrompts) -> VerifierTables:
+    """Return the tables of the verifier of the candidates of ``spec``.
+
+    Raises:
+        UserError: An answer is not the natural next token after a probe.
+    """
+    probes = [prompts.probe_text(processor, stage) for stage in spec.stages or (WHOLE_ANSWER,)]
+    answers = _natural_tokens(
+        processor,
+        probes[0],
+        prompts.probe.answers,
+        f"after the verifier's stem {prompts.probe.stem!r} the answer",
+        'let the stem end with a colon and the answers begin with a space, as in "Answer:" and " yes"',
+    )
+    return VerifierTables(
+        pad([token_ids(processor, probe) for probe in probes]), jax.device_put(np.array(answers, np.int32))
+    )
+
+
 def _verdict_tokens(processor: Processor, stages: Sequence[str], prompts: JudgePrompts) -> list[int]:
     """Return the tokens of the two verdicts after the stem."""
-    ending = prompts.split(processor, "pair", stages[0], stages, images=0)[-1] + prompts.stem
-    before = token_ids(processor, ending)
+    return _natural_tokens(
+        processor,
+        prompts.split(processor, "pair", stages[0], stages, images=0)[-1] + prompts.stem,
+        prompts.verdicts,
+        f"after the judge's stem {prompts.stem!r} the verdict",
+        'end the stem with a space and let the verdicts be digits, as in "I choose response "',
+    )
+
+
+def _natural_tokens(processor: Processor, text: str, endings: Sequence[str], what: str, remedy: str) -> list[int]:
+    """Return the token of each of ``endings`` after ``text``.
+
+    Raises:
+        UserError: An ending is not one token, or changes the tokens of the text before it. The error is made of
+            ``what`` and ``remedy``.
+    """
+    before = token_ids(processor, text)
     found = []
-    for verdict in prompts.verdicts:
-        *same, last = token_ids(processor, ending + verdict)
+    for ending in endings:
+        *same, last = token_ids(processor, text + ending)
         if same != before:
-            raise UserError(
-                f"after the judge's stem {prompts.stem!r} the verdict {verdict!r} is not one natural next token: "
-                'end the stem with a space and let the verdicts be digits, as in "I choose response "'
-            )
+            raise UserError(f"{what} {ending!r} is not one natural next token: {remedy}")
         found.append(last)
     return found
 

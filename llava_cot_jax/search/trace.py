@@ -16,9 +16,11 @@ from llava_cot_jax.search.judge import CHECK, PAIR, JudgeQueries
 from llava_cot_jax.search.program import StageResult
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.scorers import OwnScores
-from llava_cot_jax.search.strategies import Judge, SearchSpec
+from llava_cot_jax.search.strategies import Judge, SearchSpec, Verifier
 from llava_cot_jax.search.tables import closing_text
 from llava_cot_jax.search.tournament import Decision, Matches, StageJudgement
+from llava_cot_jax.search.verifier import StageScores
+from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,18 @@ class CandidateTrace:
     """Candidate of a stage.
 
     Attributes:
-        text: Text that the model wrote. The stage's opening tag is given to the model, and not part of it.
-        ended: Why the candidate ended: "tag", "eos" or "max_new_tokens".
-        added: Closing tag, or the rest of it, that was added because the model did not write it.
+        text: Text that the model wrote. The stage's opening is given to the model, and not part of it, and neither is
+            the next opening, where the model wrote that.
+        ended: Why the candidate ended: "tag", its closing; "heading", the opening of a later stage in a format without
+            closings; "turn", the end of the model's turn where that ends the stage; "eos", that end before the stage's;
+            or "max_new_tokens".
+        added: Closing, or the rest of it, that was added because the model did not write it.
         tokens: Number of tokens of the text.
         log_prob: Sum of the natural log-probabilities of all tokens sampled, before temperature, top_k and top_p.
         mean_log_prob: Mean of these log-probabilities.
-        score: Score by a function of the user's own; None where there is none, or where it is not a number, so that the
-            candidate lost.
+        score: Score of the verifier, the probability of "yes" against "no", or of a function of the user's own. None
+            where there is none, or where that function's is not a number, so that the candidate lost.
+        other_probability: Probability that the verifier gives to anything but the two answers; None without one.
     """
 
     text: str
@@ -43,6 +49,7 @@ class CandidateTrace:
     log_prob: float
     mean_log_prob: float
     score: float | None = None
+    other_probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class StageTrace:
     """Stage of a search.
 
     Attributes:
-        stage: Tag of the stage; "whole" where answers were sampled whole.
+        stage: Name of the stage; "whole" where answers were sampled whole.
         candidates: Candidates in their order.
         checks: Check of each candidate; empty where candidates are not checked.
         matches: Matches in the order in which they were played.
@@ -129,10 +136,12 @@ class Trace:
         stages: Stages in their order.
         vision_encoder_calls: Number of runs of the vision tower: 1, or 0 without an image.
         tokens: Number of tokens by what they were for. Prefilled: "prompt", "winners" of stages, "judge_prefixes" and
-            "judge_queries", the parts of the judge's prompts. Sampled: "candidates" and "judge_reasons".
+            "judge_queries", the parts of the judge's prompts, and "verifier_probes", what the verifier reads after
+            candidates. Sampled: "candidates" and "judge_reasons".
         flops: FLOPs by the same parts, and for the images ("vision"), by the useful count of ``model_costs``, which
             leaves out padding and unused results.
         seconds: Seconds of the batch that the question was in, by what they were spent on.
+        format: Format of the stages.
     """
 
     question: str
@@ -143,19 +152,20 @@ class Trace:
     tokens: dict[str, int]
     flops: dict[str, int]
     seconds: dict[str, float]
+    format: StageFormat = LLAVA_COT
 
     @property
     def forced_stages(self) -> dict[str, str]:
-        """Stages that the search closed itself, as the winner did not: why each ended, by its tag.
+        """Stages that the search ended itself, as the winner did not: why each ended, by its name.
 
         The reasons are "max_new_tokens", where the stage was cut off, and "eos".
         """
         winners = {stage.stage: stage.candidates[stage.winner] for stage in self.stages if stage.stage != WHOLE_ANSWER}
-        return {name: winner.ended for name, winner in winners.items() if winner.ended != "tag"}
+        return {name: winner.ended for name, winner in winners.items() if winner.ended in ("eos", "max_new_tokens")}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the trace as nested dicts and lists, by the names of the attributes."""
-        return asdict(self)
+        """Return the trace as nested dicts and lists, by the names of the attributes, with the name of the format."""
+        return asdict(self) | {"format": self.format.name}
 
     def to_json(self, indent: int | None = None) -> str:
         """Return the trace as a JSON object, which ``generate --trace`` writes a list of.
@@ -183,7 +193,7 @@ def trace_stages(processor: Processor, spec: SearchSpec, stages: Sequence[StageR
     return [
         StageTrace(
             stage=spec.stages[number] if spec.stages else WHOLE_ANSWER,
-            candidates=trace_candidates(processor, spec, number, stage.candidates),
+            candidates=trace_candidates(processor, spec, number, stage.candidates, stage.kept, stage.scores),
             checks=_trace_checks(processor, spec, number, stage.judgement),
             matches=_trace_matches(processor, spec, number, stage.judgement),
             winner=int(stage.winner),
@@ -192,23 +202,51 @@ def trace_stages(processor: Processor, spec: SearchSpec, stages: Sequence[StageR
     ]
 
 
-def trace_candidates(processor: Processor, spec: SearchSpec, number: int, candidates: Samples) -> list[CandidateTrace]:
-    """Return the candidates of stage ``number``, out of host arrays [candidates, ...]."""
-    traces = []
+def trace_candidates(
+    processor: Processor,
+    spec: SearchSpec,
+    number: int,
+    candidates: Samples,
+    kept: jax.Array,
+    scores: StageScores | None = None,
+) -> list[CandidateTrace]:
+    """Return the candidates of stage ``number``, out of host arrays [candidates, ...].
+
+    Args:
+        processor: Processor that decodes tokens.
+        spec: Static part of the search.
+        number: Index of the stage.
+        candidates: Candidates.
+        kept: int32, number of tokens that are kept of each.
+        scores: Scores of the verifier, if there are any.
+    """
+    scores, traces = scores if isinstance(spec.scorers[number], Verifier) else None, []
     for i in range(spec.num_candidates[number]):
         one: Samples = jax.tree.map(lambda x: x[i], candidates)  # noqa: B023
         is_closed = not spec.stages or one.ended == EndReason.TAG
         traces.append(
             CandidateTrace(
-                text=processor.decode(np.asarray(one.tokens[: one.lengths])),
-                ended=EndReason(int(one.ended)).name.lower(),
-                added="" if is_closed else closing_text(spec.stages[number], int(one.state)).rstrip("\n"),
-                tokens=int(one.lengths),
+                text=processor.decode(np.asarray(one.tokens[: kept[i]])),
+                ended=_how_ended(spec, number, EndReason(int(one.ended))),
+                added="" if is_closed else closing_text(spec.format.stages[number], int(one.state)).rstrip("\n"),
+                tokens=int(kept[i]),
                 log_prob=float(one.log_prob),
                 mean_log_prob=float(one.log_prob) / max(int(one.num_sampled), 1),
+                score=None if scores is None else float(scores.score[i]),
+                other_probability=None if scores is None else float(scores.other_probability[i]),
             )
         )
     return traces
+
+
+def _how_ended(spec: SearchSpec, number: int, reason: EndReason) -> str:
+    """Return why a candidate of a stage ended, as ``CandidateTrace.ended`` has it."""
+    if spec.stages and spec.format.stages[number].closing is None:
+        if reason == EndReason.TAG:
+            return "heading"
+        if reason == EndReason.EOS and spec.format.ends_turn(number):
+            return "turn"
+    return reason.name.lower()
 
 
 def _trace_checks(
@@ -298,7 +336,10 @@ class SearchCosts:
     def __init__(self, config: MllamaConfig, spec: SearchSpec, stages: Sequence[StageResult], num_images: int) -> None:
         self._config = config
         self._image_tokens = num_images * config.vision.image_tokens
-        parts = ("prompt", "winners", "candidates", "judge_prefixes", "judge_queries", "judge_reasons")
+        parts = (
+            *("prompt", "winners", "candidates", "verifier_probes"),
+            *("judge_prefixes", "judge_queries", "judge_reasons"),
+        )
         self.tokens = dict.fromkeys(parts, 0)
         vision = sum(model_costs.vision_flops(config, num_images).values()) if num_images else 0
         self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
@@ -309,6 +350,10 @@ class SearchCosts:
             prefix += int(stage.num_prefilled)
             sampled = stage.candidates.num_sampled[stage.candidates.ended != EndReason.UNUSED].tolist()
             self._add_decoding("candidates", sampled, prefix, [0] * len(sampled))
+            if stage.scores is not None and isinstance(spec.scorers[number], Verifier):
+                for i in range(spec.num_candidates[number]):
+                    cached = max(int(stage.kept[i]) - 1, 0)
+                    self._add_prefill("verifier_probes", int(stage.scores.probe_lengths[i]), prefix + cached)
             judge = spec.judge_of(number)
             if judge is not None and stage.judgement is not None:
                 self._add_judgement(judge, stage.judgement, _num_checks(spec, number, judge, stage.judgement))

@@ -7,9 +7,16 @@ import re
 
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace
-from llava_cot_jax.stages import STAGES, find_conclusion, normalize_answer
+from llava_cot_jax.stage_format import StageFormat
+from llava_cot_jax.stages import body_of, find_conclusion, normalize_answer
 
-ENDINGS = {"tag": "closed its tag", "eos": "ended by the model", "max_new_tokens": "cut off at the token limit"}
+ENDINGS = {
+    "tag": "closed its tag",
+    "heading": "reached the next heading",
+    "turn": "ended its turn",
+    "eos": "ended by the model",
+    "max_new_tokens": "cut off at the token limit",
+}
 """Text for how a candidate ended, by ``CandidateTrace.ended``."""
 
 DECIDED_BY = {
@@ -31,20 +38,22 @@ def printable(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
-def split_tags(text: str, stage: str) -> list[tuple[str, bool]]:
-    """Split a candidate's text into pieces, each with whether it is the tag of a stage."""
-    names = "|".join(map(re.escape, (*STAGES, stage)))
-    parts = re.split(rf"(</?(?:{names})>)", printable(text).strip())
+def split_tags(text: str, format: StageFormat) -> list[tuple[str, bool]]:
+    """Split a candidate's text into pieces, each with whether it opens or closes a stage."""
+    marks = {printable(mark.strip()) for stage in format.stages for mark in (stage.opening, stage.closing) if mark}
+    longest_first = sorted(marks, key=len, reverse=True)
+    text = printable(text).strip()
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if marks else [text]
     return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
 
 
 def conclusion_of(trace: Trace) -> str:
-    """Return the answer that a search gives: the body of the last stage's winner."""
-    last = trace.stages[-1]
-    won = last.candidates[last.winner]
-    if last.stage == WHOLE_ANSWER:
-        return find_conclusion(won.text)
-    return (won.text + won.added).partition(f"</{last.stage}>")[0].strip()
+    """Return the answer that a search gives: the body of its conclusion."""
+    stage = next(stage for stage in trace.stages if stage.stage in (WHOLE_ANSWER, trace.format.conclusion))
+    won = stage.candidates[stage.winner]
+    if stage.stage == WHOLE_ANSWER:
+        return find_conclusion(won.text, trace.format)
+    return body_of(won.text + won.added, trace.format[stage.stage])
 
 
 def agrees(conclusion: str, right_answer: str) -> bool:
@@ -80,6 +89,10 @@ def how_chosen(stage: StageTrace, strategy: str) -> str:
         return f"{count} candidates, {winner} has the highest score of {stage.own_scorer}, {took}"
     if strategy.startswith("MajorityVote("):
         return f"{count} candidates, {winner} has the most common conclusion"
+    if strategy.startswith("WeightedVote("):
+        return f"{count} candidates, {winner} has the conclusion with the highest sum of scores"
+    if stage.candidates[stage.winner].score is not None:
+        return f"{count} candidates, {winner} has the highest score"
     if stage.candidates[stage.winner].mean_log_prob == max(c.mean_log_prob for c in stage.candidates):
         return f"{count} candidates, {winner} has the highest mean log-probability"
     return f"{count} candidates, {winner} is kept"
@@ -108,6 +121,16 @@ def verdict_result(verdict: VerdictTrace) -> str:
         said = f"for {(verdict.first if verdict.vote > 0 else verdict.second) + 1}" if verdict.vote else "undecided"
         said = said if verdict.readable else "unreadable"
     return f"{shown}: {said}, vote {verdict.vote:+.2f}"
+
+
+def score(candidate: CandidateTrace) -> str:
+    """Return the verifier's score of a candidate with the probability of anything but its two answers.
+
+    It is nothing for a candidate without a score.
+    """
+    if candidate.score is None or candidate.other_probability is None:
+        return ""
+    return f"score {candidate.score:.3f}, {candidate.other_probability:.1%} on neither yes nor no"
 
 
 def neither_share(verdict: VerdictTrace) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +27,11 @@ HOSTS_OWN_SETTINGS = {"data", "validation_data", "checkpoint", "loader.num_worke
 OTHER_PACKAGES = ("transformers", "tokenizers", "pillow", "libtpu", "jax-cuda13-plugin")
 """Packages whose versions are compared besides those that each checkpoint stores."""
 
-JAX_VARIABLES = ("JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DEFAULT_PRNG_IMPL")
-"""Environment variables that change what a program computes."""
+HOSTS_OWN_JAX_VARIABLES = re.compile("CACHE|COORDINATOR|PROCESS|LOCAL_DEVICE|LOG|DUMP|DEBUG|TRACEBACK|PROFIL|PROXY")
+"""Environment variables of jax, by a part of their names, that may differ between hosts.
+
+They say where a process is, keeps its programs and reports. All others may change what a program computes.
+"""
 
 FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """Environment variables of flags for the compiler, among which those of its dumps may differ."""
@@ -45,7 +49,8 @@ def start_fields(settings: TrainSettings, accept_changes: bool) -> dict[str, str
     package = Path(__file__).parents[1]
     sources = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".yaml"))
     fields |= {f"the digest of {path.relative_to(package.parent)}": _digest(path.read_bytes()) for path in sources}
-    fields |= {name: os.environ.get(name, "not set") for name in JAX_VARIABLES}
+    jax_variables = (name for name in os.environ if name.startswith("JAX_"))
+    fields |= {name: os.environ[name] for name in jax_variables if not HOSTS_OWN_JAX_VARIABLES.search(name)}
     for variable in FLAG_VARIABLES:
         for flag in os.environ.get(variable, "").split():
             name, _, value = flag.partition("=")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn
 
-from llava_cot_jax.errors import UserError, causes
+from llava_cot_jax.errors import TransientError, UserError, causes
 from llava_cot_jax.memory_errors import describe_exhausted_memory
 from llava_cot_jax.training import connections
 from llava_cot_jax.training.connections import Failure, FirstConnections, OtherConnections
@@ -55,12 +55,12 @@ class Lifeline:
         """Wait until all processes of the run are there. From ``FIRST_NOTICE_SECONDS`` on, lines say what is missing.
 
         Raises:
-            UserError: They are not there after ``MEETING_SECONDS``.
+            TransientError: They are not there after ``MEETING_SECONDS``. They may only be late.
         """
         hub = self._hub
         if not self._alone and not self._wait(lambda: hub.met and not hub.failure, MEETING_SECONDS, f"; {ALONE}"):
             hub.given_up = True
-            raise UserError(f"gave up after {MEETING_SECONDS:.0f} s of waiting for {hub.awaited}; {ALONE}")
+            raise TransientError(f"gave up after {MEETING_SECONDS:.0f} s of waiting for {hub.awaited}; {ALONE}")
 
     def agree(self, read: Callable[[], Mapping[str, str]]) -> None:
         """Compare what each process has read for itself. All processes must call this, equally often.

@@ -26,7 +26,7 @@ from llava_cot_jax.costs.model_costs import (
 )
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
-from llava_cot_jax.model.kv_cache import KVCache, LayerCache, Prefix
+from llava_cot_jax.model.kv_cache import KVCache, LayerCache, Segment
 from llava_cot_jax.model.mllama import compute_logits, hidden_states
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.text_decoder import IMAGE_TOKEN_MULTIPLE, forward_with_cache
@@ -232,8 +232,8 @@ def test_decode_flops_are_those_of_the_program(small, images):
         entry = abstract(rows, text.num_key_value_heads, capacity, text.head_dim, dtype=jnp.bfloat16)
         return tuple(LayerCache(entry, entry) if is_cross == cross and capacity else None for is_cross in text.is_cross)
 
-    prefix = Prefix(layers(questions, shared, False), abstract(questions))
-    cache = KVCache(layers(rows, own, False), abstract(rows), prefix)
+    prefix = Segment(layers(questions, shared, False), abstract(questions))
+    cache = KVCache(layers(rows, own, False), abstract(rows), (prefix,))
     tiles = abstract(rows, 1, 1, small.vision.max_num_tiles)
     context = None
     if images:

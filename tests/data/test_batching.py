@@ -206,3 +206,19 @@ def test_rows_with_similar_numbers_of_images_share_batches(shuffle):
         assert b.images == images[rows].max() and LENGTHS[rows].max() <= b.length
     assert sum(images[b.rows[b.rows != FILLER]].min() < b.images for b in batches) == 2
     assert {b.images for b in batches} == {0, 1, 3}
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (
+            [(300, 1e-3), (700, 1.0)],
+            r"data set 1 of 2 has 2\d\d rows, of which none comes in an epoch by its weight of 0.001",
+        ),
+        ([(300, 1.0), (700, 1e30)], r"an epoch has .*e\+32 rows: give smaller weights, more epochs"),
+        ([(300, 1.0), (700, 1e9)], r"an epoch has .*e\+11 rows"),
+    ],
+)
+def test_weights_that_cannot_be_used(sets, message):
+    with pytest.raises(UserError, match=message):
+        make(sets=sets)

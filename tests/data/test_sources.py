@@ -66,3 +66,11 @@ def test_rows_to_validate_on(folders: tuple[str, str]) -> None:
         open_validation_rows(whole, None, 3)
     with pytest.raises(UserError, match="nowhere is no prepared data set"):
         open_validation_rows("shapes", str(Path(whole) / "nowhere"), 3)
+
+
+def test_the_same_data_by_two_names(folders: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folders[0])
+    with pytest.raises(
+        UserError, match=r"/split and .*/link are the same data: name them once, with the sum of the wei"
+    ):
+        open_training_rows({folders[0]: 1, "shapes": 1, str(tmp_path / "link"): 1})

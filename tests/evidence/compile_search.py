@@ -25,7 +25,7 @@ from llava_cot_jax.costs.model_costs import padded_image_tokens
 from llava_cot_jax.inference.decoding import Decoder
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
-from llava_cot_jax.model.kv_cache import Prefix, init_cache
+from llava_cot_jax.model.kv_cache import Segment, init_cache
 from llava_cot_jax.model.sharding import make_mesh, partition_spec, use_mesh
 from llava_cot_jax.planning import slices
 from llava_cot_jax.planning.programs import abstract_params, lower_search
@@ -83,13 +83,13 @@ def candidate_loop(mesh: Mesh, questions: int, candidates: int) -> None:
     def loop(params, logits, prefix, suffix, images, stop_tables, keys, stage):
         with use_mesh(mesh):
             decoder = Decoder(params, CONFIG, images, prefill_chunk=1)
-            return sample_candidates(decoder, spec, logits, prefix, suffix, stop_tables, keys, stage)
+            return sample_candidates(decoder, spec, logits, (prefix,), suffix, stop_tables, keys, stage)
 
     cache = functools.partial(init_cache, CONFIG.text, dtype=jnp.bfloat16)
     shapes = jax.eval_shape(
         lambda: {
             "logits": jnp.zeros((questions, CONFIG.text.vocab_size), jnp.float32),
-            "prefix": Prefix(cache(questions, 2048), jnp.zeros(questions, jnp.int32)),
+            "prefix": Segment(cache(questions, 2048), jnp.zeros(questions, jnp.int32)),
             "suffix": cache(questions * candidates, BUDGET),
             "images": image_context(questions, 2048),
             "stop_tables": jnp.zeros((4, 13, CONFIG.text.vocab_size), jnp.uint8),

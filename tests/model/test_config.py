@@ -124,6 +124,7 @@ def test_a_config_file_that_is_missing_or_broken(tmp_path):
         ({"convention": "meta", "transformers_version": "4.45.0.dev0"}, "meta", ""),
         ({}, "meta", "states none"),
         ({"transformers_version": "4.45.0.dev0"}, "meta", "has the version of Meta's released files"),
+        ({"transformers_version": "main"}, "meta", "has an unknown version, main, and nothing"),
         ({"transformers_version": "main"}, "meta", "nothing tells of another training"),
         (
             {"transformers_version": "4.45.0.dev0", "_name_or_path": "meta-llama/Llama-3.2-11B-Vision-Instruct"},

@@ -19,6 +19,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.sharding import default_mesh, make_mesh, parameter_sharding, partition_spec, use_mesh
 from llava_cot_jax.planning.collectives import find_collectives
+from llava_cot_jax.training.loss import causal_lm_loss
 from tests.conftest import INPUTS
 from tests.model.test_mllama import off
 
@@ -217,6 +218,13 @@ def test_a_mesh_that_the_user_has_set_changes_nothing(twins, mesh):
             np.testing.assert_array_equal(Generator(model).generate({"input_ids": IDS}, max_new_tokens=2), want)
 
 
+def test_numbers_of_64_bits_change_nothing(twins):
+    want = Generator(twins.plain).generate({"input_ids": IDS}, max_new_tokens=2)
+    with jax.enable_x64(True):
+        assert off(twins.plain(IDS), twins.logits) < 1e-5
+        np.testing.assert_array_equal(Generator(twins.plain).generate({"input_ids": IDS}, max_new_tokens=2), want)
+
+
 def test_a_loaded_model_under_a_mesh_of_the_user(twins):
     """Arrays that are loaded, unlike fresh ones, are bound to their device. The mesh has others too."""
     loaded = jax.device_put(flatten_dict(twins.plain.params, sep="."), jax.devices()[1])
@@ -259,6 +267,11 @@ def under_another_mesh(twins):
         jax.jit(twins.spread)(IDS)
 
 
+def gradient_under_another_mesh(twins):
+    with jax.set_mesh(users_mesh("x")):
+        nnx.grad(lambda model: causal_lm_loss(model(IDS), IDS))(twins.spread)
+
+
 def inside_shard_map(twins):
     axis = PartitionSpec("x")
     jax.shard_map(twins.spread, mesh=users_mesh("x"), in_specs=axis, out_specs=axis)(jnp.asarray(IDS))
@@ -273,6 +286,7 @@ def with_explicit_rows(twins):
 @pytest.mark.parametrize(
     ("call", "named"),
     [
+        (gradient_under_another_mesh, r"use jax.set_mesh\(model.mesh\), or call the model outside jit"),
         (under_another_mesh, r"use jax.set_mesh\(model.mesh\), or call the model outside jit"),
         (inside_shard_map, "call it outside, or load it without a mesh"),
         (with_explicit_rows, "input_ids is sharded over mesh axes of the type Explicit"),

@@ -1,15 +1,12 @@
 """Small random Llama-3.2-Vision models in transformers, under any of the three conventions, and inputs for them."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import MllamaConfig as HFConfig
 from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama import modeling_mllama
@@ -243,23 +240,3 @@ def published_weights(model: MllamaForConditionalGeneration) -> dict[str, np.nda
         name = name if name.startswith(("language_model.", "vision_model.", "multi_")) else f"language_model.{name}"
         renamed[name] = tensor.float().numpy()
     return renamed
-
-
-@torch.no_grad()
-def apply_adapter(model: MllamaForConditionalGeneration, folder: Path) -> None:
-    """Merge a LoRA adapter into a model as PEFT's published form says, by the names that the model's modules have."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / "adapter_model.safetensors")
-    assert config["peft_type"] == "LORA" and config["bias"] in ("none", "all")
-    for key, tensor in tensors.items():
-        name = key.removeprefix("base_model.model.")
-        assert name != key
-        if name.endswith(".lora_A.weight"):
-            module = name.removesuffix(".lora_A.weight")
-            assert any(module == target or module.endswith(f".{target}") for target in config["target_modules"])
-            b = tensors[key.replace("lora_A", "lora_B")]
-            alphas = [a for pattern, a in config["alpha_pattern"].items() if module.split(".")[-1] == pattern]
-            rank = len(tensor) ** 0.5 if config["use_rslora"] else len(tensor)
-            model.get_submodule(module).weight += (alphas or [config["lora_alpha"]])[0] / rank * (b @ tensor)
-        elif not name.endswith(".lora_B.weight"):
-            model.get_parameter(name.replace(".base_layer", "")).copy_(tensor)

@@ -35,18 +35,18 @@ def run(**fields) -> TrainSettings:
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize(("tokens", "parts"), [(64, 1), (64, 2), (1536, 1)])
+@pytest.mark.parametrize(("tokens", "parts", "images"), [(64, 1, 1), (64, 2, 1), (1536, 1, 1), (64, 1, 3)])
 @pytest.mark.parametrize("name", ["small", "11b"])
-def test_flops_are_those_of_the_real_step(small, name, remat, tokens, parts):
+def test_flops_are_those_of_the_real_step(small, name, remat, tokens, parts, images):
     """All matrix products of the traced step count, forward, backward and recomputed, except those of masks."""
     config = {"small": replace(small, convention="meta"), "11b": ELEVEN}[name]
     settings = run(remat=remat, grad_accum_steps=parts, loader=LoaderSettings(batch_size=2))
     mesh = abstract_mesh()
     program = make_program(settings, config, mesh, steps=10, steps_per_epoch=5)
-    batch = abstract_batch(config, 2, tokens, mesh)
+    batch = abstract_batch(config, 2, tokens, mesh, images)
     real = model_flops(jax.make_jaxpr(lambda state, batch: program.step(state, batch))(program.state, batch))
-    once = model_costs.training_flops(config, tokens, 1, as_computed=True)
-    again = model_costs.recomputed_flops(config, tokens, 1, remat=remat)
+    once = model_costs.training_flops(config, tokens, images, as_computed=True)
+    again = model_costs.recomputed_flops(config, tokens, images, remat=remat)
     assert 2 * (sum(once.values()) + sum(again.values())) == real
 
 

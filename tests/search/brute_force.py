@@ -16,11 +16,18 @@ from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.scorers import OwnScorer
-from llava_cot_jax.search.strategies import Judge, LogProbability, MajorityVote
+from llava_cot_jax.search.strategies import Judge, LogProbability, MajorityVote, Verifier, WeightedVote
+from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import find_stages
 
 WIDTH = 64
 """Multiple that the lengths of sequences are padded to, so that the forward pass is compiled a few times only."""
+
+TURN = (
+    "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{ask}"
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+"""What comes between two answers of the assistant, in Llama 3's chat format."""
 
 CANDIDATE, BRACKET, REASON, CHECK = range(4)
 
@@ -57,9 +64,25 @@ class Match:
 class Stage:
     candidates: list[Draws]
     winner: int
+    kept: list[list[int]] = field(default_factory=list)
     checks: list[Verdict] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     matches: list[Match] = field(default_factory=list)
+    scores: list[tuple[float, float]] = field(default_factory=list)  # of the verifier, and what is on neither answer
+
+
+def next_headings(format: StageFormat, number: int) -> list[str]:
+    """Return the headings that may end a stage: those of the later stages of its turn."""
+    later = format.stages[number + 1 :]
+    turn = next((i for i, stage in enumerate(later) if stage.ask), len(later))
+    return [stage.opening.strip() for stage in later[:turn]]
+
+
+def ends_in(text: str, headings: list[str]) -> bool:
+    """Whether a heading is in a text, or the text ends with the beginning of one."""
+    return any(
+        heading in text or text.endswith(tuple(heading[:n] for n in range(1, len(heading)))) for heading in headings
+    )
 
 
 class Sequence:
@@ -98,9 +121,15 @@ def draw(logits: np.ndarray, key: jax.Array, temperature: float, top_k: int | No
         p = np.exp(scaled - scaled.max())
         p /= p.sum()
         scaled = np.where((np.cumsum(p) - p < top_p) | (np.arange(len(p)) == 0), scaled, -np.inf)
-    score = scaled + np.asarray(jax.random.gumbel(key, scaled.shape))
+    score = scaled + noise(key, ids)
     order = np.argsort(-score, kind="stable")
     return int(ids[order[0]]), float(score[order[0]] - score[order[1]])
+
+
+def noise(key: jax.Array, ids: np.ndarray) -> np.ndarray:
+    """Return the Gumbel noise of tokens, which the first word of the key with a token's id folded in decides."""
+    words = np.asarray(jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, ids)))[:, 0]
+    return -np.log(-np.log((words // 2**9 + 0.5) / 2**23))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -125,17 +154,23 @@ class Search:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def run(self) -> list[Stage]:
-        spec, stages = self.spec, []
-        prompt = self.ids(self.processor.prompt(user_turn(self.question, len(self.images))))
+        spec, format, stages = self.spec, self.spec.format, []
+        asked = (format.stages[0].ask or "{question}").replace("{question}", self.question)
+        prompt = self.ids(self.processor.prompt(user_turn(asked, len(self.images))))
         main = Sequence(self.model, self.processor, prompt, self.images)
         prefix, breaks = list(prompt), 2
         for number, max_new_tokens in enumerate(spec.max_new_tokens):
             tag = spec.stages[number] if spec.stages else None
-            closing = f"</{tag or 'CONCLUSION'}>"
-            if tag is not None:
-                prefix += self.ids("\n" * (2 - breaks) + f"<{tag}>")
+            marks = format.stages[number if spec.stages else -1]
+            closing = (marks.closing or "").strip()
+            headings = [] if closing or tag is None else next_headings(format, number)
+            if tag is not None and number and marks.ask:
+                prefix += self.ids(TURN.format(ask=marks.ask) + (marks.opening or ""))
+            elif tag is not None and marks.opening:
+                prefix += self.ids("\n" * (2 - breaks) + marks.opening)
             stage_key = jax.random.fold_in(self.key, number)
             of_candidates = jax.random.fold_in(stage_key, CANDIDATE)
+            ends = [closing] if closing else headings
             candidates = [
                 self.write(
                     main,
@@ -143,23 +178,37 @@ class Search:
                     jax.random.fold_in(of_candidates, i),
                     max_new_tokens,
                     spec.temperatures[number],
-                    lambda text, closing=closing: closing in text,
+                    lambda text, ends=ends: any(end in text for end in ends),
                 )
                 for i in range(spec.num_candidates[number])
             ]
-            added = [self.missing(c, closing) if tag is not None else "" for c in candidates]
-            texts = [
-                (self.ids(f"<{tag}>") if tag is not None else []) + c.ids + self.ids(a)
-                for c, a in zip(candidates, added, strict=True)
-            ]
-            stage = self.choose(candidates, texts, tag or "whole", stage_key)
+            added = [self.missing(c, closing) if tag is not None and closing else "" for c in candidates]
+            kept = [self.before(c, headings) for c in candidates]
+            label = (
+                "" if tag is None else marks.opening if closing else "\n" + (marks.opening or f"{tag.capitalize()}: ")
+            )
+            texts = [self.ids(label) + k + self.ids(a) for k, a in zip(kept, added, strict=True)]
+            scores = []
+            if isinstance(spec.scorers[0], Verifier):
+                whole = [prefix + k + self.ids(a) for k, a in zip(kept, added, strict=True)]
+                scores = [self.verify(main, ids, tag or "whole") for ids in whole]
+            stage = self.choose(candidates, texts, tag or "whole", stage_key, scores)
+            stage.kept = kept
             stages.append(stage)
-            won = candidates[stage.winner]
-            prefix += won.ids + self.ids(added[stage.winner])
+            won = kept[stage.winner]
+            prefix += won + self.ids(added[stage.winner])
             self.won[tag or "whole"] = texts[stage.winner]
-            tail = "\n\n" if added[stage.winner] else self.text(won.ids).partition(closing)[2]
+            tail = self.text(won).partition(closing)[2] if closing else self.text(won)
+            tail = "\n\n" if added[stage.winner] else tail
             breaks = min(len(tail) - len(tail.rstrip("\n")), 2)
         return stages
+
+    def before(self, candidate: Draws, headings: list[str]) -> list[int]:
+        """Return the tokens up to the last one after which no heading is complete or has begun."""
+        if candidate.ended == "eos":
+            return candidate.ids
+        counts = range(len(candidate.ids), 0, -1)
+        return candidate.ids[: next((n for n in counts if not ends_in(self.text(candidate.ids[:n]), headings)), 0)]
 
     def text(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
@@ -189,15 +238,41 @@ class Search:
         there = max(n for n in range(len(closing)) if text.endswith(closing[:n]))
         return (closing[there:] if there else " " + closing) + "\n\n"
 
-    def choose(self, candidates: list[Draws], texts: list[list[int]], tag: str, key: jax.Array) -> Stage:
+    def verify(self, sequence: Sequence, ids: list[int], tag: str) -> tuple[float, float]:
+        """Return the verifier's score of the candidate that ``ids`` end with, and what is on neither answer."""
+        probe = self.prompts.probe
+        question = probe.questions.get(tag, probe.questions["other"])
+        text = "<|eot_id|>" + "".join(
+            f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}"
+            for role, content in (("user", question + "<|eot_id|>"), ("assistant", probe.stem))
+        )
+        p = np.exp(log_softmax(sequence.logits(ids + self.ids(text))))
+        yes, no = (p[self.ids(probe.stem + answer)[-1]] for answer in probe.answers)
+        return float(yes / (yes + no)), float(1 - yes - no)
+
+    def choose(
+        self,
+        candidates: list[Draws],
+        texts: list[list[int]],
+        tag: str,
+        key: jax.Array,
+        scores: list[tuple[float, float]],
+    ) -> Stage:
         means = [c.log_prob / c.drawn for c in candidates]
         scorer = self.spec.scorers[(self.spec.stages or (tag,)).index(tag)]
-        if isinstance(self.strategy, MajorityVote):
+        if isinstance(self.strategy, MajorityVote | WeightedVote):
             answers = [find_stages(self.text(c.ids)).get("CONCLUSION", self.text(c.ids)) for c in candidates]
             spaced = [" ".join(a.lower().split()) for a in answers]
             votes = [re.sub(r"^\W+|\W+$", "", text) or text for text in spaced]
-            counts = Counter(votes)
-            return Stage(candidates, max(range(len(votes)), key=lambda i: (counts[votes[i]], means[i])))
+            weights = [score for score, _ in scores] or [1.0] * len(votes)
+            totals = Counter[str]()
+            for vote, weight in zip(votes, weights, strict=True):
+                totals[vote] += weight
+            ranks = [(totals[vote], *rest) for vote, *rest in zip(votes, weights, means, strict=True)]
+            return Stage(candidates, max(range(len(votes)), key=ranks.__getitem__), scores=scores)
+        if isinstance(scorer, Verifier):
+            ranks = [(score, mean) for (score, _), mean in zip(scores, means, strict=True)]
+            return Stage(candidates, max(range(len(ranks)), key=ranks.__getitem__), scores=scores)
         if isinstance(scorer, LogProbability):
             return Stage(candidates, int(np.argmax(means)))
         if isinstance(scorer, OwnScorer):

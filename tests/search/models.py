@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import nnx
-from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.processing.images import ImageSource
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.stages import STAGES
 
@@ -28,6 +28,10 @@ check:
   stages: [REASONING]
   text: "Check. Question: {question}{earlier} Steps: {first} Right?"
   readings: [o, i]
+probe:
+  questions: {REASONING: "Sound?", whole: "Right?", other: "Good?"}
+  stem: "Answer:"
+  answers: [" yes", " no"]
 """
 """File of prompts for models that were not trained to judge: letters that they often write count as verdicts."""
 
@@ -71,7 +75,7 @@ def trained_model() -> tuple[Mllama, Processor]:
     return Mllama.from_pretrained("shapes"), Processor.from_pretrained("shapes")
 
 
-def scene(index: int) -> tuple[Image.Image, str]:
+def scene(index: int) -> tuple[ImageSource, str]:
     """Return a held-out picture, and the question about it."""
     row = ShapesRows("test")[index]
     (image,) = row.images

@@ -17,7 +17,7 @@ from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import LENGTH_STEP, RequestBuilder
 from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
-from llava_cot_jax.search.tables import build_judge_tables
+from llava_cot_jax.search.tables import build_judge_tables, build_verifier_tables
 from llava_cot_jax.stages import STAGES
 from tests.search.models import random_model, scene, tagged_processor, trained_model
 
@@ -145,7 +145,7 @@ def test_a_judge_whose_logits_are_not_finite(prompts):
 @pytest.mark.slow
 def test_a_model_that_ends_answers_now_and_then(prompts):
     """Every stage is there, and no end-of-sequence token is in the text."""
-    model, processor = random_model(1, eos=tuple(range(0, 500, 25)))
+    model, processor = random_model(1, eos=tuple(range(0, 500, 10)))
     strategy = StageBeam(3, temperature=1.0, max_new_tokens=7)
     answer = Reasoner(model, processor, strategy, prompts).answer(*scene(0), seed=3)
     assert list(answer.stages) == list(STAGES)
@@ -212,8 +212,21 @@ def test_what_exceeds_the_context(prompts):
     model, processor = random_model(0)
     with pytest.raises(UserError, match=r"the answer may take \d+ tokens, more than the context of 1024"):
         Reasoner(model, processor, Greedy(max_new_tokens=2048)).answer(None, "red?")
-    with pytest.raises(UserError, match=r"a judge's prompt may take \d+ tokens.* or lower max_new_tokens$"):
+    with pytest.raises(UserError, match=r"a judge's prompt may .* or lower max_new_tokens; the scorer LogProb"):
         Reasoner(model, processor, BestOfN(2, max_new_tokens=600), prompts).answer(None, "red?")
+
+
+def test_a_context_that_is_too_short_for_a_judge(prompts):
+    """The remedy that is named, another scorer, is one."""
+    _, processor = random_model(0)
+    text = replace(processor.config.text, max_position_embeddings=140)
+    processor = Processor(replace(processor.config, text=text), processor.tokenizer)
+    named = (
+        r"a judge's prompt may .* the context of 140: shorten the question; the scorer LogProbability\(\), which is "
+    )
+    with pytest.raises(UserError, match=rf"{named}--judge log_probability, needs no such prompt$"):
+        RequestBuilder(processor, StageBeam(2), prompts).build([None], ["red?"])
+    assert RequestBuilder(processor, StageBeam(2, LogProbability()), prompts).build([None], ["red?"]).is_shrunk
 
 
 @pytest.mark.parametrize("stated", [None, 999])
@@ -276,7 +289,7 @@ def test_what_cannot_be_asked(prompts):
         (lambda: StageBeam(max_new_tokens=(9, 9, 0, 9)), "max_new_tokens is 0; it must be at least 1"),
         (lambda: StageBeam((2, 2)), "num_candidates has 2 values for 4 stages"),
         (lambda: StageBeam(temperature=(0.1, 0.1, -1.0, 0.2)), "temperature"),
-        (lambda: StageBeam(stages=("A", "A")), "different tags"),
+        (lambda: StageBeam(stages=("A", "A")), "different names"),
         (lambda: StageBeam(stages=()), "at least one"),
         (lambda: Sample(top_p=0.0), "top_p"),
         (lambda: MajorityVote(top_k=0), "top_k"),
@@ -327,11 +340,12 @@ def test_settings_that_cannot_be_used(make, named):
     [
         ("{question}", "", r"pair.text must have {question}, {earlier}, {first}, {second}, each once"),
         ("{first}", "{second} {first}", "each once and in this order"),
-        ("  stem:", "  root:", "KeyError"),
+        ("  stem:", "  root:", r"prompts.yaml lacks 'stem'; compare it with .*judge_prompts.yaml$"),
         ("  whole: ", "  all: ", "criteria lack whole"),
         ('["1", "2"]', '["1"]', "pair.verdicts must be two different texts"),
         ("pair:", "pair: [", "is not YAML"),
-        ("stages: [REASONING]", "stages: 5", "TypeError"),
+        ("stages: [REASONING]", "stages: 5", "prompts.yaml has another form than a file of prompts: compare it with"),
+        ("pair:", "pair: 5\nother:", "has another form than a file of prompts"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_used(tmp_path, old, new, named):
@@ -341,7 +355,7 @@ def test_a_file_of_prompts_that_cannot_be_used(tmp_path, old, new, named):
     path.write_text(text.replace(old, new))
     with pytest.raises(UserError, match=named) as told:
         JudgePrompts.load(path)
-    assert str(path) in str(told.value)
+    assert str(told.value).startswith(f"{path}") and "Error" not in str(told.value)
 
 
 def test_no_file_of_prompts(tmp_path):
@@ -364,7 +378,11 @@ def test_each_field_of_the_file_changes_what_the_model_reads():
     token = StageBeam(2).to_spec()
 
     def tables(prompts, spec):
-        return jax.tree.leaves(build_judge_tables(processor, spec, spec.judge, prompts))
+        judge, verifier = (
+            build_judge_tables(processor, spec, spec.judge, prompts),
+            build_verifier_tables(processor, spec, prompts),
+        )
+        return jax.tree.leaves((judge, verifier))
 
     prompts = JudgePrompts.load()
     changed = {
@@ -376,6 +394,7 @@ def test_each_field_of_the_file_changes_what_the_model_reads():
         "earlier": " Before: ",
         "shows": {"CONCLUSION": ("SUMMARY",)},
         "checked": ("CAPTION",),
+        "probe": replace(prompts.probe, questions={**prompts.probe.questions, "CAPTION": "Correct?"}),
     }
     assert set(changed) == set(JudgePrompts.__dataclass_fields__)
     for name, value in changed.items():

@@ -77,7 +77,7 @@ MORE = 1100
 def caches_of_the_program(model, builder: RequestBuilder) -> set[int]:
     """All sizes of axes in the compiled search."""
     image, question = scene(0)
-    inputs, tables = builder.build([image], [question]).inputs, (builder.stage_tables, builder.judge_tables)
+    inputs, tables = builder.build([image], [question]).inputs, (builder.stage_tables, builder.scorer_tables)
     static = {"config": model.config, "spec": builder.spec, "prefill_chunk": 64, "mesh": None}
     program = jax.make_jaxpr(lambda params, x: search(params, x, *tables, **static))(model.params, inputs)
     return axis_sizes(program.jaxpr)

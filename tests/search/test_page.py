@@ -25,6 +25,8 @@ ALL = {
     "rationale": traces.rationale_trace(),
     "scored": traces.scored_trace(),
     "vote": traces.whole_trace(),
+    "verified": traces.verified_trace(),
+    "weighted": traces.weighted_trace(),
     "greedy": traces.whole_trace("Greedy(max_new_tokens=2048)", 1),
     "untagged": traces.untagged_trace(),
 }
@@ -93,6 +95,8 @@ def test_a_page_shows_every_candidate_and_which_won(trace):
         assert f"{one.tokens} token" in card and wording.ENDINGS[one.ended] in card
         assert one.added in card
         assert wording.log_prob(one.mean_log_prob).replace("-", "\N{MINUS SIGN}") in card
+        assert wording.score(one) in card
+        assert ("on neither yes nor no" in card) == (one.score is not None)
     winners = [f"Candidate {stage.winner + 1}" for stage in trace.stages if len(stage.candidates) > 1]
     assert [re.match(r"\s*(Candidate \d+)", card)[1] for card in page.texts("candidate", "won")] == winners
 
@@ -203,7 +207,9 @@ def test_the_text_loses_nothing(trace, width):
             assert words(wording.printable(one.text)) in flat
             name = f"{number} winner" if number == stage.winner + 1 else f"{number}"
             mean = wording.log_prob(one.mean_log_prob)
-            assert f"{name}: mean log-probability {mean} a token, {wording.counted(one.tokens, 'token')}" in flat
+            score = f"{wording.score(one)}, " if one.score is not None else ""
+            facts = f"{score}mean log-probability {mean} a token, {wording.counted(one.tokens, 'token')}"
+            assert f"{name}: {facts}" in flat
         for match in stage.matches:
             assert wording.match_result(match) in flat
         for verdict in stage.checks + [verdict for match in stage.matches for verdict in match.verdicts]:
@@ -236,7 +242,15 @@ def test_what_chose_a_winner_is_said():
     assert chosen("token") == "4 candidates, 2 wins its matches"
     assert chosen("scored") == "3 candidates, 3 has the highest mean log-probability"
     assert chosen("vote") == "3 candidates, 2 has the most common conclusion"
+    assert chosen("verified") == "3 candidates, 2 has the highest score"
+    assert chosen("weighted") == "3 candidates, 3 has the conclusion with the highest sum of scores"
     assert chosen("greedy") == "one candidate"
+
+
+def test_a_score_reads_as_one_line():
+    first, *_ = traces.verified_trace().stages[0].candidates
+    assert wording.score(first) == "score 0.250, 50.0% on neither yes nor no"
+    assert wording.score(traces.candidate("x")) == ""
 
 
 def test_rounds_are_those_of_the_knockout():

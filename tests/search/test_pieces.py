@@ -33,7 +33,7 @@ def test_questions_in_different_stages_share_a_batch(prompts, name):
 
     def pieces(params) -> StageSearch:
         decoder = Decoder(params, model.config, images, 64)
-        return StageSearch(decoder, builder.spec, inputs, builder.stage_tables, builder.judge_tables)
+        return StageSearch(decoder, builder.spec, inputs, builder.stage_tables, builder.scorer_tables)
 
     @jax.jit
     def run_stage(params, state):

@@ -23,6 +23,8 @@ from llava_cot_jax.search.strategies import (
     MajorityVote,
     Sample,
     StageBeam,
+    Verifier,
+    WeightedVote,
 )
 from llava_cot_jax.stages import STAGES
 from tests.model.test_named_scopes import scopes
@@ -68,7 +70,8 @@ def check_against_brute_force(monkeypatch, model, processor, strategy, prompts, 
     for number, (stage, expected) in enumerate(zip(answer.trace.stages, want, strict=True)):
         for i, (one, other) in enumerate(zip(stage.candidates, expected.candidates, strict=True)):
             ids = candidates.tokens[number, 0, i, : one.tokens].tolist()
-            assert (ids, one.ended) == (other.ids, other.ended), (number, i)
+            reason = {"heading": "tag", "turn": "eos"}.get(one.ended, one.ended)
+            assert (ids, reason) == (expected.kept[i], other.ended), (number, i)
             assert one.log_prob == pytest.approx(other.log_prob, abs=2e-3)
         verdicts = [v for match in stage.matches for v in match.verdicts]
         for verdict, other in zip([*stage.checks, *verdicts], [*expected.checks, *expected.verdicts], strict=True):
@@ -78,6 +81,9 @@ def check_against_brute_force(monkeypatch, model, processor, strategy, prompts, 
             assert match.margin == pytest.approx(other.margin, abs=1e-4)
             assert (match.first, match.second, match.decision) == (other.first, other.second, other.decision)
             assert match.winner == other.winner
+        for one, (score, other) in zip(stage.candidates, expected.scores, strict=bool(expected.scores)):
+            assert one.score == pytest.approx(score, abs=1e-4)
+            assert one.other_probability == pytest.approx(other, abs=1e-4)
         assert stage.winner == expected.winner, number
     return answer
 
@@ -96,9 +102,12 @@ STRATEGIES = {
         2, LogProbability(), temperature=0.9, max_new_tokens=9, stages=("PLAN", "CONCLUSION")
     ),
     "greedy stages": StageBeam(2, TOKEN, temperature=0.0, max_new_tokens=7),
+    "stages by verifier": StageBeam((3, 1, 4, 3), Verifier(), temperature=0.9, max_new_tokens=(9, 5, 7, 8)),
+    "best by verifier": BestOfN(5, Verifier(), temperature=1.0, max_new_tokens=8),
+    "weighted vote": WeightedVote(5, temperature=1.2, max_new_tokens=4, top_p=1.0),
     "many by reasons": StageBeam(6, SHORT, temperature=1.2, max_new_tokens=4, stages=("CAPTION", "REASONING")),
 }
-QUICK = ("stages",)
+QUICK = ("stages", "stages by verifier")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +124,8 @@ TRAINED_STRATEGIES = {
     "best by judge": BestOfN(3, TOKEN, temperature=1.2, max_new_tokens=110),
     "stages": StageBeam(3, TOKEN, temperature=1.3, max_new_tokens=(14, 30, 50, 9)),
     "stages by reasons": StageBeam(3, RATIONALE, temperature=2.0, max_new_tokens=(14, 30, 50, 9)),
+    "stages by verifier": StageBeam(3, Verifier(), temperature=1.3, max_new_tokens=(14, 30, 50, 9)),
+    "weighted vote": WeightedVote(4, temperature=1.5, max_new_tokens=110, top_k=None, top_p=1.0),
     "greedy stages": StageBeam(1, TOKEN, temperature=0.0, max_new_tokens=60),
 }
 
@@ -235,7 +246,7 @@ def test_the_program_sees_the_images_once(ending, prompts, name):
     image, question = scene(0)
     inputs = builder.build([image], [question]).inputs
     static = {"config": model.config, "spec": builder.spec, "prefill_chunk": 64, "mesh": None}
-    tables = (builder.stage_tables, builder.judge_tables)
+    tables = (builder.stage_tables, builder.scorer_tables)
     program = jax.make_jaxpr(lambda params, x: search(params, x, *tables, **static))(model.params, inputs)
     kernel = model.params["vision_model"]["patch_embedding"]["weight"].shape
     assert uses(program.jaxpr, kernel) == [()]
@@ -304,7 +315,7 @@ def test_names_of_a_searchs_parts_in_the_program(ending, prompts):
     image, question = scene(0)
     static = {"config": model.config, "spec": builder.spec, "prefill_chunk": 64, "mesh": None}
     inputs = builder.build([image], [question]).inputs
-    lowered = search.lower(model.params, inputs, builder.stage_tables, builder.judge_tables, **static)
+    lowered = search.lower(model.params, inputs, builder.stage_tables, builder.scorer_tables, **static)
     assert scopes(lowered) >= {
         "encode_images/vision_tower",
         "stage/extend_prefix/prefill",

@@ -234,13 +234,16 @@ def test_a_default_length_fits_every_prompt_of_the_bucket(ending):
 
 
 def test_memory_does_not_grow_with_the_number_of_questions(sampler):
-    """From the tenth answer to the fortieth, the bytes on the device grow by two pictures at most."""
+    """From the tenth answer to the fortieth, the bytes on the device differ by what the slots may hold at most.
+
+    A question has its picture and less than as much in other arrays; one more than there are slots may be encoded.
+    """
     picture, sizes = 3 * 48 * 48, []
     for each in sampler.answer_stream(questions(41), slots=SLOTS, prompt_tokens=128, images=1):
         if each.index % 10 == 0 and each.index:
             gc.collect()
             sizes.append(sum(x.nbytes for x in jax.live_arrays()))
-    assert len(sizes) == 4 and max(sizes) - sizes[0] <= 2 * picture
+    assert len(sizes) == 4 and max(sizes) - min(sizes) <= 2 * (SLOTS + 1) * picture < 30 * picture
 
 
 @pytest.mark.parametrize(

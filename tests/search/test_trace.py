@@ -7,10 +7,10 @@ import pytest
 
 from llava_cot_jax.search.trace import Trace
 from llava_cot_jax.stages import STAGES
-from tests.search.traces import HOSTILE, rationale_trace, token_trace, untagged_trace, whole_trace
+from tests.search.traces import HOSTILE, rationale_trace, token_trace, untagged_trace, verified_trace, whole_trace
 
 
-@pytest.mark.parametrize("make", [token_trace, rationale_trace, whole_trace, untagged_trace])
+@pytest.mark.parametrize("make", [token_trace, rationale_trace, verified_trace, whole_trace, untagged_trace])
 @pytest.mark.parametrize("indent", [None, 1])
 def test_json_has_the_whole_trace(make, indent):
     """Each field of each part is there by its name, and every text is the same."""

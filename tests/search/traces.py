@@ -1,6 +1,7 @@
 """Traces made by hand, which together hold every variant of a trace."""
 
 import itertools
+from dataclasses import replace
 
 from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace
 from llava_cot_jax.stages import STAGES
@@ -118,6 +119,27 @@ def scored_trace() -> Trace:
         for stage in STAGES
     ]
     return make_trace(stages, "StageBeam(scorer=LogProbability())")
+
+
+def verified_trace() -> Trace:
+    """Stages whose winner has the highest score of the verifier, which is sure of one stage and lost at another."""
+    stages = []
+    for number, stage in enumerate(STAGES):
+        scores = [(0.25, 0.5), (0.875, 0.9), (0.0625, 0.004)]
+        candidates = [
+            replace(candidate(f"{stage} {i} </{stage}>", -0.1 * i - number), score=score, other_probability=other)
+            for i, (score, other) in enumerate(scores)
+        ]
+        stages.append(StageTrace(stage, candidates, [], [], 1))
+    return make_trace(stages, "StageBeam(scorer=Verifier())")
+
+
+def weighted_trace() -> Trace:
+    """Whole answers, of which one with the conclusion with the highest sum of scores is kept."""
+    trace = whole_trace("WeightedVote(num_candidates=3)")
+    scored = [replace(c, score=0.25 * i, other_probability=0.125) for i, c in enumerate(trace.stages[0].candidates)]
+    trace.stages[0] = replace(trace.stages[0], candidates=scored, winner=2)
+    return trace
 
 
 def whole_trace(strategy: str = "MajorityVote(num_candidates=3)", count: int = 3) -> Trace:

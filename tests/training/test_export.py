@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import peft
 import pytest
 from safetensors.numpy import load_file
 from transformers import MllamaForConditionalGeneration
@@ -30,7 +32,7 @@ from llava_cot_jax.training.settings import (
     TrainSettings,
 )
 from llava_cot_jax.training.state import TrainState
-from tests.parity.reference import apply_adapter, logits_of, under
+from tests.parity.reference import logits_of, under
 from tests.parity.test_transformers import OFF
 from tests.training.small_run import write_small
 
@@ -159,8 +161,8 @@ def adapted(small_folder: Path) -> tuple[Run, Path]:
     return run, output
 
 
-def test_adapters_in_the_form_of_peft_give_the_same_logits_in_transformers(adapted, small_folder, tmp_path, capsys):
-    """Merged in plain torch as the form says: the PEFT library is not installed."""
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_in_the_form_of_peft_give_the_same_logits_there(merged, adapted, small_folder, tmp_path, capsys):
     run, output = adapted
     convert([str(output), str(tmp_path / "adapter"), "--for", "peft"])
     assert f"a LoRA adapter for {small_folder}, convention 'meta'\n" in capsys.readouterr().out
@@ -177,10 +179,10 @@ def test_adapters_in_the_form_of_peft_give_the_same_logits_in_transformers(adapt
         "cross_attention_mask": np.tile(used, (2, 12, 1, 1)),
     }
     reference = MllamaForConditionalGeneration.from_pretrained(small_folder, attn_implementation="eager").eval()
-    with under("meta", reference):
+    with under("meta", reference), warnings.catch_warnings(action="error", category=UserWarning):
         plain = logits_of(reference, inputs)
-        apply_adapter(reference, tmp_path / "adapter")
-        expected = logits_of(reference, inputs)
+        there = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")
+        expected = logits_of(there.merge_and_unload() if merged else there, inputs)
     largest = np.abs(expected).max()
     assert np.abs(plain - expected).max() > 0.1 * largest
     for loaded in (

@@ -47,6 +47,25 @@ def test_what_is_outside_the_settings(monkeypatch, tmp_path):
     assert {"the version of jaxlib", "the version of transformers"} <= versions
 
 
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("JAX_ENABLE_X64", True),
+        ("JAX_THREEFRY_PARTITIONABLE", True),
+        ("JAX_NUMPY_DTYPE_PROMOTION", True),
+        ("JAX_COMPILATION_CACHE_DIR", False),
+        ("JAX_COORDINATOR_ADDRESS", False),
+        ("JAX_PROCESS_ID", False),
+        ("JAX_LOGGING_LEVEL", False),
+    ],
+)
+def test_variables_of_jax_that_must_be_the_same(monkeypatch, name, counts):
+    monkeypatch.delenv(name, raising=False)
+    first = start_fields(SETTINGS, False)
+    monkeypatch.setenv(name, "1")
+    assert changed(first, start_fields(SETTINGS, False)) == ({name} if counts else set())
+
+
 def test_the_model(tmp_path):
     def fields(name: str, random_init: bool = False) -> dict[str, str]:
         return model_fields(InitialModel(str(tmp_path / name), None, random_init), [2, 4])

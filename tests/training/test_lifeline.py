@@ -228,7 +228,7 @@ class TestWaiting:
 
     def test_the_first_process_says_who_is_missing(self, address, capsys, caplog):
         meet = {index: Lifeline.meet for index in (0, 2)}
-        assert set(Processes(address, 3, meet).ended(2).values()) == {2}
+        assert set(Processes(address, 3, meet).ended(2).values()) == {1}
         missing = f"process 1 to come to {address} (2 of 3 there, by the options of hosts)"
         assert f"waiting for {missing}; {ALONE}" in caplog.messages
         assert f"error: gave up after 1 s of waiting for {missing}; {ALONE}" in capsys.readouterr().err.splitlines()
@@ -238,7 +238,7 @@ class TestWaiting:
     )
     def test_another_says_why_it_does_not_reach_the_first(self, address, capsys, caplog, host, reason):
         address = address.replace("localhost", host)
-        assert Processes(address, 2, {1: Lifeline.meet}).ended(1) == {1: 2}
+        assert Processes(address, 2, {1: Lifeline.meet}).ended(1) == {1: 1}
         told = f"process 0 at {address}: {reason} (this is process 1 of 2, by the options of hosts); {ALONE}"
         assert caplog.messages == [f"waiting for {told}"]
         # A command that ran in this process before has left its printer of warnings, which caplog holds already.

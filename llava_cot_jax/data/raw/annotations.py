@@ -11,10 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llava_cot_jax.checks import shown
 from llava_cot_jax.data.raw.forms import recognise_file
 from llava_cot_jax.data.raw.images import Member, RawImages
 from llava_cot_jax.data.raw.json_rows import split_rows
 from llava_cot_jax.data.raw.names import Found, contradictory_folders, normalise_path
+from llava_cot_jax.data.raw.row_parts import conversations_of, paths_of
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.control_tokens import CONTROL_TOKEN
@@ -26,8 +28,13 @@ SYSTEM, SPEAKERS = "system", ("human", "gpt")
 _AFTER_ALL_PATHS = chr(0x10FFFF)
 """Character that begins the name of a file among paths, so that it sorts after each of them."""
 
+_SHOWN_CHARACTERS = 30
+
 UNKNOWN_SOURCE = "(unknown)"
 """Source of a row that has no image, or whose image path does not name a source."""
+
+
+_IN_PARTS = f": write its parts as one text, with {MARKER} on a line of its own for each image"
 
 
 class Reason(StrEnum):
@@ -142,12 +149,15 @@ def read_annotations(path: Path, images: RawImages, limit: int | None = None) ->
         # It is closed with the last reference to it, since searches in it may still refer to it after an error.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     for line, (begin, end) in enumerate(islice(split_rows(content, path), limit), 1):
-        if (text := content[begin:end]).strip():
+        if (text := content[begin:end]).strip(b" \t\r\n,"):
             row = _check_row(text, line, begin, images)
             if isinstance(row, AnnotationRow):
                 read.entries.append(row)
             else:
                 read.skipped.append(row)
+    if not read.entries and not read.skipped:
+        within = f" in its first {limit} lines" if limit else ""
+        raise UserError(f"annotations {path} has no rows{within}: fetch it again, or name another file")
     contradictory = contradictory_folders(one for entry in read.entries for one in entry.found)
     certain: list[AnnotationRow] = []
     uncertain: list[SkippedRow] = []
@@ -187,8 +197,13 @@ def open_annotations(path: Path) -> BinaryIO:
 def read_conversations(file: BinaryIO, entry: AnnotationRow) -> list[dict[str, str]]:
     """Read the conversation of a checked row from the open file."""
     file.seek(entry.offset)
-    row = json.loads(file.read(entry.length))
-    return [{key: turn[key] for key in ("from", "value")} for turn in row["conversations"]]
+    turns = conversations_of(_parse(file.read(entry.length)))
+    return [{key: turn[key] for key in ("from", "value")} for turn in turns]
+
+
+def _parse(text: bytes) -> Any:
+    """Return the content of a row, after which a comma may stand, as between the elements of an array."""
+    return json.loads(text.strip().removesuffix(b",").decode("utf-8-sig"))
 
 
 def make_turns(conversations: Sequence[Mapping[str, Any]], images: int) -> tuple[Turn, ...]:
@@ -210,11 +225,17 @@ def make_turns(conversations: Sequence[Mapping[str, Any]], images: int) -> tuple
     begins = int(isinstance(first, Mapping) and first.get("from") == SYSTEM)
     for i, turn in enumerate(conversations):
         expected = SYSTEM if i < begins else SPEAKERS[(i - begins) % 2]
-        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"turn {i + 1} is {shown(turn)}, not an object with from and value")
+        if missing := [key for key in ("from", "value") if key not in turn]:
+            raise ValueError(f"turn {i + 1} has no {' and no '.join(missing)}, only {', '.join(turn) or 'nothing'}")
+        speaker, text = turn["from"], turn["value"]
         if speaker != expected:
-            raise ValueError(f"turn {i + 1} is from {speaker!r}, not from {expected}")
-        words = remove_markers(text)[0] if isinstance(text, str) and speaker == SPEAKERS[0] else text
-        if not isinstance(words, str) or not (words.strip() or speaker == SYSTEM):
+            raise ValueError(f"turn {i + 1} is from {shown(speaker)}, not from {expected}")
+        if not isinstance(text, str):
+            raise ValueError(f"turn {i + 1} has {shown(text)} in place of a text{_IN_PARTS * isinstance(text, list)}")
+        words = remove_markers(text)[0] if speaker == SPEAKERS[0] else text
+        if not (words.strip() or speaker == SYSTEM):
             raise ValueError(f"turn {i + 1} is empty")
     texts = [turn["value"] for turn in conversations]
     questions, answers = [remove_markers(text) for text in texts[begins::2]], texts[begins + 1 :: 2]
@@ -278,24 +299,26 @@ def link_images(entries: Iterable[AnnotationRow]) -> dict[str, str]:
 
 def _check_row(text: bytes, line: int, offset: int, images: RawImages) -> AnnotationRow | SkippedRow:
     try:
-        row = json.loads(text.decode("utf-8-sig"))
+        row = _parse(text)
     except (ValueError, RecursionError) as fault:
-        return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.BROKEN_JSON, getattr(fault, "msg", str(fault)))
+        return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.BROKEN_JSON, _describe_broken(fault))
     if not isinstance(row, dict):
-        return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.NOT_A_ROW, "it is no JSON object")
-    paths = _paths_of(row)
+        detail = _in_unicode(f"it is {shown(row)}, not a JSON object")
+        return SkippedRow(line, "", UNKNOWN_SOURCE, "", Reason.NOT_A_ROW, detail)
     id = "" if row.get("id") is None else _in_unicode(str(row["id"]))
+    paths, fault_of_images = _try_paths(row)
     first = _in_unicode(paths[0]) if paths else ""
     source = _source_of(first)
 
     def skip(reason: Reason, detail: str = "", path: str = first) -> SkippedRow:
         return SkippedRow(line, id, source, path, reason, detail)
 
-    conversations = row.get("conversations")
-    if not isinstance(conversations, list):
-        return skip(Reason.NOT_A_ROW, _in_unicode(f"it has no list under conversations, only {', '.join(row)}"))
-    if paths is None:
-        return skip(Reason.NO_IMAGE, "its image is neither a path nor a list of paths")
+    try:
+        conversations = conversations_of(row)
+    except ValueError as fault:
+        return skip(Reason.NOT_A_ROW, _in_unicode(str(fault)))
+    if fault_of_images:
+        return skip(Reason.NO_IMAGE, _in_unicode(fault_of_images))
     try:
         turns = make_turns(conversations, len(paths))
     except ValueError as fault:
@@ -325,13 +348,23 @@ def _skip_uncertain(entry: AnnotationRow, found: Found) -> SkippedRow:
     return SkippedRow(entry.line, entry.id, entry.source, path, Reason.MISSING_IMAGE, detail)
 
 
-def _paths_of(row: Mapping[str, Any]) -> list[str] | None:
-    """Return the paths of a row's images, which it has as one text or a list; None if they are something else."""
-    given = row.get("images") or row.get("image") or []
-    paths = [given] if isinstance(given, str) else given
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        return None
-    return paths
+def _try_paths(row: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Return the paths of a row's images, and what is wrong with them, or nothing."""
+    try:
+        return paths_of(row), ""
+    except ValueError as fault:
+        return [], str(fault)
+
+
+def _describe_broken(fault: Exception) -> str:
+    """Return why a text is no JSON, with the text at which that was found."""
+    if isinstance(fault, UnicodeDecodeError):
+        return f"byte {fault.start + 1} of it, {fault.object[fault.start]:#04x}, is not UTF-8"
+    if not isinstance(fault, json.JSONDecodeError):
+        return str(fault)
+    there = _in_unicode(fault.doc[fault.pos : fault.pos + _SHOWN_CHARACTERS])
+    place = f"at character {fault.pos + 1}: {there!r}" if there else "at its end"
+    return f"{fault.msg.removesuffix(' at')}, {place}"
 
 
 def _fault_of_text(row: Mapping[str, Any], conversations: Sequence[Mapping[str, Any]]) -> str:

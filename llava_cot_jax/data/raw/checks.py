@@ -1,6 +1,7 @@
 """Checks that images can be decoded. Each finding is kept by what was checked, and a later run checks only the rest."""
 
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,6 +18,8 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import atomic_file, read_json
 from llava_cot_jax.processing.images import TooManyPixels, open_image
 from llava_cot_jax.progress import OnProgress
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class ImageChecker:
                 return None, str(fault)
             form = recognise(content[:HEAD_BYTES])
             if form and form != IMAGE and form != BINARY:
-                return for_any, f"it is {form.what}: {form.remedy_for_images(Path(member.name))}"
+                remedy = form.remedy_for_images(Path(member.name)) if form.stands_in else "put the image in its place"
+                return for_any, f"it is {form.what}: {remedy}"
             return for_this if isinstance(fault, TooManyPixels) else for_any, str(fault)
         return for_any, ""
 
@@ -141,10 +145,13 @@ def _decoder() -> str:
 
 
 def _read_findings(folder: Path) -> dict[str, str]:
-    """Read what earlier runs found with the same decoder."""
+    """Read what earlier runs found with the same decoder. Damaged files are left out, with a warning."""
     findings: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")):
-        content = read_json(path)
-        if content.get("decoder") == _decoder():
-            findings |= content["findings"]
+        try:
+            content = read_json(path)
+            if content["decoder"] == _decoder():
+                findings |= {str(key): str(fault) for key, fault in content["findings"].items()}
+        except (ValueError, KeyError, AttributeError):
+            _LOGGER.warning("%s is damaged: the images that it is about are checked again", path)
     return findings

@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
 
-from llava_cot_jax.data.raw.forms import BINARY, TEXT, ZIP, recognise_file
+from llava_cot_jax.data.raw.forms import BINARY, HEAD_BYTES, TEXT, ZIP, recognise, recognise_file
 from llava_cot_jax.data.raw.names import PREFIXES, Found, Match, NameIndex, clean_path, normalise_path, without_prefix
 from llava_cot_jax.data.raw.split_zip import PART, check_volumes, find_parts, open_zip
 from llava_cot_jax.errors import UserError
@@ -18,7 +19,9 @@ from llava_cot_jax.errors import UserError
 MAX_PATHS_TRIED = 50
 """Number of missing images for which other folders are tried."""
 
-MAX_FOLDERS_TRIED = 200
+MAX_FOLDERS_TRIED = MAX_FILES_TRIED = 200
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 
 UTF8_NAME = 0x800
 """Flag of a zip's member whose name is in UTF-8. Without it, the name is in code page 437, or so it should be."""
@@ -75,8 +78,23 @@ class RawImages(ABC):
         }
         best = max(beside, key=lambda folder: counts[folder])
         if 2 * counts[best] <= len(tried):
-            return ""
+            return self._describe_containers()
         return f", but {best} has {counts[best]} of {len(tried)} images that are missing: name it by --images"
+
+    def _describe_containers(self) -> str:
+        """Return, as the end of a sentence, a file among the images that has other files in it, or nothing."""
+        others = (name for name in self.names() if Path(name).suffix.lower() not in IMAGE_SUFFIXES)
+        for name in islice(others, MAX_FILES_TRIED):
+            form = recognise(self.head(name))
+            if form == ZIP and self._root.is_dir():
+                return f", but {name} is {form.what}: name it by --images, or unpack it"
+            if form and form.has_files:
+                return f", but {name} is {form.what}: {form.remedy_for_images(Path(name))}"
+        return ""
+
+    @abstractmethod
+    def head(self, name: str) -> bytes:
+        """Read the first ``HEAD_BYTES`` of a file. Return nothing if it cannot be read."""
 
     @abstractmethod
     def member(self, name: str) -> Member | None:
@@ -181,6 +199,14 @@ class ZippedImages(RawImages):
         except Exception as fault:  # zipfile raises various exceptions for damaged data
             raise UserError(f"{name} cannot be read from {self._parts[0]}: {fault}") from fault
 
+    def head(self, name: str) -> bytes:
+        """Read the first ``HEAD_BYTES`` of a file. Return nothing if it cannot be read."""
+        try:
+            with self._zip.open(self._infos[name]) as file:
+                return file.read(HEAD_BYTES)
+        except Exception:  # zipfile raises various exceptions for damaged data
+            return b""
+
     def names(self) -> Iterator[str]:
         """Return the names of all files."""
         return iter(self._infos)
@@ -219,6 +245,16 @@ class ImageFolder(RawImages):
             return (self._root / name).read_bytes()
         except OSError as fault:
             raise UserError(f"{self._root / name} cannot be read: {fault.strerror}") from None
+
+    def head(self, name: str) -> bytes:
+        """Read the first ``HEAD_BYTES`` of a file. Return nothing if it cannot be read."""
+        if not self.member(name):  # such as a pipe, on which reading would wait
+            return b""
+        try:
+            with (self._root / name).open("rb") as file:
+                return file.read(HEAD_BYTES)
+        except OSError:
+            return b""
 
     def names(self) -> Iterator[str]:
         """Return the names of all files, also of those in folders that are symbolic links."""

@@ -94,13 +94,15 @@ def _check_is_row(content: mmap, elements: list[Span], path: Path) -> None:
     Raises:
         UserError: It has.
     """
-    entries = [entry for begin, end in elements if (entry := _ENTRY.match(content, begin, end))]
-    keys = {_text(entry[1]): (entry[2] or b"")[:1] for entry in entries}
+    entries = [(entry, end - begin) for begin, end in elements if (entry := _ENTRY.match(content, begin, end))]
+    keys = {_text(entry[1]): (entry[2] or b"")[:1] for entry, _ in entries}
+    sizes = {_text(entry[1]): size for entry, size in entries}
     if keys.keys() & ROW_KEYS:
         return
     convert = "python -c \"import json; json.dump({}, open('train.json', 'w'))\"".format
     if lists := [key for key, value in keys.items() if value == b"["]:
-        chosen = convert(f"json.load(open('{path}'))['{lists[0]}']")
+        longest = max(lists, key=lambda key: sizes[key])
+        chosen = convert(f"json.load(open('{path}'))['{longest}']")
         raise UserError(
             f"annotations {path} is one JSON object with a list under {' and under '.join(map(repr, lists))}: write "
             f"the list of the rows alone, as by `{chosen}`"

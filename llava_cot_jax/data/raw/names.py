@@ -141,8 +141,10 @@ class NameIndex:
         """Return why ``find`` finds nothing: which files a path may mean, or the nearest name."""
         sought = clean_path(path)
         if candidates := self._search(path):
-            one, other, *_ = map(without_prefix, candidates.names)
-            return _readable(f"{sought} may be any of {len(candidates.names)} files, such as {one} and {other}")
+            one, *others = map(without_prefix, candidates.names)
+            if not others:
+                return _readable(f"{one} is there, but it is no file that can be read, perhaps a link to what is gone")
+            return _readable(f"{sought} may be any of {len(candidates.names)} files, such as {one} and {others[0]}")
         if not self._names:
             return _readable(f"there is no {sought}, and no other file")
         return _readable(f"there is no {sought}; the nearest name is {self._nearest(sought)}")

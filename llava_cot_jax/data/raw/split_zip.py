@@ -1,5 +1,6 @@
 """Reading of a zip archive in place, whole or in the parts that ``split -b`` made of it."""
 
+import errno
 import io
 import os
 import re
@@ -54,7 +55,7 @@ class PartsFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._ends[-1]}[whence]
         if start + offset < 0:
-            raise ValueError(f"negative position {start + offset}")
+            raise OSError(errno.EINVAL, "negative position")  # as files do, and zipfile expects it
         self._position = start + offset
         return self._position
 

@@ -32,7 +32,7 @@ class Summary:
             among the written rows those with a number of images other than one, those with an image that has not the
             name in the row but another by which it was found, those with remarks, the unstaged answers and repeated
             ids.
-        unnamed_images: Number of images that no row names.
+        unnamed_images: Number of files among the images that no row names.
     """
 
     sources: dict[str, dict[str, int]]
@@ -69,7 +69,7 @@ class Summary:
         ]
         if remarks := [remark.value for remark in Remark if totals[remark]]:
             lines.append(f"rows with {', '.join(remarks)} are named in {REMARKS_FILE}")
-        return "\n".join([*lines, f"images that no row names: {self.unnamed_images:,}"])
+        return "\n".join([*lines, f"files that no row names: {self.unnamed_images:,}"])
 
 
 def images_column(number: int) -> str:
@@ -78,7 +78,8 @@ def images_column(number: int) -> str:
 
 
 def summarise(splits: dict[str, list[AnnotationRow]], skipped: Iterable[SkippedRow], unnamed_images: int) -> Summary:
-    """Count the rows of each split and those skipped. An id counts as repeated in all its rows but the first."""
+    """Count the rows of each split and those skipped. An id counts as repeated in all its rows but the
+    first, and rows without an id repeat none."""
     sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in skipped:
         sources[row.source].update((ROWS, row.reason.value))
@@ -92,5 +93,5 @@ def summarise(splits: dict[str, list[AnnotationRow]], skipped: Iterable[SkippedR
     seen: set[str] = set()
     for entry in sorted((entry for entries in splits.values() for entry in entries), key=lambda entry: entry.line):
         sources[entry.source][REPEATED] += entry.id in seen
-        seen.add(entry.id)
+        seen |= {entry.id} - {""}
     return Summary({source: dict(+counts) for source, counts in sorted(sources.items())}, unnamed_images)

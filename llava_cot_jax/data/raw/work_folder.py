@@ -66,13 +66,25 @@ class WorkFolder:
         Raises:
             UserError: An earlier run began to write with other settings, and not only with other data.
         """
-        begun = read_json(self._settings) if self._settings.exists() else settings
+        begun = self._read_begun(settings)
         other = {key for key in settings.keys() | begun.keys() if settings.get(key) != begun.get(key)}
         if other:
             self._begin_anew(other, of_data)
         for folder in (self.result, self.scratch, self.checks):
             folder.mkdir(exist_ok=True)
         write_json(self._settings, settings)
+
+    def _read_begun(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the settings of the run that began, or ``settings`` where none did."""
+        if not self._settings.exists():
+            return settings
+        try:
+            return read_json(self._settings)
+        except UserError:
+            _LOGGER.warning("%s is damaged: the output is written anew", self._settings)
+            for folder in (self.result, self.scratch):
+                shutil.rmtree(folder, ignore_errors=True)
+            return settings
 
     def _begin_anew(self, other: Set[str], of_data: Set[str]) -> None:
         written = self.scratch.exists() and any(self.scratch.iterdir())

@@ -44,7 +44,7 @@ GridLayout = Mapping[str, Thing]
 
 
 @dataclass(frozen=True)
-class Question(ABC):
+class ShapesQuestion(ABC):
     """A question with exactly one true answer for every layout that it admits.
 
     The fields of a subclass are the values that the question names.
@@ -76,7 +76,7 @@ class Question(ABC):
 
 
 @dataclass(frozen=True)
-class LookUp(Question):
+class LookUp(ShapesQuestion):
     """A question for the content of a cell."""
 
     kind = "look_up"
@@ -101,7 +101,7 @@ class LookUp(Question):
         return getattr(layout[self.cell], self.attribute)
 
 
-class Tally(Question):
+class Tally(ShapesQuestion):
     """A question that is answered by counting the things of one or two colours or shapes."""
 
     @property
@@ -185,7 +185,7 @@ class Compare(Tally):
 
 
 @dataclass(frozen=True)
-class Relation(Question):
+class Relation(ShapesQuestion):
     """A question for the content of the cell next to a thing that occurs once in the picture."""
 
     kind = "relation"
@@ -223,7 +223,7 @@ class Relation(Question):
 
 ATTRIBUTES: tuple[Attribute, ...] = ("name", "colour", "shape")
 
-QUESTIONS: dict[QuestionKind, tuple[Question, ...]] = {
+QUESTIONS: dict[QuestionKind, tuple[ShapesQuestion, ...]] = {
     "look_up": tuple(LookUp(attribute, cell) for attribute in ATTRIBUTES for cell in CELLS),
     "count": tuple(Count(value) for value in COLOURS + SHAPES),
     "compare": tuple(Compare(*pair) for values in (COLOURS, SHAPES) for pair in permutations(values, 2)),
@@ -258,7 +258,7 @@ def conclude(steps: str, answer: str) -> str:
     return f"{steps} so {answer}"
 
 
-def answer_stages(question: Question, layout: GridLayout) -> dict[str, str]:
+def answer_stages(question: ShapesQuestion, layout: GridLayout) -> dict[str, str]:
     """Return the four stages of the true answer by name, in order and tags included."""
     bodies = (question.summary, caption(layout), question.reasoning(layout), question.answer(layout))
     return {stage: tag(stage, body) for stage, body in zip(STAGES, bodies, strict=True)}

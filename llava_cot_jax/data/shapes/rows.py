@@ -23,8 +23,8 @@ from llava_cot_jax.data.shapes.questions import (
     QUESTIONS,
     SHAPES,
     GridLayout,
-    Question,
     QuestionKind,
+    ShapesQuestion,
     Thing,
     answer_stages,
     caption,
@@ -102,7 +102,7 @@ class Scene:
     """
 
     layout: GridLayout
-    questions: tuple[Question, ...]
+    questions: tuple[ShapesQuestion, ...]
     draw: np.random.Generator
 
 
@@ -182,7 +182,7 @@ class ShapesRows:
         count = int(draw.integers(FEWEST, MOST + 1))
         # The answer is drawn before the layout, so that it depends neither on the number of things nor on the question.
         wanted = pick(BALANCED[kind], draw) if kind in BALANCED else None
-        fitting: list[Question] = []
+        fitting: list[ShapesQuestion] = []
         while not fitting:
             layout = _random_layout(count, draw)
             if split_of(layout) == self.split:
@@ -200,13 +200,13 @@ def _random_layout(count: int, draw: np.random.Generator) -> GridLayout:
     return {CELLS[c]: Thing(COLOURS[i], SHAPES[j]) for c, i, j in zip(cells, colours, shapes, strict=True)}
 
 
-def _fitting_questions(kind: QuestionKind, layout: GridLayout, wanted: str | None) -> list[Question]:
+def _fitting_questions(kind: QuestionKind, layout: GridLayout, wanted: str | None) -> list[ShapesQuestion]:
     """Return the questions of a kind that the layout admits, with the answer ``wanted`` unless that is None."""
     admitted = [question for question in QUESTIONS[kind] if question.admits(layout)]
     return [question for question in admitted if wanted is None or question.answer(layout) == wanted]
 
 
-def _another(first: Question, layout: GridLayout, draw: np.random.Generator) -> Question:
+def _another(first: ShapesQuestion, layout: GridLayout, draw: np.random.Generator) -> ShapesQuestion:
     """Draw a second question about the layout: first its kind, then its answer, then one of the fitting questions."""
     choices = (
         [question for question in _fitting_questions(kind, layout, wanted) if question != first]

@@ -6,6 +6,7 @@ MODULE is the projection's path in the model of transformers. Merged, it is W + 
 are parameters that were trained whole (PEFT's ``modules_to_save`` and ``bias``), and take the place of the model's.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import numpy as np
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_json
-from llava_cot_jax.model.checkpoint.adapter_settings import AdapterSettings
+from llava_cot_jax.model.checkpoint.adapter_settings import MERGE_IN_PEFT, AdapterSettings
 from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS, unwrap_names
 from llava_cot_jax.model.checkpoint.reading import (
     SAFETENSORS_DTYPES,
@@ -29,6 +30,8 @@ from llava_cot_jax.model.checkpoint.reading import (
 from llava_cot_jax.model.checkpoint.writing import TensorEntry, new_folder, write_tensors
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import parameters
+
+_logger = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."
 
@@ -77,14 +80,21 @@ def read_adapter(settings: AdapterSettings, config: MllamaConfig) -> Adapter:
         UserError: The file is damaged or holds no tensors, or a tensor in it belongs to no parameter of the model, or
             does not fit it.
     """
+    if settings.saved_by_peft and config.convention == "meta":
+        _logger.warning(
+            f"{settings.folder} was saved by PEFT, and transformers, in which PEFT trains, does not compute by the "
+            "convention 'meta' that is taken here: name that of its version by --convention, or convention= in Python "
+            "(transformers_5 from 4.56 on)"
+        )
     file = settings.folder / ADAPTER_WEIGHTS
-    stored = {tensor.name: tensor for tensor in read_header(file)}
+    # With ``bias``, PEFT writes those of ``modules_to_save`` a second time, and beside them what they replace.
+    stored = {tensor.name: tensor for tensor in read_header(file) if ".original_module." not in tensor.name}
     if not stored:
         raise UserError(f"{file} holds no tensors: save the adapter again")
     shapes = {name: parameter.shape for name, parameter in parameters(config, "unrolled").items()}
     matrices = {name: found for name in stored if (found := _MATRIX.fullmatch(name))}
     if unknown := sorted(name for name in stored if "lora_" in name and name not in matrices):
-        raise UserError(f"{file}: {unknown[0]} is no matrix of a plain LoRA: merge the adapter in PEFT")
+        raise UserError(f"{file}: {unknown[0]} is no matrix of a plain LoRA: {MERGE_IN_PEFT}")
     weights = {name: f"{matrices[name][1]}.weight" if name in matrices else name for name in stored}
     published = unwrap_names(sorted(set(weights.values())), shapes, published_name)
     pairs: dict[str, dict[str, StoredTensor]] = {}
@@ -112,7 +122,9 @@ def _update(
         (there,) = pair.values()
         raise UserError(f"{file}: {there.name} has no lora_{missing.pop()} beside it: save the adapter again")
     a, b = pair["A"], pair["B"]
-    if len(shape) != 2 or a.shape[1:] != shape[1:] or b.shape[:1] != shape[:1] or a.shape[:1] != b.shape[1:]:
+    if len(shape) != 2:
+        raise UserError(f"{file}: {a.name} adapts a convolution or a vector, which is not supported: {MERGE_IN_PEFT}")
+    if a.shape[1:] != shape[1:] or b.shape[:1] != shape[:1] or a.shape[:1] != b.shape[1:]:
         raise UserError(
             f"{file}: {a.name} {list(a.shape)} and its lora_B {list(b.shape)} do not fit the model's weight "
             f"{list(shape)}: give the base model that the adapter was trained on"

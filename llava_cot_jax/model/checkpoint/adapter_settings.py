@@ -13,7 +13,7 @@ from typing import Any
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json
 from llava_cot_jax.model.checkpoint.folder import fetch, named_folder
-from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS, entries_in
 from llava_cot_jax.paths import files_in, is_remote
 
 _REFUSED_SETTINGS = (
@@ -30,8 +30,14 @@ _REFUSED_SETTINGS = (
 )
 """Settings of PEFT that change what an adapter computes, and that this implementation does not have."""
 
+MERGE_IN_PEFT = "merge it in PEFT with merge_and_unload(), and give the model that this makes as the checkpoint"
+"""Remedy for an adapter that cannot be read."""
+
 _STARTS_FROM_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` with which PEFT trains on the base weights as stored. PiSSA changes them."""
+
+_SAVED_BY_PEFT = {"auto_mapping", "peft_version"}
+"""Settings that PEFT writes into every adapter_config.json, and that have no meaning for LoRA."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,14 @@ class AdapterSettings:
         alpha: Scale of its output, which is divided by the rank.
         alpha_pattern: Scales of the modules whose path, or the end of it, matches a regular expression.
         divides_by_root: Whether scales are divided by the square root of the rank instead (rsLoRA, arXiv 2312.03732).
+        saved_by_peft: Whether PEFT itself wrote the settings, so that it may have trained the adapter.
     """
 
     folder: Path
     alpha: float
     alpha_pattern: Mapping[str, float]
     divides_by_root: bool
+    saved_by_peft: bool
 
     def scale(self, module: str, rank: int) -> float:
         """Return the factor of the output of an adapter of ``rank`` on a module, which is named as PEFT names it."""
@@ -77,6 +85,8 @@ def read_adapter_settings(path_or_hub_id: str | Path) -> AdapterSettings:
                 f"{folder} is the folder of a training run: write its adapter with `llava-cot convert {folder} FOLDER "
                 "--for peft`"
             )
+        if inner := sorted(path for path in entries_in(folder) if path.endswith(f"/{ADAPTER_CONFIG}")):
+            raise UserError(f"{folder} holds its adapters in folders: give one, such as {(folder / inner[0]).parent}")
         raise UserError(f"{folder} holds no {ADAPTER_CONFIG}; is it the folder of an adapter in PEFT's form?")
     settings = _settings(folder, read_json(folder / ADAPTER_CONFIG))
     if ADAPTER_WEIGHTS not in files:
@@ -91,23 +101,36 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> AdapterSettings:
     """Return the settings in an adapter_config.json."""
     place = folder / ADAPTER_CONFIG
     if (kind := config.get("peft_type")) != "LORA":
-        raise UserError(f"{place}: peft_type is {kind!r}; only 'LORA' is supported")
+        raise UserError(f"{place}: peft_type is {kind!r}; only 'LORA' is supported: {MERGE_IN_PEFT}")
     for name in _REFUSED_SETTINGS:
         if config.get(name):
-            raise UserError(f"{place}: {name} is {config[name]!r}, which is not supported: merge the adapter in PEFT")
+            raise UserError(f"{place}: {name} is {config[name]!r}, which is not supported: {MERGE_IN_PEFT}")
     if (start := config.get("init_lora_weights")) not in _STARTS_FROM_THE_BASE:
         raise UserError(
-            f"{place}: init_lora_weights is {start!r}, with which PEFT may change the base model's weights: merge the "
-            "adapter in PEFT, or save it there with path_initial_model_for_weight_conversion"
+            f"{place}: init_lora_weights is {start!r}, with which PEFT may change the base model's weights: "
+            f"{MERGE_IN_PEFT}; or save it there with path_initial_model_for_weight_conversion"
         )
     try:
         return AdapterSettings(
             folder,
-            float(config["lora_alpha"]),
-            {re.compile(pattern).pattern: float(a) for pattern, a in (config.get("alpha_pattern") or {}).items()},
+            _alpha(config["lora_alpha"]),
+            {re.compile(pattern).pattern: _alpha(a) for pattern, a in (config.get("alpha_pattern") or {}).items()},
             bool(config.get("use_rslora")),
+            saved_by_peft=not _SAVED_BY_PEFT.isdisjoint(config),
         )
     except re.error as fault:
         raise UserError(f"{place}: alpha_pattern holds no regular expression ({fault})") from None
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise UserError(f"{place}: lora_alpha or alpha_pattern is missing or no number ({fault})") from None
+
+
+def _alpha(value: Any) -> float:
+    """Return a scale as a finite number.
+
+    Raises:
+        ValueError: It is none.
+    """
+    alpha = float(value)
+    if not math.isfinite(alpha):
+        raise ValueError(f"it is {alpha}")
+    return alpha

@@ -118,9 +118,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
+        others = [name for name in names if not name.endswith(".safetensors")]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is not the index of a checkpoint: fetch it again") from None
-    if others := [name for name in names if not name.endswith(".safetensors")]:
+    if others:
         raise UserError(
             f"{index} names {others[0]}, which is no safetensors file: save the checkpoint as safetensors, with "
             "`MllamaForConditionalGeneration.from_pretrained(FOLDER).save_pretrained(NEW)` in transformers"

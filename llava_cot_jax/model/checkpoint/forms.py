@@ -38,7 +38,7 @@ _OTHER_FILES: tuple[tuple[str, str, str], ...] = (
         "give the checkpoint in Hugging Face form that it was made from",
     ),
     (
-        r"zero_to_fp32\.py|global_step\d+/?.*|.*_zero_pp_rank_.*|.*zero.*_optim_states\.pt",
+        r"zero_to_fp32\.py|global_step\d+/?.*|.*_zero_pp_rank_.*|.*zero.*_optim_states\.pt|.*mp_rank_\d+_model_states\.pt",
         "is of a DeepSpeed checkpoint",
         "join its shards with the zero_to_fp32.py beside it, and give the folder of the result with its config.json",
     ),
@@ -48,10 +48,21 @@ _OTHER_FILES: tuple[tuple[str, str, str], ...] = (
         "join it with `accelerate merge-weights`, and give the folder of the result with its config.json",
     ),
     (
-        r"manifest\.ocdbt|_CHECKPOINT_METADATA|.*\.orbax-checkpoint.*",
+        r"(.*/)?(manifest\.ocdbt|_CHECKPOINT_METADATA|_METADATA)|.*\.orbax-checkpoint.*",
         "is of an Orbax checkpoint",
         "give a folder in Hugging Face form; that of a training run is written with `llava-cot convert RUN FOLDER`",
     ),
+    (
+        r"model_world_size_\d+_rank_\d+\.pt",
+        "is of a sharded PyTorch (FSDP) checkpoint of verl",
+        "join it with `python -m verl.model_merger merge`, and give the folder of the result",
+    ),
+    (
+        r".*\.(incomplete|crdownload|part|aria2)",
+        "is of a download that has not ended",
+        "fetch the checkpoint again",
+    ),
+    (r"openvino_.*", "is of an OpenVINO program", "give the checkpoint in Hugging Face form that it was made from"),
     (r"flax_model.*\.msgpack(\.index\.json)?", "holds weights for Flax in transformers", _SAVE_AS_SAFETENSORS),
     (r"tf_model.*\.h5(\.index\.json)?", "holds weights for TensorFlow", _SAVE_AS_SAFETENSORS),
     (r".*\.onnx", "is an ONNX program", "give the checkpoint in Hugging Face form that it was made from"),
@@ -66,13 +77,13 @@ _QUANTIZATION_FILES = {"hf_quant_config.json", "quantize_config.json", "quant_co
 """Names of files that ModelOpt, GPTQ and AWQ write beside quantized weights."""
 
 _QUANTIZED_NAME = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale(_inv)?|weight_zero_point|absmax|quant_map|SCB"
-    r"|weight\.(absmax|quant_map|nested_absmax|quant_state\..*))$"
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale(_2|_inv)?|weight_zero_point|(input|k|v)_scale|absmax"
+    r"|quant_map|SCB|W_q|weight\.(absmax|quant_map|nested_absmax|quant_state\..*)|weight:.*)$"
 )
 """Pattern of the names of tensors that only quantized weights have."""
 
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
-"""Parts of names that wrappers of PyTorch modules add anywhere, and that no tensor of the model has."""
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "modules_to_save"}
+"""Parts of names that wrappers of modules in PyTorch and PEFT add anywhere, and that no tensor of the model has."""
 
 
 def check_form(where: str | Path, names: Collection[str], config: Mapping[str, Any] | None) -> None:
@@ -105,6 +116,8 @@ def check_form(where: str | Path, names: Collection[str], config: Mapping[str, A
             f"{where} is the output folder of a trainer: give one of its checkpoints, such as "
             f"{where}/checkpoint-{max(steps)}"
         )
+    if snapshots := sorted(name for name in names if re.fullmatch(r"snapshots/[^/]+", name)):
+        raise UserError(f"{where} is a folder of the hub's cache: give the checkpoint in it, {where}/{snapshots[-1]}")
     for pattern, form, remedy in _OTHER_FILES:
         for name in sorted(names):
             if re.fullmatch(pattern, name) and not _NO_WEIGHTS.fullmatch(name):
@@ -116,9 +129,8 @@ def check_form(where: str | Path, names: Collection[str], config: Mapping[str, A
 def _check_config(where: str | Path, config: Mapping[str, Any]) -> None:
     """Check that config.json is of a Llama-3.2-Vision model that is not quantized."""
     if (kind := config.get("model_type")) != "mllama":
-        raise UserError(
-            f"{where} is no Llama-3.2-Vision model: its config.json is of a {kind!r} model, not of 'mllama'"
-        )
+        names = "names no model_type" if kind is None else f"is of a {kind!r} model, not of 'mllama'"
+        raise UserError(f"{where} is no Llama-3.2-Vision model: its config.json {names}")
     text = config.get("text_config")
     for section in (config, text if isinstance(text, Mapping) else {}):
         for key in ("quantization_config", "compression_config", "quantization"):
@@ -136,7 +148,7 @@ def is_adapter(name: str) -> bool:
     return name.startswith("adapter_") and name.endswith((".safetensors", ".bin"))
 
 
-def _entries_in(folder: Path) -> set[str]:
+def entries_in(folder: Path) -> set[str]:
     """Return the names in the folders of a folder, with their paths; none of deeper folders, none in a bucket."""
     found: set[str] = set()
     for path in [] if is_remote(folder) else folder.iterdir():
@@ -156,7 +168,7 @@ def check_folder(folder: Path, files: Collection[str]) -> None:
     if not is_remote(folder) and not has_weights:
         _check_not_of_a_run(folder, files)
     config = read_json(folder / "config.json") if "config.json" in files else None
-    check_form(folder, files if has_weights else {*files, *_entries_in(folder)}, config)
+    check_form(folder, files if has_weights else {*files, *entries_in(folder)}, config)
 
 
 def _check_not_of_a_run(folder: Path, files: Collection[str]) -> None:
@@ -177,10 +189,12 @@ def describe_tensors(names: Iterable[str], dtypes: Iterable[str]) -> str:
         names: Names of tensors that the model does not have.
         dtypes: Names of dtypes of tensors in their safetensors files that weights may not have.
     """
-    found = list(names)
-    kinds = sorted(set(dtypes) - {"F64", "BOOL", "I64"})
-    if kinds or any(_QUANTIZED_NAME.search(name) for name in found):
-        return f"its weights are quantized{f' ({kinds[0]})' if kinds else ''}: {_TAKE_UNQUANTIZED}"
+    found, kinds = list(names), set(dtypes)
+    if "F64" in kinds:
+        return "there are weights in float64: save it in float32, float16 or bfloat16"
+    quantized = sorted(kinds - {"BOOL", "I64"})
+    if quantized or any(_QUANTIZED_NAME.search(name) for name in found):
+        return f"its weights are quantized{f' ({quantized[0]})' if quantized else ''}: {_TAKE_UNQUANTIZED}"
     if any(".lora_A." in name or ".lora_B." in name for name in found):
         return "its adapters are not merged: merge them with merge_and_unload() of PEFT before saving"
     if any(name.endswith(("_flat_param", ".flat_param")) for name in found):

@@ -270,7 +270,7 @@ def check_weight_dtype(dtype: DTypeLike) -> np.dtype:
     """
     try:
         known, name = np.dtype(dtype), np.dtype(dtype).name
-    except TypeError:
+    except (TypeError, UnicodeError):
         known, name = np.dtype(object), shown(dtype)
     if known not in SAFETENSORS_DTYPES.values():
         names = ", ".join(supported.name for supported in SAFETENSORS_DTYPES.values())

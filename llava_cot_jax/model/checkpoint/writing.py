@@ -127,12 +127,12 @@ def new_folder(folder: Path, nbytes: int) -> contextlib.AbstractContextManager[P
 def _new_folder_on_disk(folder: Path, nbytes: int) -> Iterator[Path]:
     """Give a hidden folder beside ``folder`` that takes its place if the block succeeds, and is deleted otherwise."""
     folder = folder.resolve()  # so that a symbolic link is kept
-    partial = folder.with_name(f".{folder.name}.partial")
     with reading_errors(folder):
         check_folder_writable(folder.parent)
         is_taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     if is_taken:
         raise UserError(f"{folder} exists and is not empty: name another folder, or remove it")
+    partial = folder.with_name(f".{folder.name}.partial")
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:

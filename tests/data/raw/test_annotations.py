@@ -67,6 +67,43 @@ def test_blank_lines_are_no_rows(raw: RawSet, images: ImageFolder, tmp_path: Pat
     assert read.skipped == []
 
 
+@pytest.mark.parametrize(
+    ("line", "detail"),
+    [
+        (b"Access denied", "Expecting value, at character 1: 'Access denied'"),
+        (b'{"id": 1} {"id": 2}', "Extra data, at character 11: '{\"id\": 2}'"),
+        (b'{"id": "abc', "Unterminated string starting, at character 8: '\"abc'"),
+        (b'{"id": 1', "Expecting ',' delimiter, at its end"),
+        (b'{"id": "\xe9"}', "byte 9 of it, 0xe9, is not UTF-8"),
+    ],
+)
+def test_what_is_no_json_is_shown(images: ImageFolder, tmp_path: Path, line: bytes, detail: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line)
+    (row,) = read_annotations(tmp_path / "a.jsonl", images).skipped
+    assert (row.reason, row.detail) == ("broken JSON", detail)
+
+
+@pytest.mark.parametrize("content", ["\n \n", "[]", " [ ]\n", "\ufeff"])
+def test_a_file_without_rows(images: ImageFolder, tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=r"^annotations .*a\.json has no rows: fetch it again, or name another file$"):
+        read_annotations(tmp_path / "a.json", images)
+    with pytest.raises(UserError, match="has no rows in its first 2 lines"):
+        read_annotations(tmp_path / "a.json", images, limit=2)
+
+
+def test_lines_that_end_in_commas(raw: RawSet, images: ImageFolder, tmp_path: Path) -> None:
+    lines = raw.annotations.read_bytes().splitlines()[:2]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines[0] + b",\n" + lines[1] + b" ,\r\n,\n")
+    read = read_annotations(path, images)
+    assert [entry.line for entry in read.entries] == [1, 2] and not read.skipped
+    with open_annotations(path) as file:
+        assert [read_conversations(file, entry) for entry in read.entries] == [
+            json.loads(line)["conversations"] for line in lines
+        ]
+
+
 @pytest.mark.parametrize("line", [b"[" * 100_000, b'{"id": "\xff"}', b"nonsense", b'{"id": 1' + b"0" * 5000 + b"}"])
 def test_what_is_no_json(images: ImageFolder, tmp_path: Path, line: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(line)
@@ -76,9 +113,15 @@ def test_what_is_no_json(images: ImageFolder, tmp_path: Path, line: bytes) -> No
 
 
 def test_a_row_of_another_format_is_told_by_its_keys(images: ImageFolder, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png", "messages": [{"role": "user"}]}))
-    (row,) = read_annotations(tmp_path / "a.jsonl", images).skipped
-    assert (row.reason, row.detail) == ("no conversation", "it has no list under conversations, only image, messages")
+    for content, detail in (
+        ({"image": "a.png", "dialog": [{}]}, "it has no list under conversations, only image, dialog"),
+        ({}, "it has no list under conversations, only nothing"),
+        ({"conversations": "hello"}, "its conversations are 'hello', not a list of turns"),
+        ([[1]], "it is [1], a list, not a JSON object"),
+    ):
+        (tmp_path / "a.jsonl").write_text(json.dumps(content))
+        (row,) = read_annotations(tmp_path / "a.jsonl", images).skipped
+        assert (row.reason, row.detail) == ("no conversation", detail)
 
 
 @pytest.mark.parametrize("image", [None, "", [], 7, [7], ["sqa/train/0/image.png", ""], {"path": "a.png"}])
@@ -113,8 +156,12 @@ class TestTurns:
             ([*said("a"), *said("b")], "turn 2 is from 'human', not from gpt"),
             (said("a", " \n"), "turn 2 is empty"),
             (said("\n<image>", "b"), "turn 1 is empty"),
-            ([{"from": "human", "value": 3}, *said("b", first=1)], "turn 1 is empty"),
-            (["a", "b"], "turn 1 is from None"),
+            ([{"from": "human", "value": 3}, *said("b", first=1)], "turn 1 has 3 in place of a text"),
+            ([*said("a"), {"from": "gpt", "value": None}], "turn 2 has None in place of a text"),
+            ([{"from": "human", "value": [{"type": "image"}]}], "turn 1 has .* a list in place of a text: write its"),
+            ([{"from": "human"}, *said("b", first=1)], "turn 1 has no value, only from"),
+            ([{}], "turn 1 has no from and no value, only nothing"),
+            (["a", "b"], "turn 1 is 'a', not an object with from and value"),
         ],
     )
     def test_faults(self, conversations: list, message: str) -> None:

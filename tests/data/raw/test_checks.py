@@ -1,6 +1,7 @@
 """Tests that findings about images are used again exactly where they still hold."""
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -92,6 +93,17 @@ def test_memory_that_ran_out_is_no_finding(folder: Path, monkeypatch: pytest.Mon
         patch.setattr(checks, "open_image", no_memory)
         assert check(images, folder, "a.png").faults
     assert check(images, folder, "a.png") == Checks({}, reused=0, total=1)
+
+
+@pytest.mark.parametrize("content", ["{cut", "[]", "{}", '{"decoder": DECODER, "findings": []}'])
+def test_damaged_findings_are_not_used(folder: Path, content: str, warnings_of: pytest.LogCaptureFixture) -> None:
+    images = open_images(folder / "images")
+    check(images, folder, "a.png")
+    (kept,) = (folder / "checks").glob("*.json")
+    decoder = json.loads(kept.read_text())["decoder"]
+    kept.write_text(content.replace("DECODER", json.dumps(decoder)))
+    assert check(images, folder, "a.png").reused == 0
+    assert warnings_of.messages == [f"{kept} is damaged: the images that it is about are checked again"]
 
 
 def test_another_decoder_checks_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

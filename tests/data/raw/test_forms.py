@@ -10,6 +10,7 @@ import pickle
 import sqlite3
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def saved(array: np.ndarray) -> bytes:
         (bz2.compress(ROW.encode()), "a file compressed by bzip2: decompress it by `bunzip2 -k {path}`"),
         (lzma.compress(ROW.encode()), "a file compressed by xz: decompress it by `xz -dk {path}`"),
         (b"\x28\xb5\x2f\xfd\x04", "a file compressed by zstd: decompress it by `zstd -d {path}`"),
+        (b"\x50\x2a\x4d\x18\x04\0\0\0abcd\x28\xb5\x2f\xfd\x04", "a file compressed by zstd: decompress it by"),
+        (lzma.compress(ROW.encode(), format=lzma.FORMAT_ALONE), "a file compressed by lzma: decompress it by `xz"),
+        (b"LZIP\x01\x0c", "a file compressed by lzip: decompress it by `lzip -dk {path}`"),
+        (zlib.compress(ROW.encode()), "binary data of an unknown form: name a file of JSON Lines"),
+        (b"\x91\x83\xa2id\xa1x\xa5image\xa5a.png", "binary data of an unknown form"),  # MessagePack
+        (b"<\0\0\0\0\0\0\0" + b'{"a": {}}', "binary data of an unknown form"),  # safetensors
+        (b"FEA1\0\0", "an Arrow (Feather) file: convert it by"),
         (tar(), "a tar archive: unpack it by `tar -xf {path}`, and name the file of the rows"),
         (b"PAR1\x15\x04", "a Parquet file: convert it by `python -c "),
         (b"ARROW1\0\0", "an Arrow (Feather) file: convert it by"),
@@ -59,6 +67,10 @@ def saved(array: np.ndarray) -> bytes:
         (POINTER, "a pointer of Git LFS, not the file itself: fetch the file itself by `git lfs pull`"),
         (b"../../.git/annex/objects/x/y", "a pointer of git-annex, not the file itself: fetch"),
         (PAGE, "a web page, perhaps for logging in: download the file itself"),
+        (b"<?xml version='1.0'?>\n<Error><Code>AccessDenied</Code></Error>", "a server's answer that it has no such"),
+        (ROW.encode() + b"\n" + bytes(300), "text that ends in zero bytes, whose download was not finished: fetch it"),
+        (("\n " + ROW).encode("utf-16-le"), "text in UTF-16 or UTF-32"),
+        (b"version https://hawser.github.com/spec/v1\noid sha256:4d7a\n", "a pointer of Git LFS"),
         (b"<?xml version='1.0'?><rows/>", "an XML file: "),
         (ROW.encode("utf-16"), "text in UTF-16 or UTF-32: convert it by `iconv -f UTF-16 -t UTF-8 {path}"),
         (ROW.encode("utf-16-le"), "text in UTF-16 or UTF-32"),

@@ -68,6 +68,7 @@ def test_a_single_row(row: dict, indent: int | None) -> None:
             {"info": {}, "data": [{"id": 1}]},
             r"with a list under 'data': write .*json\.load\(open\('rows\.json'\)\)\['data'\]",
         ),
+        ({"features": [{"a": 1}], "rows": [{"id": 1}, {"id": 2}]}, r"with a list under .*\)\)\['rows'\]"),
         ({"a]b": [{}], "c": [{}]}, r"with a list under 'a\]b' and under 'c'"),
         ({"1": {"image": "a"}, "2": {"image": "b"}}, r"with 2 others in it: .*list\(json\.load.*\.values\(\)\)"),
     ],

@@ -231,3 +231,36 @@ class TestSuggestion:
     def test_none(self, tmp_path: Path) -> None:
         write_folder(tmp_path / "images", ["sqa/1.png"])
         assert self.suggest(open_images(tmp_path / "images"), "vg/2.png", "x" * 5000) == ""
+
+    @pytest.mark.parametrize(
+        ("name", "content", "end"),
+        [
+            ("image.zip", b"PK\x03\x04", ", but image.zip is a zip archive: name it by --images, or unpack it"),
+            (
+                "a.tar",
+                bytes(257) + b"ustar",
+                ", but a.tar is a tar archive: unpack it by `tar -xf a.tar`, and name the",
+            ),
+            (
+                "1.parquet",
+                b"PAR1",
+                ", but 1.parquet is a Parquet file: write its images to files, and name their folder",
+            ),
+            ("a.7z.001", b"7z\xbc\xaf\x27\x1c", ", but a.7z.001 is a 7z archive: unpack it by `7z x a.7z.001`"),
+            ("notes.txt", b"Words.", ""),
+            ("notes.jpg.md5", b"", ""),
+        ],
+    )
+    def test_files_that_have_the_images_in_them(self, tmp_path: Path, name: str, content: bytes, end: str) -> None:
+        folder = tmp_path / "data/images"
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+        assert (self.suggest(open_images(folder), "a.png") or end).startswith(end)
+        assert bool(self.suggest(open_images(folder), "a.png")) == bool(end)
+
+    def test_an_archive_in_an_archive(self, tmp_path: Path) -> None:
+        (tmp_path / "data/here").mkdir(parents=True)
+        archive = zip_files(tmp_path / "data/here/image.zip", {"vg.zip": b"PK\x03\x04"})
+        assert self.suggest(open_images(archive), "vg/1.png") == (
+            ", but vg.zip is a zip archive: unpack it by `unzip vg.zip`, and name the folder of the images"
+        )

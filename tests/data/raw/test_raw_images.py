@@ -129,3 +129,21 @@ def test_links_out_of_the_folder_are_the_users_own(tmp_path: Path) -> None:
     (tmp_path / "images/sqa").symlink_to(tmp_path / "elsewhere/sqa")
     found = open_images(tmp_path / "images").find("sqa/train/1/image.png")
     assert found is not None
+
+
+def test_a_zip_of_nothing(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "image.zip", "w"):
+        pass
+    images = open_images(tmp_path / "image.zip")
+    assert images.find("a.png") is None
+    assert images.explain("a.png") == "there is no a.png, and no other file"
+
+
+@pytest.mark.parametrize("target", ["gone.png", "a.png"])
+def test_a_link_to_nothing_is_said(tmp_path: Path, target: str) -> None:
+    (tmp_path / "a.png").symlink_to(target)
+    images = open_images(tmp_path)
+    assert images.find("a.png") is None or images.member("a.png") is None
+    assert (
+        images.explain("a.png") == "a.png is there, but it is no file that can be read, perhaps a link to what is gone"
+    )

@@ -52,7 +52,7 @@ class TestPartsFile:
                 for offset, whence, count in steps:
                     start = {os.SEEK_SET: 0, os.SEEK_CUR: joined.tell(), os.SEEK_END: size}[whence]
                     if start + offset < 0:
-                        with pytest.raises(ValueError, match="negative"):
+                        with pytest.raises(OSError, match="negative"):
                             file.seek(offset, whence)
                         file.seek(joined.tell())
                         continue

@@ -92,6 +92,28 @@ FORMS: dict[str, tuple[dict[str, str], str, str]] = {
         "zero_to_fp32.py",
     ),
     "fsdp": ({"pytorch_model_fsdp_0/__0_0.distcp": ""}, "sharded PyTorch (FSDP)", "accelerate merge-weights"),
+    "deepspeed in a folder": (
+        {"pytorch_model/mp_rank_00_model_states.pt": "", "latest": ""},
+        "of a DeepSpeed checkpoint",
+        "zero_to_fp32.py",
+    ),
+    "verl": ({"model_world_size_8_rank_0.pt": ""}, "sharded PyTorch (FSDP) checkpoint of verl", "verl.model_merger"),
+    "orbax": ({"_CHECKPOINT_METADATA": "", "d/0": ""}, "of an Orbax checkpoint", "in Hugging Face form"),
+    "orbax steps": ({"100/_CHECKPOINT_METADATA": "", "100/default/x": ""}, "of an Orbax checkpoint", "Hugging Face"),
+    "maxtext": ({"items/manifest.ocdbt": "", "commit_success.txt": ""}, "of an Orbax checkpoint", "Hugging Face form"),
+    "openvino": ({"openvino_model.xml": "", "openvino_model.bin": ""}, "an OpenVINO program", "that it was made from"),
+    "a download": (
+        {"config.json": with_config(), "model-00001-of-00005.safetensors.crdownload": ""},
+        "of a download that has not ended",
+        "fetch the checkpoint again",
+    ),
+    "a text-only model": ({"config.json": json.dumps({"model_type": "llama"})}, "of a 'llama' model", "of 'mllama'"),
+    "no model": ({"config.json": "{}", "model.safetensors": ""}, "its config.json names no model_type", "is no Llama"),
+    "torchao": (
+        {"config.json": with_config(quantization_config={"quant_method": "torchao"}), "model.safetensors": ""},
+        "quantized weights by torchao",
+        "give the checkpoint",
+    ),
     "a trainer's output": (
         {"checkpoint-500/model.safetensors": "", "checkpoint-1000/model.safetensors": "", "training_args.bin": ""},
         "the output folder of a trainer",
@@ -167,6 +189,24 @@ def test_files_of_a_training_beside_the_weights_are_left_alone(tmp_path: Path) -
         shutil.copy(FIXTURE / name, tmp_path)
     lay(tmp_path, {"optimizer.pt": "", "training_args.bin": "", "global_step7/x.pt": "", "original/params.json": "{}"})
     assert resolve_checkpoint(tmp_path) == tmp_path
+
+
+def test_a_folder_of_the_hubs_cache(tmp_path: Path) -> None:
+    lay(
+        tmp_path,
+        {"refs/main": "abc", "snapshots/abc/config.json": with_config(), "snapshots/abc/model.safetensors": ""},
+    )
+    with pytest.raises(UserError, match=f"of the hub's cache: give the checkpoint in it, {tmp_path}/snapshots/abc$"):
+        resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", [3, None, ["model.safetensors"]])
+def test_an_index_of_no_names(name: Any, tmp_path: Path) -> None:
+    shutil.copy(FIXTURE / "model.safetensors", tmp_path)
+    index = json.dumps({"weight_map": {"a": name}})
+    lay(tmp_path, {"config.json": with_config(), "model.safetensors.index.json": index})
+    with pytest.raises(UserError, match=r"index\.json is not the index of a checkpoint: fetch it again"):
+        resolve_checkpoint(tmp_path)
 
 
 def test_an_index_that_names_pickles_beside_safetensors(tmp_path: Path) -> None:
@@ -246,6 +286,14 @@ def test_a_prefix_that_not_all_share_stays(tmp_path: Path) -> None:
     [
         ("language_model.model.layers.0.self_attn.q_proj.weight.absmax", np.uint8, r"quantized \(U8\): give"),
         ("language_model.model.layers.0.self_attn.q_proj.weight_scale", np.float32, "quantized: give"),
+        ("language_model.model.layers.0.self_attn.q_proj.input_scale", np.float32, "quantized: give"),
+        ("language_model.model.layers.0.self_attn.q_proj.W_q", np.uint8, r"quantized \(U8\): give"),
+        ("language_model.model.layers.0.self_attn.q_proj.weight:_data", np.float32, "quantized: give"),
+        (
+            "language_model.model.norm.other",
+            np.float64,
+            "there are weights in float64: save it in float32, float16 or bfloat16",
+        ),
         ("model.language_model.layers.0.self_attn.q_proj.lora_A.weight", np.float32, "merge_and_unload"),
         ("layers.0.feed_forward.w1.weight", np.float32, "Meta's own format"),
     ],

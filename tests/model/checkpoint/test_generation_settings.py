@@ -51,6 +51,32 @@ def test_an_end_token_of_the_tokenizer_that_is_no_control_token(folder: Path) ->
     assert ends(folder) == (END_OF_TEXT, EOM)
 
 
+def test_the_vocabulary_is_parsed_only_for_an_end_token_that_stands_in_it(folder: Path) -> None:
+    """It takes a third of a second for Llama's. Here it is no JSON, or holds the token."""
+    (folder / "generation_config.json").unlink()
+    tokenizer = folder / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    word = next(word for word, token in content["model"]["vocab"].items() if token == 300)
+    tokenizer.write_text(json.dumps({"added_tokens": content["added_tokens"]})[:-1] + ', "model": ...')
+    assert ends(folder) == (END_OF_TEXT, EOT, EOM)
+    edit(folder / "tokenizer_config.json", {"eos_token": word})
+    for order in (("model", "added_tokens"), ("added_tokens", "model")):
+        tokenizer.write_text(json.dumps({name: content[name] for name in order}, indent=2))
+        assert ends(folder) == (END_OF_TEXT, 300, EOM, EOT)
+
+
+def test_no_end_token_in_the_vocabulary(folder: Path) -> None:
+    for name in ("generation_config.json", "tokenizer.json"):
+        (folder / name).unlink()
+    edit(folder / "config.json", {"eos_token_id": [9999]}, "text_config")
+    with pytest.raises(
+        UserError, match=r"names no end token within its vocabulary of \d+ \(\[9999\]\), so that no answer"
+    ):
+        ends(folder)
+    edit(folder / "config.json", {"eos_token_id": [9999, EOT]}, "text_config")
+    assert ends(folder) == (9999, EOT)
+
+
 @pytest.mark.parametrize(("stated", "found"), [(7, (7,)), ([7, EOM], (7, EOM)), (None, ())])
 def test_generation_config_alone_names_the_others(folder: Path, stated: object, found: tuple[int, ...]) -> None:
     edit(folder / "generation_config.json", {"eos_token_id": stated})

@@ -1,0 +1,63 @@
+"""Questions with no image, one and three, alone and side by side: token by token the same under each convention."""
+
+from typing import get_args
+
+import jax
+import numpy as np
+import pytest
+
+from llava_cot_jax.inference.generator import Generator
+from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.model.convention import Convention
+from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.search.reasoner import Reasoner
+from llava_cot_jax.search.strategies import Judge, StageBeam
+from tests.search.models import random_model, scene
+from tests.search.test_search import recorded_results
+
+COUNTS = (0, 1, 3)
+"""Numbers of images of the questions."""
+
+QUESTIONS = [scene(i)[1] for i in range(len(COUNTS))]
+IMAGES = [[scene(3 * i + j)[0] for j in range(count)] for i, count in enumerate(COUNTS)]
+SEEDS = [4, 5, 6]
+NEW = 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("convention", get_args(Convention))
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=50, top_p=0.9)], ids=["greedy", "sampled"])
+def test_a_generator_answers_each_as_alone(convention, sampling):
+    model, processor = random_model(3, convention=convention, eos=())
+    generator = Generator(model, sampling)
+    prompts = [processor.prompt(user_turn(*each)) for each in zip(QUESTIONS, COUNTS, strict=True)]
+
+    def generate(*places: int) -> np.ndarray:
+        inputs = processor([prompts[i] for i in places], [IMAGES[i] for i in places])
+        return generator.generate(inputs, max_new_tokens=NEW, seeds=[SEEDS[i] for i in places])
+
+    together = generate(0, 1, 2)
+    for i in range(len(COUNTS)):
+        np.testing.assert_array_equal(generate(i)[0], together[i])
+    assert len({tuple(row) for row in together.tolist()}) == len(COUNTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("convention", get_args(Convention))
+@pytest.mark.parametrize(
+    "judge", [Judge("token"), Judge("rationale", reason_tokens=6, check_tokens=5)], ids=lambda judge: judge.verdict
+)
+def test_a_search_answers_each_as_alone(prompts, monkeypatch, convention, judge):
+    found = recorded_results(monkeypatch)
+    model, processor = random_model(3, convention=convention, eos=tuple(range(0, 500, 60)))
+    reasoner = Reasoner(model, processor, StageBeam(3, judge, temperature=1.0, max_new_tokens=8), prompts)
+    answers = reasoner.answer_batch(IMAGES, QUESTIONS, seeds=SEEDS)
+    for i, answer in enumerate(answers):
+        alone = reasoner.answer(IMAGES[i], QUESTIONS[i], seed=SEEDS[i])
+        assert alone.text == answer.text
+        beside, own = (jax.device_get(result) for result in (found[0], found[-1]))
+        for name in ("tokens", "lengths", "ended"):
+            one, other = (getattr(result.candidates, name) for result in (own, beside))
+            np.testing.assert_array_equal(one[:, 0], other[:, i])
+        np.testing.assert_array_equal(own.winner[:, 0], beside.winner[:, i])
+        np.testing.assert_allclose(own.candidates.log_prob[:, 0], beside.candidates.log_prob[:, i], atol=1e-3)
