@@ -12,8 +12,8 @@ from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.search import stream as module
 from llava_cot_jax.search.reasoner import Reasoner
-from llava_cot_jax.search.scorers import Judge, LogProbability
-from llava_cot_jax.search.strategies import BestOfN, MajorityVote, Sample, StageBeam
+from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
+from llava_cot_jax.search.strategies import BestOfN, MajorityVote, Sample, StageBeam, WeightedVote
 from llava_cot_jax.search.stream import WAITING_PER_SLOT, Question
 from tests.search.models import random_model, scene
 
@@ -51,6 +51,8 @@ STRATEGIES = {
     "vote": MajorityVote(3, temperature=1.2, max_new_tokens=20, top_p=1.0),
     "stages": StageBeam((3, 2, 1, 4), Judge("token"), temperature=(0.9, 0.0, 1.2, 0.7), max_new_tokens=(9, 30, 17, 5)),
     "stages by reasons": StageBeam((2, 1, 3, 3), RATIONALE, temperature=1.0, max_new_tokens=(9, 5, 17, 8)),
+    "stages by a verifier": StageBeam((2, 3, 1, 4), Verifier(), temperature=1.0, max_new_tokens=(9, 5, 17, 8)),
+    "weighted vote": WeightedVote(3, temperature=1.2, max_new_tokens=20, top_p=1.0),
     "own scorers": StageBeam(3, (LogProbability(), lambda i, q, s, t: [*map(len, t)], RATIONALE, RATIONALE), 0.9, 12),
 }
 
