@@ -22,15 +22,14 @@ if TYPE_CHECKING:
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.answers import Answer
     from llava_cot_jax.search.reasoner import Reasoner
+    from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
+    from llava_cot_jax.search.sentence_beam import SentenceBeam
     from llava_cot_jax.search.strategies import (
         BestOfN,
         Greedy,
-        Judge,
-        LogProbability,
         MajorityVote,
         Sample,
         StageBeam,
-        Verifier,
         WeightedVote,
     )
     from llava_cot_jax.search.stream import AnswerStream, Question, StreamedAnswer
@@ -57,6 +56,7 @@ __all__ = [
     "Reasoner",
     "Sample",
     "Sampling",
+    "SentenceBeam",
     "StageBeam",
     "StageFormat",
     "StreamedAnswer",
@@ -83,15 +83,14 @@ _MODULES = {
     "inference.settings": ("Sampling",),
     "search.answers": ("Answer",),
     "search.reasoner": ("Reasoner",),
+    "search.scorers": ("Judge", "LogProbability", "Verifier"),
+    "search.sentence_beam": ("SentenceBeam",),
     "search.strategies": (
         "BestOfN",
         "Greedy",
-        "Judge",
-        "LogProbability",
         "MajorityVote",
         "Sample",
         "StageBeam",
-        "Verifier",
         "WeightedVote",
     ),
     "search.stream": ("AnswerStream", "Question", "StreamedAnswer"),

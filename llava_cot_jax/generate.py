@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, get_args
 
@@ -40,7 +40,7 @@ from llava_cot_jax.questions import UserQuestion, draw_pictures, read_messages, 
 from llava_cot_jax.search.options import STRATEGIES, add_arguments, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_request_options
-from llava_cot_jax.search.strategies import Greedy, Sample, Strategy
+from llava_cot_jax.search.strategies import Greedy, Sample, SearchSpec, Strategy
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import find_conclusion, find_stages
 
@@ -61,6 +61,7 @@ MORE_TOKENS = "give a higher --max_new_tokens for the rest, if the model's conte
 
 CUT_AT = {
     "max_new_tokens": ("the limit of new tokens", MORE_TOKENS),
+    "max_sentences": ("the limit of sentences", "give a higher --max_sentences for the rest"),
     "context": ("what the prompt leaves of the model's context", "shorten the question for the rest"),
 }
 """Where an answer is cut off, by what bounds its length, and the remedy."""
@@ -258,14 +259,15 @@ class QuestionResult:
         text: The whole answer.
         conclusion: Body of its last stage, or the whole text of an answer without stages.
         stages: Body of each stage in the answer, by name.
-        ended: Why the answer, or the last stage of a search, ended: "eos", "tag", "turn" where the format has it end
-            with the model's turn, or "max_new_tokens" where it was cut off.
+        ended: Why the answer, or the last stage or sentence of a search, ended: "eos", "tag", "turn" where the format
+            has it end with the model's turn, or "max_new_tokens" or "sentence" where it was cut off.
         tokens: Numbers of tokens, by what they are for: "prompt" and "new", or the parts of a search.
         seconds: Seconds by what they were spent on: "first_token" and "total", counted from the question on, or the
             parts of a search.
         forced_stages: Stages that the search closed itself, and why each ended: "eos" or "max_new_tokens".
-        bounded_by: What bounds the length of the answer: "max_new_tokens", or "context" where no length was given and
-            the prompt leaves less than the default of the model's context.
+        bounded_by: What bounds the length of the answer: "max_new_tokens"; "context" where no length was given and the
+            prompt leaves less than the default of the model's context; or "max_sentences" where there are as many
+            sentences as there may be.
     """
 
     text: str
@@ -284,7 +286,7 @@ class QuestionResult:
         notes, (place, remedy) = [], CUT_AT[self.bounded_by]
         if cut:
             notes.append(f"{', '.join(cut)} cut at {place}, and closed by the search: {remedy}")
-        elif self.ended == "max_new_tokens" and not self.forced_stages:
+        elif self.ended in ("max_new_tokens", "sentence") and not self.forced_stages:
             notes.append(f"the answer was cut at {place}: {remedy}")
         if left:
             missing = sorted({"a closing tag" if format[stage].closing else "the next heading" for stage in left})
@@ -310,6 +312,12 @@ def _result_of(answer: Answer, is_shrunk: bool) -> QuestionResult:
         trace.forced_stages,
         "context" if is_shrunk else "max_new_tokens",
     )
+
+
+def _has_all_sentences(trace: Trace, spec: SearchSpec) -> bool:
+    """Return whether an answer has as many sentences as it may have, and fewer tokens than it may have."""
+    written = sum(stage.candidates[stage.winner].tokens for stage in trace.stages)
+    return len(trace.stages) == spec.max_sentences and written < spec.max_new_tokens[0]
 
 
 class _SearchAnswerer:
@@ -348,7 +356,8 @@ class _SearchAnswerer:
         elif not options.json:
             print(answer.text if options.show_reasoning else answer.conclusion, flush=True)
         self._write_files(model)
-        return _result_of(answer, requests.is_shrunk)
+        result = _result_of(answer, requests.is_shrunk)
+        return replace(result, bounded_by="max_sentences") if _has_all_sentences(trace, requests.spec) else result
 
     def _write_files(self, model: Mllama) -> None:
         """Write all searches so far to the files that the user asked for."""

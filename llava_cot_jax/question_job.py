@@ -74,6 +74,8 @@ def check_question_file_options(options: Any) -> None:
     for name in _OF_SINGLE_QUESTIONS:
         if options[name]:
             raise UserError(f"--{name} has no meaning with --questions, whose answers go to --output")
+    if options.search == "sentence_beam":
+        raise UserError("--search sentence_beam answers no file of --questions: give --question, or another --search")
     check_int("slots", options.slots)
 
 

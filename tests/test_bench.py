@@ -21,7 +21,8 @@ from llava_cot_jax.benchmark.timing import DeviceRates, Timing
 from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.costs import model_costs
 from llava_cot_jax.search.program import search
-from llava_cot_jax.search.strategies import Judge, StageBeam
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import StageBeam
 from tests.parity.reference import shortfall
 from tests.parity.test_transformers import OFF
 from tests.processes import ROOT

@@ -247,6 +247,7 @@ def test_every_public_class_and_function_is_tried():
         "LogProbability",
         "MajorityVote",
         "Sample",
+        "SentenceBeam",
         "StageBeam",
         "Verifier",
         "WeightedVote",

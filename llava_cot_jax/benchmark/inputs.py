@@ -19,7 +19,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.search.program import SearchInputs
 from llava_cot_jax.search.prompts import PROMPT_KINDS
 from llava_cot_jax.search.strategies import SearchSpec
-from llava_cot_jax.search.tables import JudgeTables, ScorerTables, StageTables, VerifierTables
+from llava_cot_jax.search.tables import JudgeTables, ScorerTables, StageTables, VerifierTables, scored_stages
 
 
 def random_model(name: str, dtype: Any, mesh: jax.sharding.Mesh | None) -> Mllama:
@@ -76,22 +76,24 @@ def endless_tables(config: MllamaConfig, work: Workload, spec: SearchSpec) -> tu
         closings=pad(tag * (count * (states + TAILS)), (count, states + TAILS)),
         stop_tables=jnp.zeros((count, states, config.text.vocab_size), jnp.uint8),
     )
-    verifier_tables = None
+    verifier_tables, scored = None, len(scored_stages(spec))
     if spec.has_verifier:
-        verifier_tables = VerifierTables(probes=pad([[5] * work.probe_tokens] * count), answers=jnp.arange(2))
+        verifier_tables = VerifierTables(probes=pad([[5] * work.probe_tokens] * scored), answers=jnp.arange(2))
     judge = spec.judge
     if judge is None:
         return stage_tables, ScorerTables(None, verifier_tables)
 
     def part(share: float) -> RaggedTokens:
-        shape = (len(PROMPT_KINDS), count)
+        shape = (len(PROMPT_KINDS), scored)
         return pad([[4] * max(1, round(share * work.judge_prompt_tokens))] * math.prod(shape), shape)
 
     # Captions are shown to the judge of reasonings, both to that of conclusions, as in the shipped prompts.
-    shows = np.zeros((len(PROMPT_KINDS), count, count), bool)
-    if count > 2:
+    shows = np.zeros((len(PROMPT_KINDS), scored, scored), bool)
+    if spec.max_sentences:
+        shows[:, 1, 0] = True
+    elif count > 2:
         shows[:, 2, 1] = shows[:, -1, 1:-1] = True
-    checked = np.arange(count) == 2 if judge.writes_reasons else np.zeros(count, bool)
+    checked = np.arange(scored) == 2 if judge.writes_reasons else np.zeros(scored, bool)
     judge_tables = JudgeTables(
         intro=part(0.3),
         middle=part(0.02),

@@ -20,16 +20,9 @@ from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.costs.device_memory import peak_device_memory
 from llava_cot_jax.costs.model_costs import parameter_counts
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.search.strategies import (
-    Greedy,
-    Judge,
-    LogProbability,
-    MajorityVote,
-    Scorer,
-    StageBeam,
-    Strategy,
-    Verifier,
-)
+from llava_cot_jax.search.scorers import Judge, LogProbability, Scorer, Verifier
+from llava_cot_jax.search.sentence_beam import SentenceBeam
+from llava_cot_jax.search.strategies import Greedy, MajorityVote, StageBeam, Strategy
 
 
 def measure(
@@ -123,6 +116,11 @@ def _searches(work: Workload) -> list[tuple[str, Strategy]]:
                         StageBeam(count, scorer, max_new_tokens=work.stage_tokens, stages=stages),
                     )
                 )
+    few = min((count for count in work.num_candidates if count > 1), default=None)
+    if few is not None:
+        tokens, sentences = work.sentence_tokens, work.sentences
+        beam = SentenceBeam(few, max_new_tokens=whole, max_sentences=sentences, max_sentence_tokens=tokens)
+        found.append((f"sentence beam, token, N = {few}", beam))
     return found
 
 

@@ -22,8 +22,10 @@ from llava_cot_jax.model.mllama import Mllama, compute_logits
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
-from llava_cot_jax.search.program import SearchInputs, default_prefill_chunk, sample_candidates, search
-from llava_cot_jax.search.strategies import Judge, StageBeam, Strategy, Verifier
+from llava_cot_jax.search.program import SearchInputs, default_prefill_chunk, sample_candidates
+from llava_cot_jax.search.reasoner import program_of
+from llava_cot_jax.search.scorers import Judge, Verifier
+from llava_cot_jax.search.strategies import StageBeam, Strategy
 from llava_cot_jax.search.trace import DecodingRun, SearchCosts, split_stages
 from llava_cot_jax.search.verifier import StageScores, score_candidates
 
@@ -218,7 +220,7 @@ class SearchBenchmark:
         mesh = self.model.mesh
         static = {"config": self.config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
         timing, found = time_program(
-            lambda: search(self.params, self.search_inputs, stage_tables, scorer_tables, **static), self.runs
+            lambda: program_of(spec)(self.params, self.search_inputs, stage_tables, scorer_tables, **static), self.runs
         )
         costs = SearchCosts(
             self.config, spec, split_stages(jax.device_get(found), 0), num_images=1 if self.image_tokens else 0

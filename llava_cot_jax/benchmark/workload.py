@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig, TextConfig, VisionConfig
+from llava_cot_jax.rounding import ceil_div
 
 TAG_TOKENS = 4
 """Number of tokens of an opening tag, and of a closing one."""
@@ -20,6 +21,7 @@ class Workload:
         reason_tokens: Number of tokens of a judge's written reason.
         check_tokens: Number of tokens of a judge's check of a reasoning.
         judge_prompt_tokens: Number of tokens of the judge's prompt without the question and the candidates.
+        sentence_tokens: Number of tokens of a sentence, where an answer is searched for sentence by sentence.
         probe_tokens: Number of tokens of the verifier's question with the beginning of the answer.
         num_candidates: Numbers of candidates to measure.
 
@@ -30,11 +32,17 @@ class Workload:
     prompt_tokens: int = 128
     image_tiles: int = 4
     stage_tokens: tuple[int, ...] = (60, 100, 200, 30)
+    sentence_tokens: int = 20
     reason_tokens: int = 40
     check_tokens: int = 20
     judge_prompt_tokens: int = 110
     probe_tokens: int = 22
     num_candidates: tuple[int, ...] = (1, 4, 10)
+
+    @property
+    def sentences(self) -> int:
+        """Number of sentences of an answer with the length of all stages."""
+        return ceil_div(sum(self.stage_tokens), self.sentence_tokens)
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -213,6 +213,12 @@ class Samples:
         """Number of tokens sampled, an end-of-sequence token counted, int32."""
         return self.lengths + (self.ended == EndReason.EOS)
 
+    @property
+    def mean_log_prob(self) -> Float[Array, "*batch"]:
+        """Mean log-probability of a token of each sample, float32; -inf where nothing was sampled."""
+        mean = self.log_prob / jnp.maximum(self.num_sampled, 1)
+        return jnp.where(self.ended == EndReason.UNUSED, -jnp.inf, mean)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -227,6 +233,7 @@ class StopConditions:
         temperature: float32, temperature of the draws.
         keys: Random keys; each draw's is folded from its sequence's key and the number of draws before it.
         used: Whether to sample a sequence at all.
+        state: int32, state of the stop table before the first token of each sequence; None is the start.
     """
 
     stop_tables: UInt8[Array, "tables states vocab"]
@@ -235,6 +242,7 @@ class StopConditions:
     temperature: Float[Array, " batch"]
     keys: Key[Array, " batch"]
     used: Bool[Array, " batch"]
+    state: Int[Array, " batch"] | None = None
 
     def unfinished(self, samples: Samples) -> Bool[Array, " batch"]:
         """Return whether a sample goes on: no other reason ended it, and it has fewer tokens than it may have."""
@@ -301,7 +309,7 @@ def start_samples(
         tokens=jnp.full((batch, capacity), text.pad_token_id, jnp.int32),
         lengths=zeros,
         ended=jnp.where(stop.used, EndReason.MAX_NEW_TOKENS, EndReason.UNUSED).astype(jnp.int32),
-        state=zeros,
+        state=zeros if stop.state is None else stop.state,
         log_prob=jnp.zeros(batch, jnp.float32),
     )
     return _draw(config, logits, OpenSamples(none, zeros), stop, sampling)

@@ -60,7 +60,7 @@ _BEGINNINGS = {word.lower().encode()[:end] for word in ABBREVIATIONS for end in 
 _WHOLE = {word.lower().encode() for word in ABBREVIATIONS}
 
 
-def sentence_automaton(end_of_answer: bytes) -> tuple[Automaton, int]:
+def sentence_automaton(end_of_answer: bytes | None) -> tuple[Automaton, int]:
     """Return an automaton that finds the end of a sentence, or of the whole answer.
 
     The first half of the states is unfinished. Accepting state i means that a sentence has ended, and that the bytes
@@ -68,7 +68,7 @@ def sentence_automaton(end_of_answer: bytes) -> tuple[Automaton, int]:
     answer has ended.
 
     Args:
-        end_of_answer: Bytes that end the answer, such as its last closing tag.
+        end_of_answer: Bytes that end the answer, such as its last closing tag; None where the model's turn alone does.
 
     Returns:
         The automaton, and the number of its accepting states.
@@ -76,8 +76,8 @@ def sentence_automaton(end_of_answer: bytes) -> tuple[Automaton, int]:
     Raises:
         UserError: ``end_of_answer`` is empty.
     """
-    ending = string_automaton([end_of_answer])
-    whole = len(ending) - 1
+    ending = np.zeros((1, 256), np.int32) if end_of_answer is None else string_automaton([end_of_answer])
+    whole = None if end_of_answer is None else len(ending) - 1
     Pair = tuple[_State, int]
     index: dict[Pair, int] = {(_START, 0): 0}
     moves: list[list[tuple[Pair, bool]]] = []

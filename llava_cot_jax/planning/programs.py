@@ -13,7 +13,8 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.quantization import is_quantized
 from llava_cot_jax.model.sharding import parameter_sharding, partition_spec
-from llava_cot_jax.search.program import default_prefill_chunk, search
+from llava_cot_jax.search.program import default_prefill_chunk
+from llava_cot_jax.search.reasoner import program_of
 from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.training.program import TrainProgram
 from llava_cot_jax.training.settings import TrainSettings
@@ -74,4 +75,4 @@ def lower_search(
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), given)
     params = unflatten_dict(abstract_params(config, dtype, mesh), sep=".")
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
-    return search.lower(params, *given, **static)
+    return program_of(spec).lower(params, *given, **static)

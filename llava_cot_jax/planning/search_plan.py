@@ -22,7 +22,8 @@ from llava_cot_jax.planning.slices import GENERATIONS, HBM_MARGIN, Slice
 from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths, probe_capacity, probe_chunk
 from llava_cot_jax.search.program import ACCELERATOR_CHUNK
-from llava_cot_jax.search.strategies import Judge, SearchSpec
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import SearchSpec
 
 TYPICAL_WORKLOAD = Workload(prompt_tokens=256, judge_prompt_tokens=200)
 """Lengths that are planned with: stages as long as in the standard workload of ``bench``, with longer prompts."""
@@ -175,7 +176,7 @@ def _kv_cache_bytes(
             header=inputs.chat_headers.capacity,
             question=inputs.question.capacity,
             text=lengths.text,
-            earlier=spec.num_stages - 1,
+            earlier=lengths.earlier,
         )
         queries = spec.judge.queries_per_batch(candidates)
         per_query = prompt.suffix + ACCELERATOR_CHUNK // queries + prompt.verdict
@@ -220,8 +221,10 @@ class _SearchCosts:
 
     @property
     def stage_tokens(self) -> tuple[int, ...]:
-        """Number of tokens of a candidate of each stage; a search without stages has one of the whole length."""
+        """Number of tokens of a candidate of each stage, or of each sentence; whole answers are one stage."""
         tokens = self.work.stage_tokens
+        if self.spec.max_sentences:
+            return (min(self.work.sentence_tokens, self.spec.candidate_tokens),) * self.work.sentences
         return tokens if len(tokens) == self.spec.num_stages else (sum(tokens),)
 
     def seconds_of_calls(self) -> Iterator[float]:
@@ -230,14 +233,18 @@ class _SearchCosts:
         prefix = self.work.prompt_tokens
         for stage, tokens in enumerate(self.stage_tokens):
             yield tokens * self.decode_step(stage, suffix=tokens // 2).step_seconds
-            if self.spec.judge is not None and self.spec.num_candidates[stage] > 1:
+            if self.spec.judge is not None and self.num_candidates(stage) > 1:
                 yield from self._judge_seconds(self.spec.judge, stage)
             if self.spec.has_verifier:
-                probes = self.spec.num_candidates[stage] * (self.work.probe_tokens + 1)
+                probes = self.num_candidates(stage) * (self.work.probe_tokens + 1)
                 yield self._prefill_seconds(probes, prefix=prefix + tokens)
             if stage + 1 < len(self.stage_tokens):
                 yield self._prefill_seconds(tokens, prefix)
             prefix += tokens
+
+    def num_candidates(self, stage: int) -> int:
+        """Return the number of candidates of a stage, or of a sentence."""
+        return self.spec.num_candidates[0 if self.spec.max_sentences else stage]
 
     def longest_decode_step(self) -> Roofline:
         """Roofline of a decoding step in the middle of the longest stage."""
@@ -247,7 +254,7 @@ class _SearchCosts:
 
     def decode_step(self, stage: int, suffix: int) -> Roofline:
         """Roofline of a step that decodes one token of each candidate of a stage, after ``suffix`` tokens of each."""
-        candidates, image_tokens = self.spec.num_candidates[stage], self.image_tokens
+        candidates, image_tokens = self.num_candidates(stage), self.image_tokens
         sequences = self.questions * candidates
         prefix = self.work.prompt_tokens + sum(self.stage_tokens[:stage])
         read = model_costs.bytes_per_step(
@@ -284,9 +291,11 @@ class _SearchCosts:
 
     def _judge_seconds(self, judge: Judge, stage: int) -> Iterator[float]:
         """Yield the least seconds for judging a stage: those for reading all pairs, and those for writing reasons."""
-        tokens, candidates = self.stage_tokens[stage], self.spec.num_candidates[stage]
+        tokens, candidates = self.stage_tokens[stage], self.num_candidates(stage)
         prompts = (candidates - 1) * judge.orders
         pair = 2 * tokens + self.work.judge_prompt_tokens
+        if self.spec.max_sentences:  # the answer so far is read once, before the pairs
+            yield self._prefill_seconds(sum(self.stage_tokens[:stage]), prefix=self.work.prompt_tokens)
         yield prompts * self._prefill_seconds(pair, prefix=self.work.prompt_tokens)
         if judge.writes_reasons:
             rounds = math.ceil(math.log2(candidates))

@@ -14,7 +14,7 @@ from llava_cot_jax.search.program import StageResult
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.scorers import OwnScorer, OwnScores
 from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, Strategy, WeightedVote
-from llava_cot_jax.search.trace import CandidateTrace, SearchCosts, StageTrace, Trace, trace_stages
+from llava_cot_jax.search.trace import CandidateTrace, SearchCosts, StageTrace, Trace, stage_name, trace_stages
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import body_of, find_conclusion, find_stages, normalize_answer
 
@@ -52,11 +52,6 @@ def check_finite(stages: Sequence[StageResult], spec: SearchSpec, place: str, dt
         floats = [x for x in jax.tree.leaves(stage) if np.issubdtype(x.dtype, np.floating)]
         if not all(np.isfinite(x).all() for x in floats):
             raise nonfinite_logits_error(f"in the stage {stage_name(spec, number)} of {place}", dtype)
-
-
-def stage_name(spec: SearchSpec, number: int) -> str:
-    """Return the name of a stage: its tag, or the name of whole answers."""
-    return spec.stages[number] if spec.stages else WHOLE_ANSWER
 
 
 @dataclass(frozen=True)
@@ -144,9 +139,9 @@ def _described(strategy: Strategy, spec: SearchSpec) -> Strategy:
 
 
 def _whole_answer(trace: Trace) -> Answer:
-    """Return the answer that a search with whole answers as candidates found."""
-    stage = trace.stages[0]
-    text = stage.candidates[stage.winner].text
+    """Return the answer that a search with whole answers, or their sentences, as candidates found."""
+    text = trace.whole_text
+    assert text is not None
     return Answer(text, find_stages(text, trace.format), find_conclusion(text, trace.format), trace)
 
 

@@ -17,7 +17,7 @@ from llava_cot_jax.model.kv_cache import CacheLayers, KVCache, Segment
 from llava_cot_jax.search.lengths import JudgeLengths
 from llava_cot_jax.search.prompts import PROMPT_KINDS
 from llava_cot_jax.search.random_keys import Draw, fold_in_each
-from llava_cot_jax.search.strategies import Judge
+from llava_cot_jax.search.scorers import Judge
 from llava_cot_jax.search.tables import JudgeTables
 
 PAIR, CHECK = PROMPT_KINDS.index("pair"), PROMPT_KINDS.index("check")
@@ -59,7 +59,8 @@ class JudgeInputs:
             without a query.
         chat_headers: Beginning of each kind of prompt, [kinds, questions].
         question: The question, [questions].
-        earlier: Winners of the stages before, [questions, stages].
+        earlier: Texts that a prompt may show before the candidates, such as the winners of the stages before,
+            [questions, texts].
         keys: Random keys of the stage.
     """
 
@@ -126,7 +127,7 @@ class StageJudge:
 
     @property
     def lengths(self) -> JudgeLengths:
-        """Lengths of the prompts, in which every earlier stage may be shown."""
+        """Lengths of the prompts, in which every earlier text may be shown."""
         inputs = self.inputs
         return JudgeLengths.of(
             self.settings,
@@ -134,7 +135,7 @@ class StageJudge:
             header=inputs.chat_headers.capacity,
             question=inputs.question.capacity,
             text=inputs.texts.capacity,
-            earlier=inputs.earlier.lengths.shape[1] - 1,
+            earlier=inputs.earlier.lengths.shape[1] * inputs.earlier.capacity,
         )
 
     @property
@@ -224,7 +225,7 @@ class StageJudge:
     def _prefix_tokens(self, kind: Int[Array, " questions"]) -> RaggedTokens:
         """Tokens that all prompts of ``kind`` begin with, [questions]."""
         inputs, tables, at = self.inputs, self.tables, (kind, self.inputs.stage)
-        before = range(inputs.earlier.lengths.shape[1] - 1)
+        before = range(inputs.earlier.lengths.shape[1])
         earlier = [inputs.earlier[:, i].where(tables.shows[*at, i]) for i in before]
         fixed = (tables.intro[at], inputs.question, tables.middle[at], *earlier, tables.label[at])
         return concat((inputs.chat_headers[kind, jnp.arange(self.num_questions)], *fixed), self.lengths.prefix)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from llava_cot_jax.rounding import ceil_div
-from llava_cot_jax.search.strategies import Judge, SearchSpec
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.tables import JudgeTables, StageTables, VerifierTables
 
 
@@ -19,8 +20,9 @@ class SearchLengths:
         candidate: Tokens that are sampled for a candidate.
         text: A candidate with its opening, or its label for the judge, and the closing that may be added.
         pending: Tokens that are prefilled before a stage: the prompt or the last winner, and the next opening.
-        prefix: Tokens that the candidates of the last stage share.
+        prefix: Tokens that the candidates of the last stage, or of the last sentence, share.
         answer: The prompt with the whole answer.
+        earlier: What a judge's prompt has room for of the winners before: all stages but one, or the answer so far.
     """
 
     candidate: int
@@ -28,19 +30,23 @@ class SearchLengths:
     pending: int
     prefix: int
     answer: int
+    earlier: int
 
     @classmethod
     def of(cls, spec: SearchSpec, tables: StageTables, prompt: int) -> Self:
         """Return the lengths of a search after a prompt of ``prompt`` tokens."""
-        candidate, tokens = max(spec.max_new_tokens), sum(spec.max_new_tokens)
+        candidate, tokens = spec.candidate_tokens, sum(spec.max_new_tokens)
+        last = 0 if spec.max_sentences else spec.max_new_tokens[-1]  # it is never read before other candidates
         opening, closing = tables.openings.capacity, tables.closings.capacity
         label = opening if tables.labels is None else tables.labels.capacity
+        text = max(opening, label) + candidate + closing
         return cls(
             candidate=candidate,
-            text=max(opening, label) + candidate + closing,
+            text=text,
             pending=max(prompt, candidate + closing) + opening,
-            prefix=prompt + tokens - spec.max_new_tokens[-1] + spec.num_stages * (closing + opening) - closing,
+            prefix=prompt + tokens - last + spec.num_stages * (closing + opening) - closing,
             answer=prompt + tokens + spec.num_stages * (closing + opening),
+            earlier=tokens if spec.max_sentences else (spec.num_stages - 1) * text,
         )
 
 
@@ -68,11 +74,12 @@ class JudgeLengths:
             header: Largest number of tokens of the chat header.
             question: Largest number of tokens of the question.
             text: Largest number of tokens of a candidate with its tags.
-            earlier: Largest number of earlier stages that a prompt shows.
+            earlier: Largest number of tokens of the earlier stages, or of the beginning of the answer, that a prompt
+                shows.
         """
         fixed = tables.intro.capacity + tables.middle.capacity + tables.label.capacity
         return cls(
-            prefix=header + fixed + question + earlier * text,
+            prefix=header + fixed + question + earlier,
             suffix=2 * text + tables.between.capacity + tables.ending.capacity,
             verdict=judge.max_new_tokens,
         )

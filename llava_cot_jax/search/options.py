@@ -5,19 +5,9 @@ from typing import Any
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import Sampling
-from llava_cot_jax.search.strategies import (
-    BestOfN,
-    Greedy,
-    Judge,
-    LogProbability,
-    MajorityVote,
-    Sample,
-    Scorer,
-    StageBeam,
-    Strategy,
-    Verifier,
-    WeightedVote,
-)
+from llava_cot_jax.search.scorers import Judge, LogProbability, Scorer, Verifier
+from llava_cot_jax.search.sentence_beam import SentenceBeam
+from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam, Strategy, WeightedVote
 from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
 
 STRATEGIES: dict[str, type[Any]] = {
@@ -26,11 +16,12 @@ STRATEGIES: dict[str, type[Any]] = {
     "majority_vote": MajorityVote,
     "weighted_vote": WeightedVote,
     "best_of_n": BestOfN,
+    "sentence_beam": SentenceBeam,
     "stage_beam": StageBeam,
 }
 """Strategies by their names for ``--search``."""
 
-_NEED_SEARCH = ("num_candidates", "judge")
+_NEED_SEARCH = ("num_candidates", "judge", "max_sentences", "max_sentence_tokens")
 """Options that have no meaning without ``--search``."""
 
 _SAMPLING = ("temperature", "top_k", "top_p")
@@ -56,7 +47,8 @@ def add_arguments(parser: Any) -> None:
         type=int | tuple[int, ...] | None,
         default=None,
         help="Number of candidates of a search. With stage_beam, --num_candidates, --temperature and --max_new_tokens "
-        "take one value, or a list with one value for each stage. By default, 4 with stage_beam and otherwise 8.",
+        "take one value, or a list with one value for each stage. By default, 4 with stage_beam, 2 with "
+        "sentence_beam, and otherwise 8.",
     )
     add(
         "--judge",
@@ -73,6 +65,19 @@ def add_arguments(parser: Any) -> None:
         help="Largest number of tokens of an answer; with stage_beam, of a stage. By default, 2048 for an answer and "
         "1024 for a stage, or what the model's context leaves if that is less; generate takes max_new_tokens of the "
         "checkpoint's generation_config.json in their place if it has one.",
+    )
+    add(
+        "--max_sentences",
+        type=int | None,
+        default=None,
+        help="Largest number of sentences of an answer of sentence_beam. By default, 64.",
+    )
+    add(
+        "--max_sentence_tokens",
+        type=int | None,
+        default=None,
+        help="Largest number of tokens of a sentence of sentence_beam. A longer one is cut, and the next one goes on. "
+        "By default, 128.",
     )
     add(
         "--temperature",

@@ -91,9 +91,16 @@ def render_page(entries: Sequence[PageEntry], facts: Mapping[str, object], title
         entries=views,
         known=len(known),
         right=sum(known),
-        staged=any(entry.trace.stages[0].stage != WHOLE_ANSWER for entry in entries),
+        parts=_parts(entries[0].trace) if entries else None,
         unfolded=len(views) <= MAX_UNFOLDED_QUESTIONS,
     )
+
+
+def _parts(trace: Trace) -> dict[str, str] | None:
+    """Return how the parts of an answer that were searched for one after another are told; None for a whole answer."""
+    if trace.whole_text is None:
+        return {"how": "in stages", "each": "stage"}
+    return {"how": "sentence by sentence", "each": "sentence"} if trace.stages[0].stage != WHOLE_ANSWER else None
 
 
 def _entry_view(number: int, entry: PageEntry) -> dict[str, Any]:

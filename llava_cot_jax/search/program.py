@@ -26,7 +26,6 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
 
 from llava_cot_jax.inference.decoding import (
     Decoder,
-    EndReason,
     Samples,
     StopConditions,
     encode_images,
@@ -42,8 +41,9 @@ from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.judge import JudgeInputs, StageJudge
 from llava_cot_jax.search.lengths import SearchLengths
 from llava_cot_jax.search.random_keys import Draw
+from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
 from llava_cot_jax.search.stage_ends import end_stage
-from llava_cot_jax.search.strategies import Judge, LogProbability, SearchSpec, Verifier
+from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.tables import BLANK_LINE, ScorerTables, StageTables
 from llava_cot_jax.search.tournament import StageJudgement, run_tournament
 from llava_cot_jax.search.verifier import StageScores, choose_highest, score_candidates
@@ -274,9 +274,7 @@ class StageSearch:
 
         Every scorer runs once, for the questions whose stage is its own. Without a scorer the first candidate wins.
         """
-        stage = progress.stage
-        mean_log_prob = candidates.log_prob / jnp.maximum(candidates.num_sampled, 1)
-        mean_log_prob = jnp.where(candidates.ended == EndReason.UNUSED, -jnp.inf, mean_log_prob)
+        stage, mean_log_prob = progress.stage, candidates.mean_log_prob
         winner, judgement = jnp.zeros(self.num_questions, jnp.int32), None
         for scorer in self.spec.distinct_scorers:
             is_its_stage = jnp.array([each == scorer for each in self.spec.scorers])[stage]
@@ -311,7 +309,7 @@ class StageSearch:
             num_candidates=jnp.where(is_judged, jnp.array(self.spec.num_candidates)[progress.stage], 1),
             chat_headers=self.inputs.chat_headers,
             question=self.inputs.question,
-            earlier=progress.winners,
+            earlier=progress.winners[:, :-1],
             keys=stage_keys(self.inputs.seeds, progress.stage),
         )
         return run_tournament(StageJudge(self.decoder, judge, inputs, tables, self.spec.sampling))

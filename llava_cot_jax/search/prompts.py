@@ -28,6 +28,10 @@ DEFAULT_JUDGE_PROMPTS = Path(__file__).with_name("judge_prompts.yaml")
 WHOLE_ANSWER = "whole"
 """Name that stands for a stage where answers are sampled whole."""
 
+FIRST_SENTENCE, SENTENCE = "first sentence", "sentence"
+"""Names that stand for a stage where answers are sampled sentence by sentence: the prompts for a later sentence show
+the answer so far in the place of the first one."""
+
 PromptKind = Literal["pair", "check"]
 """Kind of a prompt: about a pair of candidates, or a check of one."""
 
@@ -140,7 +144,7 @@ class JudgePrompts:
     def shown_stages(self, stage: str, stages: Sequence[str]) -> list[str]:
         """Return those of ``stages`` before ``stage`` that its judge is shown."""
         before = stages[: stages.index(stage)] if stage in stages else ()
-        return [earlier for earlier in before if earlier in self.shows.get(stage, ())]
+        return [earlier for earlier in before if earlier in self.shows.get(stage, ()) or stage == SENTENCE]
 
     def split(
         self, processor: "Processor", kind: PromptKind, stage: str, stages: Sequence[str], images: int
@@ -156,7 +160,7 @@ class JudgePrompts:
             stages: All stages of the search in order.
             images: Number of images in the chat header.
         """
-        text = self.text[kind].replace("{criterion}", self.criteria.get(stage, self.criteria["other"]))
+        text = self.text[kind].replace("{criterion}", _for_stage(self.criteria, stage))
         text = text.replace("{earlier}", (self.earlier if self.shown_stages(stage, stages) else "") + _MARK)
         for name in PLACEHOLDERS[kind]:
             text = text.replace(f"{{{name}}}", _MARK)
@@ -168,10 +172,15 @@ class JudgePrompts:
 
         It is the end of the assistant's turn, the user's question, and the beginning of the answer.
         """
-        question = self.probe.questions.get(stage, self.probe.questions["other"])
+        question = _for_stage(self.probe.questions, stage)
         answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
         conversation = processor.prompt([user_message("?"), answer, user_message(question)])
         return conversation.partition(_MARK)[2] + self.probe.stem
+
+
+def _for_stage(texts: Mapping[str, str], stage: str) -> str:
+    """Return the one of ``texts`` that is for a stage; a first sentence has that of any sentence."""
+    return texts.get(SENTENCE if stage == FIRST_SENTENCE else stage, texts["other"])
 
 
 def _check_placeholders(kind: PromptKind, text: str) -> None:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,6 +20,7 @@ from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite
 from llava_cot_jax.search.program import StageResult, default_prefill_chunk, search
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
+from llava_cot_jax.search.sentence_search import search_sentences
 from llava_cot_jax.search.strategies import SearchSpec, StageBeam, Strategy
 from llava_cot_jax.search.stream import DEFAULT_SLOTS, AnswerStream, Question, run_in_slots
 from llava_cot_jax.search.trace import StageTrace, split_stages
@@ -122,6 +124,11 @@ class Reasoner:
         )
 
 
+def program_of(spec: SearchSpec) -> Any:
+    """Return the compiled program of a search, a function of ``jax.jit`` with the arguments of ``search``."""
+    return search_sentences if spec.max_sentences else search
+
+
 def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> list[Answer]:
     """Search for the answers to requests that ``builder`` has built.
 
@@ -135,7 +142,7 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
     inputs = (requests.inputs, builder.stage_tables, builder.scorer_tables)
     with without_surroundings():
-        results: StageResult = jax.device_get(search(model.params, *inputs, **static))
+        results: StageResult = jax.device_get(program_of(spec)(model.params, *inputs, **static))
     seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}
     stages = [split_stages(results, i) for i in range(len(requests.questions))]
     for i, each in enumerate(stages):
@@ -147,6 +154,9 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
 
 def _tell_what_was_cut(config: MllamaConfig, stages: Sequence[StageTrace], spec: SearchSpec) -> None:
     """Say which winners were cut off because the context left less than the default length."""
+    if spec.max_sentences:  # a sentence that is cut goes on in the next one, where the length allows one
+        written = sum(stage.candidates[stage.winner].tokens for stage in stages)
+        stages = stages[-1:] if written >= spec.max_new_tokens[0] else ()
     cut = [stage for stage in stages if stage.candidates[stage.winner].ended == "max_new_tokens"]
     if cut:
         names = ", ".join(stage.stage for stage in cut) if spec.stages else "the answer"

@@ -19,12 +19,13 @@ from llava_cot_jax.processing.images import ImageSource
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import SearchInputs
-from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, PROMPT_KINDS, WHOLE_ANSWER, JudgePrompts
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, PROMPT_KINDS, JudgePrompts
 from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_strategy
 from llava_cot_jax.search.tables import (
     build_scorer_tables,
     build_stage_tables,
     chat_header_ids,
+    scored_stages,
     token_ids,
 )
 
@@ -167,7 +168,7 @@ class RequestBuilder:
 
     def chat_headers(self, num_images: Sequence[int]) -> RaggedTokens:
         """Return the beginning of the judge's prompts, [kinds, questions]. A check has no images."""
-        stages = self.spec.stages or (WHOLE_ANSWER,)
+        stages = scored_stages(self.spec)
         headers = [
             chat_header_ids(self.processor, self._prompts, kind, stages, images if kind == "pair" else 0)
             for kind in PROMPT_KINDS
@@ -218,13 +219,14 @@ class RequestBuilder:
                 lengths.answer + self.scorer_tables.verifier.probes.capacity
             )
         if self.scorer_tables.judge is not None and spec.judge is not None:
+            shown = int(np.asarray(self.scorer_tables.judge.shows).sum(axis=-1).max())
             longest[_JUDGE_PROMPT] = JudgeLengths.of(
                 spec.judge,
                 self.scorer_tables.judge,
                 header=header,
                 question=question,
                 text=lengths.text,
-                earlier=int(np.asarray(self.scorer_tables.judge.shows).sum(axis=-1).max()),
+                earlier=lengths.earlier if spec.max_sentences else shown * lengths.text,
             ).total
         return longest
 

@@ -1,18 +1,95 @@
-"""Scorers of a user's own: functions that are called on the host between compiled stages."""
+"""Scorers, which choose among candidates.
+
+Those of the search are settings of pieces that are compiled. Those of a user's own are functions that are called on the
+host between compiled stages.
+"""
 
 import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from llava_cot_jax.checks import shown
+from llava_cot_jax.checks import check_bool, check_choice, check_int, shown
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.rounding import ceil_div
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scorer in which the model itself chooses between two candidates, seeing the image.
+
+    Attributes:
+        verdict: "token" compares the probabilities of "1" and "2" after a fixed beginning of a verdict. "rationale"
+            lets the model write a reason and a verdict, and checks each reasoning without the image first.
+        both_orders: Whether each pair is judged twice, with either candidate as response 1. This cancels a preference
+            for the first place.
+        reason_tokens: Largest number of tokens of a reason with its verdict.
+        check_tokens: Largest number of tokens of the check of a reasoning.
+        temperature: Temperature that reasons and checks are sampled with.
+
+    Raises:
+        UserError: A setting is out of range.
+    """
+
+    verdict: Literal["token", "rationale"] = "token"
+    both_orders: bool = True
+    reason_tokens: int = 128
+    check_tokens: int = 64
+    temperature: float = 0.6
+
+    def __post_init__(self) -> None:
+        check_choice("verdict", self.verdict, ("token", "rationale"))
+        check_bool("both_orders", self.both_orders)
+        check_int("reason_tokens", self.reason_tokens)
+        check_int("check_tokens", self.check_tokens)
+        Sampling(self.temperature)
+
+    @property
+    def writes_reasons(self) -> bool:
+        """Whether the judge samples text, rather than only reading a token's probabilities."""
+        return self.verdict == "rationale"
+
+    @property
+    def orders(self) -> int:
+        """Number of times that a pair is judged."""
+        return 2 if self.both_orders else 1
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Largest number of tokens that the judge writes after a prompt; 1, the verdict, where it writes no reasons."""
+        return max(self.reason_tokens, self.check_tokens) if self.writes_reasons else 1
+
+    def queries_per_batch(self, num_candidates: int) -> int:
+        """Return the number of prompts of a question that are processed side by side.
+
+        Written reasons are sampled in batches of half as many prompts as there are candidates: a prompt holds two
+        candidates, so the batch takes the room that the candidates' own tokens took. A token verdict needs only
+        prefill, which gains nothing from larger batches: its batch is one pair, so that none is filled up.
+        """
+        return ceil_div(num_candidates, 2) if self.writes_reasons else self.orders
+
+
+@dataclass(frozen=True)
+class LogProbability:
+    """Scorer that keeps the candidate with the highest mean log-probability of a token."""
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """Scorer in which the model itself is asked after each candidate whether it is right, seeing the image.
+
+    A score is the probability of "yes" against "no". It is absolute: it does not depend on the other candidates. The
+    highest wins, of equal ones that with the highest mean log-probability. A question takes some 25 tokens for each
+    candidate, of which nothing is read again.
+    """
+
 
 ScorerFunction = Callable[[list[Image.Image], str, str, list[str]], Sequence[float]]
 """Function that scores the candidates of a stage: (images, question, stage, texts) -> a score for each text.
@@ -21,6 +98,12 @@ The images are RGB; ``stage`` is the stage's name, or "whole" where answers are 
 far as it goes, with its tags: the winners of the stages before, and one of the candidates. The highest score wins, and
 of equal ones the first. A candidate whose score is NaN or minus infinity loses.
 """
+
+Scorer = Judge | LogProbability | Verifier
+"""Scorers that the compiled search knows."""
+
+AnyScorer = Scorer | ScorerFunction
+"""Scorers that a strategy takes: the search's, and functions of a user's own, which are called between its stages."""
 
 _WANTED = "(images, question, stage, texts)"
 
@@ -67,7 +150,25 @@ class OwnScores:
         return max(range(len(self.scores)), key=lambda i: (_or_lowest(self.scores[i]), -i))
 
 
-def check_own_scorer(function: Any) -> OwnScorer:
+def check_scorer(scorer: Any) -> Scorer | OwnScorer:
+    """Return a strategy's scorer as the search takes it.
+
+    Raises:
+        UserError: It is none.
+    """
+    if isinstance(scorer, Scorer | OwnScorer):
+        return scorer
+    if isinstance(scorer, type) and issubclass(scorer, Scorer):
+        raise UserError(f"scorer is {shown(scorer)}; give an object of it: {scorer.__name__}()")
+    if callable(scorer):
+        return _own_scorer(scorer)
+    raise UserError(
+        f"scorer is {shown(scorer)}; it must be Judge(), Verifier(), LogProbability() or a function of (images, "
+        "question, stage, texts) that returns a score for each text"
+    )
+
+
+def _own_scorer(function: Any) -> OwnScorer:
     """Return the scorer that a callable object is.
 
     Raises:

@@ -6,114 +6,18 @@ answers, which is the same search with a single stage that has no tags.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from llava_cot_jax.checks import check_bool, check_choice, check_instance, check_int, check_number, check_text, shown
+from llava_cot_jax.checks import check_instance, check_int, check_number, check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
-from llava_cot_jax.rounding import ceil_div
-from llava_cot_jax.search.scorers import OwnScorer, ScorerFunction, check_own_scorer
+from llava_cot_jax.search.scorers import AnyScorer, Judge, OwnScorer, Scorer, Verifier, check_scorer
 from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
 
 DEFAULT_STAGE_TOKENS = 1024
 """Largest number of tokens of a candidate of a stage where no length is given."""
 
 _Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Scorer in which the model itself chooses between two candidates, seeing the image.
-
-    Attributes:
-        verdict: "token" compares the probabilities of "1" and "2" after a fixed beginning of a verdict. "rationale"
-            lets the model write a reason and a verdict, and checks each reasoning without the image first.
-        both_orders: Whether each pair is judged twice, with either candidate as response 1. This cancels a preference
-            for the first place.
-        reason_tokens: Largest number of tokens of a reason with its verdict.
-        check_tokens: Largest number of tokens of the check of a reasoning.
-        temperature: Temperature that reasons and checks are sampled with.
-
-    Raises:
-        UserError: A setting is out of range.
-    """
-
-    verdict: Literal["token", "rationale"] = "token"
-    both_orders: bool = True
-    reason_tokens: int = 128
-    check_tokens: int = 64
-    temperature: float = 0.6
-
-    def __post_init__(self) -> None:
-        check_choice("verdict", self.verdict, ("token", "rationale"))
-        check_bool("both_orders", self.both_orders)
-        check_int("reason_tokens", self.reason_tokens)
-        check_int("check_tokens", self.check_tokens)
-        Sampling(self.temperature)
-
-    @property
-    def writes_reasons(self) -> bool:
-        """Whether the judge samples text, rather than only reading a token's probabilities."""
-        return self.verdict == "rationale"
-
-    @property
-    def orders(self) -> int:
-        """Number of times that a pair is judged."""
-        return 2 if self.both_orders else 1
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Largest number of tokens that the judge writes after a prompt; 1, the verdict, where it writes no reasons."""
-        return max(self.reason_tokens, self.check_tokens) if self.writes_reasons else 1
-
-    def queries_per_batch(self, num_candidates: int) -> int:
-        """Return the number of prompts of a question that are processed side by side.
-
-        Written reasons are sampled in batches of half as many prompts as there are candidates: a prompt holds two
-        candidates, so the batch takes the room that the candidates' own tokens took. A token verdict needs only
-        prefill, which gains nothing from larger batches: its batch is one pair, so that none is filled up.
-        """
-        return ceil_div(num_candidates, 2) if self.writes_reasons else self.orders
-
-
-@dataclass(frozen=True)
-class LogProbability:
-    """Scorer that keeps the candidate with the highest mean log-probability of a token."""
-
-
-@dataclass(frozen=True)
-class Verifier:
-    """Scorer in which the model itself is asked after each candidate whether it is right, seeing the image.
-
-    A score is the probability of "yes" against "no". It is absolute: it does not depend on the other candidates. The
-    highest wins, of equal ones that with the highest mean log-probability. A question takes some 25 tokens for each
-    candidate, of which nothing is read again.
-    """
-
-
-Scorer = Judge | LogProbability | Verifier
-"""Scorers that the compiled search knows."""
-
-AnyScorer = Scorer | ScorerFunction
-"""Scorers that a strategy takes: the search's, and functions of a user's own, which are called between its stages."""
-
-
-def _check_scorer(scorer: Any) -> Scorer | OwnScorer:
-    """Return a strategy's scorer as the search takes it.
-
-    Raises:
-        UserError: It is none.
-    """
-    if isinstance(scorer, Scorer | OwnScorer):
-        return scorer
-    if isinstance(scorer, type) and issubclass(scorer, Scorer):
-        raise UserError(f"scorer is {shown(scorer)}; give an object of it: {scorer.__name__}()")
-    if callable(scorer):
-        return check_own_scorer(scorer)
-    raise UserError(
-        f"scorer is {shown(scorer)}; it must be Judge(), Verifier(), LogProbability() or a function of (images, "
-        "question, stage, texts) that returns a score for each text"
-    )
 
 
 @dataclass(frozen=True)
@@ -129,6 +33,8 @@ class SearchSpec:
         scorers: Scorer that chooses among the candidates of each stage; None keeps the first.
         shrinks: Whether ``max_new_tokens`` is a default, which shrinks to what a model's context leaves.
         format: Format of the stages, and of whole answers.
+        max_sentences: Largest number of sentences of an answer that is searched for sentence by sentence; 0 elsewhere.
+        max_sentence_tokens: Largest number of tokens of a sentence.
 
     Raises:
         UserError: A setting is out of range.
@@ -142,6 +48,8 @@ class SearchSpec:
     scorers: tuple[Scorer | OwnScorer | None, ...]
     shrinks: bool = False
     format: StageFormat = LLAVA_COT
+    max_sentences: int = 0
+    max_sentence_tokens: int = 0
 
     def __post_init__(self) -> None:
         for candidates in self.num_candidates:
@@ -157,6 +65,12 @@ class SearchSpec:
     def num_stages(self) -> int:
         """Number of stages, 1 where whole answers are sampled."""
         return len(self.num_candidates)
+
+    @property
+    def candidate_tokens(self) -> int:
+        """Largest number of tokens of a candidate of any stage."""
+        longest = max(self.max_new_tokens)
+        return min(longest, self.max_sentence_tokens) if self.max_sentences else longest
 
     @property
     def distinct_scorers(self) -> tuple[Scorer | OwnScorer, ...]:
@@ -213,7 +127,7 @@ FORMAT_REMEDY = 'give a StageFormat, such as StageFormat.load("mulberry")'
 """Remedy for a format that is none."""
 
 
-def _whole_answers(
+def whole_answers(
     format: StageFormat,
     num_candidates: int,
     temperature: float,
@@ -265,7 +179,7 @@ class Greedy:
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(self.format, 1, 0.0, self.max_new_tokens)
+        return whole_answers(self.format, 1, 0.0, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -294,7 +208,7 @@ class Sample:
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(self.format, 1, self.temperature, self.max_new_tokens, self.top_k, self.top_p)
+        return whole_answers(self.format, 1, self.temperature, self.max_new_tokens, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -329,7 +243,7 @@ class MajorityVote:
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(
+        return whole_answers(
             self.format, self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p
         )
 
@@ -356,7 +270,7 @@ class WeightedVote:
     """
 
     num_candidates: int = 8
-    scorer: Verifier = Verifier()
+    scorer: Verifier = field(default_factory=Verifier)
     temperature: float = 0.6
     max_new_tokens: int | None = None
     top_k: int | None = 50
@@ -364,7 +278,7 @@ class WeightedVote:
     format: StageFormat = field(default=LLAVA_COT, repr=False)
 
     def __post_init__(self) -> None:
-        _check_scorer(self.scorer)
+        check_scorer(self.scorer)
         if not isinstance(self.scorer, Verifier):
             raise UserError(
                 f"scorer is {shown(self.scorer)}; a weighted vote needs a score of each answer's own: give Verifier(), "
@@ -374,7 +288,7 @@ class WeightedVote:
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        return _whole_answers(
+        return whole_answers(
             self.format,
             self.num_candidates,
             self.temperature,
@@ -403,7 +317,7 @@ class BestOfN:
     """
 
     num_candidates: int = 8
-    scorer: AnyScorer = Judge()
+    scorer: AnyScorer = field(default_factory=Judge)
     temperature: float = 0.6
     max_new_tokens: int | None = None
     top_k: int | None = 50
@@ -415,9 +329,14 @@ class BestOfN:
 
     def to_spec(self) -> SearchSpec:
         """Return the static part of the compiled search."""
-        scorer = _check_scorer(self.scorer)
-        return _whole_answers(
-            self.format, self.num_candidates, self.temperature, self.max_new_tokens, self.top_k, self.top_p, scorer
+        return whole_answers(
+            self.format,
+            self.num_candidates,
+            self.temperature,
+            self.max_new_tokens,
+            self.top_k,
+            self.top_p,
+            check_scorer(self.scorer),
         )
 
 
@@ -446,7 +365,7 @@ class StageBeam:
     """
 
     num_candidates: int | tuple[int, ...] = 4
-    scorer: AnyScorer | tuple[AnyScorer, ...] | Mapping[str, AnyScorer] = Judge()
+    scorer: AnyScorer | tuple[AnyScorer, ...] | Mapping[str, AnyScorer] = field(default_factory=Judge)
     temperature: float | tuple[float, ...] = 0.6
     max_new_tokens: int | tuple[int, ...] | None = None
     top_k: int | None = 50
@@ -484,7 +403,7 @@ class StageBeam:
             temperatures=temperatures,
             max_new_tokens=self._per_stage("max_new_tokens", longest),
             sampling=Sampling(max(temperatures), self.top_k, self.top_p),
-            scorers=tuple(map(_check_scorer, self._per_stage("scorer", self._scorers_in_order()))),
+            scorers=tuple(map(check_scorer, self._per_stage("scorer", self._scorers_in_order()))),
             shrinks=self.max_new_tokens is None,
             format=self.format,
         )

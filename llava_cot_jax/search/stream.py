@@ -18,12 +18,12 @@ from llava_cot_jax.model.sharding import without_surroundings
 from llava_cot_jax.processing.conversation import QuestionOrMessages
 from llava_cot_jax.processing.images import open_image
 from llava_cot_jax.search import slots as pieces
-from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite, join_stages, stage_name, tagged_text
+from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite, join_stages, tagged_text
 from llava_cot_jax.search.program import SearchProgress, StageResult, default_prefill_chunk
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.room import Room, put_in_room
 from llava_cot_jax.search.scorers import OwnScorer, OwnScores, call_scorer
-from llava_cot_jax.search.trace import trace_candidates
+from llava_cot_jax.search.trace import stage_name, trace_candidates
 
 DEFAULT_SLOTS = 8
 """Number of questions that are answered at a time."""
@@ -317,6 +317,11 @@ class AnswerStream:
         check_int("prompt_tokens", prompt_tokens)
         check_int("images", images, least=0)
         check_instance("questions", questions, Iterable, "give an iterable of Question(...)")
+        if builder.spec.max_sentences:
+            raise UserError(
+                f"{type(builder.strategy).__name__} answers no stream of questions: ask with Reasoner.answer_batch, or "
+                "search with StageBeam()"
+            )
         self._model, self._builder, self._num_slots, self._ordered = model, builder, slots, ordered
         self._room = Room.at_least(builder, prompt_tokens, images)
         self._questions = enumerate(questions)

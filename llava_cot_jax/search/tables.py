@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Int, UInt8
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
+from llava_cot_jax.inference.sentences import sentence_automaton
 from llava_cot_jax.inference.stop_strings import (
     TAILS,
     Automaton,
@@ -22,8 +23,16 @@ from llava_cot_jax.inference.stop_strings import (
 )
 from llava_cot_jax.processing.messages import Message, user_message
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.search.prompts import PROMPT_KINDS, WHOLE_ANSWER, JudgePrompts, PromptKind
-from llava_cot_jax.search.strategies import Judge, SearchSpec
+from llava_cot_jax.search.prompts import (
+    FIRST_SENTENCE,
+    PROMPT_KINDS,
+    SENTENCE,
+    WHOLE_ANSWER,
+    JudgePrompts,
+    PromptKind,
+)
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.stage_format import StageFormat, StageMarks
 
 _ANSWER = "\ue000"
@@ -124,12 +133,15 @@ class ScorerTables:
 def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
     """Return the tables of the stages of ``spec``.
 
-    Whole answers are one stage, which ends with the closing of the format's last stage and has nothing added.
+    Whole answers are one stage, which ends with the closing of the format's last stage and has nothing added. So are
+    the sentences of answers, which also end where a sentence does.
 
     Raises:
         UserError: The tokenizer is not byte-level, or a closing, or an opening that ends a stage, is too long.
     """
     format = spec.format
+    if spec.max_sentences:
+        return _sentence_tables(processor, format)
     numbers = range(spec.num_stages) if spec.stages else range(len(format.stages) - 1, len(format.stages))
     automata = [(_end_automaton(format, number), TAILS) for number in numbers]
     stop_tables, num_states = compile_stop_table(automata, _vocabulary(processor))
@@ -150,6 +162,23 @@ def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
         pad([token_ids(processor, _label(stage)) for stage in format.stages]) if is_labelled else None,
         jax.device_put(np.array(cuts)) if spec.stages and any(cuts) else None,
     )
+
+
+def _sentence_tables(processor: Processor, format: StageFormat) -> StageTables:
+    """Return the tables of the sentences of answers."""
+    closing = format.stages[-1].closing
+    automaton = sentence_automaton(closing.strip().encode() if closing else None)
+    stop_tables, num_states = compile_stop_table([automaton], _vocabulary(processor))
+    nothing: list[list[int]] = [[]]
+    closings = pad(nothing * (num_states + automaton[1]), (1, num_states + automaton[1]))
+    return StageTables(pad(nothing * TAILS, (1, TAILS)), closings, jax.device_put(stop_tables))
+
+
+def scored_stages(spec: SearchSpec) -> tuple[str, ...]:
+    """Return the names of the stages in the tables of the scorers, whether answers are written by stages or not."""
+    if spec.max_sentences:
+        return FIRST_SENTENCE, SENTENCE
+    return spec.stages or (WHOLE_ANSWER,)
 
 
 def _end_automaton(format: StageFormat, number: int) -> Automaton:
@@ -216,7 +245,7 @@ def build_judge_tables(processor: Processor, spec: SearchSpec, judge: Judge, pro
     Raises:
         UserError: A verdict is not the natural next token after the stem.
     """
-    stages = spec.stages or (WHOLE_ANSWER,)
+    stages = scored_stages(spec)
     ids: dict[str, list[list[int]]] = {name: [] for name in ("intro", "middle", "label", "between", "ending")}
     for kind in PROMPT_KINDS:
         for stage in stages:
@@ -250,7 +279,7 @@ def build_verifier_tables(processor: Processor, spec: SearchSpec, prompts: Judge
     Raises:
         UserError: An answer is not the natural next token after a probe.
     """
-    probes = [prompts.probe_text(processor, stage) for stage in spec.stages or (WHOLE_ANSWER,)]
+    probes = [prompts.probe_text(processor, stage) for stage in scored_stages(spec)]
     answers = _natural_tokens(
         processor,
         probes[0],

@@ -9,14 +9,15 @@ import jax
 import numpy as np
 
 from llava_cot_jax.costs import model_costs
+from llava_cot_jax.inference.completions import INCOMPLETE
 from llava_cot_jax.inference.decoding import EndReason, Samples
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.judge import CHECK, PAIR, JudgeQueries
 from llava_cot_jax.search.program import StageResult
-from llava_cot_jax.search.prompts import WHOLE_ANSWER
-from llava_cot_jax.search.scorers import OwnScores
-from llava_cot_jax.search.strategies import Judge, SearchSpec, Verifier
+from llava_cot_jax.search.prompts import SENTENCE, WHOLE_ANSWER
+from llava_cot_jax.search.scorers import Judge, OwnScores, Verifier
+from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.tables import closing_text
 from llava_cot_jax.search.tournament import Decision, Matches, StageJudgement
 from llava_cot_jax.search.verifier import StageScores
@@ -29,10 +30,11 @@ class CandidateTrace:
 
     Attributes:
         text: Text that the model wrote. The stage's opening is given to the model, and not part of it, and neither is
-            the next opening, where the model wrote that.
-        ended: Why the candidate ended: "tag", its closing; "heading", the opening of a later stage in a format without
-            closings; "turn", the end of the model's turn where that ends the stage; "eos", that end before the stage's;
-            or "max_new_tokens".
+            the next opening, where the model wrote that. That of a sentence has whole characters: the bytes of one
+            that the next sentence completes belong to the next sentence.
+        ended: Why the candidate ended: "tag", its closing, or that of the whole answer; "sentence", the end of its
+            sentence; "heading", the opening of a later stage in a format without closings; "turn", the end of the
+            model's turn where that ends the stage; "eos", that end before the stage's; or "max_new_tokens".
         added: Closing, or the rest of it, that was added because the model did not write it.
         tokens: Number of tokens of the text.
         log_prob: Sum of the natural log-probabilities of all tokens sampled, before temperature, top_k and top_p.
@@ -100,7 +102,8 @@ class StageTrace:
     """Stage of a search.
 
     Attributes:
-        stage: Name of the stage; "whole" where answers were sampled whole.
+        stage: Name of the stage; "whole" where answers were sampled whole, and "sentence 1" and so on where they were
+            sampled sentence by sentence.
         candidates: Candidates in their order.
         checks: Check of each candidate; empty where candidates are not checked.
         matches: Matches in the order in which they were played.
@@ -155,12 +158,21 @@ class Trace:
     format: StageFormat = LLAVA_COT
 
     @property
+    def whole_text(self) -> str | None:
+        """Text of the answer where it was sampled whole, or sentence by sentence; None where it was by stages."""
+        if self.stages[0].stage not in (WHOLE_ANSWER, sentence_name(0)):
+            return None
+        return "".join(stage.candidates[stage.winner].text for stage in self.stages)
+
+    @property
     def forced_stages(self) -> dict[str, str]:
         """Stages that the search ended itself, as the winner did not: why each ended, by its name.
 
         The reasons are "max_new_tokens", where the stage was cut off, and "eos".
         """
-        winners = {stage.stage: stage.candidates[stage.winner] for stage in self.stages if stage.stage != WHOLE_ANSWER}
+        if self.whole_text is not None:
+            return {}
+        winners = {stage.stage: stage.candidates[stage.winner] for stage in self.stages}
         return {name: winner.ended for name, winner in winners.items() if winner.ended in ("eos", "max_new_tokens")}
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,9 +189,21 @@ class Trace:
 
 
 def split_stages(results: StageResult, question: int) -> list[StageResult]:
-    """Return the result of each stage of a question, out of the result of a whole search."""
-    num_stages = results.winner.shape[0]
-    return [jax.tree.map(lambda x: x[stage, question], results) for stage in range(num_stages)]  # noqa: B023
+    """Return the result of each stage, or sentence, that a question has, out of the result of a whole search."""
+    count = int((results.candidates.ended[:, question, 0] != EndReason.UNUSED).sum())
+    return [jax.tree.map(lambda x: x[stage, question], results) for stage in range(count)]  # noqa: B023
+
+
+def stage_name(spec: SearchSpec, number: int) -> str:
+    """Return the name of a stage, or of a sentence, in a trace."""
+    if spec.max_sentences:
+        return sentence_name(number)
+    return spec.stages[number] if spec.stages else WHOLE_ANSWER
+
+
+def sentence_name(number: int) -> str:
+    """Return the name of a sentence in a trace."""
+    return f"{SENTENCE} {number + 1}"
 
 
 def trace_stages(processor: Processor, spec: SearchSpec, stages: Sequence[StageResult]) -> list[StageTrace]:
@@ -190,16 +214,36 @@ def trace_stages(processor: Processor, spec: SearchSpec, stages: Sequence[StageR
         spec: Static part of the search.
         stages: Result of each stage of the question, in host arrays.
     """
-    return [
-        StageTrace(
-            stage=spec.stages[number] if spec.stages else WHOLE_ANSWER,
-            candidates=trace_candidates(processor, spec, number, stage.candidates, stage.kept, stage.scores),
-            checks=_trace_checks(processor, spec, number, stage.judgement),
-            matches=_trace_matches(processor, spec, number, stage.judgement),
-            winner=int(stage.winner),
+    spec, before, traces = _with_sentences(spec, len(stages)), list[int](), []
+    for number, stage in enumerate(stages):
+        traces.append(
+            StageTrace(
+                stage=stage_name(spec, number),
+                candidates=trace_candidates(
+                    processor, spec, number, stage.candidates, stage.kept, stage.scores, before
+                ),
+                checks=_trace_checks(processor, spec, number, stage.judgement),
+                matches=_trace_matches(processor, spec, number, stage.judgement),
+                winner=int(stage.winner),
+            )
         )
-        for number, stage in enumerate(stages)
-    ]
+        if spec.max_sentences:
+            won = stage.candidates.text[int(stage.winner)]
+            before += np.asarray(won.tokens[: won.lengths]).tolist()
+    return traces
+
+
+def _with_sentences(spec: SearchSpec, count: int) -> SearchSpec:
+    """Return the specification of a search sentence by sentence with a stage for each of ``count`` sentences."""
+    if not spec.max_sentences:
+        return spec
+    return replace(
+        spec,
+        num_candidates=spec.num_candidates * count,
+        temperatures=spec.temperatures * count,
+        max_new_tokens=spec.max_new_tokens * count,
+        scorers=spec.scorers * count,
+    )
 
 
 def trace_candidates(
@@ -209,6 +253,7 @@ def trace_candidates(
     candidates: Samples,
     kept: jax.Array,
     scores: StageScores | None = None,
+    before: Sequence[int] = (),
 ) -> list[CandidateTrace]:
     """Return the candidates of stage ``number``, out of host arrays [candidates, ...].
 
@@ -219,15 +264,21 @@ def trace_candidates(
         candidates: Candidates.
         kept: int32, number of tokens that are kept of each.
         scores: Scores of the verifier, if there are any.
+        before: Tokens of the answer before a sentence.
     """
     scores, traces = scores if isinstance(spec.scorers[number], Verifier) else None, []
     for i in range(spec.num_candidates[number]):
         one: Samples = jax.tree.map(lambda x: x[i], candidates)  # noqa: B023
         is_closed = not spec.stages or one.ended == EndReason.TAG
+        own, reason = np.asarray(one.tokens[: kept[i]]).tolist(), EndReason(int(one.ended))
+        if spec.max_sentences:
+            text, ended = _read_sentence(processor, spec.format, before, own, reason)
+        else:
+            text, ended = processor.decode(own), _how_ended(spec, number, reason)
         traces.append(
             CandidateTrace(
-                text=processor.decode(np.asarray(one.tokens[: kept[i]])),
-                ended=_how_ended(spec, number, EndReason(int(one.ended))),
+                text=text,
+                ended=ended,
                 added="" if is_closed else closing_text(spec.format.stages[number], int(one.state)).rstrip("\n"),
                 tokens=int(kept[i]),
                 log_prob=float(one.log_prob),
@@ -237,6 +288,16 @@ def trace_candidates(
             )
         )
     return traces
+
+
+def _read_sentence(
+    processor: Processor, format: StageFormat, before: Sequence[int], own: list[int], reason: EndReason
+) -> tuple[str, str]:
+    """Return the text of a sentence after the tokens ``before``, and why it ended, as ``CandidateTrace`` has them."""
+    start, whole = (processor.decode(ids).rstrip(INCOMPLETE) for ids in (before, [*before, *own]))
+    closing = (format.stages[-1].closing or "").strip()
+    goes_on = reason == EndReason.TAG and not (closing and closing in whole)
+    return whole[len(start) :], "sentence" if goes_on else reason.name.lower()
 
 
 def _how_ended(spec: SearchSpec, number: int, reason: EndReason) -> str:
@@ -344,7 +405,7 @@ class SearchCosts:
         vision = sum(model_costs.vision_flops(config, num_images).values()) if num_images else 0
         self.flops = {"vision": vision, **dict.fromkeys(parts, 0)}
         self.decoding_runs: list[DecodingRun] = []
-        prefix = 0
+        spec, prefix = _with_sentences(spec, len(stages)), 0
         for number, stage in enumerate(stages):
             self._add_prefill("winners" if number else "prompt", int(stage.num_prefilled), prefix)
             prefix += int(stage.num_prefilled)

@@ -12,6 +12,7 @@ from llava_cot_jax.stages import body_of, find_conclusion, normalize_answer
 
 ENDINGS = {
     "tag": "closed its tag",
+    "sentence": "ended its sentence",
     "heading": "reached the next heading",
     "turn": "ended its turn",
     "eos": "ended by the model",
@@ -49,10 +50,10 @@ def split_tags(text: str, format: StageFormat) -> list[tuple[str, bool]]:
 
 def conclusion_of(trace: Trace) -> str:
     """Return the answer that a search gives: the body of its conclusion."""
-    stage = next(stage for stage in trace.stages if stage.stage in (WHOLE_ANSWER, trace.format.conclusion))
+    if trace.whole_text is not None:
+        return find_conclusion(trace.whole_text, trace.format)
+    stage = next(stage for stage in trace.stages if stage.stage == trace.format.conclusion)
     won = stage.candidates[stage.winner]
-    if stage.stage == WHOLE_ANSWER:
-        return find_conclusion(won.text, trace.format)
     return body_of(won.text + won.added, trace.format[stage.stage])
 
 

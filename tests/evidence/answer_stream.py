@@ -20,7 +20,8 @@ import numpy as np
 from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.search.answers import Answer
 from llava_cot_jax.search.reasoner import Reasoner
-from llava_cot_jax.search.strategies import Judge, StageBeam
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import StageBeam
 from llava_cot_jax.search.stream import Question
 
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,8 @@ from llava_cot_jax.model.sharding import make_mesh, partition_spec, use_mesh
 from llava_cot_jax.planning import slices
 from llava_cot_jax.planning.programs import abstract_params, lower_search
 from llava_cot_jax.search.program import sample_candidates
-from llava_cot_jax.search.strategies import Judge, StageBeam
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import StageBeam
 
 CONFIG = MllamaConfig.llama32_11b()
 BUDGET = 1024

@@ -24,7 +24,8 @@ from llava_cot_jax.planning import slices
 from llava_cot_jax.planning.programs import abstract_params, lower_search
 from llava_cot_jax.search.program import ACCELERATOR_CHUNK, SearchInputs, sample_candidates
 from llava_cot_jax.search.rollouts import joint_capacity, sample_continuations
-from llava_cot_jax.search.strategies import BestOfN, StageBeam, Verifier
+from llava_cot_jax.search.scorers import Verifier
+from llava_cot_jax.search.strategies import BestOfN, StageBeam
 
 CANDIDATES, CONTINUATIONS, CONTINUATION, JOINT = 4, 16, 590, 8
 """Numbers of candidates and of continuations of each, and tokens of a continuation and of the tags before it."""

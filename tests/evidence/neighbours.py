@@ -33,7 +33,8 @@ from llava_cot_jax.model.mllama import Mllama  # noqa: E402
 from llava_cot_jax.processing.processor import Processor  # noqa: E402
 from llava_cot_jax.search.program import search  # noqa: E402
 from llava_cot_jax.search.request_builder import RequestBuilder  # noqa: E402
-from llava_cot_jax.search.strategies import BestOfN, LogProbability  # noqa: E402
+from llava_cot_jax.search.scorers import LogProbability  # noqa: E402
+from llava_cot_jax.search.strategies import BestOfN  # noqa: E402
 from tests.search.models import random_model, scene  # noqa: E402
 
 COUNTS = (0, 1, 3)

@@ -22,7 +22,8 @@ from llava_cot_jax.benchmark.search_benchmark import SearchBenchmark
 from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.search.program import StageResult, search
 from llava_cot_jax.search.reasoner import default_prefill_chunk
-from llava_cot_jax.search.strategies import Judge, LogProbability, Scorer, StageBeam, Verifier
+from llava_cot_jax.search.scorers import Judge, LogProbability, Scorer, Verifier
+from llava_cot_jax.search.strategies import StageBeam
 
 CANDIDATES = 10
 SCORERS: dict[str, Scorer] = {

@@ -15,6 +15,7 @@ from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.kv_cache import KVCache
 from llava_cot_jax.model.mllama import Mllama
+from tests.alone import alone
 from tests.model.test_mllama import off
 
 PROMPT, NEW = 10, 12
@@ -40,16 +41,6 @@ def with_shorter_rows(batch: dict[str, np.ndarray], side: str) -> dict[str, np.n
             for name in ("attention_mask", "input_ids", "cross_attention_mask"):
                 out[name][row] = np.roll(out[name][row], room, axis=0)
     return out
-
-
-def alone(batch: dict[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
-    """The batch of one row, without the images that fill up the others' places."""
-    own = {name: x[row : row + 1] for name, x in batch.items()}
-    count = int((own["aspect_ratio_ids"] > 0).sum())
-    for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
-        own[name] = own[name][:, :count]
-    own["cross_attention_mask"] = own["cross_attention_mask"][:, :, :count]
-    return own if count else {name: own[name] for name in ("input_ids", "attention_mask") if name in own}
 
 
 @pytest.mark.parametrize("convention", ["meta", pytest.param("transformers_5", marks=pytest.mark.slow)])

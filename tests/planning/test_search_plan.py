@@ -9,7 +9,8 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.planning.advice import fits, smallest_search_change
 from llava_cot_jax.planning.search_plan import max_questions, plan_search, smallest_slices_for_search
 from llava_cot_jax.planning.slices import parse_topology
-from llava_cot_jax.search.strategies import Greedy, Judge, StageBeam
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import Greedy, StageBeam
 
 ELEVEN = MllamaConfig.llama32_11b()
 

@@ -15,8 +15,8 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import JudgePrompts
-from llava_cot_jax.search.scorers import OwnScorer
-from llava_cot_jax.search.strategies import Judge, LogProbability, MajorityVote, Verifier, WeightedVote
+from llava_cot_jax.search.scorers import Judge, LogProbability, OwnScorer, Verifier
+from llava_cot_jax.search.strategies import MajorityVote, WeightedVote
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import find_stages
 
@@ -148,6 +148,7 @@ class Search:
         self.images = [] if image is None else [image]
         self.question, self.key = question, jax.random.key(seed)
         self.spec = strategy.to_spec()
+        self.stage_names = self.spec.stages or ("whole",)
         self.won: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
@@ -319,7 +320,7 @@ class Search:
         return winner
 
     def prompt_of(self, kind: str, tag: str, texts: list[list[int]], images: int) -> list[int]:
-        stages = self.spec.stages or ("whole",)
+        stages = self.stage_names
         header, intro, middle, label, *rest = self.prompts.split(self.processor, kind, tag, stages, images)
         if kind == "pair" and self.spec.judge.verdict == "token":
             rest[-1] += self.prompts.stem

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import nnx
+from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.processing.images import ImageSource
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.stages import STAGES
 
@@ -21,7 +21,7 @@ pair:
   stem: "I choose response "
   verdicts: ["1", "2"]
   readings: [e, a]
-criteria: {REASONING: "Sound?", whole: "Right?", other: "Good?"}
+criteria: {REASONING: "Sound?", whole: "Right?", sentence: "Next?", other: "Good?"}
 earlier: " Seen: "
 shows: {REASONING: [CAPTION], CONCLUSION: [CAPTION, REASONING]}
 check:
@@ -75,7 +75,7 @@ def trained_model() -> tuple[Mllama, Processor]:
     return Mllama.from_pretrained("shapes"), Processor.from_pretrained("shapes")
 
 
-def scene(index: int) -> tuple[ImageSource, str]:
+def scene(index: int) -> tuple[Image.Image, str]:
     """Return a held-out picture, and the question about it."""
     row = ShapesRows("test")[index]
     (image,) = row.images

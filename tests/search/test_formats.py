@@ -11,8 +11,9 @@ from llava_cot_jax.inference.stop_strings import TAILS, vocabulary_bytes
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import RequestBuilder
+from llava_cot_jax.search.scorers import Judge, LogProbability
 from llava_cot_jax.search.stage_ends import end_stage
-from llava_cot_jax.search.strategies import BestOfN, Greedy, Judge, LogProbability, MajorityVote, Sample, StageBeam
+from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam
 from llava_cot_jax.search.tables import build_stage_tables, token_ids
 from llava_cot_jax.stage_format import LLAVA_COT, StageFormat, StageMarks
 from tests.inference.test_stop_strings import decoded, random_split

@@ -15,7 +15,8 @@ from llava_cot_jax.planning.slices import parse_topology
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.request_builder import RequestBuilder
-from llava_cot_jax.search.strategies import BestOfN, Judge, SearchSpec, StageBeam
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import BestOfN, SearchSpec, StageBeam
 from llava_cot_jax.search.tables import JudgeTables, StageTables
 from tests.search.models import random_model, scene
 
@@ -35,7 +36,7 @@ def judge_tables(**capacities: int) -> JudgeTables:
     return JudgeTables(**texts, shows=nothing, checked=nothing, verdicts=nothing, stop_tables=nothing)
 
 
-COUNTS = {"header": 7, "question": 10, "text": 20, "earlier": 2}
+COUNTS = {"header": 7, "question": 10, "text": 20, "earlier": 40}
 
 
 def judge_lengths(judge: Judge = RATIONALE, tables: JudgeTables | None = None, **counts: int) -> JudgeLengths:
@@ -44,7 +45,7 @@ def judge_lengths(judge: Judge = RATIONALE, tables: JudgeTables | None = None, *
 
 def test_lengths_of_a_judges_prompts():
     lengths = judge_lengths()
-    assert (lengths.prefix, lengths.suffix, lengths.verdict) == (7 + 3 + 10 + 1 + 2 * 20 + 2, 20 + 4 + 20 + 5, 12)
+    assert (lengths.prefix, lengths.suffix, lengths.verdict) == (7 + 3 + 10 + 1 + 40 + 2, 20 + 4 + 20 + 5, 12)
     assert lengths.total == 63 + 49 + 12
     assert judge_lengths(Judge("token")).verdict == 1
     assert judge_lengths(replace(RATIONALE, check_tokens=15)).verdict == 15
@@ -64,7 +65,12 @@ def test_lengths_of_an_answer():
     spec = StageBeam(2, max_new_tokens=(5, 9, 6, 3)).to_spec()
     tables = StageTables(ragged(4), ragged(3), jnp.zeros(1))
     assert SearchLengths.of(spec, tables, prompt=64) == SearchLengths(
-        candidate=9, text=4 + 9 + 3, pending=64 + 4, prefix=64 + (5 + 9 + 6) + 4 * 4 + 3 * 3, answer=64 + 23 + 4 * 7
+        candidate=9,
+        text=4 + 9 + 3,
+        pending=64 + 4,
+        prefix=64 + (5 + 9 + 6) + 4 * 4 + 3 * 3,
+        answer=64 + 23 + 4 * 7,
+        earlier=3 * (4 + 9 + 3),
     )
 
 

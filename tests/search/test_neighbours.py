@@ -11,7 +11,8 @@ from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.convention import Convention
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.search.reasoner import Reasoner
-from llava_cot_jax.search.strategies import Judge, StageBeam
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import StageBeam
 from tests.search.models import random_model, scene
 from tests.search.test_search import recorded_results
 

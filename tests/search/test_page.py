@@ -28,6 +28,7 @@ ALL = {
     "verified": traces.verified_trace(),
     "weighted": traces.weighted_trace(),
     "greedy": traces.whole_trace("Greedy(max_new_tokens=2048)", 1),
+    "sentences": traces.sentence_trace(),
     "untagged": traces.untagged_trace(),
 }
 every_trace = pytest.mark.parametrize("trace", ALL.values(), ids=ALL)

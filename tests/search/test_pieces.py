@@ -10,7 +10,8 @@ import pytest
 from llava_cot_jax.inference.decoding import Decoder
 from llava_cot_jax.search.program import SearchState, StageSearch, encode_question_images
 from llava_cot_jax.search.request_builder import RequestBuilder
-from llava_cot_jax.search.strategies import Judge, StageBeam
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import StageBeam
 from tests.search.models import random_model, scene
 
 STRATEGIES = {

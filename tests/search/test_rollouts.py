@@ -15,7 +15,8 @@ from llava_cot_jax.search.program import sample_candidates
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.rollouts import joint_capacity, sample_continuations
-from llava_cot_jax.search.strategies import BestOfN, LogProbability
+from llava_cot_jax.search.scorers import LogProbability
+from llava_cot_jax.search.strategies import BestOfN
 from tests.search import brute_force
 from tests.search.models import random_model, scene
 

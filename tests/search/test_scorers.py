@@ -16,9 +16,9 @@ from llava_cot_jax.search import scorers as module
 from llava_cot_jax.search.page import PageEntry, write_page
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
-from llava_cot_jax.search.scorers import OwnScorer, call_scorer
+from llava_cot_jax.search.scorers import Judge, LogProbability, OwnScorer, call_scorer
 from llava_cot_jax.search.show import describe_search
-from llava_cot_jax.search.strategies import BestOfN, Judge, LogProbability, StageBeam
+from llava_cot_jax.search.strategies import BestOfN, StageBeam
 from llava_cot_jax.stages import STAGES
 from tests.search import brute_force
 from tests.search.models import random_model, scene

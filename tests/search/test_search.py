@@ -15,17 +15,8 @@ from llava_cot_jax.search.program import search
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import RequestBuilder
-from llava_cot_jax.search.strategies import (
-    BestOfN,
-    Greedy,
-    Judge,
-    LogProbability,
-    MajorityVote,
-    Sample,
-    StageBeam,
-    Verifier,
-    WeightedVote,
-)
+from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
+from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam, WeightedVote
 from llava_cot_jax.stages import STAGES
 from tests.model.test_named_scopes import scopes
 from tests.search import brute_force

@@ -12,16 +12,8 @@ from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.search import stream as module
 from llava_cot_jax.search.reasoner import Reasoner
-from llava_cot_jax.search.strategies import (
-    BestOfN,
-    Judge,
-    LogProbability,
-    MajorityVote,
-    Sample,
-    StageBeam,
-    Verifier,
-    WeightedVote,
-)
+from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
+from llava_cot_jax.search.strategies import BestOfN, MajorityVote, Sample, StageBeam, WeightedVote
 from llava_cot_jax.search.stream import WAITING_PER_SLOT, Question
 from tests.search.models import random_model, scene
 

@@ -7,10 +7,20 @@ import pytest
 
 from llava_cot_jax.search.trace import Trace
 from llava_cot_jax.stages import STAGES
-from tests.search.traces import HOSTILE, rationale_trace, token_trace, untagged_trace, verified_trace, whole_trace
+from tests.search.traces import (
+    HOSTILE,
+    rationale_trace,
+    sentence_trace,
+    token_trace,
+    untagged_trace,
+    verified_trace,
+    whole_trace,
+)
+
+MAKERS = [token_trace, rationale_trace, verified_trace, whole_trace, sentence_trace, untagged_trace]
 
 
-@pytest.mark.parametrize("make", [token_trace, rationale_trace, verified_trace, whole_trace, untagged_trace])
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("indent", [None, 1])
 def test_json_has_the_whole_trace(make, indent):
     """Each field of each part is there by its name, and every text is the same."""
@@ -34,4 +44,6 @@ def test_stages_that_the_search_closed():
         stage = trace.stages[number]
         stage.candidates[stage.winner] = replace(stage.candidates[stage.winner], ended=ended)
     assert trace.forced_stages == {STAGES[1]: "eos", STAGES[3]: "max_new_tokens"}
-    assert untagged_trace().forced_stages == whole_trace().forced_stages == {}  # no stage was searched for
+    assert (
+        sentence_trace().forced_stages == untagged_trace().forced_stages == whole_trace().forced_stages == {}
+    )  # no stage was searched for

@@ -23,7 +23,8 @@ from llava_cot_jax.search.program import search
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import RequestBuilder
-from llava_cot_jax.search.strategies import BestOfN, Judge, LogProbability, StageBeam, Verifier, WeightedVote
+from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
+from llava_cot_jax.search.strategies import BestOfN, StageBeam, WeightedVote
 from llava_cot_jax.search.tables import build_verifier_tables
 from llava_cot_jax.search.trace import CandidateTrace, StageTrace
 from llava_cot_jax.search.verifier import choose_highest

@@ -153,6 +153,17 @@ def whole_trace(strategy: str = "MajorityVote(num_candidates=3)", count: int = 3
     return make_trace([StageTrace("whole", candidates, [], [], min(1, count - 1))], strategy)
 
 
+def sentence_trace() -> Trace:
+    """An answer that was searched for sentence by sentence, and cut."""
+    texts = ("<SUMMARY> I look. ", f"{HOSTILE}. ", "</SUMMARY>\n\n<CONCLUSION> Fo")
+    stages = []
+    for number, text in enumerate(texts):
+        ended = "sentence" if number < 2 else "max_new_tokens"
+        candidates = [candidate(text, -0.2, ended), candidate("Hm. ", -0.3, "sentence")]
+        stages.append(StageTrace(f"sentence {number + 1}", candidates, [], [token_match(0, 1, 0.3)], 0))
+    return make_trace(stages, "SentenceBeam(num_candidates=2)")
+
+
 def untagged_trace() -> Trace:
     """An answer without stages."""
     return make_trace(
