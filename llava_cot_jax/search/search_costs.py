@@ -1,4 +1,4 @@
-"""What a search cost: tokens and FLOPs of each of its parts, by the useful count of ``model_costs``."""
+"""Costs of a search: tokens and FLOPs of each of its parts, by the useful count of ``model_costs``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

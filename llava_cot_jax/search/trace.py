@@ -40,8 +40,8 @@ class CandidateTrace:
         score: Score of the verifier, the probability of "yes" against "no", or of a function of the user's own. None
             where there is none, or where that function's is not a number, so that the candidate lost.
         other_probability: Probability that the verifier gives to anything but the two answers; None without one.
-        parent: In a retracing search, the candidate that a reasoning or a conclusion continues: a caption of the same
-            round, or a reasoning of ``parent_round``. None elsewhere.
+        parent: Candidate that a reasoning or a conclusion of a retracing search continues: a caption of the same round,
+            or a reasoning of ``parent_round``. None elsewhere.
         parent_round: Round of the reasoning that a conclusion continues; 0 elsewhere.
     """
 
