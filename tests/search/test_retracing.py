@@ -138,11 +138,9 @@ def test_nothing_is_read_twice_and_nothing_is_compiled_again(ending, prompts):
 
     for answer in answers:
         stages, expected = answer.trace.stages, between(answer.trace.stages[0].candidates[0], "<CAPTION>")
-        for stage, before in zip(stages[2::2], stages[1:-1:2], strict=True):
-            if stage.stage == "REASONING":
-                expected += sum(
-                    between(before.candidates[i], "<REASONING>") for i in {c.parent for c in stage.candidates}
-                )
+        for stage, before in zip(stages[2:-1:2], stages[1:-1:2], strict=True):
+            kept = {candidate.parent for candidate in stage.candidates}
+            expected += sum(between(before.candidates[i], "<REASONING>") for i in kept)
         for one in stages[-1].candidates:
             reasonings = next(s for s in stages if (s.stage, s.round) == ("REASONING", one.parent_round))
             expected += between(reasonings.candidates[one.parent], "<CONCLUSION>")
