@@ -230,6 +230,14 @@ OPTIONS = {
         ["--search=greedy", "--threshold_to=x.json"],
         "--threshold_to stores a threshold of --search r",
     ),
+    "a file of questions": (
+        ["--search=retracing", "--questions=asked.jsonl", "--output=answers.jsonl"],
+        "--search retracing answers no file of --questions: give --question, or another --search",
+    ),
+    "stored from a file of questions": (
+        ["--search=retracing", "--questions=asked.jsonl", "--output=answers.jsonl", "--threshold_to=x.json"],
+        "--threshold_to has no meaning with --questions",
+    ),
 }
 
 
@@ -239,6 +247,12 @@ def test_options_that_cannot_be_used(name):
     with pytest.raises(UserError, match=message) as told:
         generate.main(given)
     assert "\n" not in str(told.value)
+
+
+def test_a_stream_is_refused(prompts):
+    model, processor = random_model()
+    with pytest.raises(UserError, match=r"^Retracing answers no stream of questions: ask with"):
+        Reasoner(model, processor, Retracing(), prompts).answer_stream([])
 
 
 def test_a_default_length_shrinks_to_what_the_context_leaves(prompts):
