@@ -24,13 +24,19 @@ SLOW = ("flax", "grain", "jax", "optax", "orbax", "tensorflow_datasets", "torch"
 """Packages that each take from a third of a second to some seconds to import."""
 
 WATCHED = """
-import runpy, sys
-slow, module = sys.argv[1].split(), sys.argv[2]
+import os, runpy, sys
+slow, module, leave = sys.argv[1].split(), sys.argv[2], os._exit
 del sys.argv[1:3]
+def tell():
+    print("imported:", *(name for name in slow if name in sys.modules), file=sys.stderr, flush=True)
+def tell_and_leave(code):
+    tell()
+    leave(code)
+os._exit = tell_and_leave
 try:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 finally:
-    print("imported:", *(name for name in slow if name in sys.modules), file=sys.stderr)
+    tell()
 """
 
 

@@ -11,10 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import jax.numpy as jnp
-import numpy as np
-from PIL import Image
-
 from llava_cot_jax.checks import check_bool, check_choice, check_int, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.settings import Sampling
@@ -91,12 +87,12 @@ class Verifier:
     """
 
 
-ScorerFunction = Callable[[list[Image.Image], str, str, list[str]], Sequence[float]]
+ScorerFunction = Callable[[list[Any], str, str, list[str]], Sequence[float]]
 """Function that scores the candidates of a stage: (images, question, stage, texts) -> a score for each text.
 
-The images are RGB; ``stage`` is the stage's name, or "whole" where answers are sampled whole. A text is the answer as
-far as it goes, with its tags: the winners of the stages before, and one of the candidates. The highest score wins, and
-of equal ones the first. A candidate whose score is NaN or minus infinity loses.
+The images are Pillow's, in RGB; ``stage`` is the stage's name, or "whole" where answers are sampled whole. A text is
+the answer as far as it goes, with its tags: the winners of the stages before, and one of the candidates. The highest
+score wins, and of equal ones the first. A candidate whose score is NaN or minus infinity loses.
 """
 
 Scorer = Judge | LogProbability | Verifier
@@ -187,13 +183,13 @@ def _own_scorer(function: Any) -> OwnScorer:
 
 
 def call_scorer(
-    scorer: OwnScorer, images: list[Image.Image], question: str, stage: str, texts: list[str], place: str
+    scorer: OwnScorer, images: list[Any], question: str, stage: str, texts: list[str], place: str
 ) -> OwnScores:
     """Let a scorer score the candidates of a stage.
 
     Args:
         scorer: The scorer.
-        images: Images of the question.
+        images: Images of the question, opened.
         question: Text of the question.
         stage: Name of the stage.
         texts: The answers as far as they go.
@@ -224,6 +220,9 @@ def _read_scores(returned: Any, count: int) -> list[float | None]:
     Raises:
         UserError: What is returned is something else. The message says what, to follow "returned".
     """
+    import jax.numpy as jnp  # here, as a command that refuses its arguments needs neither
+    import numpy as np
+
     wanted = f"it must return a sequence of {count} numbers, one for each text"
     try:
         scores = np.asarray(returned)
