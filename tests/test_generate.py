@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -484,7 +483,7 @@ def test_a_search_with_its_trace(demo, monkeypatch, capsys, tmp_path):
         own = reasoner.answer(demo / "picture.png", question, seed=4)
         assert (answer["text"], answer["stages"], answer["tokens"]) == (own.text, own.stages, own.trace.tokens)
         del told["seconds"]
-        assert told == json.loads(json.dumps({k: v for k, v in asdict(own.trace).items() if k != "seconds"}))
+        assert told == json.loads(json.dumps({k: v for k, v in own.trace.to_dict().items() if k != "seconds"}))
         assert [len(stage["candidates"]) for stage in told["stages"]] == [3, 1, 2, 2]
         assert [len(stage["matches"]) for stage in told["stages"]] == [2, 0, 1, 1]
     assert answers[0]["compilations"] > answers[1]["compilations"] == 0

@@ -83,12 +83,20 @@ def _append(decoder: Decoder, chain: tuple[Segment, ...], tokens: RaggedTokens) 
 
 
 def _with_tokens(batch: dict[str, np.ndarray], row: int, length: int, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Return one row of a batch, cut to its own length, and then ``tokens``, which see what its last token sees."""
+    """Return one row of a batch alone, cut to its own length, and then ``tokens``, which see what its last token sees.
+
+    It has its own images, and none that fill up the batch.
+    """
     own = {name: x[row : row + 1] for name, x in batch.items()}
-    mask = own["cross_attention_mask"][:, :length]
-    own["cross_attention_mask"] = np.concatenate([mask, np.repeat(mask[:, -1:], len(tokens), axis=1)], axis=1)
-    own["input_ids"] = np.concatenate([own["input_ids"][:, :length], tokens[None]], axis=1)
-    return own | {"attention_mask": np.ones_like(own["input_ids"])}
+    ids = np.concatenate([own["input_ids"][:, :length], tokens[None]], axis=1)
+    alone = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    count = int((own["aspect_ratio_ids"] > 0).sum())
+    if not count:
+        return alone
+    mask = own["cross_attention_mask"][:, :length, :count]
+    mask = np.concatenate([mask, np.repeat(mask[:, -1:], len(tokens), axis=1)], axis=1)
+    images = {name: own[name][:, :count] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    return alone | images | {"cross_attention_mask": mask}
 
 
 def test_a_chain_is_never_copied(small):
