@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     if job:
         cli.run_interruptible(lambda: job.run(model, _result_of))
         return
+    format = StageFormat.load(options.format)
     for question, answer in zip(questions, prepared, strict=True):
         compiled_before = compilations.count
         shows_plain_text = not options.json and not options.show_search
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(report, allow_nan=False), flush=True)
         elif shows_plain_text and question.right_answer:
             print(f"(the right answer: {question.right_answer})", flush=True)
-        for note in result.notes(StageFormat.load(options.format)):
+        for note in result.notes(format):
             _LOG.warning(f"{question.header}: {note}" if len(questions) > 1 else note)
     if isinstance(answerer, _SearchAnswerer) and options.threshold_to:
         answerer.write_threshold()

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
-from llava_cot_jax.inference.decoding import Decoder, EndReason, Samples, StopConditions, prefill, sample
+from llava_cot_jax.inference.decoding import Decoder, EndReason, Samples, StopConditions, sample
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, concat
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.kv_cache import KVCache, Segment
+from llava_cot_jax.model.kv_cache import Segment
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.judge import JudgeInputs, StageJudge
-from llava_cot_jax.search.lengths import SearchLengths
 from llava_cot_jax.search.program import (
     SearchInputs,
     StageResult,
+    StageSearch,
     by_question,
     candidate_cache,
     candidate_stops,
@@ -62,7 +62,7 @@ def search_sentences(
     """
     with use_mesh(mesh):
         decoder = Decoder(params, config, encode_question_images(params, config, inputs), prefill_chunk)
-        return SentenceSearch(decoder, spec, inputs, stage_tables, scorer_tables).run()
+        return SentenceSearch(StageSearch(decoder, spec, inputs, stage_tables, scorer_tables)).run()
 
 
 @jax.tree_util.register_dataclass
@@ -92,28 +92,16 @@ class SentenceSearch:
     """Pieces of the search, each for the next sentence of every question of a batch.
 
     Attributes:
-        decoder: Model and images.
-        spec: Static part of the search.
-        inputs: The questions.
-        tables: Tables of the sentences.
-        scorer_tables: Tables of the judge and the verifier: of a first sentence, and of a later one.
+        stages: Pieces of the search by stages that it shares. Its tables are those of the sentences; of its scorers'
+            tables, the first is of a first sentence, and the second of a later one.
     """
 
-    decoder: Decoder
-    spec: SearchSpec
-    inputs: SearchInputs
-    tables: StageTables
-    scorer_tables: ScorerTables
+    stages: StageSearch
 
     @property
-    def num_questions(self) -> int:
-        """Number of questions."""
-        return len(self.inputs.lengths)
-
-    @property
-    def lengths(self) -> SearchLengths:
-        """Lengths that the arrays have room for."""
-        return SearchLengths.of(self.spec, self.tables, self.inputs.model_inputs["input_ids"].shape[1])
+    def spec(self) -> SearchSpec:
+        """Static part of the search."""
+        return self.stages.spec
 
     @property
     def longest_answer(self) -> int:
@@ -141,14 +129,13 @@ class SentenceSearch:
 
     def init_state(self) -> SentenceState:
         """Return the state before the first sentence, with the prompts pending."""
-        lengths, zeros = self.lengths, jnp.zeros(self.num_questions, jnp.int32)
-        layers = self.decoder.init_cache(self.num_questions, lengths.prefix + self.decoder.prefill_chunk)
-        prompt = RaggedTokens(self.inputs.model_inputs["input_ids"], self.inputs.lengths)
+        lengths, zeros = self.stages.lengths, jnp.zeros(self.stages.num_questions, jnp.int32)
+        prompt = RaggedTokens(self.stages.inputs.model_inputs["input_ids"], self.stages.inputs.lengths)
         return SentenceState(
             number=jnp.int32(0),
-            prefix=Segment(layers, zeros),
+            prefix=self.stages.init_prefix(),
             pending=concat((prompt,), lengths.pending),
-            answer=RaggedTokens(jnp.zeros((self.num_questions, self.longest_answer), jnp.int32), zeros),
+            answer=RaggedTokens(jnp.zeros((self.stages.num_questions, self.longest_answer), jnp.int32), zeros),
             stop_state=zeros,
             done=zeros > 0,
         )
@@ -156,9 +143,7 @@ class SentenceSearch:
     @jax.named_scope("sentence")
     def write_sentence(self, state: SentenceState) -> tuple[SentenceState, StageResult]:
         """Sample the candidates of each question's next sentence, and choose the winner."""
-        before = state.prefix
-        layers, logits = prefill(self.decoder, state.pending, KVCache(before.layers, before.lengths))
-        prefix = Segment(layers, before.lengths + state.pending.lengths)
+        prefix, logits = self.stages.extend_prefix(state.prefix, state.pending)
         own, candidates = self.sample(prefix, logits, state)
         scores = self.score((prefix, own), candidates, state)
         winner, judgement = self.choose(candidates, scores, state)
@@ -168,41 +153,41 @@ class SentenceSearch:
     @jax.named_scope("candidates")
     def sample(self, prefix: Segment, logits: jax.Array, state: SentenceState) -> tuple[Segment, Samples]:
         """Sample the candidates of a sentence, [questions, candidates], and return the segment that caches them."""
-        spec, lengths = self.spec, self.lengths
-        suffix = self.decoder.init_cache(self.num_questions * spec.num_candidates[0], lengths.candidate)
+        spec, lengths = self.spec, self.stages.lengths
+        suffix = self.stages.decoder.init_cache(self.stages.num_questions * spec.num_candidates[0], lengths.candidate)
         samples = sample(
-            self.decoder,
+            self.stages.decoder,
             jnp.repeat(logits, spec.num_candidates[0], axis=0),
             candidate_cache(suffix, (prefix,)),
             self.stops(state),
             capacity=lengths.candidate,
             sampling=spec.sampling,
         )
-        layers, candidates = samples[0], by_question(samples[1], self.num_questions)
+        layers, candidates = samples[0], by_question(samples[1], self.stages.num_questions)
         return Segment(layers, candidates.num_cached.reshape(-1)), candidates
 
     def stops(self, state: SentenceState) -> StopConditions:
         """Return when the candidates of a sentence end, and what they are drawn with."""
         each = functools.partial(jnp.repeat, repeats=self.spec.num_candidates[0])
-        left = jnp.minimum(self.longest_answer - state.answer.lengths, self.lengths.candidate)
-        stops = candidate_stops(self.spec, self.tables.stop_tables, self.keys(state), jnp.zeros_like(left))
+        left = jnp.minimum(self.longest_answer - state.answer.lengths, self.stages.lengths.candidate)
+        stops = candidate_stops(self.spec, self.stages.tables.stop_tables, self.keys(state), jnp.zeros_like(left))
         return replace(stops, max_new_tokens=each(left), used=each(~state.done), state=each(state.stop_state))
 
     def keys(self, state: SentenceState) -> jax.Array:
         """Return the random key of each question's sentence."""
-        return stage_keys(self.inputs.seeds, jnp.broadcast_to(state.number, self.num_questions))
+        return stage_keys(self.stages.inputs.seeds, jnp.broadcast_to(state.number, self.stages.num_questions))
 
     def scored_stage(self, state: SentenceState) -> Int[Array, " questions"]:
         """Return the index of the sentence in the tables of the scorers: 0 for a first one, 1 for a later one."""
-        return jnp.broadcast_to(jnp.minimum(state.number, 1), self.num_questions)
+        return jnp.broadcast_to(jnp.minimum(state.number, 1), self.stages.num_questions)
 
     def score(self, chain: tuple[Segment, ...], candidates: Samples, state: SentenceState) -> StageScores | None:
         """Return the verifier's scores of the candidates; None where another scorer chooses."""
-        tables = self.scorer_tables.verifier
+        tables = self.stages.scorer_tables.verifier
         if tables is None:
             return None
-        nothing = self.tables.closings[jnp.zeros_like(candidates.lengths), 0]
-        return score_candidates(self.decoder, chain, candidates, nothing, self.scored_stage(state), tables)
+        nothing = self.stages.tables.closings[jnp.zeros_like(candidates.lengths), 0]
+        return score_candidates(self.stages.decoder, chain, candidates, nothing, self.scored_stage(state), tables)
 
     def choose(
         self, candidates: Samples, scores: StageScores | None, state: SentenceState
@@ -212,33 +197,33 @@ class SentenceSearch:
         if isinstance(scorer, Verifier):
             assert scores is not None
             return choose_highest(scores.score, mean_log_prob), None
-        if not isinstance(scorer, Judge) or self.scorer_tables.judge is None:
+        if not isinstance(scorer, Judge) or self.stages.scorer_tables.judge is None:
             return jnp.argmax(mean_log_prob, axis=-1).astype(jnp.int32), None
         inputs = JudgeInputs(
             stage=self.scored_stage(state),
             texts=candidates.text,
             mean_log_prob=mean_log_prob,
             num_candidates=jnp.where(state.done, 1, self.spec.num_candidates[0]),
-            chat_headers=self.inputs.chat_headers,
-            question=self.inputs.question,
+            chat_headers=self.stages.inputs.chat_headers,
+            question=self.stages.inputs.question,
             earlier=state.answer[:, None],
             keys=self.keys(state),
         )
-        judge = StageJudge(self.decoder, scorer, inputs, self.scorer_tables.judge, self.spec.sampling)
+        judge = StageJudge(self.stages.decoder, scorer, inputs, self.stages.scorer_tables.judge, self.spec.sampling)
         judgement = run_tournament(judge)
         return judgement.winner, judgement
 
     def advance(self, state: SentenceState, candidates: Samples, winner: Int[Array, " questions"]) -> SentenceState:
         """Return the state after a sentence whose winner is chosen, which is pending now."""
-        won: Samples = jax.tree.map(lambda x: x[jnp.arange(self.num_questions), winner], candidates)
+        won: Samples = jax.tree.map(lambda x: x[jnp.arange(self.stages.num_questions), winner], candidates)
         answer = concat((state.answer, won.text), self.longest_answer)
-        num_states = self.tables.num_states
+        num_states = self.stages.tables.num_states
         closed = won.state == 2 * num_states  # the last accepting state of ``sentence_automaton``
         done = state.done | closed | (won.ended == EndReason.EOS) | (answer.lengths >= self.longest_answer)
         return SentenceState(
             number=state.number + 1,
             prefix=state.prefix,
-            pending=concat((won.text.where(~done),), self.lengths.pending),
+            pending=concat((won.text.where(~done),), self.stages.lengths.pending),
             answer=answer,
             stop_state=jnp.where(won.state >= num_states, won.state - num_states, won.state),
             done=done,
