@@ -93,7 +93,7 @@ def _heading(model: Mllama, work: Workload) -> str:
 
 
 def _searches(work: Workload) -> list[tuple[str, Strategy]]:
-    """Return every strategy at every number of candidates, each with its name."""
+    """Return the searches to measure, each with its name."""
     whole, most = sum(work.stage_tokens), max(work.num_candidates)
     reasons = Judge("rationale", both_orders=False, reason_tokens=work.reason_tokens, check_tokens=work.check_tokens)
     found: list[tuple[str, Strategy]] = [

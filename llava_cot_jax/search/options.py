@@ -50,7 +50,7 @@ def add_arguments(parser: Any) -> None:
         default=None,
         help="Number of candidates of a search. With stage_beam, --num_candidates, --temperature and --max_new_tokens "
         "take one value, or a list with one value for each stage. By default, 4 with stage_beam, 2 with "
-        "sentence_beam, and otherwise 8.",
+        "sentence_beam, and otherwise 8. retracing takes none.",
     )
     add(
         "--judge",
@@ -58,14 +58,14 @@ def add_arguments(parser: Any) -> None:
         help="Scorer that chooses among candidates: the model as judge of pairs, by the probability of its verdict "
         "(token) or by a written reason (rationale); the model as verifier, by the probability of yes when it is asked "
         "whether a candidate is right (verifier); or the candidates' mean log-probability. By default, verifier with "
-        "weighted_vote, which takes no other, and otherwise token.",
+        "weighted_vote, which takes no other, and otherwise token. retracing has the verifier, and takes none.",
     )
     add(
         "--max_new_tokens",
         type=int | tuple[int, ...] | None,
         default=None,
-        help="Largest number of tokens of an answer; with stage_beam, of a stage. By default, 2048 for an answer and "
-        "1024 for a stage, or what the model's context leaves if that is less; generate takes max_new_tokens of the "
+        help="Largest number of tokens of an answer; with stage_beam or retracing, of a stage. By default, 2048 for an "
+        "answer and 1024 for a stage, or what the model's context leaves if that is less; generate takes max_new_tokens of the "
         "checkpoint's generation_config.json in their place if it has one.",
     )
     add(

@@ -28,7 +28,7 @@ from llava_cot_jax.search.trace import Trace, split_stages
 
 
 class Reasoner:
-    """Answers questions about images by a search, which is one compiled call.
+    """Answers questions about images by a search, which is one compiled call unless a scorer is a function.
 
     Prompts are padded to buckets: a question of similar length compiles nothing, and neither do other seeds.
 

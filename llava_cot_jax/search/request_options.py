@@ -65,5 +65,5 @@ def _add_output_options(add: Any) -> None:
     )
     add("--page", type=str, help="HTML file that shows all candidates, scores and verdicts of a search.")
     add("--show_search", type=bool, default=False, help="Print all candidates, scores and verdicts of a search.")
-    add("--show_reasoning", type=bool, default=False, help="Print all four stages, not only the conclusion.")
+    add("--show_reasoning", type=bool, default=False, help="Print the whole answer, not only the conclusion.")
     add("--json", type=bool, default=False, help="Print one JSON object for each question instead of text.")

@@ -308,7 +308,8 @@ class BestOfN:
 
     Attributes:
         num_candidates: Number of answers.
-        scorer: Scorer that chooses: ``Judge``, ``LogProbability``, or a function as ``ScorerFunction`` describes it.
+        scorer: Scorer that chooses: ``Judge``, ``Verifier``, ``LogProbability``, or a function as ``ScorerFunction``
+            describes it.
         temperature: Temperature of sampling.
         max_new_tokens: Largest number of tokens of an answer; by default 2048, or what the context leaves.
         top_k: Number of likeliest tokens that are sampled from; None is all.
@@ -352,8 +353,8 @@ class StageBeam:
 
     Attributes:
         num_candidates: Number of candidates of a stage.
-        scorer: Scorer that chooses: ``Judge``, ``LogProbability``, or a function as ``ScorerFunction`` describes it.
-            The judges of different stages must be equal.
+        scorer: Scorer that chooses: ``Judge``, ``Verifier``, ``LogProbability``, or a function as ``ScorerFunction``
+            describes it. The judges of different stages must be equal.
         temperature: Temperature of sampling.
         max_new_tokens: Largest number of tokens of a candidate; by default 1024, or what the context leaves for each
             stage.
