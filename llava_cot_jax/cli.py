@@ -264,8 +264,8 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, 
 
     Args:
         main: The command.
-        leave: Function that ends the process after Ctrl-C or a mistake. With ``os._exit`` it does not wait for
-            computations or threads that are under way.
+        leave: Function that ends the process after Ctrl-C, a mistake, or an error of what is written. With
+            ``os._exit`` it does not wait for computations or threads that are under way.
         command: The command's name in ``COMMANDS``, by which the error of exhausted memory gives advice.
     """
     with command_running():
@@ -275,14 +275,15 @@ def run(main: Callable[[], None], leave: Callable[[int], object] = sys.exit, *, 
         try:
             run_to_the_last_output(main)
         except BrokenPipeError as fault:
-            sys.exit(report(fault))
+            leave(report(fault))
         except (KeyboardInterrupt, UserError) as fault:
             with suppress(OSError, ValueError):  # the reader of the output may have ended
                 sys.stdout.flush()
             leave(report(fault))
         except Exception as fault:
             if is_full_disk(fault):
-                sys.exit(report(fault))
+                leave(report(fault))
+                return
             if not describe_exhausted_memory(fault) and not _unusable_devices(fault):
                 raise
             leave(report(fault, command))

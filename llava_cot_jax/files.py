@@ -103,7 +103,7 @@ def _try_bucket(folder: Path) -> None:
     try:
         outcome.result(BUCKET_SECONDS)
     except TimeoutError:
-        raise OSError(f"the bucket did not answer within {BUCKET_SECONDS:.0f} s") from None
+        raise OSError(f"the bucket did not answer within {BUCKET_SECONDS:g} s") from None
     except UserError as fault:
         raise OSError(str(fault).removeprefix(f"{folder} ")) from fault
 
@@ -173,7 +173,7 @@ def _is_device(path: Path) -> bool:
     """Whether a path names a device or a pipe, in whose place no file may be put."""
     if is_remote(path) or not path.exists() or path.is_dir():
         return False
-    return _DEVICES in path.parents or not path.is_file()
+    return not path.is_file() or (_DEVICES in path.parents and path.is_symlink())
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2, shared: bool = False) -> None:

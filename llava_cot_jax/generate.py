@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         UserError: An argument, a file or a checkpoint that cannot be used, before anything expensive starts.
     """
     options = _parser().parse_args(argv)
-    _search_or_sampling(options)
+    method, format = _search_or_sampling(options), StageFormat.load(options.format)
     if uses_default_model := options.checkpoint is None:
         options.checkpoint = BUNDLED_MODEL
     if options.adapter is not None:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     _check_files(options)
     job = None
     if options.questions:
-        job = QuestionFileJob(options, _strategy(options), config, stated_length)
+        job = QuestionFileJob(options, _strategy(method, options, format), config, stated_length)
         if not job.rows:
             print(f"{options.output} has the answers to all questions of {options.questions}", file=sys.stderr)
             return
@@ -112,7 +112,11 @@ def main(argv: list[str] | None = None) -> None:
     if job:
         job.prepare(processor)
     else:
-        answerer = _answerer(processor, options, stated_length)
+        if isinstance(method, Sampling):
+            answerer: _StreamingAnswerer | _SearchAnswerer
+            answerer = _StreamingAnswerer(processor, method, options, format, stated_length)
+        else:
+            answerer = _SearchAnswerer(processor, method, options, stated_length)
         prepared = [answerer.prepare(question) for question in questions]
     if uses_default_model:
         Console(stderr=True).print(DEFAULT_MODEL_NOTE, style="bold yellow")
@@ -134,7 +138,6 @@ def main(argv: list[str] | None = None) -> None:
     if job:
         cli.run_interruptible(lambda: job.run(model, _result_of))
         return
-    format = StageFormat.load(options.format)
     for question, answer in zip(questions, prepared, strict=True):
         compiled_before = compilations.count
         shows_plain_text = not options.json and not options.show_search
@@ -207,12 +210,11 @@ def _search_or_sampling(options: jsonargparse.Namespace) -> Strategy | Sampling:
     return method
 
 
-def _strategy(options: jsonargparse.Namespace) -> Strategy:
+def _strategy(method: Strategy | Sampling, options: jsonargparse.Namespace, format: StageFormat) -> Strategy:
     """Return the search, or, without one, the strategy that samples as is asked for."""
-    method = _search_or_sampling(options)
     if not isinstance(method, Sampling):
         return method
-    format, length = StageFormat.load(options.format), options.max_new_tokens
+    length = options.max_new_tokens
     if method.temperature == 0:
         return Greedy(length, format=format)
     return Sample(method.temperature, length, method.top_k, method.top_p, format=format)
@@ -406,24 +408,18 @@ class _SearchAnswerer:
             write_page(as_path(options.page), entries, facts)
 
 
-def _answerer(
-    processor: Processor, options: jsonargparse.Namespace, stated_length: int | None
-) -> _StreamingAnswerer | _SearchAnswerer:
-    """Return what answers the questions that the options give one by one."""
-    method = _search_or_sampling(options)
-    if isinstance(method, Sampling):
-        return _StreamingAnswerer(processor, method, options, stated_length)
-    return _SearchAnswerer(processor, method, options, stated_length)
-
-
 class _StreamingAnswerer:
     """Answers questions without a search, and shows tokens as they come."""
 
     def __init__(
-        self, processor: Processor, sampling: Sampling, options: jsonargparse.Namespace, stated_length: int | None
+        self,
+        processor: Processor,
+        sampling: Sampling,
+        options: jsonargparse.Namespace,
+        format: StageFormat,
+        stated_length: int | None,
     ) -> None:
-        self._processor, self._sampling, self._options = processor, sampling, options
-        self._format = StageFormat.load(options.format)
+        self._processor, self._sampling, self._options, self._format = processor, sampling, options, format
         self._default_length = stated_length or DEFAULT_MAX_NEW_TOKENS
 
     def prepare(self, question: UserQuestion) -> Callable[[Mllama], QuestionResult]:

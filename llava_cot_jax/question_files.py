@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from llava_cot_jax.checks import shown
+from llava_cot_jax.checks import check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import check_file_writable, read_json, write_json
 from llava_cot_jax.paths import is_remote, reading_errors, writing_errors
@@ -68,7 +68,7 @@ def _read_row(line: bytes, place: str, folder: Path) -> QuestionRow:
 
     try:
         row = json.loads(line)
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise UserError(f"{place} is not JSON: {fault}") from None
     if not isinstance(row, dict):
         raise UserError(f"{place} is no JSON object, but {shown(row)}")
@@ -79,6 +79,8 @@ def _read_row(line: bytes, place: str, folder: Path) -> QuestionRow:
         raise UserError(f"{place}: id is {shown(identifier)}; it must be a text or a whole number")
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{place}: question is {shown(question)}; it must be a text")
+    for name, text in (("id", str(identifier)), ("question", question)):
+        check_text(f"{place}: {name}", text)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED):
         raise UserError(f"{place}: seed is {shown(seed)}; it must be a whole number from 0 to {_LARGEST_SEED}")
     if "image" in row and "images" in row:
@@ -106,7 +108,7 @@ class AnswerFile:
         settings: Settings that the answers depend on, by their names, as JSON has them.
 
     Attributes:
-        known: Text of each question whose answer it has, by its id.
+        known: Text and images of each question whose answer it has, by its id.
 
     Raises:
         UserError: The file cannot be written or is no such file, another process has it open, or it was begun with
@@ -117,7 +119,7 @@ class AnswerFile:
         if is_remote(path):
             raise UserError(f"{path} is in a bucket, where no line can be added to a file: name an output on a disk")
         check_file_writable(path)
-        self.known: dict[str | int, str] = {}
+        self.known: dict[str | int, tuple[str, list[str]]] = {}
         self._path, self._settings_path = path, path.with_name(f"{path.name}.settings.json")
         with writing_errors(path):
             self._file: BinaryIO = path.open("ab+")
@@ -148,7 +150,7 @@ class AnswerFile:
             self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
-        self.known[row["id"]] = row["question"]
+        self._note(row)
 
     def unanswered(self, rows: Sequence[QuestionRow]) -> list[QuestionRow]:
         """Return the rows whose answers it does not have.
@@ -157,11 +159,15 @@ class AnswerFile:
             UserError: It has the answer to another question of the same id.
         """
         for row in rows:
-            if self.known.get(row.id, row.question) != row.question:
+            asked = row.question, row.images
+            if self.known.get(row.id, asked) != asked:
                 raise UserError(
                     f"{self._path} has the answer to another question with the id {shown(row.id)}: name another output"
                 )
         return [row for row in rows if row.id not in self.known]
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        self.known[row["id"]] = row["question"], list(row["images"])
 
     def _lock(self) -> None:
         try:
@@ -198,7 +204,7 @@ class AnswerFile:
                 break
             try:
                 row = json.loads(line)
-                self.known[row["id"]] = row["question"]
+                self._note(row)
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{self._path}, line {number} is no answer of this command: name another output"

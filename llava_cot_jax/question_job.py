@@ -75,10 +75,6 @@ def check_question_file_options(options: Any) -> None:
     for name in _OF_SINGLE_QUESTIONS:
         if options[name]:
             raise UserError(f"--{name} has no meaning with --questions, whose answers go to --output")
-    if options.search in ("sentence_beam", "retracing"):
-        raise UserError(
-            f"--search {options.search} answers no file of --questions: give --question, or another --search"
-        )
     check_int("slots", options.slots)
 
 
@@ -99,6 +95,10 @@ class QuestionFileJob:
     """
 
     def __init__(self, options: Any, strategy: Strategy, config: MllamaConfig, stated_length: int | None) -> None:
+        if not strategy.to_spec().can_stream:
+            raise UserError(
+                f"--search {options.search} answers no file of --questions: give --question, or another --search"
+            )
         self._options, self._strategy, self._stated_length = options, strategy, stated_length
         questions = read_question_rows(as_path(options.questions))
         self._file = AnswerFile(as_path(options.output), self._settings(config))

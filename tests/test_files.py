@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,12 @@ def test_a_device_or_a_link_is_not_replaced(tmp_path):
         check_file_writable(path)
         write_text(path, "text")
         assert not path.is_file() and os.read(end, 9) == b"text"
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:  # a disk in memory, whose files are files
+        plain = Path(memory, "file")
+        plain.write_text("before")
+        inode = plain.stat().st_ino
+        write_text(plain, "after")
+        assert plain.read_text() == "after" and plain.stat().st_ino != inode
     (tmp_path / "link").symlink_to("file")
     for text in ("one", "two"):
         write_text(tmp_path / "link", text)

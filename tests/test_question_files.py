@@ -166,11 +166,14 @@ WRONG_ROWS = {
     '{"id": 2, "question": "What?", "images": "x.png"}': "line 2: images is 'x.png'; it must be a list of paths",
     '{"id": 2, "question": "What?", "image": "x", "images": []}': "line 2 has both image and images",
     '{"id": 2, "question": "What?", "seed": -1}': "line 2: seed is -1; it must be a whole number from 0 to 4294967295",
+    '{"id": 2, "question": "\\ud800"}': "line 2: question has no valid character at position 0",
+    '{"id": "\\ud800", "question": "What?"}': "line 2: id has no valid character at position 0",
+    "[" * 10**5: "line 2 is not JSON",
     '{"id": 1, "question": "What?"}': "line 2 has the id 1 of an earlier line: give each question an id of its own",
 }
 
 
-@pytest.mark.parametrize("line", WRONG_ROWS)
+@pytest.mark.parametrize("line", WRONG_ROWS, ids=range(len(WRONG_ROWS)))
 def test_rows_that_cannot_be_used(tmp_path, line):
     path = tmp_path / "q.jsonl"
     path.write_text('{"id": 1, "question": "What?"}\n' + line + "\n")
@@ -191,16 +194,16 @@ def test_every_answer_is_kept_and_a_torn_one_dropped(tmp_path):
     """Wherever the last line is cut, what was written before it stays, and the next answer is whole."""
     path = tmp_path / "a.jsonl"
     with AnswerFile(path, SETTINGS) as file:
-        file.append({"id": 1, "question": "What?", "text": "\ud800 é\n"})
+        file.append({"id": 1, "question": "What?", "images": [], "text": "\ud800 é\n"})
         first = path.read_bytes()  # on the disk already
-        file.append({"id": "2", "question": "Which?"})
+        file.append({"id": "2", "question": "Which?", "images": ["x.png"]})
     both = path.read_bytes()
     assert both.startswith(first) and both.count(b"\n") == 2
     for end in range(len(first), len(both)):
         path.write_bytes(both[:end])
         with AnswerFile(path, SETTINGS) as file:
-            assert file.known == {1: "What?"}
-            file.append({"id": "2", "question": "Which?"})
+            assert file.known == {1: ("What?", [])}
+            file.append({"id": "2", "question": "Which?", "images": ["x.png"]})
         assert path.read_bytes() == both
 
 
@@ -228,7 +231,7 @@ def test_one_process_at_a_time_writes_answers(tmp_path):
 def test_outputs_that_cannot_be_continued(tmp_path, content, settings, message):
     path = tmp_path / "a.jsonl"
     with AnswerFile(path, SETTINGS) as file:
-        file.append({"id": 1, "question": "What?"})
+        file.append({"id": 1, "question": "What?", "images": []})
     if content:
         path.write_text(content)
     before = path.read_bytes()
@@ -238,7 +241,7 @@ def test_outputs_that_cannot_be_continued(tmp_path, content, settings, message):
 
 
 def test_an_output_of_something_else(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": 1, "question": "What?"}\n')
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "question": "What?", "images": []}\n')
     with pytest.raises(
         UserError, match=r"but a.jsonl.settings.json, which says how it was begun, does not: name anothe"
     ):
@@ -253,9 +256,14 @@ def test_an_id_that_stands_for_another_question(tmp_path):
     rows = read_question_rows(write_rows(tmp_path / "q.jsonl", [{"id": 1, "question": "Which?"}]))
     with AnswerFile(tmp_path / "a.jsonl", SETTINGS) as file:
         assert file.unanswered(rows) == rows
-        file.append({"id": 1, "question": "What?"})
-        with pytest.raises(UserError, match="has the answer to another question with the id 1: name another output"):
-            file.unanswered(rows)
+        for other in ({"question": "What?", "images": []}, {"question": "Which?", "images": ["x.png"]}):
+            file.append({"id": 1, **other})
+            with pytest.raises(
+                UserError, match="has the answer to another question with the id 1: name another output"
+            ):
+                file.unanswered(rows)
+        file.append({"id": 1, "question": "Which?", "images": []})
+        assert file.unanswered(rows) == []
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def add_arguments(parser: Any) -> None:
         type=int | tuple[int, ...] | None,
         default=None,
         help="Largest number of tokens of an answer; with stage_beam or retracing, of a stage. By default, 2048 for an "
-        "answer and 1024 for a stage, or what the model's context leaves if that is less; generate takes max_new_tokens "
-        "of the checkpoint's generation_config.json in their place if it has one.",
+        "answer and 1024 for a stage, or what the model's context leaves if that is less; generate takes "
+        "max_new_tokens of the checkpoint's generation_config.json in their place if it has one.",
     )
     add(
         "--max_sentences",

@@ -40,7 +40,7 @@ from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.judge import JudgeInputs, StageJudge
 from llava_cot_jax.search.lengths import SearchLengths
-from llava_cot_jax.search.random_keys import Draw
+from llava_cot_jax.search.random_keys import Draw, fold_in_each
 from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
 from llava_cot_jax.search.stage_ends import end_stage
 from llava_cot_jax.search.strategies import SearchSpec
@@ -289,7 +289,7 @@ class StageSearch:
                 chosen = choose_highest(scores.score, mean_log_prob)
             elif isinstance(scorer, LogProbability):
                 chosen = jnp.argmax(mean_log_prob, axis=-1).astype(jnp.int32)
-            else:  # a judge that has nothing to choose between
+            else:  # a judge that has nothing to choose between, or a function, which the host calls
                 continue
             winner = jnp.where(is_its_stage, chosen, winner)
         return winner, judgement
@@ -402,7 +402,7 @@ def candidate_stops(
     """
     most = max(spec.num_candidates)
     candidate_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, Draw.CANDIDATE)
-    each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(candidate_keys, jnp.arange(most))
+    each = jax.vmap(fold_in_each, (0, None))(candidate_keys, jnp.arange(most))
     used = jnp.arange(most) < jnp.array(spec.num_candidates)[stage][:, None]
     return StopConditions(
         stop_tables=stop_tables,

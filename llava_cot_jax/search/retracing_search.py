@@ -35,7 +35,7 @@ from llava_cot_jax.search.program import (
     encode_question_images,
     stage_keys,
 )
-from llava_cot_jax.search.random_keys import Draw
+from llava_cot_jax.search.random_keys import Draw, fold_in_each
 from llava_cot_jax.search.rounds import Rounds
 from llava_cot_jax.search.stage_ends import end_stage
 from llava_cot_jax.search.strategies import SearchSpec
@@ -218,7 +218,7 @@ class RetracingSearch:
         spec = replace(self.spec, num_candidates=(count,) * self.spec.num_stages)
         keys = stage_keys(stages.inputs.seeds, jnp.full(self.num_questions, stage))
         keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, Draw.ROUND), number))(keys)
-        each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(per_question)).reshape(-1)
+        each = jax.vmap(fold_in_each, (0, None))(keys, jnp.arange(per_question)).reshape(-1)
         stop = candidate_stops(spec, stages.tables.stop_tables, each, jnp.full(groups, stage))
         room = stages.lengths.candidate + 2 * self.joint_tokens
         suffix = stages.decoder.init_cache(groups * count, room)

@@ -136,12 +136,17 @@ def admit(
     *,
     settings: SlotSettings,
 ) -> tuple[Slots, SearchProgress]:
-    """Put a question into a slot: run the vision tower on its images. Return the slots, and the question's progress."""
+    """Put a question into a slot: run the vision tower on its images. Return the slots, and the question's progress.
+
+    The slot's caches are emptied. A number that is not finite, of a question before, would come back from where
+    attention only gives it no weight.
+    """
     with use_mesh(settings.mesh):
         images = encode_question_images(params, settings.config, question)
         admitted = replace(
             slots,
-            prefix=replace(slots.prefix, lengths=slots.prefix.lengths.at[slot].set(0)),
+            prefix=_emptied(slots.prefix, slot),
+            suffix=_emptied(slots.suffix, slot, settings.most),
             images=_put(slots.images, images, slot),
             seeds=slots.seeds.at[slot].set(question.seeds[0]),
         )
@@ -286,6 +291,11 @@ def _candidates(slots: Slots, slot: Int[Array, ""], settings: SlotSettings) -> S
 def _take(tree: _Tree, slot: Int[Array, ""], rows: int = 1) -> _Tree:
     """Return the entries of a slot, which has so many rows of each array."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot * rows, rows), tree)
+
+
+def _emptied(tree: _Tree, slot: Int[Array, ""], rows: int = 1) -> _Tree:
+    """Return ``tree`` with zeros as the entries of a slot."""
+    return _put(tree, jax.tree.map(jnp.zeros_like, _take(tree, slot, rows)), slot, rows)
 
 
 def _put(tree: _Tree, entries: _Tree, slot: Int[Array, ""], rows: int = 1) -> _Tree:

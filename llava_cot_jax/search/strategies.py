@@ -76,6 +76,11 @@ class SearchSpec:
         return min(longest, self.max_sentence_tokens) if self.max_sentences else longest
 
     @property
+    def can_stream(self) -> bool:
+        """Whether a host can drive the search from stage to stage, as it does for a stream of questions."""
+        return not self.max_sentences and self.rounds is None
+
+    @property
     def distinct_scorers(self) -> tuple[Scorer | OwnScorer, ...]:
         """The scorers, each once."""
         return tuple(dict.fromkeys(scorer for scorer in self.scorers if scorer is not None))

@@ -317,7 +317,7 @@ class AnswerStream:
         check_int("prompt_tokens", prompt_tokens)
         check_int("images", images, least=0)
         check_instance("questions", questions, Iterable, "give an iterable of Question(...)")
-        if builder.spec.max_sentences or builder.spec.rounds:
+        if not builder.spec.can_stream:
             raise UserError(
                 f"{type(builder.strategy).__name__} answers no stream of questions: ask with Reasoner.answer_batch, or "
                 "search with StageBeam()"

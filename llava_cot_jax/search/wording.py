@@ -52,9 +52,8 @@ def conclusion_of(trace: Trace) -> str:
     """Return the answer that a search gives: the body of its conclusion."""
     if trace.whole_text is not None:
         return find_conclusion(trace.whole_text, trace.format)
-    stage = next(stage for stage in trace.stages if stage.stage == trace.format.conclusion)
-    won = stage.candidates[stage.winner]
-    return body_of(won.text + won.added, trace.format[stage.stage])
+    won = trace.path[trace.format.conclusion]
+    return body_of(won.text + won.added, trace.format[trace.format.conclusion])
 
 
 def agrees(conclusion: str, right_answer: str) -> bool:

@@ -27,7 +27,9 @@ HOSTS_OWN_SETTINGS = {"data", "validation_data", "checkpoint", "loader.num_worke
 OTHER_PACKAGES = ("transformers", "tokenizers", "pillow", "libtpu", "jax-cuda13-plugin")
 """Packages whose versions are compared besides those that each checkpoint stores."""
 
-HOSTS_OWN_JAX_VARIABLES = re.compile("CACHE|COORDINATOR|PROCESS|LOCAL_DEVICE|LOG|DUMP|DEBUG|TRACEBACK|PROFIL|PROXY")
+HOSTS_OWN_JAX_VARIABLES = re.compile(
+    "CACHE|COORDINATOR|PROCESS|PARTITION_INDEX|SLICE_INDEX|LOCAL_DEVICE|LOG|DUMP|DEBUG|TRACEBACK|PROFIL|PROXY"
+)
 """Environment variables of jax, by a part of their names, that may differ between hosts.
 
 They say where a process is, keeps its programs and reports. All others may change what a program computes.

@@ -59,8 +59,8 @@ class InitialModel:
     def load_arrays(self, *, mesh: Mesh, dtype: Any, seed: int, on_progress: OnProgress) -> dict[str, jax.Array]:
         """Load the weights onto the mesh, by path in the stacked layout. Each process reads only its own shards.
 
-        All processes must call this. What comes after it runs beside the digest of a checkpoint's weights, which
-        ``find_base`` waits for: nothing here does.
+        All processes must call this. Afterwards threads compute the digest of a checkpoint's weights, for which
+        ``find_base`` waits.
 
         Args:
             mesh: Mesh over all devices.

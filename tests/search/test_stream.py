@@ -5,16 +5,19 @@ import itertools
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.search import stream as module
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
-from llava_cot_jax.search.strategies import BestOfN, MajorityVote, Sample, StageBeam, WeightedVote
+from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam, WeightedVote
 from llava_cot_jax.search.stream import WAITING_PER_SLOT, Question
+from llava_cot_jax.search.tables import token_ids
 from tests.search.models import random_model, scene
 
 RATIONALE = Judge("rationale", reason_tokens=7, check_tokens=5)
@@ -189,17 +192,18 @@ def test_what_a_scorer_does_wrong_is_told_of_its_question_alone(ending, prompts)
     assert "of question 4 (What is wrong?), returned 1 scores for 2 texts" in str(found[3].error)
 
 
-def test_logits_that_are_not_finite_are_told_of_their_question_alone(ending):
-    """An image of numbers that are not finite spoils the answers of its own question."""
+def test_logits_that_are_not_finite_are_told_of_their_question_alone():
+    """A token without a number in its embedding spoils the answer of the question that has it, and no other."""
     model, processor = random_model(1, eos=tuple(range(0, 500, 60)))
-    head = model.language_model.lm_head.weight
-    head.set_value(head.get_value().at[5].set(np.nan))
-    reasoner = Reasoner(model, processor, Sample(1.0, max_new_tokens=4))
-    found = list(reasoner.answer_stream([Question("What?"), Question("Which?")], slots=2))
-    assert [str(each.error).partition(" in the stage ")[2].partition(",")[0] for each in found] == [
-        "whole of question 1",
-        "whole of question 2",
-    ]
+    prompts = (processor.prompt(user_turn(question, 0)) for question in ("What? red", "What?"))
+    spoilt, whole = (set(token_ids(processor, prompt)) for prompt in prompts)
+    table = model.language_model.model.embed_tokens.weight
+    table.set_value(table.get_value().at[jnp.array(sorted(spoilt - whole))].set(np.nan))
+    reasoner = Reasoner(model, processor, Greedy(4))
+    found = list(reasoner.answer_stream([Question("What?"), Question("What? red"), Question("What?")], slots=1))
+    assert [each.error is None for each in found] == [True, False, True]
+    assert found[0].answer.text == found[2].answer.text  # in the slot that had numbers that are not finite
+    assert " in the stage whole of question 2," in str(found[1].error)
 
 
 @pytest.mark.slow

@@ -56,6 +56,8 @@ def test_what_is_outside_the_settings(monkeypatch, tmp_path):
         ("JAX_COMPILATION_CACHE_DIR", False),
         ("JAX_COORDINATOR_ADDRESS", False),
         ("JAX_PROCESS_ID", False),
+        ("JAX_SLICE_INDEX", False),
+        ("JAX_PARTITION_INDEX", False),
         ("JAX_LOGGING_LEVEL", False),
     ],
 )

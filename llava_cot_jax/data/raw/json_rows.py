@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from mmap import mmap
 from pathlib import Path
 
+from llava_cot_jax.data.raw.row_parts import IMAGE_KEYS, TURN_KEYS
 from llava_cot_jax.errors import UserError
 
 Span = tuple[int, int]
@@ -13,7 +14,7 @@ Span = tuple[int, int]
 
 BOM = b"\xef\xbb\xbf"
 
-ROW_KEYS = {"id", "image", "images", "conversations"}
+ROW_KEYS = {"id", *IMAGE_KEYS, *TURN_KEYS}
 
 _TOKEN = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*"|[\[\]{},]', re.DOTALL)
 """Pattern of a string, which may have any of the other characters in it, and of the marks of JSON's structure."""

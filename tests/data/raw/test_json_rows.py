@@ -53,7 +53,9 @@ def test_a_fault_leaves_the_other_rows() -> None:
     assert texts(b'{\n"id": 1}\nnonsense\n{"id": 2}') == [b'{\n"id": 1}', b"nonsense\n", b'{"id": 2}']
 
 
-@pytest.mark.parametrize("row", [{"id": 1, "turns": [{}]}, {"image": "a", "b": {}, "c": {}}, {}, {"a": [1]}, {"a": {}}])
+@pytest.mark.parametrize(
+    "row", [{"messages": [{}]}, {"id": 1, "turns": [{}]}, {"image": "a", "b": {}, "c": {}}, {}, {"a": [1]}, {"a": {}}]
+)
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_single_row(row: dict, indent: int | None) -> None:
     text = json.dumps(row, indent=indent).encode()
