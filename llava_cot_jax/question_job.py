@@ -105,6 +105,7 @@ class QuestionFileJob:
         self.rows: list[QuestionRow] = self._file.unanswered(questions)
         self._total = len(questions)
         self._builder: RequestBuilder | None = None
+        self._prompt_tokens, self._images = 1, 0
 
     def _settings(self, config: MllamaConfig) -> dict[str, Any]:
         """Return what the answers depend on, besides the questions."""
@@ -132,9 +133,13 @@ class QuestionFileJob:
             UserError: It cannot be used with this checkpoint.
         """
         from llava_cot_jax.search.request_builder import RequestBuilder
+        from llava_cot_jax.search.room import Room
 
         options = self._options
         self._builder = RequestBuilder(processor, self._strategy, options.judge_prompts, self._stated_length)
+        self._prompt_tokens = self._longest_prompt(self._builder)
+        self._images = max(len(row.sources) for row in self.rows)
+        Room.at_least(self._builder, self._prompt_tokens, self._images)
 
     def _longest_prompt(self, builder: RequestBuilder) -> int:
         """Return the number of tokens of the longest prompt that can be answered, at least 1."""
@@ -172,8 +177,8 @@ class QuestionFileJob:
             asked,
             slots=self._options.slots,
             ordered=False,
-            prompt_tokens=self._longest_prompt(self._builder),
-            images=max(len(row.sources) for row in self.rows),
+            prompt_tokens=self._prompt_tokens,
+            images=self._images,
         )
         known, failed = self._total - len(self.rows), 0
         start = time.perf_counter()

@@ -5,20 +5,7 @@ import string
 from dataclasses import dataclass
 
 from llava_cot_jax.checks import check_text
-from llava_cot_jax.stage_format import LLAVA_COT, STAGES, StageFormat, StageMarks
-
-__all__ = [
-    "STAGES",
-    "Stage",
-    "body_of",
-    "find_conclusion",
-    "find_stages",
-    "is_staged",
-    "locate_stages",
-    "may_be_staged",
-    "normalize_answer",
-    "without_partial_mark",
-]
+from llava_cot_jax.stage_format import LLAVA_COT, StageFormat, StageMarks
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.questions import read_questions
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import StageBeam
-from llava_cot_jax.stage_format import LLAVA_COT
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import LLAVA_COT, STAGES
 from tests.demo import write_demo
 from tests.parity.reference import and_then, logits_of, under
 from tests.parity.test_transformers import OFF

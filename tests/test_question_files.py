@@ -15,6 +15,7 @@ from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_json
 from llava_cot_jax.generate import main
+from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.question_files import AnswerFile, read_question_rows
 from tests.processes import xla_flags
 
@@ -131,6 +132,12 @@ def test_another_setting_is_refused_before_the_weights_are_loaded(questions, tmp
     with pytest.raises(UserError, match=r'answers.jsonl was begun with convention = null, which is "meta" now'):
         main(arguments(questions, output))
     assert output.read_text() == '{"id": 0, "question": "What?"}\n'
+
+
+def test_a_length_that_cannot_fit_is_refused_before_the_weights_are_loaded(questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(Mllama, "from_pretrained", lambda *_, **__: pytest.fail("the weights are loaded"))
+    with pytest.raises(UserError, match="more than the context of 1024: shorten the question or lower max_new_tokens"):
+        main(arguments(questions, tmp_path / "answers.jsonl", "--max_new_tokens", "1024"))
 
 
 def test_rows_of_questions(tmp_path):

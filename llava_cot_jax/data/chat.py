@@ -15,7 +15,8 @@ from llava_cot_jax.data.settings import ChatSettings, Variant
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import Message, user_message
 from llava_cot_jax.processing.processor import Processor, UnfitTemplateError
-from llava_cot_jax.stages import STAGES, locate_stages
+from llava_cot_jax.stage_format import STAGES
+from llava_cot_jax.stages import locate_stages
 
 EOT = "<|eot_id|>"
 HEADER = "<|start_header_id|>assistant<|end_header_id|>"

@@ -22,7 +22,7 @@ from llava_cot_jax.planning.slices import GENERATIONS, HBM_MARGIN, Slice
 from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths, probe_capacity, probe_chunk
 from llava_cot_jax.search.program import ACCELERATOR_CHUNK
-from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.scorers import Judge, Verifier
 from llava_cot_jax.search.strategies import SearchSpec
 
 TYPICAL_WORKLOAD = Workload(prompt_tokens=256, judge_prompt_tokens=200)
@@ -239,7 +239,7 @@ class _SearchCosts:
             yield tokens * self.decode_step(stage, suffix=tokens // 2).step_seconds
             if self.spec.judge is not None and self.num_candidates(stage) > 1:
                 yield from self._judge_seconds(self.spec.judge, stage)
-            if self.spec.has_verifier:
+            if isinstance(self.spec.scorers[0 if self.spec.max_sentences else stage], Verifier):
                 probes = self.num_candidates(stage) * (self.work.probe_tokens + 1)
                 yield self._prefill_seconds(probes, prefix=prefix + tokens)
             if stage + 1 < len(self.stage_tokens):

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
 
 from llava_cot_jax.inference.decoding import (
     Decoder,
+    EndReason,
     Samples,
     StopConditions,
     encode_images,
@@ -257,7 +258,9 @@ class StageSearch:
     def score(
         self, chain: tuple[Segment, ...], candidates: Samples, stage: Int[Array, " questions"]
     ) -> StageScores | None:
-        """Return the verifier's scores of the candidates, of every question; None where no stage has a verifier.
+        """Return the verifier's scores of the candidates; None where no stage has a verifier.
+
+        A question whose stage has another scorer takes no work, and has the scores 0.
 
         Args:
             chain: Segments up to the candidates' own, root first.
@@ -268,7 +271,10 @@ class StageSearch:
         if tables is None:
             return None
         closings = self.tables.closings[stage[:, None], candidates.state]
-        return score_candidates(self.decoder, chain, self._cut(candidates, stage), closings, stage, tables)
+        is_its_stage = jnp.array([isinstance(scorer, Verifier) for scorer in self.spec.scorers])[stage]
+        scored = self._cut(candidates, stage)
+        scored = replace(scored, ended=jnp.where(is_its_stage[:, None], scored.ended, EndReason.UNUSED))
+        return score_candidates(self.decoder, chain, scored, closings, stage, tables)
 
     def choose(
         self, candidates: Samples, scores: StageScores | None, progress: SearchProgress

@@ -15,7 +15,7 @@ from llava_cot_jax.data.rows import Rows
 from llava_cot_jax.data.sources import open_training_rows, open_validation_rows
 from llava_cot_jax.model.sharding import partition_spec
 from llava_cot_jax.progress import ProgressBar
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run, steps_in
 from llava_cot_jax.training.fingerprints import data_fields, model_fields
 from llava_cot_jax.training.metrics import MetricsWriter, Throughput, check_wandb, losses_by_stage

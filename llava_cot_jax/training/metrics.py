@@ -21,7 +21,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import copy_file
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import is_remote
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 
 METRICS_FILE = "metrics.jsonl"
 """Name of the file in the folder of a run with a JSON line of metrics for each step."""

@@ -16,7 +16,7 @@ from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.model.sharding import use_mesh
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 from llava_cot_jax.training.loss import token_losses
 from llava_cot_jax.training.optimizer import Optimizer
 from llava_cot_jax.training.state import TrainState, state_sharding

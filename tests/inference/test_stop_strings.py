@@ -22,7 +22,7 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.strategies import StageBeam
 from llava_cot_jax.search.tables import build_judge_tables, build_stage_tables, token_ids
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 from tests.search.models import tagged_processor
 
 CASES = 3000

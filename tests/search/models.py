@@ -13,7 +13,7 @@ from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 
 PROMPTS = """
 pair:

@@ -19,7 +19,7 @@ from llava_cot_jax.search.request_builder import LENGTH_STEP, RequestBuilder
 from llava_cot_jax.search.scorers import Judge, LogProbability
 from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam
 from llava_cot_jax.search.tables import build_judge_tables, build_verifier_tables
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 from tests.search.models import random_model, scene, tagged_processor, trained_model
 
 

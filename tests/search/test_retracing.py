@@ -17,8 +17,7 @@ from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.retracing import DEVIATIONS, Retracing, Threshold, read_threshold, reasoning_scores
 from llava_cot_jax.search.retracing_search import search_retracing
-from llava_cot_jax.stage_format import StageFormat
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES, StageFormat
 from tests.search.brute_force_retracing import RetracingSearch
 from tests.search.models import random_model, scene
 from tests.search.test_search import plain

@@ -19,7 +19,7 @@ from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.scorers import Judge, LogProbability, OwnScorer, call_scorer
 from llava_cot_jax.search.show import describe_search
 from llava_cot_jax.search.strategies import BestOfN, StageBeam
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 from tests.search import brute_force
 from tests.search.models import random_model, scene
 

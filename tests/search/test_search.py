@@ -17,7 +17,7 @@ from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
 from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam, WeightedVote
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 from tests.model.test_named_scopes import scopes
 from tests.search import brute_force
 from tests.search.models import random_model, scene, trained_model

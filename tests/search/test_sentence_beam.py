@@ -18,8 +18,7 @@ from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
 from llava_cot_jax.search.sentence_beam import SentenceBeam
 from llava_cot_jax.search.sentence_search import search_sentences
 from llava_cot_jax.search.trace import _read_sentence
-from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import LLAVA_COT, STAGES, StageFormat
 from tests.search.brute_force_sentences import SentenceSearch
 from tests.search.models import random_model, scene, trained_model
 from tests.search.test_hostile import parrot

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from llava_cot_jax.search.trace import Trace
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 from tests.search.traces import (
     HOSTILE,
     rationale_trace,

@@ -290,3 +290,14 @@ def test_names_of_the_verifiers_parts_in_the_program(ending, prompts):
     inputs = builder.build([image], [question]).inputs
     lowered = search.lower(model.params, inputs, builder.stage_tables, builder.scorer_tables, **static)
     assert "stage/verifier/prefill" in scopes(lowered)
+
+
+def test_only_the_stages_of_the_verifier_are_asked_about(ending, prompts, monkeypatch):
+    """The other stages read no probe, and their candidates have no score."""
+    found = recorded_results(monkeypatch)
+    scorers = (LogProbability(), Verifier(), LogProbability(), Verifier())
+    answer = Reasoner(*ending, StageBeam(2, scorers, max_new_tokens=5), prompts).answer(None, "red?", seed=5)
+    read = jax.device_get(found[0].scores.probe_lengths)[:, 0]
+    assert [row.all() for row in read > 0] == [row.any() for row in read > 0] == [False, True, False, True]
+    scored = [[candidate.score is not None for candidate in stage.candidates] for stage in answer.trace.stages]
+    assert scored == [[False] * 2, [True] * 2] * 2

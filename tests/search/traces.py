@@ -4,7 +4,7 @@ import itertools
 from dataclasses import replace
 
 from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 
 HOSTILE = 'if a < b && c > d: "x" <script>alert(1)</script> [bold red]not markup[/] &amp; \x1b[31mred\x00 {{ 7 * 7 }}'
 """What must reach a person as it is, but for the two control characters."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import ClassVar, Literal, NamedTuple
 
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle", "star")

@@ -19,7 +19,7 @@ from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.stages import STAGES
+from llava_cot_jax.stage_format import STAGES
 
 TEXTS = [
     text
