@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,12 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import as_path, reading_errors
 from llava_cot_jax.question_files import AnswerFile, QuestionRow, read_question_rows
+from llava_cot_jax.question_result import result_of
 from llava_cot_jax.search.strategies import Strategy
 
 if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.processing.processor import Processor
-    from llava_cot_jax.search.answers import Answer
     from llava_cot_jax.search.request_builder import RequestBuilder
     from llava_cot_jax.search.stream import StreamedAnswer
 
@@ -158,14 +157,8 @@ class QuestionFileJob:
                 return length
         return 1
 
-    def run(self, model: Mllama, result_of: Callable[[Answer, bool], Any]) -> None:
-        """Answer the questions, each of which is on the disk as soon as it is answered.
-
-        Args:
-            model: The model.
-            result_of: Function of an answer, and whether the context shortened its default length, that returns the
-                dataclass with what a row says of it.
-        """
+    def run(self, model: Mllama) -> None:
+        """Answer the questions with a model, each of which is on the disk as soon as it is answered."""
         from llava_cot_jax.search.stream import AnswerStream, Question
 
         assert self._builder is not None
@@ -187,7 +180,7 @@ class QuestionFileJob:
             for done, streamed in enumerate(stream, 1):
                 row = self.rows[streamed.index]
                 failed += streamed.error is not None
-                said = _said(streamed, lambda answer: result_of(answer, stream.is_shrunk))
+                said = _said(streamed, stream.is_shrunk)
                 about = {"id": row.id, "question": row.question, "images": row.images}
                 self._file.append({**about, "seed": seeds[streamed.index], **said})
                 pace = (time.perf_counter() - start) / done
@@ -199,9 +192,9 @@ class QuestionFileJob:
             )
 
 
-def _said(streamed: StreamedAnswer, result_of: Callable[[Answer], Any]) -> dict[str, Any]:
+def _said(streamed: StreamedAnswer, is_shrunk: bool) -> dict[str, Any]:
     """Return what a row says of a question besides the question."""
     if streamed.answer is None:
         return {"error": str(streamed.error)}
-    result = result_of(streamed.answer)
+    result = result_of(streamed.answer, is_shrunk)
     return {**asdict(result), "notes": result.notes(streamed.answer.trace.format)}

@@ -21,7 +21,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from llava_cot_jax import cli
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.files import read_json
-from llava_cot_jax.generate import MORE_TOKENS, QuestionResult, main
+from llava_cot_jax.generate import main
 from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.inference.screen import Screen
 from llava_cot_jax.model import config as config_module
@@ -31,6 +31,7 @@ from llava_cot_jax.model.sharding import default_mesh, make_mesh
 from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.question_result import MORE_TOKENS, QuestionResult
 from llava_cot_jax.questions import read_questions
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.strategies import StageBeam
