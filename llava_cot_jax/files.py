@@ -4,6 +4,7 @@ Paths may be in a bucket, which replaces a file as a whole by itself. The functi
 those of ``pathlib`` do; ``paths.writing_errors`` turns it into a ``UserError``.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -229,3 +230,8 @@ def check_file_writable(path: Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
     if is_folder:
         raise UserError(f"{path} cannot be written: it is a folder; name a file")
+
+
+def short_digest(content: bytes) -> str:
+    """Return 16 hexadecimal digits of a SHA-256, by which contents are told apart."""
+    return hashlib.sha256(content).hexdigest()[:16]

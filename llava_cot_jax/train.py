@@ -5,12 +5,9 @@ python -m llava_cot_jax.train --config FILE.yaml [dotted overrides]
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import logging
 import os
 import shlex
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -24,12 +21,14 @@ from rich.console import Console
 from llava_cot_jax import cli
 from llava_cot_jax.data.sources import open_training_rows, open_validation_rows
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.hosts.joining import join_hosts
+from llava_cot_jax.hosts.lifeline import Lifeline
+from llava_cot_jax.hosts.options import add_hosts_options, group_in
+from llava_cot_jax.hosts.process_group import ProcessGroup, find_group
 from llava_cot_jax.interruption import EXIT_CODE
 from llava_cot_jax.model.checkpoint.folder import named_folder, resolve_checkpoint
 from llava_cot_jax.paths import as_path, check_folder_writable
 from llava_cot_jax.training.layout import CONFIGURATION, MOVABLE, is_run, kept_model_files, relocated
-from llava_cot_jax.training.lifeline import Lifeline
-from llava_cot_jax.training.process_group import ProcessGroup, bypass_proxies, find_group
 from llava_cot_jax.training.settings import RENAMED_SETTINGS, TrainSettings
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         settings, options = read_arguments(arguments)
     except UserError:
-        with Lifeline(_group_in(arguments)).shared_failures(report):
+        with Lifeline(group_in(arguments)).shared_failures(report):
             raise
     group = find_group(**vars(options.hosts))
     lifeline = Lifeline(group)
@@ -76,7 +75,7 @@ def _train(settings: TrainSettings, accept_changes: bool, group: ProcessGroup, l
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of each thread, then raises
     cli.enable_compilation_cache()
     lifeline.agree(lambda: start_fields(settings, accept_changes))
-    _join_hosts(group)
+    join_hosts(group)
     lifeline.catch_aborts()
     first = group.index == 0
     console = Console(highlight=False, soft_wrap=True)
@@ -114,31 +113,6 @@ def read_arguments(argv: list[str] | None = None) -> tuple[TrainSettings, jsonar
     return _relocate_moved_run(settings, arguments), options
 
 
-def _group_in(arguments: Sequence[str]) -> ProcessGroup:
-    """Return the processes that arguments name which cannot be used, so that the others hear of it, or this one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    configured = _configured_hosts(arguments)
-    for name, kind in (("coordinator", str), ("count", int), ("index", int)):
-        parser.add_argument(f"--hosts.{name}", dest=name, type=kind, default=configured.get(f"hosts.{name}"))
-    try:
-        known, _ = parser.parse_known_args(list(arguments))
-        return find_group(**vars(known))
-    except (argparse.ArgumentError, UserError):
-        return ProcessGroup()
-
-
-def _configured_hosts(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the options of hosts in the configuration files that arguments name, as far as these can be read."""
-    configured: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # a UserError is a ValueError
-        for configuration in cli.configurations_in(arguments):
-            content = yaml.safe_load(configuration.read_text(encoding="utf-8"))
-            group = content.pop("hosts", None) if isinstance(content, dict) else None
-            if isinstance(group, dict):
-                configured |= {f"hosts.{name}": value for name, value in group.items()}
-    return {name: str(value) for name, value in configured.items() if value is not None}
-
-
 def _relocate_moved_run(settings: TrainSettings, arguments: Sequence[str]) -> TrainSettings:
     """Return ``settings`` with their present paths, if they come from the configuration file of a run that was moved.
 
@@ -170,20 +144,7 @@ def _parser() -> cli.Parser:
         default=False,
         help="Resume from a checkpoint even if settings or data have changed since.",
     )
-    add(
-        "--hosts.coordinator",
-        type=str | None,
-        default=None,
-        help="Address HOST:PORT of the first process. On TPU slices, and under Slurm or Open MPI, leave out all three "
-        "options of hosts.",
-    )
-    add(
-        "--hosts.count",
-        type=int | None,
-        default=None,
-        help="Number of processes of the run. 1 runs with this process alone, whatever its environment says.",
-    )
-    add("--hosts.index", type=int | None, default=None, help="Index of this process, counted from 0.")
+    add_hosts_options(parser)
     return parser
 
 
@@ -201,34 +162,6 @@ def _check_files(settings: TrainSettings) -> None:
         open_validation_rows(settings.data, settings.validation_data, count)
     if not kept_model_files(settings) and (folder := named_folder(settings.checkpoint)):
         check_tokenizer(folder if settings.random_init else resolve_checkpoint(folder))
-
-
-def _join_hosts(group: ProcessGroup) -> None:
-    """Connect jax with the other processes of the run, or with this one alone, which lets it hear of a SIGTERM.
-
-    Raises:
-        UserError: jax cannot start, for example because of one of its own environment variables.
-    """
-    import jax
-
-    address, bind = group.address, None
-    if group.count == 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = bind = f"127.0.0.1:{probe.getsockname()[1]}"
-    bypass_proxies(address)
-    jax.config.update("jax_check_proxy_envs", False)  # a warning of what was just prevented
-    try:
-        jax.distributed.initialize(
-            address,
-            group.count,
-            group.index,
-            local_device_ids=group.local_devices,
-            cluster_detection_method="deactivate",
-            coordinator_bind_address=bind,
-        )
-    except (ValueError, RuntimeError) as fault:
-        raise UserError(f"jax cannot connect the processes of the run at {address}: {fault}") from fault
 
 
 def _answer(result: TrainResult) -> None:

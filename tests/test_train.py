@@ -169,7 +169,7 @@ cli.run(main)
     ],
 )
 def test_a_mistake_ends_in_one_line_and_code_2(place, cache, monkeypatch, capsys, mistake, message):
-    monkeypatch.setattr("llava_cot_jax.train._join_hosts", lambda hosts: None)  # this process has done it
+    monkeypatch.setattr("llava_cot_jax.train.join_hosts", lambda hosts: None)  # this process has done it
     monkeypatch.setattr("sys.argv", ["train", *arguments(place / "small", place / "wrong"), *mistake])
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -183,7 +183,7 @@ def test_a_mistake_ends_in_one_line_and_code_2(place, cache, monkeypatch, capsys
 
 def test_a_second_run_in_the_same_folder_is_refused(place, cache, monkeypatch):
     """Before it reads or writes anything there."""
-    monkeypatch.setattr("llava_cot_jax.train._join_hosts", lambda hosts: None)  # this process has done it
+    monkeypatch.setattr("llava_cot_jax.train.join_hosts", lambda hosts: None)  # this process has done it
     (place / "both").mkdir()
     with RunLock(place / "both"), pytest.raises(UserError, match=r"both: a run is under way there \(process \d+ on"):
         main(arguments(place / "small", place / "both"))

@@ -24,9 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from llava_cot_jax.errors import UserError, causes
+from llava_cot_jax.hosts.broadcast import broadcast_string
 from llava_cot_jax.memory_errors import describe_exhausted_memory
 from llava_cot_jax.paths import is_remote, move, remove_folder
-from llava_cot_jax.training.broadcast import broadcast_string
 from llava_cot_jax.training.checksums import find_damage, write_checksums
 from llava_cot_jax.training.settings import CheckpointSettings
 from llava_cot_jax.training.state import TrainState

@@ -18,8 +18,8 @@ from typing import IO, Any, Self
 import jax
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.hosts.broadcast import broadcast_string
 from llava_cot_jax.paths import bucket_filesystem, is_remote
-from llava_cot_jax.training.broadcast import broadcast_string
 
 LOCK_FILE = ".running"
 """Name of the file in the folder of a run that says which process holds the lock."""

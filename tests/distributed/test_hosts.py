@@ -131,14 +131,15 @@ def test_a_record_that_one_host_cannot_read_ends_all(place, cache):
 KILLED = """
 import os, signal, sys, time
 import jax
-from llava_cot_jax import cli, train
-from llava_cot_jax.training.lifeline import Lifeline
-from llava_cot_jax.training.process_group import ProcessGroup
+from llava_cot_jax import cli
+from llava_cot_jax.hosts.joining import join_hosts
+from llava_cot_jax.hosts.lifeline import Lifeline
+from llava_cot_jax.hosts.process_group import ProcessGroup
 group = ProcessGroup(sys.argv[1], 2, int(sys.argv[2]))
 lifeline = Lifeline(group)
 with lifeline.shared_failures(cli.report):
     lifeline.meet()
-    train._join_hosts(group)
+    join_hosts(group)
     lifeline.catch_aborts()
     lifeline.agree(dict)
     if group.index == 0:
@@ -168,7 +169,7 @@ def test_the_first_process_is_killed():
     assert "stack trace" not in errors[1]
 
 
-SOON = "from llava_cot_jax.training import lifeline; lifeline.FIRST_NOTICE_SECONDS, lifeline.MEETING_SECONDS = 1.0, 2.0"
+SOON = "from llava_cot_jax.hosts import lifeline; lifeline.FIRST_NOTICE_SECONDS, lifeline.MEETING_SECONDS = 1.0, 2.0"
 
 
 @pytest.mark.slow

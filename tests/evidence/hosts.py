@@ -53,7 +53,7 @@ OTHER_DEVICES = """
 import os
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=1", "count=3")
 """
-GIVES_UP_SOON = "from llava_cot_jax.training import lifeline; lifeline.MEETING_SECONDS = 20.0"
+GIVES_UP_SOON = "from llava_cot_jax.hosts import lifeline; lifeline.MEETING_SECONDS = 20.0"
 
 SLURM = {"JOB_ID": "77", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": "0", "LOCALID": "0"}
 LEFTOVERS: dict[str, Mapping[str, str]] = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llava_cot_jax.training import fingerprints
+from llava_cot_jax.hosts import surroundings
 from llava_cot_jax.training.fingerprints import model_fields, start_fields
 from llava_cot_jax.training.initial_model import InitialModel
 from llava_cot_jax.training.settings import LoraSettings, OptimizerSettings, TrainSettings
@@ -40,7 +40,7 @@ def test_what_is_outside_the_settings(monkeypatch, tmp_path):
     first = start_fields(SETTINGS, False)
     assert first["the digest of llava_cot_jax/training/step.py"] and "the digest of llava_cot_jax/train.py" in first
     monkeypatch.setenv("XLA_FLAGS", "--xla_b --xla_a=2 --xla_dump_to=/tmp/b")
-    monkeypatch.setattr(fingerprints, "version", lambda name: "9")
+    monkeypatch.setattr(surroundings, "version", lambda name: "9")
     second = start_fields(SETTINGS, True)
     versions = {name for name in first if name.startswith("the version of") and name != "the version of python"}
     assert changed(first, second) == {"accept_changes", "--xla_a in XLA_FLAGS", *versions}

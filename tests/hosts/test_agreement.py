@@ -1,6 +1,6 @@
 """What a run says of processes that have read different things."""
 
-from llava_cot_jax.training.agreement import describe_differences, name_processes
+from llava_cot_jax.hosts.agreement import describe_differences, name_processes
 
 HOSTS = {0: "a", 1: "b", 2: "c"}
 

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from llava_cot_jax.errors import TransientError, UserError, causes
+from llava_cot_jax.hosts import connections
+from llava_cot_jax.hosts.connections import Failure, FirstConnections, OtherConnections
+from llava_cot_jax.hosts.process_group import ALONE, ProcessGroup
 from llava_cot_jax.memory_errors import describe_exhausted_memory
-from llava_cot_jax.training import connections
-from llava_cot_jax.training.connections import Failure, FirstConnections, OtherConnections
-from llava_cot_jax.training.process_group import ALONE, ProcessGroup
 
 MEETING_SECONDS = 300.0
 """Time in which all processes must have come."""

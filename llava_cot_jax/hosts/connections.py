@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from threading import Condition, Event, Thread
 from typing import Any
 
-from llava_cot_jax.training.agreement import describe_differences, name_processes
-from llava_cot_jax.training.process_group import ProcessGroup
+from llava_cot_jax.hosts.agreement import describe_differences, name_processes
+from llava_cot_jax.hosts.process_group import ProcessGroup
 
 SILENCE_SECONDS = 60.0
 """Time without any message after which a process is taken for lost. jax's own limit, 100 s, is longer."""

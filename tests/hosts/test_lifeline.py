@@ -13,11 +13,11 @@ import pytest
 
 from llava_cot_jax.cli import report
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.training import connections
-from llava_cot_jax.training import lifeline as module
-from llava_cot_jax.training.connections import Failure
-from llava_cot_jax.training.lifeline import Lifeline
-from llava_cot_jax.training.process_group import ALONE, ProcessGroup
+from llava_cot_jax.hosts import connections
+from llava_cot_jax.hosts import lifeline as module
+from llava_cot_jax.hosts.connections import Failure
+from llava_cot_jax.hosts.lifeline import Lifeline
+from llava_cot_jax.hosts.process_group import ALONE, ProcessGroup
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # ends of "processes"
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.training.process_group import ProcessGroup, bypass_proxies, find_group, local_share
+from llava_cot_jax.hosts.process_group import ProcessGroup, bypass_proxies, find_group, local_share
 from tests.processes import ROOT
 
 SLURM = {
@@ -138,7 +138,7 @@ class TestOpenMpi:
 
 
 def test_a_pod_whose_job_cannot_be_asked_for_is_alone(environment, caplog, monkeypatch):
-    monkeypatch.setattr("llava_cot_jax.training.process_group.find_spec", lambda name: None)
+    monkeypatch.setattr("llava_cot_jax.hosts.process_group.find_spec", lambda name: None)
     environment(KUBERNETES)
     assert found() == ProcessGroup()
     assert "the package kubernetes is not installed" in caplog.text and "\n" not in caplog.messages[0]
@@ -184,7 +184,7 @@ def test_what_the_user_reaches_without_a_proxy_stays(monkeypatch, kept):
 
 BEHIND_A_PROXY = """
 from llava_cot_jax.train import _join_hosts
-from llava_cot_jax.training.process_group import ProcessGroup
+from llava_cot_jax.hosts.process_group import ProcessGroup
 _join_hosts(ProcessGroup())
 print("joined")
 """
