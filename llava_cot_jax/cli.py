@@ -76,7 +76,7 @@ CONFIGURATIONS = Path(__file__).with_name("configs")
 _BAR_WIDTH, _NARROW_BAR_WIDTH, _WIDE_SCREEN = 40, 10, 120
 """Columns of a progress bar, of one on a screen that is not wide, and of a wide screen."""
 
-_GOOGLE_PCI_VENDOR = "0x1ae0"
+GOOGLE_PCI_VENDOR = "0x1ae0"
 """PCI vendor of TPUs, by which jax finds them too."""
 
 _LIBTPU_WITHOUT_TPU = {
@@ -364,7 +364,7 @@ def run_interruptible(function: Callable[[], _Result]) -> _Result:
 def _quiet_libtpu() -> None:
     """Keep libtpu quiet where it is installed on a machine without a TPU."""
     vendors = (path.read_text().strip() for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
-    if _GOOGLE_PCI_VENDOR not in vendors:
+    if GOOGLE_PCI_VENDOR not in vendors:
         for name, value in _LIBTPU_WITHOUT_TPU.items():
             os.environ.setdefault(name, value)
 

@@ -10,12 +10,16 @@ command draws.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import jsonargparse
@@ -25,6 +29,13 @@ from llava_cot_jax import cli
 from llava_cot_jax.answerers import SearchAnswerer, StreamingAnswerer
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import check_file_writable
+from llava_cot_jax.hosts.joining import join_hosts, keep_to_own_devices
+from llava_cot_jax.hosts.lifeline import Lifeline
+from llava_cot_jax.hosts.options import add_hosts_options, group_in, hosts_option
+from llava_cot_jax.hosts.process_group import ALONE, ProcessGroup, find_group
+from llava_cot_jax.hosts.question_queue import QuestionSource, QueuedQuestions
+from llava_cot_jax.hosts.question_server import QuestionServer, RemoteQuestions
+from llava_cot_jax.hosts.surroundings import device_fields, surroundings
 from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.checkpoint.adapter_settings import read_adapter_settings
 from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_tokens, resolve_checkpoint
@@ -42,6 +53,7 @@ from llava_cot_jax.stage_format import StageFormat
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from llava_cot_jax.model.mllama import Mllama
 
 _LOG = logging.getLogger("llava_cot_jax.generate")  # where the command is run, __name__ is "__main__"
 
@@ -57,12 +69,98 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: An argument, a file or a checkpoint that cannot be used, before anything expensive starts.
     """
-    options = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    report = partial(cli.report, command="generate")
+    try:
+        options = _parser().parse_args(arguments)
+    except UserError:
+        others = group_in(arguments) if hosts_option(arguments, "divide") == "model" else ProcessGroup()
+        with Lifeline(others).shared_failures(report):
+            raise
+    group = find_group(options.hosts.coordinator, options.hosts.count, options.hosts.index)
+    if group.count == 1 or options.hosts.divide == "questions":
+        _generate(options, group)
+        return
+    lifeline = Lifeline(group)
+    is_quiet = contextlib.redirect_stdout(io.StringIO()) if group.index else contextlib.nullcontext()
+    with lifeline.shared_failures(report), is_quiet:
+        _generate(options, group, lifeline)
+
+
+def _generate(options: jsonargparse.Namespace, group: ProcessGroup, lifeline: Lifeline | None = None) -> None:
+    """Answer the questions.
+
+    Args:
+        options: Options of the command.
+        group: Processes of the run.
+        lifeline: Bond of the processes that have one model over all their devices; None where each has its own.
+    """
+    checked = _check(options, group)
+    if checked is None:
+        return
+    if lifeline:
+        lifeline.meet()
+        lifeline.agree(lambda: surroundings() | checked.fields())
+        join_hosts(group)
+        lifeline.catch_aborts()
+    else:
+        keep_to_own_devices(group)
+    cli.enable_compilation_cache()
+    if lifeline:
+        lifeline.agree(checked.model_fields)
+    if checked.job:
+        _answer_file(checked, checked.job, group, is_divided=lifeline is None and group.count > 1)
+    else:
+        _answer_questions(checked, is_first=group.index == 0)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Arguments that can be used, as far as that is known without the model's processor."""
+
+    options: jsonargparse.Namespace
+    method: Strategy | Sampling
+    format: StageFormat
+    folder: Path
+    config: MllamaConfig
+    stated_length: int | None
+    questions: list[UserQuestion]
+    job: QuestionFileJob | None
+    uses_default_model: bool
+
+    def fields(self) -> dict[str, str]:
+        """Return what must be the same in processes that share a model, by name."""
+        own = ("hosts", "checkpoint", "config", "output", "questions", "trace", "page", "threshold_to", "draw_to")
+        given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
+        return given | (self.job.fields() if self.job else {})
+
+    def model_fields(self) -> dict[str, str]:
+        """Return the files of the model and the devices of this process, by name."""
+        from llava_cot_jax.model.checkpoint.fingerprint import checkpoint_fields
+
+        return device_fields() | checkpoint_fields(self.folder, self.config)
+
+
+def _check(options: jsonargparse.Namespace, group: ProcessGroup) -> _Checked | None:
+    """Check the arguments and the files before anything slow is imported. Return None where nothing is left to do.
+
+    Raises:
+        UserError: One of them cannot be used.
+    """
     method, format = _search_or_sampling(options), StageFormat.load(options.format)
     if uses_default_model := options.checkpoint is None:
         options.checkpoint = BUNDLED_MODEL
     if options.adapter is not None:
         read_adapter_settings(options.adapter)  # refuses before the weights are fetched
+    is_divided = group.count > 1 and options.hosts.divide == "questions"
+    if is_divided and not options.questions:
+        raise UserError(
+            f"{group.source} name {group.count} processes, which can divide a file of --questions, or one model by "
+            f"--hosts.divide model; {ALONE}"
+        )
+    if group.index:  # the first process shows and writes what all compute
+        options.json, options.show_search = not options.questions, False
+        options.trace = options.page = options.threshold_to = None
     folder = resolve_checkpoint(options.checkpoint)
     config = read_config(folder, options.convention)
     stated_length = read_max_new_tokens(folder)
@@ -70,52 +168,81 @@ def main(argv: list[str] | None = None) -> None:
     _check_files(options)
     job = None
     if options.questions:
-        job = QuestionFileJob(options, _strategy(method, options, format), config, stated_length)
-        if not job.rows:
+        strategy = _strategy(method, options, format)
+        job = QuestionFileJob(options, strategy, config, stated_length, writes=group.index == 0)
+        if not job.unanswered and group.count == 1:
             print(f"{options.output} has the answers to all questions of {options.questions}", file=sys.stderr)
-            return
+            return None
+    return _Checked(options, method, format, folder, config, stated_length, questions, job, uses_default_model)
 
-    # These imports take longer than all checks so far.
+
+def _answer_file(checked: _Checked, job: QuestionFileJob, group: ProcessGroup, is_divided: bool) -> None:
+    """Answer a file of questions.
+
+    Args:
+        checked: The arguments.
+        job: The questions and the answers.
+        group: Processes of the run.
+        is_divided: Whether each process has the whole model, and answers some of the questions.
+    """
     from llava_cot_jax.processing.processor import Processor
 
-    processor = Processor.from_pretrained(folder, config)
+    mesh = _mesh(checked.options.mesh, checked.config)
+    job.prepare(Processor.from_pretrained(checked.folder, checked.config))
+
+    def answer(source: QuestionSource) -> None:
+        model = _load(checked, mesh, is_first=group.index == 0)
+        with job.shown() if group.index == 0 else contextlib.nullcontext():
+            cli.run_interruptible(lambda: job.run(model, source))
+
+    def fields() -> dict[str, str]:
+        return surroundings() | checked.model_fields() | job.fields() | {"the mesh": str(mesh and dict(mesh.shape))}
+
+    if not is_divided:
+        job.share_unanswered()
+        queue = job.queue()
+        if not queue.is_over:
+            answer(QueuedQuestions(queue))
+        job.finish()
+    elif group.index == 0:
+        queue = job.queue()
+        server = QuestionServer(group, queue, fields())
+        if not queue.is_over:
+            answer(QueuedQuestions(queue))
+        job.finish()
+        server.close()
+    else:
+        source = RemoteQuestions(group, fields())
+        if not source.is_over:
+            answer(source)
+        source.close()
+
+
+def _answer_questions(checked: _Checked, is_first: bool) -> None:
+    """Answer questions one by one.
+
+    Args:
+        checked: The arguments.
+        is_first: Whether this is the process that shows and writes what all compute.
+    """
+    from llava_cot_jax.processing.processor import Processor
+
+    options, method, format, questions = checked.options, checked.method, checked.format, checked.questions
+    processor = Processor.from_pretrained(checked.folder, checked.config)
 
     import jax
 
-    from llava_cot_jax.model.mllama import Mllama
-
-    cli.enable_compilation_cache()
     compilations = cli.CompilationCounter()
-    mesh = _mesh(options.mesh, config)
-    if job:
-        job.prepare(processor)
+    mesh = _mesh(options.mesh, checked.config)
+    if isinstance(method, Sampling):
+        answerer: StreamingAnswerer | SearchAnswerer
+        answerer = StreamingAnswerer(processor, method, options, format, checked.stated_length)
     else:
-        if isinstance(method, Sampling):
-            answerer: StreamingAnswerer | SearchAnswerer
-            answerer = StreamingAnswerer(processor, method, options, format, stated_length)
-        else:
-            answerer = SearchAnswerer(processor, method, options, stated_length)
-        prepared = [answerer.prepare(question) for question in questions]
-    if uses_default_model:
-        Console(stderr=True).print(DEFAULT_MODEL_NOTE, style="bold yellow")
-
+        answerer = SearchAnswerer(processor, method, options, checked.stated_length)
+    prepared = [answerer.prepare(question) for question in questions]
     start = time.perf_counter()
-    with cli.progress_bar("loading weights") as on_progress:
-        model = Mllama.from_pretrained(
-            folder,
-            config=config,
-            dtype=options.dtype,
-            mesh=mesh,
-            adapter=options.adapter,
-            on_progress=on_progress,
-        )
-        if options.quantize:
-            model.quantize()
+    model = _load(checked, mesh, is_first)
     loading_seconds = time.perf_counter() - start
-
-    if job:
-        cli.run_interruptible(lambda: job.run(model))
-        return
     for question, answer in zip(questions, prepared, strict=True):
         compiled_before = compilations.count
         shows_plain_text = not options.json and not options.show_search
@@ -130,13 +257,35 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(report, allow_nan=False), flush=True)
         elif shows_plain_text and question.right_answer:
             print(f"(the right answer: {question.right_answer})", flush=True)
-        for note in result.notes(format):
+        for note in result.notes(format) if is_first else ():
             _LOG.warning(f"{question.header}: {note}" if len(questions) > 1 else note)
     if isinstance(answerer, SearchAnswerer) and options.threshold_to:
         answerer.write_threshold()
     for name in ("trace", "page"):
         if options[name]:
             print(f"wrote the {name} of the search to {options[name]}", file=sys.stderr)
+
+
+def _load(checked: _Checked, mesh: Mesh | None, is_first: bool) -> Mllama:
+    """Load the model."""
+    from llava_cot_jax.model.mllama import Mllama
+
+    options = checked.options
+    if checked.uses_default_model and is_first:
+        Console(stderr=True).print(DEFAULT_MODEL_NOTE, style="bold yellow")
+    progress_bar = cli.progress_bar if is_first else cli.no_progress_bar
+    with progress_bar("loading weights") as on_progress:
+        model = Mllama.from_pretrained(
+            checked.folder,
+            config=checked.config,
+            dtype=options.dtype,
+            mesh=mesh,
+            adapter=options.adapter,
+            on_progress=on_progress,
+        )
+        if options.quantize:
+            model.quantize()
+    return model
 
 
 def _parser() -> cli.Parser:
@@ -165,6 +314,14 @@ def _parser() -> cli.Parser:
     add_arguments(parser)
     add_request_options(parser)
     add_question_file_options(parser)
+    add_hosts_options(parser)
+    add(
+        "--hosts.divide",
+        choices=["questions", "model"],
+        default="questions",
+        help='Parts that several processes divide: the "questions" of a file, where each process has the whole model '
+        'on its own devices, or the "model", which is one over the devices of all.',
+    )
     return parser
 
 

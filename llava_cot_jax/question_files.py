@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Self
 
 from llava_cot_jax.checks import check_text, shown
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import check_file_writable, read_json, write_json
+from llava_cot_jax.files import check_file_writable, read_json, write_json, write_text
 from llava_cot_jax.paths import is_remote, reading_errors, writing_errors
 
 KEYS = ("id", "question", "image", "images", "seed")
@@ -137,7 +137,7 @@ class AnswerFile:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self.close()
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append an answer, which is on the disk when this returns.
@@ -152,8 +152,8 @@ class AnswerFile:
             os.fsync(self._file.fileno())
         self._note(row)
 
-    def unanswered(self, rows: Sequence[QuestionRow]) -> list[QuestionRow]:
-        """Return the rows whose answers it does not have.
+    def unanswered(self, rows: Sequence[QuestionRow]) -> list[int]:
+        """Return the indices of the rows whose answers it does not have.
 
         Raises:
             UserError: It has the answer to another question of the same id.
@@ -164,7 +164,27 @@ class AnswerFile:
                 raise UserError(
                     f"{self._path} has the answer to another question with the id {shown(row.id)}: name another output"
                 )
-        return [row for row in rows if row.id not in self.known]
+        return [index for index, row in enumerate(rows) if row.id not in self.known]
+
+    def put_in_order(self, ids: Sequence[str | int]) -> None:
+        """Put the answers in the order of the questions with these ids, and those to others after them.
+
+        The file is replaced by a new one at once, so that no answer is lost on the way.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        places = {identifier: place for place, identifier in enumerate(ids)}
+        self._file.seek(0)
+        lines = self._file.readlines()
+        ordered = sorted(lines, key=lambda line: places.get(json.loads(line)["id"], len(places)))
+        if ordered != lines:
+            with writing_errors(self._path):
+                write_text(self._path, b"".join(ordered).decode())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
     def _note(self, row: Mapping[str, Any]) -> None:
         self.known[row["id"]] = row["question"], list(row["images"])

@@ -6,14 +6,20 @@ import contextlib
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cot_jax import cli
 from llava_cot_jax.checks import check_int
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.files import short_digest
+from llava_cot_jax.hosts.question_queue import QuestionQueue, QuestionSource, Row
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import as_path, reading_errors
+from llava_cot_jax.progress import ProgressUpdate
 from llava_cot_jax.question_files import AnswerFile, QuestionRow, read_question_rows
 from llava_cot_jax.question_result import result_of
 from llava_cot_jax.search.strategies import Strategy
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.request_builder import RequestBuilder
-    from llava_cot_jax.search.stream import StreamedAnswer
+    from llava_cot_jax.search.stream import Question, StreamedAnswer
 
 _LOG = logging.getLogger("llava_cot_jax.generate")
 
@@ -56,9 +62,9 @@ def add_question_file_options(parser: Any) -> None:
     add(
         "--output",
         type=str,
-        help="JSONL file that takes the answers to --questions as they come. The same command goes on with it after an "
-        "interruption, and asks no question twice. A question without an answer has a row with the error, and is asked "
-        "again once that row is deleted.",
+        help="JSONL file that takes the answers to --questions as they come, and is put in the order of the questions "
+        "at the end. The same command goes on with it after an interruption, and asks no question twice. A question "
+        "without an answer has a row with the error, and is asked again once that row is deleted.",
     )
     add("--slots", type=int, default=8, help="Number of questions of --questions that are answered at a time.")
 
@@ -85,28 +91,36 @@ class QuestionFileJob:
         strategy: Strategy to search with.
         config: Configuration of the model.
         stated_length: Largest number of tokens of an answer that the checkpoint states.
+        writes: Whether this process has the output.
 
     Attributes:
-        rows: Questions that are still to be answered.
+        rows: All questions.
+        unanswered: Numbers of the questions that are still to be answered; empty in a process without the output.
 
     Raises:
         UserError: A file cannot be used, or the output was begun with other settings.
     """
 
-    def __init__(self, options: Any, strategy: Strategy, config: MllamaConfig, stated_length: int | None) -> None:
+    def __init__(
+        self, options: Any, strategy: Strategy, config: MllamaConfig, stated_length: int | None, writes: bool = True
+    ) -> None:
         if not strategy.to_spec().can_stream:
             raise UserError(
                 f"--search {options.search} answers no file of --questions: give --question, or another --search"
             )
-        self._options, self._strategy, self._stated_length = options, strategy, stated_length
-        questions = read_question_rows(as_path(options.questions))
-        self._file = AnswerFile(as_path(options.output), self._settings(config))
-        self.rows: list[QuestionRow] = self._file.unanswered(questions)
-        self._total = len(questions)
+        self._options, self._strategy, self._config, self._stated_length = options, strategy, config, stated_length
+        self.rows: list[QuestionRow] = read_question_rows(as_path(options.questions))
+        self.unanswered: list[int] = []
+        self._file: AnswerFile | None = None
+        if writes:
+            self._file = AnswerFile(as_path(options.output), self._settings())
+            self.unanswered = self._file.unanswered(self.rows)
+        self._done, self._failed = len(self.rows) - len(self.unanswered), 0
+        self._on_progress: ProgressUpdate = lambda done, total, note="": None
         self._builder: RequestBuilder | None = None
         self._prompt_tokens, self._images = 1, 0
 
-    def _settings(self, config: MllamaConfig) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """Return what the answers depend on, besides the questions."""
         options = self._options
         prompts = as_path(options.judge_prompts)
@@ -115,7 +129,7 @@ class QuestionFileJob:
         return {
             "checkpoint": options.checkpoint,
             "adapter": options.adapter,
-            "convention": config.convention,
+            "convention": self._config.convention,
             "dtype": options.dtype,
             "quantize": options.quantize,
             "search": repr(self._strategy),
@@ -123,6 +137,23 @@ class QuestionFileJob:
             "default_max_new_tokens": self._stated_length,
             "judge_prompts": digest,
             "seed": options.seed,
+        }
+
+    def fields(self) -> dict[str, str]:
+        """Return what must be the same in all processes that answer the questions, by name.
+
+        The checkpoint, whose path may differ, is left out.
+        """
+        settings = {name: str(value) for name, value in self._settings().items() if name != "checkpoint"}
+        questions = as_path(self._options.questions)
+        with reading_errors(questions):
+            digest = short_digest(questions.read_bytes())
+        sizes = [_size(source) for row in self.rows for source in row.sources]
+        return {
+            **settings,
+            "slots": str(self._options.slots),
+            "the digest of the questions": digest,
+            "the digest of the sizes of the images": short_digest(repr(sizes).encode()),
         }
 
     def prepare(self, processor: Processor) -> None:
@@ -136,6 +167,7 @@ class QuestionFileJob:
 
         options = self._options
         self._builder = RequestBuilder(processor, self._strategy, options.judge_prompts, self._stated_length)
+        # The room is that of all questions, so that an answer does not depend on where the job was interrupted.
         self._prompt_tokens = self._longest_prompt(self._builder)
         self._images = max(len(row.sources) for row in self.rows)
         Room.at_least(self._builder, self._prompt_tokens, self._images)
@@ -157,44 +189,118 @@ class QuestionFileJob:
                 return length
         return 1
 
-    def run(self, model: Mllama) -> None:
-        """Answer the questions with a model, each of which is on the disk as soon as it is answered."""
-        from llava_cot_jax.search.stream import AnswerStream, Question
+    def share_unanswered(self) -> None:
+        """Let every process know which questions are still to be answered, as the one with the output does.
 
-        assert self._builder is not None
-        seeds = [self._options.seed if row.seed is None else row.seed for row in self.rows]
-        asked = (Question(row.question, row.sources, seed) for row, seed in zip(self.rows, seeds, strict=True))
-        stream = AnswerStream(
-            model,
-            self._builder,
-            asked,
-            slots=self._options.slots,
-            ordered=False,
-            prompt_tokens=self._prompt_tokens,
-            images=self._images,
-        )
-        known, failed = self._total - len(self.rows), 0
-        start = time.perf_counter()
-        every = max(1, self._total // _LINES)
-        with self._file, cli.progress_bar("answering", unit="questions", every=every) as on_progress:
-            for done, streamed in enumerate(stream, 1):
-                row = self.rows[streamed.index]
-                failed += streamed.error is not None
-                said = _said(streamed, stream.is_shrunk)
-                about = {"id": row.id, "question": row.question, "images": row.images}
-                self._file.append({**about, "seed": seeds[streamed.index], **said})
-                pace = (time.perf_counter() - start) / done
-                on_progress(known + done, self._total, f"{pace:.1f} s each" + (f", {failed} failed" if failed else ""))
-        if failed:
+        All processes that jax has connected must call this.
+        """
+        import jax
+        import numpy as np
+
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            mask = np.zeros(len(self.rows), bool)
+            mask[self.unanswered] = True
+            self.unanswered = np.flatnonzero(multihost_utils.broadcast_one_to_all(mask)).tolist()
+
+    def queue(self) -> QuestionQueue:
+        """Return the queue of the questions still to be answered, whose rows go to the output, if it is here."""
+        self._began = time.perf_counter()
+        return QuestionQueue(self.unanswered, self._keep)
+
+    def _keep(self, question: int, row: Row) -> None:
+        if self._file:
+            self._file.append(row)
+        self._done += 1
+        self._failed += "error" in row
+        new = self._done - (len(self.rows) - len(self.unanswered))
+        pace = (time.perf_counter() - self._began) / new
+        failed = f", {self._failed} failed" if self._failed else ""
+        self._on_progress(self._done, len(self.rows), f"{pace:.1f} s each{failed}")
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show how far the job is while the block is run."""
+        every = max(1, len(self.rows) // _LINES)
+        self._began = time.perf_counter()
+        with cli.progress_bar("answering", unit="questions", every=every) as self._on_progress:
+            yield
+
+    def finish(self) -> None:
+        """Put the answers in the order of the questions, and say how many questions have none.
+
+        Raises:
+            UserError: The output cannot be written.
+        """
+        if self._file is None:
+            return
+        self._file.put_in_order([row.id for row in self.rows])
+        self._file.close()
+        if self._failed:
             _LOG.warning(
-                f"{failed} of {len(self.rows)} questions have no answer: the rows with the key error in "
+                f"{self._failed} of {len(self.unanswered)} questions have no answer: the rows with the key error in "
                 f"{self._options.output} say why; delete these to ask them again"
             )
 
+    def run(self, model: Mllama, source: QuestionSource) -> None:
+        """Answer questions with a model until all are answered, here or in other processes.
 
-def _said(streamed: StreamedAnswer, is_shrunk: bool) -> dict[str, Any]:
-    """Return what a row says of a question besides the question."""
-    if streamed.answer is None:
-        return {"error": str(streamed.error)}
-    result = result_of(streamed.answer, is_shrunk)
-    return {**asdict(result), "notes": result.notes(streamed.answer.trace.format)}
+        Args:
+            model: The model.
+            source: Source of the questions, which takes the answers.
+
+        Raises:
+            UserError: An answer cannot be stored.
+        """
+        from llava_cot_jax.search.stream import AnswerStream
+
+        assert self._builder is not None
+        while (first := source.wait()) is not None:
+            asked = [first]
+            stream = AnswerStream(
+                model,
+                self._builder,
+                self._questions(asked, source),
+                slots=self._options.slots,
+                ordered=False,
+                prompt_tokens=self._prompt_tokens,
+                images=self._images,
+            )
+            for streamed in stream:
+                question = asked[streamed.index]
+                source.finish(question, self._row(question, streamed, stream.is_shrunk))
+
+    def _questions(self, asked: list[int], source: QuestionSource) -> Iterator[Question]:
+        """Yield the question in ``asked``, and then those that the source has, whose numbers are added to ``asked``."""
+        from llava_cot_jax.search.stream import Question
+
+        question: int | None = asked[0]
+        while question is not None:
+            row = self.rows[question]
+            yield Question(row.question, row.sources, self._seed(row))
+            if (question := source.take()) is not None:
+                asked.append(question)
+
+    def _seed(self, row: QuestionRow) -> int:
+        return int(self._options.seed if row.seed is None else row.seed)
+
+    def _row(self, question: int, streamed: StreamedAnswer, is_shrunk: bool) -> dict[str, Any]:
+        """Return the row with the answer to a question. It has no times, so that it is the same wherever it is made."""
+        row = self.rows[question]
+        about = {"id": row.id, "question": row.question, "images": row.images, "seed": self._seed(row)}
+        if streamed.answer is None:
+            return {**about, "error": str(streamed.error)}
+        result = result_of(streamed.answer, is_shrunk)
+        said = {name: value for name, value in asdict(result).items() if name != "seconds"}
+        return {**about, **said, "notes": result.notes(streamed.answer.trace.format)}
+
+
+def _size(source: str | bytes) -> int | str:
+    """Return the size of an image in bytes, or what there is to say of one that is no file here."""
+    if isinstance(source, bytes) or "://" in source or source.startswith("data:"):
+        return len(source)
+    try:
+        return Path(source).stat().st_size
+    except OSError as fault:
+        return type(fault).__name__

@@ -1,9 +1,18 @@
-"""Connection of jax with the other processes of a run."""
+"""Devices of a process: together with those of the other processes of its run, or for itself."""
 
+import os
 import socket
+from pathlib import Path
 
+from llava_cot_jax.cli import GOOGLE_PCI_VENDOR
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.hosts.process_group import ProcessGroup, bypass_proxies
+
+_BOUNDS = {1: "1,1,1", 4: "2,2,1", 8: "2,4,1"}
+"""Arrangement of the chips of a TPU host, by their number."""
+
+_CHOSEN_BY = {"TPU_PROCESS_BOUNDS", "TPU_HOST_BOUNDS", "TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES"}
+"""Variables by which the user says which chips a process has."""
 
 
 def join_hosts(group: ProcessGroup) -> None:
@@ -32,3 +41,19 @@ def join_hosts(group: ProcessGroup) -> None:
         )
     except (ValueError, RuntimeError) as fault:
         raise UserError(f"jax cannot connect the processes of the run at {address}: {fault}") from fault
+
+
+def keep_to_own_devices(group: ProcessGroup) -> None:
+    """Let jax use the accelerators of this process alone, before it uses any.
+
+    On a host of a TPU slice, libtpu would wait for the other hosts. Nothing changes where the user has set its
+    variables.
+    """
+    import jax
+
+    vendors = (path.read_text().strip() for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
+    chips = sum(vendor == GOOGLE_PCI_VENDOR for vendor in vendors)
+    if chips in _BOUNDS and not _CHOSEN_BY & os.environ.keys():
+        os.environ |= {"TPU_PROCESS_BOUNDS": "1,1,1", "TPU_CHIPS_PER_PROCESS_BOUNDS": _BOUNDS[chips]}
+    if group.local_devices is not None:
+        jax.config.update("jax_cuda_visible_devices", ",".join(map(str, group.local_devices)))

@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from llava_cot_jax import cli
-from llava_cot_jax.errors import UserError
 from llava_cot_jax.hosts.process_group import ProcessGroup, find_group
 
 
@@ -33,15 +32,22 @@ def add_hosts_options(parser: cli.Parser) -> None:
 
 def group_in(arguments: Sequence[str]) -> ProcessGroup:
     """Return the processes that arguments name which cannot be used, so that the others hear of it, or this one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    configured = _configured_hosts(arguments)
-    for name, kind in (("coordinator", str), ("count", int), ("index", int)):
-        parser.add_argument(f"--hosts.{name}", dest=name, type=kind, default=configured.get(f"hosts.{name}"))
+    coordinator, count, index = (hosts_option(arguments, name) for name in ("coordinator", "count", "index"))
     try:
-        known, _ = parser.parse_known_args(list(arguments))
-        return find_group(**vars(known))
-    except (argparse.ArgumentError, UserError):
+        return find_group(coordinator, None if count is None else int(count), None if index is None else int(index))
+    except ValueError:  # a UserError is one too
         return ProcessGroup()
+
+
+def hosts_option(arguments: Sequence[str], name: str) -> str | None:
+    """Return an option of ``hosts`` of arguments which cannot be used, or of the files that they name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--hosts.{name}", dest="value", default=_configured_hosts(arguments).get(f"hosts.{name}"))
+    try:
+        found: str | None = parser.parse_known_args(list(arguments))[0].value
+    except argparse.ArgumentError:  # its value is missing
+        return None
+    return found
 
 
 def _configured_hosts(arguments: Sequence[str]) -> dict[str, str]:

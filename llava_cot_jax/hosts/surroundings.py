@@ -1,4 +1,4 @@
-"""What each process of a run brings with it besides its settings: packages, source files, and flags of the compiler."""
+"""Packages, source files and flags of the compiler that each process of a run brings with it."""
 
 import os
 import platform
