@@ -22,10 +22,10 @@ from llava_cot_jax.inference.settings import DEFAULT_MAX_NEW_TOKENS, Sampling
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext
 from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_inputs
-from llava_cot_jax.model.kv_cache import KVCache
+from llava_cot_jax.model.kv_cache import KVCache, constrain_batch
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import Params
-from llava_cot_jax.model.sharding import use_mesh, without_surroundings
+from llava_cot_jax.model.sharding import fetch, use_mesh, without_surroundings
 from llava_cot_jax.processing.processor import Processor
 
 STEPS_PER_CALL = 16
@@ -96,7 +96,7 @@ def _prefill_prompts(
         keys = jax.vmap(jax.random.key)(seeds)
         none, done = jnp.zeros(lengths.shape, jnp.float32), jnp.zeros(lengths.shape, bool)
         state = DecodeState(KVCache(suffix, lengths), images, zeros, none, done, ~done, keys)
-        return _sample_next(state, logits, config, sampling)
+        return constrain_batch(_sample_next(state, logits, config, sampling))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "steps", "mesh"), donate_argnames="state")
@@ -134,13 +134,16 @@ def _decode_steps(
         tokens = jnp.full((state.token.shape[0], steps), config.text.pad_token_id, jnp.int32)
         start = jnp.int32(0), state, tokens, jnp.zeros(tokens.shape, jnp.float32)
         sampled, state, tokens, log_probs = jax.lax.while_loop(unfinished, body, start)
-        return state, tokens, log_probs, sampled
+        return constrain_batch(state), tokens, log_probs, sampled
 
 
 class Generator:
     """Generates answers to prompts with a model.
 
     Prompts and answers are padded to buckets, so a second question of similar length compiles nothing.
+
+    Where the model is on the devices of several processes, all of them make the same calls in the same order, and each
+    gets every answer.
 
     Args:
         model: Model in the unrolled layout.
@@ -211,10 +214,11 @@ class Generator:
         longest, default = int(lengths.max()), self._default_max_new_tokens
         new = check_request(self.config, longest, max_new_tokens, seeds, default, len(lengths))
         capacity = prompts["input_ids"].shape[1] + bucket(new)
-        each = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape)
+        each, mesh = np.broadcast_to(np.asarray(seeds, np.uint32), lengths.shape), self._settings["mesh"]
         with without_surroundings():
             state = _prefill_prompts(self._params, prompts, lengths, each, capacity=capacity, **self._settings)
-        token, log_prob, done, finite = jax.device_get((state.token, state.log_prob, state.done, state.finite))
+        first = (state.token, state.log_prob, state.done, state.finite)
+        token, log_prob, done, finite = fetch(first, mesh)
         self._check_finite(finite, 1)
         left = new - 1
         yield token[:, None], log_prob[:, None], left
@@ -222,7 +226,7 @@ class Generator:
             limit = np.int32(left)
             with without_surroundings():
                 state, *drawn = _decode_steps(self._params, state, limit, steps=STEPS_PER_CALL, **self._settings)
-            (tokens, log_probs, sampled), done, finite = jax.device_get((drawn, state.done, state.finite))
+            (tokens, log_probs, sampled), done, finite = fetch((drawn, state.done, state.finite), mesh)
             left -= int(sampled)
             self._check_finite(finite, new - left)
             yield tokens[:, :sampled], log_probs[:, :sampled], left

@@ -11,6 +11,7 @@ question, a candidate or an image is ever copied. Images belong to a question.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from llava_cot_jax.model.config import TextConfig
 from llava_cot_jax.model.sharding import constrain
+
+_Tree = TypeVar("_Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -53,9 +56,24 @@ def init_cache(config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype) 
     shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
 
     def zeros() -> jax.Array:
-        return constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None)
+        return jnp.zeros(shape, dtype)
 
-    return tuple(None if cross else LayerCache(zeros(), zeros()) for cross in config.is_cross)
+    return constrain_batch(tuple(None if cross else LayerCache(zeros(), zeros()) for cross in config.is_cross))
+
+
+def constrain_batch(tree: _Tree) -> _Tree:
+    """Constrain the sharding of arrays whose first axis is the batch: that axis, and the heads of caches, are sharded.
+
+    A program whose results are its next call's arguments needs this: the compiler could return them sharded otherwise
+    than it took them, and the next call would be compiled anew.
+    """
+
+    def constrain_one(x: LayerCache | jax.Array) -> LayerCache | jax.Array:
+        if isinstance(x, LayerCache):
+            return jax.tree.map(lambda each: constrain(each, "batch", "kv_heads", None, None), x)
+        return constrain(x, "batch", *[None] * (x.ndim - 1))
+
+    return jax.tree.map(constrain_one, tree, is_leaf=lambda x: isinstance(x, LayerCache))
 
 
 @jax.tree_util.register_dataclass

@@ -6,9 +6,10 @@ of ``constrain``.
 """
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import mesh_utils
@@ -27,6 +28,8 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import MESH_AXES
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import Parameter, parameters
+
+_Tree = TypeVar("_Tree")
 
 LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -221,6 +224,33 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         for size, axis in zip(x.shape, axes, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, partition_spec(whole))
+
+
+def fetch(tree: _Tree, mesh: Mesh | None) -> _Tree:
+    """Return the arrays of a tree on the host, whole in every process.
+
+    Arrays that are sharded over the devices of several processes are replicated first, which all processes must do
+    together.
+
+    Args:
+        tree: Results of a program that was compiled for ``mesh``.
+        mesh: Mesh of the model's devices; None on one device.
+    """
+    if mesh is not None and not all(map(_is_readable, jax.tree.leaves(tree))):
+        with without_surroundings():
+            tree = _replication(mesh)(tree)
+    return jax.device_get(tree)
+
+
+def _is_readable(x: jax.Array) -> bool:
+    """Whether this process has the whole of an array."""
+    return x.is_fully_addressable or x.is_fully_replicated
+
+
+@functools.cache
+def _replication(mesh: Mesh) -> Callable[[Any], Any]:
+    """Return the compiled function that replicates the arrays of a tree over ``mesh``."""
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def local_size(size: int, axis: str) -> int:

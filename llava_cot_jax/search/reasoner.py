@@ -6,14 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from llava_cot_jax.checks import check_instance
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import cut_by_context
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.sharding import without_surroundings
+from llava_cot_jax.model.sharding import fetch, without_surroundings
 from llava_cot_jax.processing.conversation import QuestionOrMessages
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite
@@ -32,6 +30,9 @@ class Reasoner:
 
     Prompts are padded to buckets: a question of similar length compiles nothing, and neither do other seeds.
 
+    Where the model is on the devices of several processes, all of them ask the same questions in the same order, with
+    the same arguments, and each gets every answer.
+
     Args:
         model: Model in the unrolled layout.
         processor: Processor of the same checkpoint.
@@ -40,7 +41,7 @@ class Reasoner:
 
     Raises:
         UserError: The model's layers are stacked, an argument is not of its type, or a setting of the search or a
-            prompt cannot be used.
+            prompt cannot be used. Or a scorer is a function, and the model is on the devices of several processes.
     """
 
     def __init__(
@@ -55,6 +56,11 @@ class Reasoner:
             raise UserError("a stacked model keeps no cache: call model.to_layout('unrolled') before decoding")
         self._model = model
         self._builder = RequestBuilder(processor, StageBeam() if search is None else search, judge_prompts)
+        if self._builder.spec.calls_host and model.mesh is not None and model.mesh.is_multi_process:
+            raise UserError(
+                "a scorer is a function, which each process would call for itself, and the model is on the devices of "
+                "several: give Judge(), Verifier() or LogProbability(), or answer in one process"
+            )
 
     def answer(self, image: Images, question: QuestionOrMessages, *, seed: int = 0) -> Answer:
         """Answer a question about an image, about a list of images, or, with None, without an image.
@@ -145,7 +151,7 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
     inputs = (requests.inputs, builder.stage_tables, builder.scorer_tables)
     with without_surroundings():
-        results: StageResult = jax.device_get(program_of(spec)(model.params, *inputs, **static))
+        results: StageResult = fetch(program_of(spec)(model.params, *inputs, **static), mesh)
     seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}
     stages = [split_stages(results, i) for i in range(len(requests.questions))]
     for i, each in enumerate(stages):

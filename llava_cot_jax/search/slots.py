@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Int, UInt32
 from llava_cot_jax.inference.decoding import Decoder, EndReason, OpenSamples, Samples, continue_samples, start_samples
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.image_context import ImageContext
-from llava_cot_jax.model.kv_cache import CacheLayers, Segment
+from llava_cot_jax.model.kv_cache import CacheLayers, Segment, constrain_batch
 from llava_cot_jax.model.parameters import Params
-from llava_cot_jax.model.sharding import use_mesh
+from llava_cot_jax.model.sharding import constrain, use_mesh
 from llava_cot_jax.search.program import (
     SearchInputs,
     SearchProgress,
@@ -116,7 +116,7 @@ def init_slots(
         samples = Samples(jnp.zeros((rows, capacity), jnp.int32), zeros, unused, zeros, jnp.zeros(rows, jnp.float32))
         prefix = decoder.init_cache(num_slots, pieces.lengths.prefix + decoder.prefill_chunk)
         none = jnp.zeros(num_slots, jnp.int32)
-        return Slots(
+        slots = Slots(
             prefix=Segment(prefix, none),
             suffix=decoder.init_cache(rows, capacity),
             images=jax.tree.map(lambda x: jnp.zeros((num_slots, *x.shape[1:]), x.dtype), images),
@@ -124,6 +124,7 @@ def init_slots(
             stage=none,
             seeds=none.astype(jnp.uint32),
         )
+        return constrain_batch(slots)
 
 
 @_piece_in_place
@@ -150,7 +151,7 @@ def admit(
             images=_put(slots.images, images, slot),
             seeds=slots.seeds.at[slot].set(question.seeds[0]),
         )
-        return admitted, _pieces(params, None, question, tables, settings).init_progress()
+        return constrain_batch((admitted, _pieces(params, None, question, tables, settings).init_progress()))
 
 
 @_piece_in_place
@@ -175,12 +176,13 @@ def start_stage(
         logits = jnp.repeat(logits, most, axis=0)
         capacity = pieces.lengths.candidate
         samples = start_samples(settings.config, logits, stop, capacity=capacity, sampling=spec.sampling)
-        return replace(
+        started = replace(
             slots,
             prefix=_put(slots.prefix, prefix, slot),
             samples=_put(slots.samples, samples, slot, most),
             stage=slots.stage.at[slot].set(progress.stage[0]),
         )
+        return constrain_batch(started)
 
 
 @_piece_in_place
@@ -213,7 +215,7 @@ def decode(
         # A sample that goes on until the last step is drawn in each.
         steps = (samples.samples.num_sampled - slots.samples.samples.num_sampled).max()
         finished = occupied & ~are_sampled(stop.unfinished(samples.samples))
-        return replace(slots, suffix=suffix, samples=samples), finished, steps
+        return constrain_batch(replace(slots, suffix=suffix, samples=samples)), constrain(finished, None), steps
 
 
 @_piece
@@ -236,7 +238,7 @@ def choose(
         winner, judgement = pieces.choose(candidates, scores, progress)
         kept = pieces.kept(candidates, stage).lengths
         result = StageResult(candidates, winner, judgement, scores, progress.pending.lengths, kept)
-        return result, pieces.advance(progress, candidates, winner)
+        return result, constrain_batch(pieces.advance(progress, candidates, winner))
 
 
 @_piece
@@ -269,11 +271,12 @@ def keep(
     settings: SlotSettings,
 ) -> tuple[StageResult, SearchProgress]:
     """Return what ``choose`` returns, for a winner that the host has chosen."""
-    candidates = _candidates(slots, slot, settings)
-    pieces = _pieces(params, None, question, tables, settings)
-    kept = pieces.kept(candidates, progress.stage).lengths
-    result = StageResult(candidates, winner, None, None, progress.pending.lengths, kept)
-    return result, pieces.advance(progress, candidates, winner)
+    with use_mesh(settings.mesh):
+        candidates = _candidates(slots, slot, settings)
+        pieces = _pieces(params, None, question, tables, settings)
+        kept = pieces.kept(candidates, progress.stage).lengths
+        result = StageResult(candidates, winner, None, None, progress.pending.lengths, kept)
+        return result, constrain_batch(pieces.advance(progress, candidates, winner))
 
 
 def _pieces(

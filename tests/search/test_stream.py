@@ -11,6 +11,7 @@ import pytest
 
 from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.search import stream as module
 from llava_cot_jax.search.reasoner import Reasoner
@@ -19,6 +20,7 @@ from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sampl
 from llava_cot_jax.search.stream import WAITING_PER_SLOT, Question
 from llava_cot_jax.search.tables import token_ids
 from tests.search.models import random_model, scene
+from tests.search.test_search import on
 
 RATIONALE = Judge("rationale", reason_tokens=7, check_tokens=5)
 SLOTS = 3
@@ -87,6 +89,33 @@ def test_answers_are_those_of_each_question_alone_bit_for_bit(ending, prompts, n
     assert len({each.answer.text for each in answers}) > 5
     for each, question in zip(answers[:4], asked, strict=False):
         assert each.answer.text == reasoner.answer(question.images, question.question, seed=question.seed).text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "slots"), [((2, 1, 2), 4), ((1, 4, 2), 3)], ids=str)
+def test_a_mesh_answers_as_one_device_does(ending, prompts, mesh, slots):
+    """Slots, and rows of candidates, are sharded where the mesh divides them. Nothing compiles after the first answer.
+
+    Every kind of scorer chooses in a stage.
+    """
+    model, processor = ending
+    scorers = (Verifier(), LogProbability(), lambda i, q, s, t: [*map(len, t)], Judge("token"))
+    strategy = StageBeam((3, 2, 4, 4), scorers, temperature=1.0, max_new_tokens=(6, 5, 7, 4))
+    room = {"slots": slots, "prompt_tokens": 128, "images": 1}
+    asked = questions(7)
+    want = list(Reasoner(model, processor, strategy, prompts).answer_stream(asked, **room))
+    stream = Reasoner(on(make_mesh(*mesh), model), processor, strategy, prompts).answer_stream(asked, **room)
+    found, counter = [next(stream)], CompilationCounter()
+    found += stream
+    assert counter.count == 0
+    for each, other in zip(found, want, strict=True):
+        assert each.answer.text == other.answer.text
+        assert winners(each) == winners(other)
+    assert len({each.answer.text for each in found}) > 5
+
+
+def winners(streamed) -> list[int]:
+    return [stage.winner for stage in streamed.answer.trace.stages]
 
 
 @pytest.mark.slow

@@ -1,0 +1,124 @@
+"""One process of several that answer questions with one model together, or a single one; prints its answers as JSON.
+
+python answer_worker.py PROCESS PROCESSES PORT SCRATCH
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from llava_cot_jax.cli import CompilationCounter
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.inference.generator import Generator
+from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.model.parameters import parameters
+from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
+from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.search.answers import Answer
+from llava_cot_jax.search.reasoner import Reasoner
+from llava_cot_jax.search.retracing import Retracing
+from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
+from llava_cot_jax.search.sentence_beam import SentenceBeam
+from llava_cot_jax.search.strategies import BestOfN, MajorityVote, StageBeam
+from llava_cot_jax.search.stream import Question
+from tests.search.models import PROMPTS, random_model, scene
+
+QUESTIONS = 8
+SLOTS = 3
+ACROSS_PROCESSES = (0, 2, 1, 3)
+"""Order of the devices in which every process has one of each pair that heads are sharded over."""
+
+
+def main() -> None:
+    process, processes, port, scratch = sys.argv[1:]
+    if int(processes) > 1:
+        jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
+    model, processor = random_model(1, eos=tuple(range(0, 500, 60)))
+    if int(processes) > 1:
+        model = spread(model)
+    prompts = Path(scratch) / f"prompts {process} of {processes}.yaml"
+    prompts.write_text(PROMPTS)
+
+    def reasoner(strategy: Any) -> Reasoner:
+        return Reasoner(model, processor, strategy, prompts)
+
+    images, questions = map(list, zip(scene(0), (None, scene(1)[1]), strict=True))
+
+    def answer(strategy: Any) -> list[Any]:
+        return [shown(reasoner(strategy).answer(images[0], questions[0], seed=4))]
+
+    def answer_batch(strategy: Any) -> list[Any]:
+        return [shown(each) for each in reasoner(strategy).answer_batch(images, questions, seeds=[4, 5])]
+
+    def stream() -> dict[str, Any]:
+        strategy = StageBeam((3, 2, 4, 4), (Verifier(), LogProbability(), *[Judge("token")] * 2), 1.0, (6, 5, 7, 4))
+        asked = [Question(scene(i)[1], None if i % 3 else scene(i)[0], seed=i) for i in range(QUESTIONS)]
+        answers = reasoner(strategy).answer_stream(asked, slots=SLOTS, prompt_tokens=128, images=1, ordered=False)
+        found, counter = [next(answers)], CompilationCounter()
+        found += answers
+        return {"answers": [(each.index, shown(each.answer)) for each in found], "compiled": counter.count}
+
+    def generate() -> dict[str, Any]:
+        generator = Generator(model, Sampling(temperature=1.0), processor)
+        texts = [processor.prompt(user_turn(each, 1 - i)) for i, each in enumerate(questions)]
+        inputs = processor(texts, [images[:1], []])
+        tokens = generator.generate(inputs, max_new_tokens=40, seeds=[4, 5])
+        counter = CompilationCounter()
+        *_, last = generator.stream_completions(inputs, max_new_tokens=40, seeds=[4, 5])
+        return {"tokens": tokens.tolist(), "texts": [each.text for each in last], "compiled": counter.count}
+
+    work: dict[str, Callable[[], Any]] = {
+        "stages": lambda: answer_batch(StageBeam(3, Judge("token"), temperature=0.9, max_new_tokens=6)),
+        "verifier": lambda: answer(StageBeam(3, Verifier(), temperature=0.9, max_new_tokens=6)),
+        "vote": lambda: answer_batch(MajorityVote(4, temperature=1.2, max_new_tokens=10)),
+        "sentences": lambda: answer(SentenceBeam(2, Judge("token"), temperature=1.0, max_new_tokens=20)),
+        "retracing": lambda: answer_batch(Retracing(3, max_rounds=2, temperature=1.0, max_new_tokens=4, threshold=1.0)),
+        "generator": generate,
+        "stream": stream,
+    }
+    found = {name: run() for name, run in work.items()}
+    try:
+        reasoner(BestOfN(2, lambda images, question, stage, texts: [*map(len, texts)], max_new_tokens=4))
+    except UserError as fault:
+        found["refusal"] = str(fault)
+    print(json.dumps(found))
+
+
+def spread(model: Mllama) -> Mllama:
+    """Return a model, of which every process has a copy, on a mesh of the devices of all processes."""
+    mesh = make_mesh(fsdp=2, tensor=2, devices=[jax.devices()[i] for i in ACROSS_PROCESSES])
+    pairs = [{device.process_index for device in pair} for pair in mesh.devices[0]]
+    assert pairs == [{0, 1}, {0, 1}]
+    table = parameters(model.config, "unrolled")
+    arrays = {}
+    for path, x in flatten_dict(model.params, sep=".").items():
+        values = np.asarray(x)
+        arrays[path] = jax.make_array_from_callback(
+            x.shape, parameter_sharding(table[path], mesh), values.__getitem__, dtype=x.dtype
+        )
+    return Mllama.from_arrays(model.config, arrays, layout="unrolled", mesh=mesh)
+
+
+def shown(answer: Answer | None) -> dict[str, Any]:
+    """Return what an answer says, and who won it."""
+    assert answer is not None
+    stages = [
+        {
+            "winner": stage.winner,
+            "round": stage.round,
+            "candidates": [(one.text, one.tokens, one.ended, one.parent) for one in stage.candidates],
+        }
+        for stage in answer.trace.stages
+    ]
+    return {"text": answer.text, "stages": stages}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Two processes of two devices each that answer with one model, against one process with one device."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import xla_flags
+
+WORKER = Path(__file__).with_name("answer_worker.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the first process, the second one, and one alone have printed."""
+    scratch = tmp_path_factory.mktemp("answers")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(process), str(processes), str(port), str(scratch)],
+            env=os.environ | {"XLA_FLAGS": xla_flags(devices=processes)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process, processes in ((0, 2), (1, 2), (0, 1))
+    ]
+    try:
+        outputs = [worker.communicate(timeout=900) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, (_, errors) in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, errors[-3000:]
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stages", "verifier", "vote", "sentences", "retracing", "generator", "stream"])
+def test_each_process_has_the_answers_of_one_alone(found: list[dict[str, Any]], name: str) -> None:
+    first, second, alone = (process[name] for process in found)
+    assert first == second == alone
+
+
+@pytest.mark.slow
+def test_nothing_compiles_after_the_first_answer(found: list[dict[str, Any]]) -> None:
+    assert [process[name]["compiled"] for process in found for name in ("generator", "stream")] == [0] * 6
+
+
+@pytest.mark.slow
+def test_a_scorer_of_the_users_own_is_refused(found: list[dict[str, Any]]) -> None:
+    first, second, alone = (process.get("refusal") for process in found)
+    assert alone is None and first == second
+    assert "which each process would call for itself" in first
