@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llava_cot_jax.model.mllama import Mllama
+    from llava_cot_jax.processing.processor import Processor
 
 _LOG = logging.getLogger("llava_cot_jax.generate")  # where the command is run, __name__ is "__main__"
 
@@ -98,6 +99,11 @@ def _generate(options: jsonargparse.Namespace, group: ProcessGroup, lifeline: Li
     checked = _check(options, group)
     if checked is None:
         return
+
+    # This import takes longer than all checks so far.
+    from llava_cot_jax.processing.processor import Processor
+
+    processor = Processor.from_pretrained(checked.folder, checked.config)
     if lifeline:
         lifeline.meet()
         lifeline.agree(lambda: surroundings() | checked.fields())
@@ -109,9 +115,10 @@ def _generate(options: jsonargparse.Namespace, group: ProcessGroup, lifeline: Li
     if lifeline:
         lifeline.agree(checked.model_fields)
     if checked.job:
+        checked.job.prepare(processor)
         _answer_file(checked, checked.job, group, is_divided=lifeline is None and group.count > 1)
     else:
-        _answer_questions(checked, is_first=group.index == 0)
+        _answer_questions(checked, processor, is_first=group.index == 0)
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,8 @@ class _Checked:
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
-        own = ("hosts", "checkpoint", "config", "output", "questions", "trace", "page", "threshold_to", "draw_to")
+        shown = ("json", "show_search", "show_reasoning", "trace", "page", "threshold_to", "draw_to", "output")
+        own = ("hosts", "checkpoint", "config", "questions", *shown)
         given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
         return given | (self.job.fields() if self.job else {})
 
@@ -181,14 +189,11 @@ def _answer_file(checked: _Checked, job: QuestionFileJob, group: ProcessGroup, i
 
     Args:
         checked: The arguments.
-        job: The questions and the answers.
+        job: The questions and the answers, prepared.
         group: Processes of the run.
         is_divided: Whether each process has the whole model, and answers some of the questions.
     """
-    from llava_cot_jax.processing.processor import Processor
-
     mesh = _mesh(checked.options.mesh, checked.config)
-    job.prepare(Processor.from_pretrained(checked.folder, checked.config))
 
     def answer(source: QuestionSource) -> None:
         model = _load(checked, mesh, is_first=group.index == 0)
@@ -218,20 +223,17 @@ def _answer_file(checked: _Checked, job: QuestionFileJob, group: ProcessGroup, i
         source.close()
 
 
-def _answer_questions(checked: _Checked, is_first: bool) -> None:
+def _answer_questions(checked: _Checked, processor: Processor, is_first: bool) -> None:
     """Answer questions one by one.
 
     Args:
         checked: The arguments.
+        processor: Processor of the checkpoint.
         is_first: Whether this is the process that shows and writes what all compute.
     """
-    from llava_cot_jax.processing.processor import Processor
-
-    options, method, format, questions = checked.options, checked.method, checked.format, checked.questions
-    processor = Processor.from_pretrained(checked.folder, checked.config)
-
     import jax
 
+    options, method, format, questions = checked.options, checked.method, checked.format, checked.questions
     compilations = cli.CompilationCounter()
     mesh = _mesh(options.mesh, checked.config)
     if isinstance(method, Sampling):

@@ -16,7 +16,7 @@ from llava_cot_jax import cli
 from llava_cot_jax.checks import check_int
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import short_digest
-from llava_cot_jax.hosts.question_queue import QuestionQueue, QuestionSource, Row
+from llava_cot_jax.hosts.question_queue import AnswerRow, QuestionQueue, QuestionSource
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import as_path, reading_errors
 from llava_cot_jax.progress import ProgressUpdate
@@ -209,7 +209,7 @@ class QuestionFileJob:
         self._began = time.perf_counter()
         return QuestionQueue(self.unanswered, self._keep)
 
-    def _keep(self, question: int, row: Row) -> None:
+    def _keep(self, question: int, row: AnswerRow) -> None:
         if self._file:
             self._file.append(row)
         self._done += 1

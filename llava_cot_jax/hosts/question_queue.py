@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-Row = Mapping[str, Any]
+AnswerRow = Mapping[str, Any]
 """Row with the answer to a question, as JSON has it."""
 
 
@@ -19,7 +19,7 @@ class QuestionSource(Protocol):
     def wait(self) -> int | None:
         """Wait for a question, which another process may give back. Return None once all are answered."""
 
-    def finish(self, question: int, row: Row) -> None:
+    def finish(self, question: int, row: AnswerRow) -> None:
         """Hand in the row with the answer to a question."""
 
 
@@ -32,7 +32,7 @@ class QuestionQueue:
             and never twice at a time.
     """
 
-    def __init__(self, questions: Iterable[int], keep: Callable[[int, Row], None]) -> None:
+    def __init__(self, questions: Iterable[int], keep: Callable[[int, AnswerRow], None]) -> None:
         self._changed = threading.Condition()
         self._waiting = deque(questions)
         self._unanswered = set(self._waiting)
@@ -89,7 +89,7 @@ class QuestionQueue:
             self._changed.notify_all()
         return len(lost)
 
-    def finish(self, question: int, row: Row) -> None:
+    def finish(self, question: int, row: AnswerRow) -> None:
         """Store the row with the answer to a question, unless it has one.
 
         Raises:
@@ -143,6 +143,6 @@ class QueuedQuestions:
         """Wait for a question. Return None once all are answered."""
         return self.queue.wait(self.holder)
 
-    def finish(self, question: int, row: Row) -> None:
+    def finish(self, question: int, row: AnswerRow) -> None:
         """Hand in the row with the answer to a question."""
         self.queue.finish(question, row)

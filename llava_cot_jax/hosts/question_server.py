@@ -18,9 +18,9 @@ from llava_cot_jax.errors import TransientError, UserError
 from llava_cot_jax.hosts.agreement import describe_differences, name_processes
 from llava_cot_jax.hosts.lifeline import FIRST_NOTICE_SECONDS, MEETING_SECONDS, NOTICE_SECONDS
 from llava_cot_jax.hosts.process_group import ALONE, ProcessGroup
-from llava_cot_jax.hosts.question_queue import QuestionQueue, Row
+from llava_cot_jax.hosts.question_queue import AnswerRow, QuestionQueue
 
-LEAVING_SECONDS = 5.0
+HEARING_SECONDS = 5.0
 """Time for which the first process, once all is answered, waits for the others to hear of it."""
 
 _LOST_AFTER_SECONDS = 60
@@ -64,7 +64,7 @@ class QuestionServer:
             for stream in self._streams.values():
                 with contextlib.suppress(OSError):
                     _send(stream, {"over": True})
-            self._changed.wait_for(lambda: not self._streams, LEAVING_SECONDS)
+            self._changed.wait_for(lambda: not self._streams, HEARING_SECONDS)
         self._listener.close()
 
     def _wait_for_late_ones(self) -> str:
@@ -178,7 +178,7 @@ class RemoteQuestions:
         """Wait for a question. Return None once all are answered."""
         return self._ask_for_question("wait")
 
-    def finish(self, question: int, row: Row) -> None:
+    def finish(self, question: int, row: AnswerRow) -> None:
         """Hand in the row with the answer to a question."""
         if not self.is_over:  # otherwise another process has answered it too
             self._ask({"question": question, "row": row})

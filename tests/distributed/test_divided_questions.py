@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -87,7 +88,17 @@ class Run:
         script = COMMAND.format(disturb=disturb)
         log = (self.place / f"{self.name}.{index}.err").open("a")
         arguments = [sys.executable, "-c", script, *self.arguments, f"--hosts.index={index}", *more]
-        return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+        printed = (self.place / f"{self.name}.{index}.out").open("a")
+        return subprocess.Popen(arguments, env=environment, stdout=printed, stderr=log)
+
+    def share_model(self) -> list[int]:
+        """Let two processes have one model over their devices, and return their exit codes."""
+        return ends(*(self.start(index, "", "--hosts.divide=model", "--mesh.tensor=2") for index in range(2)))
+
+    def printed(self, index: int) -> str:
+        """Return what a process has printed, without the lines of the library that connects CPUs."""
+        lines = (self.place / f"{self.name}.{index}.out").read_text().splitlines(True)
+        return "".join(line for line in lines if not line.startswith("[Gloo]"))
 
     def errors(self, index: int) -> str:
         return (self.place / f"{self.name}.{index}.err").read_text()
@@ -141,3 +152,25 @@ def test_a_process_with_another_seed_or_other_images_is_refused(place):
     assert "error: the processes of the run differ: seed is 0 in process 0" in run.errors(1)
     first.send_signal(signal.SIGINT)
     assert ends(first) == [130]
+
+
+def test_one_model_over_two_processes(place, alone):
+    """The first four questions, of which the first process has answered one before."""
+    run = Run(place, "shared", 2)
+    run.arguments[0] = f"--questions={place / 'four.jsonl'}"
+    lines = (place / "questions.jsonl").read_text().splitlines(True)
+    (place / "four.jsonl").write_text("".join(lines[:4]))
+    shutil.copy(place / "alone.jsonl.settings.json", f"{run.output}.settings.json")
+    run.output.write_bytes(alone.splitlines(True)[1])
+    assert run.share_model() == [0, 0], run.errors(0)
+    assert run.output.read_bytes() == b"".join(alone.splitlines(True)[:4])
+    assert "warning: 1 of 3 questions have no answer" in run.errors(0)
+
+
+def test_one_question_to_one_model_over_two_processes(place, alone):
+    """The first process prints the answer, and the other nothing."""
+    run, row = Run(place, "single", 2), json.loads(alone.splitlines()[0])
+    asked = ["--image", str(place / "0.png"), "--question", row["question"], "--json", "true"]
+    run.arguments = ["--search=sample", "--max_new_tokens=90", run.arguments[-2], run.arguments[-1], *asked]
+    assert run.share_model() == [0, 0], run.errors(0)
+    assert run.printed(1) == "" and json.loads(run.printed(0))["text"] == row["text"]

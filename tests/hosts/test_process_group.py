@@ -183,9 +183,9 @@ def test_what_the_user_reaches_without_a_proxy_stays(monkeypatch, kept):
 
 
 BEHIND_A_PROXY = """
-from llava_cot_jax.train import _join_hosts
+from llava_cot_jax.hosts.joining import join_hosts
 from llava_cot_jax.hosts.process_group import ProcessGroup
-_join_hosts(ProcessGroup())
+join_hosts(ProcessGroup())
 print("joined")
 """
 

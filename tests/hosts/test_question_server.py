@@ -20,7 +20,7 @@ FIELDS = {"seed": "0", "the digest of the questions": "abc"}
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(module, "MEETING_SECONDS", 5.0)
-    monkeypatch.setattr(module, "LEAVING_SECONDS", 1.0)
+    monkeypatch.setattr(module, "HEARING_SECONDS", 1.0)
 
 
 @pytest.fixture
