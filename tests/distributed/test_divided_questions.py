@@ -106,7 +106,7 @@ class Run:
 
 def ends(*processes: subprocess.Popen) -> list[int]:
     try:
-        return [process.wait(120) for process in processes]
+        return [process.wait(900) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -138,7 +138,7 @@ def test_the_first_is_killed_and_started_again(place, alone):
     """The other keeps its model and its questions, and waits."""
     run = Run(place, "two", 2)
     processes = [run.start(0, KILLED_WITH_THE_FILE), run.start(1)]
-    assert processes[0].wait(120) == -signal.SIGKILL
+    assert processes[0].wait(900) == -signal.SIGKILL
     assert run.output.read_bytes().count(b"\n") == 5 and processes[1].poll() is None
     again = run.start(0)
     assert ends(processes[1], again) == [0, 0], run.errors(1)
@@ -148,7 +148,7 @@ def test_the_first_is_killed_and_started_again(place, alone):
 def test_a_process_with_another_seed_or_other_images_is_refused(place):
     run = Run(place, "other", 2)
     first, second = run.start(0), run.start(1, "", "--seed=1")
-    assert second.wait(120) == 2
+    assert second.wait(900) == 2
     assert "error: the processes of the run differ: seed is 0 in process 0" in run.errors(1)
     first.send_signal(signal.SIGINT)
     assert ends(first) == [130]
