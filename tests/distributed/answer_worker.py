@@ -6,21 +6,23 @@ python answer_worker.py PROCESS PROCESSES PORT SCRATCH
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from flax.traverse_util import flatten_dict
+from flax import nnx
+from jax.sharding import Mesh
 
 from llava_cot_jax.cli import CompilationCounter
+from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.parameters import parameters
-from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
+from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.answers import Answer
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.retracing import Retracing
@@ -28,21 +30,18 @@ from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
 from llava_cot_jax.search.sentence_beam import SentenceBeam
 from llava_cot_jax.search.strategies import BestOfN, MajorityVote, StageBeam
 from llava_cot_jax.search.stream import Question
-from tests.search.models import PROMPTS, random_model, scene
+from tests.search.models import PROMPTS, open_gates, scene
 
 QUESTIONS = 8
 SLOTS = 3
-ACROSS_PROCESSES = (0, 2, 1, 3)
-"""Order of the devices in which every process has one of each pair that heads are sharded over."""
 
 
 def main() -> None:
     process, processes, port, scratch = sys.argv[1:]
-    if int(processes) > 1:
+    is_alone = processes == "1"
+    if not is_alone:
         jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
-    model, processor = random_model(1, eos=tuple(range(0, 500, 60)))
-    if int(processes) > 1:
-        model = spread(model)
+    model, processor = small_model(None if is_alone else mesh_across_processes())
     prompts = Path(scratch) / f"prompts {process} of {processes}.yaml"
     prompts.write_text(PROMPTS)
 
@@ -52,13 +51,15 @@ def main() -> None:
     images, questions = map(list, zip(scene(0), (None, scene(1)[1]), strict=True))
 
     def answer(strategy: Any) -> list[Any]:
-        return [shown(reasoner(strategy).answer(images[0], questions[0], seed=4))]
+        """Answer one question without an image, which compiles in half the time."""
+        return [shown(reasoner(strategy).answer(None, questions[0], seed=4))]
 
     def answer_batch(strategy: Any) -> list[Any]:
         return [shown(each) for each in reasoner(strategy).answer_batch(images, questions, seeds=[4, 5])]
 
     def stream() -> dict[str, Any]:
-        strategy = StageBeam((3, 2, 4, 4), (Verifier(), LogProbability(), *[Judge("token")] * 2), 1.0, (6, 5, 7, 4))
+        scorers = (Verifier(), LogProbability(), Verifier(), Verifier())
+        strategy = StageBeam((3, 2, 4, 4), scorers, temperature=1.0, max_new_tokens=(6, 5, 7, 4))
         asked = [Question(scene(i)[1], None if i % 3 else scene(i)[0], seed=i) for i in range(QUESTIONS)]
         answers = reasoner(strategy).answer_stream(asked, slots=SLOTS, prompt_tokens=128, images=1, ordered=False)
         found, counter = [next(answers)], CompilationCounter()
@@ -76,10 +77,9 @@ def main() -> None:
 
     work: dict[str, Callable[[], Any]] = {
         "stages": lambda: answer_batch(StageBeam(3, Judge("token"), temperature=0.9, max_new_tokens=6)),
-        "verifier": lambda: answer(StageBeam(3, Verifier(), temperature=0.9, max_new_tokens=6)),
-        "vote": lambda: answer_batch(MajorityVote(4, temperature=1.2, max_new_tokens=10)),
-        "sentences": lambda: answer(SentenceBeam(2, Judge("token"), temperature=1.0, max_new_tokens=20)),
-        "retracing": lambda: answer_batch(Retracing(3, max_rounds=2, temperature=1.0, max_new_tokens=4, threshold=1.0)),
+        "vote": lambda: answer(MajorityVote(4, temperature=1.2, max_new_tokens=10)),
+        "sentences": lambda: answer(SentenceBeam(2, LogProbability(), temperature=1.0, max_new_tokens=20)),
+        "retracing": lambda: answer(Retracing(3, max_rounds=2, temperature=1.0, max_new_tokens=4, threshold=1.0)),
         "generator": generate,
         "stream": stream,
     }
@@ -91,19 +91,34 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def spread(model: Mllama) -> Mllama:
-    """Return a model, of which every process has a copy, on a mesh of the devices of all processes."""
-    mesh = make_mesh(fsdp=2, tensor=2, devices=[jax.devices()[i] for i in ACROSS_PROCESSES])
-    pairs = [{device.process_index for device in pair} for pair in mesh.devices[0]]
-    assert pairs == [{0, 1}, {0, 1}]
-    table = parameters(model.config, "unrolled")
-    arrays = {}
-    for path, x in flatten_dict(model.params, sep=".").items():
-        values = np.asarray(x)
-        arrays[path] = jax.make_array_from_callback(
-            x.shape, parameter_sharding(table[path], mesh), values.__getitem__, dtype=x.dtype
-        )
-    return Mllama.from_arrays(model.config, arrays, layout="unrolled", mesh=mesh)
+def small_model(mesh: Mesh | None) -> tuple[Mllama, Processor]:
+    """Return a random model with a layer of each kind, which often ends an answer."""
+    config = shapes_config()
+    vision = replace(
+        config.vision,
+        num_hidden_layers=1,
+        num_global_layers=1,
+        intermediate_layers_indices=(0,),
+        initializer_range=0.25,
+    )
+    text = replace(
+        config.text,
+        num_hidden_layers=2,
+        cross_attention_layers=(1,),
+        initializer_range=0.25,
+        eos_token_ids=tuple(range(0, 500, 60)),
+    )
+    config = replace(config, text=text, vision=vision)
+    model = Mllama(config, mesh=mesh, rngs=nnx.Rngs(1))
+    open_gates(model)
+    return model, Processor(config, shapes_tokenizer())
+
+
+def mesh_across_processes() -> Mesh:
+    """Return a mesh on which heads are sharded over devices of both processes."""
+    mesh = make_mesh(fsdp=2, tensor=2, devices=[jax.devices()[i] for i in (0, 2, 1, 3)])
+    assert [{device.process_index for device in pair} for pair in mesh.devices[0]] == [{0, 1}, {0, 1}]
+    return mesh
 
 
 def shown(answer: Answer | None) -> dict[str, Any]:
