@@ -25,7 +25,7 @@ from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_inputs
 from llava_cot_jax.model.kv_cache import KVCache, constrain_batch
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import Params
-from llava_cot_jax.model.sharding import fetch, use_mesh, without_surroundings
+from llava_cot_jax.model.sharding import to_host, use_mesh, without_surroundings
 from llava_cot_jax.processing.processor import Processor
 
 STEPS_PER_CALL = 16
@@ -218,7 +218,7 @@ class Generator:
         with without_surroundings():
             state = _prefill_prompts(self._params, prompts, lengths, each, capacity=capacity, **self._settings)
         first = (state.token, state.log_prob, state.done, state.finite)
-        token, log_prob, done, finite = fetch(first, mesh)
+        token, log_prob, done, finite = to_host(first, mesh)
         self._check_finite(finite, 1)
         left = new - 1
         yield token[:, None], log_prob[:, None], left
@@ -226,7 +226,7 @@ class Generator:
             limit = np.int32(left)
             with without_surroundings():
                 state, *drawn = _decode_steps(self._params, state, limit, steps=STEPS_PER_CALL, **self._settings)
-            (tokens, log_probs, sampled), done, finite = fetch((drawn, state.done, state.finite), mesh)
+            (tokens, log_probs, sampled), done, finite = to_host((drawn, state.done, state.finite), mesh)
             left -= int(sampled)
             self._check_finite(finite, new - left)
             yield tokens[:, :sampled], log_probs[:, :sampled], left

@@ -226,7 +226,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(whole))
 
 
-def fetch(tree: _Tree, mesh: Mesh | None) -> _Tree:
+def to_host(tree: _Tree, mesh: Mesh | None) -> _Tree:
     """Return the arrays of a tree on the host, whole in every process.
 
     Arrays that are sharded over the devices of several processes are replicated first, which all processes must do

@@ -11,7 +11,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import cut_by_context
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.sharding import fetch, without_surroundings
+from llava_cot_jax.model.sharding import to_host, without_surroundings
 from llava_cot_jax.processing.conversation import QuestionOrMessages
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.answers import Answer, AnswerMaker, check_finite
@@ -151,7 +151,7 @@ def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> li
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
     inputs = (requests.inputs, builder.stage_tables, builder.scorer_tables)
     with without_surroundings():
-        results: StageResult = fetch(program_of(spec)(model.params, *inputs, **static), mesh)
+        results: StageResult = to_host(program_of(spec)(model.params, *inputs, **static), mesh)
     seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}
     stages = [split_stages(results, i) for i in range(len(requests.questions))]
     for i, each in enumerate(stages):

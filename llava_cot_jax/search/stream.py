@@ -14,7 +14,7 @@ from llava_cot_jax.checks import check_bool, check_instance, check_int
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import Samples
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.sharding import fetch, without_surroundings
+from llava_cot_jax.model.sharding import to_host, without_surroundings
 from llava_cot_jax.processing.conversation import QuestionOrMessages
 from llava_cot_jax.processing.images import open_image
 from llava_cot_jax.search import slots as pieces
@@ -154,7 +154,7 @@ class SlotSearch:
         Yields:
             The number of each question whose search is over, with its answer or what is wrong.
         """
-        finished, steps = fetch(awaited, self._model.mesh)
+        finished, steps = to_host(awaited, self._model.mesh)
         self.decoding_steps += int(steps)
         for slot in np.flatnonzero(finished).tolist():
             occupant = self._occupants[slot]
@@ -201,7 +201,7 @@ class SlotSearch:
                 chosen = pieces.keep(*given, self._tables, winner, settings=self._settings)
                 occupant.own_scores[number] = scores
         chosen, occupant.progress = chosen
-        result: StageResult = _of_one_question(fetch(chosen, self._model.mesh))
+        result: StageResult = _of_one_question(to_host(chosen, self._model.mesh))
         occupant.stages.append(result)
         check_finite(occupant.stages, spec, place, dtype)
         if spec.calls_host:
@@ -212,7 +212,7 @@ class SlotSearch:
         """Let a scorer of the user's own score a slot's candidates."""
         number, spec, requests = len(occupant.stages), self.room.spec, occupant.requests
         read = pieces.read_candidates(*given, self._tables, settings=self._settings)
-        candidates, kept = _of_one_question(fetch(read, self._model.mesh))
+        candidates, kept = _of_one_question(to_host(read, self._model.mesh))
         if occupant.images is None:
             occupant.images = [open_image(image) for image in requests.images[0]]
         texts = [join_stages([*occupant.winners, text]) for text in self._tagged_texts(number, candidates, kept)]
