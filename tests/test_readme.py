@@ -22,7 +22,7 @@ GUIDES = [ROOT / folder / "README.md" for folder in ("configs", "llava_cot_jax/s
 TEXTS = {path: path.read_text() for path in (README, *GUIDES)}
 BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-COMMANDS = [" ".join(part.split()) for line in LINES for part in line.split("&&")]
+COMMANDS = [" ".join(part.split()) for line in LINES for part in re.split("&&|&$", line) if part.strip()]
 
 
 def arguments_of_ours(command: str) -> list[str] | None:
