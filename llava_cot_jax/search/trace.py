@@ -169,12 +169,34 @@ class Trace:
             return None
         return "".join(stage.candidates[stage.winner].text for stage in self.stages)
 
+    def parent_of(self, place: int, number: int) -> tuple[int, int] | None:
+        """Return the candidate that a candidate continues: the place of its stage in ``stages``, and its number.
+
+        It is the winner of the stage before, except in a retracing search. That of a first stage is None.
+        """
+        stage = self.stages[place]
+        candidate = stage.candidates[number]
+        if candidate.parent is None:
+            before = 0 if stage.round else place - 1  # captions of every round continue the summary
+            return (before, self.stages[before].winner) if place else None
+        if not candidate.parent_round:
+            return place - 1, candidate.parent
+        rounds = [other.round for other in self.stages]
+        return max(i for i, round_ in enumerate(rounds) if round_ == candidate.parent_round), candidate.parent
+
+    @property
+    def winners(self) -> list[tuple[int, int]]:
+        """Candidates that led to the answer, in order: the place of the stage of each, and its number."""
+        found, at = list[tuple[int, int]](), (len(self.stages) - 1, self.stages[-1].winner)
+        while at is not None:
+            found.append(at)
+            at = self.parent_of(*at)
+        return found[::-1]
+
     @property
     def path(self) -> dict[str, CandidateTrace]:
         """Candidate of each stage that led to the answer, by the stage's name."""
-        last = self.stages[-1]
-        rounds = (0, last.candidates[last.winner].parent_round)
-        return {stage.stage: stage.candidates[stage.winner] for stage in self.stages if stage.round in rounds}
+        return {self.stages[place].stage: self.stages[place].candidates[number] for place, number in self.winners}
 
     @property
     def forced_stages(self) -> dict[str, str]:
