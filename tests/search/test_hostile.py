@@ -244,8 +244,8 @@ def test_a_default_length_shrinks_to_what_the_context_leaves(prompts, strategy, 
     assert set(found) == {found[0]} and 100 < found[0] < builder.spec.max_new_tokens[0]
     assert stated is None or builder.spec.max_new_tokens[0] == stated
     given = replace(strategy, max_new_tokens=found[0])
-    builder = RequestBuilder(processor, given, prompts, stated)
-    assert builder.build([None], ["red?"]).spec == builder.spec and builder.spec.max_new_tokens == found
+    again = RequestBuilder(processor, given, prompts, stated)
+    assert again.build([None], ["red?"]).spec == again.spec and again.spec.max_new_tokens == found
     given = replace(strategy, max_new_tokens=found[0] + LENGTH_STEP)
     with pytest.raises(UserError, match="more than the context of 1024: shorten the question or lower max_new_tokens"):
         RequestBuilder(processor, given, prompts, stated).build([None], ["red?"])
