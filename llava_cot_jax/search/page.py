@@ -105,9 +105,9 @@ def _lead(traces: Sequence[Trace]) -> str:
         return f"{start}. This page shows every answer that it generated, and why the winner won."
     if _retraces(traces[0]):
         return (
-            f"{start} in stages, in rounds: there was another one as long as its reasonings were weak. In each round it "
-            "generated captions, and reasonings after the best of these; in the end, a conclusion after each of the "
-            "best reasonings of all rounds. This page shows all of them, what each continues, and which won."
+            f"{start} in stages and in rounds, of which there was another as long as its reasonings were weak. In each "
+            "round it generated captions, and reasonings after the best of these; in the end, a conclusion after each "
+            "of the best reasonings of all rounds. This page shows all of them, what each continues, and which won."
         )
     how, each = ("in stages", "stage") if traces[0].whole_text is None else ("sentence by sentence", "sentence")
     return (
