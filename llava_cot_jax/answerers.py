@@ -72,7 +72,7 @@ class SearchAnswerer:
         elif not options.json:
             print(answer.text if options.show_reasoning else answer.conclusion, flush=True)
         self._write_files(model)
-        result = result_of(answer, requests.is_shrunk)
+        result = result_of(answer, requests.spec != self._builder.spec)
         return replace(result, bounded_by="max_sentences") if has_all_sentences(trace, requests.spec) else result
 
     def write_threshold(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import as_path, is_remote, reading_errors, writing_errors
 
-_LOGGER = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 _DEVICES = Path("/dev")
 """Folder of devices and of links to them. ``/dev/stdout`` may lead to a file."""
@@ -47,7 +47,7 @@ def cache_folder(name: str) -> Path | None:
 
 @cache
 def _warn_once(text: str) -> None:
-    _LOGGER.warning("%s", text)
+    _LOG.warning("%s", text)
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def keeping_in_cache(folder: Path, what: str) -> Iterator[None]:
         yield
     except OSError as fault:
         reason = fault.strerror or fault
-        _LOGGER.warning("%s cannot be kept in %s: %s; %s", what, folder, reason, _NAME_ANOTHER_CACHE)
+        _LOG.warning("%s cannot be kept in %s: %s; %s", what, folder, reason, _NAME_ANOTHER_CACHE)
 
 
 def usable_cache(folder: Path | None, what: str) -> Path | None:

@@ -80,10 +80,10 @@ def normalize_answer(text: str) -> str:
     return spaced.strip(string.punctuation + string.whitespace) or spaced
 
 
-def is_staged(text: str, format: StageFormat = LLAVA_COT) -> bool:
-    """Whether ``text`` has all stages of its format in order, each one closed."""
-    stages = locate_stages(text, format)
-    return len(stages) == len(format.stages) and all(stage.closed for stage in stages.values())
+def is_staged(text: str) -> bool:
+    """Whether ``text`` has all stages of LLaVA-CoT's format in order, each one closed."""
+    stages = locate_stages(text)
+    return len(stages) == len(LLAVA_COT.stages) and all(stage.closed for stage in stages.values())
 
 
 def may_be_staged(text: str, format: StageFormat = LLAVA_COT) -> bool:

@@ -9,7 +9,7 @@ import yaml
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.screen import Screen
 from llava_cot_jax.stage_format import FORMATS_FOLDER, LLAVA_COT, StageFormat, StageMarks
-from llava_cot_jax.stages import find_conclusion, find_stages, is_staged, locate_stages, may_be_staged
+from llava_cot_jax.stages import find_conclusion, find_stages, locate_stages, may_be_staged
 
 NAMES = ("llamav_o1", "llava_cot", "llava_cot_sentences", "mulberry")
 FORMATS = {name: StageFormat.load(name) for name in NAMES}
@@ -59,15 +59,21 @@ def test_a_format_is_read_back_from_yaml(tmp_path, name):
         assert content == {"stages": given, "conclusion": format.conclusion}
 
 
+def has_all_stages(text: str, format: StageFormat) -> bool:
+    """Whether a text has all stages of a format, each one closed."""
+    found = locate_stages(text, format)
+    return tuple(found) == format.names and all(stage.closed for stage in found.values())
+
+
 def test_what_mulberry_writes():
     found = find_stages(MULBERRY, FORMATS["mulberry"])
     assert list(found) == ["CAPTION", "RATIONALES", "REASONING", "CONCLUSION"]
     assert found["CAPTION"] == "A chart with four bars."
     assert found["REASONING"] == "### Step 1:\nRead the heights: 3, 9 and 4.\n### Step 2:\n9 is the highest."
     assert find_conclusion(MULBERRY, FORMATS["mulberry"]) == "B: 9"
-    assert is_staged(MULBERRY, FORMATS["mulberry"]) and not is_staged(MULBERRY)
+    assert has_all_stages(MULBERRY, FORMATS["mulberry"]) and not has_all_stages(MULBERRY, LLAVA_COT)
     assert find_stages(MULBERRY.replace(":\n", ":"), FORMATS["mulberry"])["RATIONALES"] == found["RATIONALES"]
-    assert not is_staged(MULBERRY.replace("Rationales", "Rationale"), FORMATS["mulberry"])
+    assert not has_all_stages(MULBERRY.replace("Rationales", "Rationale"), FORMATS["mulberry"])
 
 
 def read_bytes(text: bytes, format: StageFormat) -> dict[str, tuple[str, bool]]:
@@ -154,7 +160,7 @@ def test_a_growing_answer_shows_its_conclusion_only(name, capsys):
     text = "\n\n".join(
         f"{stage.opening or ''} {stage.name.lower()} 3 < 4 # {stage.closing or ''}".strip() for stage in format.stages
     )
-    assert is_staged(text, format)
+    assert has_all_stages(text, format)
     with Screen(False, format) as screen:
         for end in range(len(text) + 1):
             assert may_be_staged(text[:end], format)

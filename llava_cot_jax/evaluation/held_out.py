@@ -10,7 +10,7 @@ from llava_cot_jax.data.rows import Rows, Turn
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
+from llava_cot_jax.stage_format import LLAVA_COT
 from llava_cot_jax.stages import find_stages
 
 QUESTIONS_PER_BATCH = 64
@@ -31,9 +31,9 @@ class HeldOutAnswer:
     answer: str
     expected: str
 
-    def agrees(self, stage: str, format: StageFormat = LLAVA_COT) -> bool:
-        """Whether the body of a stage is, word for word, that of the expected answer, both in one format."""
-        return _body(self.answer, stage, format) == _body(self.expected, stage, format)
+    def agrees(self, stage: str) -> bool:
+        """Whether the body of a stage in LLaVA-CoT's tags is, word for word, that of the expected answer."""
+        return _body(self.answer, stage) == _body(self.expected, stage)
 
 
 def find_answerable(processor: Processor, rows: Rows, count: int) -> list[int]:
@@ -85,10 +85,10 @@ def answer_held_out(
             yield HeldOutAnswer(row.turns[0].question, processor.decode(ids), row.turns[0].answer)
 
 
-def _body(answer: str, stage: str, format: StageFormat) -> list[str]:
+def _body(answer: str, stage: str) -> list[str]:
     """Return the words of a stage. The conclusion of an answer without stages is its last paragraph."""
-    stages = find_stages(answer, format)
-    if not stages and stage == format.conclusion:
+    stages = find_stages(answer)
+    if not stages and stage == LLAVA_COT.conclusion:
         return answer.rsplit("\n\n", 1)[-1].split()
     return stages.get(stage, "").split()
 

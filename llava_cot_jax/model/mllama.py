@@ -45,7 +45,7 @@ from llava_cot_jax.model.sharding import (
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import OnProgress
 
-_logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 SUBMODELS = ("vision_model", "multi_modal_projector", "language_model")
 
@@ -280,7 +280,7 @@ class Mllama(nnx.Module):
         _check_settings(config, layout, remat)  # before the weights are read
         if ignored := ignored_settings(folder):
             stated = ", ".join(f"{name} = {json.dumps(value)}" for name, value in ignored.items())
-            _logger.warning(f"{folder} asks for settings of generation that are not honoured here: {stated}")
+            _LOG.warning(f"{folder} asks for settings of generation that are not honoured here: {stated}")
         arrays = load_params(
             folder, config, layout=layout, dtype=dtype, mesh=mesh, adapter=merged, on_progress=on_progress
         )

@@ -22,8 +22,11 @@ from llava_cot_jax.planning.slices import GENERATIONS, HBM_MARGIN, Slice
 from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths, probe_capacity, probe_chunk
 from llava_cot_jax.search.program import ACCELERATOR_CHUNK
+from llava_cot_jax.search.retracing_search import row_capacity
+from llava_cot_jax.search.rounds import Rounds
 from llava_cot_jax.search.scorers import Judge, Verifier
 from llava_cot_jax.search.strategies import SearchSpec
+from llava_cot_jax.search.tables import ScorerTables, StageTables
 
 TYPICAL_WORKLOAD = Workload(prompt_tokens=256, judge_prompt_tokens=200)
 """Lengths that are planned with: stages as long as in the standard workload of ``bench``, with longer prompts."""
@@ -165,14 +168,10 @@ def _kv_cache_bytes(
     lengths = SearchLengths.of(spec, stage_tables, prompt=inputs.model_inputs["input_ids"].shape[1])
     prefix = lengths.prefix + ACCELERATOR_CHUNK
     candidates = max(spec.num_candidates)
-    suffix = candidates * lengths.candidate
+    suffix = candidates * (lengths.candidate + _probe_tokens(scorer_tables, stage_tables, candidates))
     if spec.rounds is not None:
-        # Beside the candidates: the captions that are kept, and the best reasonings with their captions, of the rounds
-        # before, of this one, and of both.
-        suffix += (sum(spec.num_candidates[1:3]) + spec.rounds.keep + 4 * spec.num_candidates[3]) * lengths.candidate
-    if scorer_tables.verifier is not None:
-        probe = probe_capacity(scorer_tables.verifier, stage_tables.closings.capacity)
-        suffix += candidates * (probe + probe_chunk(ACCELERATOR_CHUNK, candidates, probe))
+        prefix = lengths.pending + ACCELERATOR_CHUNK
+        suffix = _retracing_tokens(spec, spec.rounds, stage_tables, scorer_tables)
     if scorer_tables.judge is not None and spec.judge is not None:
         prompt = JudgeLengths.of(
             spec.judge,
@@ -189,6 +188,29 @@ def _kv_cache_bytes(
     image_tokens = model_costs.padded_image_tokens(config) if work.image_tiles else 0
     values = (prefix + suffix) * text_token + image_tokens * image_token
     return questions * values * BFLOAT16_BYTES // _cache_shards(questions, mesh)
+
+
+def _probe_tokens(scorer_tables: ScorerTables, stage_tables: StageTables, candidates: int) -> int:
+    """Return the room for what the verifier reads after each of ``candidates`` candidates; 0 without a verifier."""
+    if scorer_tables.verifier is None:
+        return 0
+    probe = probe_capacity(scorer_tables.verifier, stage_tables.closings.capacity)
+    return probe + probe_chunk(ACCELERATOR_CHUNK, candidates, probe)
+
+
+def _retracing_tokens(spec: SearchSpec, rounds: Rounds, stage_tables: StageTables, scorer_tables: ScorerTables) -> int:
+    """Tokens of a question that the caches of a retracing search hold at its peak beside the prompt, by their shapes.
+
+    Beside the summary and the best reasonings of the rounds before, each with its caption, these are, whichever is
+    most: the captions of a round with the verifier's probes; the captions that are kept, and the reasonings with
+    probes; or the kept captions, the reasonings with the caption of each, and the best ones once the round is over.
+    """
+    _, captions, reasonings, _ = spec.num_candidates
+    row = row_capacity(spec, stage_tables)
+    caption, reasoning = (row + _probe_tokens(scorer_tables, stage_tables, one) for one in (captions, reasonings))
+    kept = rounds.keep * row
+    round_ = max(captions * caption, kept + reasonings * reasoning, kept + 2 * (reasonings + rounds.pool) * row)
+    return (1 + 2 * rounds.pool) * row + round_
 
 
 def _cache_shards(questions: int, mesh: Mapping[str, int]) -> int:

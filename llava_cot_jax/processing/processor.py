@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _CONFIG_NEEDED = "give the MllamaConfig of the model"
 """Remedy for a configuration of another type."""
 
-_LOGGER = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 _BEFORE_SPACE = re.compile(r"(?<=<\|end_header_id\|>\n\n)(?=\s)")
 """Pattern of the places after a header where a text begins with space, with which a blank line could merge."""
@@ -254,7 +254,7 @@ class Processor:
             UserError: It can write neither a question about an image nor one without.
         """
         if not self.tokenizer.chat_template:
-            _LOGGER.warning("%s has no chat template: that of Llama 3.2 is used", folder)
+            _LOG.warning("%s has no chat template: that of Llama 3.2 is used", folder)
             return
         faults = []
         for images in (1, 0):
@@ -265,7 +265,7 @@ class Processor:
         if len(faults) == 2:
             raise UserError(faults[0])
         for said in faults:
-            _LOGGER.warning("%s", said)
+            _LOG.warning("%s", said)
 
     def _checked(self, message: Message) -> dict[str, Any]:
         """Check a message. If it has no image, return its content as one string, which every template accepts."""

@@ -38,7 +38,9 @@ class Answer:
 
 
 def check_finite(stages: Sequence[StageResult], spec: SearchSpec, place: str, dtype: Any) -> None:
-    """Check the log-probabilities and the votes of a question's search, which logits that are not finite make so too.
+    """Check all numbers of a question's search: log-probabilities, votes, and scores.
+
+    Where logits are NaN or infinite, so are these.
 
     Args:
         stages: Result of each stage so far, in host arrays.

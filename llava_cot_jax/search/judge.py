@@ -53,7 +53,7 @@ class JudgeInputs:
 
     Attributes:
         stage: int32, index of each question's stage.
-        texts: Candidates with their tags, [questions, candidates].
+        texts: Candidates as the judge is shown them, [questions, candidates].
         mean_log_prob: float32, mean log-probability of a token of each candidate.
         num_candidates: int32, number of each question's candidates; those beyond have no meaning. A single one wins
             without a query.

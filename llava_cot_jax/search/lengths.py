@@ -20,7 +20,8 @@ class SearchLengths:
         candidate: Tokens that are sampled for a candidate.
         text: A candidate with its opening, or its label for the judge, and the closing that may be added.
         pending: Tokens that are prefilled before a stage: the prompt or the last winner, and the next opening.
-        prefix: Tokens that the candidates of the last stage, or of the last sentence, share.
+        prefix: Tokens that the candidates of the last stage, or of the last sentence, share, where winners are read
+            into one prefix.
         answer: The prompt with the whole answer.
         earlier: What a judge's prompt has room for of the winners before: all stages but one, or the answer so far.
     """

@@ -35,8 +35,9 @@ MAX_UNFOLDED_QUESTIONS = 3
 LONG_TEXT_CHARACTERS = 500
 """Length of a text, in characters, above which it scrolls unless it is the winner's."""
 
-COLUMN_WIDTH, ROW_HEIGHT, NODE_RADIUS, HEADING_HEIGHT = 108, 32, 12, 28
-"""Sizes in the drawing of a search, in pixels: width of a stage, height of a candidate, its circle, the headings."""
+COLUMN_WIDTH, ROW_HEIGHT, NODE_RADIUS, HEADING_HEIGHT, ROUND_HEADING_HEIGHT = 108, 32, 12, 28, 20
+"""Sizes in the drawing of a search, in pixels: width of a stage, height of a candidate, its circle, the headings of
+stages, and the heading of a round."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,33 @@ def render_page(entries: Sequence[PageEntry], facts: Mapping[str, object], title
         entries=views,
         known=len(known),
         right=sum(known),
-        parts=_parts(entries[0].trace) if entries else None,
+        lead=_lead([entry.trace for entry in entries]),
+        retraces=any(_retraces(entry.trace) for entry in entries),
         unfolded=len(views) <= MAX_UNFOLDED_QUESTIONS,
     )
 
 
-def _parts(trace: Trace) -> dict[str, str] | None:
-    """Return how the parts of an answer that were searched for one after another are told; None for a whole answer."""
-    if trace.whole_text is None:
-        return {"how": "in stages", "each": "stage"}
-    return {"how": "sentence by sentence", "each": "sentence"} if trace.stages[0].stage != WHOLE_ANSWER else None
+def _lead(traces: Sequence[Trace]) -> str:
+    """Return what was searched for and how, for searches by one strategy."""
+    start = f"A vision-language model answered {'each question' if len(traces) > 1 else 'a question'}"
+    if not traces or traces[0].stages[0].stage == WHOLE_ANSWER:
+        return f"{start}. This page shows every answer that it generated, and why the winner won."
+    if _retraces(traces[0]):
+        return (
+            f"{start} in stages and in rounds, of which there was another as long as its reasonings were weak. In each "
+            "round it generated captions, and reasonings after the best of these; in the end, a conclusion after each "
+            "of the best reasonings of all rounds. This page shows all of them, what each continues, and which won."
+        )
+    how, each = ("in stages", "stage") if traces[0].whole_text is None else ("sentence by sentence", "sentence")
+    return (
+        f"{start} {how}. For each {each} it generated candidates, and only the winner was continued in the next one. "
+        "This page shows all of them, and why each winner won."
+    )
+
+
+def _retraces(trace: Trace) -> bool:
+    """Whether a search had rounds of captions and reasonings, of which several are continued."""
+    return any(stage.round for stage in trace.stages)
 
 
 def _entry_view(number: int, entry: PageEntry) -> dict[str, Any]:
@@ -118,7 +136,7 @@ def _entry_view(number: int, entry: PageEntry) -> dict[str, Any]:
         "conclusion": conclusion,
         "right_answer": entry.right_answer,
         "correct": correct,
-        "stages": [_stage_view(stage, trace) for stage in trace.stages],
+        "stages": [_stage_view(place, trace) for place in range(len(trace.stages))],
         "tree": _tree_view(trace) if any(len(stage.candidates) > 1 for stage in trace.stages) else None,
         "seed": trace.seed,
         "strategy": trace.strategy,
@@ -130,9 +148,14 @@ def _entry_view(number: int, entry: PageEntry) -> dict[str, Any]:
     }
 
 
-def _stage_view(stage: StageTrace, trace: Trace) -> dict[str, Any]:
+def _stage_view(place: int, trace: Trace) -> dict[str, Any]:
+    stage = trace.stages[place]
+    standings = wording.standings(trace, place) if len(stage.candidates) > 1 else [""]
     checks = {check.first: _verdict_view(check) for check in stage.checks}
-    candidates = [_candidate_view(i, one, stage, checks.get(i), trace.format) for i, one in enumerate(stage.candidates)]
+    candidates = [
+        _candidate_view(i, one, stage, standings[i], checks.get(i), trace.format)
+        for i, one in enumerate(stage.candidates)
+    ]
     rounds = wording.rounds_of(stage)
     return {
         "title": wording.stage_title(stage),
@@ -147,11 +170,18 @@ def _stage_view(stage: StageTrace, trace: Trace) -> dict[str, Any]:
 
 
 def _candidate_view(
-    i: int, candidate: CandidateTrace, stage: StageTrace, check: dict[str, Any] | None, format: StageFormat
+    i: int,
+    candidate: CandidateTrace,
+    stage: StageTrace,
+    standing: str,
+    check: dict[str, Any] | None,
+    format: StageFormat,
 ) -> dict[str, Any]:
     return {
         "number": i + 1,
-        "won": i == stage.winner and len(stage.candidates) > 1,
+        "standing": standing,
+        "won": standing == "winner",
+        "origin": wording.origin(candidate),
         "parts": wording.split_tags(candidate.text, format),
         "long": len(candidate.text) > LONG_TEXT_CHARACTERS,
         "added": candidate.added,
@@ -192,7 +222,7 @@ def _verdict_view(verdict: VerdictTrace) -> dict[str, Any]:
 
 
 def _round_name(i: int, count: int) -> str:
-    return "Final" if i == count - 1 else f"TournamentState {i + 1}"
+    return "Final" if i == count - 1 else f"Round {i + 1}"
 
 
 def _costs_view(trace: Trace) -> list[dict[str, Any]]:
@@ -211,33 +241,59 @@ def _costs_view(trace: Trace) -> list[dict[str, Any]]:
 
 
 def _tree_view(trace: Trace) -> dict[str, Any]:
-    """Return the drawing of a search: a column of candidates for each stage, joined to the winner before."""
-    most = max(len(stage.candidates) for stage in trace.stages)
-    height = HEADING_HEIGHT + most * ROW_HEIGHT
-    columns = []
-    before: tuple[float, float] = (NODE_RADIUS, HEADING_HEIGHT + most * ROW_HEIGHT / 2)
+    """Return the drawing of a search: candidates, each joined to the one that it continues.
+
+    Stages are side by side, and the rounds of a retracing search one below the other.
+    """
+    columns = list(dict.fromkeys(stage.stage for stage in trace.stages))
+    column_x = {name: NODE_RADIUS + (i + 0.62) * COLUMN_WIDTH for i, name in enumerate(columns)}
+    middles, bottom = _middles(trace)
+    places: dict[tuple[int, int] | None, tuple[float, float]] = {None: (NODE_RADIUS, middles[0])}
     for i, stage in enumerate(trace.stages):
-        x, top = (
-            NODE_RADIUS + (i + 0.62) * COLUMN_WIDTH,
-            HEADING_HEIGHT + (most - len(stage.candidates) + 1) * ROW_HEIGHT / 2,
-        )
-        places = [(x, top + j * ROW_HEIGHT) for j in range(len(stage.candidates))]
-        nodes = [
-            {"number": j + 1, "x": x, "y": y, "won": j == stage.winner, "line": _curve(before, (x, y))}
-            for j, (x, y) in enumerate(places)
-        ]
-        nodes.sort(key=lambda node: bool(node["won"]))  # the winner's line is drawn over the others
-        columns.append({"title": wording.stage_title(stage), "x": x, "nodes": nodes})
-        before = places[stage.winner]
-    path = " then ".join(f"{wording.stage_title(stage)} {stage.winner + 1}" for stage in trace.stages)
-    width = NODE_RADIUS + (len(trace.stages) - 0.38) * COLUMN_WIDTH + COLUMN_WIDTH / 2
+        top = middles[stage.round] - (len(stage.candidates) - 1) * ROW_HEIGHT / 2
+        for j in range(len(stage.candidates)):
+            places[i, j] = (column_x[stage.stage], top + j * ROW_HEIGHT)
+    won = trace.winners
+    nodes = [
+        {
+            "number": at[1] + 1,
+            "x": x,
+            "y": y,
+            "won": at in won,
+            "line": _curve(places[trace.parent_of(*at)], (x, y)),
+        }
+        for at, (x, y) in places.items()
+        if at is not None
+    ]
+    nodes.sort(key=lambda node: bool(node["won"]))  # the winners' lines are drawn over the others
+    labels = [
+        {"text": f"round {stage.round}", "x": places[i, 0][0], "y": places[i, 0][1] - NODE_RADIUS - 4}
+        for i, stage in enumerate(trace.stages)
+        if stage.round
+    ]
     return {
-        "width": width,
-        "height": height,
-        "start": HEADING_HEIGHT + most * ROW_HEIGHT / 2,
-        "columns": columns,
-        "path": path,
+        "width": NODE_RADIUS + (len(columns) + 0.12) * COLUMN_WIDTH,
+        "height": bottom,
+        "start": middles[0],
+        "heads": [{"text": wording.title_of(name), "x": x, "y": 14} for name, x in column_x.items()],
+        "labels": labels,
+        "nodes": nodes,
+        "path": " then ".join(f"{wording.stage_title(trace.stages[place])} {number + 1}" for place, number in won),
     }
+
+
+def _middles(trace: Trace) -> tuple[dict[int, float], int]:
+    """Return the height at which the candidates of each round, and those outside of rounds (0), lie, and the bottom."""
+    most: dict[int, int] = {}
+    for stage in trace.stages:
+        most[stage.round] = max(most.get(stage.round, 0), len(stage.candidates))
+    middles, bottom = dict[int, float](), HEADING_HEIGHT
+    for number in sorted(most.keys() - {0}):
+        middles[number] = bottom + ROUND_HEADING_HEIGHT + most[number] * ROW_HEIGHT / 2
+        bottom += ROUND_HEADING_HEIGHT + most[number] * ROW_HEIGHT
+    bottom = max(bottom, HEADING_HEIGHT + most.get(0, 0) * ROW_HEIGHT)
+    middles[0] = (HEADING_HEIGHT + bottom) / 2
+    return middles, bottom
 
 
 def _curve(start: tuple[float, float], end: tuple[float, float]) -> str:

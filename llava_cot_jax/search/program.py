@@ -2,21 +2,22 @@
 
 A stage of a question takes five pieces. ``StageSearch`` has them, for a batch of questions:
 
-    extend_prefix  prefill what is pending: the prompt, or the last winner, and the opening tag of the stage
+    extend_prefix  prefill what is pending: the prompt, or the last winner, and the opening of the stage
     sample         sample the stage's candidates over the prefix, which is not copied
     score          score the candidates by the verifier, over their own cache, which is not copied either
     choose         let the scorer of the stage choose a candidate
     advance        note the winner, which is pending now, and go to the next stage
 
-Every question has a stage of its own (``SearchProgress.stage``), and the tables of tags, temperatures, lengths and
-prompts are gathered by it, so that a batch may hold questions of different stages. What a question draws hangs on its
-seed and its stage alone. ``search`` runs the pieces in a loop inside one program, with all questions in the same stage.
-A host can compile the same pieces on their own, and drive them from one stage to the next; ``sample`` is then
-``start_samples`` and, as often as is wished, ``continue_samples``.
+Every question has a stage of its own (``SearchProgress.stage``), and the tables of openings, closings, temperatures,
+lengths and prompts are gathered by it, so that a batch may hold questions of different stages. What a question draws
+hangs on its seed and its stage alone. ``search`` runs the pieces in a loop inside one program, with all questions in
+the same stage. A host can compile the same pieces on their own, and drive them from one stage to the next; ``sample``
+is then ``start_samples`` and, as often as is wished, ``continue_samples``. The searches by sentences and by rounds are
+programs of their own that take some of the pieces.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -47,7 +48,7 @@ from llava_cot_jax.search.stage_ends import end_stage
 from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.tables import BLANK_LINE, ScorerTables, StageTables
 from llava_cot_jax.search.tournament import StageJudgement, run_tournament
-from llava_cot_jax.search.verifier import StageScores, choose_highest, score_candidates
+from llava_cot_jax.search.verifier import StageScores, rank_candidates, score_candidates
 
 ACCELERATOR_CHUNK, CPU_CHUNK = 256, 64
 """Number of tokens of each question that are prefilled at a time, on an accelerator and on a CPU."""
@@ -89,7 +90,9 @@ class StageResult:
         winner: int32, the candidate that won.
         judgement: Outcome of the judge's tournament; None where no stage has a judge.
         scores: Scores of the verifier; None where no stage has a verifier.
-        num_prefilled: int32, number of tokens prefilled before the stage: the prompt or the last winner, and tags.
+        num_prefilled: int32, number of tokens prefilled before the stage: the prompt or the last winner, and what
+            closes a stage and opens the next. In a retracing search, where no winner is read again, it is the prompt,
+            or the last token of each candidate that is continued, and what closes and opens.
         kept: int32, number of tokens that are kept of each candidate: those before the opening of the next stage.
         parent: int32, the candidate of the stage before that each candidate continues, in a retracing search, where it
             is not the winner; for a conclusion it counts the reasonings of all rounds.
@@ -102,6 +105,13 @@ class StageResult:
     num_prefilled: Int[Array, " questions"]
     kept: Int[Array, "questions candidates"]
     parent: Int[Array, "questions candidates"] | None = None
+
+
+def unused_results(count: int, like: StageResult) -> StageResult:
+    """Return ``count`` results without candidates, of the shapes of ``like``, with a leading axis."""
+    none = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), like)
+    unused = jnp.full_like(none.candidates.ended, EndReason.UNUSED)
+    return replace(none, candidates=replace(none.candidates, ended=unused))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "prefill_chunk", "mesh"))
@@ -151,7 +161,8 @@ class SearchProgress:
     Attributes:
         stage: int32, index of the stage that is to be sampled; the number of stages once there is an answer.
         pending: Tokens to prefill before that stage, [questions].
-        winners: Winner of each stage with its tags, [questions, stages]; empty where the stage is still to come.
+        winners: Winner of each stage as the judge is shown it, [questions, stages]; empty where the stage is still to
+            come.
     """
 
     stage: Int[Array, " questions"]
@@ -203,16 +214,20 @@ class StageSearch:
 
     def init_progress(self) -> SearchProgress:
         """Return the progress before the first stage, with the prompts pending."""
-        lengths, questions = self.lengths, self.num_questions
-        prompt = RaggedTokens(self.inputs.model_inputs["input_ids"], self.inputs.lengths)
-        pending = concat((prompt, self.tables.openings[0, BLANK_LINE]), lengths.pending)
+        questions = self.num_questions
         shape = (questions, self.spec.num_stages)
-        winners = RaggedTokens(jnp.zeros((*shape, lengths.text), jnp.int32), jnp.zeros(shape, jnp.int32))
-        return SearchProgress(jnp.zeros(questions, jnp.int32), pending, winners)
+        winners = RaggedTokens(jnp.zeros((*shape, self.lengths.text), jnp.int32), jnp.zeros(shape, jnp.int32))
+        return SearchProgress(jnp.zeros(questions, jnp.int32), self.opened_prompts(), winners)
 
-    def init_prefix(self) -> Segment:
-        """Return an empty KV cache for the prompts and the winners."""
-        layers = self.decoder.init_cache(self.num_questions, self.lengths.prefix + self.decoder.prefill_chunk)
+    def opened_prompts(self) -> RaggedTokens:
+        """Return the prompts with the opening of the first stage, if it has one, [questions]."""
+        prompt = RaggedTokens(self.inputs.model_inputs["input_ids"], self.inputs.lengths)
+        return concat((prompt, self.tables.openings[0, BLANK_LINE]), self.lengths.pending)
+
+    def init_prefix(self, tokens: int | None = None) -> Segment:
+        """Return an empty KV cache with room for ``tokens`` tokens; by default, for the prompts and the winners."""
+        capacity = self.lengths.prefix if tokens is None else tokens
+        layers = self.decoder.init_cache(self.num_questions, capacity + self.decoder.prefill_chunk)
         return Segment(layers, jnp.zeros(self.num_questions, jnp.int32))
 
     @jax.named_scope("stage")
@@ -230,8 +245,7 @@ class StageSearch:
     @jax.named_scope("extend_prefix")
     def extend_prefix(self, prefix: Segment, pending: RaggedTokens) -> tuple[Segment, Float[Array, "questions vocab"]]:
         """Prefill the pending tokens. Return the longer prefix, and the logits after it."""
-        layers, logits = prefill(self.decoder, pending, KVCache(prefix.layers, prefix.lengths))
-        return Segment(layers, prefix.lengths + pending.lengths), logits
+        return extend_chain(self.decoder, (prefix,), pending)
 
     def sample(
         self, prefix: Segment, logits: Float[Array, "questions vocab"], stage: Int[Array, " questions"]
@@ -292,7 +306,7 @@ class StageSearch:
                 chosen = judgement.winner
             elif isinstance(scorer, Verifier):
                 assert scores is not None
-                chosen = choose_highest(scores.score, mean_log_prob)
+                chosen = rank_candidates(scores.score, mean_log_prob)[:, 0]
             elif isinstance(scorer, LogProbability):
                 chosen = jnp.argmax(mean_log_prob, axis=-1).astype(jnp.int32)
             else:  # a judge that has nothing to choose between, or a function, which the host calls
@@ -326,7 +340,7 @@ class StageSearch:
     def advance(
         self, progress: SearchProgress, candidates: Samples, winner: Int[Array, " questions"]
     ) -> SearchProgress:
-        """Return the progress after a stage whose winner is chosen: the winner and the next opening tag are pending."""
+        """Return the progress after a stage whose winner is chosen: the winner and the next opening are pending."""
         stage, tables = progress.stage, self.tables
         question = jnp.arange(self.num_questions)
         kept, line_breaks = end_stage(candidates, tables, stage)
@@ -339,11 +353,29 @@ class StageSearch:
         return SearchProgress(stage + 1, pending, winners)
 
     def texts(self, candidates: Samples, stage: Int[Array, " questions"]) -> RaggedTokens:
-        """Return candidates with their tags, as the judge is shown them, [questions, candidates]."""
+        """Return candidates as the judge is shown them, with opening and closing, [questions, candidates]."""
         tables, at = self.tables, stage[:, None]
         labels = tables.openings[at, BLANK_LINE] if tables.labels is None else tables.labels[at]
         closings = tables.closings[at, candidates.state]
         return concat((labels, self.kept(candidates, stage), closings), self.lengths.text)
+
+
+def extend_chain(
+    decoder: Decoder, chain: Sequence[Segment], tokens: RaggedTokens
+) -> tuple[Segment, Float[Array, "rows vocab"]]:
+    """Prefill tokens after each row of the last segment of a chain, over the segments before it.
+
+    Args:
+        decoder: Model and images.
+        chain: Segments, root first. The last needs room for a chunk more than there are tokens.
+        tokens: Tokens to append, [rows].
+
+    Returns:
+        The last segment with these tokens, and the float32 logits after it.
+    """
+    *shared, last = chain
+    layers, logits = prefill(decoder, tokens, KVCache(last.layers, last.lengths, tuple(shared)))
+    return Segment(layers, last.lengths + tokens.lengths), logits
 
 
 def stage_keys(seeds: UInt32[Array, " questions"], stage: Int[Array, " questions"]) -> Key[Array, " questions"]:
@@ -377,7 +409,7 @@ def sample_candidates(
         logits: float32 logits after the chain.
         chain: Segments that the candidates of a group share, root first.
         suffix: Room for the candidates' keys and values, [groups * candidates].
-        stop_tables: Stop table of each stage's closing tag.
+        stop_tables: uint8, stop table of what ends each stage.
         keys: Random keys of the stage.
         stage: int32, index of each group's stage.
 

@@ -1,12 +1,13 @@
-"""The judge's prompts: read from a file, put into the model's chat format, and split into texts.
+"""Prompts of the judge and the verifier: read from a file, put into the model's chat format, and split into texts.
 
-A prompt is one user turn and the beginning of an answer. Its prefix, up to the first candidate, is the same for all
-prompts of a kind in a stage, and is prefilled once:
+A prompt of the judge is one user turn and the beginning of an answer. Its prefix, up to the first candidate, is the
+same for all prompts of a kind in a stage, and is prefilled once:
 
     chat header | intro | question | middle | earlier stages | label |   first | between | second | ending
     ---------------------------- shared prefix ----------------------   ------------ suffix ------------
 
-A check shows one candidate, so it lacks ``between`` and ``second``.
+A check shows one candidate, so it lacks ``between`` and ``second``. The verifier's is what follows a candidate in the
+conversation itself: the end of its turn, a question of the user, and the beginning of the answer.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,7 +8,12 @@ from jaxtyping import Array, Int, Key
 
 
 class Draw(IntEnum):
-    """Kinds of draws in a stage. A stage's key is folded with the kind, then with the candidates that it is for."""
+    """Kinds of draws in a stage. A stage's key is folded with the kind, then with the candidates that it is for.
+
+    ``ROUND`` is not of a draw. In a retracing search it is folded in first, with the number of the round and the
+    candidate before that is continued, so that the stages of each round, and of each such candidate, have keys of their
+    own.
+    """
 
     CANDIDATE = 0
     BRACKET = 1

@@ -89,7 +89,7 @@ class Reasoner:
         """
         requests = self._builder.build(images, questions, seeds)
         answers = run_search(self._model, self._builder, requests)
-        if requests.is_shrunk:
+        if requests.spec != self._builder.spec:
             for answer in answers:
                 _tell_what_was_cut(self._model.config, answer.trace, requests.spec)
         return answers

@@ -27,6 +27,7 @@ from llava_cot_jax.search.tables import (
     chat_header_ids,
     scored_stages,
     token_ids,
+    vocabulary_of,
 )
 
 LENGTH_STEP = 32
@@ -50,8 +51,8 @@ class Requests:
         images: Images of each question.
         seeds: Seed of each question's draws.
         seconds: Seconds that the conversion took.
-        spec: Static part of the search for this batch: a default length is shrunk to what the context leaves.
-        is_shrunk: Whether the default length is shrunk.
+        spec: Static part of the search for this batch. It is not the builder's where a default length is shrunk to what
+            the context leaves.
     """
 
     inputs: SearchInputs
@@ -60,7 +61,6 @@ class Requests:
     seeds: list[int]
     seconds: float
     spec: SearchSpec
-    is_shrunk: bool
 
     def question(self, i: int) -> "Requests":
         """Return the batch of question ``i`` alone, with the arrays' padding as it is."""
@@ -114,8 +114,9 @@ class RequestBuilder:
             spec = _with_length(spec, default_max_new_tokens)
         self.spec = spec
         self._prompts = prompts = JudgePrompts.load(judge_prompts)
-        self.stage_tables = build_stage_tables(processor, spec)
-        self.scorer_tables = build_scorer_tables(processor, spec, prompts)
+        entries = vocabulary_of(processor)
+        self.stage_tables = build_stage_tables(processor, spec, entries)
+        self.scorer_tables = build_scorer_tables(processor, spec, prompts, entries)
 
     def build(
         self, images: Sequence[Images], questions: Sequence[QuestionOrMessages], seeds: Sequence[int] | int = 0
@@ -158,9 +159,7 @@ class RequestBuilder:
         pairs = zip(questions, asked, strict=True)
         shown_questions = [given if isinstance(given, str) else each.question for given, each in pairs]
         seconds = time.perf_counter() - start
-        return Requests(
-            inputs, shown_questions, image_lists, seed_array.tolist(), seconds, spec, is_shrunk=spec != self.spec
-        )
+        return Requests(inputs, shown_questions, image_lists, seed_array.tolist(), seconds, spec)
 
     def prompt(self, conversation: UserConversation) -> str:
         """Return the prompt of a conversation that ends with a question."""

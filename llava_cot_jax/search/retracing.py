@@ -74,11 +74,11 @@ class Retracing:
             raise UserError(f"threshold is {self.threshold}; a verifier's score is from 0 to 1")
         if self.keep > self.captions:
             raise UserError(f"keep is {self.keep}, but there are {self.captions} captions to keep them of")
-        written = self.keep * self.reasonings
-        if written < max(self.conclusions, 2):
+        written, pool = self.keep * self.reasonings, max(self.conclusions, 2)
+        if written < pool:
             raise UserError(
-                f"a round has {written} reasonings (keep times reasonings), but the search needs "
-                f"{max(self.conclusions, 2)}: for a second-best one, and for {self.conclusions} conclusions"
+                f"a round has {written} reasonings (keep times reasonings), but the search needs {pool}: for a "
+                f"second-best one, and for {self.conclusions} conclusions"
             )
         beam = StageBeam(
             1, Verifier(), self.temperature, self.max_new_tokens, self.top_k, self.top_p, None, self.format
@@ -92,7 +92,7 @@ class Retracing:
             beam.to_spec(),
             num_candidates=(1, self.captions, written, self.conclusions),
             scorers=(None, Verifier(), Verifier(), Verifier()),  # there is nothing to choose from one summary
-            rounds=Rounds(self.keep, self.max_rounds, float(self.threshold)),
+            rounds=Rounds(self.keep, pool, self.max_rounds, float(self.threshold)),
         )
 
 

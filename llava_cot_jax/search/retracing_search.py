@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from llava_cot_jax.inference.decoding import Decoder, EndReason, Samples, prefill, sample
-from llava_cot_jax.inference.ragged_tokens import RaggedTokens, concat
+from llava_cot_jax.inference.decoding import Decoder, EndReason, Samples, sample
+from llava_cot_jax.inference.ragged_tokens import concat
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.kv_cache import KVCache, Segment
+from llava_cot_jax.model.kv_cache import Segment
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.search.program import (
@@ -34,17 +34,29 @@ from llava_cot_jax.search.program import (
     candidate_stops,
     encode_question_images,
     stage_keys,
+    unused_results,
 )
 from llava_cot_jax.search.random_keys import Draw, fold_in_each
+from llava_cot_jax.search.rollouts import append_joints, joint_capacity
 from llava_cot_jax.search.rounds import Rounds
 from llava_cot_jax.search.stage_ends import end_stage
 from llava_cot_jax.search.strategies import SearchSpec
-from llava_cot_jax.search.tables import BLANK_LINE, ScorerTables, StageTables
-from llava_cot_jax.search.verifier import StageScores
+from llava_cot_jax.search.tables import ScorerTables, StageTables
+from llava_cot_jax.search.verifier import StageScores, rank_candidates
 
 SUMMARY, CAPTION, REASONING, CONCLUSION = range(4)
 
 _Tree = TypeVar("_Tree")
+
+
+def joint_tokens(tables: StageTables) -> int:
+    """Return the largest number of tokens between two stages: a closing and an opening."""
+    return tables.closings.capacity + tables.openings.capacity
+
+
+def row_capacity(spec: SearchSpec, tables: StageTables) -> int:
+    """Return the number of tokens that the cache of a candidate has room for, so that it can be continued."""
+    return spec.candidate_tokens + joint_capacity(joint_tokens(tables))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "prefill_chunk", "mesh"))
@@ -138,18 +150,14 @@ class RetracingSearch:
         return self.stages.num_questions
 
     @property
-    def pool_size(self) -> int:
-        """Number of the best reasonings that are remembered: those to be concluded, and the second-best one."""
-        return max(self.spec.num_candidates[CONCLUSION], 2)
-
-    @property
-    def joint_tokens(self) -> int:
-        """Largest number of tokens between two stages: the last one of a candidate, a closing, and an opening."""
-        return 1 + self.stages.tables.closings.capacity + self.stages.tables.openings.capacity
+    def row_capacity(self) -> int:
+        """Number of tokens that the cache of a candidate has room for."""
+        return row_capacity(self.spec, self.stages.tables)
 
     def run(self) -> StageResult:
         """Search for the answers."""
-        prompt, logits, num_read = self.read_prompt()
+        opened = self.stages.opened_prompts()
+        prompt, logits = self.stages.extend_prefix(self.stages.init_prefix(opened.capacity), opened)
         asked = jnp.ones(self.num_questions, bool)
         summary = self.branch((prompt,), logits, SUMMARY, 1, jnp.int32(0), asked)
         first = jnp.zeros((self.num_questions, 1), jnp.int32)
@@ -161,7 +169,7 @@ class RetracingSearch:
 
         pool = self.empty_pool()
         shapes = jax.eval_shape(retrace, jnp.int32(0), pool, asked)[1]
-        results = _unused(self.rounds.most, shapes)
+        results = unused_results(self.rounds.most, shapes)
 
         Carry = tuple[Int[Array, ""], Pool, StageResult]
 
@@ -181,17 +189,8 @@ class RetracingSearch:
         concluded = self.conclude(chain, pool)
         rounds = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)  # captions and reasonings in turn
         rounds = replace(rounds, num_prefilled=rounds.num_prefilled.at[0].add(num_joint))
-        parts = [_stack([self.result(summary, SUMMARY, num_read)]), rounds, _stack([concluded])]
+        parts = [_stack([self.result(summary, SUMMARY, opened.lengths)]), rounds, _stack([concluded])]
         return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-
-    def read_prompt(self) -> tuple[Segment, jax.Array, Int[Array, " questions"]]:
-        """Prefill the prompts with the opening of the summary. Return their segment, logits, and number of tokens."""
-        decoder, stages = self.stages.decoder, self.stages
-        prompt = RaggedTokens(stages.inputs.model_inputs["input_ids"], stages.inputs.lengths)
-        pending = concat((prompt, stages.tables.openings[SUMMARY, BLANK_LINE]), stages.lengths.pending)
-        room = decoder.init_cache(self.num_questions, stages.lengths.pending + decoder.prefill_chunk)
-        layers, logits = prefill(decoder, pending, KVCache(room, jnp.zeros_like(pending.lengths)))
-        return Segment(layers, pending.lengths), logits, pending.lengths
 
     @jax.named_scope("branch")
     def branch(
@@ -220,8 +219,7 @@ class RetracingSearch:
         keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, Draw.ROUND), number))(keys)
         each = jax.vmap(fold_in_each, (0, None))(keys, jnp.arange(per_question)).reshape(-1)
         stop = candidate_stops(spec, stages.tables.stop_tables, each, jnp.full(groups, stage))
-        room = stages.lengths.candidate + 2 * self.joint_tokens
-        suffix = stages.decoder.init_cache(groups * count, room)
+        suffix = stages.decoder.init_cache(groups * count, self.row_capacity)
         layers, samples = sample(
             stages.decoder,
             jnp.repeat(logits, count, axis=0),
@@ -252,20 +250,15 @@ class RetracingSearch:
             The segment of these candidates, logits after it, and the number of tokens that were read for a question.
         """
         tables, at = self.stages.tables, jnp.full(self.num_questions, stage)
-        rows = _take_rows(branch.own, chosen)
         kept, line_breaks = end_stage(branch.candidates, tables, at)
         cut = replace(branch.candidates, lengths=kept.lengths)
-        pieces = (
-            cut.last_token,
-            tables.closings[stage, branch.candidates.state],
-            tables.openings[stage + 1, line_breaks],
-        )
-        joint = concat([_take(piece, chosen) for piece in pieces], self.joint_tokens)
-        joint = joint.where(_take(branch.candidates.ended, chosen) != EndReason.UNUSED)
-        flat = RaggedTokens(joint.tokens.reshape(-1, joint.capacity), joint.lengths.reshape(-1))
-        decoder = replace(self.stages.decoder, prefill_chunk=self.joint_tokens)
-        layers, logits = prefill(decoder, flat, KVCache(rows.layers, rows.lengths, chain))
-        return Segment(layers, rows.lengths + flat.lengths), logits, joint.lengths.sum(axis=1)
+        pieces = (tables.closings[stage, cut.state], tables.openings[stage + 1, line_breaks])
+        joints = concat(pieces, joint_tokens(tables)).where(cut.ended != EndReason.UNUSED)
+        rows = _take_rows(branch.own, chosen)
+        continued, joints = _flatten(_take((cut, joints), chosen))
+        segment, logits = append_joints(self.stages.decoder, (*chain, rows), continued, joints)
+        num_read = (segment.lengths - rows.lengths).reshape(chosen.shape).sum(axis=1)
+        return segment, logits, num_read
 
     def retrace(
         self, chain: tuple[Segment, ...], logits: jax.Array, number: jax.Array, pool: Pool, used: jax.Array
@@ -296,11 +289,11 @@ class RetracingSearch:
 
     def empty_pool(self) -> Pool:
         """Return a pool without a reasoning."""
-        shape, lengths = (self.num_questions, self.pool_size), self.stages.lengths
-        zeros, rows = jnp.zeros(shape, jnp.int32), self.num_questions * self.pool_size
-        room = self.stages.decoder.init_cache(rows, lengths.candidate + 2 * self.joint_tokens)
+        shape = (self.num_questions, self.rounds.pool)
+        zeros, rows = jnp.zeros(shape, jnp.int32), self.num_questions * self.rounds.pool
+        room = self.stages.decoder.init_cache(rows, self.row_capacity)
         none = Segment(room, jnp.zeros(rows, jnp.int32))
-        tokens = jnp.zeros((*shape, lengths.candidate), jnp.int32)
+        tokens = jnp.zeros((*shape, self.stages.lengths.candidate), jnp.int32)
         unused = jnp.full(shape, EndReason.UNUSED, jnp.int32)
         samples = Samples(tokens, zeros, unused, zeros, jnp.zeros(shape, jnp.float32))
         return Pool(jnp.full(shape, -jnp.inf), zeros, samples, none, none)
@@ -319,19 +312,14 @@ class RetracingSearch:
 
     def merge(self, old: Pool, new: Pool) -> Pool:
         """Return the pool of the best reasonings of two, of equal ones the older."""
-        questions = self.num_questions
-
-        def by_rows(segment: Segment) -> Segment:
-            return jax.tree.map(lambda x: x.reshape(questions, -1, *x.shape[1:]), segment)
-
+        by_rows = functools.partial(_by_rows, questions=self.num_questions)
         both = [
             replace(pool, captions=by_rows(pool.captions), reasonings=by_rows(pool.reasonings)) for pool in (old, new)
         ]
         joined: Pool = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *both)
-        best = _order(joined.score, joined.candidates)[:, : self.pool_size]
+        best = rank_candidates(joined.score, joined.candidates.mean_log_prob)[:, : self.rounds.pool]
         taken: Pool = _take(joined, best)
-        flat = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
-        return replace(taken, captions=flat(taken.captions), reasonings=flat(taken.reasonings))
+        return replace(taken, captions=_flatten(taken.captions), reasonings=_flatten(taken.reasonings))
 
     def result(self, branch: Branch, stage: int, num_prefilled: Int[Array, " questions"]) -> StageResult:
         """Return the result of a stage, with room for as many candidates as any stage has."""
@@ -353,12 +341,7 @@ class RetracingSearch:
 def rank(branch: Branch) -> Int[Array, "questions candidates"]:
     """Return the candidates of a stage, best first, int32."""
     assert branch.scores is not None
-    return _order(branch.scores.score, branch.candidates)
-
-
-def _order(score: Float[Array, "questions candidates"], candidates: Samples) -> Int[Array, "questions candidates"]:
-    """Return the places of scores, highest first; of equal ones that with the higher mean log-probability is first."""
-    return jnp.lexsort((-candidates.mean_log_prob, -score), axis=1).astype(jnp.int32)
+    return rank_candidates(branch.scores.score, branch.candidates.mean_log_prob)
 
 
 def _take(tree: _Tree, chosen: Int[Array, "questions chosen"]) -> _Tree:
@@ -368,19 +351,19 @@ def _take(tree: _Tree, chosen: Int[Array, "questions chosen"]) -> _Tree:
 
 def _take_rows(segment: Segment, chosen: Int[Array, "questions chosen"]) -> Segment:
     """Return those rows of a segment that are chosen for each question."""
-    questions = chosen.shape[0]
-    taken = _take(jax.tree.map(lambda x: x.reshape(questions, -1, *x.shape[1:]), segment), chosen)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), taken)
+    return _flatten(_take(_by_rows(segment, len(chosen)), chosen))
+
+
+def _by_rows(tree: _Tree, questions: int) -> _Tree:
+    """Return arrays [questions * rows, ...] as [questions, rows, ...]."""
+    return jax.tree.map(lambda x: x.reshape(questions, -1, *x.shape[1:]), tree)
+
+
+def _flatten(tree: _Tree) -> _Tree:
+    """Return arrays [questions, rows, ...] as [questions * rows, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 def _stack(results: list[StageResult]) -> StageResult:
     """Return results with a leading axis."""
     return jax.tree.map(lambda *x: jnp.stack(x), *results)
-
-
-def _unused(count: int, like: StageResult) -> StageResult:
-    """Return a result without candidates for each round, of the shapes of that of a round."""
-    none = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), like)
-    return replace(
-        none, candidates=replace(none.candidates, ended=jnp.full_like(none.candidates.ended, EndReason.UNUSED))
-    )

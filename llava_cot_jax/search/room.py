@@ -90,7 +90,7 @@ def put_in_room(requests: Requests, room: Room, config: MllamaConfig) -> Request
         question=_pad_tokens(inputs.question, room.question),
         chat_headers=_pad_tokens(inputs.chat_headers, room.header),
     )
-    return replace(requests, inputs=padded, spec=room.spec, is_shrunk=False)
+    return replace(requests, inputs=padded, spec=room.spec)
 
 
 def _pad_tokens(tokens: RaggedTokens, capacity: int) -> RaggedTokens:

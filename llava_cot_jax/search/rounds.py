@@ -9,10 +9,12 @@ class Rounds:
 
     Attributes:
         keep: Number of captions of a round that are continued.
+        pool: Number of the best reasonings of all rounds that are remembered: those to be concluded, and at least two.
         most: Largest number of rounds.
-        threshold: Score above which the second-best reasoning of all rounds must be.
+        threshold: Score above which the second-best reasoning of all rounds must be for no further round.
     """
 
     keep: int
+    pool: int
     most: int
     threshold: float

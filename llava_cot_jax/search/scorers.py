@@ -1,7 +1,7 @@
 """Scorers, which choose among candidates.
 
-Those of the search are settings of pieces that are compiled. Those of a user's own are functions that are called on the
-host between compiled stages.
+A judge, a verifier and the log-probability are settings of pieces that are compiled. A scorer of a user's own is a
+function that is called on the host between compiled stages.
 """
 
 import inspect

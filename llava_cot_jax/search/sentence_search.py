@@ -32,12 +32,13 @@ from llava_cot_jax.search.program import (
     candidate_stops,
     encode_question_images,
     stage_keys,
+    unused_results,
 )
 from llava_cot_jax.search.scorers import Judge, Verifier
 from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.tables import ScorerTables, StageTables
 from llava_cot_jax.search.tournament import StageJudgement, run_tournament
-from llava_cot_jax.search.verifier import StageScores, choose_highest, score_candidates
+from llava_cot_jax.search.verifier import StageScores, rank_candidates, score_candidates
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "prefill_chunk", "mesh"))
@@ -112,9 +113,7 @@ class SentenceSearch:
         """Search until every answer has ended, or has as many sentences as it may have."""
         start = self.init_state()
         shapes = jax.eval_shape(self.write_sentence, start)[1]
-        none = jax.tree.map(lambda x: jnp.zeros((self.spec.max_sentences, *x.shape), x.dtype), shapes)
-        unused = jnp.full_like(none.candidates.ended, EndReason.UNUSED)
-        results = replace(none, candidates=replace(none.candidates, ended=unused))
+        results = unused_results(self.spec.max_sentences, shapes)
 
         def goes_on(carry: tuple[SentenceState, StageResult]) -> jax.Array:
             state, _ = carry
@@ -129,12 +128,11 @@ class SentenceSearch:
 
     def init_state(self) -> SentenceState:
         """Return the state before the first sentence, with the prompts pending."""
-        lengths, zeros = self.stages.lengths, jnp.zeros(self.stages.num_questions, jnp.int32)
-        prompt = RaggedTokens(self.stages.inputs.model_inputs["input_ids"], self.stages.inputs.lengths)
+        zeros = jnp.zeros(self.stages.num_questions, jnp.int32)
         return SentenceState(
             number=jnp.int32(0),
             prefix=self.stages.init_prefix(),
-            pending=concat((prompt,), lengths.pending),
+            pending=self.stages.opened_prompts(),
             answer=RaggedTokens(jnp.zeros((self.stages.num_questions, self.longest_answer), jnp.int32), zeros),
             stop_state=zeros,
             done=zeros > 0,
@@ -196,7 +194,7 @@ class SentenceSearch:
         (scorer,), mean_log_prob = self.spec.scorers, candidates.mean_log_prob
         if isinstance(scorer, Verifier):
             assert scores is not None
-            return choose_highest(scores.score, mean_log_prob), None
+            return rank_candidates(scores.score, mean_log_prob)[:, 0], None
         if not isinstance(scorer, Judge) or self.stages.scorer_tables.judge is None:
             return jnp.argmax(mean_log_prob, axis=-1).astype(jnp.int32), None
         inputs = JudgeInputs(

@@ -30,11 +30,12 @@ def describe_search(trace: Trace, right_answer: str | None = None, correct: bool
 def _describe(trace: Trace, right_answer: str | None, correct: bool | None) -> Iterator[RenderableType]:
     yield Text("Question", style=HEADING)
     yield _block(trace.question, 2)
-    for stage in trace.stages:
+    for place, stage in enumerate(trace.stages):
+        standings = wording.standings(trace, place)
         yield Text()
         yield Text.assemble((wording.stage_title(stage), HEADING), ": ", wording.how_chosen(stage, trace.strategy))
         for number, candidate in enumerate(stage.candidates):
-            yield from _describe_candidate(number, candidate, stage, trace.format)
+            yield from _describe_candidate(number, candidate, standings[number], stage, trace.format)
         if stage.checks:
             yield _line("Checks, without the image", 2)
             for check in stage.checks:
@@ -60,9 +61,8 @@ def _describe(trace: Trace, right_answer: str | None, correct: bool | None) -> I
 
 
 def _describe_candidate(
-    number: int, candidate: CandidateTrace, stage: StageTrace, format: StageFormat
+    number: int, candidate: CandidateTrace, standing: str, stage: StageTrace, format: StageFormat
 ) -> Iterator[RenderableType]:
-    won = number == stage.winner
     facts = (
         wording.origin(candidate),
         wording.score(candidate),
@@ -71,7 +71,7 @@ def _describe_candidate(
         wording.counted(candidate.tokens, "token"),
         wording.how_ended(candidate),
     )
-    name = Text(f"{number + 1} winner" if won else f"{number + 1}", style=WINNER if won else "")
+    name = Text(f"{number + 1} {standing}".rstrip(), style=WINNER if standing == "winner" else "")
     yield _line(Text.assemble(name, ": ", ", ".join(filter(None, facts))))
     texts = [each.text for each in stage.candidates]
     if (first := texts.index(candidate.text)) < number:

@@ -1,7 +1,8 @@
 """Strategies by which an answer is searched for: settings of one mechanism that samples, scores and keeps candidates.
 
-``StageBeam`` searches stage by stage (LLaVA-CoT, arXiv 2411.10440v3, section 3.2). The other strategies sample whole
-answers, which is the same search with a single stage that has no tags.
+``StageBeam`` searches stage by stage (LLaVA-CoT, arXiv 2411.10440v3, section 3.2). The other strategies here sample
+whole answers, which is the same search with a single stage that is neither opened nor closed. ``SentenceBeam`` and
+``Retracing`` have modules of their own.
 """
 
 from collections.abc import Mapping
@@ -26,8 +27,8 @@ class SearchSpec:
     """Static part of a compiled search, which a strategy determines.
 
     Attributes:
-        stages: Names of the stages in order; empty where whole answers are sampled.
-        num_candidates: Number of candidates of each stage.
+        stages: Names of the stages in order; empty where answers are sampled whole, or sentence by sentence.
+        num_candidates: Number of candidates of each stage, of a sentence, or of each stage of a round.
         temperatures: Temperature of each stage.
         max_new_tokens: Largest number of tokens of a candidate of each stage.
         sampling: top_k and top_p; its temperature is the highest of the stages.
@@ -66,7 +67,7 @@ class SearchSpec:
 
     @property
     def num_stages(self) -> int:
-        """Number of stages, 1 where whole answers are sampled."""
+        """Number of stages, 1 where answers are sampled whole, or sentence by sentence."""
         return len(self.num_candidates)
 
     @property

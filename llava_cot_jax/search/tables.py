@@ -55,7 +55,7 @@ class StageTables:
         openings: Opening of each stage after a text with 0 to ``BLANK_LINE`` line breaks at its end, [stages, TAILS].
             That of a stage with a turn of its own begins with the end of the turn before, and what the user says.
         closings: Rest of the closing and a blank line, for each state of the stop table; nothing in the accepting
-            states, nor for a stage without a closing, [stages, states + TAILS].
+            states, nor for a stage or a sentence without a closing, [stages, states with the accepting ones].
         stop_tables: uint8, stop table of what ends each stage.
         labels: Text before a stage where the judge is shown it, [stages]; None where it is the opening.
         cuts: Whether a stage ends before the opening of a later stage; None where none does.
@@ -69,7 +69,7 @@ class StageTables:
 
     @property
     def num_states(self) -> int:
-        """Number of states in which the tag is not complete; the accepting states come after them."""
+        """Number of states in which a stage, or a sentence, goes on; those in which it has ended come after them."""
         return self.stop_tables.shape[1]
 
 
@@ -130,21 +130,30 @@ class ScorerTables:
     verifier: VerifierTables | None
 
 
-def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
-    """Return the tables of the stages of ``spec``.
+def vocabulary_of(processor: Processor) -> list[bytes]:
+    """Return the bytes of each entry of the vocabulary, from which stop tables are made.
+
+    Raises:
+        UserError: The tokenizer is not byte-level.
+    """
+    return vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size, processor.control_tokens)
+
+
+def build_stage_tables(processor: Processor, spec: SearchSpec, entries: Sequence[bytes]) -> StageTables:
+    """Return the tables of the stages of ``spec``, where ``entries`` are the bytes of the vocabulary's.
 
     Whole answers are one stage, which ends with the closing of the format's last stage and has nothing added. So are
     the sentences of answers, which also end where a sentence does.
 
     Raises:
-        UserError: The tokenizer is not byte-level, or a closing, or an opening that ends a stage, is too long.
+        UserError: A closing, or an opening that ends a stage, is too long.
     """
     format = spec.format
     if spec.max_sentences:
-        return _sentence_tables(processor, format)
+        return _sentence_tables(format, entries)
     numbers = range(spec.num_stages) if spec.stages else range(len(format.stages) - 1, len(format.stages))
     automata = [(_end_automaton(format, number), TAILS) for number in numbers]
-    stop_tables, num_states = compile_stop_table(automata, _vocabulary(processor))
+    stop_tables, num_states = compile_stop_table(automata, entries)
     count = len(numbers)
     openings: list[list[int]] = [[]] * TAILS
     closings: list[list[int]] = [[]] * (num_states + TAILS)
@@ -164,11 +173,11 @@ def build_stage_tables(processor: Processor, spec: SearchSpec) -> StageTables:
     )
 
 
-def _sentence_tables(processor: Processor, format: StageFormat) -> StageTables:
+def _sentence_tables(format: StageFormat, entries: Sequence[bytes]) -> StageTables:
     """Return the tables of the sentences of answers."""
     closing = format.stages[-1].closing
     automaton = sentence_automaton(closing.strip().encode() if closing else None)
-    stop_tables, num_states = compile_stop_table([automaton], _vocabulary(processor))
+    stop_tables, num_states = compile_stop_table([automaton], entries)
     nothing: list[list[int]] = [[]]
     closings = pad(nothing * (num_states + automaton[1]), (1, num_states + automaton[1]))
     return StageTables(pad(nothing * TAILS, (1, TAILS)), closings, jax.device_put(stop_tables))
@@ -214,11 +223,6 @@ def _label(stage: StageMarks) -> str:
     return "\n" + (stage.opening or f"{stage.name.capitalize()}: ")
 
 
-def _vocabulary(processor: Processor) -> list[bytes]:
-    """Return the bytes of each entry of the vocabulary."""
-    return vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size, processor.control_tokens)
-
-
 def closing_text(stage: StageMarks, state: int) -> str:
     """Return the text that closes a stage after ``state`` bytes of its closing, and a blank line."""
     if not stage.closing:
@@ -227,20 +231,24 @@ def closing_text(stage: StageMarks, state: int) -> str:
     return (f" {closing}" if state == 0 else closing.encode()[state:].decode(errors="ignore")) + "\n\n"
 
 
-def build_scorer_tables(processor: Processor, spec: SearchSpec, prompts: JudgePrompts) -> ScorerTables:
-    """Return the tables of the judge and of the verifier of ``spec``.
+def build_scorer_tables(
+    processor: Processor, spec: SearchSpec, prompts: JudgePrompts, entries: Sequence[bytes]
+) -> ScorerTables:
+    """Return the tables of the judge and of the verifier of ``spec``, where ``entries`` are the vocabulary's bytes.
 
     Raises:
         UserError: A verdict or an answer is not the natural next token.
     """
     return ScorerTables(
-        judge=None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, prompts),
+        judge=None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, prompts, entries),
         verifier=build_verifier_tables(processor, spec, prompts) if spec.has_verifier else None,
     )
 
 
-def build_judge_tables(processor: Processor, spec: SearchSpec, judge: Judge, prompts: JudgePrompts) -> JudgeTables:
-    """Return the tables of the judge of the candidates of ``spec``.
+def build_judge_tables(
+    processor: Processor, spec: SearchSpec, judge: Judge, prompts: JudgePrompts, entries: Sequence[bytes]
+) -> JudgeTables:
+    """Return the tables of the judge of the candidates of ``spec``, where ``entries`` are the vocabulary's bytes.
 
     Raises:
         UserError: A verdict is not the natural next token after the stem.
@@ -256,7 +264,6 @@ def build_judge_tables(processor: Processor, spec: SearchSpec, judge: Judge, pro
                 texts[-1] += prompts.stem
             for name, text in zip(ids, texts, strict=True):
                 ids[name].append(token_ids(processor, text))
-    entries = _vocabulary(processor)
     automata = [
         (case_insensitive(string_automaton([reading.lower().encode() for reading in prompts.readings[kind]])), 2)
         for kind in PROMPT_KINDS

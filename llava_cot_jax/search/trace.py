@@ -143,9 +143,10 @@ class Trace:
         strategy: Strategy with its settings.
         stages: Stages in their order.
         vision_encoder_calls: Number of runs of the vision tower: 1, or 0 without an image.
-        tokens: Number of tokens by what they were for. Prefilled: "prompt", "winners" of stages, "judge_prefixes" and
-            "judge_queries", the parts of the judge's prompts, and "verifier_probes", what the verifier reads after
-            candidates. Sampled: "candidates" and "judge_reasons".
+        tokens: Number of tokens by what they were for. Prefilled: "prompt"; "winners" of stages with what opens and
+            closes these, of which a retracing search reads only the last token of each candidate that it continues;
+            "judge_prefixes" and "judge_queries", the parts of the judge's prompts; and "verifier_probes", what the
+            verifier reads after candidates. Sampled: "candidates" and "judge_reasons".
         flops: FLOPs by the same parts, and for the images ("vision"), by the useful count of ``model_costs``, which
             leaves out padding and unused results.
         seconds: Seconds of the batch that the question was in, by what they were spent on.
@@ -169,12 +170,34 @@ class Trace:
             return None
         return "".join(stage.candidates[stage.winner].text for stage in self.stages)
 
+    def parent_of(self, place: int, number: int) -> tuple[int, int] | None:
+        """Return the candidate that a candidate continues: the place of its stage in ``stages``, and its number.
+
+        It is the winner of the stage before, except in a retracing search. That of a first stage is None.
+        """
+        stage = self.stages[place]
+        candidate = stage.candidates[number]
+        if candidate.parent is None:
+            before = 0 if stage.round else place - 1  # captions of every round continue the summary
+            return (before, self.stages[before].winner) if place else None
+        if not candidate.parent_round:
+            return place - 1, candidate.parent
+        rounds = [other.round for other in self.stages]
+        return max(i for i, round_ in enumerate(rounds) if round_ == candidate.parent_round), candidate.parent
+
+    @property
+    def winners(self) -> list[tuple[int, int]]:
+        """Candidates that led to the answer, in order: the place of the stage of each, and its number."""
+        found, at = list[tuple[int, int]](), (len(self.stages) - 1, self.stages[-1].winner)
+        while at is not None:
+            found.append(at)
+            at = self.parent_of(*at)
+        return found[::-1]
+
     @property
     def path(self) -> dict[str, CandidateTrace]:
         """Candidate of each stage that led to the answer, by the stage's name."""
-        last = self.stages[-1]
-        rounds = (0, last.candidates[last.winner].parent_round)
-        return {stage.stage: stage.candidates[stage.winner] for stage in self.stages if stage.round in rounds}
+        return {self.stages[place].stage: self.stages[place].candidates[number] for place, number in self.winners}
 
     @property
     def forced_stages(self) -> dict[str, str]:
@@ -241,13 +264,21 @@ def trace_stages(processor: Processor, spec: SearchSpec, stages: Sequence[StageR
         spec: Static part of the search.
         stages: Result of each stage of the question, in host arrays.
     """
-    before, traces = list[int](), []
+    before, text_before, traces = list[int](), "", list[StageTrace]()
     for name, number, round_, stage in stages_of(spec, stages):
         traces.append(
             StageTrace(
                 stage=name,
                 candidates=trace_candidates(
-                    processor, spec, number, stage.candidates, stage.kept, stage.scores, before, stage.parent
+                    processor,
+                    spec,
+                    number,
+                    stage.candidates,
+                    stage.kept,
+                    stage.scores,
+                    before=before,
+                    text_before=text_before,
+                    parent=stage.parent,
                 ),
                 checks=_trace_checks(processor, spec, number, stage.judgement),
                 matches=_trace_matches(processor, spec, number, stage.judgement),
@@ -258,6 +289,7 @@ def trace_stages(processor: Processor, spec: SearchSpec, stages: Sequence[StageR
         if spec.max_sentences:
             won = stage.candidates.text[int(stage.winner)]
             before += np.asarray(won.tokens[: won.lengths]).tolist()
+            text_before += traces[-1].candidates[traces[-1].winner].text
     return _lead_to_the_answer(traces, spec.num_candidates[-2]) if spec.rounds else traces
 
 
@@ -290,7 +322,9 @@ def trace_candidates(
     candidates: Samples,
     kept: jax.Array,
     scores: StageScores | None = None,
+    *,
     before: Sequence[int] = (),
+    text_before: str = "",
     parent: jax.Array | None = None,
 ) -> list[CandidateTrace]:
     """Return the candidates of stage ``number``, out of host arrays [candidates, ...].
@@ -303,6 +337,7 @@ def trace_candidates(
         kept: int32, number of tokens that are kept of each.
         scores: Scores of the verifier, if there are any.
         before: Tokens of the answer before a sentence.
+        text_before: Text of these, as far as it has whole characters.
         parent: int32, what each of a retracing search continues.
     """
     scores, traces = scores if isinstance(spec.scorers[number], Verifier) else None, []
@@ -311,7 +346,7 @@ def trace_candidates(
         is_closed = not spec.stages or one.ended == EndReason.TAG
         own, reason = np.asarray(one.tokens[: kept[i]]).tolist(), EndReason(int(one.ended))
         if spec.max_sentences:
-            text, ended = _read_sentence(processor, spec.format, before, own, reason)
+            text, ended = _read_sentence(processor, spec.format, text_before, [*before, *own], reason)
         else:
             text, ended = processor.decode(own), _how_ended(spec, number, reason)
         traces.append(
@@ -331,13 +366,21 @@ def trace_candidates(
 
 
 def _read_sentence(
-    processor: Processor, format: StageFormat, before: Sequence[int], own: list[int], reason: EndReason
+    processor: Processor, format: StageFormat, text_before: str, ids: Sequence[int], reason: EndReason
 ) -> tuple[str, str]:
-    """Return the text of a sentence after the tokens ``before``, and why it ended, as ``CandidateTrace`` has them."""
-    start, whole = (processor.decode(ids).rstrip(INCOMPLETE) for ids in (before, [*before, *own]))
+    """Return the text of a sentence, and why it ended, as ``CandidateTrace`` has them.
+
+    Args:
+        processor: Processor that decodes tokens.
+        format: Format of the answer.
+        text_before: Text of the answer before the sentence.
+        ids: Tokens of the answer up to the end of the sentence, which alone tell whole characters.
+        reason: Why sampling ended.
+    """
+    whole = processor.decode(ids).rstrip(INCOMPLETE)
     closing = (format.stages[-1].closing or "").strip()
     goes_on = reason == EndReason.TAG and not (closing and closing in whole)
-    return whole[len(start) :], "sentence" if goes_on else reason.name.lower()
+    return whole[len(text_before) :], "sentence" if goes_on else reason.name.lower()
 
 
 def _how_ended(spec: SearchSpec, number: int, reason: EndReason) -> str:

@@ -54,7 +54,7 @@ def score_candidates(
         chain: Segments up to the candidates' own, root first. The last has a row for each candidate, with the keys and
             values of ``Samples.num_cached`` tokens.
         candidates: Candidates, [questions, candidates].
-        closings: Rest of the closing tag of each candidate that did not write it, [questions, candidates].
+        closings: Rest of the closing of each candidate that did not write it whole, [questions, candidates].
         stage: int32, index of each question's stage.
         tables: Probes, and the tokens of the two answers.
     """
@@ -75,14 +75,13 @@ def score_candidates(
     return StageScores(score, other, probes.lengths)
 
 
-def choose_highest(
+def rank_candidates(
     score: Float[Array, "questions candidates"], mean_log_prob: Float[Array, "questions candidates"]
-) -> Int[Array, " questions"]:
-    """Return the candidate with the highest score, int32.
+) -> Int[Array, "questions candidates"]:
+    """Return the candidates by their scores, the highest first, int32.
 
-    Of equal scores, the highest mean log-probability decides, which is -inf for a candidate that the stage does not
-    have, and then the lowest index.
+    Of equal scores the higher mean log-probability comes first, and then the lower index. Candidates that the stage
+    does not have come last; their mean log-probability is -inf.
     """
     score = jnp.where(jnp.isneginf(mean_log_prob), -jnp.inf, score)
-    is_highest = score == score.max(axis=-1, keepdims=True)
-    return jnp.argmax(jnp.where(is_highest, mean_log_prob, -jnp.inf), axis=-1).astype(jnp.int32)
+    return jnp.lexsort((-mean_log_prob, -score), axis=-1).astype(jnp.int32)

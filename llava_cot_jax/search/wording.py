@@ -63,9 +63,12 @@ def agrees(conclusion: str, right_answer: str) -> bool:
 
 def stage_title(stage: StageTrace) -> str:
     """Return the name of a stage for a heading."""
-    if stage.stage == WHOLE_ANSWER:
-        return "Whole answers"
-    return stage.stage.capitalize() + (f", round {stage.round}" if stage.round else "")
+    return title_of(stage.stage) + (f", round {stage.round}" if stage.round else "")
+
+
+def title_of(name: str) -> str:
+    """Return the name of a stage, as a trace has it, for a heading."""
+    return "Whole answers" if name == WHOLE_ANSWER else name.capitalize()
 
 
 def how_ended(candidate: CandidateTrace) -> str:
@@ -103,6 +106,21 @@ def how_chosen(stage: StageTrace, strategy: str) -> str:
     return f"{count} candidates, {winner} is kept"
 
 
+def standings(trace: Trace, place: int) -> list[str]:
+    """Return how each candidate of a stage stands, as one word.
+
+    It is "winner" for the one that led to the answer, "continued" for another that was continued, and else empty.
+
+    Args:
+        trace: Trace of the search.
+        place: Place of the stage in the trace.
+    """
+    later = range(place + 1, len(trace.stages))
+    continued = {trace.parent_of(i, j) for i in later for j in range(len(trace.stages[i].candidates))}
+    told = ["continued" if (place, j) in continued else "" for j in range(len(trace.stages[place].candidates))]
+    return ["winner" if (place, j) in trace.winners else each for j, each in enumerate(told)]
+
+
 def own_score(candidate: CandidateTrace, stage: StageTrace) -> str:
     """Return the score of a candidate by a function of the user's own, or nothing where there is none."""
     if not stage.own_scorer:
@@ -132,7 +150,8 @@ def origin(candidate: CandidateTrace) -> str:
     """Return what a candidate of a retracing search continues; nothing elsewhere."""
     if candidate.parent is None:
         return ""
-    return f"after {candidate.parent + 1}" + (f" of round {candidate.parent_round}" if candidate.parent_round else "")
+    of_round = f" of round {candidate.parent_round}" if candidate.parent_round else ""
+    return f"after candidate {candidate.parent + 1}{of_round}"
 
 
 def score(candidate: CandidateTrace) -> str:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.evaluation.held_out import HeldOutAnswer, find_answerable
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.stage_format import StageFormat
 from tests.data.rows import Noise, demo_processor
 
 
@@ -23,11 +22,11 @@ def test_the_first_questions_that_leave_room_for_an_answer_are_found():
     assert find_answerable(Processor(config, processor.tokenizer), Asked(9), 4) == [0, 3, 4, 5]
 
 
-def test_an_answer_agrees_in_its_format():
-    """The steps differ, and the conclusions are the same words; in another format, the last paragraphs are compared."""
-    mulberry = StageFormat.load("mulberry")
-    one = "### Let's think step by step.\n1 + 1\n\n### The final answer is: B:  two"
-    other = "### Let's think step by step.\n3 - 1\n\n### The final answer is:B: two\n"
+def test_an_answer_agrees_stage_by_stage():
+    """The steps differ, and the conclusions are the same words; without stages, the last paragraphs are compared."""
+    one = "<REASONING> 1 + 1 </REASONING>\n\n<CONCLUSION> B:  two </CONCLUSION>"
+    other = "<REASONING> 3 - 1 </REASONING>\n\n<CONCLUSION>B: two</CONCLUSION>\n"
     answer = HeldOutAnswer("How many?", one, other)
-    assert answer.agrees("CONCLUSION", mulberry) and not answer.agrees("REASONING", mulberry)
-    assert not answer.agrees("CONCLUSION")
+    assert answer.agrees("CONCLUSION") and not answer.agrees("REASONING")
+    assert HeldOutAnswer("How many?", "1 + 1\n\nB:  two", "3 - 1\n\nB: two").agrees("CONCLUSION")
+    assert not HeldOutAnswer("How many?", "B: two\n\n1 + 1", "3 - 1\n\nB: two").agrees("CONCLUSION")

@@ -19,9 +19,11 @@ from llava_cot_jax.inference.stop_strings import (
     vocabulary_bytes,
 )
 from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.search import tables as tables_module
 from llava_cot_jax.search.prompts import JudgePrompts
+from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.strategies import StageBeam
-from llava_cot_jax.search.tables import build_judge_tables, build_stage_tables, token_ids
+from llava_cot_jax.search.tables import build_judge_tables, build_stage_tables, token_ids, vocabulary_of
 from llava_cot_jax.stage_format import STAGES
 from tests.search.models import tagged_processor
 
@@ -147,7 +149,7 @@ def test_in_llama3s_vocabulary_a_tag_ends_within_a_token(published):
     ids = published.tokenizer("It is. </SUMMARY>\n\n<CAPTION>", add_special_tokens=False)["input_ids"]
     plain = published.tokenizer(" </SUMMARY>", add_special_tokens=False)["input_ids"]
     assert not any(ids[i : i + len(plain)] == plain for i in range(len(ids)))
-    tables = build_stage_tables(published, StageBeam().to_spec())
+    tables = build_stage_tables(published, StageBeam().to_spec(), vocabulary_of(published))
     state = 0
     for token in ids:
         state = int(tables.stop_tables[0, state, token])
@@ -159,7 +161,7 @@ def test_in_llama3s_vocabulary_a_tag_ends_within_a_token(published):
 
 def test_a_stage_that_is_closed_for_the_model_reads_as_one_it_closed(processor):
     """Whatever of the tag stands there, the rest is added; and the next stage stands after one blank line."""
-    tables = build_stage_tables(processor, StageBeam().to_spec())
+    tables = build_stage_tables(processor, StageBeam().to_spec(), vocabulary_of(processor))
     for number, stage in enumerate(STAGES):
         tag = f"</{stage}>"
         for state in range(len(tag)):
@@ -181,7 +183,7 @@ def test_what_an_end_token_of_the_configuration_alone_adds_is_what_is_decoded():
     for ends in ((), (token,)):
         text = replace(processor.config.text, eos_token_ids=(*processor.config.text.eos_token_ids, *ends))
         processor = Processor(replace(processor.config, text=text), processor.tokenizer)
-        tables = build_stage_tables(processor, StageBeam().to_spec())
+        tables = build_stage_tables(processor, StageBeam().to_spec(), vocabulary_of(processor))
         assert (processor.decode([token]) == "") == (tables.stop_tables[0, 0, token] == 0) == bool(ends)
 
 
@@ -189,7 +191,7 @@ def test_what_an_end_token_of_the_configuration_alone_adds_is_what_is_decoded():
 def test_both_verdicts_are_the_natural_next_token(processor, stages):
     prompts = JudgePrompts.load()
     spec = StageBeam(stages=stages).to_spec()
-    one, two = build_judge_tables(processor, spec, spec.judge, prompts).verdicts.tolist()
+    one, two = build_judge_tables(processor, spec, spec.judge, prompts, vocabulary_of(processor)).verdicts.tolist()
     for stage in stages:
         *_, ending = prompts.split(processor, "pair", stage, stages, images=1)
         before = token_ids(processor, ending + prompts.stem)
@@ -213,3 +215,16 @@ def test_nothing_to_look_for(strings):
 def test_a_tag_that_is_too_long():
     with pytest.raises(UserError, match="too long"):
         compile_stop_table([(tag_automaton(b"x" * 300), TAILS)], [b"a"])
+
+
+def test_a_search_reads_the_vocabulary_once(processor, monkeypatch):
+    """Its stages and its judge have stop tables of the same vocabulary."""
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return vocabulary_bytes(*arguments)
+
+    monkeypatch.setattr(tables_module, "vocabulary_bytes", counted)
+    RequestBuilder(processor, StageBeam())
+    assert len(calls) == 1

@@ -1,14 +1,26 @@
 """Plans of a search agree with the TPU compiler's figures of the whole program, and with the costs of the model."""
 
+import jax
+import numpy as np
 import pytest
 
-from llava_cot_jax.benchmark.workload import Workload
+from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload
 from llava_cot_jax.costs import model_costs
+from llava_cot_jax.data.shapes.tokenizer import shapes_config
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.planning.advice import fits, smallest_search_change
-from llava_cot_jax.planning.search_plan import max_questions, plan_search, smallest_slices_for_search
+from llava_cot_jax.planning.programs import lower_search
+from llava_cot_jax.planning.search_plan import (
+    BFLOAT16_BYTES,
+    _kv_cache_bytes,
+    max_questions,
+    plan_search,
+    smallest_slices_for_search,
+)
 from llava_cot_jax.planning.slices import parse_topology
+from llava_cot_jax.search.retracing import Retracing
 from llava_cot_jax.search.scorers import Judge
 from llava_cot_jax.search.strategies import Greedy, StageBeam
 
@@ -39,6 +51,35 @@ def test_memory_is_within_a_tenth_of_the_compilers(how, compiled):
     plan = planned(**how)
     assert sum(plan.memory.values()) / 1e9 == pytest.approx(compiled, rel=0.1)
     assert plan.headroom > 0
+
+
+@pytest.mark.slow
+def test_caches_of_a_retracing_search_are_those_of_the_compiled_program():
+    """Growth with the length of a candidate, on a CPU: its candidates and caches, whatever else the program needs."""
+    config = shapes_config()
+    mesh, sizes = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]), {"data": 1, "fsdp": 1, "tensor": 1}
+    text_token, _ = model_costs.kv_cache_values_per_token(config)
+    needed, planned = [], []
+    for tokens in (512, 1024):
+        spec = Retracing(conclusions=1, max_new_tokens=tokens).to_spec()
+        work = Workload(prompt_tokens=100, image_tiles=0, stage_tokens=spec.max_new_tokens)
+        memory = lower_search(config, spec, work, 1, "float32", mesh).compile().memory_analysis()
+        needed.append(memory.temp_size_in_bytes / text_token / np.dtype(np.float32).itemsize)
+        planned.append(_kv_cache_bytes(spec, config, work, 1, sizes) / text_token / BFLOAT16_BYTES)
+    assert planned[1] - planned[0] == pytest.approx(needed[1] - needed[0], rel=0.2)
+
+
+def test_a_retracing_search_remembers_at_least_two_reasonings():
+    """Each is there with its caption, before and after a round, with room for the tokens between stages twice."""
+
+    def caches(conclusions: int) -> int:
+        spec = Retracing(conclusions=conclusions, max_new_tokens=1024).to_spec()
+        return plan_search(spec, ELEVEN, parse_topology("v6e-1")).memory["caches"]
+
+    assert caches(1) == caches(2)
+    text_token, _ = model_costs.kv_cache_values_per_token(ELEVEN)
+    row = 1024 + 2 * (1 + TAG_TOKENS + TAG_TOKENS)  # the last token, a closing and an opening
+    assert caches(3) - caches(2) == 2 * 2 * row * text_token * BFLOAT16_BYTES
 
 
 def test_as_many_questions_fit_as_the_compiler_found():

@@ -14,7 +14,7 @@ from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.scorers import Judge, LogProbability
 from llava_cot_jax.search.stage_ends import end_stage
 from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam
-from llava_cot_jax.search.tables import build_stage_tables, token_ids
+from llava_cot_jax.search.tables import build_stage_tables, token_ids, vocabulary_of
 from llava_cot_jax.stage_format import LLAVA_COT, StageFormat, StageMarks
 from tests.inference.test_stop_strings import decoded, random_split
 from tests.search import brute_force
@@ -122,7 +122,7 @@ FILLERS = [
 def test_what_is_kept_of_a_candidate_is_what_its_bytes_say(processor, name):
     """Texts in any tokens that spell them: what stands before a heading, and the line breaks at its end."""
     format = ALL[name]
-    tables = build_stage_tables(processor, StageBeam(format=format).to_spec())
+    tables = build_stage_tables(processor, StageBeam(format=format).to_spec(), vocabulary_of(processor))
     entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size, processor.control_tokens)
     by_bytes = {entry: i for i, entry in enumerate(entries) if entry}
     rng, seen = np.random.default_rng(0), set()
@@ -172,7 +172,7 @@ def test_what_is_kept_of_a_candidate_is_what_its_bytes_say(processor, name):
 @pytest.mark.parametrize("name", ALL)
 def test_openings_come_after_one_blank_line_or_in_a_turn_of_their_own(processor, name):
     format = ALL[name]
-    tables = build_stage_tables(processor, StageBeam(format=format).to_spec())
+    tables = build_stage_tables(processor, StageBeam(format=format).to_spec(), vocabulary_of(processor))
     for number, stage in enumerate(format.stages):
         for tail in range(TAILS):
             ids = tables.openings[number, tail]
@@ -196,7 +196,9 @@ def test_the_first_prompt_is_that_of_the_format(ending, prompts):
 
 def test_each_field_of_a_format_changes_the_tables(embedded):
     def tables(format):
-        return jax.tree.map(np.asarray, build_stage_tables(embedded, StageBeam(format=format).to_spec()))
+        return jax.tree.map(
+            np.asarray, build_stage_tables(embedded, StageBeam(format=format).to_spec(), vocabulary_of(embedded))
+        )
 
     def alike(one, other):
         return jax.tree.structure(one) == jax.tree.structure(other) and all(

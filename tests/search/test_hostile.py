@@ -18,7 +18,7 @@ from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import LENGTH_STEP, RequestBuilder
 from llava_cot_jax.search.scorers import Judge, LogProbability
 from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam
-from llava_cot_jax.search.tables import build_judge_tables, build_verifier_tables
+from llava_cot_jax.search.tables import build_judge_tables, build_verifier_tables, vocabulary_of
 from llava_cot_jax.stage_format import STAGES
 from tests.search.models import random_model, scene, tagged_processor, trained_model
 
@@ -227,7 +227,8 @@ def test_a_context_that_is_too_short_for_a_judge(prompts):
     )
     with pytest.raises(UserError, match=rf"{named}--judge log_probability, needs no such prompt$"):
         RequestBuilder(processor, StageBeam(2), prompts).build([None], ["red?"])
-    assert RequestBuilder(processor, StageBeam(2, LogProbability()), prompts).build([None], ["red?"]).is_shrunk
+    builder = RequestBuilder(processor, StageBeam(2, LogProbability()), prompts)
+    assert builder.build([None], ["red?"]).spec.max_new_tokens < builder.spec.max_new_tokens
 
 
 @pytest.mark.parametrize("stated", [None, 999])
@@ -240,12 +241,11 @@ def test_a_default_length_shrinks_to_what_the_context_leaves(prompts, strategy, 
     builder = RequestBuilder(processor, strategy, prompts, stated)
     requests = builder.build([None], ["red?"])
     found = requests.spec.max_new_tokens
-    assert requests.is_shrunk
     assert set(found) == {found[0]} and 100 < found[0] < builder.spec.max_new_tokens[0]
     assert stated is None or builder.spec.max_new_tokens[0] == stated
     given = replace(strategy, max_new_tokens=found[0])
-    requests = RequestBuilder(processor, given, prompts, stated).build([None], ["red?"])
-    assert requests.spec.max_new_tokens == found and not requests.is_shrunk
+    again = RequestBuilder(processor, given, prompts, stated)
+    assert again.build([None], ["red?"]).spec == again.spec and again.spec.max_new_tokens == found
     given = replace(strategy, max_new_tokens=found[0] + LENGTH_STEP)
     with pytest.raises(UserError, match="more than the context of 1024: shorten the question or lower max_new_tokens"):
         RequestBuilder(processor, given, prompts, stated).build([None], ["red?"])
@@ -380,7 +380,7 @@ def test_each_field_of_the_file_changes_what_the_model_reads():
 
     def tables(prompts, spec):
         judge, verifier = (
-            build_judge_tables(processor, spec, spec.judge, prompts),
+            build_judge_tables(processor, spec, spec.judge, prompts, vocabulary_of(processor)),
             build_verifier_tables(processor, spec, prompts),
         )
         return jax.tree.leaves((judge, verifier))

@@ -29,9 +29,25 @@ ALL = {
     "weighted": traces.weighted_trace(),
     "greedy": traces.whole_trace("Greedy(max_new_tokens=2048)", 1),
     "sentences": traces.sentence_trace(),
+    "retracing": traces.retracing_trace(),
     "untagged": traces.untagged_trace(),
 }
 every_trace = pytest.mark.parametrize("trace", ALL.values(), ids=ALL)
+
+BRANCHED = [
+    ["winner"],
+    *(["", "continued", "winner"], ["continued", "", "winner", ""]),
+    *(["continued", "", "continued"], ["", "continued", "", ""]),
+    ["", "", "winner"],
+]
+"""How the candidates of each stage of the retracing search stand."""
+
+
+def standings(trace) -> list[list[str]]:
+    if trace is ALL["retracing"]:
+        return BRANCHED
+    return [["winner" if i == stage.winner else "" for i in range(len(stage.candidates))] for stage in trace.stages]
+
 
 VOID = {"meta", "link", "img", "path", "circle"}
 
@@ -98,7 +114,7 @@ def test_a_page_shows_every_candidate_and_which_won(trace):
         assert wording.log_prob(one.mean_log_prob).replace("-", "\N{MINUS SIGN}") in card
         assert wording.score(one) in card
         assert ("on neither yes nor no" in card) == (one.score is not None)
-    winners = [f"Candidate {stage.winner + 1}" for stage in trace.stages if len(stage.candidates) > 1]
+    winners = [f"Candidate {each.index('winner') + 1}" for each in standings(trace) if "winner" in each and each[1:]]
     assert [re.match(r"\s*(Candidate \d+)", card)[1] for card in page.texts("candidate", "won")] == winners
 
 
@@ -139,6 +155,62 @@ def test_a_page_needs_nothing_but_itself(trace):
     assert [one["class"] for one in images] == ["photo", "pixels"]
     assert all(one["alt"] for one in images)
     assert images[1]["width"] == "240"
+
+
+def test_a_page_shows_what_each_candidate_of_a_retracing_search_continues():
+    page = Page(render_page([PageEntry(ALL["retracing"])], {}))
+    cards = page.texts("li", "candidate")
+    told = [re.search(r"after candidate \d( of round \d)?", card) for card in cards]
+    assert [each and each[0].removeprefix("after candidate ") for each in told] == [
+        *[None] * 4,
+        *["2", "2", "3", "3"],
+        *[None] * 3,
+        *["1", "1", "3", "3"],
+        *["2 of round 2", "1 of round 1", "3 of round 1"],
+    ]
+    chips = [re.match(r"\s*Candidate \d(winner|continued|)\s", card)[1] for card in cards]
+    assert chips == ["", *(standing for each in BRANCHED[1:] for standing in each)]  # there is one summary
+    (lead,), guide = page.texts("p", "lead"), " ".join(page.texts("footer"))
+    assert "only the winner" not in lead and "the same winners" not in guide
+    assert "what each continues" in lead and "another round while" in guide
+
+
+def test_a_page_draws_a_chain_for_stages_and_branches_for_rounds():
+    """Candidates by column and height, and the lines between them."""
+
+    def drawn(trace):
+        page = Page(render_page([PageEntry(trace)], {}))
+        circles = [one for tag, one in page.tags if tag == "circle"]
+        spots = {(round(float(one["cx"])), round(float(one["cy"]))): one.get("class") for one in circles}
+        columns = sorted({x for x, _ in spots})
+        assert len(spots) == len(circles), "none covers another"
+
+        def name(x: str, y: str) -> tuple[int, int]:
+            column = sorted(spot for spot in spots if spot[0] == int(x))
+            return columns.index(int(x)), column.index((int(x), int(y)))
+
+        lines = [re.findall(r"-?\d+", one["d"]) for tag, one in page.tags if tag == "path"]
+        won = sorted(name(*map(str, spot)) for spot, style in spots.items() if style == "won")
+        (svg,) = [one for tag, one in page.tags if tag == "svg"]
+        assert all(x < int(svg["width"]) and y < float(svg["height"]) for x, y in spots)
+        return sorted((name(*numbers[:2]), name(*numbers[-2:])) for numbers in lines), won, svg["aria-label"]
+
+    lines, won, label = drawn(ALL["retracing"])
+    to_captions = [((1, 0), (2, i)) for i in range(6)]
+    to_reasonings = [((2, parent), (3, i)) for i, parent in enumerate((1, 1, 2, 2, 3, 3, 5, 5))]
+    to_conclusions = [((3, parent), (4, i)) for i, parent in enumerate((5, 0, 2))]
+    assert lines == sorted([((0, 0), (1, 0)), *to_captions, *to_reasonings, *to_conclusions])
+    assert won == [(0, 0), (1, 0), (2, 2), (3, 2), (4, 2)]
+    steps = ["Summary 1", "Caption, round 1 3", "Reasoning, round 1 3", "Conclusion 3"]
+    assert label == f"Candidates that led to the answer: {' then '.join(steps)}"
+    lines, won, _ = drawn(ALL["verified"])
+    assert lines == sorted(((i, 1 if i else 0), (i + 1, j)) for i in range(4) for j in range(3))
+    assert won == [(0, 0), (1, 1), (2, 1), (3, 1), (4, 1)]
+
+
+def test_a_page_numbers_the_rounds_of_a_tournament():
+    page = Page(render_page([PageEntry(ALL["token"])], {}))
+    assert page.texts("h4")[4:6] == ["Round 1", "Final"]
 
 
 def test_a_page_tells_right_from_wrong():
@@ -203,12 +275,13 @@ def test_the_text_loses_nothing(trace, width):
     assert max(map(len, lines)) <= width
     assert "\x1b" not in text and not any(line != line.rstrip() for line in lines)
     flat = words(text)
-    for stage in trace.stages:
+    for stage, stand in zip(trace.stages, standings(trace), strict=True):
         for number, one in enumerate(stage.candidates, start=1):
             assert words(wording.printable(one.text)) in flat
-            name = f"{number} winner" if number == stage.winner + 1 else f"{number}"
+            name = f"{number} {stand[number - 1]}".strip()
             mean = wording.log_prob(one.mean_log_prob)
             score = f"{wording.score(one)}, " if one.score is not None else ""
+            score = f"{wording.origin(one)}, {score}" if one.parent is not None else score
             facts = f"{score}mean log-probability {mean} a token, {wording.counted(one.tokens, 'token')}"
             assert f"{name}: {facts}" in flat
         for match in stage.matches:

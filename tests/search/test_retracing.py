@@ -10,17 +10,15 @@ import pytest
 from llava_cot_jax import generate
 from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.search import reasoner as module
 from llava_cot_jax.search.options import strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.retracing import DEVIATIONS, Retracing, Threshold, read_threshold, reasoning_scores
-from llava_cot_jax.search.retracing_search import search_retracing
 from llava_cot_jax.stage_format import STAGES, StageFormat
 from tests.search.brute_force_retracing import RetracingSearch
 from tests.search.models import random_model, scene
-from tests.search.test_search import plain
+from tests.search.test_search import plain, recorded_results
 
 SMALL = Retracing(captions=3, max_rounds=3, temperature=1.0, max_new_tokens=5, threshold=1.0)
 
@@ -33,13 +31,7 @@ def ending():
 
 def check_against_brute_force(monkeypatch, model, processor, strategy, prompts, image, question, seed):
     """Check that tokens, ends, scores, parents and winners are the same. Return the answer."""
-    found = []
-
-    def keep(*arguments, **static):
-        found.append(search_retracing(*arguments, **static))
-        return found[-1]
-
-    monkeypatch.setattr(module, "search_retracing", keep)
+    found = recorded_results(monkeypatch, "search_retracing")
     answer = Reasoner(model, processor, strategy, prompts).answer(image, question, seed=seed)
     want = RetracingSearch(model, processor, strategy, image, question, seed, JudgePrompts.load(prompts)).run()
     tokens = jax.device_get(found[0].candidates.tokens)
@@ -257,4 +249,4 @@ def test_a_stream_is_refused(prompts):
 def test_a_default_length_shrinks_to_what_the_context_leaves(prompts):
     _, processor = random_model()
     shrunk = RequestBuilder(processor, Retracing(), prompts).build([None], ["red?"])
-    assert shrunk.is_shrunk and 100 < shrunk.spec.max_new_tokens[0] < 256
+    assert 100 < shrunk.spec.max_new_tokens[0] < 256

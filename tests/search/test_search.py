@@ -39,15 +39,15 @@ def trained():
     return trained_model()
 
 
-def recorded_results(monkeypatch):
-    """Return a list that takes the result of each compiled search that a reasoner runs."""
-    found = []
+def recorded_results(monkeypatch, name: str = "search"):
+    """Return a list that takes the result of each compiled search, the function ``name``, that a reasoner runs."""
+    found, run = [], getattr(module, name)
 
     def keep(*arguments, **static):
-        found.append(search(*arguments, **static))
+        found.append(run(*arguments, **static))
         return found[-1]
 
-    monkeypatch.setattr(module, "search", keep)
+    monkeypatch.setattr(module, name, keep)
     return found
 
 

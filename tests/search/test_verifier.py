@@ -24,7 +24,7 @@ from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
 from llava_cot_jax.search.strategies import BestOfN, StageBeam, WeightedVote
 from llava_cot_jax.search.tables import build_verifier_tables
 from llava_cot_jax.search.trace import CandidateTrace, StageTrace
-from llava_cot_jax.search.verifier import choose_highest
+from llava_cot_jax.search.verifier import rank_candidates
 from llava_cot_jax.stage_format import LLAVA_COT
 from tests.model.test_named_scopes import scopes
 from tests.search.models import random_model, scene
@@ -101,7 +101,7 @@ def test_scores_are_those_of_transformers(ending, prompts, monkeypatch, tmp_path
 def test_the_highest_score_wins_and_then_the_likelier_candidate():
     score = jnp.array([[0.2, 0.9, 0.9, 0.1], [0.5, 0.5, 0.5, 0.9], [0.3, 0.3, 0.3, 0.3], [0.0, 0.0, 0.0, 0.0]])
     mean = jnp.array([[-0.1, -2.0, -1.0, 0.0], [-1.0, -0.5, -0.5, -jnp.inf], [-3.0] * 4, [-1.0, -jnp.inf, -0.5, -2.0]])
-    assert choose_highest(score, mean).tolist() == [2, 1, 0, 2]
+    assert rank_candidates(score, mean)[:, 0].tolist() == [2, 1, 0, 2]
 
 
 def vote_of(*candidates: tuple[str, float, float]) -> StageTrace:

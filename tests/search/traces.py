@@ -134,6 +134,49 @@ def verified_trace() -> Trace:
     return make_trace(stages, "StageBeam(scorer=Verifier())")
 
 
+def retracing_trace() -> Trace:
+    """Two rounds, of which both have reasonings that are concluded, and a caption and a reasoning that are not the best
+    led to the answer."""
+
+    def scored(text: str, score: float, parent: int | None = None, parent_round: int = 0) -> CandidateTrace:
+        return replace(
+            candidate(text, -0.4), score=score, other_probability=0.25, parent=parent, parent_round=parent_round
+        )
+
+    summary, caption, reasoning, conclusion = STAGES
+    stages = [
+        StageTrace(summary, [candidate(" I look. </SUMMARY>")], [], [], 0),
+        StageTrace(
+            caption, [scored(f"caption {i} of 1 {HOSTILE}", s) for i, s in enumerate((0.1, 0.6, 0.5))], [], [], 2, 1
+        ),
+        StageTrace(
+            reasoning,
+            [scored(f"reasoning {i} of 1", s, p) for i, (s, p) in enumerate(((0.7, 1), (0.2, 1), (0.5, 2), (0.3, 2)))],
+            [],
+            [],
+            2,
+            1,
+        ),
+        StageTrace(caption, [scored(f"caption {i} of 2", s) for i, s in enumerate((0.6, 0.1, 0.4))], [], [], 0, 2),
+        StageTrace(
+            reasoning,
+            [scored(f"reasoning {i} of 2", s, p) for i, (s, p) in enumerate(((0.1, 0), (0.9, 0), (0.2, 2), (0.2, 2)))],
+            [],
+            [],
+            1,
+            2,
+        ),
+        StageTrace(
+            conclusion,
+            [scored("five", 0.2, 1, 2), scored("six", 0.5, 0, 1), scored(" four </CONCLUSION>", 0.8, 2, 1)],
+            [],
+            [],
+            2,
+        ),
+    ]
+    return make_trace(stages, "Retracing()")
+
+
 def weighted_trace() -> Trace:
     """Whole answers, of which one with the conclusion with the highest sum of scores is kept."""
     trace = whole_trace("WeightedVote(num_candidates=3)")

@@ -19,7 +19,7 @@ from llava_cot_jax.files import atomic_file, read_json
 from llava_cot_jax.processing.images import TooManyPixels, open_image
 from llava_cot_jax.progress import OnProgress
 
-_LOGGER = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,5 +153,5 @@ def _read_findings(folder: Path) -> dict[str, str]:
             if content["decoder"] == _decoder():
                 findings |= {str(key): str(fault) for key, fault in content["findings"].items()}
         except (ValueError, KeyError, AttributeError):
-            _LOGGER.warning("%s is damaged: the images that it is about are checked again", path)
+            _LOG.warning("%s is damaged: the images that it is about are checked again", path)
     return findings

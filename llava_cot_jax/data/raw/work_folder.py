@@ -12,7 +12,7 @@ from typing import Any, Self
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json, write_json
 
-_LOGGER = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 class WorkFolder:
@@ -81,7 +81,7 @@ class WorkFolder:
         try:
             return read_json(self._settings)
         except UserError:
-            _LOGGER.warning("%s is damaged: the output is written anew", self._settings)
+            _LOG.warning("%s is damaged: the output is written anew", self._settings)
             for folder in (self.result, self.scratch):
                 shutil.rmtree(folder, ignore_errors=True)
             return settings
@@ -95,7 +95,7 @@ class WorkFolder:
             )
         if written:
             names = " and ".join(sorted(other))
-            _LOGGER.warning("the %s changed since %s was begun: the output is written anew", names, self.path)
+            _LOG.warning("the %s changed since %s was begun: the output is written anew", names, self.path)
         for folder in (self.result, self.scratch):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -31,7 +31,7 @@ from llava_cot_jax.model.checkpoint.writing import TensorEntry, new_folder, writ
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.parameters import parameters
 
-_logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."
 
@@ -81,7 +81,7 @@ def read_adapter(settings: AdapterSettings, config: MllamaConfig) -> Adapter:
             does not fit it.
     """
     if settings.saved_by_peft and config.convention == "meta":
-        _logger.warning(
+        _LOG.warning(
             f"{settings.folder} was saved by PEFT, and transformers, in which PEFT trains, does not compute by the "
             "convention 'meta' that is taken here: name that of its version by --convention, or convention= in Python "
             "(transformers_5 from 4.56 on)"

@@ -14,7 +14,7 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.convention import Convention, find_convention
 from llava_cot_jax.paths import BUNDLED_MODEL, as_path, checkpoint_path, files_in, is_remote, reading_errors
 
-_logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -77,7 +77,7 @@ def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
 
 @functools.cache  # once for each folder
 def _note_adapter(folder: Path) -> None:
-    _logger.warning(
+    _LOG.warning(
         "%s holds an adapter beside a whole model: the adapter is not used; --adapter %s adds it", folder, folder
     )
 
@@ -149,7 +149,7 @@ def read_config(folder: Path, convention: Convention | None = None) -> MllamaCon
     if convention is not None:
         return replace(config, convention=convention)
     if doubt := find_convention(read_json(folder / "config.json"))[1]:
-        _logger.warning(
+        _LOG.warning(
             f"the convention {config.convention!r} is assumed, because config.json in {folder} {doubt}: "
             "name the right one by --convention, or convention= in Python (see configs/README.md)"
         )
