@@ -6,12 +6,12 @@ The settings come before anything imports jax, a hub client or the package.
 import os
 import signal
 
-from tests.processes import WITHOUT_TORCH, xla_flags
+from tests.processes import WITHOUT_TORCH, keep_compiled_programs, xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+keep_compiled_programs()
 # A shell starts jobs in the background with Ctrl-C ignored, and they and their children would not hear it in the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
