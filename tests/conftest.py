@@ -102,8 +102,11 @@ def batch(reference) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cache folder of the programs that runs compile and of the lengths that they count."""
-    return tmp_path_factory.mktemp("cache")
+    """Cache folder of the lengths that runs count: one for all workers, as the count of a data set takes seconds."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
