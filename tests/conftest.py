@@ -6,12 +6,12 @@ The settings come before anything imports jax, a hub client or the package.
 import os
 import signal
 
-from tests.processes import WITHOUT_TORCH, xla_flags
+from tests.processes import WITHOUT_TORCH, keep_compiled_programs, xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+keep_compiled_programs()
 # A shell starts jobs in the background with Ctrl-C ignored, and they and their children would not hear it in the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -102,8 +102,11 @@ def batch(reference) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cache folder of the programs that runs compile and of the lengths that they count."""
-    return tmp_path_factory.mktemp("cache")
+    """Cache folder of the lengths that runs count: one for all workers, as the count of a data set takes seconds."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
 """What tests, and the processes that they start, are run with."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,3 +21,16 @@ def xla_flags(devices: int, *, quick: bool = True) -> str:
         if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones end on a flag that is gone
             flags += ["--xla_cpu_use_fusion_emitters=false"]
     return " ".join(flags)
+
+
+def keep_compiled_programs() -> None:
+    """Set the folder of compiled programs that the processes of this session share: an empty one, removed at its end.
+
+    Where ``JAX_COMPILATION_CACHE_DIR`` is set already, that folder is used and kept, and later sessions are faster. jax
+    finds a program in it by all that decides what is compiled: the program itself, the versions, flags and devices.
+    """
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit it
+        folder = tempfile.mkdtemp(prefix="compiled-for-tests-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)

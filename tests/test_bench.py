@@ -92,16 +92,15 @@ def bench_search(timed, spec, stage_tables, scorer_tables):
 
 @pytest.fixture
 def found_again() -> Iterator[list[str]]:
-    """Enable the compilation cache, and list its hits."""
+    """List what is found in the compilation cache, which the command begins anew in a folder of its own."""
     found: list[str] = []
     jax.monitoring.register_event_listener(
         lambda event, **_: found.append(event) if event == "/jax/compilation_cache/cache_hits" else None
     )
+    shared = jax.config.jax_compilation_cache_dir
     compilation_cache.reset_cache()
-    jax.config.update("jax_enable_compilation_cache", True)
     yield found
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", shared)
     compilation_cache.reset_cache()
 
 

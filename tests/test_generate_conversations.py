@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_generate import Stdin, run
+from tests.training.small_run import write_small
 
 QUESTION = "How many stars are there?"
 
@@ -18,8 +19,14 @@ def image(tmp_path_factory) -> Path:
     return draw_questions(tmp_path_factory.mktemp("pictures"), 1, 0)[0].image
 
 
-def answers(monkeypatch, capsys, *given: str) -> list[dict]:
-    code, out, err = run(monkeypatch, capsys, "--checkpoint", "shapes", "--json", "--mesh.data", "1", *given)
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory) -> str:
+    """A checkpoint of few layers."""
+    return str(write_small(tmp_path_factory.mktemp("untrained") / "model"))
+
+
+def answers(monkeypatch, capsys, *given: str, checkpoint: str = "shapes") -> list[dict]:
+    code, out, err = run(monkeypatch, capsys, "--checkpoint", checkpoint, "--json", "--mesh.data", "1", *given)
     assert code == 0, err
     return [json.loads(line) for line in out.splitlines()]
 
@@ -100,13 +107,14 @@ def test_formats_that_cannot_be_used_end_the_command(monkeypatch, capsys, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llamav_o1", "mulberry", "mine.yaml"])
-def test_a_format_goes_through_a_whole_search(monkeypatch, capsys, tmp_path, image, name):
+def test_a_format_goes_through_a_whole_search(monkeypatch, capsys, tmp_path, image, untrained, name):
     """Its stages are those of the answer, of the trace and of the page; the conclusion is the stage that it names."""
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text('stages: [{name: PLAN}, {name: SAY, opening: "Say:"}]\nconclusion: PLAN\n')
     given = ["--format", name, "--search", "stage_beam", "--num_candidates", "2", "--max_new_tokens", "8"]
     files = ["--trace", "trace.json", "--page", "page.html"]
-    (answer,) = answers(monkeypatch, capsys, "--question", QUESTION, "--image", str(image), *given, *files)
+    asked = ["--question", QUESTION, "--image", str(image)]
+    (answer,) = answers(monkeypatch, capsys, *asked, *given, *files, checkpoint=untrained)
     (trace,) = json.loads(Path("trace.json").read_text())
     names = {"mine.yaml": ["PLAN", "SAY"], "mulberry": ["CAPTION", "RATIONALES", "REASONING", "CONCLUSION"]}
     stages = names.get(name, ["SUMMARY", "CAPTION", "REASONING", "CONCLUSION"])

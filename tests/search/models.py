@@ -13,6 +13,8 @@ from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
+from llava_cot_jax.search.scorers import Judge
+from llava_cot_jax.search.strategies import StageBeam
 from llava_cot_jax.stage_format import STAGES
 
 PROMPTS = """
@@ -35,16 +37,24 @@ probe:
 """
 """File of prompts for models that were not trained to judge: letters that they often write count as verdicts."""
 
+TRAINED_BEAM = StageBeam(3, Judge("token"), temperature=1.3, max_new_tokens=(14, 30, 50, 9))
+"""A search by the trained model. Tests that need no settings of their own share its program, which compiles slowly."""
 
-def random_model(seed: int = 0, *, convention="meta", eos: tuple[int, ...] | None = None) -> tuple[Mllama, Processor]:
-    """Return a random model with three text layers and one tile, in which the tokens ``eos`` end an answer."""
+
+def random_model(
+    seed: int = 0, *, convention="meta", eos: tuple[int, ...] | None = None, layers: int = 3, dtype=jnp.float32
+) -> tuple[Mllama, Processor]:
+    """Return a random model with one tile, in which the tokens ``eos`` end an answer.
+
+    The last but one of its text layers is of cross-attention.
+    """
     config = shapes_config()
-    text = replace(config.text, num_hidden_layers=3, cross_attention_layers=(1,), initializer_range=0.25)
+    text = replace(config.text, num_hidden_layers=layers, cross_attention_layers=(layers - 2,), initializer_range=0.25)
     if eos is not None:
         text = replace(text, eos_token_ids=eos)
     vision = replace(config.vision, num_hidden_layers=2, initializer_range=0.25)
     config = replace(config, text=text, vision=vision, convention=convention)
-    model = Mllama(config, rngs=nnx.Rngs(seed))
+    model = Mllama(config, rngs=nnx.Rngs(seed), dtype=dtype)
     open_gates(model)
     return model, Processor(config, shapes_tokenizer())
 

@@ -20,7 +20,7 @@ from llava_cot_jax.search.scorers import Judge, LogProbability
 from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam
 from llava_cot_jax.search.tables import build_judge_tables, build_verifier_tables, vocabulary_of
 from llava_cot_jax.stage_format import STAGES
-from tests.search.models import random_model, scene, tagged_processor, trained_model
+from tests.search.models import TRAINED_BEAM, random_model, scene, tagged_processor, trained_model
 
 
 def parrot(text: str, *, then: str = "a", after: str = "<CONCLUSION>", processor: Processor | None = None):
@@ -157,7 +157,7 @@ def test_a_model_that_ends_answers_now_and_then(prompts):
 
 @pytest.fixture(scope="module")
 def reasoner(prompts):
-    return Reasoner(*trained_model(), StageBeam(2, temperature=1.0, max_new_tokens=(20, 40, 80, 12)), prompts)
+    return Reasoner(*trained_model(), TRAINED_BEAM, prompts)
 
 
 @pytest.mark.slow
@@ -193,13 +193,6 @@ def test_a_strip_of_an_image_and_none(reasoner):
         answer = reasoner.answer(image, "How many circles are there?")
         assert list(answer.stages) == list(STAGES)
         assert answer.trace.vision_encoder_calls == (image is not None)
-
-
-@pytest.mark.slow
-def test_one_candidate_asks_no_judge(prompts):
-    answer = Reasoner(*trained_model(), StageBeam(1, max_new_tokens=(20, 40, 80, 12)), prompts).answer(*scene(0))
-    assert all(not stage.matches and not stage.checks for stage in answer.trace.stages)
-    assert answer.trace.tokens["judge_prefixes"] == 0
 
 
 @pytest.mark.slow

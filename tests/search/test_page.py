@@ -15,9 +15,8 @@ from llava_cot_jax.search import wording
 from llava_cot_jax.search.page import PageEntry, render_page, write_page
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.show import describe_search
-from llava_cot_jax.search.strategies import StageBeam
 from tests.search import traces
-from tests.search.models import scene, trained_model
+from tests.search.models import TRAINED_BEAM, scene, trained_model
 
 ALL = {
     "token": traces.token_trace(),
@@ -233,16 +232,15 @@ def test_a_page_tells_right_from_wrong():
 
 
 @pytest.mark.slow
-def test_a_page_holds_a_real_search(tmp_path):
-    model, processor = trained_model()
+def test_a_page_holds_a_real_search(prompts, tmp_path):
     image, question = scene(1)
-    answer = Reasoner(model, processor, search=StageBeam(num_candidates=2, max_new_tokens=48)).answer(image, question)
+    answer = Reasoner(*trained_model(), TRAINED_BEAM, prompts).answer(image, question)
     path = tmp_path / "folder" / "page.html"
     write_page(path, [PageEntry(answer.trace, [image], "two")], {"Model": "shapes"})
     page = Page(path.read_text(encoding="utf-8"))
     assert page.texts("p", "answer") == [answer.conclusion]
-    assert len(page.texts("li", "candidate")) == 8
-    assert len(page.texts("div", "match")) == 4
+    assert len(page.texts("li", "candidate")) == 12
+    assert len(page.texts("div", "match")) == 8
     assert answer.conclusion in printed(answer.trace)
 
 

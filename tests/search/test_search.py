@@ -1,6 +1,7 @@
 """The compiled search against one in plain Python, and its promises about draws, counts and compilations."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -9,7 +10,6 @@ from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.sharding import make_mesh, parameter_sharding
-from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search import reasoner as module
 from llava_cot_jax.search.program import search
 from llava_cot_jax.search.prompts import JudgePrompts
@@ -20,7 +20,7 @@ from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sampl
 from llava_cot_jax.stage_format import STAGES
 from tests.model.test_named_scopes import scopes
 from tests.search import brute_force
-from tests.search.models import random_model, scene, trained_model
+from tests.search.models import TRAINED_BEAM, random_model, scene, trained_model
 
 TOKEN = Judge("token")
 RATIONALE = Judge("rationale", reason_tokens=12, check_tokens=9, temperature=0.9)
@@ -113,7 +113,7 @@ TRAINED_STRATEGIES = {
     "greedy": Greedy(max_new_tokens=110),
     "vote": MajorityVote(3, temperature=1.5, max_new_tokens=110, top_k=None, top_p=1.0),
     "best by judge": BestOfN(3, TOKEN, temperature=1.2, max_new_tokens=110),
-    "stages": StageBeam(3, TOKEN, temperature=1.3, max_new_tokens=(14, 30, 50, 9)),
+    "stages": TRAINED_BEAM,
     "stages by reasons": StageBeam(3, RATIONALE, temperature=2.0, max_new_tokens=(14, 30, 50, 9)),
     "stages by verifier": StageBeam(3, Verifier(), temperature=1.3, max_new_tokens=(14, 30, 50, 9)),
     "weighted vote": WeightedVote(4, temperature=1.5, max_new_tokens=110, top_k=None, top_p=1.0),
@@ -189,21 +189,28 @@ def on(mesh, model: Mllama) -> Mllama:
     return Mllama.from_arrays(model.config, arrays, layout="unrolled", mesh=mesh)
 
 
+TWO_QUESTIONS = StageBeam(3, TOKEN, temperature=0.9, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def two_by_brute_force(ending, prompts):
+    """The stages of two answers."""
+    loaded = JudgePrompts.load(prompts)
+    return [brute_force.search(*ending, TWO_QUESTIONS, *scene(i), seed, loaded) for i, seed in enumerate((4, 5))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2), (1, 8, 1), (1, 4, 2)], ids=str)
-def test_other_batch_shapes_and_meshes_draw_the_same(ending, prompts, monkeypatch, mesh):
+def test_other_batch_shapes_and_meshes_draw_the_same(ending, prompts, monkeypatch, mesh, two_by_brute_force):
     """Where a question's tokens first differ from those of brute force, the lead in score was within rounding."""
     model, processor = ending
-    strategy = StageBeam(3, TOKEN, temperature=0.9, max_new_tokens=8)
     found = recorded_results(monkeypatch)
     spread = model if mesh is None else on(make_mesh(*mesh), model)
     images, questions = zip(*map(scene, range(2)), strict=True)
-    Reasoner(spread, processor, strategy, prompts).answer_batch(images, questions, seeds=[4, 5])
+    Reasoner(spread, processor, TWO_QUESTIONS, prompts).answer_batch(images, questions, seeds=[4, 5])
     candidates = jax.device_get(found[0].candidates)
     alike = 0
-    for i in range(2):
-        loaded = JudgePrompts.load(prompts)
-        want = brute_force.search(model, processor, strategy, images[i], questions[i], [4, 5][i], loaded)
+    for i, want in enumerate(two_by_brute_force):
         for number, stage in enumerate(want):
             for j, one in enumerate(stage.candidates):
                 ids = candidates.tokens[number, i, j, : candidates.lengths[number, i, j]].tolist()
@@ -246,8 +253,7 @@ def test_the_program_sees_the_images_once(ending, prompts, name):
 @pytest.mark.slow
 def test_a_search_in_bfloat16(prompts):
     """Most checkpoints are in bfloat16. Two questions are answered together, with candidates and written reasons."""
-    model = Mllama.from_pretrained("shapes", dtype="bfloat16")
-    reasoner = Reasoner(model, Processor.from_pretrained("shapes"), StageBeam(2, SHORT, max_new_tokens=6), prompts)
+    reasoner = Reasoner(*random_model(1, dtype=jnp.bfloat16), StageBeam(2, SHORT, max_new_tokens=6), prompts)
     for answer in reasoner.answer_batch(*zip(scene(0), scene(1), strict=True)):
         assert [stage.stage for stage in answer.trace.stages] == list(STAGES)
         scores = [c.mean_log_prob for stage in answer.trace.stages for c in stage.candidates]
@@ -268,23 +274,21 @@ def uses(jaxpr, shape: tuple[int, ...], loops: tuple[str, ...] = ()) -> list[tup
 
 @pytest.mark.slow
 def test_counts_of_a_trace_are_those_of_the_texts(trained, prompts):
-    """The vision tower runs once and the prompt is prefilled once, for one candidate and for four."""
+    """The vision tower runs once and the prompt is prefilled once, for one candidate and for three."""
     model, processor = trained
     image, question = scene(5)
     prompt = processor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}])
     length = len(processor.tokenizer(prompt + "<SUMMARY>", add_special_tokens=False)["input_ids"])
-    for count in (1, 4):
-        answer = Reasoner(model, processor, StageBeam(count, max_new_tokens=60, temperature=1.0), prompts).answer(
-            image, question
-        )
-        trace = answer.trace
+    for strategy in (TRAINED_STRATEGIES["greedy stages"], TRAINED_BEAM):
+        answer = Reasoner(model, processor, strategy, prompts).answer(image, question)
+        trace, is_judged = answer.trace, strategy is TRAINED_BEAM
         assert (trace.vision_encoder_calls, trace.tokens["prompt"]) == (1, length)
         whole = processor.tokenizer(prompt + answer.text, add_special_tokens=False)["input_ids"]
         won = trace.stages[-1].candidates[trace.stages[-1].winner].tokens
         assert trace.tokens["prompt"] + trace.tokens["winners"] == len(whole) - won
         assert trace.tokens["candidates"] == sum(c.tokens for stage in trace.stages for c in stage.candidates)
-        assert (trace.tokens["judge_queries"] > 0) == (trace.tokens["judge_prefixes"] > 0) == (count > 1)
-        assert trace.flops["vision"] > 0 and (trace.flops["judge_queries"] > 0) == (count > 1)
+        assert (trace.tokens["judge_queries"] > 0) == (trace.tokens["judge_prefixes"] > 0) == is_judged
+        assert trace.flops["vision"] > 0 and (trace.flops["judge_queries"] > 0) == is_judged
 
 
 @pytest.mark.slow

@@ -61,13 +61,10 @@ def arguments(checkpoint: Path | str, output: Path | str, **settings: Any) -> li
 
 
 def environment(cache: Path, devices: int = 1, *, quick: bool = True) -> dict[str, str]:
-    """Return the environment of a process with a number of devices and without torch, which compiles into ``cache``."""
+    """Return the environment of a process with a number of devices and without torch, whose caches are in ``cache``."""
     return os.environ | {
         "XLA_FLAGS": xla_flags(devices, quick=quick),
         "PYTHONPATH": WITHOUT_TORCH,
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XDG_CACHE_HOME": str(cache),
     }
 
