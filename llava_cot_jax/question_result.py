@@ -1,4 +1,4 @@
-"""What ``generate`` says of the answer to a question, and the notes on what cut it off."""
+"""Result of a question as ``generate`` tells it, with notes on what cut the answer off."""
 
 from __future__ import annotations
 
