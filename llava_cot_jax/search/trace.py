@@ -188,7 +188,8 @@ class Trace:
     @property
     def winners(self) -> list[tuple[int, int]]:
         """Candidates that led to the answer, in order: the place of the stage of each, and its number."""
-        found, at = list[tuple[int, int]](), (len(self.stages) - 1, self.stages[-1].winner)
+        found: list[tuple[int, int]] = []
+        at: tuple[int, int] | None = (len(self.stages) - 1, self.stages[-1].winner)
         while at is not None:
             found.append(at)
             at = self.parent_of(*at)
