@@ -179,10 +179,12 @@ def _search_or_sampling(options: jsonargparse.Namespace) -> Strategy | Sampling:
         check_question_file_options(options)
     elif options.output is not None:
         raise UserError("--output takes the answers to a file of questions: give --questions too")
-    if options.search is None:
-        for name in ("trace", "page", "show_search"):
+    if isinstance(method, Sampling):
+        for name in ("trace", "page", "show_search", "live"):
             if options[name]:
                 raise UserError(f"--{name} needs a search: give --search too ({', '.join(STRATEGIES)})")
+    elif options.live and not method.to_spec().can_stream:
+        raise UserError(f"--live cannot show --search {options.search}: leave out --live, or give another --search")
     if options.threshold_to and options.search != "retracing":
         raise UserError("--threshold_to stores a threshold of --search retracing: give that too")
     return method
