@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llava_cot_jax.search.retracing import Retracing
     from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
     from llava_cot_jax.search.sentence_beam import SentenceBeam
+    from llava_cot_jax.search.snapshots import SearchSnapshot
     from llava_cot_jax.search.strategies import (
         BestOfN,
         Greedy,
@@ -58,6 +59,7 @@ __all__ = [
     "Retracing",
     "Sample",
     "Sampling",
+    "SearchSnapshot",
     "SentenceBeam",
     "StageBeam",
     "StageFormat",
@@ -88,6 +90,7 @@ _MODULES = {
     "search.retracing": ("Retracing",),
     "search.scorers": ("Judge", "LogProbability", "Verifier"),
     "search.sentence_beam": ("SentenceBeam",),
+    "search.snapshots": ("SearchSnapshot",),
     "search.strategies": (
         "BestOfN",
         "Greedy",

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.request_builder import Requests
+    from llava_cot_jax.search.snapshots import OnSearchProgress
     from llava_cot_jax.search.trace import Trace
 
 
@@ -61,8 +63,8 @@ class SearchAnswerer:
         from llava_cot_jax.search.reasoner import run_search
 
         options = self._options
-        with contextlib.nullcontext() if options.json else cli.status("searching"):
-            (answer,) = cli.run_interruptible(lambda: run_search(model, self._builder, requests))
+        with self._display() as on_progress:
+            (answer,) = cli.run_interruptible(lambda: run_search(model, self._builder, requests, on_progress))
         trace = answer.trace
         self._searches.append((question, trace))
         if options.show_search and not options.json:
@@ -74,6 +76,14 @@ class SearchAnswerer:
         self._write_files(model)
         result = result_of(answer, requests.spec != self._builder.spec)
         return replace(result, bounded_by="max_sentences") if has_all_sentences(trace, requests.spec) else result
+
+    def _display(self) -> AbstractContextManager[OnSearchProgress | None]:
+        """Return what shows on stderr that a search runs, and the function that it has the search call."""
+        if self._options.live:
+            from llava_cot_jax.search.live import live_view
+
+            return live_view(self._builder.strategy)
+        return contextlib.nullcontext() if self._options.json else cli.status("searching")
 
     def write_threshold(self) -> None:
         """Write the threshold that the scores of all searches give, and print it.

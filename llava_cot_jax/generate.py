@@ -166,6 +166,8 @@ def _check(options: jsonargparse.Namespace, group: ProcessGroup) -> _Checked | N
             f"{group.source} name {group.count} processes, which can divide a file of --questions, or one model by "
             f"--hosts.divide model; {ALONE}"
         )
+    if group.count > 1 and options.live:
+        raise UserError("--live shows the search of one process: leave it out, or give --hosts.count 1")
     if group.index:  # the first process shows and writes what all compute
         options.json, options.show_search = not options.questions, False
         options.trace = options.page = options.threshold_to = None
@@ -338,10 +340,12 @@ def _search_or_sampling(options: jsonargparse.Namespace) -> Strategy | Sampling:
         check_question_file_options(options)
     elif options.output is not None:
         raise UserError("--output takes the answers to a file of questions: give --questions too")
-    if options.search is None:
-        for name in ("trace", "page", "show_search"):
+    if isinstance(method, Sampling):
+        for name in ("trace", "page", "show_search", "live"):
             if options[name]:
                 raise UserError(f"--{name} needs a search: give --search too ({', '.join(STRATEGIES)})")
+    elif options.live and not method.to_spec().can_stream:
+        raise UserError(f"--live cannot show --search {options.search}: leave out --live, or give another --search")
     if options.threshold_to and options.search != "retracing":
         raise UserError("--threshold_to stores a threshold of --search retracing: give that too")
     return method

@@ -41,6 +41,7 @@ _OF_SINGLE_QUESTIONS = (
     "threshold_to",
     "page",
     "show_search",
+    "live",
     "show_reasoning",
     "json",
 )

@@ -275,6 +275,8 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: [*SEARCH, "greedy", "--page", ""], "a path is empty"),
         (lambda d, t: ["--page", str(t / "x.html")], "--page needs a search"),
         (lambda d, t: ["--show_search"], "--show_search needs a search"),
+        (lambda d, t: ["--live"], "--live needs a search"),
+        (lambda d, t: [*SEARCH, "retracing", "--live"], "--live cannot show --search retracing: leave out --live, or"),
         (lambda d, t: ["--question", "a", "b", "--image", "a.png", "b.png", "c.png"], "3 images for 2 questions"),
         (lambda d, t: ["--image", "-", "--question", "-"], "standard input, -, can be read once"),
         (lambda d, t: ["--image", "data:image/png;base64,AAAA"], "the image of a data: URL of 26 characters is not an"),

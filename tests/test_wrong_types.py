@@ -96,6 +96,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
         "questions is a Question; give an iterable of Question",
     ),
     "a seed that is a text": (ask(seed="7"), "seed is '7'; it must be a whole number"),
+    "progress told to no function": (ask(on_progress=3), "on_progress is 3; it must be a function that takes a Search"),
     "a seed that is no number": (ask(seed=None), "seed is None; it must be a whole number"),
     "another number of seeds": (ask_all([None] * 3, ["a"] * 3, seeds=[1, 2]), "2 seeds for 3 prompts"),
     "questions that are a text": (ask_all([None], "a"), "give a list of questions"),
@@ -253,7 +254,7 @@ def test_every_public_class_and_function_is_tried():
         "Verifier",
         "WeightedVote",
     }
-    made_here = {"Answer", "AnswerStream", "Completion", "StreamedAnswer", "UserError"}
+    made_here = {"Answer", "AnswerStream", "Completion", "SearchSnapshot", "StreamedAnswer", "UserError"}
     assert set(llava_cot_jax.__all__) - made_here - strategies <= tried
 
 

@@ -93,12 +93,6 @@ class AnswerMaker:
             own_scores: Scores by functions of the user's own, by the index of the stage.
         """
         own_scores = own_scores or {}
-        traces = trace_stages(self.processor, self.spec, stages)
-        traces = [stage.with_own_scores(own_scores.get(number)) for number, stage in enumerate(traces)]
-        if isinstance(self.strategy, MajorityVote):
-            traces = [_vote(traces[0], self.spec.format, lambda _: 1.0)]
-        if isinstance(self.strategy, WeightedVote):
-            traces = [_vote(traces[0], self.spec.format, _score_of)]
         if own_scores:
             scoring = sum(scores.seconds for scores in own_scores.values())
             seconds = {**seconds, "search": seconds["search"] - scoring, "scorer": scoring}
@@ -107,7 +101,7 @@ class AnswerMaker:
             question=question,
             seed=seed,
             strategy=repr(_described(self.strategy, self.spec)),
-            stages=traces,
+            stages=self.trace_stages(stages, own_scores),
             vision_encoder_calls=min(num_images, 1),
             tokens=costs.tokens,
             flops=costs.flops,
@@ -115,6 +109,16 @@ class AnswerMaker:
             format=self.spec.format,
         )
         return _staged_answer(trace) if self.spec.stages else _whole_answer(trace)
+
+    def trace_stages(self, stages: Sequence[StageResult], own_scores: Mapping[int, OwnScores]) -> list[StageTrace]:
+        """Return the stages so far with their winners; the arguments are those of ``make``."""
+        traces = trace_stages(self.processor, self.spec, stages)
+        traces = [stage.with_own_scores(own_scores.get(number)) for number, stage in enumerate(traces)]
+        if isinstance(self.strategy, MajorityVote):
+            return [_vote(traces[0], self.spec.format, lambda _: 1.0)]
+        if isinstance(self.strategy, WeightedVote):
+            return [_vote(traces[0], self.spec.format, _score_of)]
+        return traces
 
 
 def tagged_text(format: StageFormat, stage: str, candidate: CandidateTrace) -> str:

@@ -275,7 +275,7 @@ def _tree_view(trace: Trace) -> dict[str, Any]:
         "width": NODE_RADIUS + (len(columns) + 0.12) * COLUMN_WIDTH,
         "height": bottom,
         "start": middles[0],
-        "heads": [{"text": wording.title_of(name), "x": x, "y": 14} for name, x in column_x.items()],
+        "heads": [{"text": wording.name_title(name), "x": x, "y": 14} for name, x in column_x.items()],
         "labels": labels,
         "nodes": nodes,
         "path": " then ".join(f"{wording.stage_title(trace.stages[place])} {number + 1}" for place, number in won),

@@ -20,6 +20,7 @@ from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.retracing_search import search_retracing
 from llava_cot_jax.search.sentence_search import search_sentences
+from llava_cot_jax.search.snapshots import OnSearchProgress, check_progress_function
 from llava_cot_jax.search.strategies import SearchSpec, StageBeam, Strategy
 from llava_cot_jax.search.stream import DEFAULT_SLOTS, AnswerStream, Question, run_in_slots
 from llava_cot_jax.search.trace import Trace, split_stages
@@ -62,17 +63,30 @@ class Reasoner:
                 "several: give Judge(), Verifier() or LogProbability(), or answer in one process"
             )
 
-    def answer(self, image: Images, question: QuestionOrMessages, *, seed: int = 0) -> Answer:
+    def answer(
+        self,
+        image: Images,
+        question: QuestionOrMessages,
+        *,
+        seed: int = 0,
+        on_progress: OnSearchProgress | None = None,
+    ) -> Answer:
         """Answer a question about an image, about a list of images, or, with None, without an image.
 
         Instead of its text, a question may be a conversation: messages as transformers takes them, of which the last is
         the user's. Images stand in the messages, or ``image`` has those that have no source there, in order. A judge is
         told the texts of all messages, and shown all images.
 
+        With ``on_progress``, a function that is called with each ``SearchSnapshot``, the search runs as a few compiled
+        programs, between which the candidates are read. The answer is the same, but for rounding.
+
         Raises:
-            UserError: ``RequestBuilder.build`` refuses the question, or the model's logits are not finite.
+            UserError: ``RequestBuilder.build`` refuses the question, the model's logits are not finite, or the search
+                tells no progress.
         """
-        return self.answer_batch([image], [question], seeds=seed)[0]
+        if on_progress is not None:
+            check_progress_function(on_progress, self._builder.spec, self._builder.strategy, self._model.mesh)
+        return self._answer_all([image], [question], seed, on_progress)[0]
 
     def answer_batch(
         self, images: Sequence[Images], questions: Sequence[QuestionOrMessages], *, seeds: Sequence[int] | int = 0
@@ -87,8 +101,17 @@ class Reasoner:
         Raises:
             UserError: ``RequestBuilder.build`` refuses the questions, or the model's logits are not finite.
         """
+        return self._answer_all(images, questions, seeds)
+
+    def _answer_all(
+        self,
+        images: Sequence[Images],
+        questions: Sequence[QuestionOrMessages],
+        seeds: Sequence[int] | int,
+        on_progress: OnSearchProgress | None = None,
+    ) -> list[Answer]:
         requests = self._builder.build(images, questions, seeds)
-        answers = run_search(self._model, self._builder, requests)
+        answers = run_search(self._model, self._builder, requests, on_progress)
         if requests.spec != self._builder.spec:
             for answer in answers:
                 _tell_what_was_cut(self._model.config, answer.trace, requests.spec)
@@ -138,14 +161,22 @@ def program_of(spec: SearchSpec) -> Any:
     return search_sentences if spec.max_sentences else search
 
 
-def run_search(model: Mllama, builder: RequestBuilder, requests: Requests) -> list[Answer]:
+def run_search(
+    model: Mllama, builder: RequestBuilder, requests: Requests, on_progress: OnSearchProgress | None = None
+) -> list[Answer]:
     """Search for the answers to requests that ``builder`` has built.
+
+    Args:
+        model: Model in the unrolled layout.
+        builder: Builder of the requests.
+        requests: The questions.
+        on_progress: Function that is called with snapshots of the search of a single question.
 
     Raises:
         UserError: The model's logits are not finite, or a scorer of the user's own fails.
     """
-    if requests.spec.calls_host:
-        return run_in_slots(model, builder, requests)
+    if requests.spec.calls_host or on_progress:
+        return run_in_slots(model, builder, requests, on_progress)
     start = time.perf_counter()
     config, spec, mesh = model.config, requests.spec, model.mesh
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}

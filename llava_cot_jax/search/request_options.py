@@ -64,6 +64,14 @@ def _add_output_options(add: Any) -> None:
         "mean score of the reasonings of first rounds, and 0.2533 standard deviations more. --threshold reads it.",
     )
     add("--page", type=str, help="HTML file that shows all candidates, scores and verdicts of a search.")
+    add(
+        "--live",
+        type=bool,
+        default=False,
+        help="Show a search on the terminal while it runs: its stages, and the candidates as they are written, scored "
+        "and chosen. The view goes once there is an answer. Where standard error is no terminal, it is lines, two for "
+        "each stage.",
+    )
     add("--show_search", type=bool, default=False, help="Print all candidates, scores and verdicts of a search.")
     add("--show_reasoning", type=bool, default=False, help="Print the whole answer, not only the conclusion.")
     add("--json", type=bool, default=False, help="Print one JSON object for each question instead of text.")

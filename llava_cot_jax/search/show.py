@@ -63,24 +63,21 @@ def _describe(trace: Trace, right_answer: str | None, correct: bool | None) -> I
 def _describe_candidate(
     number: int, candidate: CandidateTrace, standing: str, stage: StageTrace, format: StageFormat
 ) -> Iterator[RenderableType]:
-    facts = (
-        wording.origin(candidate),
-        wording.score(candidate),
-        wording.own_score(candidate, stage),
-        f"mean log-probability {wording.log_prob(candidate.mean_log_prob)} a token",
-        wording.counted(candidate.tokens, "token"),
-        wording.how_ended(candidate),
-    )
     name = Text(f"{number + 1} {standing}".rstrip(), style=WINNER if standing == "winner" else "")
-    yield _line(Text.assemble(name, ": ", ", ".join(filter(None, facts))))
+    yield _line(Text.assemble(name, ": ", wording.candidate_facts(candidate, stage)))
     texts = [each.text for each in stage.candidates]
     if (first := texts.index(candidate.text)) < number:
         yield _Indented(Text(f"the same text as {first + 1}", style=MINOR), 5)
         return
-    text = Text()
-    for part, is_tag in wording.split_tags(candidate.text, format):
-        text.append(part, style=MINOR if is_tag else "")
-    yield _Indented(text or Text("(empty)", style=MINOR), 5)
+    yield _Indented(styled(candidate.text, format) or Text("(empty)", style=MINOR), 5)
+
+
+def styled(text: str, format: StageFormat) -> Text:
+    """Return the text of a candidate with its tags in a minor style, and control characters made visible."""
+    shown = Text()
+    for part, is_tag in wording.split_tags(text, format):
+        shown.append(part, style=MINOR if is_tag else "")
+    return shown
 
 
 def _describe_verdict(verdict: VerdictTrace, indent: int) -> Iterator[RenderableType]:

@@ -1,8 +1,8 @@
 """Slots of questions that are answered side by side, each in a stage of its own: the compiled pieces that move them on.
 
-The decoding loop is one program for all slots. It returns as soon as a slot's candidates have all ended. The other
-pieces are programs for one slot, which read its part of the caches and write it back in place: a stage that ends in one
-slot costs the others nothing.
+The decoding loop is one program for all slots. It returns as soon as a slot's candidates have all ended, or after a
+number of steps, so that the host can read the candidates so far. The other pieces are programs for one slot, which read
+its part of the caches and write it back in place: a stage that ends in one slot costs the others nothing.
 
     admit -> start_stage -> decode (all slots, as often as needed) -> choose, or keep -> start_stage -> ...
 """
@@ -187,9 +187,15 @@ def start_stage(
 
 @_piece_in_place
 def decode(
-    params: Params, slots: Slots, occupied: Bool[Array, " slots"], tables: SlotTables, *, settings: SlotSettings
+    params: Params,
+    slots: Slots,
+    occupied: Bool[Array, " slots"],
+    max_steps: Int[Array, ""],
+    tables: SlotTables,
+    *,
+    settings: SlotSettings,
 ) -> tuple[Slots, Bool[Array, " slots"], Int[Array, ""]]:
-    """Sample candidates in all slots until those of an occupied slot have all ended.
+    """Sample candidates in all slots until those of an occupied slot have all ended, or for ``max_steps`` steps.
 
     Returns:
         The slots, whether the candidates of each occupied slot have ended, and the number of decoding steps.
@@ -197,6 +203,9 @@ def decode(
     with use_mesh(settings.mesh):
         keys = stage_keys(slots.seeds, slots.stage)
         stop = candidate_stops(settings.spec, tables.stages.stop_tables, keys, slots.stage)
+
+        # All samples that go on get a token in each step, so that they reach this length after the same one.
+        longest = jnp.minimum(stop.max_new_tokens, slots.samples.samples.lengths + max_steps)
 
         def are_sampled(unfinished: Bool[Array, " batch"]) -> Bool[Array, " slots"]:
             return unfinished.reshape(len(occupied), -1).any(axis=1)
@@ -208,7 +217,7 @@ def decode(
             Decoder(params, settings.config, slots.images, settings.prefill_chunk),
             slots.samples,
             candidate_cache(slots.suffix, (slots.prefix,)),
-            stop,
+            replace(stop, max_new_tokens=longest),
             sampling=settings.spec.sampling,
             goes_on=goes_on,
         )

@@ -23,6 +23,7 @@ from llava_cot_jax.search.program import SearchProgress, StageResult, default_pr
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.room import Room, put_in_room
 from llava_cot_jax.search.scorers import OwnScorer, OwnScores, call_scorer
+from llava_cot_jax.search.snapshots import OnSearchProgress, SnapshotReporter
 from llava_cot_jax.search.trace import stage_name, trace_candidates
 
 DEFAULT_SLOTS = 8
@@ -98,13 +99,21 @@ class SlotSearch:
         builder: Builder of the questions' requests.
         room: Room of a slot.
         num_slots: Number of slots.
+        on_progress: Function that is called with snapshots of the search, for a single slot; None for any number.
 
     Attributes:
         room: Room of a slot.
         decoding_steps: Number of decoding steps so far, each of which reads the weights once.
     """
 
-    def __init__(self, model: Mllama, builder: RequestBuilder, room: Room, num_slots: int) -> None:
+    def __init__(
+        self,
+        model: Mllama,
+        builder: RequestBuilder,
+        room: Room,
+        num_slots: int,
+        on_progress: OnSearchProgress | None = None,
+    ) -> None:
         self.room, self.decoding_steps = room, 0
         self._model, self._builder = model, builder
         mesh = model.mesh
@@ -113,6 +122,7 @@ class SlotSearch:
         self._maker = AnswerMaker(model.config, builder.processor, builder.strategy, room.spec)
         self._occupants: list[_Occupant | None] = [None] * num_slots
         self._slots: pieces.Slots | None = None
+        self._reporter = on_progress and SnapshotReporter(on_progress, self._maker)
 
     @property
     def num_occupied(self) -> int:
@@ -140,11 +150,15 @@ class SlotSearch:
         self._start_stage(slot, occupant)
 
     def begin_decoding(self) -> Any:
-        """Begin to sample candidates until those of a slot have ended. Return what ``finish_decoding`` waits for."""
+        """Begin to sample candidates until those of a slot have ended, or until a snapshot is due.
+
+        Return what ``finish_decoding`` waits for.
+        """
         occupied = np.array([occupant is not None for occupant in self._occupants])
+        max_steps = self._reporter.max_steps if self._reporter else max(self.room.spec.max_new_tokens)
         with without_surroundings():
             self._slots, *awaited = pieces.decode(
-                self._model.params, self._slots, occupied, self._tables, settings=self._settings
+                self._model.params, self._slots, occupied, np.int32(max_steps), self._tables, settings=self._settings
             )
         return awaited
 
@@ -156,6 +170,8 @@ class SlotSearch:
         """
         finished, steps = to_host(awaited, self._model.mesh)
         self.decoding_steps += int(steps)
+        if self._reporter and (watched := self._occupants[0]):
+            self._reporter.tell_candidates(*self._read_candidates(0, watched))
         for slot in np.flatnonzero(finished).tolist():
             occupant = self._occupants[slot]
             assert occupant is not None
@@ -165,6 +181,8 @@ class SlotSearch:
                 self._occupants[slot] = None
                 yield occupant.index, fault
                 continue
+            if self._reporter:
+                self._reporter.tell_winner(occupant.stages, occupant.own_scores)
             if len(occupant.stages) < self.room.spec.num_stages:
                 self._start_stage(slot, occupant)
             else:
@@ -196,7 +214,7 @@ class SlotSearch:
             if scorer is None:
                 chosen = pieces.choose(*given, self._tables, settings=self._settings)
             else:
-                scores = self._score(given, occupant, scorer, place)
+                scores = self._score(slot, occupant, scorer, place)
                 winner = np.array([scores.winner], np.int32)
                 chosen = pieces.keep(*given, self._tables, winner, settings=self._settings)
                 occupant.own_scores[number] = scores
@@ -208,16 +226,23 @@ class SlotSearch:
             texts = self._tagged_texts(number, result.candidates, result.kept)
             occupant.winners.append(texts[int(result.winner)])
 
-    def _score(self, given: tuple[Any, ...], occupant: _Occupant, scorer: OwnScorer, place: str) -> OwnScores:
+    def _score(self, slot: int, occupant: _Occupant, scorer: OwnScorer, place: str) -> OwnScores:
         """Let a scorer of the user's own score a slot's candidates."""
         number, spec, requests = len(occupant.stages), self.room.spec, occupant.requests
-        read = pieces.read_candidates(*given, self._tables, settings=self._settings)
-        candidates, kept = _of_one_question(to_host(read, self._model.mesh))
+        candidates, kept = self._read_candidates(slot, occupant)
         if occupant.images is None:
             occupant.images = [open_image(image) for image in requests.images[0]]
         texts = [join_stages([*occupant.winners, text]) for text in self._tagged_texts(number, candidates, kept)]
         name = stage_name(spec, number)
         return call_scorer(scorer, list(occupant.images), requests.questions[0], name, texts, place)
+
+    def _read_candidates(self, slot: int, occupant: _Occupant) -> tuple[Samples, Any]:
+        """Return a slot's candidates, in host arrays [candidates, ...], and the number of tokens kept of each."""
+        given = (self._model.params, self._slots, np.int32(slot), occupant.requests.inputs, occupant.progress)
+        with without_surroundings():
+            read = pieces.read_candidates(*given, self._tables, settings=self._settings)
+        candidates, kept = _of_one_question(to_host(read, self._model.mesh))
+        return candidates, kept
 
     def _tagged_texts(self, number: int, candidates: Samples, kept: jax.Array) -> list[str]:
         """Return the candidates of a stage with their tags."""
@@ -243,14 +268,22 @@ def _of_one_question(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], tree)
 
 
-def run_in_slots(model: Mllama, builder: RequestBuilder, requests: Requests) -> list[Answer]:
-    """Answer a batch of questions in as many slots, for a search in which the host chooses.
+def run_in_slots(
+    model: Mllama, builder: RequestBuilder, requests: Requests, on_progress: OnSearchProgress | None = None
+) -> list[Answer]:
+    """Answer a batch of questions in as many slots, for a search in which the host chooses, or looks on.
+
+    Args:
+        model: Model in the unrolled layout.
+        builder: Builder of the requests.
+        requests: The questions.
+        on_progress: Function that is called with snapshots of the search, for a single question.
 
     Raises:
         UserError: Logits are not finite, or a scorer of the user's own fails.
     """
     count = len(requests.questions)
-    search = SlotSearch(model, builder, Room.of(requests), count)
+    search = SlotSearch(model, builder, Room.of(requests), count, on_progress)
     for i in range(count):
         search.admit(i, requests.question(i))
     answers: dict[int, Answer] = {}

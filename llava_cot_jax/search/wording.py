@@ -62,19 +62,36 @@ def agrees(conclusion: str, right_answer: str) -> bool:
 
 
 def stage_title(stage: StageTrace) -> str:
+    """Return the name of a stage for a heading, with its round, if it has one."""
+    return name_title(stage.stage) + (f", round {stage.round}" if stage.round else "")
+
+
+def name_title(stage: str) -> str:
     """Return the name of a stage for a heading."""
-    return title_of(stage.stage) + (f", round {stage.round}" if stage.round else "")
-
-
-def title_of(name: str) -> str:
-    """Return the name of a stage, as a trace has it, for a heading."""
-    return "Whole answers" if name == WHOLE_ANSWER else name.capitalize()
+    return "Whole answers" if stage == WHOLE_ANSWER else stage.capitalize()
 
 
 def how_ended(candidate: CandidateTrace) -> str:
     """Return how a candidate ended, and the text that was added to close it."""
     ended = ENDINGS.get(candidate.ended, candidate.ended)
-    return f"{ended}, {candidate.added} added" if candidate.added else ended
+    return f"{ended}, {candidate.added.strip()} added" if candidate.added else ended
+
+
+def length_and_end(candidate: CandidateTrace) -> str:
+    """Return the number of tokens of a candidate, and how it ended, if it has."""
+    return ", ".join(filter(None, (counted(candidate.tokens, "token"), how_ended(candidate))))
+
+
+def candidate_facts(candidate: CandidateTrace, stage: StageTrace) -> str:
+    """Return what there is to say of a candidate besides its text: its origin, scores, length and end."""
+    facts = (
+        origin(candidate),
+        score(candidate),
+        own_score(candidate, stage),
+        f"mean log-probability {log_prob(candidate.mean_log_prob)} a token",
+        length_and_end(candidate),
+    )
+    return ", ".join(filter(None, facts))
 
 
 def how_chosen(stage: StageTrace, strategy: str) -> str:
