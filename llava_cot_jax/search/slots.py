@@ -101,7 +101,8 @@ _piece = functools.partial(jax.jit, static_argnames="settings")
 _piece_in_place = functools.partial(jax.jit, static_argnames="settings", donate_argnames="slots")
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "num_slots"))
+# No number of the parameters is used, but they tell jax the devices.
+@functools.partial(jax.jit, static_argnames=("settings", "num_slots"), keep_unused=True)
 def init_slots(
     params: Params, question: SearchInputs, tables: SlotTables, *, settings: SlotSettings, num_slots: int
 ) -> Slots:
