@@ -98,6 +98,8 @@ def partition_spec(axes: Iterable[str | None]) -> PartitionSpec:
     used = [mesh_axis for entry in entries for mesh_axis in entry]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(axes)} map to one mesh axis twice")
+    while entries and not entries[-1]:  # jax compiles a program anew for P(None), where it was compiled for P()
+        entries.pop()
     return PartitionSpec(*(entry or None for entry in entries))
 
 

@@ -101,7 +101,8 @@ _piece = functools.partial(jax.jit, static_argnames="settings")
 _piece_in_place = functools.partial(jax.jit, static_argnames="settings", donate_argnames="slots")
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "num_slots"))
+# No number of the parameters is used, but they tell jax the devices.
+@functools.partial(jax.jit, static_argnames=("settings", "num_slots"), keep_unused=True)
 def init_slots(
     params: Params, question: SearchInputs, tables: SlotTables, *, settings: SlotSettings, num_slots: int
 ) -> Slots:
@@ -302,7 +303,8 @@ def _candidates(slots: Slots, slot: Int[Array, ""], settings: SlotSettings) -> S
 
 def _take(tree: _Tree, slot: Int[Array, ""], rows: int = 1) -> _Tree:
     """Return the entries of a slot, which has so many rows of each array."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot * rows, rows), tree)
+    # By an index: of a slice, the compiler would gather what all devices have, and not only the slot's rows.
+    return jax.tree.map(lambda x: jnp.take(_by_slot(x, rows), slot[None], axis=0, mode="clip")[0], tree)
 
 
 def _emptied(tree: _Tree, slot: Int[Array, ""], rows: int = 1) -> _Tree:
@@ -312,4 +314,13 @@ def _emptied(tree: _Tree, slot: Int[Array, ""], rows: int = 1) -> _Tree:
 
 def _put(tree: _Tree, entries: _Tree, slot: Int[Array, ""], rows: int = 1) -> _Tree:
     """Return ``tree`` with the entries of a slot in place."""
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, slot * rows, axis=0), tree, entries)
+
+    def put_one(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(_by_slot(x, rows), y[None], slot, axis=0).reshape(x.shape)
+
+    return jax.tree.map(put_one, tree, entries)
+
+
+def _by_slot(x: jax.Array, rows: int) -> jax.Array:
+    """Return an array as [slots, rows, ...]."""
+    return x.reshape(-1, rows, *x.shape[1:])

@@ -34,6 +34,8 @@ from tests.search.models import PROMPTS, open_gates, scene
 
 QUESTIONS = 8
 SLOTS = 3
+ALL_TOKENS: dict[str, Any] = {"top_k": None, "top_p": 1.0}
+"""Settings with which no program sorts the vocabulary, which takes long to compile."""
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def main() -> None:
 
     def stream() -> dict[str, Any]:
         scorers = (Verifier(), LogProbability(), Verifier(), Verifier())
-        strategy = StageBeam((3, 2, 4, 4), scorers, temperature=1.0, max_new_tokens=(6, 5, 7, 4))
+        strategy = StageBeam((3, 2, 4, 4), scorers, 1.0, (6, 5, 7, 4), **ALL_TOKENS)
         asked = [Question(scene(i)[1], None if i % 3 else scene(i)[0], seed=i) for i in range(QUESTIONS)]
         answers = reasoner(strategy).answer_stream(asked, slots=SLOTS, prompt_tokens=128, images=1, ordered=False)
         found, counter = [next(answers)], CompilationCounter()
@@ -76,10 +78,12 @@ def main() -> None:
         return {"tokens": tokens.tolist(), "texts": [each.text for each in last], "compiled": counter.count}
 
     work: dict[str, Callable[[], Any]] = {
-        "stages": lambda: answer_batch(StageBeam(3, Judge("token"), temperature=0.9, max_new_tokens=6)),
+        "stages": lambda: answer_batch(StageBeam(3, Judge("token"), 0.9, 6, **ALL_TOKENS)),
         "vote": lambda: answer(MajorityVote(4, temperature=1.2, max_new_tokens=10)),
-        "sentences": lambda: answer(SentenceBeam(2, LogProbability(), temperature=1.0, max_new_tokens=20)),
-        "retracing": lambda: answer(Retracing(3, max_rounds=2, temperature=1.0, max_new_tokens=4, threshold=1.0)),
+        "sentences": lambda: answer(SentenceBeam(2, LogProbability(), 1.0, 20, **ALL_TOKENS)),
+        "retracing": lambda: answer(
+            Retracing(3, threshold=1.0, max_rounds=2, temperature=1.0, max_new_tokens=4, **ALL_TOKENS)
+        ),
         "generator": generate,
         "stream": stream,
     }

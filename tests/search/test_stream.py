@@ -13,6 +13,7 @@ from llava_cot_jax.cli import CompilationCounter
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.sharding import make_mesh
 from llava_cot_jax.processing.messages import user_turn
+from llava_cot_jax.search import slots as slot_pieces
 from llava_cot_jax.search import stream as module
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
@@ -94,7 +95,7 @@ def test_answers_are_those_of_each_question_alone_bit_for_bit(ending, prompts, n
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "slots"), [((2, 1, 2), 4), ((1, 4, 2), 3)], ids=str)
 def test_a_mesh_answers_as_one_device_does(ending, prompts, mesh, slots):
-    """Slots, and rows of candidates, are sharded where the mesh divides them. Nothing compiles after the first answer.
+    """Slots, and rows of candidates, are sharded where the mesh divides them. Each piece compiles once.
 
     Every kind of scorer chooses in a stage.
     """
@@ -104,10 +105,12 @@ def test_a_mesh_answers_as_one_device_does(ending, prompts, mesh, slots):
     room = {"slots": slots, "prompt_tokens": 128, "images": 1}
     asked = questions(7)
     want = list(Reasoner(model, processor, strategy, prompts).answer_stream(asked, **room))
-    stream = Reasoner(on(make_mesh(*mesh), model), processor, strategy, prompts).answer_stream(asked, **room)
-    found, counter = [next(stream)], CompilationCounter()
-    found += stream
-    assert counter.count == 0
+    names = ("init_slots", "admit", "start_stage", "decode", "choose", "read_candidates", "keep")
+    compiled = {name: getattr(slot_pieces, name)._cache_size() for name in names}
+    found = list(Reasoner(on(make_mesh(*mesh), model), processor, strategy, prompts).answer_stream(asked, **room))
+    assert {name: getattr(slot_pieces, name)._cache_size() - compiled[name] for name in names} == dict.fromkeys(
+        names, 1
+    )
     for each, other in zip(found, want, strict=True):
         assert each.answer.text == other.answer.text
         assert winners(each) == winners(other)
