@@ -109,6 +109,9 @@ def _generate(options: jsonargparse.Namespace, group: ProcessGroup, lifeline: Li
         lifeline.agree(lambda: surroundings() | checked.fields())
         join_hosts(group)
         lifeline.catch_aborts()
+        if group.index:  # the first process warns of what all of them compute
+            for folder in ("inference", "search"):
+                logging.getLogger(f"llava_cot_jax.{folder}").setLevel(logging.ERROR)
     else:
         keep_to_own_devices(group)
     cli.enable_compilation_cache()
