@@ -69,7 +69,7 @@ class SearchLog:
             _log(f"{_title(snapshot, number)}: writing {wording.counted(len(snapshot.candidates), 'candidate')}")
 
     def _won(self, stage: StageTrace) -> str:
-        text = " ".join(wording.printable(stage.candidates[stage.winner].text).split())
+        text = stage.candidates[stage.winner].text.strip()
         text = text if len(text) <= _LONGEST_LOGGED else f"{text[:_LONGEST_LOGGED]}..."
         return f"{_how_chosen(stage, self._strategy)}: {text}"
 
@@ -214,7 +214,7 @@ class _Lines:
             return self.line(head, whole)
         columns -= self._cut.cell_len
         whole = whole[max(len(whole) - columns, 0) :]
-        while whole.cell_len > columns and whole:
+        while whole and (whole.cell_len > columns or whole.plain[0] == " "):
             whole = whole[1:]
         return self.line(head, self._cut, whole)
 
@@ -229,7 +229,7 @@ def _what_happens(snapshot: SearchSnapshot) -> str:
     """Return what is happening to the candidates of a snapshot."""
     count, ended = len(snapshot.candidates), snapshot.num_ended
     if ended < count:
-        has_ended = f", {ended} {'has' if ended == 1 else 'have'} ended" if count > 1 else ""
+        has_ended = f", {ended} {'has' if ended == 1 else 'have'} ended" if ended else ""
         return f"writing {wording.counted(count, 'candidate')}{has_ended}"
     return f"choosing among {count} candidates" if count > 1 else "one candidate"
 
@@ -245,4 +245,4 @@ def _how_chosen(stage: StageTrace, strategy: str) -> str:
 
 
 def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(" ".join(wording.printable(line).split()), file=sys.stderr, flush=True)

@@ -119,3 +119,5 @@ def test_a_log_has_two_lines_for_each_stage(capsys):
     assert begun == "Whole answers: writing 3 candidates"
     start = "Whole answers: 3 candidates, 2 has the highest score (scores 0.75, 0.75, 0.75): The chart has four bars, "
     assert won.startswith(start) and won.endswith("...") and len(won) < 250
+    SearchLog(BestOfN()).update(SearchSnapshot(("whole",), (stage("whole", "\x1b[2J\na", 1),)))
+    assert capsys.readouterr().err == "Whole answers: one candidate: \N{SYMBOL FOR ESCAPE}[2J a\n"
