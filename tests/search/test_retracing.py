@@ -21,7 +21,6 @@ from llava_cot_jax.stage_format import STAGES, StageFormat
 from tests.search.brute_force_retracing import RetracingSearch
 from tests.search.models import random_model, scene
 from tests.search.test_search import plain
-from tests.training.small_run import write_small
 
 SMALL = Retracing(captions=3, max_rounds=3, temperature=1.0, max_new_tokens=5, threshold=1.0)
 
@@ -153,10 +152,10 @@ def test_nothing_is_read_twice_and_nothing_is_compiled_again(ending, prompts):
 
 
 @pytest.mark.slow
-def test_a_threshold_is_found_stored_and_used(capsys, tmp_path):
+def test_a_threshold_is_found_stored_and_used(untrained, capsys, tmp_path):
     path, trace_path = tmp_path / "threshold.json", tmp_path / "trace.json"
     given = ["--search=retracing", "--max_new_tokens=12", "--draw=2", f"--draw_to={tmp_path}", "--mesh.data=1"]
-    given.append(f"--checkpoint={write_small(tmp_path / 'small')}")
+    given.append(f"--checkpoint={untrained}")
     generate.main([*given, f"--threshold_to={path}", "--threshold=1", "--max_rounds=1", f"--trace={trace_path}"])
     assert f"to {path}: the mean of 8 reasonings' scores is" in " ".join(capsys.readouterr().err.split())
     traces = json.loads(trace_path.read_text())
