@@ -37,6 +37,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.processing.tokenizer import SPECIAL_TOKENS
+from tests.training.small_run import write_small
 
 hypothesis.settings.register_profile("the same examples every time", derandomize=True, database=None)
 hypothesis.settings.load_profile("the same examples every time")
@@ -92,6 +93,12 @@ def small() -> MllamaConfig:
     text = replace(config.text, num_hidden_layers=3, cross_attention_layers=(1,), initializer_range=0.2)
     vision = replace(config.vision, num_hidden_layers=3, num_global_layers=1, intermediate_layers_indices=(1,))
     return replace(config, text=text, vision=replace(vision, initializer_range=0.2))
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint for the shapes world, of few layers and random weights: where the answers may be anything."""
+    return write_small(tmp_path_factory.mktemp("untrained") / "small")
 
 
 @pytest.fixture

@@ -188,6 +188,7 @@ def test_a_progress_bar_shows_step_rate_and_time_left_on_any_screen(monkeypatch,
 def test_programs_that_cannot_be_kept_are_a_warning(tmp_path, monkeypatch, warnings_of):
     """And what jax was to keep, by whichever name, it does not try to."""
     (tmp_path / "file").write_text("")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     for name, value in (("XDG_CACHE_HOME", "file"), ("JAX_COMPILATION_CACHE_DIR", "file/programs")):
         monkeypatch.setenv(name, str(tmp_path / value))
         set_to: dict[str, Any] = {}

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.test_generate import Stdin, run
-from tests.training.small_run import write_small
 
 QUESTION = "How many stars are there?"
 
@@ -17,12 +16,6 @@ def image(tmp_path_factory) -> Path:
     from llava_cot_jax.data.shapes.drawn import draw_questions
 
     return draw_questions(tmp_path_factory.mktemp("pictures"), 1, 0)[0].image
-
-
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory) -> str:
-    """A checkpoint of few layers."""
-    return str(write_small(tmp_path_factory.mktemp("untrained") / "model"))
 
 
 def answers(monkeypatch, capsys, *given: str, checkpoint: str = "shapes") -> list[dict]:
@@ -114,7 +107,7 @@ def test_a_format_goes_through_a_whole_search(monkeypatch, capsys, tmp_path, ima
     given = ["--format", name, "--search", "stage_beam", "--num_candidates", "2", "--max_new_tokens", "8"]
     files = ["--trace", "trace.json", "--page", "page.html"]
     asked = ["--question", QUESTION, "--image", str(image)]
-    (answer,) = answers(monkeypatch, capsys, *asked, *given, *files, checkpoint=untrained)
+    (answer,) = answers(monkeypatch, capsys, *asked, *given, *files, checkpoint=str(untrained))
     (trace,) = json.loads(Path("trace.json").read_text())
     names = {"mine.yaml": ["PLAN", "SAY"], "mulberry": ["CAPTION", "RATIONALES", "REASONING", "CONCLUSION"]}
     stages = names.get(name, ["SUMMARY", "CAPTION", "REASONING", "CONCLUSION"])

@@ -53,7 +53,7 @@ def questions(tmp_path_factory) -> Path:
 
 
 def arguments(questions: Path, output: Path, *more: str) -> list[str]:
-    search = ["--search", "sample", "--max_new_tokens", "90"]
+    search = ["--search", "sample", "--max_new_tokens", "90", "--mesh.data", "1"]
     return ["--questions", str(questions), "--output", str(output), "--slots", "3", *search, *more]
 
 

@@ -126,6 +126,7 @@ def test_what_is_kept_of_a_candidate_is_what_its_bytes_say(processor, name):
     entries = vocabulary_bytes(processor.tokenizer, processor.config.text.vocab_size, processor.control_tokens)
     by_bytes = {entry: i for i, entry in enumerate(entries) if entry}
     rng, seen = np.random.default_rng(0), set()
+    stop_tables = np.asarray(tables.stop_tables)
     for number, stage in enumerate(format.stages):
         headings = [] if stage.closing else brute_force.next_headings(format, number)
         ends = [stage.closing.strip()] if stage.closing else headings
@@ -137,7 +138,7 @@ def test_what_is_kept_of_a_candidate_is_what_its_bytes_say(processor, name):
             ids, state, reason = [], 0, EndReason.MAX_NEW_TOKENS if rng.integers(2) else EndReason.EOS
             for token in random_split(text.encode(), by_bytes, rng):
                 ids.append(token)
-                state = int(tables.stop_tables[number, state, token])
+                state = int(stop_tables[number, state, token])
                 complete = any(end.encode() in b"".join(entries[i] for i in ids) for end in ends)
                 assert (state >= tables.num_states) == complete
                 if complete:
@@ -155,8 +156,8 @@ def test_what_is_kept_of_a_candidate_is_what_its_bytes_say(processor, name):
             want = len(ids)
             if headings and reason != EndReason.EOS:
                 counts = range(len(ids), 0, -1)
-                spelled = {n: b"".join(entries[i] for i in ids[:n]).decode(errors="replace") for n in counts}
-                want = next((n for n in counts if not brute_force.ends_in(spelled[n], headings)), 0)
+                spelled = ((n, b"".join(entries[i] for i in ids[:n]).decode(errors="replace")) for n in counts)
+                want = next((n for n, text in spelled if not brute_force.ends_in(text, headings)), 0)
             assert length == want, (whole, reason)
             text = b"".join(entries[i] for i in ids[:want])
             if headings:

@@ -78,17 +78,19 @@ def test_neighbours_and_places_change_nothing(ending, prompts):
     """Three questions that need different numbers of rounds, one of them without an image: bit for bit."""
     (image, first), (_, second), (other, third) = scene(0), scene(1), scene(2)
     asked = [(image, first, 3), (None, second, 4), (other, third, 5)]
-    once = Reasoner(*ending, replace(SMALL, max_rounds=1), prompts)
-    scores = [reasoning_scores(once.answer(image, text, seed=seed).trace) for image, text, seed in asked]
-    lowest, middle, _ = sorted(sorted(each)[-2] for each in scores)
-    reasoner = Reasoner(*ending, replace(SMALL, threshold=(lowest + middle) / 2), prompts)
 
-    def ask(*places):
+    def ask(strategy: Retracing, *places):
         images, questions, seeds = zip(*(asked[place] for place in places), strict=True)
-        answers = reasoner.answer_batch(list(images), list(questions), seeds=list(seeds))
-        return dict(zip(places, map(plain, answers), strict=True))
+        reasoner = Reasoner(*ending, strategy, prompts)
+        return reasoner.answer_batch(list(images), list(questions), seeds=list(seeds))
 
-    straight, turned, doubled = ask(0, 1, 2), ask(2, 0, 1), ask(1, 1, 0)
+    once = replace(SMALL, max_rounds=1)
+    lowest, middle, _ = sorted(sorted(reasoning_scores(each.trace))[-2] for each in ask(once, 0, 1, 2))
+    strategy = replace(SMALL, threshold=(lowest + middle) / 2)
+    straight, turned, doubled = (
+        dict(zip(places, map(plain, ask(strategy, *places)), strict=True))
+        for places in ((0, 1, 2), (2, 0, 1), (1, 1, 0))
+    )
     assert straight == turned
     assert all(doubled[place] == straight[place] for place in doubled)
     assert len({len(answer["trace"]["stages"]) for answer in straight.values()}) > 1
@@ -142,9 +144,10 @@ def test_nothing_is_read_twice_and_nothing_is_compiled_again(ending, prompts):
 
 
 @pytest.mark.slow
-def test_a_threshold_is_found_stored_and_used(capsys, tmp_path):
+def test_a_threshold_is_found_stored_and_used(untrained, capsys, tmp_path):
     path, trace_path = tmp_path / "threshold.json", tmp_path / "trace.json"
-    given = ["--search=retracing", "--max_new_tokens=12", "--draw=2", f"--draw_to={tmp_path}"]
+    given = ["--search=retracing", "--max_new_tokens=12", "--draw=2", f"--draw_to={tmp_path}", "--mesh.data=1"]
+    given.append(f"--checkpoint={untrained}")
     generate.main([*given, f"--threshold_to={path}", "--threshold=1", "--max_rounds=1", f"--trace={trace_path}"])
     assert f"to {path}: the mean of 8 reasonings' scores is" in " ".join(capsys.readouterr().err.split())
     traces = json.loads(trace_path.read_text())
