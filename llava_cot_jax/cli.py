@@ -46,6 +46,7 @@ from llava_cot_jax.option_errors import (
 from llava_cot_jax.output import drop_output, is_full_disk, prepare_streams, run_to_the_last_output
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.progress import ProgressUpdate
+from llava_cot_jax.tpu_chips import count_tpu_chips
 
 COMMANDS = {
     "generate": "Answer questions about images, with or without a search.",
@@ -75,9 +76,6 @@ CONFIGURATIONS = Path(__file__).with_name("configs")
 
 _BAR_WIDTH, _NARROW_BAR_WIDTH, _WIDE_SCREEN = 40, 10, 120
 """Columns of a progress bar, of one on a screen that is not wide, and of a wide screen."""
-
-GOOGLE_PCI_VENDOR = "0x1ae0"
-"""PCI vendor of TPUs, by which jax finds them too."""
 
 _LIBTPU_WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -363,8 +361,7 @@ def run_interruptible(function: Callable[[], _Result]) -> _Result:
 
 def _quiet_libtpu() -> None:
     """Keep libtpu quiet where it is installed on a machine without a TPU."""
-    vendors = (path.read_text().strip() for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
-    if GOOGLE_PCI_VENDOR not in vendors:
+    if not count_tpu_chips():
         for name, value in _LIBTPU_WITHOUT_TPU.items():
             os.environ.setdefault(name, value)
 

@@ -156,11 +156,15 @@ def synced_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, which appears whole or not at all. Missing folders are made, and a link is kept.
+    """Write a UTF-8 text file as ``write_bytes`` does."""
+    write_bytes(path, text.encode())
 
-    What is no file, such as a pipe or ``/dev/stdout``, takes the text itself.
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, which appears whole or not at all. Missing folders are made, and a link is kept.
+
+    What is no file, such as a pipe or ``/dev/stdout``, takes the content itself.
     """
-    content = text.encode()
     if _is_device(path):
         path.write_bytes(content)
         return

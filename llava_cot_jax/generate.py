@@ -141,15 +141,16 @@ class _Checked:
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
         shown = ("json", "show_search", "show_reasoning", "trace", "page", "threshold_to", "draw_to", "output")
-        own = ("hosts", "checkpoint", "config", "questions", *shown)
+        own = ("hosts", "checkpoint", "adapter", "config", "questions", *shown)
         given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
         return given | (self.job.fields() if self.job else {})
 
     def model_fields(self) -> dict[str, str]:
         """Return the files of the model and the devices of this process, by name."""
-        from llava_cot_jax.model.checkpoint.fingerprint import checkpoint_fields
+        from llava_cot_jax.model.checkpoint.fingerprint import adapter_fields, checkpoint_fields
 
-        return device_fields() | checkpoint_fields(self.folder, self.config)
+        adapter = {} if self.options.adapter is None else adapter_fields(self.options.adapter)
+        return device_fields() | checkpoint_fields(self.folder, self.config) | adapter
 
 
 def _check(options: jsonargparse.Namespace, group: ProcessGroup) -> _Checked | None:
@@ -166,8 +167,8 @@ def _check(options: jsonargparse.Namespace, group: ProcessGroup) -> _Checked | N
     is_divided = group.count > 1 and options.hosts.divide == "questions"
     if is_divided and not options.questions:
         raise UserError(
-            f"{group.source} name {group.count} processes, which can divide a file of --questions, or one model by "
-            f"--hosts.divide model; {ALONE}"
+            f"there are {group.count} processes by {group.source}, which can divide a file of --questions, or one "
+            f"model by --hosts.divide model; {ALONE}"
         )
     if group.count > 1 and options.live:
         raise UserError("--live shows the search of one process: leave it out, or give --hosts.count 1")
@@ -184,6 +185,7 @@ def _check(options: jsonargparse.Namespace, group: ProcessGroup) -> _Checked | N
         strategy = _strategy(method, options, format)
         job = QuestionFileJob(options, strategy, config, stated_length, writes=group.index == 0)
         if not job.unanswered and group.count == 1:
+            job.finish()
             print(f"{options.output} has the answers to all questions of {options.questions}", file=sys.stderr)
             return None
     return _Checked(options, method, format, folder, config, stated_length, questions, job, uses_default_model)
@@ -219,8 +221,10 @@ def _answer_file(checked: _Checked, job: QuestionFileJob, group: ProcessGroup, i
         server = QuestionServer(group, queue, fields())
         if not queue.is_over:
             answer(QueuedQuestions(queue))
-        job.finish()
-        server.close()
+        try:
+            job.finish()
+        finally:
+            server.close()
     else:
         source = RemoteQuestions(group, fields())
         if not source.is_over:

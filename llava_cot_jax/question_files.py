@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Self
 
 from llava_cot_jax.checks import check_text, shown
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import check_file_writable, read_json, write_json, write_text
+from llava_cot_jax.files import check_file_writable, read_json, write_bytes, write_json
 from llava_cot_jax.paths import is_remote, reading_errors, writing_errors
 
 KEYS = ("id", "question", "image", "images", "seed")
@@ -180,7 +180,7 @@ class AnswerFile:
         ordered = sorted(lines, key=lambda line: places.get(json.loads(line)["id"], len(places)))
         if ordered != lines:
             with writing_errors(self._path):
-                write_text(self._path, b"".join(ordered).decode())
+                write_bytes(self._path, b"".join(ordered))
 
     def close(self) -> None:
         """Close the file."""

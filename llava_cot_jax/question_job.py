@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cot_jax import cli
@@ -18,7 +17,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import short_digest
 from llava_cot_jax.hosts.question_queue import AnswerRow, QuestionQueue, QuestionSource
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.paths import as_path, reading_errors
+from llava_cot_jax.paths import as_path, is_remote, reading_errors
 from llava_cot_jax.progress import ProgressUpdate
 from llava_cot_jax.question_files import AnswerFile, QuestionRow, read_question_rows
 from llava_cot_jax.question_result import result_of
@@ -143,9 +142,10 @@ class QuestionFileJob:
     def fields(self) -> dict[str, str]:
         """Return what must be the same in all processes that answer the questions, by name.
 
-        The checkpoint, whose path may differ, is left out.
+        The checkpoint and the adapter, whose paths may differ, are left out.
         """
-        settings = {name: str(value) for name, value in self._settings().items() if name != "checkpoint"}
+        own = ("checkpoint", "adapter")
+        settings = {name: str(value) for name, value in self._settings().items() if name not in own}
         questions = as_path(self._options.questions)
         with reading_errors(questions):
             digest = short_digest(questions.read_bytes())
@@ -208,7 +208,7 @@ class QuestionFileJob:
     def queue(self) -> QuestionQueue:
         """Return the queue of the questions still to be answered, whose rows go to the output, if it is here."""
         self._began = time.perf_counter()
-        return QuestionQueue(self.unanswered, self._keep)
+        return QuestionQueue(self.unanswered, self._keep, lambda question, row: row.get("id") == self.rows[question].id)
 
     def _keep(self, question: int, row: AnswerRow) -> None:
         if self._file:
@@ -291,7 +291,10 @@ class QuestionFileJob:
         row = self.rows[question]
         about = {"id": row.id, "question": row.question, "images": row.images, "seed": self._seed(row)}
         if streamed.answer is None:
-            return {**about, "error": str(streamed.error)}
+            error = str(streamed.error)
+            for source, name in zip(row.sources, row.images, strict=True):
+                error = error.replace(str(source), name)  # which is another path in another process
+            return {**about, "error": error}
         result = result_of(streamed.answer, is_shrunk)
         said = {name: value for name, value in asdict(result).items() if name != "seconds"}
         return {**about, **said, "notes": result.notes(streamed.answer.trace.format)}
@@ -299,9 +302,12 @@ class QuestionFileJob:
 
 def _size(source: str | bytes) -> int | str:
     """Return the size of an image in bytes, or what there is to say of one that is no file here."""
-    if isinstance(source, bytes) or "://" in source or source.startswith("data:"):
+    from llava_cot_jax.processing.images import is_data_url
+
+    if isinstance(source, bytes) or is_data_url(source):
         return len(source)
     try:
-        return Path(source).stat().st_size
-    except OSError as fault:
+        path = as_path(source)
+        return source if is_remote(path) else path.stat().st_size
+    except (OSError, UserError) as fault:
         return type(fault).__name__

@@ -281,7 +281,10 @@ def test_an_id_that_stands_for_another_question(tmp_path):
         (["--questions", "q.jsonl", "--output", "a.jsonl", "--json", "true"], "--json has no meaning with --questions"),
         (["--questions", "q.jsonl", "--output", "a.jsonl", "--slots", "0"], "slots is 0; it must be at least 1"),
         (["--questions", "q.jsonl", "--output", "a.jsonl"], "q.jsonl does not exist"),
-        ([*TWO_PROCESSES, "--question", "What?"], "the options of hosts name 2 processes, which can divide a file of"),
+        (
+            [*TWO_PROCESSES, "--question", "What?"],
+            "there are 2 processes by the options of hosts, which can divide",
+        ),
         ([*TWO_PROCESSES[:-1], "7", "--question", "What?"], "hosts.index is 7; with 2 processes it is 0 to 1"),
         (["--hosts.count", "2"], "give --hosts.coordinator and --hosts.index too, or none of the hosts' arguments"),
         (["--hosts.divide", "images"], "hosts.divide is 'images'; it must be one of questions, model"),

@@ -30,7 +30,11 @@ _PING_SECONDS = 5.0
 _TELLING_SECONDS = 15.0
 """Time for which a process that fails before all have met waits for the others, to tell them."""
 
-_LONGEST_MESSAGE = 2**22
+LONGEST_MESSAGE = 2**22
+"""Number of bytes of the longest message."""
+
+STRANGER = "what answers is no process that waits for this run"
+"""Reason for which the first process is not reached where something else answers."""
 
 _LOST = "was lost: its connection closed, as when it is killed, its memory runs out, or its machine stops"
 
@@ -145,15 +149,12 @@ class FirstConnections(Connections):
             self.changed.wait_for(lambda: not self._writers, LEAVING_SECONDS)
 
     async def _run(self) -> None:
-        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0].strip("[]") or None
         port = self._group.port
         try:
-            server = await asyncio.start_server(self._on_connection, bind, port, limit=_LONGEST_MESSAGE)
+            server = await asyncio.start_server(self._on_connection, bind_host() or None, port, limit=LONGEST_MESSAGE)
         except OSError as fault:
-            reason = os.strerror(fault.errno) if fault.errno else str(fault)
-            what = f"cannot listen at port {port}, where the others look for it: {reason}; name another port"
             self.given_up = True
-            self._learn(Failure(0, self._name, 2, what), at_once=True)
+            self._learn(Failure(0, self._name, 2, cannot_listen(port, fault)), at_once=True)
             return
         self._update()
         pings = asyncio.create_task(self._ping())
@@ -286,11 +287,11 @@ class OtherConnections(Connections):
         host, port = self._group.host, self._group.port
         try:
             reader, writer = await asyncio.wait_for(
-                asyncio.open_connection(host, port, limit=_LONGEST_MESSAGE), GRACE_SECONDS * 10
+                asyncio.open_connection(host, port, limit=LONGEST_MESSAGE), GRACE_SECONDS * 10
             )
         except (OSError, TimeoutError) as fault:
-            return _reason(fault)
-        self._change(awaited=self._missing("what answers is no process that waits for this run"))
+            return reason_of(fault)
+        self._change(awaited=self._missing(STRANGER))
         _send(writer, self._hello)
         self._writer = writer
         pings = asyncio.create_task(self._ping(writer))
@@ -314,10 +315,7 @@ class OtherConnections(Connections):
             self._learn(Failure(**message["failure"]))
 
     def _missing(self, why: str) -> str:
-        group = self._group
-        return (
-            f"process 0 at {group.address}: {why} (this is process {group.index} of {group.count}, by {group.source})"
-        )
+        return first_is_missing(self._group, why)
 
     async def _ping(self, writer: asyncio.StreamWriter) -> None:
         while True:
@@ -339,8 +337,23 @@ def _send(writer: asyncio.StreamWriter | None, message: _Message) -> None:
         writer.write(json.dumps(message).encode() + b"\n")
 
 
-def _reason(fault: Exception) -> str:
-    """Return why a process cannot be reached."""
+def first_is_missing(group: ProcessGroup, why: str) -> str:
+    """Return which process is waited for by one that does not reach the first, and why."""
+    return f"process 0 at {group.address}: {why} (this is process {group.index} of {group.count}, by {group.source})"
+
+
+def bind_host() -> str:
+    """Return the host at which the first process listens, as the user chose it for jax; empty for all of its own."""
+    return os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0].strip("[]")
+
+
+def cannot_listen(port: int, fault: OSError) -> str:
+    """Return that the first process cannot listen at its port, and why."""
+    return f"cannot listen at port {port}, where the others look for it: {reason_of(fault)}; name another port"
+
+
+def reason_of(fault: Exception) -> str:
+    """Return why a process cannot be reached, or not be listened for."""
     match fault:
         case socket.gaierror():
             return "there is no such name"

@@ -2,16 +2,15 @@
 
 import os
 import socket
-from pathlib import Path
 
-from llava_cot_jax.cli import GOOGLE_PCI_VENDOR
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.hosts.process_group import ProcessGroup, bypass_proxies
+from llava_cot_jax.tpu_chips import count_tpu_chips
 
 _BOUNDS = {1: "1,1,1", 4: "2,2,1", 8: "2,4,1"}
 """Arrangement of the chips of a TPU host, by their number."""
 
-_CHOSEN_BY = {"TPU_PROCESS_BOUNDS", "TPU_HOST_BOUNDS", "TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES"}
+_CHOSEN_BY = {"TPU_PROCESS_BOUNDS", "TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES"}
 """Variables by which the user says which chips a process has."""
 
 
@@ -51,9 +50,11 @@ def keep_to_own_devices(group: ProcessGroup) -> None:
     """
     import jax
 
-    vendors = (path.read_text().strip() for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
-    chips = sum(vendor == GOOGLE_PCI_VENDOR for vendor in vendors)
+    chips = count_tpu_chips()
     if chips in _BOUNDS and not _CHOSEN_BY & os.environ.keys():
-        os.environ |= {"TPU_PROCESS_BOUNDS": "1,1,1", "TPU_CHIPS_PER_PROCESS_BOUNDS": _BOUNDS[chips]}
-    if group.local_devices is not None:
+        for name in ("PROCESS", "HOST"):  # the second is the older name, which a cluster may have set
+            os.environ |= {f"TPU_{name}_BOUNDS": "1,1,1", f"TPU_CHIPS_PER_{name}_BOUNDS": _BOUNDS[chips]}
+    if chosen := os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        jax.config.update("jax_cuda_visible_devices", chosen)
+    elif group.local_devices is not None:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, group.local_devices)))

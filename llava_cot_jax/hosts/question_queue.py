@@ -30,14 +30,20 @@ class QuestionQueue:
         questions: Numbers of the questions, in the order in which they are begun.
         keep: Function that stores the row with the answer to a question. It is called once for each, in any thread,
             and never twice at a time.
+        is_row: Function that says whether a row has the answer to a question.
     """
 
-    def __init__(self, questions: Iterable[int], keep: Callable[[int, AnswerRow], None]) -> None:
+    def __init__(
+        self,
+        questions: Iterable[int],
+        keep: Callable[[int, AnswerRow], None],
+        is_row: Callable[[int, AnswerRow], bool] = lambda question, row: True,
+    ) -> None:
         self._changed = threading.Condition()
         self._waiting = deque(questions)
         self._unanswered = set(self._waiting)
         self._holders: dict[int, Hashable] = {}
-        self._keep = keep
+        self._keep, self._is_row = keep, is_row
         self._fault: BaseException | None = None
 
     @property
@@ -75,7 +81,7 @@ class QuestionQueue:
         A question that another process has been given meanwhile is answered by both, and the first answer counts.
         """
         with self._changed:
-            for question in set(questions) & self._unanswered & set(self._waiting):
+            for question in set(questions) & set(self._waiting):
                 self._waiting.remove(question)
                 self._holders[question] = holder
 
@@ -93,12 +99,15 @@ class QuestionQueue:
         """Store the row with the answer to a question, unless it has one.
 
         Raises:
+            ValueError: The row has no answer to this question.
             UserError: The row, or one before, could not be stored.
         """
         with self._changed:
             self._check()
             if question not in self._unanswered:
                 return
+            if not self._is_row(question, row):
+                raise ValueError(f"the row has no answer to question {question}: {row}")
             try:
                 self._keep(question, row)
             except BaseException as fault:
@@ -108,15 +117,16 @@ class QuestionQueue:
                 self._changed.notify_all()
             self._unanswered.discard(question)
             self._holders.pop(question, None)
+            if question in self._waiting:  # another process had it and was lost
+                self._waiting.remove(question)
 
     def _next(self, holder: Hashable) -> int | None:
         self._check()
-        while self._waiting:
-            question = self._waiting.popleft()
-            if question in self._unanswered:  # two processes had it, and one has answered
-                self._holders[question] = holder
-                return question
-        return None
+        if not self._waiting:
+            return None
+        question = self._waiting.popleft()
+        self._holders[question] = holder
+        return question
 
     def _check(self) -> None:
         if self._fault:

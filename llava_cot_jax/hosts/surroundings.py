@@ -26,7 +26,7 @@ COMPARED_PACKAGES = (
 """Packages whose versions must be the same in all processes."""
 
 HOSTS_OWN_JAX_VARIABLES = re.compile(
-    "CACHE|COORDINATOR|PROCESS|PARTITION_INDEX|SLICE_INDEX|LOCAL_DEVICE|LOG|DUMP|DEBUG|TRACEBACK|PROFIL|PROXY"
+    "CACHE|COORDINATOR|PROCESS|PARTITION_INDEX|SLICE_INDEX|LOCAL_DEVICE|VISIBLE_DEVICES|LOG|DUMP|DEBUG|TRACEBACK|PROFIL|PROXY"
 )
 """Environment variables of jax, by a part of their names, that may differ between hosts.
 

@@ -72,6 +72,7 @@ class _Occupant:
 
     Attributes:
         index: Number of the question.
+        place: Words that say in an error which question it is.
         requests: The question, in the room of the slots.
         progress: How far its search is.
         start: Time at which it was put into the slot.
@@ -82,6 +83,7 @@ class _Occupant:
     """
 
     index: int
+    place: str
     requests: Requests
     progress: SearchProgress
     start: float
@@ -134,8 +136,14 @@ class SlotSearch:
         """Whether a question can be admitted."""
         return None in self._occupants
 
-    def admit(self, index: int, requests: Requests) -> None:
-        """Put a question, whose requests have the shapes of the room, into a free slot, and begin its first stage."""
+    def admit(self, index: int, place: str, requests: Requests) -> None:
+        """Put a question into a free slot, and begin its first stage.
+
+        Args:
+            index: Number of the question.
+            place: Words that say in an error which question it is.
+            requests: Its requests, which have the shapes of the room.
+        """
         start, slot = time.perf_counter(), self._occupants.index(None)
         params, inputs = self._model.params, requests.inputs
         with without_surroundings():
@@ -146,7 +154,7 @@ class SlotSearch:
             self._slots, progress = pieces.admit(
                 params, self._slots, np.int32(slot), inputs, self._tables, settings=self._settings
             )
-        self._occupants[slot] = occupant = _Occupant(index, requests, progress, start)
+        self._occupants[slot] = occupant = _Occupant(index, place, requests, progress, start)
         self._start_stage(slot, occupant)
 
     def begin_decoding(self) -> Any:
@@ -207,7 +215,7 @@ class SlotSearch:
         Raises:
             UserError: Logits are not finite, or a scorer of the user's own fails.
         """
-        number, place = len(occupant.stages), f"question {occupant.index + 1}"
+        number, place = len(occupant.stages), occupant.place
         scorer, spec, dtype = self.room.spec.own_scorer_of(number), self.room.spec, self._model.dtype
         given = (self._model.params, self._slots, np.int32(slot), occupant.requests.inputs, occupant.progress)
         with without_surroundings():
@@ -285,7 +293,7 @@ def run_in_slots(
     count = len(requests.questions)
     search = SlotSearch(model, builder, Room.of(requests), count, on_progress)
     for i in range(count):
-        search.admit(i, requests.question(i))
+        search.admit(i, f"question {i + 1}", requests.question(i))
     answers: dict[int, Answer] = {}
     while search.num_occupied:
         for i, found in search.finish_decoding(search.begin_decoding()):
@@ -428,7 +436,8 @@ class AnswerStream:
                 return
             self._ahead = None
             self._asked[prepared.index] = prepared.question
-            self._search.admit(prepared.index, put_in_room(prepared.requests, self._room, self._model.config))
+            requests = put_in_room(prepared.requests, self._room, self._model.config)
+            self._search.admit(prepared.index, "the question", requests)
 
     def _look_ahead(self) -> bool:
         """Take and encode the next question, unless one waits. Return whether one does."""

@@ -1,5 +1,6 @@
 """Questions that the first process gives out to the others, which are threads here, each with its own connection."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -10,6 +11,7 @@ import pytest
 
 from llava_cot_jax.errors import TransientError, UserError
 from llava_cot_jax.hosts import question_server as module
+from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
 from llava_cot_jax.hosts.question_queue import QuestionQueue
 from llava_cot_jax.hosts.question_server import QuestionServer, RemoteQuestions
@@ -42,8 +44,8 @@ class First:
         """End as a process that is killed does."""
         self.server._listener.shutdown(socket.SHUT_RDWR)
         self.server._listener.close()
-        for connection in list(self.server._streams):
-            connection.shutdown(socket.SHUT_RDWR)
+        for client in list(self.server._clients.values()):
+            client.connection.shutdown(socket.SHUT_RDWR)
 
 
 def other(port: int, index: int = 1, count: int = 2, **fields: str) -> RemoteQuestions:
@@ -121,15 +123,112 @@ def test_the_first_process_comes_back_and_no_question_is_begun_twice(port):
 
 
 def test_a_process_that_was_started_again_takes_the_place_of_its_former_self(port):
-    """Also where the end of the former one is not noticed yet, as when its machine lost power."""
-    first = First(port, 2, range(3))
+    """Also where the thread that serves the former one waits for a question, and has not noticed its end."""
+    first = First(port, 2, range(2))
+    assert [first.queue.take("first"), first.queue.take("first")] == [0, 1]
     former = other(port)
-    assert [former.take(), former.take()] == [0, 1]
+    module._send(former._stream, {"ask": "wait"})
+    time.sleep(0.2)
+    former._connection.shutdown(socket.SHUT_RDWR)  # as the system does for a process that is killed
     now = other(port)
-    assert [now.take(), now.take(), now.take(), now.take()] == [0, 1, 2, None]
-    for question in range(3):
-        now.finish(question, {})
+    assert now.take() is None
+    assert first.queue.give_back("first") == 2
+    assert {now.wait(), now.wait()} == {0, 1}
+    now.finish(0, {})
+    now.finish(1, {})
     assert now.wait() is None and first.queue.is_over
+
+
+def test_two_processes_with_one_index(port, monkeypatch):
+    monkeypatch.setattr(module, "MEETING_SECONDS", 1.0)
+    First(port, 2, range(3))
+    one = other(port)
+    assert one.take() == 0
+    with pytest.raises(TransientError, match=r"process 1 is there already, on .*: give each process an index"):
+        other(port)
+    assert one.take() == 1
+
+
+def test_all_is_not_over_while_another_has_a_question(port):
+    """A question that was lost twice, and answered by the first of the two, is no question to wait for."""
+    first = First(port, 4, range(2))
+    one, two, three = (other(port, index, 4) for index in (1, 2, 3))
+    assert [one.take(), three.take()] == [0, 1]
+    first.queue.give_back(next(h for q, h in first.queue._holders.items() if q == 0))  # the connection of one broke
+    assert two.take() == 0
+    two.close()
+    over: list[None] = []
+    waiting = threading.Thread(target=lambda: over.append(first.queue.wait("first")))
+    time.sleep(0.3)
+    one.finish(0, {"by": 1})
+    waiting.start()
+    waiting.join(0.3)
+    assert not over and not first.queue.is_over
+    three.finish(1, {"by": 3})
+    waiting.join(5)
+    assert over == [None] and first.rows == [(0, {"by": 1}), (1, {"by": 3})]
+
+
+def test_a_failure_to_reach_the_first_is_told_once(port, monkeypatch):
+    first = First(port, 2, range(2))
+    source = other(port)
+    assert source.take() == 0
+    first.lose_everybody()
+    monkeypatch.setattr(module, "MEETING_SECONDS", 0.5)
+    with pytest.raises(TransientError):
+        source.take()
+    monkeypatch.setattr(module, "MEETING_SECONDS", 60.0)
+    with pytest.raises(TransientError, match="gave up after 0 s"):
+        source.finish(0, {})
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (b"HTTP/1.1 400\r\n\r\n", "no process that waits for this run"),
+        (b"[1]\n", "no process that waits"),
+        (b"", "it closed"),
+    ],
+)
+def test_something_else_at_the_port_of_the_first(port, monkeypatch, sent, why):
+    monkeypatch.setattr(module, "MEETING_SECONDS", 0.5)
+
+    def answer() -> None:
+        while True:
+            connection, _ = listener.accept()
+            connection.recv(10**6)
+            connection.sendall(sent)
+            connection.close()
+
+    with socket.create_server(("localhost", port)) as listener:
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(TransientError, match=why):
+            other(port)
+
+
+def test_a_host_that_does_not_exist(monkeypatch):
+    monkeypatch.setattr(module, "MEETING_SECONDS", 0.5)
+    with pytest.raises(TransientError, match=r"process 0 at no\.such\.host\.invalid:1234: there is no such name"):
+        RemoteQuestions(ProcessGroup("no.such.host.invalid:1234", 2, 1), FIELDS)
+
+
+def test_one_divides_questions_and_one_shares_a_model(port):
+    """Each is told so by the other, whichever is the first process."""
+    First(port, 2, range(2))
+    left: list[int] = []
+    lifeline = Lifeline(ProcessGroup(f"localhost:{port}", 2, 1), left.append)
+    with lifeline._hub.changed:
+        assert lifeline._hub.changed.wait_for(lambda: lifeline._hub.failure, 5)
+    failure = lifeline._hub.failure
+    assert failure.code == 2 and "but process 0 divides questions: give all processes the same --hosts.divide" in str(
+        failure
+    )
+
+
+def test_the_first_shares_a_model_and_another_divides_questions(port):
+    Lifeline(ProcessGroup(f"localhost:{port}", 2, 0), lambda code: None)
+    with pytest.raises(UserError, match=r"process 0 shares one model, .*: give all processes the same --hosts.divide"):
+        other(port)
 
 
 def test_the_first_answer_counts(port):
@@ -156,7 +255,7 @@ def test_processes_that_differ_are_refused(port):
 def test_a_port_that_is_taken(port):
     First(port, 2, range(2))
     with pytest.raises(
-        UserError, match=f"process 0 cannot listen at port {port}.*: Address already in use; name another"
+        UserError, match=f"process 0 cannot listen at port {port}.*: address already in use; name another"
     ):
         First(port, 2, range(2))
 
@@ -188,7 +287,7 @@ def test_a_process_that_never_came(port, monkeypatch, warnings_of):
     First(port, 2, []).server.close()
     assert warnings_of.messages == [
         "all is answered; waiting for process 1 to come, and to hear of it",
-        "process 1 never came: what was to be answered there, others have answered",
+        "process 1 never came: the others have answered all questions",
     ]
 
 
@@ -216,16 +315,36 @@ def test_a_row_that_cannot_be_stored_ends_the_first_process(port, warnings_of):
 
 
 def test_a_stranger_does_no_harm(port):
-    first = First(port, 2, range(1))
-    for sent in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}\n', b"\xff\x00\n", b"[]\n", b"{}\n", b"1\n"):
+    first = First(port, 2, range(2))
+    first.queue._is_row = lambda question, row: row.get("id") == question
+    hello = {"process": 1, "count": 2, "host": "x", "token": "t", "fields": FIELDS, "holds": []}
+    unusable = [
+        {**hello, name: value} for name, value in (("process", 0), ("process", 2), ("process", "x"), ("holds", 7))
+    ]
+    unusable += [{name: hello[name] for name in hello if name != missing} for missing in ("count", "fields", "host")]
+    lines = [b"GET / HTTP/1.1\r\n\r\n", b"\xff\x00\n", b"[]\n", b"{}\n", b"1\n", b"[" * 10**5 + b"\n"]
+    for sent in [*lines, *(json.dumps(each).encode() + b"\n" for each in unusable)]:
         with socket.create_connection(("localhost", port)) as stranger:
             stranger.sendall(sent)
             stranger.settimeout(5)
-            assert stranger.recv(100) == b""
-    with socket.create_connection(("localhost", port)) as stranger:
-        hello = {"process": 1, "count": 2, "host": "x", "fields": FIELDS, "holds": []}
-        stranger.sendall(json.dumps(hello).encode() + b'\n{"ask": "all"}\n')
-        stranger.settimeout(5)
-        assert stranger.recv(100) == b'{"is_over": false}\n'
-        assert stranger.recv(100) == b""
-    assert other(port).take() == 0 and not first.rows
+            assert received(stranger) == b"", sent[:80]
+    for asked in ({"ask": "all"}, {"question": 0, "row": {"id": 7}}, {"question": 0, "row": []}):
+        with socket.create_connection(("localhost", port)) as stranger:
+            stranger.sendall(json.dumps(hello).encode() + b"\n" + json.dumps(asked).encode() + b"\n")
+            stranger.settimeout(5)
+            assert received(stranger) == b'{"is_over": false}\n', asked
+    source = other(port)
+    assert [source.take(), source.take()] == [0, 1] and not first.rows
+    source.finish(0, {"id": 0})
+    source.finish(1, {"id": 1})
+    first.server.close()
+    assert source.wait() is None
+
+
+def received(connection: socket.socket) -> bytes:
+    """Return all that comes until the connection ends."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):  # what was sent was not read to its end
+        while part := connection.recv(1000):
+            parts.append(part)
+    return b"".join(parts)

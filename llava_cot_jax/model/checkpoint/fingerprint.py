@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 
 from llava_cot_jax.files import short_digest
+from llava_cot_jax.model.checkpoint.adapter_settings import read_adapter_settings
 from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
+from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llava_cot_jax.model.checkpoint.reading import locate_tensors
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import is_remote
@@ -30,6 +32,22 @@ def checkpoint_fields(folder: Path, config: MllamaConfig, has_weights: bool = Tr
     if has_weights:
         fields["the digest of the weights"] = _sample_of_weights(folder, config)
     return fields
+
+
+def adapter_fields(path_or_hub_id: str) -> dict[str, str]:
+    """Return a digest of the files of an adapter, by name. In a bucket, which all processes read, its path counts.
+
+    Raises:
+        UserError: There is no such adapter.
+    """
+    folder = read_adapter_settings(path_or_hub_id).folder
+    if is_remote(folder):
+        return {"the adapter": str(folder)}
+    found = hashlib.sha256()
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        with (folder / name).open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return {"the digest of the adapter": found.hexdigest()[:16]}
 
 
 def _sample_of_weights(folder: Path, config: MllamaConfig) -> str:
