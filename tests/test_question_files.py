@@ -94,6 +94,9 @@ def test_a_second_run_asks_nothing_and_loads_no_weights(questions, answered, tmp
     capsys.readouterr()
     main(arguments(questions, output, "--checkpoint", "shapes"))
     assert output.read_bytes() == before
+    output.write_bytes(b"".join(reversed(before.splitlines(True))))  # as a kill before the end leaves it
+    main(arguments(questions, output, "--checkpoint", "shapes"))
+    assert output.read_bytes() == before
     assert f"{output} has the answers to all questions of {questions}" in capsys.readouterr().err
     output.write_text("".join(line for line in output.read_text().splitlines(True) if "error" not in line))
     main(arguments(questions, output, "--checkpoint", "shapes"))
