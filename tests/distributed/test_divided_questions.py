@@ -1,7 +1,6 @@
 """``generate --questions`` on real processes that each have the model: the same file, whoever is killed on the way."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from llava_cot_jax.data.shapes.rows import ShapesRows
-from tests.processes import xla_flags
 
 pytestmark = pytest.mark.slow
 
@@ -79,17 +77,11 @@ class Run:
         self.arguments += [f"--hosts.coordinator={address}", f"--hosts.count={count}"]
 
     def start(self, index: int, disturb: str = "", *more: str) -> subprocess.Popen:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": xla_flags(devices=1),
-            "JAX_ENABLE_COMPILATION_CACHE": "true",
-            "JAX_COMPILATION_CACHE_DIR": str(self.place / "programs"),
-        }
         script = COMMAND.format(disturb=disturb)
         log = (self.place / f"{self.name}.{index}.err").open("a")
         arguments = [sys.executable, "-c", script, *self.arguments, f"--hosts.index={index}", *more]
         printed = (self.place / f"{self.name}.{index}.out").open("a")
-        return subprocess.Popen(arguments, env=environment, stdout=printed, stderr=log)
+        return subprocess.Popen(arguments, stdout=printed, stderr=log)
 
     def share_model(self) -> list[int]:
         """Let two processes have one model over their devices, and return their exit codes."""
