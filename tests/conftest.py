@@ -13,6 +13,8 @@ from tests.processes import WITHOUT_TORCH, keep_compiled_programs, xla_flags
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads of torch wait for each other busily, ten times as long as they compute where another process has the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 keep_compiled_programs()
 # A shell starts jobs in the background with Ctrl-C ignored, and they and their children would not hear it in the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
