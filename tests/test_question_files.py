@@ -85,14 +85,19 @@ def test_a_file_of_questions_is_answered(questions, answered, capsys):
 
 
 @pytest.mark.slow
-def test_all_devices_answer_as_one_does(questions, untrained, tmp_path, all_devices):
-    lines = questions.read_text().splitlines(True)[:3]
+def test_all_devices_answer_as_one_does(questions, untrained, tmp_path, capsys, all_devices):
+    """The answers to a file of questions, and to one of its questions alone."""
     few = questions.with_name("few.jsonl")
-    few.write_text("".join(lines))
+    few.write_text("".join(questions.read_text().splitlines(True)[:2]))
+    model = ["--checkpoint", str(untrained), "--max_new_tokens", "6"]
     for name, more in (("all", []), ("one", ["--mesh.data", "1"])):
-        given = ["--checkpoint", str(untrained), "--search", "stage_beam", "--num_candidates", "2", *more]
-        main([*arguments(few, tmp_path / name), *given, "--max_new_tokens", "6"])
-    assert read_lines(tmp_path / "all") == read_lines(tmp_path / "one")
+        main([*arguments(few, tmp_path / name), *model, *more])
+    rows = read_lines(tmp_path / "all")
+    assert rows == read_lines(tmp_path / "one")
+    image = str(questions.parent / rows[0]["images"][0])
+    capsys.readouterr()
+    main(["--image", image, "--question", rows[0]["question"], "--search", "sample", *model, "--json", "true"])
+    assert json.loads(capsys.readouterr().out)["text"] == rows[0]["text"]
 
 
 @pytest.mark.slow
