@@ -123,6 +123,7 @@ def test_json_of_two_questions_in_a_process_of_its_own(demo):
     assert answers[1]["compilations"] == 0
 
 
+@pytest.mark.slow
 def test_text_streams_as_it_comes(demo):
     """The beginning of an answer is printed while the process still generates the rest."""
     process = start_process(*arguments(demo, "--max_new_tokens", "4000", "--temperature", "2", "--seed", "4"))
@@ -311,6 +312,7 @@ class TestQuestionsAndImages:
         assert code == 0, err
         return [json.loads(line) for line in out.splitlines()], err
 
+    @pytest.mark.slow
     def test_several_images_of_one_question(self, demo, monkeypatch, capsys, all_devices):
         """The answer is that of the library, on all devices. URLs of files and data, and standard input, are files."""
         data = base64.b64encode((demo / "tall.jpg").read_bytes()).decode()
@@ -342,6 +344,7 @@ class TestQuestionsAndImages:
         closed = "error: standard input is closed: - stands for what another command writes there\n"
         assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", closed)
 
+    @pytest.mark.slow
     def test_a_question_and_a_file_in_a_terminal_that_is_not_utf8(self, demo, tmp_path):
         """Neither a question in UTF-8, nor the name of a file in other bytes, needs a locale."""
         picture = os.fsencode(tmp_path) + b"/gr\xf6\xdfer.png"
