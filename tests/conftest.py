@@ -1,5 +1,7 @@
 """Fixtures, and settings of all tests: eight simulated CPU devices, no network, checks of array shapes.
 
+Of the devices, commands use one, as programs for several compile slowly, unless a test takes ``all_devices``.
+
 The settings come before anything imports jax, a hub client or the package.
 """
 
@@ -11,6 +13,8 @@ from tests.processes import WITHOUT_TORCH, keep_compiled_programs, xla_flags
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads of torch wait for each other busily, ten times as long as they compute where another process has the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 keep_compiled_programs()
 # A shell starts jobs in the background with Ctrl-C ignored, and they and their children would not hear it in the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,6 +38,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from llava_cot_jax.model import sharding
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.processing.tokenizer import SPECIAL_TOKENS
@@ -68,11 +73,30 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _processes_start_without_torch() -> Iterator[None]:
-    """Those that tests start, not those that run the tests."""
+def _processes_are_those_of_a_user() -> Iterator[None]:
+    """Processes that tests start have no torch, and one device."""
+    assert jax.device_count() == 8  # jax has read its flags in this process
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", WITHOUT_TORCH)
+        patch.setenv("XLA_FLAGS", xla_flags(devices=1))
         yield
+
+
+DEFAULT_MESH = sharding.default_mesh
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commands_take_one_device() -> Iterator[None]:
+    """Commands without a mesh use one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "default_mesh", lambda config: None)
+        yield
+
+
+@pytest.fixture
+def all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands without a mesh use all eight devices, as they do outside of tests."""
+    monkeypatch.setattr(sharding, "default_mesh", DEFAULT_MESH)
 
 
 @pytest.fixture(scope="session")

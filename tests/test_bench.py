@@ -17,7 +17,7 @@ from llava_cot_jax.benchmark import workload as workloads
 from llava_cot_jax.benchmark.baseline import TransformersBaseline
 from llava_cot_jax.benchmark.inputs import endless_tables
 from llava_cot_jax.benchmark.search_benchmark import BenchmarkRow, SearchBenchmark
-from llava_cot_jax.benchmark.timing import DeviceRates, Timing
+from llava_cot_jax.benchmark.timing import DeviceRates
 from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.costs import model_costs
 from llava_cot_jax.search.program import search
@@ -132,21 +132,26 @@ def test_the_report(monkeypatch, capsys, tmp_path, found_again):
     assert "differ from transformers' by at most" in err and "times as long as ours" in err
 
 
-def test_a_report_that_is_cut_off_has_what_was_measured(monkeypatch, capsys):
-    """The second measurement is interrupted."""
-    row = BenchmarkRow("vision tower", Timing(1, 1, 1, 1, 1, 2, 0), 1, "image", flops=10, bytes=10)
+@pytest.mark.slow
+def test_a_report_that_is_cut_off_has_what_was_measured(monkeypatch, capsys, all_devices):
+    """The second measurement on all devices is interrupted."""
+    component_rows, measured = SearchBenchmark.component_rows, []
 
-    def interrupted(_: SearchBenchmark) -> Iterator[BenchmarkRow]:
-        yield row
+    def interrupted(self: SearchBenchmark) -> Iterator[BenchmarkRow]:
+        assert self.model.mesh.size == jax.device_count() == 8
+        measured.append(next(component_rows(self)))
+        yield measured[0]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SearchBenchmark, "component_rows", interrupted)
     monkeypatch.setattr(report, "device_rates", lambda _: [DeviceRates("measured", 1.0, 1.0)])
-    monkeypatch.setattr(bench, "_model", lambda *_: random_model(0)[0])
-    code, out, _ = run(monkeypatch, capsys, "--random", "100m", "--json", "--workload.image_tiles", "1")
-    about, measured = map(json.loads, out.splitlines())
+    monkeypatch.setitem(workloads.RANDOM_MODELS, "100m", lambda: random_model(0)[0].config)
+    given = ["--random", "100m", "--runs", "2", "--json", "--workload.image_tiles", "1"]
+    code, out, _ = run(monkeypatch, capsys, *given)
+    about, told = map(json.loads, out.splitlines())
     assert code == 130 and about["workload"]["prompt_tokens"] == 128
-    assert measured == {"row": asdict(row)}
+    assert told == {"row": asdict(measured[0])}
+    assert measured[0].name == "vision tower" and measured[0].timing.recompilations == 0 < measured[0].timing.median
 
 
 def test_logits_are_those_of_transformers():

@@ -27,7 +27,7 @@ from llava_cot_jax.inference.screen import Screen
 from llava_cot_jax.model import config as config_module
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
-from llava_cot_jax.model.sharding import default_mesh, make_mesh
+from llava_cot_jax.model.sharding import default_mesh
 from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.processing.processor import Processor
@@ -39,7 +39,6 @@ from llava_cot_jax.stage_format import LLAVA_COT, STAGES
 from tests.demo import write_demo
 from tests.parity.reference import and_then, logits_of, under
 from tests.parity.test_transformers import OFF
-from tests.processes import xla_flags
 
 QUESTION = "How many shapes are red?"
 
@@ -66,7 +65,6 @@ def start_process(*arguments: str) -> subprocess.Popen:
         [sys.executable, "-m", "llava_cot_jax.generate", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"XLA_FLAGS": xla_flags(devices=1)},
     )
 
 
@@ -125,6 +123,7 @@ def test_json_of_two_questions_in_a_process_of_its_own(demo):
     assert answers[1]["compilations"] == 0
 
 
+@pytest.mark.slow
 def test_text_streams_as_it_comes(demo):
     """The beginning of an answer is printed while the process still generates the rest."""
     process = start_process(*arguments(demo, "--max_new_tokens", "4000", "--temperature", "2", "--seed", "4"))
@@ -313,8 +312,9 @@ class TestQuestionsAndImages:
         assert code == 0, err
         return [json.loads(line) for line in out.splitlines()], err
 
-    def test_several_images_of_one_question(self, demo, monkeypatch, capsys):
-        """The answer is that of the library. A file:// URL, a data: URL and standard input are files, too."""
+    @pytest.mark.slow
+    def test_several_images_of_one_question(self, demo, monkeypatch, capsys, all_devices):
+        """The answer is that of the library, on all devices. URLs of files and data, and standard input, are files."""
         data = base64.b64encode((demo / "tall.jpg").read_bytes()).decode()
         monkeypatch.setattr(sys, "stdin", Stdin((demo / "picture.png").read_bytes()))
         urls = [(demo / "tall.jpg").as_uri(), f"data:image/jpeg;base64,{data}", "-"]
@@ -344,6 +344,7 @@ class TestQuestionsAndImages:
         closed = "error: standard input is closed: - stands for what another command writes there\n"
         assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", closed)
 
+    @pytest.mark.slow
     def test_a_question_and_a_file_in_a_terminal_that_is_not_utf8(self, demo, tmp_path):
         """Neither a question in UTF-8, nor the name of a file in other bytes, needs a locale."""
         picture = os.fsencode(tmp_path) + b"/gr\xf6\xdfer.png"
@@ -473,13 +474,12 @@ def test_a_search_with_its_trace(demo, monkeypatch, capsys, tmp_path):
         "0.9",
     ]
     given = ["--checkpoint", str(demo), "--question", QUESTION, "Which?", "--image", str(demo / "picture.png"), *search]
-    given += ["--mesh.fsdp", "1"]
     code, out, err = run(monkeypatch, capsys, *given, "--seed", "4", "--json", "--trace", str(trace))
     assert code == 0, err
     answers, traces = [json.loads(line) for line in out.splitlines()], json.loads(trace.read_text())
     assert [t["question"] for t in traces] == [QUESTION, "Which?"]
     strategy = StageBeam((3, 1, 2, 2), max_new_tokens=8, temperature=0.9)
-    model = Mllama.from_pretrained(demo, mesh=make_mesh(fsdp=1))  # as above, so that one program serves both
+    model = Mllama.from_pretrained(demo)
     reasoner = Reasoner(model, Processor.from_pretrained(demo), strategy)
     for answer, told, question in zip(answers, traces, (QUESTION, "Which?"), strict=True):
         own = reasoner.answer(demo / "picture.png", question, seed=4)
@@ -510,7 +510,6 @@ def test_ctrl_c_ends_a_search_that_compiles_or_runs(demo):
         [sys.executable, "-c", code, *given],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"XLA_FLAGS": xla_flags(devices=1)},
     )
     assert process.stderr.readline() == b"searching\n"
     process.send_signal(signal.SIGINT)
@@ -544,7 +543,6 @@ class TestWithoutACheckpoint:
     def test_most_answers_are_right(self, monkeypatch, capsys, tmp_path):
         """Its accuracy is 5 in 6. Half of 40 answers would be more than four standard errors below."""
         given = ["--checkpoint", "shapes", "--draw", "40", "--draw_to", str(tmp_path), "--seed", "7", "--json"]
-        given += ["--mesh.data", "1"]
         answers = [json.loads(line) for line in run(monkeypatch, capsys, *given)[1].splitlines()]
         right = [answer["stages"]["CONCLUSION"] == answer["right_answer"] for answer in answers]
         assert len(right) == 40 and sum(right) > 20

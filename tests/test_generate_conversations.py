@@ -19,7 +19,7 @@ def image(tmp_path_factory) -> Path:
 
 
 def answers(monkeypatch, capsys, *given: str, checkpoint: str = "shapes") -> list[dict]:
-    code, out, err = run(monkeypatch, capsys, "--checkpoint", checkpoint, "--json", "--mesh.data", "1", *given)
+    code, out, err = run(monkeypatch, capsys, "--checkpoint", checkpoint, "--json", *given)
     assert code == 0, err
     return [json.loads(line) for line in out.splitlines()]
 

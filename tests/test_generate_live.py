@@ -8,19 +8,15 @@ import sys
 import pytest
 
 from llava_cot_jax.generate import DEFAULT_MODEL_NOTE
-from tests.processes import ROOT
 from tests.terminal import Terminal, run_in_terminal
 
 COMMAND = "-m llava_cot_jax.generate --search stage_beam --num_candidates 3 --judge verifier --temperature 1.0 --live"
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """Environment of the commands, which share the programs that they compile."""
-    cache = str(tmp_path_factory.mktemp("compiled"))
-    changed = {"TERM": "xterm-256color", "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": cache}
+def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
-    return kept | changed | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    return kept | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
 
 
 @pytest.fixture(scope="module")

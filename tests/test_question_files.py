@@ -1,7 +1,6 @@
 """``generate --questions``: files of questions and answers, and what an interruption leaves."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from llava_cot_jax.files import write_json
 from llava_cot_jax.generate import main
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.question_files import AnswerFile, read_question_rows
-from tests.processes import xla_flags
 
 SETTINGS = {"search": "Greedy()", "seed": 0}
 
@@ -53,7 +51,7 @@ def questions(tmp_path_factory) -> Path:
 
 
 def arguments(questions: Path, output: Path, *more: str) -> list[str]:
-    search = ["--search", "sample", "--max_new_tokens", "90", "--mesh.data", "1"]
+    search = ["--search", "sample", "--max_new_tokens", "90"]
     return ["--questions", str(questions), "--output", str(output), "--slots", "3", *search, *more]
 
 
@@ -87,6 +85,22 @@ def test_a_file_of_questions_is_answered(questions, answered, capsys):
 
 
 @pytest.mark.slow
+def test_all_devices_answer_as_one_does(questions, untrained, tmp_path, capsys, all_devices):
+    """The answers to a file of questions, and to one of its questions alone."""
+    few = questions.with_name("few.jsonl")
+    few.write_text("".join(questions.read_text().splitlines(True)[:2]))
+    model = ["--checkpoint", str(untrained), "--max_new_tokens", "6"]
+    for name, more in (("all", []), ("one", ["--mesh.data", "1"])):
+        main([*arguments(few, tmp_path / name), *model, *more])
+    rows = read_lines(tmp_path / "all")
+    assert rows == read_lines(tmp_path / "one")
+    image = str(questions.parent / rows[0]["images"][0])
+    capsys.readouterr()
+    main(["--image", image, "--question", rows[0]["question"], "--search", "sample", *model, "--json", "true"])
+    assert json.loads(capsys.readouterr().out)["text"] == rows[0]["text"]
+
+
+@pytest.mark.slow
 def test_a_second_run_asks_nothing_and_loads_no_weights(questions, answered, tmp_path, capsys):
     output = tmp_path / "answers.jsonl"
     main(arguments(questions, output, "--checkpoint", "shapes"))
@@ -108,10 +122,9 @@ def test_a_killed_run_goes_on(questions, answered, tmp_path):
     """It is killed twice, and once its last line is torn. Each id has one row, that of an uninterrupted run."""
     output = tmp_path / "answers.jsonl"
     command = [sys.executable, "-m", "llava_cot_jax.generate", *arguments(questions, output)]
-    environment = os.environ | {"XLA_FLAGS": xla_flags(devices=1), "JAX_PLATFORMS": "cpu"}
     done = 0
     for _ in range(2):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not output.exists() or output.read_bytes().count(b"\n") < done + 2:
             assert process.poll() is None
             time.sleep(0.005)
@@ -122,7 +135,7 @@ def test_a_killed_run_goes_on(questions, answered, tmp_path):
         assert 2 <= done < COUNT
         if not lines[-1]:
             output.write_bytes(output.read_bytes() + b'{"id": 11, "question": "What')
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert read_lines(output) == answered
 

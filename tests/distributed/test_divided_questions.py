@@ -1,7 +1,6 @@
 """``generate --questions`` on real processes that each have the model: the same file, whoever is killed on the way."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_cot_jax.data.shapes.rows import ShapesRows
-from tests.processes import xla_flags
+from tests.training.small_run import write_small
 
 pytestmark = pytest.mark.slow
 
@@ -53,8 +52,9 @@ AnswerFile.append = append_some
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a file of questions, of which one has no picture."""
+    """A folder with a checkpoint, and with a file of questions, of which one has no picture."""
     folder = tmp_path_factory.mktemp("divided")
+    write_small(folder / "small")
     rows = []
     for i in range(COUNT):
         row = ShapesRows("test")[i]
@@ -75,21 +75,15 @@ class Run:
             address = f"localhost:{probe.getsockname()[1]}"
         self.place, self.name, self.output = place, name, place / f"{name}.jsonl"
         self.arguments = [f"--questions={place / 'questions.jsonl'}", f"--output={self.output}", "--slots=2"]
-        self.arguments += ["--search=sample", "--max_new_tokens=90"]
+        self.arguments += [f"--checkpoint={place / 'small'}", "--search=sample", "--max_new_tokens=30"]
         self.arguments += [f"--hosts.coordinator={address}", f"--hosts.count={count}"]
 
     def start(self, index: int, disturb: str = "", *more: str) -> subprocess.Popen:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": xla_flags(devices=1),
-            "JAX_ENABLE_COMPILATION_CACHE": "true",
-            "JAX_COMPILATION_CACHE_DIR": str(self.place / "programs"),
-        }
         script = COMMAND.format(disturb=disturb)
         log = (self.place / f"{self.name}.{index}.err").open("a")
         arguments = [sys.executable, "-c", script, *self.arguments, f"--hosts.index={index}", *more]
         printed = (self.place / f"{self.name}.{index}.out").open("a")
-        return subprocess.Popen(arguments, env=environment, stdout=printed, stderr=log)
+        return subprocess.Popen(arguments, stdout=printed, stderr=log)
 
     def share_model(self) -> list[int]:
         """Let two processes have one model over their devices, and return their exit codes."""
@@ -171,6 +165,6 @@ def test_one_question_to_one_model_over_two_processes(place, alone):
     """The first process prints the answer, and the other nothing."""
     run, row = Run(place, "single", 2), json.loads(alone.splitlines()[0])
     asked = ["--image", str(place / "0.png"), "--question", row["question"], "--json", "true"]
-    run.arguments = ["--search=sample", "--max_new_tokens=90", run.arguments[-2], run.arguments[-1], *asked]
+    run.arguments = [*run.arguments[3:], *asked]
     assert run.share_model() == [0, 0], run.errors(0)
     assert run.printed(1) == "" and json.loads(run.printed(0))["text"] == row["text"]

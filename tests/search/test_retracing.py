@@ -146,7 +146,7 @@ def test_nothing_is_read_twice_and_nothing_is_compiled_again(ending, prompts):
 @pytest.mark.slow
 def test_a_threshold_is_found_stored_and_used(untrained, capsys, tmp_path):
     path, trace_path = tmp_path / "threshold.json", tmp_path / "trace.json"
-    given = ["--search=retracing", "--max_new_tokens=12", "--draw=2", f"--draw_to={tmp_path}", "--mesh.data=1"]
+    given = ["--search=retracing", "--max_new_tokens=12", "--draw=2", f"--draw_to={tmp_path}"]
     given.append(f"--checkpoint={untrained}")
     generate.main([*given, f"--threshold_to={path}", "--threshold=1", "--max_rounds=1", f"--trace={trace_path}"])
     assert f"to {path}: the mean of 8 reasonings' scores is" in " ".join(capsys.readouterr().err.split())
