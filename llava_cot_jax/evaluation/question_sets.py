@@ -39,7 +39,7 @@ _SEEDS = 2**32
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """What is known of a question before it is asked.
+    """The right answer to a question, and the kind of the question.
 
     Attributes:
         right: The right answer.
