@@ -11,6 +11,9 @@ from rich.text import Text
 
 from llava_cot_jax.evaluation.statistics import estimate_accuracy
 
+_SAMPLED = ("candidates", "judge_reasons")
+"""Names of the counts of tokens that were sampled; all others were only read."""
+
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what scored rows say together.
@@ -40,7 +43,7 @@ def _means(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
     """Return the mean of each part over the answered questions, and of their sum."""
     names = dict.fromkeys(name for each in counts for name in each)
     means = {name: sum(each.get(name, 0) for each in counts) / len(counts) for name in names}
-    return {**means, "total": sum(means.values())}
+    return {**means, "total": sum(means.values())} if means else {}
 
 
 def print_result(result: Mapping[str, Any], console: Console) -> None:
@@ -79,8 +82,11 @@ def _notes(result: Mapping[str, Any], shares_images: bool) -> Iterator[str]:
     if unanswered := every["unanswered"]:
         says = "has no answer, and counts" if unanswered == 1 else "have no answer, and count"
         yield f"{unanswered} of {every['questions']} questions {says} as wrong."
-    if tokens := result["tokens_per_question"].get("total"):
-        yield f"A question took {tokens:,.0f} tokens and {result['flops_per_question']['total']:.3g} FLOPs on average."
+    tokens, flops = result["tokens_per_question"], result["flops_per_question"]
+    if tokens:
+        sampled = sum(tokens.get(name, 0) for name in _SAMPLED)
+        took = f"{tokens['total']:,.0f} tokens, of which {sampled:,.0f} were sampled, and {flops['total']:.3g} FLOPs"
+        yield f"On average, a question took {took}."
 
 
 def _percent(share: float | None) -> str:

@@ -46,11 +46,12 @@ def test_tokens_and_flops_are_those_of_answered_questions():
     assert result["accuracy"]["all"]["clustered_standard_error"] == pytest.approx(0.3142697)
     text = printed(rows)
     assert "66.7%" in text and "27.2%" in text and "31.4%" in text
+    assert "a question took 34 tokens, of which 10 were sampled, and 300 FLOPs" in text
     assert "1 of 3 questions has no answer, and counts as wrong." in text
 
 
 def test_nothing_is_answered():
     result = summarize([row("a", False, None, error="no such picture")])
     assert result["accuracy"]["all"]["clustered_standard_error"] is None
-    assert not result["flops_per_question"].get("total")
+    assert result["tokens_per_question"] == result["flops_per_question"] == {}
     assert "took" not in printed([row("a", False, None, error="no such picture")])
