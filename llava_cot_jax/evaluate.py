@@ -77,7 +77,7 @@ class _Evaluation:
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
-        own = ("hosts", "checkpoint", "config", "benchmark", "output")
+        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "output")
         given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
         return given | self.job.fields()
 
