@@ -9,16 +9,19 @@ import re
 
 from llava_cot_jax.errors import causes
 
+_LESS_FOR_ANSWERS = (
+    "Less memory is taken by --quantize int8, --dtype bfloat16, fewer --num_candidates or --max_new_tokens, and by "
+    "more devices (--mesh.tensor). What a search takes is told by `llava-cot plan --search`."
+)
+
 ADVICE = {
     "train": (
         "What fits is told by `llava-cot plan`. Less memory is taken by remat: full, more grad_accum_steps, a smaller "
         "loader.batch_size or chat.max_length, adapters (lora.rank), optimizer.precision: bfloat16_stochastic, and by "
         "more devices."
     ),
-    "generate": (
-        "Less memory is taken by --quantize int8, --dtype bfloat16, fewer --num_candidates or --max_new_tokens, and by "
-        "more devices (--mesh.tensor). What a search takes is told by `llava-cot plan --search`."
-    ),
+    "generate": _LESS_FOR_ANSWERS,
+    "evaluate": _LESS_FOR_ANSWERS,
     "bench": (
         "Less memory is taken by --quantize int8, --dtype bfloat16, fewer --workload.num_candidates, and by shorter "
         "questions and answers."

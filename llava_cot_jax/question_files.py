@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -46,34 +46,64 @@ def read_question_rows(path: Path) -> list[QuestionRow]:
         UserError: The file cannot be read, a line is no such row, or two rows have the same id.
     """
     with reading_errors(path):
-        lines = path.read_bytes().split(b"\n")
-    rows: dict[str | int, QuestionRow] = {}
-    for number, line in enumerate(lines, 1):
+        lines = json_lines(path, path.read_bytes())
+    return unique_rows(path, ((place, question_row(row, place, path.parent)) for place, row in lines))
+
+
+def json_lines(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the object of each line of a JSONL file that is not blank, after the words that say where it is.
+
+    Raises:
+        UserError: A line is no JSON object.
+    """
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        row = _read_row(line, place, path.parent)
-        if row.id in rows:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as fault:
+            raise UserError(f"{place} is not JSON: {fault}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place} is no JSON object, but {shown(row)}")
+        yield place, row
+
+
+def unique_rows(path: Path, rows: Iterable[tuple[str, QuestionRow]]) -> list[QuestionRow]:
+    """Return rows of a file, each of which comes after the words that say where it is.
+
+    Raises:
+        UserError: There are none, or two have the same id.
+    """
+    known: dict[str | int, QuestionRow] = {}
+    for place, row in rows:
+        if row.id in known:
             raise UserError(
                 f"{place} has the id {shown(row.id)} of an earlier line: give each question an id of its own"
             )
-        rows[row.id] = row
-    if not rows:
+        known[row.id] = row
+    if not known:
         raise UserError(f"{path} has no questions: give one JSON object with id and question on each line")
-    return list(rows.values())
+    return list(known.values())
 
 
-def _read_row(line: bytes, place: str, folder: Path) -> QuestionRow:
+def question_row(row: Mapping[str, Any], place: str, folder: Path, more_keys: Sequence[str] = ()) -> QuestionRow:
+    """Return the question of a row.
+
+    Args:
+        row: The row, with the keys of ``KEYS``.
+        place: Words that say where it is, for messages.
+        folder: Folder that the paths of its images are relative to.
+        more_keys: Keys that it may have as well.
+
+    Raises:
+        UserError: It has another key, or a value is not of its kind.
+    """
     from llava_cot_jax.processing.images import is_data_url
 
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as fault:
-        raise UserError(f"{place} is not JSON: {fault}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place} is no JSON object, but {shown(row)}")
-    if unknown := [key for key in row if key not in KEYS]:
-        raise UserError(f"{place} has the key {shown(unknown[0])}; the keys of a question are {', '.join(KEYS)}")
+    keys = (*KEYS, *more_keys)
+    if unknown := [key for key in row if key not in keys]:
+        raise UserError(f"{place} has the key {shown(unknown[0])}; the keys of a question are {', '.join(keys)}")
     identifier, question, seed = row.get("id"), row.get("question"), row.get("seed")
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise UserError(f"{place}: id is {shown(identifier)}; it must be a text or a whole number")
@@ -145,9 +175,8 @@ class AnswerFile:
         Raises:
             UserError: It cannot be written.
         """
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n"
         with writing_errors(self._path):
-            self._file.write(line)
+            self._file.write(_line(row))
             self._file.flush()
             os.fsync(self._file.fileno())
         self._note(row)
@@ -166,21 +195,31 @@ class AnswerFile:
                 )
         return [index for index, row in enumerate(rows) if row.id not in self.known]
 
-    def put_in_order(self, ids: Sequence[str | int]) -> None:
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all answers, in the order in which they stand in the file."""
+        self._file.seek(0)
+        return [json.loads(line) for line in self._file]
+
+    def put_in_order(
+        self, ids: Sequence[str | int], completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    ) -> None:
         """Put the answers in the order of the questions with these ids, and those to others after them.
 
         The file is replaced by a new one at once, so that no answer is lost on the way.
+
+        Args:
+            ids: Ids of the questions.
+            completed: Function that returns what is written of a row.
 
         Raises:
             UserError: It cannot be written.
         """
         places = {identifier: place for place, identifier in enumerate(ids)}
-        self._file.seek(0)
-        lines = self._file.readlines()
-        ordered = sorted(lines, key=lambda line: places.get(json.loads(line)["id"], len(places)))
-        if ordered != lines:
-            with writing_errors(self._path):
-                write_bytes(self._path, b"".join(ordered))
+        ordered = sorted(self.rows(), key=lambda row: places.get(row["id"], len(places)))
+        content = b"".join(map(_line, map(completed, ordered)))
+        with writing_errors(self._path):
+            if content != self._path.read_bytes():
+                write_bytes(self._path, content)
 
     def close(self) -> None:
         """Close the file."""
@@ -232,3 +271,8 @@ class AnswerFile:
             whole += len(line)
         with writing_errors(self._path):
             self._file.truncate(whole)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    """Return the line of a row."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n"

@@ -1,4 +1,4 @@
-"""The part of ``generate`` that answers a file of questions into a file of answers, as a stream."""
+"""Job of answering questions into a file of answers, as a stream, and its options for ``generate``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cot_jax import cli
+from llava_cot_jax.answering_model import AnsweringModel
 from llava_cot_jax.checks import check_int
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import short_digest
 from llava_cot_jax.hosts.question_queue import AnswerRow, QuestionQueue, QuestionSource
-from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import as_path, is_remote, reading_errors
 from llava_cot_jax.progress import ProgressUpdate
 from llava_cot_jax.question_files import AnswerFile, QuestionRow, read_question_rows
@@ -83,14 +84,39 @@ def check_question_file_options(options: Any) -> None:
     check_int("slots", options.slots)
 
 
-class QuestionFileJob:
-    """Job of answering those questions of a file whose answers the output does not have yet.
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions of a job.
+
+    Attributes:
+        rows: The questions.
+        digest: Digest of what they are made of, but for images that are files.
+    """
+
+    rows: list[QuestionRow]
+    digest: str
+
+
+def read_question_set(path: Path) -> QuestionSet:
+    """Read a file of questions.
+
+    Raises:
+        UserError: ``read_question_rows`` refuses it.
+    """
+    rows = read_question_rows(path)
+    with reading_errors(path):
+        return QuestionSet(rows, short_digest(path.read_bytes()))
+
+
+class QuestionJob:
+    """Job of answering those questions whose answers the output does not have yet.
 
     Args:
         options: Options of the command.
-        strategy: Strategy to search with.
-        config: Configuration of the model.
-        stated_length: Largest number of tokens of an answer that the checkpoint states.
+        questions: The questions.
+        output: File of the answers.
+        strategy: Strategy to search with, which can answer a stream.
+        model: Model that answers.
         writes: Whether this process has the output.
 
     Attributes:
@@ -98,22 +124,26 @@ class QuestionFileJob:
         unanswered: Numbers of the questions that are still to be answered; empty in a process without the output.
 
     Raises:
-        UserError: A file cannot be used, or the output was begun with other settings.
+        UserError: The output cannot be used, or was begun with other settings.
     """
 
     def __init__(
-        self, options: Any, strategy: Strategy, config: MllamaConfig, stated_length: int | None, writes: bool = True
+        self,
+        options: Any,
+        questions: QuestionSet,
+        output: Path,
+        strategy: Strategy,
+        model: AnsweringModel,
+        *,
+        writes: bool = True,
     ) -> None:
-        if not strategy.to_spec().can_stream:
-            raise UserError(
-                f"--search {options.search} answers no file of --questions: give --question, or another --search"
-            )
-        self._options, self._strategy, self._config, self._stated_length = options, strategy, config, stated_length
-        self.rows: list[QuestionRow] = read_question_rows(as_path(options.questions))
+        self._options, self._questions, self._output = options, questions, output
+        self._strategy, self._model = strategy, model
+        self.rows = questions.rows
         self.unanswered: list[int] = []
         self._file: AnswerFile | None = None
         if writes:
-            self._file = AnswerFile(as_path(options.output), self._settings())
+            self._file = AnswerFile(output, self._settings())
             self.unanswered = self._file.unanswered(self.rows)
         self._done, self._failed = len(self.rows) - len(self.unanswered), 0
         self._on_progress: ProgressUpdate = lambda done, total, note="": None
@@ -129,12 +159,12 @@ class QuestionFileJob:
         return {
             "checkpoint": options.checkpoint,
             "adapter": options.adapter,
-            "convention": self._config.convention,
+            "convention": self._model.config.convention,
             "dtype": options.dtype,
             "quantize": options.quantize,
             "search": repr(self._strategy),
             "format": hashlib.sha256(repr(self._strategy.to_spec().format).encode()).hexdigest(),
-            "default_max_new_tokens": self._stated_length,
+            "default_max_new_tokens": self._model.stated_length,
             "judge_prompts": digest,
             "seed": options.seed,
         }
@@ -146,14 +176,11 @@ class QuestionFileJob:
         """
         own = ("checkpoint", "adapter")
         settings = {name: str(value) for name, value in self._settings().items() if name not in own}
-        questions = as_path(self._options.questions)
-        with reading_errors(questions):
-            digest = short_digest(questions.read_bytes())
         sizes = [_size(source) for row in self.rows for source in row.sources]
         return {
             **settings,
             "slots": str(self._options.slots),
-            "the digest of the questions": digest,
+            "the digest of the questions": self._questions.digest,
             "the digest of the sizes of the images": short_digest(repr(sizes).encode()),
         }
 
@@ -167,7 +194,7 @@ class QuestionFileJob:
         from llava_cot_jax.search.room import Room
 
         options = self._options
-        self._builder = RequestBuilder(processor, self._strategy, options.judge_prompts, self._stated_length)
+        self._builder = RequestBuilder(processor, self._strategy, options.judge_prompts, self._model.stated_length)
         # The room is that of all questions, so that an answer does not depend on where the job was interrupted.
         self._prompt_tokens = self._longest_prompt(self._builder)
         self._images = max(len(row.sources) for row in self.rows)
@@ -212,13 +239,17 @@ class QuestionFileJob:
 
     def _keep(self, question: int, row: AnswerRow) -> None:
         if self._file:
-            self._file.append(row)
+            self._file.append(self._completed(row))
         self._done += 1
         self._failed += "error" in row
         new = self._done - (len(self.rows) - len(self.unanswered))
         pace = (time.perf_counter() - self._began) / new
         failed = f", {self._failed} failed" if self._failed else ""
         self._on_progress(self._done, len(self.rows), f"{pace:.1f} s each{failed}")
+
+    def _completed(self, row: AnswerRow) -> AnswerRow:
+        """Return what is written of a row, which may be one that was written before."""
+        return row
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -236,12 +267,12 @@ class QuestionFileJob:
         """
         if self._file is None:
             return
-        self._file.put_in_order([row.id for row in self.rows])
+        self._file.put_in_order([row.id for row in self.rows], self._completed)
         self._file.close()
         if self._failed:
             _LOG.warning(
                 f"{self._failed} of {len(self.unanswered)} questions have no answer: the rows with the key error in "
-                f"{self._options.output} say why; delete these to ask them again"
+                f"{self._output} say why; delete these to ask them again"
             )
 
     def run(self, model: Mllama, source: QuestionSource) -> None:
@@ -262,7 +293,7 @@ class QuestionFileJob:
             stream = AnswerStream(
                 model,
                 self._builder,
-                self._questions(asked, source),
+                self._take_questions(asked, source),
                 slots=self._options.slots,
                 ordered=False,
                 prompt_tokens=self._prompt_tokens,
@@ -272,7 +303,7 @@ class QuestionFileJob:
                 question = asked[streamed.index]
                 source.finish(question, self._row(question, streamed, stream.is_shrunk))
 
-    def _questions(self, asked: list[int], source: QuestionSource) -> Iterator[Question]:
+    def _take_questions(self, asked: list[int], source: QuestionSource) -> Iterator[Question]:
         """Yield the question in ``asked``, and then those that the source has, whose numbers are added to ``asked``."""
         from llava_cot_jax.search.stream import Question
 

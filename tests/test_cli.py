@@ -137,7 +137,10 @@ def test_without_a_command_the_commands_are_listed():
     ("command", "message"),
     [
         ("trian", "there is no command 'trian'; did you mean train?"),
-        ("--json", "there is no command '--json'; the commands are generate, train, prepare, convert, plan, bench"),
+        (
+            "--json",
+            "there is no command '--json'; the commands are generate, evaluate, train, prepare, convert, plan, bench",
+        ),
     ],
 )
 def test_an_unknown_command(command, message):

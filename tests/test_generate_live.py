@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llava_cot_jax.generate import DEFAULT_MODEL_NOTE
+from llava_cot_jax.answering_model import DEFAULT_MODEL_NOTE
 from tests.terminal import Terminal, run_in_terminal
 
 COMMAND = "-m llava_cot_jax.generate --search stage_beam --num_candidates 3 --judge verifier --temperature 1.0 --live"

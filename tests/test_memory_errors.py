@@ -115,6 +115,7 @@ def test_other_errors_are_others(fault):
     [
         ("train", ["llava-cot plan", "remat", "grad_accum_steps", "lora.rank", "loader.batch_size"]),
         ("generate", ["--quantize int8", "--num_candidates", "--mesh.tensor"]),
+        ("evaluate", ["--quantize int8", "--num_candidates", "--mesh.tensor"]),
         ("bench", ["--quantize int8", "--workload.num_candidates"]),
         ("prepare", ["--workers"]),
         ("convert", ["tensor"]),

@@ -89,6 +89,7 @@ def test_the_program_of_all_commands(arguments: list[str]) -> None:
 
 
 ASKED = ["--checkpoint", "shapes", "--question", "x"]
+MEASURED = ["--benchmark", "shapes", "--output", "o"]
 RUN = ["--output", "o", "--checkpoint", "shapes", "--data", "shapes"]
 RAW = ["--annotations", "no", "--images", "no", "--output", "o"]
 
@@ -102,6 +103,9 @@ WRONG = [
     ),
     ("convert", ["a", "b", "--dtype", "float8"], "float8"),
     ("convert", ["shapes", "b", "--step", "3"], "--step is for the folder of a training run"),
+    ("evaluate", [*MEASURED, "--limit", "0"], "limit is 0; it must be at least 1"),
+    ("evaluate", [*MEASURED, "--benchmark", "mmstr"], "there is no benchmark mmstr: the benchmarks are shapes"),
+    ("evaluate", [*MEASURED, "--tolerance", "-1"], "tolerance is -1.0; it must not be negative"),
     ("generate", [*ASKED, "--mesh.data", "0"], "mesh.data is 0"),
     ("generate", [*ASKED, "--temperature", "-1"], "temperature is -1.0; it must not be negative"),
     (
@@ -129,6 +133,8 @@ MISSING = [
     ("bench", ["--random", "100m", "--workload", "nowhere.yaml"], "nowhere.yaml"),
     ("convert", ["nowhere", "out"], f"no such folder: {ROOT}/nowhere"),
     ("convert", ["{folder}/shards", "out"], "b.safetensors does not exist"),
+    ("evaluate", [*MEASURED, "--benchmark", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+    ("evaluate", [*MEASURED, "--limit", "1", "--checkpoint", "nowhere"], f"no such folder: {ROOT}/nowhere"),
     ("generate", ["--checkpoint", "nowhere", "--question", "x"], f"no such folder: {ROOT}/nowhere"),
     ("generate", ["--checkpoint", "{folder}/shards", "--question", "x"], "b.safetensors does not exist"),
     ("generate", ["--checkpoint", "{folder}/untold", "--question", "x"], "lacks tokenizer.json"),

@@ -139,6 +139,21 @@ def strategy_or_sampling(options: Any) -> Strategy | Sampling:
     return strategy_type(**settings)
 
 
+def strategy_of(method: Strategy | Sampling, max_new_tokens: int | None, format: StageFormat) -> Strategy:
+    """Return the search, or, without one, the strategy that samples as is asked for.
+
+    Args:
+        method: What ``strategy_or_sampling`` returned.
+        max_new_tokens: Largest number of tokens of an answer.
+        format: Format of the stages.
+    """
+    if not isinstance(method, Sampling):
+        return method
+    if method.temperature == 0:
+        return Greedy(max_new_tokens, format=format)
+    return Sample(method.temperature, max_new_tokens, method.top_k, method.top_p, format=format)
+
+
 def _sampling(given: dict[str, Any], format: StageFormat) -> Sampling:
     """Return how tokens are sampled without a search, from the options that are given."""
     if format.has_turns:

@@ -8,6 +8,13 @@ from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 
 def add_request_options(parser: Any) -> None:
     """Add these options to a parser of ``jsonargparse``: ``generate`` reads them, and ``plan`` ignores them."""
+    add_weight_options(parser)
+    _add_question_options(parser.add_argument_group("Questions and pictures").add_argument)
+    _add_output_options(parser.add_argument_group("Output").add_argument)
+
+
+def add_weight_options(parser: Any) -> None:
+    """Add the options of what a checkpoint's weights compute, and of what a judge is asked."""
     add = parser.add_argument
     add("--convention", choices=get_args(Convention), help="Convention that the weights were trained with.")
     add(
@@ -18,8 +25,6 @@ def add_request_options(parser: Any) -> None:
     )
     default_prompts = str(DEFAULT_JUDGE_PROMPTS)
     add("--judge_prompts", type=str, default=default_prompts, help="YAML file with the prompts of the judge.")
-    _add_question_options(parser.add_argument_group("Questions and pictures").add_argument)
-    _add_output_options(parser.add_argument_group("Output").add_argument)
 
 
 def _add_question_options(add: Any) -> None:

@@ -1,0 +1,146 @@
+"""Processes of a command that answers questions: how they start together, and how they divide a job."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from llava_cot_jax import cli
+from llava_cot_jax.answering_model import AnsweringModel
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.hosts.joining import join_hosts, keep_to_own_devices
+from llava_cot_jax.hosts.lifeline import Lifeline
+from llava_cot_jax.hosts.options import add_hosts_options, group_in, hosts_option
+from llava_cot_jax.hosts.process_group import ProcessGroup, find_group
+from llava_cot_jax.hosts.question_queue import QuestionSource, QueuedQuestions
+from llava_cot_jax.hosts.question_server import QuestionServer, RemoteQuestions
+from llava_cot_jax.hosts.surroundings import surroundings
+from llava_cot_jax.question_job import QuestionJob
+
+
+def add_process_options(parser: cli.Parser) -> None:
+    """Add the options that name the processes of a run, and say what they divide."""
+    add_hosts_options(parser)
+    parser.add_argument(
+        "--hosts.divide",
+        choices=["questions", "model"],
+        default="questions",
+        help='Parts that several processes divide: the "questions" of a file, where each process has the whole model '
+        'on its own devices, or the "model", which is one over the devices of all.',
+    )
+
+
+def run_in_group(
+    command: str,
+    parser: cli.Parser,
+    arguments: Sequence[str],
+    run: Callable[[Any, ProcessGroup, Lifeline | None], None],
+) -> None:
+    """Run a command in this process, which may be one of several. Only the first prints on standard output.
+
+    Args:
+        command: Name of the command.
+        parser: Parser of its options, among them those of ``add_process_options``.
+        arguments: Its arguments.
+        run: Function that is called with the options, the processes, and the bond of those that share a model: None
+            where each has its own.
+
+    Raises:
+        UserError: The arguments cannot be used, or ``run`` raises it.
+    """
+    report = partial(cli.report, command=command)
+    try:
+        options = parser.parse_args(arguments)
+    except UserError:
+        others = group_in(arguments) if hosts_option(arguments, "divide") == "model" else ProcessGroup()
+        with Lifeline(others).shared_failures(report):
+            raise
+    group = find_group(options.hosts.coordinator, options.hosts.count, options.hosts.index)
+    if group.count == 1 or options.hosts.divide == "questions":
+        run(options, group, None)
+        return
+    lifeline = Lifeline(group)
+    is_quiet = contextlib.redirect_stdout(io.StringIO()) if group.index else contextlib.nullcontext()
+    with lifeline.shared_failures(report), is_quiet:
+        run(options, group, lifeline)
+
+
+def prepare_devices(
+    group: ProcessGroup,
+    lifeline: Lifeline | None,
+    fields: Callable[[], Mapping[str, str]],
+    model: AnsweringModel,
+) -> None:
+    """Let jax use the devices of this process, or, where processes share a model, those of all.
+
+    Args:
+        group: Processes of the run.
+        lifeline: Bond of the processes that share a model.
+        fields: Function that returns what must be the same in these, by name.
+        model: Model of the run.
+
+    Raises:
+        UserError: The processes differ, or jax cannot start.
+    """
+    if lifeline:
+        lifeline.meet()
+        lifeline.agree(lambda: surroundings() | dict(fields()))
+        join_hosts(group)
+        lifeline.catch_aborts()
+        if group.index:  # the first process warns of what all of them compute
+            for folder in ("inference", "search"):
+                logging.getLogger(f"llava_cot_jax.{folder}").setLevel(logging.ERROR)
+    else:
+        keep_to_own_devices(group)
+    cli.enable_compilation_cache()
+    if lifeline:
+        lifeline.agree(model.fields)
+
+
+def answer_job(job: QuestionJob, model: AnsweringModel, group: ProcessGroup, *, is_divided: bool) -> None:
+    """Answer the questions of a job.
+
+    Args:
+        job: The questions and the answers, prepared.
+        model: Model to answer with. Its weights are loaded where this process has a question to answer.
+        group: Processes of the run.
+        is_divided: Whether each process has the whole model, and answers some of the questions.
+
+    Raises:
+        UserError: The processes differ, or an answer cannot be stored.
+    """
+    mesh = model.mesh()
+    is_first = group.index == 0
+
+    def answer(source: QuestionSource) -> None:
+        loaded = model.load(mesh, is_first)
+        with job.shown() if is_first else contextlib.nullcontext():
+            cli.run_interruptible(lambda: job.run(loaded, source))
+
+    def fields() -> dict[str, str]:
+        return surroundings() | model.fields() | job.fields() | {"the mesh": str(mesh and dict(mesh.shape))}
+
+    if not is_divided:
+        job.share_unanswered()
+        queue = job.queue()
+        if not queue.is_over:
+            answer(QueuedQuestions(queue))
+        job.finish()
+    elif is_first:
+        queue = job.queue()
+        server = QuestionServer(group, queue, fields())
+        if not queue.is_over:
+            answer(QueuedQuestions(queue))
+        try:
+            job.finish()
+        finally:
+            server.close()
+    else:
+        source = RemoteQuestions(group, fields())
+        if not source.is_over:
+            answer(source)
+        source.close()

@@ -1,0 +1,166 @@
+"""Measure the accuracy of a checkpoint and a search on questions whose right answers are known.
+
+llava-cot evaluate --benchmark shapes --limit 200 --search majority_vote --output runs/shapes_majority
+llava-cot evaluate --benchmark FILE.jsonl --checkpoint DIR_OR_HUB_ID --search stage_beam --output runs/mine
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llava_cot_jax import cli
+from llava_cot_jax.answering_model import AnsweringModel, add_model_options, check_mesh_sizes
+from llava_cot_jax.answering_processes import add_process_options, answer_job, prepare_devices, run_in_group
+from llava_cot_jax.checks import check_int
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.evaluation.job import RESULT, EvaluationJob
+from llava_cot_jax.evaluation.matching import MATCHES
+from llava_cot_jax.evaluation.question_sets import BENCHMARKS, Matching, open_benchmark
+from llava_cot_jax.evaluation.results import print_result
+from llava_cot_jax.files import write_json
+from llava_cot_jax.hosts.lifeline import Lifeline
+from llava_cot_jax.hosts.process_group import ProcessGroup
+from llava_cot_jax.paths import as_path, writing_errors
+from llava_cot_jax.search.options import add_arguments, strategy_of, strategy_or_sampling
+from llava_cot_jax.search.prompts import JudgePrompts
+from llava_cot_jax.search.request_options import add_weight_options
+from llava_cot_jax.stage_format import StageFormat
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: An argument, a file or a checkpoint that cannot be used, before anything expensive starts.
+    """
+    run_in_group("evaluate", _parser(), sys.argv[1:] if argv is None else argv, _evaluate)
+
+
+def _evaluate(options: Any, group: ProcessGroup, lifeline: Lifeline | None) -> None:
+    """Answer the questions that have no answer yet, and print the result.
+
+    Args:
+        options: Options of the command.
+        group: Processes of the run.
+        lifeline: Bond of the processes that have one model over all their devices; None where each has its own.
+    """
+    evaluation = _check(options, group)
+    job, model = evaluation.job, evaluation.model
+    if group.count == 1 and not job.unanswered:
+        job.finish()
+    else:
+        # This import takes longer than all checks so far.
+        from llava_cot_jax.processing.processor import Processor
+
+        processor = Processor.from_pretrained(model.folder, model.config)
+        prepare_devices(group, lifeline, evaluation.fields, model)
+        job.prepare(processor)
+        answer_job(job, model, group, is_divided=lifeline is None and group.count > 1)
+    if group.index == 0:
+        evaluation.report()
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Arguments that can be used, as far as that is known without the model's processor."""
+
+    options: Any
+    model: AnsweringModel
+    job: EvaluationJob
+    folder: Path
+
+    def fields(self) -> dict[str, str]:
+        """Return what must be the same in processes that share a model, by name."""
+        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "output")
+        given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
+        return given | self.job.fields()
+
+    def report(self) -> None:
+        """Write the result, and print it."""
+        result, path = self.job.report(), self.folder / RESULT
+        with writing_errors(path):
+            write_json(path, result)
+        print_result(result, Console(highlight=False))
+        print(f"wrote the answers and the result to {self.folder}", file=sys.stderr)
+
+
+def _check(options: Any, group: ProcessGroup) -> _Evaluation:
+    """Check the arguments and the files before anything slow is imported.
+
+    Raises:
+        UserError: One of them cannot be used.
+    """
+    format = StageFormat.load(options.format)
+    strategy = strategy_of(strategy_or_sampling(options), options.max_new_tokens, format)
+    if not strategy.to_spec().can_stream:
+        raise UserError(f"--search {options.search} answers no questions side by side: give another --search")
+    check_int("slots", options.slots)
+    check_mesh_sizes(options)
+    JudgePrompts.load(options.judge_prompts)
+    matching = Matching(options.match, options.tolerance)
+    questions = open_benchmark(options.benchmark, options.limit, matching, options.seed)
+    model = AnsweringModel.find(options)
+    folder = as_path(options.output)
+    job = EvaluationJob(options, questions, folder, strategy, model, writes=group.index == 0)
+    return _Evaluation(options, model, job, folder)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser("evaluate")
+    _add_evaluation_options(parser)
+    add_model_options(parser)
+    add_arguments(parser)
+    add_weight_options(parser)
+    add_process_options(parser)
+    return parser
+
+
+def _add_evaluation_options(parser: cli.Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--benchmark",
+        type=str,
+        required=True,
+        help=f"Questions to ask: {', '.join(BENCHMARKS)}, the test split of the package's own world, or a JSONL or TSV "
+        "file of one's own. A row of a JSONL file has an id, a question, an answer, and optionally image or images, "
+        "seed, category, options and match.",
+    )
+    add(
+        "--output",
+        type=str,
+        required=True,
+        help="Folder that takes the answers (answers.jsonl) and the result (result.json). The same command goes on "
+        "with it after an interruption, and asks no question twice.",
+    )
+    add(
+        "--limit",
+        type=int | None,
+        default=None,
+        help="Number of questions to ask, from the first on. By default, all, which are 1,000 with shapes; of these, "
+        "any number can be made.",
+    )
+    add(
+        "--match",
+        choices=list(MATCHES),
+        help="Way to compare conclusions with right answers, where a row names none: the same text but for case, "
+        "spacing and punctuation at its ends (exact), the letter or the text of an option (option), yes or no "
+        "(yes_no), or a number (number). By default, the form of each right answer decides.",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="Largest difference of a right number, as a share of the right answer, with the match number.",
+    )
+    add("--seed", type=int, default=0, help="Seed of sampled tokens, from which each question has one of its own.")
+    add("--slots", type=int, default=8, help="Number of questions that are answered at a time.")
+
+
+if __name__ == "__main__":
+    cli.run(main, leave=os._exit, command="evaluate")
