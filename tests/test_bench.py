@@ -133,7 +133,7 @@ def test_the_report(monkeypatch, capsys, tmp_path, found_again):
 
 
 @pytest.mark.slow
-def test_a_report_that_is_cut_off_has_what_was_measured(monkeypatch, capsys, all_devices):
+def test_a_report_that_is_cut_off_has_what_was_measured(monkeypatch, capsys, all_devices, found_again):
     """The second measurement on all devices is interrupted."""
     component_rows, measured = SearchBenchmark.component_rows, []
 
@@ -152,6 +152,7 @@ def test_a_report_that_is_cut_off_has_what_was_measured(monkeypatch, capsys, all
     assert code == 130 and about["workload"]["prompt_tokens"] == 128
     assert told == {"row": asdict(measured[0])}
     assert measured[0].name == "vision tower" and measured[0].timing.recompilations == 0 < measured[0].timing.median
+    assert found_again  # it was timed warm too
 
 
 def test_logits_are_those_of_transformers():
