@@ -125,12 +125,22 @@ class AnsweringModel:
                 model.quantize()
         return model
 
+    def digests(self) -> dict[str, str | None]:
+        """Return digests by which the weights, and those of the adapter, are known again at the same paths."""
+        from llava_cot_jax.model.checkpoint.fingerprint import adapter_digest, weights_digest
+
+        adapter = self.options.adapter
+        return {
+            "weights": weights_digest(self.folder, self.config),
+            "adapter_weights": None if adapter is None else adapter_digest(adapter),
+        }
+
     def fields(self) -> dict[str, str]:
         """Return the files of the model and the devices of this process, by name."""
-        from llava_cot_jax.model.checkpoint.fingerprint import adapter_fields, checkpoint_fields
+        from llava_cot_jax.model.checkpoint.fingerprint import checkpoint_fields
 
-        adapter = {} if self.options.adapter is None else adapter_fields(self.options.adapter)
-        return device_fields() | checkpoint_fields(self.folder, self.config) | adapter
+        digests = {f"the digest of the {name}": str(value) for name, value in self.digests().items()}
+        return device_fields() | checkpoint_fields(self.folder, self.config, has_weights=False) | digests
 
 
 def check_mesh_sizes(options: Any) -> None:

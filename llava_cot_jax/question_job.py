@@ -140,10 +140,11 @@ class QuestionJob:
         self._options, self._questions, self._output = options, questions, output
         self._strategy, self._model = strategy, model
         self.rows = questions.rows
+        self._given = self._settings()
         self.unanswered: list[int] = []
         self._file: AnswerFile | None = None
         if writes:
-            self._file = AnswerFile(output, self._settings())
+            self._file = AnswerFile(output, self._given)
             self.unanswered = self._file.unanswered(self.rows)
         self._done, self._failed = len(self.rows) - len(self.unanswered), 0
         self._on_progress: ProgressUpdate = lambda done, total, note="": None
@@ -167,19 +168,21 @@ class QuestionJob:
             "default_max_new_tokens": self._model.stated_length,
             "judge_prompts": digest,
             "seed": options.seed,
+            **self._model.digests(),
         }
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in all processes that answer the questions, by name.
 
-        The checkpoint and the adapter, whose paths may differ, are left out.
+        The paths of the checkpoint and the adapter may differ.
         """
         own = ("checkpoint", "adapter")
-        settings = {name: str(value) for name, value in self._settings().items() if name not in own}
+        settings = {name: str(value) for name, value in self._given.items() if name not in own}
         sizes = [_size(source) for row in self.rows for source in row.sources]
         return {
             **settings,
             "slots": str(self._options.slots),
+            "the number of questions": str(len(self.rows)),
             "the digest of the questions": self._questions.digest,
             "the digest of the sizes of the images": short_digest(repr(sizes).encode()),
         }
@@ -324,7 +327,8 @@ class QuestionJob:
         if streamed.answer is None:
             error = str(streamed.error)
             for source, name in zip(row.sources, row.images, strict=True):
-                error = error.replace(str(source), name)  # which is another path in another process
+                if isinstance(source, str):
+                    error = error.replace(source, name)  # which is another path in another process
             return {**about, "error": error}
         result = result_of(streamed.answer, is_shrunk)
         said = {name: value for name, value in asdict(result).items() if name != "seconds"}

@@ -74,10 +74,22 @@ def body_of(text: str, stage: StageMarks) -> str:
     return (text.partition(closing)[0] if closing else text).strip()
 
 
+_SIGN = re.compile(r"([-<>]?)[$€£¥]?((?<!\.)\.)?$")
+"""Sign of a number, and the point that it may begin with, at the end of what stands before its digits."""
+
+
 def normalize_answer(text: str) -> str:
-    """Return an answer without case, spacing, and punctuation at its ends. Punctuation alone stays."""
-    spaced = " ".join(text.casefold().split())
-    return spaced.strip(string.punctuation + string.whitespace) or spaced
+    """Return an answer without case, spacing, and punctuation at its ends. Punctuation alone stays.
+
+    The sign of a number at the beginning stays, but for a plus, and so does the point of one that begins with it: "-$5"
+    becomes "-5", and "$5" becomes "5".
+    """
+    spaced = " ".join(text.casefold().replace("\u2212", "-").split())
+    plain = spaced.strip(string.punctuation + string.whitespace)
+    if not plain[:1].isdigit():
+        return plain or spaced
+    before = _SIGN.search(spaced[: spaced.index(plain)])
+    return f"{before[1]}{before[2] or ''}{plain}" if before else plain
 
 
 def is_staged(text: str) -> bool:

@@ -1,6 +1,7 @@
 """``generate --questions``: files of questions and answers, and what an interruption leaves."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from llava_cot_jax import cli
 from llava_cot_jax.data.shapes.rows import ShapesRows
@@ -15,6 +17,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_json
 from llava_cot_jax.generate import main
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
 from llava_cot_jax.question_files import AnswerFile, read_question_rows
 
 SETTINGS = {"search": "Greedy()", "seed": 0}
@@ -138,6 +141,20 @@ def test_a_killed_run_goes_on(questions, answered, tmp_path):
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert read_lines(output) == answered
+
+
+@pytest.mark.slow
+def test_other_weights_at_the_same_path_are_refused(questions, tmp_path):
+    """Also where all questions are answered, so that nothing would be computed."""
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "answers.jsonl"
+    shutil.copytree(BUNDLED_MODEL_FOLDER, checkpoint)
+    one = write_rows(tmp_path / "q.jsonl", [{"id": 1, "question": "What do you see?"}])
+    main(arguments(one, output, "--checkpoint", str(checkpoint)))
+    (weights,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"answers.jsonl was begun with weights = \"\w+\", which is \"\w+\" now"):
+        main(arguments(one, output, "--checkpoint", str(checkpoint)))
 
 
 def test_another_setting_is_refused_before_the_weights_are_loaded(questions, tmp_path):

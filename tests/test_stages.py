@@ -48,7 +48,25 @@ def test_the_conclusion_of_a_whole_answer(text, conclusion):
 
 @pytest.mark.parametrize(
     ("text", "normal"),
-    [("Four.", "four"), (' "15.0\n  Million"! ', "15.0 million"), ("", ""), (" ?! ", "?!"), ("+ +", "+ +")],
+    [
+        ("Four.", "four"),
+        (' "15.0\n  Million"! ', "15.0 million"),
+        ("", ""),
+        (" ?! ", "?!"),
+        ("+ +", "+ +"),
+        ("-5%.", "-5"),
+        ("\u22125 \u00b0C", "-5 \u00b0c"),
+        ("(-$5)", "-5"),
+        ("$5", "5"),
+        ("+5", "5"),
+        ("- 5", "5"),
+        ("<5 mm", "<5 mm"),
+        (">5 mm", ">5 mm"),
+        ("-.5 cm", "-.5 cm"),
+        (".5", ".5"),
+        ("...5", "5"),
+        ("-3/4", "-3/4"),
+    ],
 )
 def test_answers_differ_in_more_than_punctuation_at_their_ends(text, normal):
     assert normalize_answer(text) == normal

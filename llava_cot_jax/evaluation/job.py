@@ -63,13 +63,13 @@ class EvaluationJob(QuestionJob):
         super().__init__(options, questions, folder / ANSWERS, strategy, model, writes=writes)
 
     def run(self, model: Mllama, source: QuestionSource) -> None:
-        """Answer questions with a model, and write down what it runs on.
+        """Answer questions with a model, and write down the devices and packages.
 
         Raises:
             UserError: An answer, or what it runs on, cannot be stored.
         """
         if self._file:
-            note_environment(self._folder / ENVIRONMENTS, self._model)
+            note_environment(self._folder / ENVIRONMENTS)
         super().run(model, source)
 
     def finish(self) -> None:
@@ -88,7 +88,7 @@ class EvaluationJob(QuestionJob):
     def report(self) -> dict[str, Any]:
         """Return the accuracy of the scored rows, what they took, and what was run."""
         matching = {"match": self._options.match, "tolerance": self._options.tolerance}
-        run = {**self._settings(), "format": self._format.name, **matching}
+        run = {**self._given, "format": self._format.name, **matching}
         del run["benchmark"]
         return {
             "benchmark": self._benchmark,
@@ -130,8 +130,8 @@ def scored_row(row: AnswerRow, known: KnownAnswer, format: StageFormat) -> dict[
     return {**row, **scored, "category": known.category}
 
 
-def note_environment(path: Path, model: AnsweringModel) -> None:
-    """Add the devices, the versions of packages and the weights to those that a file lists, unless they are there.
+def note_environment(path: Path) -> None:
+    """Add the devices and the versions of packages to those that a file lists, unless they are there.
 
     Raises:
         UserError: The file cannot be written.
@@ -140,7 +140,6 @@ def note_environment(path: Path, model: AnsweringModel) -> None:
 
     found = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "weights": model.fields()["the digest of the weights"],
         **{name: version(name) for name in _NAMED_VERSIONS},
     }
     known = environments(path)

@@ -17,9 +17,6 @@ from llava_cot_jax.stages import locate_stages, normalize_answer
 MATCHES = ("exact", "option", "yes_no", "number")
 """Names of the ways to compare an answer with the right one."""
 
-UNANSWERED = "(unanswered)"
-"""Text that is scored where an answer has none at all."""
-
 DEFAULT_LETTERS = ascii_uppercase[:4]
 """Letters of the options of a question that does not say them."""
 
@@ -45,9 +42,13 @@ _SPACES = "\u00a0\u2009\u202f"
 """No-break and thin spaces, which separate thousands as commas do."""
 
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?<!\d[,{_SPACES}])([-+\u2212]?)((?:\d{{1,3}}(?:[,{_SPACES}]\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)([eE][-+]?\d+)?(?![.,]?\d)"
+    rf"(?<![\w.])(?<!\d[,{_SPACES}])([-+\u2212\u2013]?)[$€£¥]?((?:\d{{1,3}}(?:[,{_SPACES}]\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)([eE][-+]?\d+)?"
+    r"(?![.,]?\d|[_^\u00b2\u00b3\u00b9\u2070-\u209c]|x[0-9a-fA-F])"
 )
-"""Number in a text: a sign, digits with or without separated thousands, decimals after a point, and an exponent."""
+"""Number in a text: a sign, digits with or without separated thousands, decimals after a point, and an exponent.
+
+A sign of currency may stand after the sign. A number with a power, or in another system, is none.
+"""
 
 _LARGEST_EXPONENT = 1000
 """Largest power of ten of a number that is computed with."""
@@ -149,16 +150,16 @@ def form_of(answers: Sequence[AnswerValue], options: Mapping[str, str] | None = 
         return "option"
     if all(text.casefold() in ("yes", "no") for text in texts):
         return "yes_no"
-    if all(map(_NUMBER.fullmatch, texts)):
+    if all(_NUMBER.fullmatch(text) and find_number(text) is not None for text in texts):
         return "number"
     return "exact"
 
 
 def scored_text(text: str, format: StageFormat = LLAVA_COT, conclusion: str | None = None) -> str:
-    """Return what is scored of an answer: its conclusion without tags and emphasis, which is never empty.
+    """Return what is scored of an answer: its conclusion without tags and emphasis.
 
-    Where the conclusion is missing or has nothing but tags, what follows the last closed stage is scored in its place;
-    where nothing follows, the whole text; and where there is none, ``UNANSWERED``.
+    Where the conclusion is missing or has nothing but tags, what follows the last closed stage is scored in its place,
+    and where nothing follows, the whole text. It is empty where that has nothing but tags, and then no answer is right.
 
     Args:
         text: The whole answer.
@@ -170,7 +171,7 @@ def scored_text(text: str, format: StageFormat = LLAVA_COT, conclusion: str | No
         conclusion = stages[format.conclusion].body
     after = max((stage.end for stage in stages.values() if stage.closed), default=len(text))
     parts = (conclusion or "", text[after:], text)
-    return next((plain for part in parts if (plain := without_marks(part, format))), UNANSWERED)
+    return next((plain for part in parts if (plain := without_marks(part, format))), "")
 
 
 def without_marks(text: str, format: StageFormat = LLAVA_COT) -> str:
@@ -229,7 +230,7 @@ def find_number(text: str) -> Decimal | None:
     for sign, digits, exponent in _NUMBER.findall(text):
         plain = digits.translate(dict.fromkeys(map(ord, f",{_SPACES}")))
         try:
-            number = Decimal(sign.replace("\u2212", "-") + plain + exponent)
+            number = Decimal(sign.replace("\u2212", "-").replace("\u2013", "-") + plain + exponent)
         except InvalidOperation:
             return None
         if abs(number.adjusted()) > _LARGEST_EXPONENT:

@@ -97,8 +97,8 @@ class Matching:
 def open_benchmark(name: str, limit: int | None, matching: Matching, seed: int) -> EvaluationSet:
     """Return the questions of a benchmark or of a user's own file.
 
-    A question without a seed of its own gets one that is made of ``seed`` and its id, so that no two questions share
-    their draws.
+    A question without a seed of its own gets one that is made of ``seed`` and its id, so that hardly any two
+    questions share their draws.
 
     Args:
         name: Name of a benchmark in ``BENCHMARKS``, or path of a file that ends in .jsonl or .tsv.
@@ -140,7 +140,7 @@ def _seeded(row: QuestionRow, seed: int) -> QuestionRow:
     """Return the row with a seed."""
     if row.seed is not None:
         return row
-    own = int.from_bytes(hashlib.sha256(str(row.id).encode()).digest()[:4])
+    own = int.from_bytes(hashlib.sha256(repr(row.id).encode()).digest()[:4])
     return replace(row, seed=(seed + own) % _SEEDS)
 
 
@@ -220,20 +220,23 @@ def _read_tsv(path: Path, content: bytes, matching: Matching) -> _Rows:
 
     An empty cell is missing; one that says NA or None is a text.
     """
+    csv.field_size_limit(sys.maxsize)  # the cell of an image may be long
+    lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
+    reader = csv.DictReader(lines, delimiter="\t", strict=True)
     try:
-        text = content.decode("utf-8-sig")
+        cells = [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as fault:
         raise UserError(f"{path} is no text in UTF-8: {fault}") from None
-    csv.field_size_limit(sys.maxsize)  # the cell of an image may be long
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
+    except csv.Error as fault:
+        raise UserError(f"{path}, line {reader.line_num}: {fault}; a cell with quotes has all of them twice") from None
     if missing := [column for column in _TSV_COLUMNS if column not in (reader.fieldnames or ())]:
         raise UserError(f"{path} has no column {missing[0]}; it needs {', '.join(_TSV_COLUMNS)}")
-    try:
-        cells = [(reader.line_num, {name: cell for name, cell in row.items() if name and cell}) for row in reader]
-    except csv.Error as fault:
-        raise UserError(f"{path}, line {reader.line_num}: {fault}") from None
     if not cells:
         raise UserError(f"{path} has no rows below its columns")
+    for line, row in cells:
+        if None in row:
+            raise UserError(f"{path}, line {line} has more cells than there are columns: put a tab in quotes")
+    cells = [(line, {name: cell for name, cell in row.items() if cell}) for line, row in cells]
     images = {row["index"]: row["image"] for _, row in cells if "index" in row and "image" in row}
     for line, row in cells:
         place = f"{path}, line {line}"

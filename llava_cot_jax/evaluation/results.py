@@ -81,11 +81,14 @@ def _notes(result: Mapping[str, Any], shares_images: bool) -> Iterator[str]:
         yield "Clustered is the standard error where questions about the same images are not independent."
     if unanswered := every["unanswered"]:
         says = "has no answer, and counts" if unanswered == 1 else "have no answer, and count"
-        yield f"{unanswered} of {every['questions']} questions {says} as wrong."
+        yield (
+            f"{unanswered} of {every['questions']} questions {says} as wrong: the rows with the key error in "
+            "answers.jsonl say why; delete these to ask them again."
+        )
     tokens, flops = result["tokens_per_question"], result["flops_per_question"]
     if tokens:
         sampled = sum(tokens.get(name, 0) for name in _SAMPLED)
-        took = f"{tokens['total']:,.0f} tokens, of which {sampled:,.0f} were sampled, and {flops['total']:.3g} FLOPs"
+        took = f"{tokens['total']:,.0f} tokens, of which {sampled:,.0f} were generated, and {flops['total']:.3g} FLOPs"
         yield f"On average, a question took {took}."
 
 

@@ -189,8 +189,8 @@ SCORED = {
     "<SUMMARY> a </SUMMARY>": "a",
     "<REASONING> it is red": "it is red",
     "The answer is __B__": "The answer is B",
-    "<CONCLUSION> </CONCLUSION>": "(unanswered)",
-    "": "(unanswered)",
+    "<CONCLUSION> </CONCLUSION>": "",
+    "": "",
 }
 
 
@@ -225,6 +225,39 @@ EMPHASIS = {
 def test_emphasis_goes_and_words_stay(text):
     assert without_marks(text) == EMPHASIS[text]
     assert re.findall(r"\w+", text.replace("_", " ")) == re.findall(r"\w+", EMPHASIS[text].replace("_", " "))
+
+
+@pytest.mark.parametrize("right", [("A",), ("yes",), ("5",), ("a cat",)])
+def test_no_answer_is_right_where_there_is_none(right):
+    """Whatever the options are called."""
+    form = form_of(right)
+    options = {"A": "unanswered", "B": "red"} if form == "option" else {}
+    assert not RightAnswer(right, form, options).accepts(scored_text("<CONCLUSION> ** </CONCLUSION>".replace("**", "")))
+
+
+@pytest.mark.parametrize(
+    ("right", "text", "is_right"),
+    [
+        (5, "-$5", False),
+        (5, "\u2212$5", False),
+        (5, "it is \u20135", False),
+        (-5, "-$5", True),
+        (-5, "\u20135 degrees", True),
+        (5, "2\u20135", False),
+        (5, "5\u00b2", False),
+        (10, "10^3", False),
+        (10, "10\u207b\u00b3", False),
+        (0, "0x1F", False),
+        (1, "1_000", False),
+        ("-5%", "5%", False),
+        ("-5%", "-5%", True),
+        ("-5 \u00b0C", "5 \u00b0C", False),
+        ("\u22125 \u00b0C", "-5 \u00b0C", True),
+        ("<5 mm", ">5 mm", False),
+    ],
+)
+def test_signs_and_powers_count(right, text, is_right):
+    assert RightAnswer((right,), form_of([right])).accepts(text) is is_right
 
 
 def test_a_right_staged_answer_is_right():

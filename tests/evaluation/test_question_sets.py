@@ -164,6 +164,26 @@ def test_tables_that_cannot_be_used(tmp_path, row, message):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("1\tWhat\tis it?\tred\n", "line 2 has more cells than there are columns: put a tab in quotes"),
+        ('1\tWhat?\t"a\n2\tWhich?\tb\n', "unexpected end of data"),
+        ('1\tWhat?\t"warm" red\n', "a cell with quotes has all of them twice"),
+    ],
+)
+def test_a_table_whose_cells_have_moved(tmp_path, rows, message):
+    """A tab or a quote too many would put the cells of one row, or several rows, into others."""
+    (tmp_path / "own.tsv").write_text("index\tquestion\tanswer\n" + rows)
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path / "own.tsv")
+
+
+def test_ids_that_look_alike_have_draws_of_their_own(tmp_path):
+    rows = [{"id": 1, "question": "What?", "answer": "x"}, {"id": "1", "question": "What?", "answer": "x"}]
+    assert len({row.seed for row in opened(write_lines(tmp_path / "own.jsonl", *rows)).rows}) == 2
+
+
 def test_files_that_cannot_be_used(tmp_path):
     (tmp_path / "binary.tsv").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"binary.tsv is no text in UTF-8"):

@@ -46,8 +46,11 @@ def test_tokens_and_flops_are_those_of_answered_questions():
     assert result["accuracy"]["all"]["clustered_standard_error"] == pytest.approx(0.3142697)
     text = printed(rows)
     assert "66.7%" in text and "27.2%" in text and "31.4%" in text
-    assert "a question took 34 tokens, of which 10 were sampled, and 300 FLOPs" in text
-    assert "1 of 3 questions has no answer, and counts as wrong." in text
+    assert "a question took 34 tokens, of which 10 were generated, and 300 FLOPs" in text
+    assert (
+        "1 of 3 questions has no answer, and counts as wrong: the rows with the key error in answers.jsonl say why"
+        in text
+    )
 
 
 def test_nothing_is_answered():

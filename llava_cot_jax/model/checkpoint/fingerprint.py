@@ -11,7 +11,7 @@ from llava_cot_jax.model.checkpoint.auxiliary_files import list_auxiliary_files
 from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llava_cot_jax.model.checkpoint.reading import locate_tensors
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.paths import is_remote
+from llava_cot_jax.paths import bucket_filesystem, is_remote
 
 _SAMPLE_BYTES = 256
 
@@ -30,27 +30,28 @@ def checkpoint_fields(folder: Path, config: MllamaConfig, has_weights: bool = Tr
     }
     fields["the model's configuration"] = short_digest(json.dumps(config.to_dict("float32")).encode())
     if has_weights:
-        fields["the digest of the weights"] = _sample_of_weights(folder, config)
+        fields["the digest of the weights"] = weights_digest(folder, config)
     return fields
 
 
-def adapter_fields(path_or_hub_id: str) -> dict[str, str]:
-    """Return a digest of the files of an adapter, by name. In a bucket, which all processes read, its path counts.
+def adapter_digest(path_or_hub_id: str) -> str:
+    """Return a digest of the files of an adapter; of those in a bucket, their sizes.
 
     Raises:
         UserError: There is no such adapter.
     """
     folder = read_adapter_settings(path_or_hub_id).folder
-    if is_remote(folder):
-        return {"the adapter": str(folder)}
     found = hashlib.sha256()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if is_remote(folder):
+            found.update(str(bucket_filesystem().size(str(folder / name))).encode())
+            continue
         with (folder / name).open("rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
-    return {"the digest of the adapter": found.hexdigest()[:16]}
+    return found.hexdigest()[:16]
 
 
-def _sample_of_weights(folder: Path, config: MllamaConfig) -> str:
+def weights_digest(folder: Path, config: MllamaConfig) -> str:
     """Return a digest of the names, dtypes and shapes of all tensors, and of a few bytes from the middle of each.
 
     In a bucket, which all hosts read, only names, dtypes and shapes count.
