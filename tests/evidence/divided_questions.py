@@ -11,6 +11,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from tests.distributed.test_divided_questions import Run, ends
+from tests.processes import xla_flags
 
 COUNT = 60
 """Number of questions, about 0 images, 1 image and 2 images in turn."""
@@ -37,6 +39,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{datetime.date.today()}; jax {version('jax')}, jaxlib {version('jaxlib')}; {COUNT} questions")
     place = Path(tempfile.mkdtemp())
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=1)}
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place / "programs")
     try:
         write_questions(place)
         for count in (1, 2, 4):
@@ -84,8 +88,9 @@ def write_questions(place: Path) -> None:
 
 def prepare(place: Path, name: str, count: int) -> Run:
     run = Run(place, name, count)
-    run.arguments = [each for each in run.arguments if not each.startswith("--search")]
-    run.arguments += ["--search=stage_beam", "--num_candidates=2"]
+    others = ("--checkpoint", "--search", "--max_new_tokens")
+    run.arguments = [each for each in run.arguments if not each.startswith(others)]
+    run.arguments += ["--checkpoint=shapes", "--search=stage_beam", "--num_candidates=2", "--max_new_tokens=90"]
     return run
 
 
