@@ -195,14 +195,9 @@ class AnswerFile:
                 )
         return [index for index, row in enumerate(rows) if row.id not in self.known]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return all answers, in the order in which they stand in the file."""
-        self._file.seek(0)
-        return [json.loads(line) for line in self._file]
-
     def put_in_order(
         self, ids: Sequence[str | int], completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
-    ) -> None:
+    ) -> list[Mapping[str, Any]]:
         """Put the answers in the order of the questions with these ids, and those to others after them.
 
         The file is replaced by a new one at once, so that no answer is lost on the way.
@@ -211,15 +206,21 @@ class AnswerFile:
             ids: Ids of the questions.
             completed: Function that returns what is written of a row.
 
+        Returns:
+            The rows as they are written.
+
         Raises:
             UserError: It cannot be written.
         """
         places = {identifier: place for place, identifier in enumerate(ids)}
-        ordered = sorted(self.rows(), key=lambda row: places.get(row["id"], len(places)))
-        content = b"".join(map(_line, map(completed, ordered)))
+        self._file.seek(0)
+        stored = sorted(map(json.loads, self._file), key=lambda row: places.get(row["id"], len(places)))
+        rows = [completed(row) for row in stored]
+        content = b"".join(map(_line, rows))
         with writing_errors(self._path):
             if content != self._path.read_bytes():
                 write_bytes(self._path, content)
+        return rows
 
     def close(self) -> None:
         """Close the file."""

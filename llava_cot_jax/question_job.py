@@ -262,21 +262,25 @@ class QuestionJob:
         with cli.progress_bar("answering", unit="questions", every=every) as self._on_progress:
             yield
 
-    def finish(self) -> None:
+    def finish(self) -> list[AnswerRow]:
         """Put the answers in the order of the questions, and say how many questions have none.
+
+        Returns:
+            The rows of the file; none in a process without it.
 
         Raises:
             UserError: The output cannot be written.
         """
         if self._file is None:
-            return
-        self._file.put_in_order([row.id for row in self.rows], self._completed)
+            return []
+        rows = self._file.put_in_order([row.id for row in self.rows], self._completed)
         self._file.close()
         if self._failed:
             _LOG.warning(
                 f"{self._failed} of {len(self.unanswered)} questions have no answer: the rows with the key error in "
                 f"{self._output} say why; delete these to ask them again"
             )
+        return rows
 
     def run(self, model: Mllama, source: QuestionSource) -> None:
         """Answer questions with a model until all are answered, here or in other processes.

@@ -166,7 +166,8 @@ def _check_files(settings: TrainSettings) -> None:
 
 def _answer(result: TrainResult) -> None:
     """Answer validation questions, print a few, and count how many captions and conclusions match the rows' own."""
-    from llava_cot_jax.evaluation.held_out import accuracy, answer_held_out, find_answerable
+    from llava_cot_jax.evaluation.held_out import answer_held_out, find_answerable
+    from llava_cot_jax.evaluation.statistics import accuracy
     from llava_cot_jax.inference.generator import Generator
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.training.export import merged_arrays

@@ -1,11 +1,15 @@
 """What tests, and the processes that they start, are run with."""
 
 import atexit
+import json
 import os
 import shutil
+import socket
+import subprocess
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,3 +38,22 @@ def keep_compiled_programs() -> None:
         folder = tempfile.mkdtemp(prefix="compiled-for-tests-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    """A port at which a process may listen."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def reports_of(workers: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+    """What each process prints as JSON in its last line. None of them is left, and none may fail."""
+    try:
+        outputs = [worker.communicate(timeout=900) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, (_, errors) in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, errors[-3000:]
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]

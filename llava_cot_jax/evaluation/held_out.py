@@ -1,6 +1,5 @@
 """Answers to held-out questions of a data set, and how many of them are right."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -91,9 +90,3 @@ def _body(answer: str, stage: str) -> list[str]:
     if not stages and stage == LLAVA_COT.conclusion:
         return answer.rsplit("\n\n", 1)[-1].split()
     return stages.get(stage, "").split()
-
-
-def accuracy(correct: Sequence[bool]) -> tuple[float, float]:
-    """Return the fraction of correct answers, and its standard error."""
-    mean = sum(correct) / len(correct)
-    return mean, math.sqrt(mean * (1 - mean) / len(correct))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from llava_cot_jax.evaluation.question_sets import EvaluationSet, KnownAnswer
 from llava_cot_jax.evaluation.results import summarize
 from llava_cot_jax.files import read_json, write_json
 from llava_cot_jax.hosts.question_queue import AnswerRow, QuestionSource
+from llava_cot_jax.hosts.surroundings import package_version
 from llava_cot_jax.paths import writing_errors
 from llava_cot_jax.question_job import QuestionJob
 from llava_cot_jax.search.strategies import Strategy
@@ -59,7 +59,7 @@ class EvaluationJob(QuestionJob):
         self._benchmark, self._sha256, self._folder = questions.name, questions.sha256, folder
         self._known = {row.id: known for row, known in zip(questions.rows, questions.known, strict=True)}
         self._format = strategy.to_spec().format
-        self.scored: list[dict[str, Any]] = []
+        self.scored: list[AnswerRow] = []
         super().__init__(options, questions, folder / ANSWERS, strategy, model, writes=writes)
 
     def run(self, model: Mllama, source: QuestionSource) -> None:
@@ -72,7 +72,7 @@ class EvaluationJob(QuestionJob):
             note_environment(self._folder / ENVIRONMENTS)
         super().run(model, source)
 
-    def finish(self) -> None:
+    def finish(self) -> list[AnswerRow]:
         """Score all answers anew, and put them in the order of the questions.
 
         A right answer that was corrected, or another way to compare, so counts without asking anything again.
@@ -80,10 +80,9 @@ class EvaluationJob(QuestionJob):
         Raises:
             UserError: The output cannot be written.
         """
-        if self._file:
-            scored = {row["id"]: self._completed(row) for row in self._file.rows()}
-            self.scored = [scored[row.id] for row in self.rows]
-        super().finish()
+        rows = super().finish()
+        self.scored = rows[: len(self.rows)]  # those to other questions come after them
+        return rows
 
     def report(self) -> dict[str, Any]:
         """Return the accuracy of the scored rows, what they took, and what was run."""
@@ -140,7 +139,7 @@ def note_environment(path: Path) -> None:
 
     found = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        **{name: version(name) for name in _NAMED_VERSIONS},
+        **{name: package_version(name) for name in _NAMED_VERSIONS},
     }
     known = environments(path)
     if found not in known:

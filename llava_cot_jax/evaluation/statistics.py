@@ -28,6 +28,12 @@ class AccuracyEstimate:
     clustered_standard_error: float | None
 
 
+def accuracy(right: Sequence[bool]) -> tuple[float, float]:
+    """Return the share of right answers, of which there must be one at least, and its binomial standard error."""
+    share = sum(right) / len(right)
+    return share, math.sqrt(share * (1 - share) / len(right))
+
+
 def estimate_accuracy(right: Sequence[bool], clusters: Sequence[Hashable]) -> AccuracyEstimate:
     """Estimate the accuracy of answers, of which there must be one at least.
 
@@ -41,10 +47,9 @@ def estimate_accuracy(right: Sequence[bool], clusters: Sequence[Hashable]) -> Ac
         clusters: Group of each question, such as its image.
     """
     count, correct = len(right), sum(right)
-    share = correct / count
+    share, binomial = accuracy(right)
     sums: dict[Hashable, float] = defaultdict(float)
     for is_right, cluster in zip(right, clusters, strict=True):
         sums[cluster] += is_right - share
     clustered = math.sqrt(math.fsum(total * total for total in sums.values())) / count if len(sums) > 1 else None
-    binomial = math.sqrt(share * (1 - share) / count)
     return AccuracyEstimate(count, correct, len(sums), share, binomial, clustered)

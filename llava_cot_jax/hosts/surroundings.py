@@ -40,7 +40,7 @@ FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 def surroundings() -> dict[str, str]:
     """Return the versions, source files and compiler flags of this process, by name."""
     fields = {"the version of python": platform.python_version()}
-    fields |= {f"the version of {name}": _version(name) for name in COMPARED_PACKAGES}
+    fields |= {f"the version of {name}": package_version(name) for name in COMPARED_PACKAGES}
     package = Path(__file__).parents[1]
     sources = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".yaml"))
     fields |= {f"the digest of {path.relative_to(package.parent)}": short_digest(path.read_bytes()) for path in sources}
@@ -64,7 +64,8 @@ def device_fields() -> dict[str, str]:
     }
 
 
-def _version(name: str) -> str:
+def package_version(name: str) -> str:
+    """Return the version of a package, or "not installed"."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,8 +1,6 @@
 """Two processes of two devices each that answer with one model, against one process with one device."""
 
-import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import xla_flags
+from tests.processes import free_port, reports_of, xla_flags
 
 WORKER = Path(__file__).with_name("answer_worker.py")
 
@@ -19,9 +17,7 @@ WORKER = Path(__file__).with_name("answer_worker.py")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the first process, the second one, and one alone have printed."""
     scratch = tmp_path_factory.mktemp("answers")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     workers = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(process), str(processes), str(port), str(scratch)],
@@ -32,14 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         )
         for process, processes in ((0, 2), (1, 2), (0, 1))
     ]
-    try:
-        outputs = [worker.communicate(timeout=900) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, (_, errors) in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, errors[-3000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    return reports_of(workers)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ From 4 processes and with 2 workers too: ``tests/evidence/data_hosts.py``.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.data_worker import BATCH, RANGES
-from tests.processes import WITHOUT_TORCH, xla_flags
+from tests.processes import WITHOUT_TORCH, free_port, xla_flags
 
 WORKER = Path(__file__).with_name("data_worker.py")
 HOSTS = (1, 2)
@@ -23,9 +22,7 @@ WORKERS = (0, 1)
 
 def run(processes: int, scratch: Path, most_workers: int) -> list[dict[str, Any]]:
     """What each process got."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"XLA_FLAGS": xla_flags(4 // processes), "PYTHONPATH": WITHOUT_TORCH}
     started = [
         subprocess.Popen(

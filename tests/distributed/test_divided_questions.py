@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_cot_jax.data.shapes.rows import ShapesRows
+from tests.processes import free_port
 from tests.training.small_run import write_small
 
 pytestmark = pytest.mark.slow
@@ -23,6 +24,7 @@ import os, signal
 from llava_cot_jax import cli, generate
 from llava_cot_jax.hosts.question_server import RemoteQuestions
 from llava_cot_jax.question_files import AnswerFile
+from tests.processes import free_port
 {disturb}
 cli.run(generate.main, leave=os._exit, command="generate")
 """
@@ -70,9 +72,7 @@ class Run:
     """Processes that divide the questions into one file."""
 
     def __init__(self, place: Path, name: str, count: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
+        address = f"localhost:{free_port()}"
         self.place, self.name, self.output = place, name, place / f"{name}.jsonl"
         self.arguments = [f"--questions={place / 'questions.jsonl'}", f"--output={self.output}", "--slots=2"]
         self.arguments += [f"--checkpoint={place / 'small'}", "--search=sample", "--max_new_tokens=30"]

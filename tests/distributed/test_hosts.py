@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from tests.demo import random_weights
 from tests.distributed.train_runs import COMMAND, Hosts, ended, errors_of, start_on_hosts
-from tests.processes import WITHOUT_TORCH
+from tests.processes import WITHOUT_TORCH, free_port
 from tests.training.small_run import arguments, environment, small_config, write_small
 
 TWO = Hosts(2, 1, {"mesh.fsdp": 2, "eval_examples": 0, "steps": 4})
@@ -75,9 +75,7 @@ def test_the_mistake_of_one_ends_the_other(place, cache, who, name, value, told)
 @pytest.mark.slow
 def test_a_mistake_beside_hosts_in_a_file_ends_the_other(place, cache):
     """The options of hosts stand in a configuration file, whose other options cannot be used."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
+    coordinator = f"localhost:{free_port()}"
     started = []
     for index in range(2):
         file = place / f"host_{index}.yaml"
@@ -151,9 +149,7 @@ with lifeline.shared_failures(cli.report):
 @pytest.mark.slow
 def test_the_first_process_is_killed():
     """With it ends jax's service, which aborts the other process: by code 134, if nothing prevents it."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     started = [
         subprocess.Popen(
             [sys.executable, "-c", KILLED, address, str(index)],

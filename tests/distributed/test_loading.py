@@ -1,8 +1,6 @@
 """Two processes of four devices each: every process reads its own shards' bytes, and one writes what all hold."""
 
-import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.processes import xla_flags
+from tests.processes import free_port, reports_of, xla_flags
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/mllama_tiny"
 WORKER = Path(__file__).with_name("loading_worker.py")
@@ -27,9 +25,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(scratch: Path) -> list[dict[str, Any]]:
     """What each process printed."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"XLA_FLAGS": xla_flags(devices=4)}
     workers = [
         subprocess.Popen(
@@ -41,14 +37,7 @@ def found(scratch: Path) -> list[dict[str, Any]]:
         )
         for process in range(2)
     ]
-    try:
-        outputs = [worker.communicate(timeout=900) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, (_, errors) in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, errors[-3000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    return reports_of(workers)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 They compile as a user's would: over many steps, the rounding of quickly compiled programs adds up.
 """
 
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.processes import free_port
 from tests.training.small_run import arguments, command, environment
 
 STEPS = 20
 
 COMMAND = """
 from llava_cot_jax import cli, train
+from tests.processes import free_port
 {disturb}
 cli.run(train.main)
 """
@@ -71,9 +72,7 @@ def start_on_hosts(
         quick: Whether programs compile quickly.
         settings: Of all processes.
     """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
+    coordinator = f"localhost:{free_port()}"
     group = ["--hosts.coordinator", coordinator, "--hosts.count", str(hosts.processes)]
     shared = arguments(place / "small", place / name, **{"steps": STEPS, **hosts.settings, **settings})
     commands = []

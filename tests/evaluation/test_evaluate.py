@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluate import main
 from llava_cot_jax.model.mllama import Mllama
-from tests.processes import xla_flags
+from tests.processes import free_port, xla_flags
 
 COUNT = 12
 """Number of questions of the shapes world."""
@@ -97,9 +96,7 @@ def test_a_killed_run_goes_on(uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_divide_the_questions(uninterrupted, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        hosts = ["--hosts.coordinator", f"localhost:{probe.getsockname()[1]}", "--hosts.count", "2", "--hosts.index"]
+    hosts = ["--hosts.coordinator", f"localhost:{free_port()}", "--hosts.count", "2", "--hosts.index"]
     both = [
         subprocess.Popen(command(tmp_path, *hosts, index), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
         for index in ("0", "1")

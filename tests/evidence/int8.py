@@ -20,7 +20,8 @@ from llava_cot_jax.benchmark.workload import RANDOM_MODELS, Workload
 from llava_cot_jax.data.chat import Chat
 from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.data.shapes.rows import ShapesRows
-from llava_cot_jax.evaluation.held_out import accuracy, answer_held_out
+from llava_cot_jax.evaluation.held_out import answer_held_out
+from llava_cot_jax.evaluation.statistics import accuracy
 from llava_cot_jax.inference.generator import Generator
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor

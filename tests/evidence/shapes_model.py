@@ -32,7 +32,8 @@ from llava_cot_jax.data.chat import Chat  # noqa: E402
 from llava_cot_jax.data.settings import ChatSettings  # noqa: E402
 from llava_cot_jax.data.shapes.rows import QUESTION_KINDS, ShapesRows  # noqa: E402
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, train_tokenizer  # noqa: E402
-from llava_cot_jax.evaluation.held_out import accuracy, answer_held_out  # noqa: E402
+from llava_cot_jax.evaluation.held_out import answer_held_out  # noqa: E402
+from llava_cot_jax.evaluation.statistics import accuracy  # noqa: E402
 from llava_cot_jax.inference.generator import Generator  # noqa: E402
 from llava_cot_jax.model.checkpoint.auxiliary_files import write_auxiliary_files  # noqa: E402
 from llava_cot_jax.model.mllama import Mllama  # noqa: E402

@@ -18,6 +18,7 @@ from llava_cot_jax.hosts import lifeline as module
 from llava_cot_jax.hosts.connections import Failure
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ALONE, ProcessGroup
+from tests.processes import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # ends of "processes"
 
@@ -31,9 +32,7 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return f"localhost:{probe.getsockname()[1]}"
+    return f"localhost:{free_port()}"
 
 
 class Processes:

@@ -15,6 +15,7 @@ from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
 from llava_cot_jax.hosts.question_queue import QuestionQueue
 from llava_cot_jax.hosts.question_server import QuestionServer, RemoteQuestions
+from tests.processes import free_port
 
 FIELDS = {"seed": "0", "the digest of the questions": "abc"}
 
@@ -27,9 +28,7 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 class First:
