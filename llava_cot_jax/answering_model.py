@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -125,8 +126,9 @@ class AnsweringModel:
                 model.quantize()
         return model
 
+    @cached_property
     def digests(self) -> dict[str, str | None]:
-        """Return digests by which the weights, and those of the adapter, are known again at the same paths."""
+        """Digests by which the weights, and those of the adapter, are known again at the same paths."""
         from llava_cot_jax.model.checkpoint.fingerprint import adapter_digest, weights_digest
 
         adapter = self.options.adapter
@@ -139,7 +141,7 @@ class AnsweringModel:
         """Return the files of the model and the devices of this process, by name."""
         from llava_cot_jax.model.checkpoint.fingerprint import checkpoint_fields
 
-        digests = {f"the digest of the {name}": str(value) for name, value in self.digests().items()}
+        digests = {f"the digest of the {name}": str(value) for name, value in self.digests.items()}
         return device_fields() | checkpoint_fields(self.folder, self.config, has_weights=False) | digests
 
 

@@ -168,7 +168,7 @@ class QuestionJob:
             "default_max_new_tokens": self._model.stated_length,
             "judge_prompts": digest,
             "seed": options.seed,
-            **self._model.digests(),
+            **self._model.digests,
         }
 
     def fields(self) -> dict[str, str]:
