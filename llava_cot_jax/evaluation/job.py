@@ -106,7 +106,10 @@ class EvaluationJob(QuestionJob):
 
     def _row(self, question: int, streamed: StreamedAnswer, is_shrunk: bool) -> dict[str, Any]:
         row = super()._row(question, streamed, is_shrunk)
-        return row | {"flops": streamed.answer.trace.flops} if streamed.answer else row
+        if streamed.answer is None:
+            return row
+        trace = streamed.answer.trace
+        return row | {"flops": trace.flops, "trace": trace.without_seconds()}
 
 
 def scored_row(row: AnswerRow, known: KnownAnswer, format: StageFormat) -> dict[str, Any]:

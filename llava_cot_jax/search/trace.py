@@ -214,6 +214,11 @@ class Trace:
         """Return the trace as nested dicts and lists, by the names of the attributes, with the name of the format."""
         return asdict(self) | {"format": self.format.name}
 
+    def without_seconds(self) -> dict[str, Any]:
+        """Return the trace as ``to_dict`` does, but for all times, so that it is the same wherever it is made."""
+        stages = [asdict(replace(stage, scorer_seconds=0.0)) for stage in self.stages]
+        return self.to_dict() | {"stages": stages, "seconds": {}}
+
     def to_json(self, indent: int | None = None) -> str:
         """Return the trace as a JSON object, which ``generate --trace`` writes a list of.
 
