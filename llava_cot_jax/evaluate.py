@@ -18,7 +18,11 @@ from llava_cot_jax import cli
 from llava_cot_jax.answering_model import AnsweringModel, add_model_options, check_mesh_sizes
 from llava_cot_jax.answering_processes import add_process_options, answer_job, prepare_devices, run_in_group
 from llava_cot_jax.checks import check_int
-from llava_cot_jax.errors import UserError
+from llava_cot_jax.evaluation.comparison.against import OtherAnswers
+from llava_cot_jax.evaluation.comparison.job import ComparisonJob
+from llava_cot_jax.evaluation.comparison.methods import read_methods
+from llava_cot_jax.evaluation.comparison.options import add_comparison_options, check_comparison_options
+from llava_cot_jax.evaluation.comparison.report import report_against, report_comparison
 from llava_cot_jax.evaluation.job import RESULT, EvaluationJob
 from llava_cot_jax.evaluation.matching import MATCHES
 from llava_cot_jax.evaluation.question_sets import BENCHMARKS, Matching, open_benchmark
@@ -72,21 +76,28 @@ class _Evaluation:
 
     options: Any
     model: AnsweringModel
-    job: EvaluationJob
+    job: EvaluationJob | ComparisonJob
     folder: Path
+    other: OtherAnswers | None
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
-        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "output")
+        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "output", "against")
         given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
         return given | self.job.fields()
 
     def report(self) -> None:
         """Write the result, and print it."""
-        result, path = self.job.report(), self.folder / RESULT
-        with writing_errors(path):
-            write_json(path, result)
-        print_result(result, Console(highlight=False))
+        console = Console(highlight=False)
+        if isinstance(self.job, ComparisonJob):
+            report_comparison(self.job, self.folder, console)
+        else:
+            result, path = self.job.report(), self.folder / RESULT
+            with writing_errors(path):
+                write_json(path, result)
+            print_result(result, console)
+            if self.other:
+                report_against(result, self.options.output, self.other.match(self.job.scored), self.folder, console)
         print(f"wrote the answers and the result to {self.folder}", file=sys.stderr)
 
 
@@ -97,18 +108,23 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
         UserError: One of them cannot be used.
     """
     format = StageFormat.load(options.format)
-    strategy = strategy_of(strategy_or_sampling(options), options.max_new_tokens, format)
-    if not strategy.to_spec().can_stream:
-        raise UserError(f"--search {options.search} answers no questions side by side: give another --search")
+    check_comparison_options(options)
+    methods = read_methods(options) if options.compare else []
     check_int("slots", options.slots)
     check_mesh_sizes(options)
     JudgePrompts.load(options.judge_prompts)
     matching = Matching(options.match, options.tolerance)
     questions = open_benchmark(options.benchmark, options.limit, matching, options.seed)
+    other = OtherAnswers(as_path(options.against), questions) if options.against else None
     model = AnsweringModel.find(options)
-    folder = as_path(options.output)
-    job = EvaluationJob(options, questions, folder, strategy, model, writes=group.index == 0)
-    return _Evaluation(options, model, job, folder)
+    folder, writes = as_path(options.output), group.index == 0
+    job: EvaluationJob | ComparisonJob
+    if methods:
+        job = ComparisonJob(options, questions, folder, methods, model, writes=writes)
+    else:
+        strategy = strategy_of(strategy_or_sampling(options), options.max_new_tokens, format)
+        job = EvaluationJob(options, questions, folder, strategy, model, writes=writes)
+    return _Evaluation(options, model, job, folder, other)
 
 
 def _parser() -> cli.Parser:
@@ -116,6 +132,7 @@ def _parser() -> cli.Parser:
     _add_evaluation_options(parser)
     add_model_options(parser)
     add_arguments(parser)
+    add_comparison_options(parser)
     add_weight_options(parser)
     add_process_options(parser)
     return parser

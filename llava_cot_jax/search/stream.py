@@ -24,6 +24,7 @@ from llava_cot_jax.search.request_builder import Images, RequestBuilder, Request
 from llava_cot_jax.search.room import Room, put_in_room
 from llava_cot_jax.search.scorers import OwnScorer, OwnScores, call_scorer
 from llava_cot_jax.search.snapshots import OnSearchProgress, SnapshotReporter
+from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.trace import stage_name, trace_candidates
 
 DEFAULT_SLOTS = 8
@@ -379,6 +380,11 @@ class AnswerStream:
     def decoding_steps(self) -> int:
         """Number of decoding steps so far, each of which reads the weights once for all slots."""
         return self._steps_before + (self._search.decoding_steps if self._search else 0)
+
+    @property
+    def spec(self) -> SearchSpec:
+        """Static part of the search in the slots, whose default length may be shrunk to what the context leaves."""
+        return self._room.spec
 
     @property
     def is_shrunk(self) -> bool:
