@@ -109,7 +109,7 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
     """
     format = StageFormat.load(options.format)
     check_comparison_options(options)
-    methods = read_methods(options) if options.compare else []
+    methods = [] if options.compare is None else read_methods(options)
     check_int("slots", options.slots)
     check_mesh_sizes(options)
     JudgePrompts.load(options.judge_prompts)

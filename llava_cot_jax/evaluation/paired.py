@@ -40,7 +40,7 @@ def paired_difference(
 
     With d the difference between the scores of a question, and D their mean, the standard error is sqrt(sum over groups
     of (sum over the group of (d - D))^2) / n, as that of one method in ``estimate_accuracy``. It is smaller than that
-    of independent questions where both methods are right on the same ones (Miller, arXiv:2411.00640, section 4.2). The
+    of independent questions where both methods are right on the same ones (Miller, arXiv:2411.00640, section 4). The
     interval is that of a normal distribution.
 
     Args:
@@ -64,9 +64,9 @@ def paired_difference(
 def exact_test(only_first: int, only_second: int) -> float:
     """Return the two-sided p-value of McNemar's exact test.
 
-    Questions on which both methods are right, or both wrong, tell nothing. Were the methods equal, each of the others
-    would be right by either with probability 1/2, so that their numbers are binomial (McNemar, Psychometrika 12, 1947;
-    the exact form is Liddell's, The Statistician 32, 1983). The questions are taken as independent.
+    Questions on which both methods are right, or both wrong, tell nothing. Were the methods equal, either would be the
+    right one with probability 1/2 on each of the others, so that its number of these is binomial (McNemar,
+    Psychometrika 12, 1947, who approximates this). The questions are taken as independent.
 
     Args:
         only_first: Number of questions that the first method alone answers right.
@@ -82,7 +82,7 @@ def questions_needed(only_first: int, only_second: int, questions: int) -> int |
 
     With p the share of questions that one method alone answers right, and D the difference between the accuracies, it
     is ((a sqrt(p) + b sqrt(p - D^2)) / D)^2, where a and b are the normal quantiles of the two-sided level of one minus
-    ``CONFIDENCE`` and of ``POWER`` (Connor, Biometrics 43, 1987, equation 3). The questions are taken as independent.
+    ``CONFIDENCE`` and of ``POWER`` (Connor, Biometrics 43, 1987). The questions are taken as independent.
 
     Args:
         only_first: Number of questions that the first method alone answers right.

@@ -140,3 +140,9 @@ def _interpolated(
 def lines_of(lines: Sequence[Line], kind: str) -> Iterator[Line]:
     """Yield the lines of one kind."""
     return (line for line in lines if line["kind"] == kind)
+
+
+def what_was_asked(about: Line) -> str:
+    """Return the questions, the checkpoint and the seed of a comparison in words, from its line of the kind about."""
+    run, count = about["run"], about["questions"]
+    return f"{count:,} questions of {about['benchmark']}: checkpoint {run['checkpoint']}, seed {run['seed']}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.evaluation.comparison.lines import Line, lines_of
+from llava_cot_jax.evaluation.comparison.lines import Line, lines_of, what_was_asked
 from llava_cot_jax.files import atomic_path
 from llava_cot_jax.paths import writing_errors
 
@@ -17,7 +17,8 @@ FORMS = ("png", "svg")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")
 """Colours of the families: those of Okabe and Ito, which colour-blind people tell apart, and a brown."""
 
-_MARKERS = "osD^vPX*"
+_MARKERS = "osD^vPX"
+"""Marks of the families, one fewer than colours, so that both together tell more of them apart."""
 
 
 def check_plots() -> None:
@@ -47,7 +48,7 @@ def draw_comparison(lines: Sequence[Line], stem: Path) -> list[Path]:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
     (about,) = lines_of(lines, "about")
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
@@ -76,12 +77,14 @@ def draw_comparison(lines: Sequence[Line], stem: Path) -> list[Path]:
                 at = (_flops(line), line["accuracy"])
                 axes.annotate(str(line["num_candidates"]), at, (5, 5), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops:g}"))
     axes.set_xlabel("FLOPs of a question")
     axes.set_ylabel("accuracy, with standard errors")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(which="major", alpha=0.3)
-    run = about["run"]
-    axes.set_title(f"{about['questions']} questions of {about['benchmark']}, {run['checkpoint']}, seed {run['seed']}")
+    axes.set_title(what_was_asked(about))
     figure.legend(loc="outside right upper", frameon=False)
     paths = [stem.with_name(f"{stem.name}.{form}") for form in FORMS]
     for path, form in zip(paths, FORMS, strict=True):

@@ -7,9 +7,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llava_cot_jax.evaluation.comparison.lines import Line, lines_of
-from llava_cot_jax.evaluation.paired import CONFIDENCE, POWER
+from llava_cot_jax.evaluation.comparison.lines import Line, lines_of, what_was_asked
+from llava_cot_jax.evaluation.paired import POWER
 from llava_cot_jax.evaluation.results import SAMPLED_TOKENS, percent
+
+_WIDTH = 120
+"""Number of columns of a table that is written to a file or a pipe."""
 
 
 def print_comparison(lines: Sequence[Line], console: Console) -> None:
@@ -17,49 +20,47 @@ def print_comparison(lines: Sequence[Line], console: Console) -> None:
 
     Args:
         lines: Lines of the comparison's file.
-        console: Console to print on.
+        console: Console to print on. Where it is no terminal, it is made wide enough.
     """
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDTH)
     methods, pairs, equal = (list(lines_of(lines, kind)) for kind in ("method", "pair", "equal_flops"))
     (about,) = lines_of(lines, "about")
-    console.print(_headline(about), soft_wrap=True, markup=False)
+    devices = " and ".join(dict.fromkeys(each["device"] for each in about["environments"]))
+    _say(console, f"{what_was_asked(about)}, on {devices or 'no device'}")
     console.print(_method_table(methods))
     if any(line["unanswered"] for line in methods):
-        console.print(
-            "Questions without an answer count as wrong; they are left out of tokens and FLOPs.", soft_wrap=True
-        )
+        _say(console, "Questions without an answer count as wrong. Tokens and FLOPs are those of the others.")
     console.print(_pair_table(pairs))
     for note in _pair_notes(pairs):
-        console.print(note, soft_wrap=True)
+        _say(console, note)
     if equal:
         console.print(_equal_table(equal))
-        console.print(
-            "Accuracy of the family at the FLOPs of the method, interpolated between measured numbers of candidates.",
-            soft_wrap=True,
+        _say(
+            console, "The accuracy of a family at the FLOPs of a method lies between two of its numbers of candidates."
         )
 
 
-def _headline(about: Line) -> str:
-    run, devices = about["run"], dict.fromkeys(each["device"] for each in about["environments"])
-    on = f" on {' and '.join(devices)}" if devices else ""
-    return f"{about['questions']} questions of {about['benchmark']}, {run['checkpoint']}, seed {run['seed']}{on}"
+def _say(console: Console, sentence: str) -> None:
+    console.print(sentence, soft_wrap=True, markup=False)
 
 
 def _table(title: str, names: Sequence[str], left: int) -> Table:
-    table = Table(title=title, title_justify="left")
+    """Return a table without rows, of whose columns the first ``left`` have texts, and the others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=i < left)
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
     return table
 
 
 def _method_table(methods: Sequence[Line]) -> Table:
     has_seconds = any("seconds_per_question" in line for line in methods)
-    names = ("method", "accuracy", "standard error", "sampled", "tokens", "FLOPs", *(["seconds"] * has_seconds))
-    table = _table("Methods, by question", names, 1)
+    names = ("method", "accuracy", "generated", "tokens", "FLOPs", *(["seconds"] * has_seconds))
+    table = _table("Methods, and what a question took", names, 1)
     for line in methods:
         tokens, flops = line["tokens_per_question"], line["flops_per_question"]
         cells = [
-            percent(line["accuracy"]),
-            percent(_standard_error(line)),
+            f"{percent(line['accuracy'])} ± {percent(_standard_error(line))}",
             f"{sum(tokens.get(name, 0) for name in SAMPLED_TOKENS):,.0f}" if tokens else "none",
             f"{tokens['total']:,.0f}" if tokens else "none",
             f"{flops['total']:.3g}" if flops else "none",
@@ -86,17 +87,15 @@ def _seconds(line: Line) -> str:
 
 
 def _pair_table(pairs: Sequence[Line]) -> Table:
-    names = ("first", "second", "difference", "standard error", f"{CONFIDENCE:.0%} interval")
-    tests = ("only first", "only second", "p", "Holm's p", "questions needed")
-    table = _table("Pairs: first less second, on the same questions", (*names, *tests), 2)
+    names = ("first", "second", "difference", "alone right", "p", "Holm's p", "needed")
+    table = _table("Pairs: first less second", names, 2)
     for line in pairs:
         needed = line["questions_needed"]
         table.add_row(
-            *(Text(line["first"]), Text(line["second"])),
-            *_difference_cells(line),
-            *(str(line["only_first"]), str(line["only_second"])),
+            *(Text(line["first"]), Text(line["second"]), _difference(line)),
+            f"{line['only_first']} : {line['only_second']}",
             *(f"{line['p_value']:.2g}", f"{line['holm_p_value']:.2g}"),
-            "none differ" if needed is None else f"{needed:,}",
+            "none" if needed is None else f"{needed:,}",
         )
     return table
 
@@ -104,27 +103,26 @@ def _pair_table(pairs: Sequence[Line]) -> Table:
 def _pair_notes(pairs: Sequence[Line]) -> Iterator[str]:
     count = len(pairs)
     yield (
-        f"p: McNemar's exact test on the questions that one method alone answers right. {count} "
-        f"{'pair was' if count == 1 else 'pairs were'} tested; Holm's p allows for that. Questions needed: how many "
-        f"show a difference of this size with a power of {POWER:.0%}."
+        f"p is that of McNemar's exact test on the questions that one method alone answers right; Holm's allows for "
+        f"{count} {'pair that was' if count == 1 else 'pairs that were'} tested. Needed is how many questions "
+        f"would show a difference of this size with a power of {POWER:.0%}; none where there is no difference."
     )
     if any(line["clusters"] < line["questions"] for line in pairs):
-        yield "Standard errors and intervals are clustered by image; the test takes questions as independent."
+        yield "Standard errors are clustered by image; the test takes questions as independent."
 
 
 def _equal_table(equal: Sequence[Line]) -> Table:
-    names = ("method", "family", "FLOPs", "family's accuracy", "difference", "standard error")
-    table = _table("Accuracy at equal FLOPs: method less family", (*names, f"{CONFIDENCE:.0%} interval"), 2)
+    names = ("method", "family", "accuracy of the family", "method less family")
+    table = _table("Accuracy at the FLOPs of a method", names, 2)
     for line in equal:
-        cells = (Text(line["method"]), Text(line["family"]), f"{line['flops']:.3g}")
+        told = [Text(line["method"]), Text(line["family"])]
         if line["between"] is None:
-            table.add_row(*cells, "outside what was measured")
+            table.add_row(*told, "outside what was measured")
         else:
-            table.add_row(*cells, percent(line["accuracy"]), *_difference_cells(line))
+            table.add_row(*told, percent(line["accuracy"]), _difference(line))
     return table
 
 
-def _difference_cells(line: Mapping[str, Any]) -> list[str]:
-    interval = line["interval"]
-    told = "unknown" if interval is None else f"{interval[0]:+.1%} to {interval[1]:+.1%}"
-    return [f"{line['difference']:+.1%}", percent(line["standard_error"]), told]
+def _difference(line: Mapping[str, Any]) -> str:
+    """Return a difference with its standard error."""
+    return f"{line['difference']:+.1%} ± {percent(line['standard_error'])}"
