@@ -2,6 +2,7 @@
 
 llava-cot evaluate --benchmark shapes --limit 200 --search majority_vote --output runs/shapes_majority
 llava-cot evaluate --benchmark FILE.jsonl --checkpoint DIR_OR_HUB_ID --search stage_beam --output runs/mine
+llava-cot evaluate --benchmark shapes --limit 200 --compare greedy,majority_vote:4,stage_beam:4 --output runs/compared
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
     JudgePrompts.load(options.judge_prompts)
     matching = Matching(options.match, options.tolerance)
     questions = open_benchmark(options.benchmark, options.limit, matching, options.seed)
-    other = OtherAnswers(as_path(options.against), questions) if options.against else None
+    other = OtherAnswers(options.against, questions) if options.against else None
     model = AnsweringModel.find(options)
     folder, writes = as_path(options.output), group.index == 0
     job: EvaluationJob | ComparisonJob

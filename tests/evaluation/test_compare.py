@@ -11,21 +11,26 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from jsonargparse import Namespace
 from PIL import Image
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluate import main
-from llava_cot_jax.evaluation.comparison import job as comparison_job
 from llava_cot_jax.evaluation.comparison import plot
+from llava_cot_jax.evaluation.comparison.derived import derived_row
+from llava_cot_jax.evaluation.comparison.methods import Method
+from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.paths import BUNDLED_MODEL
+from llava_cot_jax.search.options import SEARCH_OPTIONS
 from tests.processes import free_port, xla_flags
 
 COUNT = 5
 """Number of questions, which fill no whole number of batches."""
 
-METHODS = ("greedy", "sample", "majority_vote:2", "sentence_beam:2/log_probability")
+METHODS = ("sample", "majority_vote:2", "sentence_beam:2/log_probability")
 
-RUNS = ("greedy", "majority_vote-2", "sentence_beam-2-log_probability")
+RUNS = ("majority_vote-2", "sentence_beam-2-log_probability")
 """Folders of what is run for these methods."""
 
 QUESTIONS = ["--benchmark", "shapes", "--limit", str(COUNT), "--slots", "2", "--max_new_tokens", "90"]
@@ -92,9 +97,8 @@ def test_a_killed_comparison_goes_on_and_asks_nothing_twice(killed, whole, tmp_p
 @pytest.mark.slow
 def test_two_processes_divide_a_comparison(killed, whole, tmp_path):
     folder = shutil.copytree(killed, tmp_path / "divided")
-    for run in RUNS[:2]:
-        rows = (folder / run / "answers.jsonl").read_bytes().splitlines(True)
-        (folder / run / "answers.jsonl").write_bytes(b"".join(rows[::2]))
+    first = folder / RUNS[0] / "answers.jsonl"
+    first.write_bytes(b"".join(first.read_bytes().splitlines(True)[::2]))
     hosts = ["--hosts.coordinator", f"localhost:{free_port()}", "--hosts.count", "2", "--hosts.index"]
     both = [
         subprocess.Popen(command(folder, *hosts, index), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
@@ -119,14 +123,14 @@ def test_what_the_files_say(whole):
     )
     assert [environment["device"] for environment in about["environments"]] == ["1 x cpu"]
     assert list(methods) == list(METHODS)
-    assert [methods[name]["derived"] for name in METHODS] == [False, True, False, False]
-    for name, run in (("greedy", RUNS[0]), ("majority_vote:2", RUNS[1]), (METHODS[-1], RUNS[2])):
+    assert [methods[name]["derived"] for name in METHODS] == [True, False, False]
+    for name, run in zip(METHODS[1:], RUNS, strict=True):
         rows = rows_of(whole / run)
         assert methods[name]["right"] == sum(row["right"] for row in rows)
         flops = sum(sum(row["flops"].values()) for row in rows) / COUNT
         assert methods[name]["flops_per_question"]["total"] == pytest.approx(flops)
     pairs = {(line["first"], line["second"]): line for line in lines if line["kind"] == "pair"}
-    assert len(pairs) == 6 and all(line["pairs"] == 6 for line in pairs.values())
+    assert len(pairs) == 3 and all(line["pairs"] == 3 for line in pairs.values())
     for (first, second), line in pairs.items():
         assert line["difference"] == pytest.approx(methods[first]["accuracy"] - methods[second]["accuracy"])
         assert line["only_first"] - line["only_second"] == methods[first]["right"] - methods[second]["right"]
@@ -137,10 +141,10 @@ def test_what_the_files_say(whole):
 def test_the_plot_names_every_family(whole):
     with Image.open(whole / "comparison.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 500
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > len(METHODS)
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
     drawn = (whole / "comparison.svg").read_text()
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
-    for family in ("greedy", "sample", "majority_vote", "sentence_beam/log_probability"):
+    for family in ("sample", "majority_vote", "sentence_beam/log_probability"):
         assert f"<!-- {family} -->" in drawn
 
 
@@ -160,33 +164,35 @@ NESTED = ("best_of_n:2/log_probability", "weighted_vote:3", "best_of_n:3/verifie
 
 
 @pytest.mark.slow
-def test_derived_answers_are_those_of_direct_runs(tmp_path, monkeypatch):
+def test_derived_answers_are_those_of_direct_runs(tmp_path):
     """Texts, winners, tokens and FLOPs are the same; log-probabilities and scores are, but for rounding.
 
     A direct run has other shapes, in which sums are rounded otherwise. The log-probabilities of some 60 tokens, each of
     which is rounded like the logits that it is the difference of, add up to an error of 1e-4 at most.
     """
-    found = []
-    answers = comparison_job.ComparisonJob.answers
-    monkeypatch.setattr(comparison_job.ComparisonJob, "answers", lambda job: found.extend(answers(job)) or found)
     main([*QUESTIONS, "--compare", f"{','.join(NESTED)},weighted_vote:4", "--output", str(tmp_path / "all")])
     assert [path.name for path in (tmp_path / "all").iterdir() if path.is_dir()] == ["best_of_n-4-verifier"]
-    derived = {each.method.name: each for each in found}
+    lines = {line["method"]: line for line in lines_of(tmp_path / "all") if line["kind"] == "method"}
+    options = Namespace({**dict.fromkeys(SEARCH_OPTIONS), "max_new_tokens": 90, "format": "llava_cot"})
+    config = read_config(resolve_checkpoint(BUNDLED_MODEL))
     for name in NESTED:
         search, _, rest = name.partition(":")
         count, _, judge = rest.partition("/")
         given = ["--num_candidates", count, *(["--judge", judge] if judge else [])]
-        folder = tmp_path / derived[name].method.folder
-        main([*QUESTIONS, "--search", search, *given, "--output", str(folder)])
-        assert derived[name].seconds_per_question is None and len(derived[name].rows) == COUNT
-        for direct, row in zip(rows_of(folder), derived[name].rows, strict=True):
-            assert_same_row(direct, row)
+        main([*QUESTIONS, "--search", search, *given, "--output", str(tmp_path / name.replace("/", "-"))])
+        direct = rows_of(tmp_path / name.replace("/", "-"))
+        result = json.loads((tmp_path / name.replace("/", "-") / "result.json").read_text())
+        for key in ("tokens_per_question", "flops_per_question"):
+            assert lines[name][key] == result[key]
+        assert lines[name]["right"] == result["accuracy"]["all"]["right"] and lines[name]["derived"]
+        for one, row in zip(direct, rows_of(tmp_path / "all" / "best_of_n-4-verifier"), strict=True):
+            assert_same_row(one, derived_row(row, Method.read(name, options), config))
 
 
 def assert_same_row(direct: dict, derived: dict) -> None:
-    assert {key: value for key, value in direct.items() if key != "trace"} == {
-        key: value for key, value in derived.items() if key != "trace"
-    }
+    """What is compared with the right answer is found from the text anew, wherever a row comes from."""
+    for key in direct.keys() - {"trace", "scored", "right"}:
+        assert direct[key] == derived[key], key
     ((one,), (other,)) = direct["trace"].pop("stages"), derived["trace"].pop("stages")
     assert direct["trace"] == derived["trace"]
     assert one["winner"] == other["winner"] and len(one["candidates"]) == len(other["candidates"])
@@ -197,36 +203,21 @@ def assert_same_row(direct: dict, derived: dict) -> None:
         assert a == b
 
 
-@pytest.fixture(scope="module")
-def others(whole, tmp_path_factory) -> Path:
-    """A folder with an evaluation by sampling, as made by a comparison."""
-    return whole / RUNS[1] / "answers.jsonl"
+VOTE = ["--search", "majority_vote", "--num_candidates", "2", "--checkpoint", "shapes"]
+"""Options of a single evaluation like the first run of the comparison."""
 
 
-def against(whole: Path, folder: Path, other: Path, *more: str) -> None:
-    """Compare the greedy answers, of which all are there, with others."""
-    shutil.copytree(whole / RUNS[0], folder, dirs_exist_ok=True)
-    main(
-        [
-            *QUESTIONS,
-            "--search",
-            "greedy",
-            "--checkpoint",
-            "shapes",
-            "--output",
-            str(folder),
-            "--against",
-            str(other),
-            *more,
-        ]
-    )
+def against(whole: Path, folder: Path, other: Path) -> None:
+    """Compare the answers of the first run, of which all are there, with others."""
+    shutil.copytree(whole / RUNS[0], folder)
+    main([*QUESTIONS, *VOTE, "--output", str(folder), "--against", str(other)])
 
 
 @pytest.mark.slow
-def test_an_evaluation_against_another_one(whole, others, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_against_another_one(whole, tmp_path, monkeypatch, capsys):
     """Three questions of both are compared, of which this evaluation alone has two right; nothing is asked."""
     monkeypatch.setattr(Mllama, "from_pretrained", lambda *_, **__: pytest.fail("the weights are loaded"))
-    rows, own = rows_of(others.parent), rows_of(whole / RUNS[0])
+    rows, own = rows_of(whole / RUNS[1]), rows_of(whole / RUNS[0])
     changed = [
         row | {"right": own_row["right"] and i == 0} for i, (row, own_row) in enumerate(zip(rows, own, strict=True))
     ]
@@ -251,9 +242,9 @@ AGAINST = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", AGAINST)
-def test_another_evaluation_that_cannot_be_compared(whole, others, tmp_path, name):
+def test_another_evaluation_that_cannot_be_compared(whole, tmp_path, name):
     change, message = AGAINST[name]
-    row = {key: value for key, value in (rows_of(others.parent)[0] | change).items() if value is not None}
+    row = {key: value for key, value in (rows_of(whole / RUNS[1])[0] | change).items() if value is not None}
     (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=message) as told:
         against(whole, tmp_path / "own", tmp_path / "other.jsonl")

@@ -1,16 +1,15 @@
 """Answers of another evaluation to the same questions."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llava_cot_jax.checks import shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.question_sets import EvaluationSet
+from llava_cot_jax.files import read_json
 from llava_cot_jax.hosts.question_queue import AnswerRow
-from llava_cot_jax.paths import reading_errors
+from llava_cot_jax.paths import as_path, reading_errors
 from llava_cot_jax.question_files import json_lines
 
 _SAME = (
@@ -27,13 +26,15 @@ class MatchedAnswers:
     """Answers of an evaluation and of another one to the questions of both, in one order.
 
     Attributes:
-        name: Name of the other evaluation.
+        name: Path of the other evaluation's answers, as it was given.
+        settings: What those answers depend on, by name; empty where that is not told.
         own: Scored rows of the evaluation.
         others: Scored rows of the other one.
         left_out: Number of questions of the evaluation that the other one has no row of.
     """
 
     name: str
+    settings: Mapping[str, Any]
     own: Sequence[AnswerRow]
     others: Sequence[AnswerRow]
     left_out: int
@@ -43,7 +44,7 @@ class OtherAnswers:
     """Answers of another evaluation.
 
     Args:
-        path: Its file answers.jsonl.
+        name: Path of its file answers.jsonl.
         questions: Questions of the evaluation that it is compared with.
 
     Raises:
@@ -51,8 +52,9 @@ class OtherAnswers:
             the questions, or another question of the same id.
     """
 
-    def __init__(self, path: Path, questions: EvaluationSet) -> None:
-        self._path, benchmark = path, questions.name
+    def __init__(self, name: str, questions: EvaluationSet) -> None:
+        self._path = path = as_path(name)
+        self._name, self._settings, benchmark = name, dict[str, Any](), questions.name
         with reading_errors(path):
             content = path.read_bytes()
         self._rows: dict[Any, AnswerRow] = {}
@@ -63,8 +65,8 @@ class OtherAnswers:
         settings = path.with_name(f"{path.name}.settings.json")
         if settings.exists():
             with reading_errors(settings):
-                given = json.loads(settings.read_bytes())
-            if (other := given.get("benchmark", benchmark)) != benchmark:
+                self._settings = read_json(settings)
+            if (other := self._settings.get("benchmark", benchmark)) != benchmark:
                 raise UserError(f"{path} has answers to the benchmark {other}, and this evaluation is of {benchmark}")
         self._check([{"id": row.id, "question": row.question, "images": row.images} for row in questions.rows])
 
@@ -88,7 +90,7 @@ class OtherAnswers:
         self._check(scored)
         own = [row for row in scored if row["id"] in self._rows]
         others = [self._rows[row["id"]] for row in own]
-        return MatchedAnswers(str(self._path), own, others, len(scored) - len(own))
+        return MatchedAnswers(self._name, self._settings, own, others, len(scored) - len(own))
 
     def _check_same(self, own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         for key, says in _SAME:

@@ -30,6 +30,10 @@ _SECONDS = "seconds"
 """Key of a row with the seconds that it took, on its way to the file, which does not get it."""
 
 
+COMPARED = ("id", "images", "error", "right", "category", "match", "tokens", "flops")
+"""Keys of a row that a comparison reads. The others, which are long, are not kept for each method."""
+
+
 @dataclass(frozen=True)
 class MethodAnswers:
     """Answers of a method to all questions.
@@ -37,7 +41,7 @@ class MethodAnswers:
     Attributes:
         method: The method.
         run: Method that was run for it.
-        rows: Scored row of each question.
+        rows: Scored row of each question, as far as ``COMPARED`` goes.
         is_derived: Whether the answers are derived from those of a run that did more.
         seconds_per_question: Seconds that a process took for a question; None where the answers are derived, or where
             none was timed.
@@ -187,16 +191,17 @@ class ComparisonJob:
         place = list(self._runs).index(run.name)
         rows, seconds = self._jobs[place].scored, self._seconds[place]
         same_work = run.num_candidates == method.num_candidates and run.has_verifier == method.has_verifier
+        scored: Iterator[AnswerRow] = iter(rows)
         if run.name != method.name:
             from llava_cot_jax.evaluation.comparison.derived import derived_row
 
             format = method.strategy.to_spec().format
             derived = (derived_row(row, method, self._model.config) for row in rows)
-            rows = [scored_row(row, known, format) for row, known in zip(derived, self.questions.known, strict=True)]
+            scored = (scored_row(row, known, format) for row, known in zip(derived, self.questions.known, strict=True))
         return MethodAnswers(
             method,
             run,
-            rows,
+            [{key: row[key] for key in COMPARED if key in row} for row in scored],
             is_derived=not same_work,
             seconds_per_question=seconds.per_question if seconds and same_work else None,
             environments=environments(self._folder / run.folder / ENVIRONMENTS),

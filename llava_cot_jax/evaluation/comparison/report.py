@@ -60,8 +60,11 @@ def report_against(about: Mapping[str, Any], name: str, other: MatchedAnswers, f
     Raises:
         UserError: The file cannot be written.
     """
-    results = [MethodResult(name, name, other.own, {}), MethodResult(other.name, other.name, other.others, {})]
-    told = {name: about[name] for name in ("benchmark", "sha256", "run", "environments")}
+    results = [
+        MethodResult(name, name, other.own, {"settings": about["run"]}),
+        MethodResult(other.name, other.name, other.others, {"settings": other.settings}),
+    ]
+    told = {key: about[key] for key in ("benchmark", "sha256", "run", "environments")}
     first = {"kind": "about", "questions": len(other.own), **told, "left_out": other.left_out}
     _report([first, *comparison_lines(results)], folder, console)
     if other.left_out:
