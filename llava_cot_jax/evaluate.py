@@ -2,6 +2,7 @@
 
 llava-cot evaluate --benchmark shapes --limit 200 --search majority_vote --output runs/shapes_majority
 llava-cot evaluate --benchmark FILE.jsonl --checkpoint DIR_OR_HUB_ID --search stage_beam --output runs/mine
+llava-cot evaluate --benchmark mmstar --data MMStar.tsv --checkpoint DIR_OR_HUB_ID --output runs/mmstar
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from llava_cot_jax.answering_model import AnsweringModel, add_model_options, che
 from llava_cot_jax.answering_processes import add_process_options, answer_job, prepare_devices, run_in_group
 from llava_cot_jax.checks import check_int
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.evaluation.benchmarks.grader import KEY_VARIABLE, Grader
+from llava_cot_jax.evaluation.benchmarks.published import PROMPTS, PUBLISHED
 from llava_cot_jax.evaluation.job import RESULT, EvaluationJob
 from llava_cot_jax.evaluation.matching import MATCHES
 from llava_cot_jax.evaluation.question_sets import BENCHMARKS, Matching, open_benchmark
-from llava_cot_jax.evaluation.results import print_result
 from llava_cot_jax.files import write_json
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
@@ -30,6 +32,7 @@ from llava_cot_jax.paths import as_path, writing_errors
 from llava_cot_jax.search.options import add_arguments, strategy_of, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_weight_options
+from llava_cot_jax.search.strategies import Strategy
 from llava_cot_jax.stage_format import StageFormat
 
 
@@ -77,7 +80,7 @@ class _Evaluation:
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
-        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "output")
+        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "data", "output", "grader")
         given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
         return given | self.job.fields()
 
@@ -86,7 +89,7 @@ class _Evaluation:
         result, path = self.job.report(), self.folder / RESULT
         with writing_errors(path):
             write_json(path, result)
-        print_result(result, Console(highlight=False))
+        self.job.show(result, Console(highlight=False))
         print(f"wrote the answers and the result to {self.folder}", file=sys.stderr)
 
 
@@ -103,11 +106,42 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
     check_int("slots", options.slots)
     check_mesh_sizes(options)
     JudgePrompts.load(options.judge_prompts)
+    if options.benchmark in PUBLISHED:
+        return _check_published(options, strategy, group)
+    for name in ("data", "prompts", "grader.url", "grader.model"):
+        if options[name] is not None:
+            raise UserError(f"--{name} needs a published benchmark: {', '.join(PUBLISHED)}")
     matching = Matching(options.match, options.tolerance)
     questions = open_benchmark(options.benchmark, options.limit, matching, options.seed)
     model = AnsweringModel.find(options)
     folder = as_path(options.output)
     job = EvaluationJob(options, questions, folder, strategy, model, writes=group.index == 0)
+    return _Evaluation(options, model, job, folder)
+
+
+def _check_published(options: Any, strategy: Strategy, group: ProcessGroup) -> _Evaluation:
+    """Check what is asked of a published benchmark, and that its answers can be scored.
+
+    Raises:
+        UserError: An argument or a file cannot be used.
+    """
+    from llava_cot_jax.evaluation.benchmarks.published_job import PublishedJob
+    from llava_cot_jax.evaluation.benchmarks.question_tables import read_published
+
+    name = options.benchmark
+    if options.data is None:
+        raise UserError(f"--benchmark {name} needs --data: its published file, {PUBLISHED[name].dataset}.tsv")
+    for option in ("match", "tolerance"):
+        if options[option]:
+            raise UserError(f"--{option} has no meaning with --benchmark {name}, which VLMEvalKit scores")
+    if options.limit is not None:
+        check_int("limit", options.limit)
+    grader = Grader.from_options(options.grader.url, options.grader.model)
+    questions = read_published(name, options.data, options.limit, options.prompts or PROMPTS[0], options.seed)
+    model = AnsweringModel.find(options)
+    folder = as_path(options.output)
+    job = PublishedJob(options, questions, folder, strategy, model, grader, writes=group.index == 0)
+    job.check_scorer()
     return _Evaluation(options, model, job, folder)
 
 
@@ -127,9 +161,21 @@ def _add_evaluation_options(parser: cli.Parser) -> None:
         "--benchmark",
         type=str,
         required=True,
-        help=f"Questions to ask: {', '.join(BENCHMARKS)}, the test split of the package's own world, or a JSONL or TSV "
-        "file of one's own. A row of a JSONL file has an id, a question, an answer, and optionally image or images, "
-        "seed, category, options and match.",
+        help=f"Questions to ask: {', '.join(BENCHMARKS)}, the test split of the package's own world, a JSONL or TSV "
+        "file of one's own, or a published benchmark, whose file --data names and whose answers VLMEvalKit's own "
+        f"classes score: {', '.join(PUBLISHED)}. A row of a JSONL file has an id, a question, an answer, and "
+        "optionally image or images, seed, category, options and match.",
+    )
+    add(
+        "--data",
+        type=str,
+        help="File of a published benchmark, such as MMStar.tsv, as VLMEvalKit has it.",
+    )
+    add(
+        "--prompts",
+        choices=list(PROMPTS),
+        help=f"Prompts of a published benchmark: those of VLMEvalKit's classes ({PROMPTS[0]}, the default), or those "
+        f"of LLaVA-CoT's own evaluation ({PROMPTS[1]}).",
     )
     add(
         "--output",
@@ -160,6 +206,15 @@ def _add_evaluation_options(parser: cli.Parser) -> None:
     )
     add("--seed", type=int, default=0, help="Seed of sampled tokens, from which each question has one of its own.")
     add("--slots", type=int, default=8, help="Number of questions that are answered at a time.")
+    add = parser.add_argument_group("Judge model of a published benchmark").add_argument
+    add(
+        "--grader.url",
+        type=str,
+        help="Address of the chat endpoint that VLMEvalKit asks about answers, such as https://api.openai.com/v1. "
+        f"The key is read from the environment variable {KEY_VARIABLE}. MM-Vet and MathVista need a judge; without "
+        "one, the others are scored by exact matching.",
+    )
+    add("--grader.model", type=str, help="Name of the model that judges, as the endpoint knows it.")
 
 
 if __name__ == "__main__":
