@@ -1,4 +1,4 @@
-"""Files in the layouts of the published benchmarks, with their quirks, and answers planted in the place of a model's."""
+"""Files in the layouts of the published benchmarks, with their quirks, and answers that no model gave."""
 
 import base64
 import csv
@@ -37,7 +37,8 @@ def mmstar(folder: Path) -> Path:
     rows = [
         (0, "Which colour?", picture(0), "A", "red", "blue", "None", 0.5, "coarse perception", "image_scene", "SEED"),
         (1, "How many?", picture(1), "D", "two", "three", "NA", 7, "math", "geometry", "MMMU"),
-        (2, 'A "quoted"\nquestion?', f"['{picture(2)}', '{picture(0)}']", "B", "up", "down", "left", 1.25, "math", "x", ""),
+        (2, 'A "quoted"\nquestion?', f"['{picture(2)}', '{picture(0)}']", "B", "up", "down", "left", 1.25,
+         "math", "x", ""),
         (3, "Which shape?", picture(0), "C", "star", "circle", "square", 2, "math", "geometry", "MMMU"),
     ]  # fmt: skip
     return write_tsv(folder / "MMStar.tsv", columns, rows)
@@ -108,7 +109,8 @@ def mathvista(folder: Path) -> Path:
     columns = "index image question question_type answer_type choices answer answer_option task skills precision"
     rows = [
         (1, picture(1), "Hint: letter.\nQuestion: Which?\nChoices:\n(A) 3/11\n(B) 8/11", "multi_choice", "text",
-         "['3/11', '8/11']", "8/11", "B", "figure question answering", "['statistical reasoning', 'arithmetic reasoning']", ""),
+         "['3/11', '8/11']", "8/11", "B", "figure question answering",
+         "['statistical reasoning', 'arithmetic reasoning']", ""),
         (2, picture(2), "Hint: letter.\nQuestion: Which?\nChoices:\n(A) yes\n(B) no", "multi_choice", "text",
          "['yes', 'no']", "no", "B", "geometry problem solving", "['geometry reasoning']", ""),
         (3, picture(3), "Hint: integer.\nQuestion: How many?", "free_form", "integer", "", "14", "",

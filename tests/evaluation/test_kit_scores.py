@@ -19,7 +19,7 @@ def scored(name: str, folder, conclusions: list[str | None]) -> list[dict]:
 
 @pytest.mark.slow
 def test_mmstar(tmp_path):
-    """A letter, the text of an option that is asked as 7.0, and no answer: 2 of 4 are right, and 1 of 3 in mathematics."""
+    """A letter, the text of an option that is asked as 7.0, and no answer: 2 of 4 are right, and 1 of 3 in math."""
     (row,) = scored("mmstar", tmp_path, ["**A**", "It is 7.0", None, "A"])
     assert row == {"split": "none", "Overall": 0.5, "coarse perception": 1, "math": pytest.approx(1 / 3)}
 
@@ -36,7 +36,8 @@ def test_mmbench_in_circles(tmp_path):
     conclusions = [answers[row.id % 1_000_000][row.id // 1_000_000] for row in questions.rows]
     (row,) = scored("mmbench_dev_en_v11", tmp_path, conclusions)
     assert row == {
-        "split": "dev", "Overall": 0.5, "CP": 0.5, "RR": 0.5, "image_scene": 1, "image_style": 0, "physical_relation": 0.5,
+        "split": "dev", "Overall": 0.5, "CP": 0.5, "RR": 0.5,
+        "image_scene": 1, "image_style": 0, "physical_relation": 0.5,
     }  # fmt: skip
 
 
