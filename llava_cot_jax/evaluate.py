@@ -141,7 +141,7 @@ def _check_published(options: Any, strategy: Strategy, group: ProcessGroup) -> _
     model = AnsweringModel.find(options)
     folder = as_path(options.output)
     job = PublishedJob(options, questions, folder, strategy, model, grader, writes=group.index == 0)
-    job.check_scorer()
+    job.check_judge()
     return _Evaluation(options, model, job, folder)
 
 

@@ -41,8 +41,8 @@ def grade(text, before):
 def test_mmvet_with_a_judge_that_fails_at_first(tmp_path):
     """Each row meets a failure of its own kind at first, and no grade is lost or asked for twice.
 
-    By hand: all (0.5 + 1 + 0.25 + 0.25) / 4, math 0.5. The kit counts a row that needs one capability alone twice in the
-    line of that capability: rec (1 + 1 + 0.25) / 3, ocr (0.5 + 0.25 + 0.25) / 3.
+    By hand: all (0.5 + 1 + 0.25 + 0.25) / 4, math 0.5. The kit counts a row that needs one capability alone twice in
+    the line of that capability: rec (1 + 1 + 0.25) / 3, ocr (0.5 + 0.25 + 0.25) / 3.
     """
     faults = {"x = -1": 503, "a pug": (429, {"Retry-After": "0"}), "A man, to look": None, "stop": b"<html>busy</html>"}
 
@@ -57,8 +57,8 @@ def test_mmvet_with_a_judge_that_fails_at_first(tmp_path):
         assert {body["model"] for body in asked} == {"judge/o1-of-tests"} and len(asked) == 8
         table = {row["Category"]: (row["tot"], row["acc"]) for row in scores["tables"]["capabilities"]}
         assert table == {
-            "rec": (3, 75), "ocr": (3, pytest.approx(100 / 3)), "know": (1, 25), "gen": (1, 25), "spat": (1, 25), "math": (1, 50),
-            "Overall": (4, 50),
+            "rec": (3, 75), "ocr": (3, pytest.approx(100 / 3)), "know": (1, 25),
+            "gen": (1, 25), "spat": (1, 25), "math": (1, 50), "Overall": (4, 50),
         }  # fmt: skip
         assert {row["Category"]: row["acc"] for row in scores["tables"]["combinations"]}["ocr_math"] == 50
         assert scores["judge_requests"] == {"requests": 4, "kept": 0, "retries": 4, "asked": 4, "unread": 0}

@@ -1,7 +1,10 @@
 """Scores by VLMEvalKit's own code, of answers whose scores are worked out by hand."""
 
+from pathlib import Path
+
 import pytest
 
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.benchmarks.kit_install import INSTALL_KIT, kit_fault
 from llava_cot_jax.evaluation.benchmarks.kit_scores import score_predictions
 from tests.evaluation.benchmark_files import planted, questions_of
@@ -62,3 +65,17 @@ def test_hallusionbench_by_figure_and_question(tmp_path):
         "VS": {"aAcc": pytest.approx(200 / 3), "fAcc": 50, "qAcc": 50},
         "VS_chart": {"aAcc": pytest.approx(200 / 3), "fAcc": 50, "qAcc": 50},
     }
+
+
+@pytest.mark.slow
+def test_predictions_that_the_kit_cannot_score(tmp_path):
+    """The kit's own words are told in one line, and the scores of before stay."""
+    questions = questions_of("mmstar", tmp_path)
+    predictions = planted(questions, tmp_path, ["A", "B", "C", "D"])
+    (predictions.parent / "scored").mkdir()
+    (predictions.parent / ".scoring-left").mkdir()
+    with pytest.raises(UserError, match=r"VLMEvalKit 0.0.20 cannot score the predictions: AssertionError") as end:
+        score_predictions(questions.benchmark, questions.table.iloc[:1], predictions, None)
+    assert "\n" not in str(end.value)
+    assert sorted(path.name for path in predictions.parent.iterdir()) == ["llava_cot_jax_MMStar.xlsx", "scored"]
+    assert not list(Path("/tmp").glob("*-*.xlsx"))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 KIT_FOLDER, SCORED_FOLDER = "vlmevalkit", "scored"
 """Folder of the predictions in that of an evaluation, and in it the one that takes the kit's own files."""
 
-_LOG = "kit.log"
+_LOG, _SCORING = "kit.log", ".scoring-"
 
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONHOME")
 """Environment variables that the kit's process gets. Others change its rules, or are keys."""
@@ -57,7 +57,9 @@ def score_predictions(
     """
     folder = predictions.parent
     with writing_errors(folder):
-        place = Path(tempfile.mkdtemp(prefix=".scoring-", dir=folder))
+        for left in folder.glob(f"{_SCORING}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        place = Path(tempfile.mkdtemp(prefix=_SCORING, dir=folder))
         try:
             shutil.copyfile(predictions, place / predictions.name)
             (place / "LMUData").mkdir()

@@ -79,7 +79,7 @@ def as_cell(text: str) -> str:
     kit would write again as a formula, keep it a text; neither counts where answers are compared.
     """
     text = _CONTROL.sub(" ", text)
-    if text.startswith("="):
+    if text.startswith(("=", "{=")):
         text = f" {text}"
     if text in READ_AS_MISSING and text:
         text = f"{text} "

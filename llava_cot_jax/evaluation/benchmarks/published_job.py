@@ -38,7 +38,8 @@ class PublishedJob(EvaluationJob):
         writes: Whether this process has the output.
 
     Raises:
-        UserError: The output cannot be used, or was begun with other settings.
+        UserError: The benchmark needs a judge, and there is none; or the output cannot be used, or was begun with other
+            settings.
     """
 
     def __init__(
@@ -52,22 +53,21 @@ class PublishedJob(EvaluationJob):
         *,
         writes: bool = True,
     ) -> None:
+        if grader is None and questions.benchmark.scorer.needs_judge:
+            raise UserError(
+                f"--benchmark {questions.name} is graded by a judge: give --grader.url and --grader.model, a chat "
+                "endpoint and the name of its model"
+            )
         self._published, self._grader = questions, grader
         super().__init__(options, questions, folder, strategy, model, writes=writes)
 
-    def check_scorer(self) -> None:
-        """Check that the answers can be scored, as far as that takes no answers, where some are still to be generated.
+    def check_judge(self) -> None:
+        """Check that the judge answers, if there is one, where answers are still to be generated.
 
         Raises:
-            UserError: The benchmark needs a judge, and there is none, or the judge does not answer.
+            UserError: It does not.
         """
-        if self._grader is None:
-            if self._published.benchmark.scorer.needs_judge:
-                raise UserError(
-                    f"--benchmark {self._published.name} is graded by a judge: give --grader.url and --grader.model, "
-                    "a chat endpoint and the name of its model"
-                )
-        elif self.unanswered:
+        if self._grader and self.unanswered:
             self._grader.check()
 
     def report(self) -> dict[str, Any]:
@@ -85,7 +85,6 @@ class PublishedJob(EvaluationJob):
             "sha256": questions.sha256,
             "md5": questions.md5,
             "published": questions.is_published,
-            "prompts": questions.prompts,
             "questions": {
                 "asked": len(self.scored),
                 "of": questions.total,

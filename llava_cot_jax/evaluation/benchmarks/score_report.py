@@ -28,6 +28,8 @@ def print_scores(result: Mapping[str, Any], questions: PublishedSet, folder: Pat
     """
     console.print(f"{result['benchmark']} with {result['run']['search']}", soft_wrap=True, markup=False)
     if scores := result["scores"]:
+        by = scores["by"] if isinstance(scores["by"], str) else f"{scores['by']['model']} at {scores['by']['url']}"
+        console.print(f"{scores['scorer']}, {by}, scores from 0 to {scores['largest']}", soft_wrap=True, markup=False)
         console.print(_table(scores))
     for note in (*_notes(result, questions, folder), *cost_notes(result)):
         console.print(note, soft_wrap=True, markup=False)
@@ -40,8 +42,7 @@ def _table(scores: Mapping[str, Any]) -> Table:
     cells = [[_shown(row[name], scores["largest"]) for name in names] for row in rows]
     if len(names) > len(rows) + 1:
         names, *cells = map(list, zip(names, *cells, strict=True))
-    by = scores["by"] if isinstance(scores["by"], str) else f"{scores['by']['model']} at {scores['by']['url']}"
-    table = Table(title=f"{scores['scorer']}, {by}, scores from 0 to {scores['largest']}", title_justify="left")
+    table = Table()
     for number, name in enumerate(names):
         table.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
     for row in cells:
@@ -79,7 +80,8 @@ def _notes(result: Mapping[str, Any], questions: PublishedSet, folder: Path) -> 
                 f"{scorer.unread}."
             )
     if not scores:
-        name = f"{MODEL_NAME}_{result['dataset']}.xlsx"
-        judge_name = "JUDGE" if scorer.needs_judge else "exact_matching"
-        yield f"There are no scores: {kit_fault()}. Install it by: {INSTALL_KIT} && {INSTALL_PACKAGES}"
-        yield f"Or score with another installation: vlmutil eval {folder / KIT_FOLDER / name} --judge {judge_name}"
+        dataset = result["dataset"]
+        predictions = folder / KIT_FOLDER / f"{MODEL_NAME}_{dataset}.xlsx"
+        judge_option = "" if scorer.needs_judge else " --judge exact_matching"
+        yield f"There are no scores: {kit_fault()}. To install it: {INSTALL_KIT} && {INSTALL_PACKAGES}"
+        yield f"To score elsewhere: LMUData=FOLDER_OF_{dataset}.tsv vlmutil eval {predictions}{judge_option}"
