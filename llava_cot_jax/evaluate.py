@@ -21,7 +21,7 @@ from llava_cot_jax.answering_processes import add_process_options, answer_job, p
 from llava_cot_jax.checks import check_int
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.benchmarks.grader import KEY_VARIABLE, Grader
-from llava_cot_jax.evaluation.benchmarks.published import PROMPTS, PUBLISHED
+from llava_cot_jax.evaluation.benchmarks.published import PROMPTS, PUBLISHED_BENCHMARKS
 from llava_cot_jax.evaluation.job import RESULT, EvaluationJob
 from llava_cot_jax.evaluation.matching import MATCHES
 from llava_cot_jax.evaluation.question_sets import BENCHMARKS, Matching, open_benchmark
@@ -106,11 +106,11 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
     check_int("slots", options.slots)
     check_mesh_sizes(options)
     JudgePrompts.load(options.judge_prompts)
-    if options.benchmark in PUBLISHED:
+    if options.benchmark in PUBLISHED_BENCHMARKS:
         return _check_published(options, strategy, group)
     for name in ("data", "prompts", "grader.url", "grader.model"):
         if options[name] is not None:
-            raise UserError(f"--{name} needs a published benchmark: {', '.join(PUBLISHED)}")
+            raise UserError(f"--{name} needs a published benchmark: {', '.join(PUBLISHED_BENCHMARKS)}")
     matching = Matching(options.match, options.tolerance)
     questions = open_benchmark(options.benchmark, options.limit, matching, options.seed)
     model = AnsweringModel.find(options)
@@ -130,7 +130,9 @@ def _check_published(options: Any, strategy: Strategy, group: ProcessGroup) -> _
 
     name = options.benchmark
     if options.data is None:
-        raise UserError(f"--benchmark {name} needs --data: its published file, {PUBLISHED[name].dataset}.tsv")
+        raise UserError(
+            f"--benchmark {name} needs --data: its published file, {PUBLISHED_BENCHMARKS[name].dataset}.tsv"
+        )
     for option in ("match", "tolerance"):
         if options[option]:
             raise UserError(f"--{option} has no meaning with --benchmark {name}, which VLMEvalKit scores")
@@ -163,8 +165,8 @@ def _add_evaluation_options(parser: cli.Parser) -> None:
         required=True,
         help=f"Questions to ask: {', '.join(BENCHMARKS)}, the test split of the package's own world, a JSONL or TSV "
         "file of one's own, or a published benchmark, whose file --data names and whose answers VLMEvalKit's own "
-        f"classes score: {', '.join(PUBLISHED)}. A row of a JSONL file has an id, a question, an answer, and "
-        "optionally image or images, seed, category, options and match.",
+        f"classes score: {', '.join(PUBLISHED_BENCHMARKS)}. A row of a JSONL file has an id, a question, an answer, "
+        "and optionally image or images, seed, category, options and match.",
     )
     add(
         "--data",

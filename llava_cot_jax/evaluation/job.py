@@ -59,8 +59,7 @@ class EvaluationJob(QuestionJob):
         writes: bool = True,
     ) -> None:
         self._benchmark, self._sha256, self._folder = questions.name, questions.sha256, folder
-        # Of a published benchmark, nothing is known here.
-        self._known = {row.id: known for row, known in zip(questions.rows, questions.known, strict=False)}
+        self._known = {row.id: known for row, known in zip(questions.rows, questions.known, strict=True)}
         self._format = strategy.to_spec().format
         self.scored: list[AnswerRow] = []
         super().__init__(options, questions, folder / ANSWERS, strategy, model, writes=writes)

@@ -56,12 +56,12 @@ class EvaluationSet(QuestionSet):
 
     Attributes:
         name: Name of the benchmark, or of the user's file.
-        known: What is known of each question.
+        known: What is known of each question; None where only another program knows its right answer.
         sha256: SHA-256 of the file, or of the questions, answers and pictures that were made.
     """
 
     name: str
-    known: list[KnownAnswer]
+    known: Sequence[KnownAnswer | None]
     sha256: str
 
 

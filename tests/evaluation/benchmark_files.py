@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from llava_cot_jax.evaluation.benchmarks.predictions import MODEL_NAME, write_predictions
-from llava_cot_jax.evaluation.benchmarks.published import PUBLISHED
+from llava_cot_jax.evaluation.benchmarks.published import PUBLISHED_BENCHMARKS
 from llava_cot_jax.evaluation.benchmarks.question_tables import PublishedSet, read_published
 from llava_cot_jax.stage_format import LLAVA_COT
 from llava_cot_jax.stages import find_stages
@@ -156,7 +156,7 @@ def questions_of(name: str, folder: Path, prompts: str = "vlmevalkit", limit: in
 
 def planted(questions: PublishedSet, folder: Path, conclusions: list[str | None]) -> Path:
     """Write predictions with these conclusions, one a question, to a folder of an evaluation."""
-    dataset = PUBLISHED[questions.name].dataset
+    dataset = PUBLISHED_BENCHMARKS[questions.name].dataset
     rows = [answer_row(row.id, text) for row, text in zip(questions.rows, conclusions, strict=True)]
     path = folder / "vlmevalkit" / f"{MODEL_NAME}_{dataset}.xlsx"
     write_predictions(path, questions.table, rows, LLAVA_COT)

@@ -20,7 +20,7 @@ from llava_cot_jax.evaluate import main
 from llava_cot_jax.evaluation.benchmarks import kit_process
 from llava_cot_jax.evaluation.benchmarks.kit_install import INSTALL_KIT, kit_fault
 from llava_cot_jax.evaluation.benchmarks.predictions import READ_AS_MISSING, as_cell, write_predictions
-from llava_cot_jax.evaluation.benchmarks.published import PUBLISHED
+from llava_cot_jax.evaluation.benchmarks.published import PUBLISHED_BENCHMARKS
 from llava_cot_jax.evaluation.benchmarks.question_tables import read_published
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.images import open_image
@@ -59,7 +59,7 @@ def test_each_question_is_asked_as_the_kit_asks_it(tmp_path):
     """Index, images and text of each row are those that the kit's own classes read out of the same file."""
     for write in FILES.values():
         write(tmp_path)
-    scorers = {name: PUBLISHED[name] for name in FILES}
+    scorers = {name: PUBLISHED_BENCHMARKS[name] for name in FILES}
     told = {name: (each.scorer.module, each.scorer.name, each.dataset) for name, each in scorers.items()}
     printed = subprocess.run(
         [sys.executable, "-c", ASKED_BY_THE_KIT, kit_process.__file__, json.dumps(told)],
@@ -111,7 +111,7 @@ def test_a_published_file_is_known_by_its_md5():
         (Path(spec.submodule_search_locations[0]) / "dataset" / name).read_text()
         for name in ("image_mcq.py", "image_yorn.py", "image_vqa.py")
     )
-    for each in PUBLISHED.values():
+    for each in PUBLISHED_BENCHMARKS.values():
         (known,) = re.findall(rf"'{each.dataset}': '([0-9a-f]{{32}})'", source)
         assert known in each.md5s and len(each.md5s) == 1 + ("TEST" in each.dataset and each.is_circular)
 

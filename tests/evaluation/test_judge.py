@@ -164,7 +164,7 @@ def test_the_waits_of_a_judge():
         with pytest.raises(TransientError, match=rf"judge j at {stand_in.url}/chat/completions does not answer \(HTTP"):
             grader.ask({"messages": [{"role": "user", "content": "1?"}]}, wait=waits.append)
     assert waits[:2] == [7, 0.01] and 390 < waits[2] < 401 and waits[3:] == [0.01] * 4
-    assert len(stand_in.bodies) == 8 == grader.retries + 1
+    assert len(stand_in.bodies) == 8 == len(waits) + 1
 
 
 def test_the_waits_grow():

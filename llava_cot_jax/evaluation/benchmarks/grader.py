@@ -55,7 +55,7 @@ class _PassingFault(Exception):
         self.wait = wait
 
 
-@dataclass
+@dataclass(frozen=True)
 class Grader:
     """Chat endpoint that judges the answers to a benchmark.
 
@@ -63,13 +63,11 @@ class Grader:
         address: Address to which requests are posted.
         model: Name of the model that judges.
         key: Key of the endpoint, which no text shows; None where it needs none.
-        retries: Number of tries that were made again.
     """
 
     address: str
     model: str
     key: str | None = field(default=None, repr=False)
-    retries: int = 0
 
     @classmethod
     def from_options(cls, url: str | None, model: str | None) -> Grader | None:
@@ -124,7 +122,7 @@ class Grader:
         Args:
             request: Body of the request.
             tries: Number of tries before it has failed.
-            wait: Function that waits for some seconds.
+            wait: Function that waits for some seconds before a further try.
 
         Raises:
             TransientError: The endpoint did not answer at any try.
@@ -139,7 +137,6 @@ class Grader:
                         f"the judge {self.model} at {self.shown_address} does not answer ({fault}): run the same "
                         "command again to go on"
                     ) from None
-                self.retries += 1
                 wait(max(_WAITS[number], fault.wait))
         raise AssertionError("there is no try")
 

@@ -10,11 +10,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from llava_cot_jax.errors import UserError
+from llava_cot_jax.errors import TransientError, UserError
 from llava_cot_jax.evaluation.benchmarks.grader import Grader
 from llava_cot_jax.paths import writing_errors
 
@@ -114,14 +114,15 @@ class GraderRelay:
         failure: Error of the request that failed, if one did.
         requests: Number of requests that were answered.
         kept: Number of those whose replies were kept from before.
+        retries: Number of tries that were made again.
     """
 
     def __init__(self, grader: Grader, replies: ReplyFile, on_failure: Callable[[], Any]) -> None:
         self._grader, self._replies, self._on_failure = grader, replies, on_failure
         self.token = secrets.token_hex(16)
         self.failure: Exception | None = None
-        self.requests = self.kept = 0
-        self._lock = Lock()
+        self.requests = self.kept = self.retries = 0
+        self._lock, self._ended = Lock(), Event()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
 
     @property
@@ -136,12 +137,13 @@ class GraderRelay:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         self._server.shutdown()
         self._server.server_close()
 
     def counts(self) -> dict[str, int]:
         """Return how many requests there were, how many had kept replies, and how many tries were made again."""
-        return {"requests": self.requests, "kept": self.kept, "retries": self._grader.retries}
+        return {"requests": self.requests, "kept": self.kept, "retries": self.retries}
 
     def reply_to(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Return the reply to a request, or None where this or another request has failed."""
@@ -150,18 +152,26 @@ class GraderRelay:
         try:
             digest = self._grader.digest(request)
             kept = self._replies.take(digest)
-            reply = kept or self._grader.ask(request)
+            reply = kept or self._grader.ask(request, wait=self._wait)
             if kept is None:
                 self._replies.keep(digest, request, reply)
         except Exception as fault:
             with self._lock:
                 self.failure = self.failure or fault
+            self._ended.set()
             self._on_failure()
             return None
         with self._lock:
             self.requests += 1
             self.kept += kept is not None
         return reply
+
+    def _wait(self, seconds: float) -> None:
+        """Wait before another try, of which there is none once any request has failed."""
+        with self._lock:
+            self.retries += 1
+        if self._ended.wait(seconds):
+            raise TransientError("the scoring has ended")
 
 
 class _Server(ThreadingHTTPServer):

@@ -104,7 +104,7 @@ def _mmbench(split: str, *md5s: str) -> PublishedBenchmark:
     return PublishedBenchmark(f"MMBench_{split}_V11", _OPTIONS, md5s, is_circular=True)
 
 
-PUBLISHED = {
+PUBLISHED_BENCHMARKS = {
     "mmstar": PublishedBenchmark("MMStar", _OPTIONS, ("e1ecd2140806c1b1bbf54b43372efb9e",)),
     "mmbench_dev_en_v11": _mmbench("DEV_EN", "30c05be8f2f347a50be25aa067248184"),
     # The files of both test splits were replaced by others, with the right answers in them, in June 2026.

@@ -18,7 +18,7 @@ from llava_cot_jax.evaluation.benchmarks.published import (
     MM_VET_CAPABILITIES,
     OPTION_COLUMNS,
     PROMPTS,
-    PUBLISHED,
+    PUBLISHED_BENCHMARKS,
     PublishedBenchmark,
 )
 from llava_cot_jax.evaluation.question_sets import (
@@ -74,7 +74,7 @@ def read_published(name: str, data: str, limit: int | None, prompts: str, seed: 
     in base64, in a list of such, or that of the row whose index the cell has. A row without an image is not asked.
 
     Args:
-        name: Name of the benchmark in ``PUBLISHED``.
+        name: Name of the benchmark in ``PUBLISHED_BENCHMARKS``.
         data: Path of the file.
         limit: Number of questions to take from the beginning; None takes all.
         prompts: Name of the prompts, one of ``PROMPTS``.
@@ -85,27 +85,28 @@ def read_published(name: str, data: str, limit: int | None, prompts: str, seed: 
     """
     check_choice("prompts", prompts, PROMPTS)
     check_kit_packages(f"--benchmark {name}")
-    benchmark, path = PUBLISHED[name], as_path(data)
+    benchmark, path = PUBLISHED_BENCHMARKS[name], as_path(data)
     md5, sha256 = _digests(path)
     table = _read_table(path)
     if missing := [column for column in benchmark.scorer.columns if column not in table]:
         raise UserError(f"{path} has no column {missing[0]}, so that it is no file of {name}")
     files = _images(table, path)
-    del table["image"]
+    table = table.drop(columns="image")
     _check_values(benchmark, table.iloc[sorted(files)], limit, path)
     rows = []
     for number, (index, cells) in enumerate(zip(_indices(table), table.to_dict("records"), strict=True)):
         if number in files:
-            asked = files[number][: 1 if prompts == "llava_cot" else None]
-            names: list[str] = [image for image, _ in asked]
+            images = files[number][: 1 if prompts == "llava_cot" else None]
+            names, sources = [name for name, _ in images], [content for _, content in images]
             question = ask_as(prompts, benchmark, cells)
-            rows.append((f"{path}, row {number + 1}", QuestionRow(index, question, None, names, [f for _, f in asked])))
+            rows.append((f"{path}, row {number + 1}", QuestionRow(index, question, None, names, [*sources])))
     questions = with_seeds(unique_rows(path, rows), seed)
+    asked = questions[:limit]
     return PublishedSet(
-        rows=questions[:limit],
+        rows=asked,
         digest=sha256[:16],
         name=name,
-        known=[],
+        known=[None] * len(asked),
         sha256=sha256,
         benchmark=benchmark,
         prompts=prompts,
