@@ -15,6 +15,7 @@ from typing import Any
 
 from llava_cot_jax.checks import check_choice, check_int, check_text, shown
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.evaluation.benchmarks.published import PUBLISHED_BENCHMARKS
 from llava_cot_jax.evaluation.matching import MATCHES, AnswerValue, RightAnswer, form_of
 from llava_cot_jax.files import short_digest
 from llava_cot_jax.paths import as_path, reading_errors
@@ -124,8 +125,8 @@ def own_questions(name: str, limit: int | None, matching: Matching) -> Evaluatio
     path = as_path(name)
     if (reader := _READERS.get(path.suffix)) is None:
         raise UserError(
-            f"there is no benchmark {name}: the benchmarks are {', '.join(BENCHMARKS)}, and a file of one's own ends "
-            f"in {' or '.join(_READERS)}"
+            f"there is no benchmark {name}: the benchmarks are {', '.join([*BENCHMARKS, *PUBLISHED_BENCHMARKS])}, and "
+            f"a file of one's own ends in {' or '.join(_READERS)}"
         )
     with reading_errors(path):
         content = path.read_bytes()

@@ -9,9 +9,12 @@ import pytest
 from llava_cot_jax.errors import TransientError, UserError
 from llava_cot_jax.evaluation.benchmarks import grader as grader_module
 from llava_cot_jax.evaluation.benchmarks.grader import Grader
+from llava_cot_jax.evaluation.benchmarks.kit_install import INSTALL_KIT, kit_fault
 from llava_cot_jax.evaluation.benchmarks.kit_scores import score_predictions
 from tests.evaluation.benchmark_files import planted, questions_of
 from tests.evaluation.stand_in_judge import judge, mathvista_prediction, mmvet_row
+
+assert kit_fault() is None, f"these tests need VLMEvalKit: {INSTALL_KIT}"
 
 KEY = "sk-stand-in-7f3a"
 
@@ -19,6 +22,12 @@ KEY = "sk-stand-in-7f3a"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    # The kit would ask elsewhere by these, and past the relay.
+    for name in ("OPENAI_API_BASE", "BOYUE_API_BASE", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9/none")
+    monkeypatch.setenv("BOYUE", "1")
+    monkeypatch.setenv("LOCAL_LLM", "another")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # for the way from the relay to the judge
     monkeypatch.setattr(grader_module, "_WAITS", (0.01,) * 7)
 
 

@@ -1,7 +1,9 @@
 """Scores by VLMEvalKit's own code, of answers whose scores are worked out by hand."""
 
+import sys
 from pathlib import Path
 
+import pandas
 import pytest
 
 from llava_cot_jax.errors import UserError
@@ -12,18 +14,26 @@ from tests.evaluation.benchmark_files import planted, questions_of
 assert kit_fault() is None, f"these tests need VLMEvalKit: {INSTALL_KIT}"
 
 
+@pytest.fixture(autouse=True)
+def variables_of_the_kit(monkeypatch):
+    """Set environment variables by which the kit would match in another way, or write other files."""
+    for name, value in {"VERBOSE": "1", "PRED_FORMAT": "json", "EVAL_FORMAT": "json", "PRINT_VANILLA": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
 def scored(name: str, folder, conclusions: list[str | None]) -> list[dict]:
     """Return the kit's first table for planted conclusions."""
     questions = questions_of(name, folder)
     scores = score_predictions(questions.benchmark, questions.table, planted(questions, folder, conclusions), None)
-    assert scores["scorer"] == "VLMEvalKit 0.0.20" and scores["by"] == "exact matching"
+    assert (scores["scorer"], scores["pandas"]) == ("VLMEvalKit 0.0.20", pandas.__version__)
+    assert scores["by"] == "exact matching"
     return scores["tables"]["accuracy"]
 
 
 @pytest.mark.slow
 def test_mmstar(tmp_path):
     """A letter, the text of an option that is asked as 7.0, and no answer: 2 of 4 are right, and 1 of 3 in math."""
-    (row,) = scored("mmstar", tmp_path, ["**A**", "It is 7.0", None, "A"])
+    (row,) = scored("mmstar", tmp_path, ["I take the **A**", "It is 7.0", None, "A"])
     assert row == {"split": "none", "Overall": 0.5, "coarse perception": 1, "math": pytest.approx(1 / 3)}
 
 
@@ -67,6 +77,13 @@ def test_hallusionbench_by_figure_and_question(tmp_path):
     }
 
 
+def test_another_version_of_the_kit(tmp_path, monkeypatch):
+    (tmp_path / "ms_vlmeval-0.0.19.dist-info").mkdir()
+    (tmp_path / "ms_vlmeval-0.0.19.dist-info" / "METADATA").write_text("Name: ms-vlmeval\nVersion: 0.0.19\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert kit_fault() == "VLMEvalKit 0.0.20 is needed, and it is 0.0.19"
+
+
 @pytest.mark.slow
 def test_predictions_that_the_kit_cannot_score(tmp_path):
     """The kit's own words are told in one line, and the scores of before stay."""
@@ -77,5 +94,8 @@ def test_predictions_that_the_kit_cannot_score(tmp_path):
     with pytest.raises(UserError, match=r"VLMEvalKit 0.0.20 cannot score the predictions: AssertionError") as end:
         score_predictions(questions.benchmark, questions.table.iloc[:1], predictions, None)
     assert "\n" not in str(end.value)
-    assert sorted(path.name for path in predictions.parent.iterdir()) == ["llava_cot_jax_MMStar.xlsx", "scored"]
+    left = sorted(path.name for path in predictions.parent.iterdir())
+    assert left == ["kit.log", "llava_cot_jax_MMStar.xlsx", "scored"]
+    assert str(end.value).endswith(f"({predictions.parent}/kit.log says more)")
+    assert "Traceback" in (predictions.parent / "kit.log").read_text()
     assert not list(Path("/tmp").glob("*-*.xlsx"))

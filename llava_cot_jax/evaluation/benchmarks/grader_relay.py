@@ -81,7 +81,8 @@ class ReplyFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._lock:
+            self._file.close()
 
     def _read(self) -> None:
         self._file.seek(0)

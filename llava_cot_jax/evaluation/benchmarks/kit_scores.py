@@ -22,6 +22,7 @@ from llava_cot_jax.evaluation.benchmarks.grader_relay import REPLIES, GraderRela
 from llava_cot_jax.evaluation.benchmarks.kit_process import TOKEN_VARIABLE
 from llava_cot_jax.evaluation.benchmarks.published import KIT_VERSION, PublishedBenchmark
 from llava_cot_jax.files import write_json
+from llava_cot_jax.hosts.surroundings import package_version
 from llava_cot_jax.paths import writing_errors
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def score_predictions(
             raise
     return {
         "scorer": f"VLMEvalKit {KIT_VERSION}",
+        "pandas": package_version("pandas"),
         "largest": 1 if benchmark.scorer.is_share else 100,
         "by": "exact matching" if grader is None else grader.describe(),
         **({"judge_requests": judged} if grader else {}),
@@ -157,8 +159,10 @@ def _unread(place: Path, code: int) -> dict[str, int]:
         UserError: It did not end well.
     """
     if code:
-        lines = (place / _LOG).read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
-        raise UserError(f"VLMEvalKit {KIT_VERSION} cannot score the predictions: {' '.join(lines[-1].split())}")
+        log = shutil.copyfile(place / _LOG, place.parent / _LOG)
+        lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+        reason = " ".join(lines[-1].split())
+        raise UserError(f"VLMEvalKit {KIT_VERSION} cannot score the predictions: {reason} ({log} says more)")
     counts: dict[str, int] = json.loads((place / "unread.json").read_text())
     return counts
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from llava_cot_jax import cli
 from llava_cot_jax.answering_model import AnsweringModel
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.benchmarks.grader import Grader
@@ -99,7 +100,9 @@ class PublishedJob(EvaluationJob):
         with writing_errors(path):
             write_json(path, result)  # scores of other answers must not stay where these cannot be scored
         if kit_fault() is None:
-            result["scores"] = score_predictions(questions.benchmark, questions.table, predictions, self._grader)
+            asks = f", and asks {self._grader.model}" if self._grader else ""
+            with cli.status(f"VLMEvalKit scores the answers{asks}"):
+                result["scores"] = score_predictions(questions.benchmark, questions.table, predictions, self._grader)
         return result
 
     def show(self, result: dict[str, Any], console: Console) -> None:
