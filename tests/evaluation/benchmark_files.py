@@ -78,16 +78,16 @@ def ai2d(folder: Path) -> Path:
 
 def hallusionbench(folder: Path) -> Path:
     """Seven rows with images, about two figures of each of two kinds, and one row without an image."""
-    columns = "index image question answer category l2-category"
+    columns = "index image question answer category l2-category image_path"
     rows = [
-        ("VD_illusion_0_0_1_0", picture(1), "Is the left one larger?", "Yes", "VD", "VD_illusion"),
-        ("VD_illusion_0_0_1_1", picture(1), "Is the right one larger?", "No", "VD", "VD_illusion"),
-        ("VD_illusion_0_0_2_0", picture(2), "Is the left one larger?", "No", "VD", "VD_illusion"),
-        ("VD_illusion_0_0_2_1", picture(2), "Is the right one larger?", "Yes", "VD", "VD_illusion"),
-        ("VS_chart_0_0_0_0", "", "Is it so in general?", "Yes", "VS", "VS_chart"),
-        ("VS_chart_0_0_1_0", picture(3), "Does it rise?", "Yes", "VS", "VS_chart"),
-        ("VS_chart_0_0_2_0", picture(4), "Does it rise?", "No", "VS", "VS_chart"),
-        ("VS_chart_0_0_2_1", picture(4), "Does it fall?", "Yes", "VS", "VS_chart"),
+        ("VD_illusion_0_0_1_0", picture(1), "Is the left one larger?", "Yes", "VD", "VD_illusion", "1.png"),
+        ("VD_illusion_0_0_1_1", picture(1), "Is the right one larger?", "No", "VD", "VD_illusion", "1.png"),
+        ("VD_illusion_0_0_2_0", picture(2), "Is the left one larger?", "No", "VD", "VD_illusion", "2.png"),
+        ("VD_illusion_0_0_2_1", picture(2), "Is the right one larger?", "Yes", "VD", "VD_illusion", "2.png"),
+        ("VS_chart_0_0_0_0", "", "Is it so in general?", "Yes", "VS", "VS_chart", ""),
+        ("VS_chart_0_0_1_0", picture(3), "Does it rise?", "Yes", "VS", "VS_chart", "3.png"),
+        ("VS_chart_0_0_2_0", picture(4), "Does it rise?", "No", "VS", "VS_chart", "4.png"),
+        ("VS_chart_0_0_2_1", picture(4), "Does it fall?", "Yes", "VS", "VS_chart", "4.png"),
     ]
     return write_tsv(folder / "HallusionBench.tsv", columns, rows)
 

@@ -184,6 +184,13 @@ WAITS = grader_module._WAITS
 """Waits as they are outside of tests."""
 
 
+def test_a_judge_without_a_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", " ")
+    with judge(lambda *_: "yes") as stand_in:
+        Grader.from_options(stand_in.url, "j").check()
+    assert stand_in.keys == {None} and stand_in.bodies[0]["model"] == "j"
+
+
 def test_a_wait_that_is_too_long():
     with (
         judge(lambda *_: (503, {"Retry-After": "3600"})) as stand_in,
@@ -199,7 +206,7 @@ def test_a_wait_that_is_too_long():
 )
 def test_a_request_that_is_refused_is_not_made_again(status, message):
     with judge(lambda *_: status) as stand_in, pytest.raises(UserError) as told:
-        Grader.from_options(stand_in.url, "j").ask({"messages": [{"role": "user", "content": KEY}]})
+        Grader.from_options(stand_in.url, "j").ask({"messages": [{"role": "user", "content": "1?"}]})
     assert message in str(told.value) and len(stand_in.bodies) == 1
 
 

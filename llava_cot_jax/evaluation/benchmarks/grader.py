@@ -89,7 +89,7 @@ class Grader:
             raise UserError(f"grader.url has a password in it; put the key in the environment variable {KEY_VARIABLE}")
         path = parts.path.rstrip("/")
         parts = parts._replace(path=path if path.endswith(_PATH) else path + _PATH, fragment="")
-        return cls(parts.geturl(), model, os.environ.get(KEY_VARIABLE) or None)
+        return cls(parts.geturl(), model, os.environ.get(KEY_VARIABLE, "").strip() or None)
 
     @property
     def shown_address(self) -> str:
@@ -161,7 +161,7 @@ class Grader:
         except requests.Timeout:
             raise _PassingFault("no answer in time") from None
         except requests.RequestException as fault:
-            raise _PassingFault(self._without_key(type(fault).__name__)) from None
+            raise _PassingFault(type(fault).__name__) from None
         self._check_status(response)
         try:
             reply: dict[str, Any] = response.json()
@@ -180,11 +180,9 @@ class Grader:
         place = f"the judge {self.model} at {self.shown_address}"
         if status in _REFUSED:
             raise UserError(f"{place} refuses the key (HTTP status {status}): put it in the variable {KEY_VARIABLE}")
-        reason = " ".join(self._without_key(response.text).split())[:_LONGEST_REASON]
+        text = response.text.replace(self.key, "***") if self.key else response.text
+        reason = " ".join(text.split())[:_LONGEST_REASON]
         raise UserError(f"{place} refuses a request (HTTP status {status}): {reason}")
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self.key, "***") if self.key else text
 
 
 def _seconds(header: str) -> float:

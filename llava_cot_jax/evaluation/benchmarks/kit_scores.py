@@ -64,7 +64,9 @@ def score_predictions(
         try:
             shutil.copyfile(predictions, place / predictions.name)
             (place / "LMUData").mkdir()
-            table.to_csv(place / "LMUData" / f"{benchmark.dataset}.tsv", sep="\t", index=False, quoting=csv.QUOTE_ALL)
+            # Without pictures, which no score needs, and without their paths, which the kit wants in every row.
+            data = table.drop(columns="image_path", errors="ignore")
+            data.to_csv(place / "LMUData" / f"{benchmark.dataset}.tsv", sep="\t", index=False, quoting=csv.QUOTE_ALL)
             judged = _judged(benchmark, place, predictions.name, grader, folder.parent / REPLIES)
             tables = {name: _table(place / f"{predictions.stem}{end}") for name, end in benchmark.scorer.tables.items()}
             shutil.rmtree(place / "LMUData")
