@@ -85,8 +85,8 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     yield "seed", run["seed"]
     if unanswered := result["accuracy"]["all"]["unanswered"]:
         yield "questions without an answer, which count as wrong", unanswered
-    yield "SHA-256 of the questions", result["sha256"]
     yield "matches", ", ".join(f"{count} {name}" for name, count in result["matches"].items())
+    yield "SHA-256 of the questions", result["sha256"]
     yield from ((name.replace("_", " "), value) for name, value in run.items() if name not in (*_MAIN, "seed"))
     for number, environment in enumerate(result["environments"], 1):
         said = ", ".join(f"{name} {value}" for name, value in environment.items() if name != "device")

@@ -249,11 +249,11 @@ _CHANGES = {"changed": "changed the answer", "kept": "kept the answer", "unknown
 
 def _filters(views: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, str, int]]]:
     """Return what the filters offer: value, words, and number of questions of each choice that there is."""
-    changes = [view["search"]["change"] for view in views if view["search"]]
+    changes = [view["search"]["change"] for view in views if view["search"] and view["search"]["change"]]
     results, categories = [view["result"] for view in views], [view["category"] for view in views]
     named = sorted({name for name in categories if name is not None})
     return {
         "result": [(value, said, results.count(value)) for value, said in _RESULTS.items() if value in results],
-        "change": [(value, said, changes.count(value)) for value, said in _CHANGES.items() if value in changes],
+        "change": [(value, said, changes.count(value)) for value, said in _CHANGES.items() if changes],
         "category": [(name, name, categories.count(name)) for name in named],
     }

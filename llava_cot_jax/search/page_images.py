@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.images import ImageSource, open_image
 
@@ -95,7 +93,7 @@ def _embedded(source: ImageSource, number: int, bound: int) -> EmbeddedImage:
         image.save(file, "PNG")
     else:
         image = image.copy()
-        image.thumbnail((bound, bound), Image.Resampling.LANCZOS)
+        image.thumbnail((bound, bound))
         image.save(file, "JPEG", quality=85)
     uri = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
     return EmbeddedImage(number, uri, image.width * scale, image.height * scale, small)
