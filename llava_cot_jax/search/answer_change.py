@@ -7,7 +7,7 @@ from llava_cot_jax.search.trace import CandidateTrace, Trace
 from llava_cot_jax.stages import body_of, find_conclusion, normalize_answer
 
 AnswerChange = Literal["changed", "kept", "unknown"]
-"""What a search did to an answer."""
+"""Words for what a search did to an answer."""
 
 
 def answer_change(trace: Trace) -> AnswerChange:

@@ -54,7 +54,7 @@ def row_of(i: int) -> dict:
     return (
         about
         | known
-        | {"scored": "four", "right": bool(i % 3), "tokens": trace.tokens, "flops": trace.flops}
+        | {"scored": "FOUR" if i == 2 else "four", "right": bool(i % 3), "tokens": trace.tokens, "flops": trace.flops}
         | {"trace": trace.without_seconds()}
     )
 
@@ -117,6 +117,14 @@ def shown(page: Page) -> list[int]:
 
 def rows_where(test) -> list[int]:
     return [i for i, row in enumerate(ROWS) if test(row)]
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
+def test_without_a_browser_a_test_is_skipped_but_fails_in_ci(monkeypatch, ci, outcome):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="apt-get install chromium"), open_browser():
+        pass
 
 
 def test_filters_by_the_keyboard_alone(browser: Browser, path):
@@ -189,6 +197,7 @@ def test_questions_are_walked_and_opened_by_the_keyboard(browser: Browser, path)
         said = page.locator("#question-3 .stats")
         said.wait_for()
         assert "changed the answer, which is five in candidate 1" in said.inner_text()
+        assert page.locator(".given > .small:visible").all_inner_texts() == ["compared as FOUR"]
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
