@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,13 @@ from llava_cot_jax.evaluation.benchmarks.published import PROMPTS, PUBLISHED_BEN
 from llava_cot_jax.evaluation.job import RESULT, EvaluationJob
 from llava_cot_jax.evaluation.matching import MATCHES
 from llava_cot_jax.evaluation.question_sets import BENCHMARKS, Matching, open_benchmark
-from llava_cot_jax.files import write_json
+from llava_cot_jax.files import check_file_writable, write_json
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
 from llava_cot_jax.paths import as_path, writing_errors
 from llava_cot_jax.search.options import add_arguments, strategy_of, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_weight_options
-from llava_cot_jax.search.strategies import Strategy
 from llava_cot_jax.stage_format import StageFormat
 
 
@@ -80,7 +81,7 @@ class _Evaluation:
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
-        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "data", "output", "grader")
+        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "data", "grader", "output", "page")
         given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
         return given | self.job.fields()
 
@@ -91,6 +92,12 @@ class _Evaluation:
             write_json(path, result)
         self.job.show(result, Console(highlight=False))
         print(f"wrote the answers and the result to {self.folder}", file=sys.stderr)
+        if self.options.page is not None:
+            from llava_cot_jax.evaluation.page import write_evaluation_page
+
+            format = StageFormat.load(self.options.format)
+            write_evaluation_page(as_path(self.options.page), result, self.job.rows, self.job.scored, format)
+            print(f"wrote the page to {self.options.page}", file=sys.stderr)
 
 
 def _check(options: Any, group: ProcessGroup) -> _Evaluation:
@@ -106,21 +113,33 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
     check_int("slots", options.slots)
     check_mesh_sizes(options)
     JudgePrompts.load(options.judge_prompts)
-    if options.benchmark in PUBLISHED_BENCHMARKS:
-        return _check_published(options, strategy, group)
+    is_published = options.benchmark in PUBLISHED_BENCHMARKS
+    job_of = (_published_job if is_published else _own_job)(options)
+    model = AnsweringModel.find(options)
+    folder = as_path(options.output)
+    if options.page is not None and group.index == 0:
+        check_file_writable(as_path(options.page))
+    job = job_of(folder, strategy, model, writes=group.index == 0)
+    job.check_judge()
+    return _Evaluation(options, model, job, folder)
+
+
+def _own_job(options: Any) -> Callable[..., EvaluationJob]:
+    """Check what is asked, other than published benchmarks, and return what makes the job of it.
+
+    Raises:
+        UserError: An argument or a file cannot be used.
+    """
     for name in ("data", "prompts", "grader.url", "grader.model"):
         if options[name] is not None:
             raise UserError(f"--{name} needs a published benchmark: {', '.join(PUBLISHED_BENCHMARKS)}")
     matching = Matching(options.match, options.tolerance)
     questions = open_benchmark(options.benchmark, options.limit, matching, options.seed)
-    model = AnsweringModel.find(options)
-    folder = as_path(options.output)
-    job = EvaluationJob(options, questions, folder, strategy, model, writes=group.index == 0)
-    return _Evaluation(options, model, job, folder)
+    return partial(EvaluationJob, options, questions)
 
 
-def _check_published(options: Any, strategy: Strategy, group: ProcessGroup) -> _Evaluation:
-    """Check what is asked of a published benchmark, and that its answers can be scored.
+def _published_job(options: Any) -> Callable[..., EvaluationJob]:
+    """Check what is asked of a published benchmark, and return what makes the job of it.
 
     Raises:
         UserError: An argument or a file cannot be used.
@@ -129,22 +148,22 @@ def _check_published(options: Any, strategy: Strategy, group: ProcessGroup) -> _
     from llava_cot_jax.evaluation.benchmarks.question_tables import read_published
 
     name = options.benchmark
+    benchmark = PUBLISHED_BENCHMARKS[name]
     if options.data is None:
-        raise UserError(
-            f"--benchmark {name} needs --data: its published file, {PUBLISHED_BENCHMARKS[name].dataset}.tsv"
-        )
+        raise UserError(f"--benchmark {name} needs --data: its published file, {benchmark.dataset}.tsv")
     for option in ("match", "tolerance"):
         if options[option]:
             raise UserError(f"--{option} has no meaning with --benchmark {name}, which VLMEvalKit scores")
     if options.limit is not None:
         check_int("limit", options.limit)
     grader = Grader.from_options(options.grader.url, options.grader.model)
+    if grader is None and benchmark.scorer.needs_judge:
+        raise UserError(
+            f"--benchmark {name} is graded by a judge: give --grader.url and --grader.model, a chat endpoint and the "
+            "name of its model"
+        )
     questions = read_published(name, options.data, options.limit, options.prompts or PROMPTS[0], options.seed)
-    model = AnsweringModel.find(options)
-    folder = as_path(options.output)
-    job = PublishedJob(options, questions, folder, strategy, model, grader, writes=group.index == 0)
-    job.check_judge()
-    return _Evaluation(options, model, job, folder)
+    return partial(PublishedJob, options, questions, grader=grader)
 
 
 def _parser() -> cli.Parser:
@@ -185,6 +204,12 @@ def _add_evaluation_options(parser: cli.Parser) -> None:
         required=True,
         help="Folder that takes the answers (answers.jsonl) and the result (result.json). The same command goes on "
         "with it after an interruption, and asks no question twice.",
+    )
+    add(
+        "--page",
+        type=str,
+        help="HTML file that shows the result and, with filters, each question with its image, all candidates, scores "
+        "and verdicts of the search, and the right answer. It needs no other file.",
     )
     add(
         "--limit",

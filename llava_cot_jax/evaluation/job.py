@@ -86,6 +86,13 @@ class EvaluationJob(QuestionJob):
         self.scored = rows[: len(self.rows)]  # those to other questions come after them
         return rows
 
+    def check_judge(self) -> None:
+        """Check that the judge of the benchmark answers, if it has one, where answers are still to be generated.
+
+        Raises:
+            UserError: It does not.
+        """
+
     def report(self) -> dict[str, Any]:
         """Return the accuracy of the scored rows, what they took, and what was run."""
         matching = {"match": self._options.match, "tolerance": self._options.tolerance}

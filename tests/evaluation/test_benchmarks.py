@@ -149,6 +149,10 @@ def test_what_is_read_as_missing():
     assert not {as_cell(text) for text in READ_AS_MISSING if text} & READ_AS_MISSING
 
 
+JUDGE = ["--grader.url", "http://localhost:9", "--grader.model", "j"]
+"""Options of a judge that nobody asks."""
+
+
 @pytest.mark.parametrize(
     ("benchmark", "arguments", "message"),
     [
@@ -161,7 +165,11 @@ def test_what_is_read_as_missing():
         ("mmstar", ["--data", "ragged.tsv"], "ragged.tsv is no table with tabs: "),
         ("mmstar", ["--data", "MMStar.tsv", "--grader.model", "j"], "--grader.model needs --grader.url"),
         ("mmvet", ["--data", "MMVet.tsv"], "is graded by a judge: give --grader.url and --grader.model"),
-        ("mmvet", ["--data", "MMVet.tsv", "--limit", "2"], "with questions of all capabilities, so that it must be at"),
+        (
+            "mmvet",
+            ["--data", "MMVet.tsv", "--limit", "2", *JUDGE],
+            "with questions of all capabilities, so that it",
+        ),
         ("mmbench_dev_en_v11", ["--data", "reference.tsv"], "row 1 has the image of row '7', which has none"),
         ("mmbench_dev_en_v11", ["--data", "texts.tsv"], "an index that is no whole number"),
         ("hallusionbench", ["--data", "index.tsv"], "has the index 0, whose parts between underscores do not name"),
@@ -227,8 +235,11 @@ def test_a_whole_evaluation_and_its_scores_elsewhere(tmp_path, site_packages, mo
         row |= {"text": text, "stages": find_stages(text)}
     (output / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     capsys.readouterr()
-    main([*arguments, "--checkpoint", "shapes"])
+    main([*arguments, "--checkpoint", "shapes", "--page", str(tmp_path / "page.html")])
     assert "1.0000" in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text()
+    assert "VLMEvalKit 0.0.20, exact matching, scores from 0 to 1" in page and ">foodChainsWebs</th>" in page
+    assert "answers are right" not in page and "the right answer</p>" not in page and "Right answer<" not in page
     result = json.loads((output / "result.json").read_text())
     assert result["scores"]["tables"]["accuracy"] == [
         {"split": "none", "Overall": 1, "foodChainsWebs": 1, "partsOfA": 1}

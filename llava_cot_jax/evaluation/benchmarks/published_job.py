@@ -9,7 +9,6 @@ from rich.console import Console
 
 from llava_cot_jax import cli
 from llava_cot_jax.answering_model import AnsweringModel
-from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.benchmarks.grader import Grader
 from llava_cot_jax.evaluation.benchmarks.kit_install import kit_fault
 from llava_cot_jax.evaluation.benchmarks.kit_scores import KIT_FOLDER, score_predictions
@@ -39,8 +38,7 @@ class PublishedJob(EvaluationJob):
         writes: Whether this process has the output.
 
     Raises:
-        UserError: The benchmark needs a judge, and there is none; or the output cannot be used, or was begun with other
-            settings.
+        UserError: The output cannot be used, or was begun with other settings.
     """
 
     def __init__(
@@ -50,24 +48,15 @@ class PublishedJob(EvaluationJob):
         folder: Path,
         strategy: Strategy,
         model: AnsweringModel,
-        grader: Grader | None,
         *,
+        grader: Grader | None,
         writes: bool = True,
     ) -> None:
-        if grader is None and questions.benchmark.scorer.needs_judge:
-            raise UserError(
-                f"--benchmark {questions.name} is graded by a judge: give --grader.url and --grader.model, a chat "
-                "endpoint and the name of its model"
-            )
         self._published, self._grader = questions, grader
+        self._categories = questions.categories()
         super().__init__(options, questions, folder, strategy, model, writes=writes)
 
     def check_judge(self) -> None:
-        """Check that the judge answers, if there is one, where answers are still to be generated.
-
-        Raises:
-            UserError: It does not.
-        """
         if self._grader and self.unanswered:
             self._grader.check()
 
@@ -118,4 +107,5 @@ class PublishedJob(EvaluationJob):
         return {"prompts": self._published.prompts, **super()._settings()}
 
     def _completed(self, row: AnswerRow) -> dict[str, Any]:
-        return dict(row) if "error" in row else {**row, "scored": prediction_of(row, self._format)}
+        scored = {} if "error" in row else {"scored": prediction_of(row, self._format)}
+        return {**row, **scored, "category": self._categories.get(row["id"])}

@@ -65,6 +65,13 @@ class PublishedSet(EvaluationSet):
         """Whether the file is the published one, byte for byte."""
         return self.md5 in self.benchmark.md5s
 
+    def categories(self) -> dict[str | int, str]:
+        """Return the category of each row that has one, by its index."""
+        if "category" not in self.table:
+            return {}
+        cells = zip(_indices(self.table), self.table["category"], strict=True)
+        return {index: str(cell) for index, cell in cells if not _is_missing(cell)}
+
 
 def read_published(name: str, data: str, limit: int | None, prompts: str, seed: int) -> PublishedSet:
     """Read the first questions of a published benchmark's file.

@@ -28,26 +28,31 @@ def print_scores(result: Mapping[str, Any], questions: PublishedSet, folder: Pat
     """
     console.print(f"{result['benchmark']} with {result['run']['search']}", soft_wrap=True, markup=False)
     if scores := result["scores"]:
-        by = scores["by"] if isinstance(scores["by"], str) else f"{scores['by']['model']} at {scores['by']['url']}"
-        console.print(f"{scores['scorer']}, {by}, scores from 0 to {scores['largest']}", soft_wrap=True, markup=False)
-        console.print(_table(scores))
+        caption, columns, rows = score_table(scores)
+        console.print(caption, soft_wrap=True, markup=False)
+        table = Table()
+        for number, name in enumerate(columns):
+            table.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
     for note in (*_notes(result, questions, folder), *cost_notes(result)):
         console.print(note, soft_wrap=True, markup=False)
 
 
-def _table(scores: Mapping[str, Any]) -> Table:
-    """Return the kit's first table, turned where it is wider than it is long."""
+def score_table(scores: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """Return caption, columns and rows of the kit's first table, which is turned where it is wider than it is long.
+
+    Args:
+        scores: Scores as they stand in a result.
+    """
     rows: list[dict[str, Any]] = next(iter(scores["tables"].values()))
     names = list(rows[0])
     cells = [[_shown(row[name], scores["largest"]) for name in names] for row in rows]
     if len(names) > len(rows) + 1:
         names, *cells = map(list, zip(names, *cells, strict=True))
-    table = Table()
-    for number, name in enumerate(names):
-        table.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
-    for row in cells:
-        table.add_row(*map(Text, row))
-    return table
+    by = scores["by"] if isinstance(scores["by"], str) else f"{scores['by']['model']} at {scores['by']['url']}"
+    return f"{scores['scorer']}, {by}, scores from 0 to {scores['largest']}", names, cells
 
 
 def _shown(cell: str | float | None, largest: int) -> str:
