@@ -289,6 +289,11 @@ REFUSED = {
     ),
     "out of range": (["greedy,sample", "--top_p", "2"], "--compare has sample: top_p is 2"),
     "a search": (["greedy,sample", "--search", "greedy"], "--search has no meaning with --compare"),
+    "a page": (["greedy,sample", "--page", "page.html"], "--page has no meaning with --compare"),
+    "another's scores": (
+        ["greedy,sample", "--benchmark", "mmstar", "--data", "x.tsv"],
+        "--compare needs questions that are right or wrong one by one, not --benchmark mmstar",
+    ),
     "another evaluation": (["greedy,sample", "--against", "x.jsonl"], "--against has no meaning with --compare"),
 }
 

@@ -197,7 +197,8 @@ class ComparisonJob:
 
             format = method.strategy.to_spec().format
             derived = (derived_row(row, method, self._model.config) for row in rows)
-            scored = (scored_row(row, known, format) for row, known in zip(derived, self.questions.known, strict=True))
+            right = [known for known in self.questions.known if known is not None]  # which is all of them
+            scored = (scored_row(row, known, format) for row, known in zip(derived, right, strict=True))
         return MethodAnswers(
             method,
             run,

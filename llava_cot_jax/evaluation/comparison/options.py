@@ -28,11 +28,11 @@ def check_comparison_options(options: Any) -> None:
     """Check the options that stand beside ``--compare`` and ``--against``.
 
     Raises:
-        UserError: Two of them have no meaning together, or no plot can be drawn.
+        UserError: One of them has no meaning with another option, or no plot can be drawn.
     """
     if options.compare is None:
         return
-    for name in ("search", "against"):
+    for name in ("search", "against", "page"):
         if options[name] is not None:
-            raise UserError(f"--{name} has no meaning with --compare, which names the methods: give one of them")
+            raise UserError(f"--{name} has no meaning with --compare: leave one of them out")
     check_plots()
