@@ -130,13 +130,9 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
     check_int("slots", options.slots)
     check_mesh_sizes(options)
     JudgePrompts.load(options.judge_prompts)
-    job_of: Callable[..., EvaluationJob | ComparisonJob]
-    if options.benchmark in PUBLISHED_BENCHMARKS:
-        job_of, other = _published_job(options), None
-    else:
-        questions = _own_questions(options)
-        job_of = partial(ComparisonJob if methods else EvaluationJob, options, questions)
-        other = None if options.against is None else OtherAnswers(options.against, questions)
+    questions = None if options.benchmark in PUBLISHED_BENCHMARKS else _own_questions(options)
+    job_of = _published_job(options) if questions is None else _own_job(options, questions, is_comparison=bool(methods))
+    other = OtherAnswers(options.against, questions) if questions and options.against is not None else None
     model = AnsweringModel.find(options)
     folder = as_path(options.output)
     if options.page is not None and group.index == 0:
@@ -158,6 +154,13 @@ def _own_questions(options: Any) -> EvaluationSet:
             raise UserError(f"--{name} needs a published benchmark: {', '.join(PUBLISHED_BENCHMARKS)}")
     matching = Matching(options.match, options.tolerance)
     return open_benchmark(options.benchmark, options.limit, matching, options.seed)
+
+
+def _own_job(
+    options: Any, questions: EvaluationSet, *, is_comparison: bool
+) -> Callable[..., EvaluationJob | ComparisonJob]:
+    """Return what makes the job of questions other than those of published benchmarks."""
+    return partial(ComparisonJob if is_comparison else EvaluationJob, options, questions)
 
 
 def _published_job(options: Any) -> Callable[..., EvaluationJob]:

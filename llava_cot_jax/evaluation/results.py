@@ -76,7 +76,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
 
     def add_row(name: str, each: Mapping[str, Any]) -> None:
         shares = [each["accuracy"], each["standard_error"], *([each["clustered_standard_error"]] * shares_images)]
-        table.add_row(Text(name), str(each["questions"]), str(each["right"]), *map(percent, shares))
+        table.add_row(Text(name), str(each["questions"]), str(each["right"]), *map(told_share, shares))
 
     for name, each in categories.items():
         add_row(name, each)
@@ -115,6 +115,6 @@ def cost_notes(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"On average, a question took {took}."
 
 
-def percent(share: float | None) -> str:
+def told_share(share: float | None) -> str:
     """Return a share as a table shows it."""
     return "unknown" if share is None else f"{share:.1%}"

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from llava_cot_jax.evaluation.comparison.lines import Line, lines_of, what_was_asked
 from llava_cot_jax.evaluation.paired import POWER
-from llava_cot_jax.evaluation.results import SAMPLED_TOKENS, percent
+from llava_cot_jax.evaluation.results import SAMPLED_TOKENS, told_share
 
 _WIDTH = 120
 """Number of columns of a table that is written to a file or a pipe."""
@@ -60,7 +60,7 @@ def _method_table(methods: Sequence[Line]) -> Table:
     for line in methods:
         tokens, flops = line["tokens_per_question"], line["flops_per_question"]
         cells = [
-            f"{percent(line['accuracy'])} ± {percent(_standard_error(line))}",
+            f"{told_share(line['accuracy'])} ± {told_share(_standard_error(line))}",
             f"{sum(tokens.get(name, 0) for name in SAMPLED_TOKENS):,.0f}" if tokens else "none",
             f"{tokens['total']:,.0f}" if tokens else "none",
             f"{flops['total']:.3g}" if flops else "none",
@@ -119,10 +119,10 @@ def _equal_table(equal: Sequence[Line]) -> Table:
         if line["between"] is None:
             table.add_row(*told, "outside what was measured")
         else:
-            table.add_row(*told, percent(line["accuracy"]), _difference(line))
+            table.add_row(*told, told_share(line["accuracy"]), _difference(line))
     return table
 
 
 def _difference(line: Mapping[str, Any]) -> str:
     """Return a difference with its standard error."""
-    return f"{line['difference']:+.1%} ± {percent(line['standard_error'])}"
+    return f"{line['difference']:+.1%} ± {told_share(line['standard_error'])}"
