@@ -61,21 +61,23 @@ def draw_comparison(lines: Sequence[Line], stem: Path) -> list[Path]:
     for i, (family, members) in enumerate(families.items()):
         members = sorted(members, key=_flops)
         errors = [line["clustered_standard_error"] or 0.0 for line in members]
+        colour, above = _COLOURS[i % len(_COLOURS)], i % 2 == 0
         axes.errorbar(
             [_flops(line) for line in members],
             [line["accuracy"] for line in members],
             errors,
             label=family,
-            color=_COLOURS[i % len(_COLOURS)],
+            color=colour,
             marker=_MARKERS[i % len(_MARKERS)],
             capsize=3,
             linewidth=1.5,
-            elinewidth=1,
+            elinewidth=0.8,
         )
         for line in members:
             if line["num_candidates"] and len(members) > 1:
-                at = (_flops(line), line["accuracy"])
-                axes.annotate(str(line["num_candidates"]), at, (5, 5), textcoords="offset points", fontsize=8)
+                place, side = (_flops(line), line["accuracy"]), (5, 5 if above else -12)
+                number = str(line["num_candidates"])
+                axes.annotate(number, place, side, textcoords="offset points", fontsize=8, color=colour)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_minor_locator(NullLocator())
