@@ -6,7 +6,10 @@ llava-cot serve --checkpoint DIR_OR_HUB_ID --searches greedy best_of_n-8 --port 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +36,9 @@ from llava_cot_jax.serving.sockets import is_loopback, listen, url_of
 if TYPE_CHECKING:
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.request_builder import RequestBuilder
+    from llava_cot_jax.serving.engine import AnsweringEngine
     from llava_cot_jax.serving.image_urls import ImageLoader
-    from llava_cot_jax.serving.orders import Deliver
+    from llava_cot_jax.serving.orders import Deliver, OrderSource
 
 KEY = "LLAVA_COT_API_KEY"
 """Environment variable of the key that requests must have."""
@@ -61,6 +65,11 @@ class _Checked:
     menu: SearchMenu
     searches: dict[str, Strategy]
 
+    @property
+    def strategies(self) -> list[Strategy]:
+        """The searches that are compiled at the start, each once."""
+        return list(dict.fromkeys([self.menu.default, *self.searches.values()]))
+
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
         own = ("hosts", "checkpoint", "adapter", "config", "host", "port", "name", "local_images")
@@ -77,16 +86,17 @@ def _serve(options: Any, group: ProcessGroup, lifeline: Lifeline | None) -> None
     """
     checked = _check(options, group)
 
-    # These imports take longer than all checks so far.
+    # This import takes longer than all checks so far.
     from llava_cot_jax.processing.processor import Processor
 
-    listener = listen(options.host, options.port)
-    with listener:
+    with contextlib.nullcontext() if group.index else listen(options.host, options.port) as listener:
         processor = Processor.from_pretrained(checked.model.folder, checked.model.config)
-        builders = _builders(checked, processor)
         prepare_devices(group, lifeline, checked.fields, checked.model)
-        _listen_and_answer(checked, processor, builders, listener)
-    sys.stdout.flush()
+        new_builder = _builders(checked, processor)
+        if listener is None:
+            _follow(checked, new_builder)
+        else:
+            _listen_and_answer(checked, processor, new_builder, listener, is_shared=lifeline is not None)
 
 
 def _builders(checked: _Checked, processor: Processor) -> Callable[[Strategy], RequestBuilder]:
@@ -103,45 +113,83 @@ def _builders(checked: _Checked, processor: Processor) -> Callable[[Strategy], R
     def new_builder(strategy: Strategy) -> RequestBuilder:
         return RequestBuilder(processor, strategy, options.judge_prompts, checked.model.stated_length)
 
-    for strategy in (checked.menu.default, *checked.searches.values()):
+    for strategy in checked.strategies:
         Room.at_least(new_builder(strategy), options.prompt_tokens, options.images)
     return new_builder
 
 
-def _listen_and_answer(
-    checked: _Checked, processor: Processor, new_builder: Callable[[Strategy], RequestBuilder], listener: Any
-) -> None:
+def _engine(
+    checked: _Checked,
+    new_builder: Callable[[Strategy], RequestBuilder],
+    source: OrderSource,
+    deliver: Deliver,
+    *,
+    is_shared: bool,
+    is_first: bool,
+) -> AnsweringEngine:
+    """Load the model, compile the listed searches, and return what answers questions."""
     from PIL import Image
 
+    from llava_cot_jax.serving.engine import AnsweringEngine, EngineSettings
+
+    options, model = checked.options, checked.model
+    settings = EngineSettings(options.slots, options.prompt_tokens, options.images, survives=not is_shared)
+    engine = AnsweringEngine(model.load(model.mesh(), is_first), new_builder, settings, source, deliver)
+    side = model.config.vision.image_size
+    engine.warm_up(checked.strategies, Image.new("RGB", (side, side)))
+    return engine
+
+
+def _follow(checked: _Checked, new_builder: Callable[[Strategy], RequestBuilder]) -> None:
+    """Compute what the first process answers with, until it stops, which this process leaves the signals to."""
+    from llava_cot_jax.serving.shared_orders import SharedOrders
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    engine = _engine(
+        checked, new_builder, SharedOrders(None), lambda number, report: None, is_shared=True, is_first=False
+    )
+    engine.run()
+
+
+def _listen_and_answer(
+    checked: _Checked,
+    processor: Processor,
+    new_builder: Callable[[Strategy], RequestBuilder],
+    listener: socket.socket,
+    *,
+    is_shared: bool,
+) -> None:
+    """Answer requests until a signal.
+
+    Args:
+        checked: The arguments.
+        processor: Processor of the checkpoint.
+        new_builder: Function that makes the builder of the requests of a search.
+        listener: Socket that listens.
+        is_shared: Whether other processes have parts of the model.
+    """
     from llava_cot_jax.serving.app import Endpoint
     from llava_cot_jax.serving.dispatcher import Dispatcher
-    from llava_cot_jax.serving.engine import AnsweringEngine, EngineSettings
     from llava_cot_jax.serving.orders import OrderQueue, Stop
     from llava_cot_jax.serving.server import Answering, serve_requests
 
-    options, model = checked.options, checked.model
-    orders, mesh = OrderQueue(), model.mesh()
+    options, orders, source = checked.options, OrderQueue(), None
+    if is_shared:
+        from llava_cot_jax.serving.shared_orders import SharedOrders
+
+        source = SharedOrders(orders)
     compilations = cli.CompilationCounter()
-    at_ready = [0]
-    dispatcher = Dispatcher(
-        orders.give,
-        most_answers=options.max_requests,
-        most_searches=options.kept_searches,
-        slots=options.slots,
-    )
     engines: list[AnsweringEngine] = []
+    dispatcher = Dispatcher(orders.give, most_answers=options.max_requests, most_searches=options.kept_searches)
 
     def prepare(deliver: Deliver) -> list[Strategy]:
-        settings = EngineSettings(options.slots, options.prompt_tokens, options.images)
-        engine = AnsweringEngine(model.load(mesh, True), new_builder, settings, orders, deliver)
-        strategies = list(dict.fromkeys([checked.menu.default, *checked.searches.values()]))
-        side = model.config.vision.image_size
-        engine.warm_up(strategies, Image.new("RGB", (side, side)))
+        engine = _engine(checked, new_builder, source or orders, deliver, is_shared=is_shared, is_first=True)
         engines.append(engine)
-        return strategies
+        compilations.count = 0
+        return checked.strategies
 
     def tell_ready() -> None:
-        at_ready[0] = compilations.count
         print(f"serving {checked.menu.name} at {url_of(listener)}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(_READERS) as readers:
@@ -155,9 +203,10 @@ def _listen_and_answer(
             seed=options.seed,
             key=os.environ.get(KEY) or None,
             readers=readers,
-            compilations=lambda: compilations.count - at_ready[0],
+            compilations=lambda: compilations.count,
         )
-        answering = Answering(prepare, lambda: engines[0].run(), lambda: orders.give(Stop()))
+        print(f"listening at {url_of(listener)}, loading and compiling", file=sys.stderr, flush=True)
+        answering = Answering(prepare, lambda: engines[0].run(), lambda: orders.give(Stop()), is_shared)
         serve_requests(listener, endpoint.app(), dispatcher, answering, tell_ready)
 
 
@@ -176,10 +225,10 @@ def _check(options: Any, group: ProcessGroup) -> _Checked:
     """
     if not all(map(find_spec, ("starlette", "uvicorn"))):
         raise UserError("serve needs starlette and uvicorn: pip install 'llava-cot-jax[serve]'")
-    if group.count > 1:
+    if group.count > 1 and options.hosts.divide == "questions":
         raise UserError(
-            f"there are {group.count} processes by {group.source}, and a server is one: give --hosts.count 1, and "
-            "start one on each host, behind one address"
+            f"there are {group.count} processes by {group.source}, of which each would be a server of its own: give "
+            "--hosts.count 1 to each, or --hosts.divide model for one model over the devices of all"
         )
     for name in ("slots", "prompt_tokens", "max_images", "max_requests", "max_body_mb", "kept_searches"):
         check_int(name, options[name])

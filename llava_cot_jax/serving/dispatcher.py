@@ -43,7 +43,6 @@ class Dispatcher:
         give: Function that gives an order to the thread that owns jax.
         most_answers: Largest number of answers that are waited for.
         most_searches: Largest number of searches that are kept.
-        slots: Number of questions of a search that are answered at a time.
 
     Attributes:
         state: "starting", "ready" or "stopping".
@@ -51,8 +50,8 @@ class Dispatcher:
         has_been_ready: Whether questions were taken once.
     """
 
-    def __init__(self, give: Callable[[Order], None], *, most_answers: int, most_searches: int, slots: int) -> None:
-        self._give, self._most_answers, self._most_searches, self._slots = give, most_answers, most_searches, slots
+    def __init__(self, give: Callable[[Order], None], *, most_answers: int, most_searches: int) -> None:
+        self._give, self._most_answers, self._most_searches = give, most_answers, most_searches
         self.state = "starting"
         self.has_been_ready = False
         self.idle = asyncio.Event()

@@ -189,8 +189,7 @@ class AnsweringEngine:
                 self._follow(order)
             for strategy, pool in list(self._pools.items()):
                 if pool.tasks:
-                    with_failures = _failures(pool.step)
-                    for fault in with_failures:
+                    for fault in _failures(pool.step):
                         self._give_up(strategy, pool, fault)
 
     def _follow(self, order: Order) -> None:

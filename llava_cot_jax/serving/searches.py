@@ -65,7 +65,7 @@ class SearchMenu:
         Raises:
             ApiError: There is no such model or search.
         """
-        model, _, suffix = self._split(request.model)
+        model, suffix = self._split(request.model)
         if model != self.name and not self._accepts_any:
             message = f"there is no model {model!r}: this server has {self.name}"
             raise ApiError(404, "model_not_found", message, param="model")
@@ -93,12 +93,13 @@ class SearchMenu:
         options = self._options.clone()
         options.search = kind
         for option in _OPTIONS:
-            is_for_stages = isinstance(options[option], tuple) and kind != "stage_beam"
-            is_accepted = ("scorer" if option == "judge" else option) in accepted and kind != "weighted_vote"
-            if is_for_stages or not (is_accepted or (kind == "weighted_vote" and option != "judge")):
+            is_accepted = ("scorer" if option == "judge" else option) in accepted
+            if kind == "weighted_vote" and option == "judge":  # it has a scorer of its own, and takes no other
+                is_accepted = False
+            # What is given for each stage, and the length of a stage, mean nothing for whole answers.
+            is_of_stages = isinstance(options[option], tuple) or option == "max_new_tokens"
+            if not is_accepted or (is_of_stages and (kind == "stage_beam") != (self._options.search == "stage_beam")):
                 options[option] = None
-        for option in ("max_sentences", "max_sentence_tokens", "threshold", "max_rounds"):
-            options[option] = None
         if dash:
             options.num_candidates = int(number)
         try:
@@ -114,14 +115,12 @@ class SearchMenu:
             raise ApiError(400, "search_not_served", message, param="model")
         return strategy
 
-    def _split(self, model: str) -> tuple[str, str, str]:
-        """Return the name of the model, and that of the search behind it, if there is one."""
-        if model == self.name or model.startswith(f"{self.name}:"):
-            return self.name, ":", model[len(self.name) + 1 :]
+    def _split(self, model: str) -> tuple[str, str]:
+        """Return the name of the model, and that of the search behind it, if there is one. No name is the server's."""
+        if model in ("", self.name) or model.startswith(f"{self.name}:"):
+            return self.name, model[len(self.name) + 1 :]
         before, colon, suffix = model.rpartition(":")
-        if colon and self._accepts_any and suffix.partition("-")[0] in STRATEGIES:
-            return before, colon, suffix
-        return model, "", ""
+        return (before, suffix) if colon and suffix.partition("-")[0] in STRATEGIES else (model, "")
 
     def _plain(self, strategy: Strategy, given: dict[str, float]) -> Strategy:
         """Return the strategy of one answer with the settings that a request gives."""

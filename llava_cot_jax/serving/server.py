@@ -30,11 +30,13 @@ class Answering:
             searches that are compiled.
         run: Function that answers until it is told to stop.
         stop: Function that tells it to.
+        is_shared: Whether other processes do the same, so that it must be told to stop even before it answers.
     """
 
     prepare: Callable[[Deliver], list[Strategy]]
     run: Callable[[], None]
     stop: Callable[[], None]
+    is_shared: bool = False
 
 
 class _Server(uvicorn.Server):
@@ -90,7 +92,7 @@ async def _serve(
     told.cancel()
     if ended.done():
         ended.result()
-    elif was_ready:
+    elif was_ready or answering.is_shared:
         answering.stop()
         await ended
 
