@@ -24,7 +24,7 @@ from llava_cot_jax.serving.chat_request import ChatRequest, read_body
 from llava_cot_jax.serving.dispatcher import Asked, Dispatcher
 from llava_cot_jax.serving.image_urls import ImageLoader
 from llava_cot_jax.serving.orders import Answered, Report, StageWon, Unanswered
-from llava_cot_jax.serving.replies import KEEP_ALIVE, LAST_EVENT, Choice, ReplyHeader, as_event, make_choice
+from llava_cot_jax.serving.replies import KEEP_ALIVE, LAST_EVENT, ChatChoice, ReplyHeader, as_event, make_choice
 from llava_cot_jax.serving.searches import SearchMenu
 
 BODY_SECONDS = 300.0
@@ -40,7 +40,7 @@ _SEEDS = 1 << 32
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What answers requests.
+    """Endpoint of a model.
 
     Attributes:
         menu: The searches.
@@ -179,13 +179,13 @@ class Endpoint:
             gone.cancel()
             working.cancel()
 
-    async def _collect(self, asked: Asked, chat: ChatRequest) -> list[Choice]:
+    async def _collect(self, asked: Asked, chat: ChatRequest) -> list[ChatChoice]:
         """Return all choices.
 
         Raises:
             ApiError: One of them has no answer.
         """
-        found: dict[int, Choice] = {}
+        found: dict[int, ChatChoice] = {}
         while len(found) < chat.choices:
             index, report = await asked.reports.get()
             if isinstance(report, Unanswered):
@@ -194,7 +194,7 @@ class Endpoint:
                 found[index] = await self._choice(report, chat)
         return [found[i] for i in range(chat.choices)]
 
-    async def _choice(self, report: Answered, chat: ChatRequest) -> Choice:
+    async def _choice(self, report: Answered, chat: ChatRequest) -> ChatChoice:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.readers, make_choice, report, chat, self.processor)
 
@@ -202,7 +202,7 @@ class Endpoint:
         self, asked: Asked, chat: ChatRequest, header: ReplyHeader, first: tuple[int, Report] | str
     ) -> AsyncIterator[bytes]:
         """Yield the events of an answer. The question is let go where nobody reads them."""
-        found: dict[int, Choice] = {}
+        found: dict[int, ChatChoice] = {}
         told = [""] * chat.choices
         try:
             for index in range(chat.choices):

@@ -18,7 +18,7 @@ NO_TEXT = "(no text)"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChatChoice:
     """Answer as a client gets it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Choice:
         }
 
 
-def make_choice(found: Answered, request: ChatRequest, processor: Processor) -> Choice:
+def make_choice(found: Answered, request: ChatRequest, processor: Processor) -> ChatChoice:
     """Return an answer as a client gets it."""
     answer, trace = found.answer, found.answer.trace
     result = result_of(answer, found.is_shrunk)
@@ -71,7 +71,7 @@ def make_choice(found: Answered, request: ChatRequest, processor: Processor) -> 
     about = {"seed": trace.seed, "text": answer.text, "stages": answer.stages, "notes": result.notes(trace.format)}
     if request.trace:
         about["trace"] = trace.to_dict()
-    return Choice(
+    return ChatChoice(
         content=shortened or NO_TEXT,
         reasoning=reasoning,
         finish_reason="length" if is_cut else "stop",
@@ -113,7 +113,7 @@ def cut_to_tokens(text: str, most: int | None, processor: Processor) -> str:
     return processor.decode(tokens[:most]).rstrip("\ufffd")
 
 
-def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
+def usage_of(choices: Sequence[ChatChoice]) -> dict[str, Any]:
     """Return the numbers of tokens of a request, whose prompt counts once."""
     prompt, answers = choices[0].prompt_tokens, sum(choice.answer_tokens for choice in choices)
     reasoning = sum(choice.reasoning_tokens for choice in choices)
@@ -128,7 +128,7 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ReplyHeader:
-    """What the whole answer to a request, and each of its events, begin with.
+    """Beginning of the whole answer to a request, and of each of its events.
 
     Attributes:
         identity: Identity of the answer.
@@ -142,7 +142,7 @@ class ReplyHeader:
     model: str
     search: ChosenSearch
 
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[ChatChoice]) -> dict[str, Any]:
         """Return the whole answer."""
         return {
             **self._fields("chat.completion"),
@@ -155,7 +155,7 @@ class ReplyHeader:
         choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None, **more}
         return as_event({**self._fields("chat.completion.chunk"), "choices": [choice]})
 
-    def usage_event(self, choices: Sequence[Choice]) -> bytes:
+    def usage_event(self, choices: Sequence[ChatChoice]) -> bytes:
         """Return the event of the numbers of tokens."""
         return as_event({**self._fields("chat.completion.chunk"), "choices": [], "usage": usage_of(choices)})
 

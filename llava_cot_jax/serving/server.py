@@ -23,7 +23,7 @@ _KEEP_ALIVE_SECONDS = 75
 
 @dataclass
 class Answering:
-    """What the thread that owns jax does.
+    """Work of the thread that owns jax.
 
     Attributes:
         prepare: Function that loads the model and compiles, with the function that takes reports. It returns the
