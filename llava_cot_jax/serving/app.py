@@ -4,16 +4,17 @@ import asyncio
 import hmac
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.conversation import read_conversation
@@ -36,6 +37,11 @@ PING_SECONDS = 15.0
 _CLOSED_BY_CLIENT = 499
 
 _SEEDS = 1 << 32
+
+_Result = TypeVar("_Result")
+
+_Next = tuple[int, Report] | None
+"""Number of a choice and a report of it; None where none has come for a time."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Endpoint:
     seed: int
     key: str | None
     readers: ThreadPoolExecutor
-    compilations: Any
+    compilations: Callable[[], int]
 
     def app(self) -> Starlette:
         """Return the application."""
@@ -73,7 +79,7 @@ class Endpoint:
             Route("/v1/models", self.list_models, methods=["GET"]),
             Route("/health", self.tell_health, methods=["GET"]),
         ]
-        handlers: Any = {ApiError: _refuse, HTTPException: _refuse_route, ClientDisconnect: _nobody}
+        handlers: Any = {ApiError: _refuse, HTTPException: _refuse_route, ClientDisconnect: _close}
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def tell_health(self, request: Request) -> Response:
@@ -102,20 +108,16 @@ class Endpoint:
         chat = await in_thread(self.readers, read_body, body)
         search = self.menu.choose(chat)
         messages = await in_thread(self.readers, self._load, chat)
-        first = self.seed if chat.seed is None else chat.seed
-        seeds = [(first + i) % _SEEDS for i in range(chat.choices)]
+        seed = self.seed if chat.seed is None else chat.seed
+        seeds = [(seed + i) % _SEEDS for i in range(chat.choices)]
         asked = self.dispatcher.ask(search.strategy, messages, seeds, tells_stages=chat.stream)
         model = chat.model or self.menu.name
         header = ReplyHeader(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, search)
         if not chat.stream:
-            choices = await self._unless_gone(request, asked, self._collect(asked, chat))
-            return _closed() if choices is None else JSONResponse(header.whole(choices))
+            return JSONResponse(header.whole(await self._unless_gone(request, asked, self._collect(asked, chat))))
         # A mistake that shows soon has a status of its own, which can be sent only before the first event.
-        report = await self._unless_gone(request, asked, _first_report(asked))
-        if report is None:
-            return _closed()
-        events = self._events(asked, chat, header, report)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        first = await self._unless_gone(request, asked, _first_report(asked))
+        return _EventResponse(self._events(asked, chat, header, first), lambda: self.dispatcher.drop(asked))
 
     def _check_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "")
@@ -163,15 +165,19 @@ class Endpoint:
             raise ApiError(400, "invalid_value", str(fault), param="messages") from None
         return messages
 
-    async def _unless_gone(self, request: Request, asked: Asked, work: Any) -> Any:
-        """Return what ``work`` returns, or None, and let the question go, once the client is gone."""
-        gone, working = asyncio.ensure_future(_wait_until_gone(request)), asyncio.ensure_future(work)
+    async def _unless_gone(self, request: Request, asked: Asked, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """Return what ``work`` returns. The question is let go where that fails.
+
+        Raises:
+            ClientDisconnect: The client is gone.
+            ApiError: ``work`` raises it.
+        """
+        gone, working = asyncio.create_task(_wait_until_gone(request)), asyncio.create_task(work)
         try:
             await asyncio.wait({gone, working}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-            self.dispatcher.drop(asked)
-            return None
+            if not working.done():
+                raise ClientDisconnect
+            return working.result()
         except BaseException:
             self.dispatcher.drop(asked)
             raise
@@ -198,63 +204,74 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.readers, make_choice, report, chat, self.processor)
 
-    async def _events(
-        self, asked: Asked, chat: ChatRequest, header: ReplyHeader, first: tuple[int, Report] | str
-    ) -> AsyncIterator[bytes]:
-        """Yield the events of an answer. The question is let go where nobody reads them."""
+    async def _events(self, asked: Asked, chat: ChatRequest, header: ReplyHeader, first: _Next) -> AsyncIterator[bytes]:
+        """Yield the events of an answer."""
         found: dict[int, ChatChoice] = {}
         told = [""] * chat.choices
-        try:
-            for index in range(chat.choices):
-                yield header.event(index, {"role": "assistant", "content": ""})
-            report: tuple[int, Report] | str = first
-            while True:
-                if isinstance(report, str):
+        for index in range(chat.choices):
+            yield header.event(index, {"role": "assistant", "content": ""})
+        following = first
+        while len(found) < chat.choices:
+            match following:
+                case None:
                     yield KEEP_ALIVE
-                else:
-                    index, what = report
-                    if isinstance(what, Unanswered):
-                        yield as_event(_error_of(what).body)
-                        return
-                    if isinstance(what, StageWon):
-                        delta = "\n\n".join(([""] if told[index] else []) + what.texts)
-                        told[index] += delta
-                        yield header.event(index, {"reasoning_content": delta})
-                    else:
-                        found[index] = choice = await self._choice(what, chat)
-                        rest = (choice.reasoning or "").removeprefix(told[index])
-                        if rest:
-                            yield header.event(index, {"reasoning_content": rest})
-                        yield header.event(index, {"content": choice.content})
-                        yield header.event(index, {}, choice.finish_reason, llava_cot=choice.about)
-                if len(found) == chat.choices:
-                    break
-                report = await _next_report(asked)
-            if chat.include_usage:
-                yield header.usage_event([found[i] for i in range(chat.choices)])
-            yield LAST_EVENT
+                case _, Unanswered() as report:
+                    yield as_event(_error_of(report).body)
+                    return
+                case index, StageWon(texts):
+                    delta = "\n\n".join(([""] if told[index] else []) + texts)
+                    told[index] += delta
+                    yield header.event(index, {"reasoning_content": delta})
+                case index, Answered() as report:
+                    found[index] = choice = await self._choice(report, chat)
+                    if rest := (choice.reasoning or "").removeprefix(told[index]):
+                        yield header.event(index, {"reasoning_content": rest})
+                    yield header.event(index, {"content": choice.content})
+                    yield header.event(index, {}, choice.finish_reason, llava_cot=choice.about)
+            if len(found) < chat.choices:
+                following = await _next_report(asked)
+        if chat.include_usage:
+            yield header.usage_event([found[i] for i in range(chat.choices)])
+        yield LAST_EVENT
+
+
+class _EventResponse(StreamingResponse):
+    """Response of events.
+
+    Args:
+        events: The events.
+        on_end: Function that is called at the end, be it that the client is gone before the first event.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
         finally:
-            self.dispatcher.drop(asked)
+            self._on_end()
 
 
-async def _next_report(asked: Asked) -> tuple[int, Report] | str:
-    """Return the next report of a question, or "none" where it is time to keep the stream alive."""
+async def _next_report(asked: Asked) -> _Next:
+    """Return the next report of a question, or None where it is time to keep the stream alive."""
     try:
         return await asyncio.wait_for(asked.reports.get(), PING_SECONDS)
     except TimeoutError:
-        return "none"
+        return None
 
 
-async def _first_report(asked: Asked) -> tuple[int, Report] | str:
+async def _first_report(asked: Asked) -> _Next:
     """Return what ``_next_report`` does.
 
     Raises:
         ApiError: The question has no answer.
     """
-    report = await _next_report(asked)
-    if not isinstance(report, str) and isinstance(report[1], Unanswered):
-        raise _error_of(report[1])
-    return report
+    following = await _next_report(asked)
+    if following is not None and isinstance(following[1], Unanswered):
+        raise _error_of(following[1])
+    return following
 
 
 async def _wait_until_gone(request: Request) -> None:
@@ -268,11 +285,6 @@ def _error_of(report: Unanswered) -> ApiError:
     return ApiError(500, "internal_error", report.message)
 
 
-def _closed() -> Response:
-    """Return what is written where nobody reads it."""
-    return Response(status_code=_CLOSED_BY_CLIENT)
-
-
 async def _refuse(request: Request, fault: ApiError) -> Response:
     return JSONResponse(fault.body, fault.status, fault.headers)
 
@@ -283,5 +295,6 @@ async def _refuse_route(request: Request, fault: HTTPException) -> Response:
     return JSONResponse(error.body, error.status, fault.headers)
 
 
-async def _nobody(request: Request, fault: ClientDisconnect) -> Response:
-    return _closed()
+async def _close(request: Request, fault: ClientDisconnect) -> Response:
+    """Return what is written where nobody reads it."""
+    return Response(status_code=_CLOSED_BY_CLIENT)

@@ -125,6 +125,11 @@ class Dispatcher:
             self._seconds += _RECENT * (time.monotonic() - begun - self._seconds)
             self._finish(number)
 
+    def give_up(self) -> None:
+        """Report to all who wait that they get no answer."""
+        for number in list(self._asked):
+            self.report(number, Unanswered("the server has failed", is_mistake=False))
+
     def _finish(self, number: int) -> None:
         asked, _, _ = self._asked.pop(number)
         del asked.unfinished[number]

@@ -85,11 +85,14 @@ async def _serve(
     await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
     was_ready = dispatcher.has_been_ready
     dispatcher.stop()
-    if not ended.done():
-        await dispatcher.idle.wait()
+    idle = asyncio.create_task(dispatcher.idle.wait())
+    awaited = {idle, ended}
+    await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+    dispatcher.give_up()  # what a failure has left without an answer
     server.should_exit = True
     await serving
-    told.cancel()
+    for task in (told, idle):
+        task.cancel()
     if ended.done():
         ended.result()
     elif was_ready or answering.is_shared:

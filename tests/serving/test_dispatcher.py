@@ -80,3 +80,11 @@ def test_nothing_is_taken_once_it_stops():
     with pytest.raises(ApiError, match="the server is stopping") as caught:
         ask(dispatcher)
     assert caught.value.status == 503 and caught.value.headers["Retry-After"] == "60"
+
+
+def test_a_failure_is_told_to_all_who_wait():
+    dispatcher, _ = ready()
+    asked = ask(dispatcher, seeds=(0, 1))
+    dispatcher.give_up()
+    assert [asked.reports.get_nowait()[1].message for _ in range(2)] == ["the server has failed"] * 2
+    assert dispatcher.idle.is_set()
