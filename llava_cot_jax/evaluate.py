@@ -23,7 +23,7 @@ from llava_cot_jax.evaluation.job import RESULT, EvaluationJob
 from llava_cot_jax.evaluation.matching import MATCHES
 from llava_cot_jax.evaluation.question_sets import BENCHMARKS, Matching, open_benchmark
 from llava_cot_jax.evaluation.results import print_result
-from llava_cot_jax.files import write_json
+from llava_cot_jax.files import check_file_writable, write_json
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
 from llava_cot_jax.paths import as_path, writing_errors
@@ -77,7 +77,7 @@ class _Evaluation:
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
-        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "output")
+        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "output", "page")
         given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
         return given | self.job.fields()
 
@@ -88,6 +88,12 @@ class _Evaluation:
             write_json(path, result)
         print_result(result, Console(highlight=False))
         print(f"wrote the answers and the result to {self.folder}", file=sys.stderr)
+        if self.options.page is not None:
+            from llava_cot_jax.evaluation.page import write_evaluation_page
+
+            format = StageFormat.load(self.options.format)
+            write_evaluation_page(as_path(self.options.page), result, self.job.rows, self.job.scored, format)
+            print(f"wrote the page to {self.options.page}", file=sys.stderr)
 
 
 def _check(options: Any, group: ProcessGroup) -> _Evaluation:
@@ -107,6 +113,8 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
     questions = open_benchmark(options.benchmark, options.limit, matching, options.seed)
     model = AnsweringModel.find(options)
     folder = as_path(options.output)
+    if options.page is not None and group.index == 0:
+        check_file_writable(as_path(options.page))
     job = EvaluationJob(options, questions, folder, strategy, model, writes=group.index == 0)
     return _Evaluation(options, model, job, folder)
 
@@ -137,6 +145,12 @@ def _add_evaluation_options(parser: cli.Parser) -> None:
         required=True,
         help="Folder that takes the answers (answers.jsonl) and the result (result.json). The same command goes on "
         "with it after an interruption, and asks no question twice.",
+    )
+    add(
+        "--page",
+        type=str,
+        help="HTML file that shows the result and, with filters, each question with its image, all candidates, scores "
+        "and verdicts of the search, and the right answer. It needs no other file.",
     )
     add(
         "--limit",

@@ -79,9 +79,10 @@ def endless_tables(config: MllamaConfig, work: Workload, spec: SearchSpec) -> tu
     verifier_tables, scored = None, len(scored_stages(spec))
     if spec.has_verifier:
         verifier_tables = VerifierTables(probes=pad([[5] * work.probe_tokens] * scored), answers=jnp.arange(2))
+    threshold = None if spec.rounds is None else jnp.float32(spec.rounds.threshold)
     judge = spec.judge
     if judge is None:
-        return stage_tables, ScorerTables(None, verifier_tables)
+        return stage_tables, ScorerTables(None, verifier_tables, threshold)
 
     def part(share: float) -> RaggedTokens:
         shape = (len(PROMPT_KINDS), scored)
@@ -105,4 +106,4 @@ def endless_tables(config: MllamaConfig, work: Workload, spec: SearchSpec) -> tu
         verdicts=jnp.arange(2),
         stop_tables=jnp.zeros((len(PROMPT_KINDS), states, config.text.vocab_size), jnp.uint8),
     )
-    return stage_tables, ScorerTables(judge_tables, verifier_tables)
+    return stage_tables, ScorerTables(judge_tables, verifier_tables, threshold)

@@ -172,9 +172,11 @@ class RetracingSearch:
         results = unused_results(self.rounds.most, shapes)
 
         Carry = tuple[Int[Array, ""], Pool, StageResult]
+        threshold = self.stages.scorer_tables.threshold
+        assert threshold is not None
 
         def goes_on(pool: Pool) -> Bool[Array, " questions"]:
-            return ~(pool.score[:, 1] > self.rounds.threshold)
+            return ~(pool.score[:, 1] > threshold)
 
         def unfinished(carry: Carry) -> jax.Array:
             number, pool, _ = carry

@@ -1,6 +1,6 @@
 """Rounds of a search that goes back to new captions: the static part of it that ``SearchSpec`` holds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -11,10 +11,11 @@ class Rounds:
         keep: Number of captions of a round that are continued.
         pool: Number of the best reasonings of all rounds that are remembered: those to be concluded, and at least two.
         most: Largest number of rounds.
-        threshold: Score above which the second-best reasoning of all rounds must be for no further round.
+        threshold: Score above which the second-best reasoning of all rounds must be for no further round. The compiled
+            search takes it as an array, so that another one compiles nothing.
     """
 
     keep: int
     pool: int
     most: int
-    threshold: float
+    threshold: float = field(compare=False)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Float32, Int, UInt8
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
@@ -124,10 +125,12 @@ class ScorerTables:
     Attributes:
         judge: Tables of the judge; None where no stage has one.
         verifier: Tables of the verifier; None where no stage has one.
+        threshold: Score above which the second-best reasoning of a retracing search must be; None in other searches.
     """
 
     judge: JudgeTables | None
     verifier: VerifierTables | None
+    threshold: Float32[Array, ""] | None
 
 
 def vocabulary_of(processor: Processor) -> list[bytes]:
@@ -242,6 +245,7 @@ def build_scorer_tables(
     return ScorerTables(
         judge=None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, prompts, entries),
         verifier=build_verifier_tables(processor, spec, prompts) if spec.has_verifier else None,
+        threshold=None if spec.rounds is None else jnp.float32(spec.rounds.threshold),
     )
 
 

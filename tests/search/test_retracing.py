@@ -120,6 +120,7 @@ def test_nothing_is_read_twice_and_nothing_is_compiled_again(ending, prompts):
     answers = [reasoner.answer(*scene(0), seed=0)]
     compilations = CompilationCounter()
     answers += [reasoner.answer(*scene(i), seed=i) for i in range(1, 4)]
+    Reasoner(model, processor, replace(SMALL, threshold=0.25), prompts).answer(*scene(0), seed=0)
     assert compilations.count == 0 and len({answer.text for answer in answers}) == 4
 
     def between(candidate, opening: str) -> int:
