@@ -24,7 +24,7 @@ from llava_cot_jax.serving.api_errors import ApiError
 from llava_cot_jax.serving.chat_request import ChatRequest, read_body
 from llava_cot_jax.serving.dispatcher import Asked, Dispatcher
 from llava_cot_jax.serving.image_urls import ImageLoader
-from llava_cot_jax.serving.orders import Answered, Report, StageWon, Unanswered
+from llava_cot_jax.serving.orders import Answered, NoAnswer, Report, StageWon
 from llava_cot_jax.serving.replies import KEEP_ALIVE, LAST_EVENT, ChatChoice, ReplyHeader, as_event, make_choice
 from llava_cot_jax.serving.searches import SearchMenu
 
@@ -194,7 +194,7 @@ class Endpoint:
         found: dict[int, ChatChoice] = {}
         while len(found) < chat.choices:
             index, report = await asked.reports.get()
-            if isinstance(report, Unanswered):
+            if isinstance(report, NoAnswer):
                 raise _error_of(report)
             if isinstance(report, Answered):
                 found[index] = await self._choice(report, chat)
@@ -215,7 +215,7 @@ class Endpoint:
             match following:
                 case None:
                     yield KEEP_ALIVE
-                case _, Unanswered() as report:
+                case _, NoAnswer() as report:
                     yield as_event(_error_of(report).body)
                     return
                 case index, StageWon(texts):
@@ -269,7 +269,7 @@ async def _first_report(asked: Asked) -> _Next:
         ApiError: The question has no answer.
     """
     following = await _next_report(asked)
-    if following is not None and isinstance(following[1], Unanswered):
+    if following is not None and isinstance(following[1], NoAnswer):
         raise _error_of(following[1])
     return following
 
@@ -279,7 +279,7 @@ async def _wait_until_gone(request: Request) -> None:
         pass
 
 
-def _error_of(report: Unanswered) -> ApiError:
+def _error_of(report: NoAnswer) -> ApiError:
     if report.is_mistake:
         return ApiError(400, "invalid_value", report.message, param="messages")
     return ApiError(500, "internal_error", report.message)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from llava_cot_jax.processing.messages import Message
 from llava_cot_jax.search.strategies import Strategy
 from llava_cot_jax.serving.api_errors import ApiError
-from llava_cot_jax.serving.orders import Answered, Drop, Forget, Order, Report, Task, Unanswered
+from llava_cot_jax.serving.orders import Answered, Drop, Forget, NoAnswer, Order, Report, Task
 
 LONGEST_RETRY_SECONDS = 60
 
@@ -121,14 +121,14 @@ class Dispatcher:
             return
         asked, _, begun = self._asked[number]
         asked.reports.put_nowait((asked.unfinished[number], report))
-        if isinstance(report, Answered | Unanswered):
+        if isinstance(report, Answered | NoAnswer):
             self._seconds += _RECENT * (time.monotonic() - begun - self._seconds)
             self._finish(number)
 
     def give_up(self) -> None:
         """Report to all who wait that they get no answer."""
         for number in list(self._asked):
-            self.report(number, Unanswered("the server has failed", is_mistake=False))
+            self.report(number, NoAnswer("the server has failed", is_mistake=False))
 
     def _finish(self, number: int) -> None:
         asked, _, _ = self._asked.pop(number)

@@ -19,12 +19,12 @@ from llava_cot_jax.serving.orders import (
     Deliver,
     Drop,
     Forget,
+    NoAnswer,
     Order,
     OrderSource,
     StageWon,
     Stop,
     Task,
-    Unanswered,
 )
 
 STEPS_AT_A_TIME = 32
@@ -115,9 +115,9 @@ class QuestionPool:
             self._deliver(number, self._report(found))
         self._tell_stages()
 
-    def _report(self, found: Answer | UserError) -> Answered | Unanswered:
+    def _report(self, found: Answer | UserError) -> Answered | NoAnswer:
         if isinstance(found, UserError):
-            return Unanswered(str(found), is_mistake=False)
+            return NoAnswer(str(found), is_mistake=False)
         return Answered(found, self._slots.is_shrunk)
 
     def _look_ahead(self) -> bool:
@@ -127,7 +127,7 @@ class QuestionPool:
             try:
                 self._ahead = task, self._builder.build([None], [task.messages], task.seed)
             except UserError as fault:
-                self._deliver(task.number, Unanswered(str(fault), is_mistake=True))
+                self._deliver(task.number, NoAnswer(str(fault), is_mistake=True))
         return self._ahead is not None
 
     def _tell_stages(self) -> None:
@@ -217,13 +217,13 @@ class AnsweringEngine:
 
     def _refuse(self, task: Task, fault: Exception) -> None:
         if isinstance(fault, UserError):
-            self._deliver(task.number, Unanswered(str(fault), is_mistake=True))
+            self._deliver(task.number, NoAnswer(str(fault), is_mistake=True))
             return
         if not self._settings.survives:
             raise fault
         message = describe_exhausted_memory(fault) or f"the search has failed: {type(fault).__name__}"
         _LOG.error("%s\n%s", message, "".join(traceback.format_exception(fault)))
-        self._deliver(task.number, Unanswered(message, is_mistake=False))
+        self._deliver(task.number, NoAnswer(message, is_mistake=False))
 
 
 def _failures(function: Callable[[], None]) -> Iterator[Exception]:

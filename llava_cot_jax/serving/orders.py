@@ -84,7 +84,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Unanswered:
+class NoAnswer:
     """Report of a question that has no answer.
 
     Attributes:
@@ -96,7 +96,7 @@ class Unanswered:
     is_mistake: bool
 
 
-Report = StageWon | Answered | Unanswered
+Report = StageWon | Answered | NoAnswer
 
 Deliver = Callable[[int, Report], None]
 """Function that takes the number of a task and a report of it. It may be called in any thread."""

@@ -7,7 +7,7 @@ import pytest
 from llava_cot_jax.search.strategies import BestOfN, Greedy, Sample, StageBeam
 from llava_cot_jax.serving.api_errors import ApiError
 from llava_cot_jax.serving.dispatcher import Dispatcher
-from llava_cot_jax.serving.orders import Drop, Forget, Order, Task, Unanswered
+from llava_cot_jax.serving.orders import Drop, Forget, NoAnswer, Order, Task
 from tests.serving.servers import user
 
 
@@ -24,7 +24,7 @@ def ask(dispatcher: Dispatcher, strategy=None, seeds=(0,)):
     return dispatcher.ask(strategy or Greedy(), [user("?")], list(seeds), tells_stages=False)
 
 
-FAILED = Unanswered("the search has failed", is_mistake=False)
+FAILED = NoAnswer("the search has failed", is_mistake=False)
 
 
 def test_answers_past_the_bound_are_refused_until_some_are_there():

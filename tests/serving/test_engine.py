@@ -11,7 +11,7 @@ from llava_cot_jax.search.strategies import MajorityVote, Sample
 from llava_cot_jax.search.stream import Question
 from llava_cot_jax.serving import engine as module
 from llava_cot_jax.serving.engine import AnsweringEngine, EngineSettings
-from llava_cot_jax.serving.orders import Answered, Drop, Forget, OrderQueue, Stop, Task, Unanswered
+from llava_cot_jax.serving.orders import Answered, Drop, Forget, NoAnswer, OrderQueue, Stop, Task
 from tests.search.models import random_model
 from tests.serving.servers import user
 
@@ -39,7 +39,7 @@ class Harness:
 
     def run(self, count: int) -> None:
         """Run until so many questions have a last report."""
-        kinds = (Answered, Unanswered)
+        kinds = (Answered, NoAnswer)
 
         def stop_at_the_end(number: int) -> None:
             if sum(isinstance(each[-1], kinds) for each in self.reports.values()) == count:

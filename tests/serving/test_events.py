@@ -10,7 +10,7 @@ from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.strategies import Greedy
 from llava_cot_jax.serving import app as module
 from llava_cot_jax.serving.dispatcher import Asked
-from llava_cot_jax.serving.orders import Report, StageWon, Unanswered
+from llava_cot_jax.serving.orders import NoAnswer, Report, StageWon
 from llava_cot_jax.serving.replies import KEEP_ALIVE, LAST_EVENT, ReplyHeader
 from llava_cot_jax.serving.searches import ChosenSearch
 from tests.serving.test_chat_request import read
@@ -55,6 +55,6 @@ def test_a_stream_without_events_is_kept_alive(endpoint):
 
 def test_a_failure_in_the_middle_is_an_event(endpoint):
     """OpenAI's client raises an error for it."""
-    reports = [StageWon(["<SUMMARY> s </SUMMARY>"]), Unanswered("the search has failed", is_mistake=False)]
+    reports = [StageWon(["<SUMMARY> s </SUMMARY>"]), NoAnswer("the search has failed", is_mistake=False)]
     *_, last = events_of(endpoint, reports)
     assert last.startswith(b'data: {"error": {"message": "the search has failed", "type": "server_error"')
