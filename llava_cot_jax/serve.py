@@ -207,7 +207,9 @@ def _listen_and_answer(
         )
         print(f"listening at {url_of(listener)}, loading and compiling", file=sys.stderr, flush=True)
         answering = Answering(prepare, lambda: engines[0].run(), lambda: orders.give(Stop()), is_shared)
-        serve_requests(listener, endpoint.app(), dispatcher, answering, tell_ready)
+        has_ended = serve_requests(listener, endpoint.app(), dispatcher, answering, tell_ready)
+    if not has_ended:  # Python cannot end in order while a thread of it compiles
+        os._exit(0)
 
 
 def _image_loader(options: Any) -> ImageLoader:
@@ -238,7 +240,8 @@ def _check(options: Any, group: ProcessGroup) -> _Checked:
     JudgePrompts.load(options.judge_prompts)
     if options.local_images is not None and not as_path(options.local_images).is_dir():
         raise UserError(f"--local_images {options.local_images} is no folder")
-    if not (os.environ.get(KEY) or options.allow_unauthenticated or is_loopback(options.host)):
+    may_listen = group.index or os.environ.get(KEY) or options.allow_unauthenticated
+    if not (may_listen or is_loopback(options.host)):
         raise UserError(
             f"--host {options.host} lets others reach this server: set the environment variable {KEY} to a key that "
             "they must send, or give --allow_unauthenticated"

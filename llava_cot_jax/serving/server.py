@@ -48,7 +48,7 @@ class _Server(uvicorn.Server):
 
 def serve_requests(
     listener: socket.socket, app: Starlette, dispatcher: Dispatcher, answering: Answering, on_ready: Callable[[], None]
-) -> None:
+) -> bool:
     """Serve until SIGTERM or Ctrl-C, after which what was begun is finished. A second signal ends the process at once.
 
     Args:
@@ -58,15 +58,18 @@ def serve_requests(
         answering: What the thread that owns jax does.
         on_ready: Function that is called when questions are taken.
 
+    Returns:
+        Whether the thread that owns jax has ended. One that is loading and compiling is not waited for.
+
     Raises:
         UserError: The model cannot be loaded, or a search cannot be used with it.
     """
-    asyncio.run(_serve(listener, app, dispatcher, answering, on_ready))
+    return asyncio.run(_serve(listener, app, dispatcher, answering, on_ready))
 
 
 async def _serve(
     listener: socket.socket, app: Starlette, dispatcher: Dispatcher, answering: Answering, on_ready: Callable[[], None]
-) -> None:
+) -> bool:
     loop = asyncio.get_running_loop()
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, lifespan="off", ws="none", server_header=False,
@@ -93,11 +96,12 @@ async def _serve(
     await serving
     for task in (told, idle):
         task.cancel()
-    if ended.done():
-        ended.result()
-    elif was_ready or answering.is_shared:
+    if not ended.done():
+        if not (was_ready or answering.is_shared):
+            return False
         answering.stop()
-        await ended
+    await ended
+    return True
 
 
 def _work(

@@ -6,6 +6,7 @@ import signal
 import socket
 
 import pytest
+import requests
 
 from llava_cot_jax import serve as module
 from llava_cot_jax.errors import UserError
@@ -14,7 +15,7 @@ from llava_cot_jax.serve import main
 from llava_cot_jax.serving import server
 from llava_cot_jax.serving.dispatcher import Dispatcher
 from llava_cot_jax.serving.sockets import is_loopback, listen, url_of
-from tests.serving.servers import KEY
+from tests.serving.servers import KEY, serving
 
 
 def test_a_port_that_is_in_use():
@@ -74,3 +75,12 @@ def test_a_model_that_cannot_be_used_ends_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(logging.getLogger("llava_cot_jax"), "propagate", True)
     with pytest.raises(UserError, match="the answer may take"):
         main(["--port", "0", "--prompt_tokens", "2000", "--max_new_tokens", "100"])
+
+
+@pytest.mark.slow
+def test_a_signal_while_it_loads_ends_the_command():
+    """It has begun nothing. The thread that loads and compiles is not waited for."""
+    with serving() as served:
+        assert requests.get(f"{served.root}/health", timeout=60).json()["status"] == "starting"
+        assert served.stop() == 0
+        assert served.process.stderr and "Traceback" not in served.process.stderr.read()
