@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, ViewportSize, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, Route, ViewportSize, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 """Names of programs that are such a browser."""
@@ -61,10 +61,14 @@ def opened(
             shown.requests.append(route.request.url)
             route.abort()
 
+    def refuse(dialog: Dialog) -> None:
+        shown.faults.append(dialog.message)
+        dialog.dismiss()
+
     context.route("**/*", answer)
     shown.page.on("console", lambda message: shown.faults.append(message.text))
     shown.page.on("pageerror", lambda fault: shown.faults.append(str(fault)))
-    shown.page.on("dialog", lambda dialog: (shown.faults.append(dialog.message), dialog.dismiss()))
+    shown.page.on("dialog", refuse)
     shown.page.goto(own)
     yield shown
     context.close()

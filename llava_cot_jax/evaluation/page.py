@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_cot_jax.evaluation.benchmarks.score_report import score_table
 from llava_cot_jax.hosts.question_queue import AnswerRow
 from llava_cot_jax.processing.images import ImageSource
 from llava_cot_jax.question_files import QuestionRow
@@ -39,7 +40,15 @@ def write_evaluation_page(
     """
     entries = [_entry(row, question.sources, format) for question, row in zip(questions, rows, strict=True)]
     title = f"Accuracy on {result['benchmark']}"
-    write_page(path, entries, dict(_facts(result)), title, tables=[accuracy_table(result)], plot_svg=plot_svg)
+    write_page(path, entries, dict(_facts(result)), title, tables=list(_tables(result)), plot_svg=plot_svg)
+
+
+def _tables(result: Mapping[str, Any]) -> Iterator[PageTable]:
+    """Yield the table of the accuracies, or that of a published benchmark's scores, if it has some."""
+    if "accuracy" in result:
+        yield accuracy_table(result)
+    elif result["scores"]:
+        yield PageTable(*score_table(result["scores"]))
 
 
 def accuracy_table(result: Mapping[str, Any]) -> PageTable:
@@ -61,12 +70,13 @@ def accuracy_table(result: Mapping[str, Any]) -> PageTable:
 
 def _entry(row: AnswerRow, images: Sequence[ImageSource], format: StageFormat) -> PageEntry:
     error = row.get("error")
-    right = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    known = row.get("answer")  # of a published benchmark, VLMEvalKit alone knows what is right
+    right = known if known is None or isinstance(known, list) else [known]
     return PageEntry(
         trace=Trace.from_dict(row["trace"], format) if error is None else Unanswered(row["question"], error),
         images=images,
-        right_answer=" or ".join(map(str, right)),
-        correct=row["right"],
+        right_answer=" or ".join(map(str, right)) if right else None,
+        correct=row.get("right"),
         category=row["category"],
         name=str(row["id"]),
         scored=row.get("scored"),
@@ -83,9 +93,11 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     if devices := dict.fromkeys(each["device"] for each in result["environments"]):
         yield "device", ", ".join(devices)
     yield "seed", run["seed"]
-    if unanswered := result["accuracy"]["all"]["unanswered"]:
+    counted = result["accuracy"]["all"] if "accuracy" in result else result["questions"]
+    if unanswered := counted["unanswered"]:
         yield "questions without an answer, which count as wrong", unanswered
-    yield "matches", ", ".join(f"{count} {name}" for name, count in result["matches"].items())
+    if "matches" in result:
+        yield "matches", ", ".join(f"{count} {name}" for name, count in result["matches"].items())
     yield "SHA-256 of the questions", result["sha256"]
     yield from ((name.replace("_", " "), value) for name, value in run.items() if name not in (*_MAIN, "seed"))
     for number, environment in enumerate(result["environments"], 1):
