@@ -20,9 +20,10 @@ from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.retracing_search import search_retracing
 from llava_cot_jax.search.sentence_search import search_sentences
+from llava_cot_jax.search.slot_search import run_in_slots
 from llava_cot_jax.search.snapshots import OnSearchProgress, check_progress_function
 from llava_cot_jax.search.strategies import SearchSpec, StageBeam, Strategy
-from llava_cot_jax.search.stream import DEFAULT_SLOTS, AnswerStream, Question, run_in_slots
+from llava_cot_jax.search.stream import DEFAULT_SLOTS, AnswerStream, Question
 from llava_cot_jax.search.trace import Trace, split_stages
 
 
