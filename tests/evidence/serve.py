@@ -3,8 +3,9 @@
     python tests/evidence/serve.py | tee tests/evidence/serve.txt
 
 The small model of the package answers by a stage-level beam search of four candidates, in eight slots. A client sends
-its next question once it has an answer. The stream and the server take turns, and the median of the rounds counts. The
-stream that one client is held to has one question at a time too. The clients run on the cores of the server.
+its next question once it has an answer, and the stream that one client is held to has one question at a time too. The
+stream and the server take turns. Beside the time that has passed, which other work on the machine lengthens, is the
+time that the cores have worked for the process that answers. The clients run on the cores of the server.
 """
 
 import argparse
@@ -15,13 +16,13 @@ import io
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,13 @@ from llava_cot_jax.cli import enable_compilation_cache
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.search.growing_slots import GrowingSlots
 from llava_cot_jax.search.reasoner import Reasoner
-from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.strategies import StageBeam
 from llava_cot_jax.search.stream import Question
 
 ROOT = Path(__file__).parents[2]
 
-CLIENTS = {1: 12, 8: 48, 64: 64}
+CLIENTS = {1: 8, 8: 24, 64: 64}
 """Numbers of questions, by the number of clients."""
 
 SLOTS, TOKENS = 8, 48
@@ -50,38 +49,56 @@ OPTIONS = ["--search", "stage_beam", "--max_new_tokens", str(TOKENS), "--slots",
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
-    rounds = parser.parse_args().rounds
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     enable_compilation_cache()
     device = jax.devices()[0].device_kind
     load = f"{os.cpu_count()} cores with a load of {os.getloadavg()[0]:.1f} before"
     print(f"{datetime.date.today()}; jax {jax.__version__}; {device}; {load}", flush=True)
-    model, processor = Mllama.from_pretrained("shapes"), Processor.from_pretrained("shapes")
-    reasoner = Reasoner(model, processor, SEARCH)
+    processor = Processor.from_pretrained("shapes")
+    reasoner = Reasoner(Mllama.from_pretrained("shapes"), processor, SEARCH)
     asked = questions(max(CLIENTS.values()))
-    with serving() as port:
-        alone = GrowingSlots(model, RequestBuilder(processor, SEARCH), SLOTS, **ROOM)
+    with serving() as (port, process):
+
+        def stream(count: int, clients: int) -> list[str]:
+            parts = [[each] for each in asked[:count]] if clients == 1 else [asked[:count]]
+            streams = (reasoner.answer_stream(part, slots=SLOTS, **ROOM) for part in parts)
+            return [each.answer.text for part in streams for each in part if each.answer]
+
+        stream(2, 8)  # compiles
         for clients, count in CLIENTS.items():
-            here: list[float] = []
-            there: list[float] = []
-            for round_ in range(rounds + 1):
-                start = time.perf_counter()
-                if clients == 1:
-                    texts = list(one_by_one(alone, RequestBuilder(processor, SEARCH), asked[:count]))
-                else:
-                    stream = reasoner.answer_stream(asked[:count], slots=SLOTS, **ROOM)
-                    texts = [each.answer.text for each in stream if each.answer]
-                between = time.perf_counter()
-                answers = ask(port, asked[:count], clients)
-                if round_:  # the first compiles
-                    here.append(count / (between - start))
-                    there.append(count / (time.perf_counter() - between))
-            equal = sum(a == b for a, b in zip(texts, answers, strict=True))
-            shares = ", ".join(f"{b / a:.2f}" for a, b in zip(here, there, strict=True))
-            print(f"{clients:2} clients, {count} questions: stream {statistics.median(here):.2f} a second, server "
-                  f"{statistics.median(there):.2f}; server / stream by round: {shares}; same texts: {equal} of {count}",
-                  flush=True)  # fmt: skip
+            here = timed(os.getpid(), lambda: stream(count, clients))  # noqa: B023
+            there = timed(process, lambda: ask(port, asked[:count], clients))  # noqa: B023
+            equal = sum(a == b for a, b in zip(here.texts, there.texts, strict=True))
+            rates = f"stream {count / here.seconds:.2f} a second, server {count / there.seconds:.2f}"
+            work = f"stream {here.worked / count:.2f}, server {there.worked / count:.2f}"
+            print(
+                f"{clients:2} clients, {count} questions: {rates}, {here.seconds / there.seconds:.2f} times as many; "
+                f"core seconds a question: {work}, {here.worked / there.worked:.2f} times as many questions a core "
+                f"second; same texts: {equal} of {count}",
+                flush=True,
+            )
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Answers, the seconds that passed, and those that the cores worked for the process that answered."""
+
+    texts: list[str]
+    seconds: float
+    worked: float
+
+
+def timed(process: int, answer: Callable[[], list[str]]) -> Timed:
+    """Call a function whose answers a process makes."""
+    start, worked = time.perf_counter(), worked_seconds(process)
+    texts = answer()
+    return Timed(texts, time.perf_counter() - start, worked_seconds(process) - worked)
+
+
+def worked_seconds(process: int) -> float:
+    """Return the seconds that the cores have worked for a process."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def questions(count: int) -> list[Question]:
@@ -90,23 +107,14 @@ def questions(count: int) -> list[Question]:
     return [Question(rows[i].turns[0].question, rows[i].images[0], seed=i) for i in range(count)]
 
 
-def one_by_one(slots: GrowingSlots, builder: RequestBuilder, asked: list[Question]) -> Iterator[str]:
-    """Yield the answers of questions of which each begins when the one before has its answer."""
-    for i, question in enumerate(asked):
-        slots.admit(i, builder.build([question.images], [question.question], question.seed))
-        while slots.num_occupied:
-            for _, found in slots.finish_decoding(slots.begin_decoding()):
-                yield found.text
-
-
 @contextmanager
-def serving() -> Iterator[int]:
-    """Start a server, and give its port once it is ready."""
+def serving() -> Iterator[tuple[int, int]]:
+    """Start a server, and give its port and process once it is ready."""
     command = [sys.executable, "-m", "llava_cot_jax.serve", "--checkpoint", "shapes", "--port", "0", *OPTIONS]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stderr
         lines = (re.match(r"serving .*:(\d+)/v1", line) for line in process.stderr)
-        yield next(int(found[1]) for found in lines if found)
+        yield next(int(found[1]) for found in lines if found), process.pid
         process.terminate()
         process.stderr.read()
 
