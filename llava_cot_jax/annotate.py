@@ -22,6 +22,7 @@ from llava_cot_jax.annotation.budget import Budget, Estimate, estimated_input
 from llava_cot_jax.annotation.dialogue import ChatSettings, ask_about_row
 from llava_cot_jax.annotation.endpoint import EndpointClient, check_openai, endpoint_url, read_key
 from llava_cot_jax.annotation.job import AnnotationJob, AnnotationTotals
+from llava_cot_jax.annotation.journal import USAGE
 from llava_cot_jax.annotation.options import SELF, annotation_parser, check_annotation_options, read_prices
 from llava_cot_jax.annotation.outcomes import RowOutcome
 from llava_cot_jax.annotation.pace import Pace
@@ -111,10 +112,8 @@ def _ask(options: Any) -> None:
         if asker.interrupted:
             raise KeyboardInterrupt
     spent = "" if budget.cost is None else f", cost {budget.cost:,.4g}"
-    tokens = job.journal.tokens
-    print(
-        f"replies: {len(job.journal):,}; tokens in: {tokens['input_tokens']:,}; out: {tokens['output_tokens']:,}{spent}"
-    )
+    read, written = (job.journal.tokens[name] for name in USAGE)
+    print(f"replies: {len(job.journal):,}; tokens in: {read:,}; out: {written:,}{spent}")
     if client.troubles:
         print(f"requests that failed: {_counted(client.troubles)}")
     reasons = [asker.stopped] if asker.stopped else [f"{count} by {what}" for what, count in asker.failures.items()]
