@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cot_jax import cli
 from llava_cot_jax.annotation.asking import RowAsker
 from llava_cot_jax.annotation.budget import Budget, Estimate, estimated_input
-from llava_cot_jax.annotation.dialogue import ChatSettings, ask_about_row
+from llava_cot_jax.annotation.dialogue import ReplySettings, ask_about_row
 from llava_cot_jax.annotation.endpoint import EndpointClient, check_openai, endpoint_url, read_key
 from llava_cot_jax.annotation.job import AnnotationJob, AnnotationTotals
 from llava_cot_jax.annotation.journal import USAGE
@@ -97,7 +97,7 @@ def _ask(options: Any) -> None:
     key = read_key(options.key_variable, url)
     prompts = AnnotationPrompts.load(options.prompts)
     rows, images = _read_input(options)
-    settings = ChatSettings(options.model, options.max_new_tokens or 2048, options.temperature, options.max_side)
+    settings = ReplySettings(options.model, options.max_new_tokens or 2048, options.temperature, options.max_side)
     job = AnnotationJob(rows, _output(options), lambda row: ask_about_row(row, prompts, settings, options.tries))
     budget = Budget(job.journal, options.max_requests, options.max_cost, prices)
     shown, waiting, tokens = _begin(job, estimated_input)

@@ -471,6 +471,7 @@ def test_killed_ten_times_and_nothing_is_asked_twice(tmp_path):
     draw = random.Random(0)
     phases = ["before", "half", "after"]
     processes: list[subprocess.Popen[str]] = []
+    again: list[Asked] = []
     finished: set[str] = set()  # requests whose replies were in the journal when the command was killed
     with running() as stand_in:
 
@@ -479,7 +480,8 @@ def test_killed_ten_times_and_nothing_is_asked_twice(tmp_path):
             processes[-1].wait()
 
         def behave_until_killed(asked: Asked) -> Response:
-            assert asked.digest not in finished
+            if asked.digest in finished:
+                again.append(asked)
             response = behave(asked)
             if asked.number != last:
                 return response
@@ -498,7 +500,7 @@ def test_killed_ten_times_and_nothing_is_asked_twice(tmp_path):
         digests = [asked.digest for asked in stand_in.asked]
     for name in ("out.jsonl", "out.rejected.jsonl"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert len(set(digests)) == len(finished)
+    assert not again and set(digests) == finished
     assert len(digests) - len(finished) <= 10 * 4  # those in flight when it was killed
 
 

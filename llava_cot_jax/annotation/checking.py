@@ -94,7 +94,7 @@ def staged_text(reply: str) -> str:
     return "\n\n".join(f"<{name}> {stage.body} </{name}>" for name, stage in locate_stages(reply).items())
 
 
-def conclusion_of(reply: str) -> str:
+def plain_conclusion(reply: str) -> str:
     """Return the conclusion of a reply without a fault of form, without Markdown's emphasis."""
     return without_marks(locate_stages(reply)[LLAVA_COT.conclusion].body, LLAVA_COT)
 
@@ -104,7 +104,7 @@ def is_same_text(conclusion: str, turn: TurnToAnnotate) -> bool:
     return RightAnswer(turn.answers, "exact").accepts(conclusion)
 
 
-def agrees(conclusion: str, turn: TurnToAnnotate) -> bool:
+def fits_standard_answer(conclusion: str, turn: TurnToAnnotate) -> bool:
     """Whether a conclusion agrees with a standard answer, compared as the form of the answer asks for it.
 
     It is the rule by which ``evaluate`` compares where a row names none.

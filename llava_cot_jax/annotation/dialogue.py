@@ -7,10 +7,10 @@ from typing import Any
 from llava_cot_jax.annotation.checking import (
     Fault,
     Problem,
-    conclusion_of,
     fault_of_form,
     fault_of_verdict,
     is_same_text,
+    plain_conclusion,
     staged_text,
 )
 from llava_cot_jax.annotation.outcomes import FailedTry, RowOutcome, RowSteps, request_key
@@ -37,7 +37,7 @@ _NO_TEXT = "(no text)"
 
 
 @dataclass(frozen=True)
-class ChatSettings:
+class ReplySettings:
     """Settings that a reply depends on.
 
     Attributes:
@@ -71,11 +71,11 @@ class ChatRequest:
     attempt: int
     kind: str
     messages: tuple[dict[str, Any], ...]
-    settings: ChatSettings
+    settings: ReplySettings
 
     @property
     def key(self) -> str:
-        """Digest of all that the reply depends on. Images count by their names and sizes."""
+        """Digest of everything that the reply depends on. Images count by their names and sizes."""
         settings = self.settings
         images = [[image.name, image.size] for image in self.row.images] if self.has_images else []
         given = [settings.model, settings.max_new_tokens, settings.temperature, settings.max_side]
@@ -92,7 +92,7 @@ class ChatRequest:
         return any(isinstance(message["content"], list) for message in self.messages)
 
 
-def ask_about_row(row: RowToAnnotate, prompts: AnnotationPrompts, settings: ChatSettings, tries: int) -> RowSteps:
+def ask_about_row(row: RowToAnnotate, prompts: AnnotationPrompts, settings: ReplySettings, tries: int) -> RowSteps:
     """Yield the requests about a row, each of which waits for its reply, and return the outcome.
 
     A reply is a dict with ``text`` and ``finish``. A turn of which no try is good is left out of the dialogue, and the
@@ -113,7 +113,7 @@ def ask_about_row(row: RowToAnnotate, prompts: AnnotationPrompts, settings: Chat
             reply = yield ChatRequest(row, turn, attempt, "answer", tuple(messages), settings)
             text = reply["text"]
             fault = _fault_of_end(reply) or fault_of_form(text)
-            if fault is None and not is_same_text(conclusion_of(text), asked):
+            if fault is None and not is_same_text(plain_conclusion(text), asked):
                 fault = yield from _check_meaning(row, prompts, settings, turn, attempt, text)
             if fault is None:
                 outcome.kept[turn] = staged_text(text)
@@ -138,10 +138,10 @@ def _dialogue(row: RowToAnnotate, prompts: AnnotationPrompts, kept: dict[int, st
 
 
 def _check_meaning(
-    row: RowToAnnotate, prompts: AnnotationPrompts, settings: ChatSettings, turn: int, attempt: int, text: str
+    row: RowToAnnotate, prompts: AnnotationPrompts, settings: ReplySettings, turn: int, attempt: int, text: str
 ) -> Generator[ChatRequest, dict[str, Any], Fault | None]:
     """Ask whether a conclusion is right, and return what is wrong with it, or None."""
-    asked, conclusion = row.turns[turn], conclusion_of(text)
+    asked, conclusion = row.turns[turn], plain_conclusion(text)
     messages = (_says("user", prompts.check(row.asked(turn), asked, conclusion)),)
     reply = yield ChatRequest(row, turn, attempt, "check", messages, settings)
     answers = " or ".join(map(str, asked.answers))

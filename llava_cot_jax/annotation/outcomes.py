@@ -15,7 +15,7 @@ class RowRequest(Protocol):
 
     @property
     def key(self) -> str:
-        """Digest of all that the reply depends on."""
+        """Digest of everything that the reply depends on."""
 
     @property
     def about(self) -> dict[str, Any]:

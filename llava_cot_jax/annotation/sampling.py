@@ -5,7 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_cot_jax.annotation.checking import Fault, Problem, agrees, conclusion_of, fault_of_form, staged_text
+from llava_cot_jax.annotation.checking import (
+    Fault,
+    Problem,
+    fault_of_form,
+    fits_standard_answer,
+    plain_conclusion,
+    staged_text,
+)
 from llava_cot_jax.annotation.outcomes import FailedTry, RowOutcome, RowSteps, request_key
 from llava_cot_jax.annotation.rows import RowToAnnotate, TurnToAnnotate
 from llava_cot_jax.processing.messages import Message, user_message
@@ -33,7 +40,7 @@ class SampleRequest:
 
     @property
     def key(self) -> str:
-        """Digest of all that the candidates depend on. Images count by their names and sizes."""
+        """Digest of everything that the candidates depend on. Images count by their names and sizes."""
         images = [[image.name, image.size] for image in self.row.images]
         return request_key(dict(self.settings), self.about, self.messages, images)
 
@@ -105,8 +112,8 @@ def _is_of_form(fault: Fault | None) -> bool:
 def _fault_of(text: str, asked: TurnToAnnotate) -> Fault | None:
     if fault := fault_of_form(text):
         return fault
-    conclusion = conclusion_of(text)
-    if agrees(conclusion, asked):
+    conclusion = plain_conclusion(text)
+    if fits_standard_answer(conclusion, asked):
         return None
     answers = " or ".join(map(str, asked.answers))
     return Fault(Problem.CONCLUSION, f"its conclusion {conclusion!r} is not the standard answer {answers!r}")
