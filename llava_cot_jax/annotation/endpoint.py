@@ -1,7 +1,7 @@
 """Endpoint that is asked for answers, through the openai package: each failure is counted, and mended where it can be.
 
-The package's own retries are turned off: here every request that is sent counts against the bounds, and a delay that
-the endpoint asks for holds back all requests.
+The package's own retries are turned off: here every request that is sent counts against the bounds and keeps the pace,
+and one that is refused because there are too many is sent again as long as others come through.
 """
 
 import asyncio
@@ -32,6 +32,8 @@ _PASSING = (408, 409, 425, 429)
 """Codes, besides those from 500 on, of what may be gone at another try."""
 
 _TOO_MANY = 429
+
+_QUEUED = f"status {_TOO_MANY}"
 
 _REFUSED_AT_FIRST = 4
 """Number of first requests that, where all are refused, show a mistake in the settings."""
@@ -152,9 +154,9 @@ class EndpointClient:
             await self._budget.settle(reserved)
 
     async def _ask_until_answered(self, body: dict[str, Any]) -> dict[str, Any]:
-        failures, at_first = 0, self._replies
+        tries = failures = 0
+        at_first = before = self._replies
         while True:
-            replies = self._replies
             await self._pace.turn()
             self._budget.count_request()
             trouble, delay = "", None
@@ -171,15 +173,16 @@ class EndpointClient:
             except _UnreadableReply:
                 trouble = "unreadable reply"
             self.troubles[trouble] += 1
-            is_queue = trouble == f"status {_TOO_MANY}" and self._replies > replies  # others come through
-            failures += not is_queue
+            # Where others come through, a request that is refused because there are too many stands in a queue.
+            in_queue = trouble == _QUEUED and self._replies > before
+            tries, failures, before = tries + 1, 0 if in_queue else failures + 1, self._replies
             if failures > self._max_retries:
                 if self._replies == at_first:
                     raise TransientError(
                         f"{self._client.base_url} answers nothing ({trouble}): the same command goes on later"
                     )
                 raise RequestFailed(trouble)
-            await self._pace.wait(_backoff(failures) if delay is None else delay)
+            await self._pace.wait(_backoff(tries) if delay is None else delay)
 
     async def _body(self, request: ChatRequest) -> dict[str, Any]:
         """Return the arguments of the request.
@@ -225,6 +228,7 @@ class EndpointClient:
         }
         self._budget.check_usage(reply)
         self._replies += 1
+        self._pace.note_reply()
         return reply
 
     def _refusal(self, fault: Any) -> dict[str, Any]:
@@ -255,8 +259,8 @@ class EndpointClient:
         delay = _asked_delay(fault.response.headers)
         if delay is not None and delay > _LONGEST_WAIT:
             raise StopAsking(f"the endpoint asks to wait for {delay:,.0f} s")
-        if delay is not None:
-            self._pace.pause(delay)
+        if code == _TOO_MANY:
+            self._pace.note_refusal()
         return f"status {code}", delay
 
     def _message(self, fault: Any) -> str:
@@ -284,9 +288,9 @@ def _with_images(message: dict[str, Any], urls: Any) -> dict[str, Any]:
     return {**message, "content": parts}
 
 
-def _backoff(failures: int) -> float:
-    """Return the seconds to wait after some failures: twice as many each time, less up to a quarter at random."""
-    longest = min(_FIRST_DELAY * 2.0 ** min(max(failures - 1, 0), 16), _LONGEST_DELAY)
+def _backoff(tries: int) -> float:
+    """Return the seconds to wait after some tries: twice as many each time, less up to a quarter at random."""
+    longest = min(_FIRST_DELAY * 2.0 ** min(tries - 1, 16), _LONGEST_DELAY)
     return longest * random.uniform(0.75, 1)
 
 

@@ -1,7 +1,14 @@
-"""Pace of the requests to an endpoint, and the end of them."""
+"""Pace of the requests to an endpoint, which is learned where the endpoint has a limit, and the end of them."""
 
 import asyncio
 import contextlib
+from collections import deque
+
+_REMEMBERED = 64
+"""Number of last replies that tell the rate at which an endpoint answers."""
+
+_FASTER = 0.998
+"""Factor by which each reply shortens the time between two requests, so that a limit that was raised is found."""
 
 
 class StopAsking(Exception):
@@ -9,15 +16,19 @@ class StopAsking(Exception):
 
 
 class Pace:
-    """Pace of requests: an equal time between any two, and pauses that the endpoint asks for.
+    """Pace of requests: a time between any two.
+
+    Where the endpoint answers that there were too many requests, the time between two becomes that between the last
+    replies. It is shortened again with each reply, so that the limit is approached from below.
 
     Args:
         per_minute: Largest number of requests in a minute; None for any number.
     """
 
     def __init__(self, per_minute: float | None) -> None:
-        self._interval = 60 / per_minute if per_minute else 0.0
-        self._next = self._resume = 0.0
+        self._least = self._interval = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self._replies: deque[float] = deque(maxlen=_REMEMBERED)
         self._stop = asyncio.Event()
         self._reason = ""
 
@@ -31,10 +42,16 @@ class Pace:
         if self._stop.is_set():
             raise StopAsking(self._reason)
 
-    def pause(self, seconds: float) -> None:
-        """Let no request be sent for some seconds."""
-        self._resume = max(self._resume, asyncio.get_running_loop().time() + seconds)
-        self._next = max(self._next, self._resume)
+    def note_reply(self) -> None:
+        """Take note of a reply."""
+        self._replies.append(asyncio.get_running_loop().time())
+        self._interval = max(self._interval * _FASTER, self._least)
+
+    def note_refusal(self) -> None:
+        """Take note that the endpoint refused a request because there were too many."""
+        now = asyncio.get_running_loop().time()
+        if self._replies and now > self._replies[0]:
+            self._interval = max((now - self._replies[0]) / len(self._replies), self._least)
 
     async def turn(self) -> None:
         """Wait until a request may be sent.
@@ -42,13 +59,10 @@ class Pace:
         Raises:
             StopAsking: None may be sent any more.
         """
-        clock = asyncio.get_running_loop().time
-        while True:
-            start = max(self._next, clock())
-            self._next = start + self._interval
-            await self.wait(start - clock())
-            if self._resume <= clock():  # there was no pause meanwhile
-                return
+        now = asyncio.get_running_loop().time()
+        start = max(self._next, now)
+        self._next = start + self._interval
+        await self.wait(start - now)
 
     async def wait(self, seconds: float) -> None:
         """Wait for some seconds.
