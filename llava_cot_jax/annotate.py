@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,25 +99,26 @@ def _ask(options: Any) -> None:
     rows, images = _read_input(options)
     settings = ReplySettings(options.model, options.max_new_tokens or 2048, options.temperature, options.max_side)
     job = AnnotationJob(rows, _output(options), lambda row: ask_about_row(row, prompts, settings, options.tries))
-    budget = Budget(job.journal, options.max_requests, options.max_cost, prices)
-    shown, waiting, tokens = _begin(job, estimated_input)
-    shown.budget = budget
-    if waiting:
-        print(Estimate.of(waiting, tokens, options.tries).described(prices, options.model), flush=True)
-    client = EndpointClient(url, key, images, budget, pace, options.timeout, options.max_retries)
-    asker = RowAsker(job, client, pace, shown.add)
-    with shown.open() as update, _telling_how_to_go_on(job):
-        shown.start(update)
-        asyncio.run(asker.ask_about(iter(waiting), min(options.requests_in_flight, len(waiting) or 1)))
-        if asker.interrupted:
-            raise KeyboardInterrupt
-    spent = "" if budget.cost is None else f", cost {budget.cost:,.4g}"
-    read, written = (job.journal.tokens[name] for name in USAGE)
-    print(f"replies: {len(job.journal):,}; tokens in: {read:,}; out: {written:,}{spent}")
-    if client.troubles:
-        print(f"requests that failed: {_counted(client.troubles)}")
-    reasons = [asker.stopped] if asker.stopped else [f"{count} by {what}" for what, count in asker.failures.items()]
-    _report(job, "; ".join(reasons))
+    with closing(job):
+        budget = Budget(job.journal, options.max_requests, options.max_cost, prices)
+        shown, waiting, tokens = _begin(job, estimated_input)
+        shown.budget = budget
+        if waiting:
+            print(Estimate.of(waiting, tokens, options.tries).described(prices, options.model), flush=True)
+        client = EndpointClient(url, key, images, budget, pace, options.timeout, options.max_retries)
+        asker = RowAsker(job, client, pace, shown.add)
+        with shown.open() as update, _telling_how_to_go_on(job):
+            shown.start(update)
+            asyncio.run(asker.ask_about(iter(waiting), min(options.requests_in_flight, len(waiting) or 1)))
+            if asker.interrupted:
+                raise KeyboardInterrupt
+        spent = "" if budget.cost is None else f", cost {budget.cost:,.4g}"
+        read, written = (job.journal.tokens[name] for name in USAGE)
+        print(f"replies: {len(job.journal):,}; tokens in: {read:,}; out: {written:,}{spent}")
+        if client.troubles:
+            print(f"requests that failed: {_counted(client.troubles)}")
+        reasons = [asker.stopped] if asker.stopped else [f"{count} by {what}" for what, count in asker.failures.items()]
+        _report(job, "; ".join(reasons))
 
 
 def _sample(options: Any) -> None:
@@ -129,17 +130,18 @@ def _sample(options: Any) -> None:
     output = _output(options)
     settings = _settings_of(options, model)
     job = AnnotationJob(rows, output, lambda row: sample_for_row(row, settings, options.tries))
-    shown, waiting, _ = _begin(job)
-    if waiting:
-        turns = sum(len(row.turns) for row in waiting)
-        print(
-            f"{turns:,} turns, for each of which {options.num_candidates} candidates are sampled at most "
-            f"{options.tries} times",
-            flush=True,
-        )
-        with _telling_how_to_go_on(job):
-            _run_sampler(options, model, job, images, shown)
-    _report(job, "")
+    with closing(job):
+        shown, waiting, _ = _begin(job)
+        if waiting:
+            turns = sum(len(row.turns) for row in waiting)
+            print(
+                f"{turns:,} turns, for each of which {options.num_candidates} candidates are sampled at most "
+                f"{options.tries} times",
+                flush=True,
+            )
+            with _telling_how_to_go_on(job):
+                _run_sampler(options, model, job, images, shown)
+        _report(job, "")
 
 
 def _run_sampler(options: Any, found: AnsweringModel, job: AnnotationJob, images: RawImages, shown: _Shown) -> None:
@@ -234,7 +236,6 @@ def _counted(counts: Any) -> str:
 def _report(job: AnnotationJob, why_unfinished: str) -> None:
     """Write the files, and print what is in them."""
     totals = job.finish()
-    job.close()
     rejected = totals.rejected.total()
     print(f"turns kept: {totals.kept:,}, in {totals.rows:,} rows; rejected: {rejected:,} ({totals.rejected_share:.1%})")
     if rejected:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,7 +113,7 @@ BAD = {
     "repeated tag": Response(staged("x") + "\n<CONCLUSION> y </CONCLUSION>"),
     "empty section": Response(staged("x", REASONING=" ")),
     "cut off": Response(staged("x"), finish="length"),
-    "unusable characters": Response(staged("x<|eot_id|>")),
+    "unusable characters": Response(staged("x\ud83d")),
     "refusal": Response("", refusal="I cannot help with that"),
     "wrong conclusion": Response(staged("another thing")),
 }
@@ -137,7 +138,7 @@ def test_each_bad_answer_is_told_and_mended_or_rejected(tmp_path, stand_in, caps
         _, _, replied, told = asked.body["messages"]
         index = questions.index(asked.question) % len(BAD)
         bad = list(BAD.values())[index]
-        assert replied == {"role": "assistant", "content": bad.refusal or bad.text.strip()}
+        assert replied == {"role": "assistant", "content": bad.refusal or bad.text.replace("\ud83d", "?")}
         assert rejected[index]["detail"] in told["content"] or index == len(BAD) - 1
     out = capsys.readouterr().out
     assert f"turns kept: {len(BAD)}, in {len(BAD)} rows; rejected: {len(BAD)} (50.0%)" in out
@@ -223,6 +224,25 @@ def test_failures_of_the_endpoint_are_counted_and_mended(tmp_path, stand_in, cap
     assert len(stand_in.asked) == 8 + 7
 
 
+def test_requests_that_are_too_many_stand_in_a_queue(tmp_path, stand_in):
+    """Two of three requests are refused. However often one is, it is sent again as long as others come through."""
+    refused = Response("too many", status=429, headers={"retry-after-ms": "5"})
+    stand_in.behave = lambda asked: refused if asked.number % 3 else well(asked)
+    run(tmp_path, rows_of(30), stand_in, "--max_retries", "2", "--requests_in_flight", "8")
+    assert len(lines(tmp_path / "out.jsonl")) == 30
+    assert 88 <= len(stand_in.asked) <= 90
+
+
+def test_a_delay_that_is_too_long_to_wait_for_ends_the_run(tmp_path, stand_in, capsys):
+    rows = rows_of(3)
+    tomorrow = {"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}
+    stand_in.behave = by_question({rows[1]["question"]: [Response("used up", status=429, headers=tomorrow)]})
+    run(tmp_path, rows, stand_in, "--requests_in_flight", "1")
+    assert "2 of 3 rows are not finished (the endpoint asks to wait for" in capsys.readouterr().err
+    run(tmp_path, rows, stand_in)
+    assert len(lines(tmp_path / "out.jsonl")) == 3 and len(stand_in.asked) == 4
+
+
 def test_a_request_that_always_fails_is_left_for_the_next_run(tmp_path, stand_in, capsys):
     rows = rows_of(3)
     stand_in.behave = by_question({rows[1]["question"]: [Response("broken", status=500)] * 3})
@@ -295,6 +315,16 @@ def test_paths_of_images_cannot_leave_the_folder(tmp_path, stand_in, path):
     with pytest.raises(UserError, match=r"questions.jsonl, line 2: image '.*' leads out of .*/images"):
         annotate.main([*options, "--model", "x", "--base_url", stand_in.url])
     assert not stand_in.asked
+
+
+def test_an_image_that_two_folders_may_mean_is_not_asked_about(tmp_path, stand_in):
+    """As ``prepare`` would skip the rows."""
+    rows = rows_of(3)
+    rows[0]["image"], rows[1]["image"] = "coco/a.png", "vg/a.png"
+    run(tmp_path, rows, stand_in)
+    assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == [2]
+    rejected = lines(tmp_path / "out.rejected.jsonl")
+    assert all("rows with another folder" in row["detail"] for row in rejected) and len(rejected) == 2
 
 
 def test_paths_of_images_cannot_leave_a_zip(tmp_path, stand_in):
@@ -526,6 +556,18 @@ def test_ctrl_c_keeps_the_replies_in_flight(tmp_path):
         run(tmp_path, rows, stand_in)
         assert len(stand_in.asked) == len({asked.digest for asked in stand_in.asked}) == 12
     assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == list(range(12))
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    with running(lambda asked: Response(late=20)) as stand_in:
+        process = command(tmp_path, rows_of(4), stand_in, "--requests_in_flight", "2")
+        while not stand_in.asked:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert "the replies to those in flight are awaited" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=15)
+        assert process.returncode == 130 and err.splitlines()[-1] == "interrupted"
 
 
 def test_a_torn_line_of_the_journal_is_asked_again_and_two_commands_do_not_share_one(tmp_path, stand_in):

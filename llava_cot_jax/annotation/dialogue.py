@@ -121,7 +121,8 @@ def ask_about_row(row: RowToAnnotate, prompts: AnnotationPrompts, settings: Repl
             outcome.failed.append(FailedTry(turn, fault, text))
             if fault.kind in _FINAL:
                 break
-            messages += [_says("assistant", text.strip() or _NO_TEXT), _says("user", prompts.retry(fault.text))]
+            said = text.encode(errors="replace").decode().strip()  # half of a character cannot be sent
+            messages += [_says("assistant", said or _NO_TEXT), _says("user", prompts.retry(fault.text))]
     return outcome
 
 

@@ -1,13 +1,13 @@
 """Rows of questions with standard answers, and the rows of LLaVA-CoT-100k's form that are made of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava_cot_jax.checks import check_number, check_text, shown
 from llava_cot_jax.data.raw.images import RawImages
-from llava_cot_jax.data.raw.names import normalise_path
+from llava_cot_jax.data.raw.names import Found, contradictory_folders, normalise_path
 from llava_cot_jax.data.raw.row_parts import IMAGE_KEYS, paths_of
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.control_tokens import CONTROL_TOKEN
@@ -104,14 +104,20 @@ def read_rows_to_annotate(path: Path, content: bytes, images: RawImages, root: P
             the rows name is there.
     """
     rows: dict[str | int, RowToAnnotate] = {}
+    found: dict[str | int, list[Found]] = {}
     for place, content_of_row in json_lines(path, content):
         try:
-            row = _read_row(content_of_row, images, root)
+            row, found_of_row = _read_row(content_of_row, images, root)
         except ValueError as fault:
             raise UserError(f"{place}: {fault}") from None
         if row.id in rows:
             raise UserError(f"{place} has the id {shown(row.id)} of an earlier line: give each row an id of its own")
-        rows[row.id] = row
+        rows[row.id], found[row.id] = row, found_of_row
+    contradictory = contradictory_folders(one for several in found.values() for one in several)
+    for identifier, several in found.items():
+        if unclear := next((one for one in several if one.left_out in contradictory), None):
+            why = f"{unclear.name} is there, but rows with another folder in place of {unclear.left_out} name it too"
+            rows[identifier] = replace(rows[identifier], images=(), fault=why)
     if not rows:
         raise UserError(f"{path} has no rows: give one JSON object with id, image, question and answer on each line")
     missing = [row for row in rows.values() if row.fault]
@@ -120,8 +126,8 @@ def read_rows_to_annotate(path: Path, content: bytes, images: RawImages, root: P
     return list(rows.values())
 
 
-def _read_row(row: Mapping[str, Any], images: RawImages, root: Path) -> RowToAnnotate:
-    """Return a row.
+def _read_row(row: Mapping[str, Any], images: RawImages, root: Path) -> tuple[RowToAnnotate, list[Found]]:
+    """Return a row, and how its images were found.
 
     Raises:
         ValueError: A key or a value is not what it must be, or an image is none of ``images``.
@@ -134,12 +140,23 @@ def _read_row(row: Mapping[str, Any], images: RawImages, root: Path) -> RowToAnn
     check_text("id", str(identifier))
     turns = _read_turns(row)
     named: list[NamedImage] = []
-    for image in paths_of(row):
-        found = _find_image(image, images, root)
-        if found is None:
-            return RowToAnnotate(identifier, (), turns, f"image {image}: {images.explain(image)}")
-        named.append(found)
-    return RowToAnnotate(identifier, tuple(named), turns)
+    found: list[Found] = []
+    for path in paths_of(row):
+        one = images.find(path)
+        member = images.member(one.name) if one else None
+        if one is None or member is None:
+            if normalise_path(path) is None:
+                raise ValueError(_outside(path, root))
+            return RowToAnnotate(identifier, (), turns, f"image {path}: {images.explain(path)}"), []
+        if root.is_dir() and not (root / one.name).resolve().is_relative_to(root.resolve()):  # by a link
+            raise ValueError(_outside(path, root))
+        named.append(NamedImage(path, member.name, member.size))
+        found.append(one)
+    return RowToAnnotate(identifier, tuple(named), turns), found
+
+
+def _outside(path: str, root: Path) -> str:
+    return f"image {shown(path)} leads out of {root}: put the image there, and name it by its path in there"
 
 
 def _read_turns(row: Mapping[str, Any]) -> tuple[TurnToAnnotate, ...]:
@@ -181,26 +198,3 @@ def _read_turn(question: Any, answer: Any, hint: Any) -> TurnToAnnotate:
     if not remove_markers(question)[0].strip():
         raise ValueError("a question has markers of images and no words")
     return TurnToAnnotate(question, tuple(answers), hint)
-
-
-def _find_image(path: str, images: RawImages, root: Path) -> NamedImage | None:
-    """Return the image that a path means, or None if there is none.
-
-    Raises:
-        ValueError: The path leads out of the images.
-    """
-    found = images.find(path)
-    outside = f"image {shown(path)} leads out of {root}: put the image there, and name it by its path in there"
-    member = images.member(found.name) if found else None
-    if found is None or member is None:
-        if normalise_path(path) is None:
-            raise ValueError(outside)
-        return None
-    if root.is_dir() and not _is_within(root / found.name, root):
-        raise ValueError(outside)
-    return NamedImage(path, member.name, member.size)
-
-
-def _is_within(file: Path, root: Path) -> bool:
-    """Whether a file lies in a folder, also after all links are followed."""
-    return file.resolve().is_relative_to(root.resolve())

@@ -13,6 +13,7 @@ from llava_cot_jax.annotation.outcomes import RowOutcome
 from llava_cot_jax.annotation.rows import NamedImage, RowToAnnotate, TurnToAnnotate
 from llava_cot_jax.annotation.sampling import SampleRequest, sample_for_row
 from llava_cot_jax.data.shapes.rows import ShapesRows
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.stages import is_staged
 from tests.annotation.stand_in_endpoint import staged
 from tests.training.small_run import arguments, command, losses
@@ -141,6 +142,8 @@ def test_other_settings_sample_anew(tmp_path, monkeypatch):
     )
     options = ["--seed=1", "--num_candidates=3", "--temperature=0.5", "--max_new_tokens=99", "--dtype=float16"]
     options += ["--quantize=int8", "--convention=transformers_5", "--tries=3"]
-    for i, option in enumerate(["--slots=3", *options]):
+    prompts = DEFAULT_JUDGE_PROMPTS.read_text().replace("probe:", "probe: # mine")
+    (tmp_path / "judge.yaml").write_text(prompts)
+    for i, option in enumerate([f"--judge_prompts={tmp_path}/judge.yaml", "--slots=3", *options]):
         annotate.main([*given, f"--output={tmp_path}/{i}.jsonl", option])
-    assert len(set(keys)) == len(keys) - 1 and keys[0] == keys[-1]  # the number of tries changes no request
+    assert len(set(keys)) == len(keys) - 1 and keys[1] == keys[-1]  # the number of tries changes no request

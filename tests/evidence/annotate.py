@@ -3,8 +3,8 @@
     python tests/evidence/annotate.py | tee tests/evidence/annotate.txt
     python tests/evidence/annotate.py --study FOLDER    trains on such data: tens of minutes on two cores
 
-The endpoint stands in a process of its own, and answers 64 requests at a time, each after two seconds: so its limit is
-32 requests a second. The second one answers at once, but no more than 40 requests a second, and others with status 429.
+The endpoint stands in a process of its own, and answers 64 requests at a time, each after four seconds: so its limit is
+16 requests a second. The second one answers at once, but no more than 20 requests a second, and others with status 429.
 The study takes a checkpoint in FOLDER, such as one of the run of ``shapes_cpu.yaml`` after few steps, and trains it on
 the rows that were made and on as many of the world's own, with three seeds each.
 """
@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from tests.annotation.stand_in_endpoint import Asked, Response, StandIn, staged
 
-ROWS, IN_FLIGHT, LATENCY = 1000, 64, 2.0
-RATE = 40
+ROWS, IN_FLIGHT, LATENCY = 1000, 64, 4.0
+RATE = 20
 MADE, SEEDS, STEPS, TEST = 500, 3, 48, 1000
 
 
