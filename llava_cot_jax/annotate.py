@@ -106,7 +106,7 @@ def _ask(options: Any) -> None:
         if waiting:
             print(Estimate.of(waiting, tokens, options.tries).described(prices, options.model), flush=True)
         client = EndpointClient(url, key, images, budget, pace, options.timeout, options.max_retries)
-        asker = RowAsker(job, client, pace, shown.add)
+        asker = RowAsker(job, client, budget, pace, shown.add)
         with shown.open() as update, _telling_how_to_go_on(job):
             shown.start(update)
             asyncio.run(asker.ask_about(iter(waiting), min(options.requests_in_flight, len(waiting) or 1)))

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from llava_cot_jax.annotation.budget import Budget
 from llava_cot_jax.annotation.endpoint import EndpointClient, RequestFailed
 from llava_cot_jax.annotation.job import AnnotationJob
 from llava_cot_jax.annotation.outcomes import RowOutcome
@@ -25,17 +26,18 @@ class RowAsker:
     Args:
         job: The job.
         client: Client of the endpoint.
+        budget: Bounds on the requests.
         pace: Pace of the requests.
         on_row: Function that is called with each finished row.
 
     Attributes:
-        failures: How many rows each last failure has left unfinished.
+        failures: Number of rows that are left for another run, by how their last request failed.
         stopped: Reason why the endpoint is asked no more; empty where all rows were gone through.
         interrupted: Whether that was Ctrl-C.
     """
 
-    def __init__(self, job: AnnotationJob, client: EndpointClient, pace: Pace, on_row: OnRow) -> None:
-        self._job, self._client, self._pace, self._on_row = job, client, pace, on_row
+    def __init__(self, job: AnnotationJob, client: EndpointClient, budget: Budget, pace: Pace, on_row: OnRow) -> None:
+        self._job, self._client, self._budget, self._pace, self._on_row = job, client, budget, pace, on_row
         self.failures: dict[str, int] = {}
         self.stopped, self.interrupted = "", False
         self._tasks: list[asyncio.Task[None]] = []
@@ -84,8 +86,9 @@ class RowAsker:
                 reply = self._job.journal.get(request)
                 if reply is None:
                     self._pace.check()
-                    reply = await self._client.ask(request)
-                    await self._job.journal.add_soon(request, reply)
+                    async with self._budget.room_for(request):
+                        reply = await self._client.ask(request)
+                        await self._job.journal.add_soon(request, reply)
                 request = steps.send(reply)
         except StopIteration as end:
             outcome: RowOutcome = end.value

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -103,7 +104,7 @@ class Budget:
         self._journal, self._prices = journal, prices
         self._max_requests, self._max_cost = max_requests, max_cost
         self._requests = len(journal)
-        self._reserved = 0.0
+        self._reserved: list[float] = []
         self._settled = asyncio.Condition()
 
     @property
@@ -121,28 +122,31 @@ class Budget:
             raise StopAsking(f"--max_requests {self._max_requests} is reached")
         self._requests += 1
 
-    async def reserve(self, request: ChatRequest) -> float:
-        """Take room for what a request may cost, and return it. Wait where requests in flight have taken it.
+    @asynccontextmanager
+    async def room_for(self, request: ChatRequest) -> AsyncIterator[None]:
+        """Take room for what a request may cost, until the block ends, in which the journal takes the reply.
+
+        Where requests in flight have taken the room, it is waited for.
 
         Raises:
             StopAsking: There is not enough left.
         """
         if self._prices is None or self._max_cost is None:
-            return 0.0
+            yield
+            return
         cost = self._prices.cost(estimated_input(request), request.settings.max_new_tokens)
         async with self._settled:
-            while (self.cost or 0.0) + self._reserved + cost > self._max_cost:
+            while (self.cost or 0.0) + sum(self._reserved) + cost > self._max_cost:
                 if not self._reserved:
                     raise StopAsking(f"--max_cost {self._max_cost:g} leaves no room for another request")
                 await self._settled.wait()
-            self._reserved += cost
-        return cost
-
-    async def settle(self, reserved: float) -> None:
-        """Give back the room that ``reserve`` took."""
-        async with self._settled:
-            self._reserved = self._reserved - reserved if reserved < self._reserved else 0.0
-            self._settled.notify_all()
+            self._reserved.append(cost)
+        try:
+            yield
+        finally:
+            async with self._settled:
+                self._reserved.remove(cost)
+                self._settled.notify_all()
 
     def check_usage(self, reply: Mapping[str, object]) -> None:
         """Check that a reply says how many tokens it took, where their cost is bounded.

@@ -147,13 +147,6 @@ class EndpointClient:
             body = await self._body(request)
         except UserError as fault:
             return {"text": str(fault), "finish": UNUSABLE}
-        reserved = await self._budget.reserve(request)
-        try:
-            return await self._ask_until_answered(body)
-        finally:
-            await self._budget.settle(reserved)
-
-    async def _ask_until_answered(self, body: dict[str, Any]) -> dict[str, Any]:
         tries = failures = 0
         at_first = before = self._replies
         while True:

@@ -7,8 +7,8 @@ from collections import deque
 _REMEMBERED = 64
 """Number of last replies that tell the rate at which an endpoint answers."""
 
-_FASTER = 0.998
-"""Factor by which each reply shortens the time between two requests, so that a limit that was raised is found."""
+_FASTER, _SLOWER = 0.99, 1.1
+"""Factors of the time between two requests: with each reply, and at most with each refusal."""
 
 
 class StopAsking(Exception):
@@ -18,8 +18,8 @@ class StopAsking(Exception):
 class Pace:
     """Pace of requests: a time between any two.
 
-    Where the endpoint answers that there were too many requests, the time between two becomes that between the last
-    replies. It is shortened again with each reply, so that the limit is approached from below.
+    Where the endpoint answers that there were too many requests, the time between two grows towards that between the
+    last replies. It shrinks again with each reply, so that the limit is met again and again, with few refusals.
 
     Args:
         per_minute: Largest number of requests in a minute; None for any number.
@@ -51,7 +51,9 @@ class Pace:
         """Take note that the endpoint refused a request because there were too many."""
         now = asyncio.get_running_loop().time()
         if self._replies and now > self._replies[0]:
-            self._interval = max((now - self._replies[0]) / len(self._replies), self._least)
+            between_replies = (now - self._replies[0]) / len(self._replies)
+            longest = self._interval * _SLOWER or between_replies
+            self._interval = max(min(between_replies, longest), self._least)
 
     async def turn(self) -> None:
         """Wait until a request may be sent.

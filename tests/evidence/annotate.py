@@ -3,10 +3,10 @@
     python tests/evidence/annotate.py | tee tests/evidence/annotate.txt
     python tests/evidence/annotate.py --study FOLDER    trains on such data: tens of minutes on two cores
 
-The endpoint stands in a process of its own, and answers 64 requests at a time, each after four seconds: so its limit is
-16 requests a second. The second one answers at once, but no more than 20 requests a second, and others with status 429.
-The study takes a checkpoint in FOLDER, such as one of the run of ``shapes_cpu.yaml`` after few steps, and trains it on
-the rows that were made and on as many of the world's own, with three seeds each.
+The command runs in a process of its own. The first endpoint answers each request after four seconds, and there are 64
+at a time: so the limit is 16 requests a second. The second one answers at once, but no more than 20 requests a second,
+and all others with status 429. The study takes a checkpoint in FOLDER, such as one of the run of ``shapes_cpu.yaml``
+after few steps, and trains it on the rows that were made and on as many of the world's own, with three seeds each.
 """
 
 import argparse
