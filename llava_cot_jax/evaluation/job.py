@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from llava_cot_jax.answering_model import AnsweringModel
 from llava_cot_jax.evaluation.matching import scored_text
 from llava_cot_jax.evaluation.question_sets import EvaluationSet, KnownAnswer
-from llava_cot_jax.evaluation.results import summarize
+from llava_cot_jax.evaluation.results import print_result, summarize
 from llava_cot_jax.files import read_json, write_json
 from llava_cot_jax.hosts.question_queue import AnswerRow, QuestionSource
 from llava_cot_jax.hosts.surroundings import package_version
@@ -84,18 +86,41 @@ class EvaluationJob(QuestionJob):
         self.scored = rows[: len(self.rows)]  # those to other questions come after them
         return rows
 
+    def check_judge(self) -> None:
+        """Check that the judge of the benchmark answers, if it has one, where answers are still to be generated.
+
+        Raises:
+            UserError: It does not.
+        """
+
     def report(self) -> dict[str, Any]:
         """Return the accuracy of the scored rows, what they took, and what was run."""
         matching = {"match": self._options.match, "tolerance": self._options.tolerance}
-        run = {**self._given, "format": self._format.name, **matching}
-        del run["benchmark"]
         return {
             "benchmark": self._benchmark,
             "sha256": self._sha256,
             **summarize(self.scored),
-            "run": run,
-            "environments": environments(self._folder / ENVIRONMENTS),
+            "run": self._run() | matching,
+            "environments": self._environments(),
         }
+
+    def show(self, result: dict[str, Any], console: Console) -> None:
+        """Print a result.
+
+        Args:
+            result: The result.
+            console: Console to print on.
+        """
+        print_result(result, console)
+
+    def _run(self) -> dict[str, Any]:
+        """Return what was run, besides the questions."""
+        run = {**self._given, "format": self._format.name}
+        del run["benchmark"]
+        return run
+
+    def _environments(self) -> list[dict[str, str]]:
+        return environments(self._folder / ENVIRONMENTS)
 
     def _settings(self) -> dict[str, Any]:
         return {"benchmark": self._benchmark, **super()._settings()}

@@ -15,6 +15,7 @@ from typing import Any
 
 from llava_cot_jax.checks import check_choice, check_int, check_text, shown
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.evaluation.benchmarks.published import PUBLISHED_BENCHMARKS
 from llava_cot_jax.evaluation.matching import MATCHES, AnswerValue, RightAnswer, form_of
 from llava_cot_jax.files import short_digest
 from llava_cot_jax.paths import as_path, reading_errors
@@ -27,7 +28,7 @@ RIGHT_ANSWER_KEYS = ("answer", "options", "match", "category")
 SELECT_AN_OPTION = "Please select the correct answer from the options above. \n"
 """Sentence of VLMEvalKit that ends a question with options."""
 
-_LONGEST_REFERENCE = 64
+LONGEST_REFERENCE = 64
 """Length, in characters, up to which the cell of an image is the index of another row."""
 
 _TSV_COLUMNS = ("index", "question", "answer")
@@ -56,12 +57,12 @@ class EvaluationSet(QuestionSet):
 
     Attributes:
         name: Name of the benchmark, or of the user's file.
-        known: What is known of each question.
+        known: What is known of each question; None where only another program knows its right answer.
         sha256: SHA-256 of the file, or of the questions, answers and pictures that were made.
     """
 
     name: str
-    known: list[KnownAnswer]
+    known: Sequence[KnownAnswer | None]
     sha256: str
 
 
@@ -112,7 +113,7 @@ def open_benchmark(name: str, limit: int | None, matching: Matching, seed: int) 
     if limit is not None:
         check_int("limit", limit)
     found = BENCHMARKS[name](limit, matching) if name in BENCHMARKS else own_questions(name, limit, matching)
-    return replace(found, rows=[_seeded(row, seed) for row in found.rows])
+    return replace(found, rows=with_seeds(found.rows, seed))
 
 
 def own_questions(name: str, limit: int | None, matching: Matching) -> EvaluationSet:
@@ -124,8 +125,8 @@ def own_questions(name: str, limit: int | None, matching: Matching) -> Evaluatio
     path = as_path(name)
     if (reader := _READERS.get(path.suffix)) is None:
         raise UserError(
-            f"there is no benchmark {name}: the benchmarks are {', '.join(BENCHMARKS)}, and a file of one's own ends "
-            f"in {' or '.join(_READERS)}"
+            f"there is no benchmark {name}: the benchmarks are {', '.join([*BENCHMARKS, *PUBLISHED_BENCHMARKS])}, and "
+            f"a file of one's own ends in {' or '.join(_READERS)}"
         )
     with reading_errors(path):
         content = path.read_bytes()
@@ -134,6 +135,11 @@ def own_questions(name: str, limit: int | None, matching: Matching) -> Evaluatio
     known = [each for _, _, each in read]
     digest = hashlib.sha256(content).hexdigest()
     return EvaluationSet(rows[:limit], short_digest(content), path.name, known[:limit], digest)
+
+
+def with_seeds(rows: Sequence[QuestionRow], seed: int) -> list[QuestionRow]:
+    """Return questions of which each has a seed: its own, or one that is made of ``seed`` and its id."""
+    return [_seeded(row, seed) for row in rows]
 
 
 def _seeded(row: QuestionRow, seed: int) -> QuestionRow:
@@ -251,12 +257,16 @@ def _read_tsv(path: Path, content: bytes, matching: Matching) -> _Rows:
 
 
 def with_options(row: Mapping[str, str], options: Mapping[str, str]) -> str:
-    """Return the text of a question as VLMEvalKit asks it: hint, question, and options with their letters."""
-    if not options:
-        return row["question"]
+    """Return the text of a question, which is asked as a question of multiple choice where it has options."""
+    return lettered_question(row, options) if options else row["question"]
+
+
+def lettered_question(row: Mapping[str, str], options: Mapping[str, str]) -> str:
+    """Return the text of a question of multiple choice as VLMEvalKit asks it: hint, question, and lettered options."""
     hint = f"Hint: {row['hint']}\n" if "hint" in row else ""
     listed = "".join(f"{letter}. {option}\n" for letter, option in options.items())
-    return f"{hint}Question: {row['question']}\nOptions:\n{listed}{SELECT_AN_OPTION}"
+    choice = f"Options:\n{listed}{SELECT_AN_OPTION}" if options else ""
+    return f"{hint}Question: {row['question']}\n{choice}"
 
 
 def _images(
@@ -268,14 +278,14 @@ def _images(
     """
     cell = row.get("image")
     if cell is None:
-        paths = _listed(row["image_path"], place) if "image_path" in row else []
+        paths = listed_texts(row["image_path"], place) if "image_path" in row else []
         return paths, [str(folder / path) for path in paths]
-    if len(cell) <= _LONGEST_REFERENCE:
+    if len(cell) <= LONGEST_REFERENCE:
         if cell not in images:
             raise UserError(f"{place} has the image of row {shown(cell)}, which there is not")
         cell = images[cell]
     files: list[bytes] = []
-    for encoded in _listed(cell, place):
+    for encoded in listed_texts(cell, place):
         try:
             files.append(base64.b64decode(encoded, validate=True))
         except binascii.Error as fault:
@@ -283,8 +293,12 @@ def _images(
     return [f"image-{short_digest(file)}" for file in files], [*files]
 
 
-def _listed(cell: str, place: str) -> list[str]:
-    """Return the texts of a cell that may be a list of them, as Python writes one."""
+def listed_texts(cell: str, place: str) -> list[str]:
+    """Return the texts of a cell that may be a list of them, as Python writes one.
+
+    Raises:
+        UserError: It begins like a list, and is none of texts.
+    """
     if not cell.startswith("["):
         return [cell]
     try:

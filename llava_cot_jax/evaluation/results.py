@@ -23,10 +23,21 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     categories = sorted({row["category"] for row in rows if row["category"] is not None})
     parts = {name: [row for row in rows if row["category"] == name] for name in categories}
-    answered = [row for row in rows if "error" not in row]
     return {
         "accuracy": {"all": _accuracy(rows), "categories": {name: _accuracy(part) for name, part in parts.items()}},
         "matches": dict(Counter(row["match"] for row in rows)),
+        **mean_costs(rows),
+    }
+
+
+def mean_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the tokens and FLOPs that an answered question took on average, by their parts.
+
+    Args:
+        rows: Rows of all questions, as an evaluation stores them.
+    """
+    answered = [row for row in rows if "error" not in row]
+    return {
         "tokens_per_question": _means([row["tokens"] for row in answered]),
         "flops_per_question": _means([row["flops"] for row in answered]),
     }
@@ -85,6 +96,15 @@ def _notes(result: Mapping[str, Any], shares_images: bool) -> Iterator[str]:
             f"{unanswered} of {every['questions']} questions {says} as wrong: the rows with the key error in "
             "answers.jsonl say why; delete these to ask them again."
         )
+    yield from cost_notes(result)
+
+
+def cost_notes(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a question took on average, if any was answered.
+
+    Args:
+        result: Content of the result's file.
+    """
     tokens, flops = result["tokens_per_question"], result["flops_per_question"]
     if tokens:
         sampled = sum(tokens.get(name, 0) for name in _SAMPLED)

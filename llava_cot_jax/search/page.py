@@ -1,43 +1,54 @@
 """An HTML page that shows whole searches, in one file that loads nothing else."""
 
 import base64
-import io
-import math
+import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
+from markupsafe import Markup
 
 from llava_cot_jax.files import write_text
 from llava_cot_jax.paths import writing_errors
-from llava_cot_jax.processing.images import ImageSource, open_image
+from llava_cot_jax.processing.images import ImageSource
 from llava_cot_jax.search import wording
+from llava_cot_jax.search.page_images import PageImages
+from llava_cot_jax.search.page_views import percent, search_view
 from llava_cot_jax.search.prompts import WHOLE_ANSWER
-from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace
-from llava_cot_jax.stage_format import StageFormat
+from llava_cot_jax.search.trace import Trace
 
-TEMPLATE = Path(__file__).with_name("page.html.jinja")
+_LOG = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+"""Folder of the page's templates, style and script."""
 
 DEFAULT_TITLE = "Answers by search"
 
-SMALL_IMAGE_SIDE = 200
-"""Longer side, in pixels, below which an image is shown enlarged, each pixel as a square."""
-
-ENLARGED_IMAGE_SIDE, LARGEST_IMAGE_SIDE = 240, 1024
-"""Longer side, in pixels, of an enlarged image and of the largest image."""
-
 MAX_UNFOLDED_QUESTIONS = 3
-"""Number of questions up to which a page shows all candidates at once. Longer pages show winners until unfolded."""
+"""Number of questions up to which a page shows everything at once. Longer pages list the questions, with filters, and
+show one whole when it is opened."""
 
-LONG_TEXT_CHARACTERS = 500
-"""Length of a text, in characters, above which it scrolls unless it is the winner's."""
+MAX_MAIN_FACTS = 8
+"""Number of facts that a page shows at once. Further ones are folded."""
 
-COLUMN_WIDTH, ROW_HEIGHT, NODE_RADIUS, HEADING_HEIGHT, ROUND_HEADING_HEIGHT = 108, 32, 12, 28, 20
-"""Sizes in the drawing of a search, in pixels: width of a stage, height of a candidate, its circle, the headings of
-stages, and the heading of a round."""
+LARGE_PAGE = 100_000_000
+"""Number of bytes above which a page is reported to be large."""
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A question without an answer.
+
+    Attributes:
+        question: Text of the question.
+        error: Reason why there is no answer.
+    """
+
+    question: str
+    error: str
 
 
 @dataclass(frozen=True)
@@ -45,21 +56,50 @@ class PageEntry:
     """A question on a page.
 
     Attributes:
-        trace: Trace of the search for the answer.
+        trace: Trace of the search for the answer, or why there is no answer.
         images: Images that the question is about.
         right_answer: Right answer, if it is known.
-        correct: Whether the conclusion is right. By default, whether it equals ``right_answer`` apart from case,
-            spacing, and punctuation at the ends.
+        correct: Whether the answer is right. By default, whether the conclusion equals ``right_answer`` apart from
+            case, spacing, and punctuation at the ends.
+        category: Kind of the question; None where there are no kinds.
+        name: Name of the question in its file; None for one without.
+        scored: Text that was compared with the right answer, where it may differ from the conclusion.
     """
 
-    trace: Trace
+    trace: Trace | Unanswered
     images: Sequence[ImageSource] = ()
     right_answer: str | None = None
     correct: bool | None = None
+    category: str | None = None
+    name: str | None = None
+    scored: str | None = None
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table on a page.
+
+    Attributes:
+        caption: Text above the table.
+        columns: Names of the columns.
+        rows: Texts of each row, of which the first names the row.
+        shares: Share of each row, from 0 to 1, with its standard error, which are drawn; empty for no drawing.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    shares: Sequence[tuple[float, float]] = ()
 
 
 def write_page(
-    path: Path, entries: Sequence[PageEntry], facts: Mapping[str, object], title: str = DEFAULT_TITLE
+    path: Path,
+    entries: Sequence[PageEntry],
+    facts: Mapping[str, object],
+    title: str = DEFAULT_TITLE,
+    *,
+    tables: Sequence[PageTable] = (),
+    plot_svg: str | None = None,
 ) -> None:
     """Write a page of searches to an HTML file, whole or not at all. Missing folders are made.
 
@@ -68,34 +108,64 @@ def write_page(
         entries: Questions in the order of the page.
         facts: Facts for the page's header, by name, such as the model and the date.
         title: Heading of the page.
+        tables: Tables above the questions.
+        plot_svg: Plot of what the tables say, as an SVG file has it; None for no plot.
 
     Raises:
-        UserError: The file cannot be written, or an image cannot be read.
+        UserError: The file cannot be written.
     """
-    page = render_page(entries, facts, title)
+    page = render_page(entries, facts, title, tables=tables, plot_svg=plot_svg)
     with writing_errors(path):
         write_text(path, page)
+    if (size := len(page.encode())) > LARGE_PAGE:
+        _LOG.warning(f"{path} has {size / 1e6:.0f} MB, which a browser takes seconds to open: ask fewer questions")
 
 
-def render_page(entries: Sequence[PageEntry], facts: Mapping[str, object], title: str = DEFAULT_TITLE) -> str:
-    """Return the HTML of a page. Arguments and errors are those of ``write_page``."""
+def render_page(
+    entries: Sequence[PageEntry],
+    facts: Mapping[str, object],
+    title: str = DEFAULT_TITLE,
+    *,
+    tables: Sequence[PageTable] = (),
+    plot_svg: str | None = None,
+) -> str:
+    """Return the HTML of a page. An image that cannot be read is replaced by the reason.
+
+    The arguments are those of ``write_page``.
+    """
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"printable": wording.printable, "short": wording.short_count}
-    views = [_entry_view(number, entry) for number, entry in enumerate(entries, start=1)]
-    known = [view["correct"] for view in views if view["correct"] is not None]
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    environment.filters |= {"printable": wording.printable, "short": wording.short_count, "percent": percent}
+    images = PageImages.for_number(sum(len(entry.images) for entry in entries))
+    views = [_entry_view(number, entry, images) for number, entry in enumerate(entries, start=1)]
+    traces = [entry.trace for entry in entries if isinstance(entry.trace, Trace)]
+    script = (FOLDER / "page.js").read_text(encoding="utf-8") if len(views) > MAX_UNFOLDED_QUESTIONS else ""
+    named = [(name, str(value)) for name, value in facts.items()]
+    return environment.get_template("page.html.jinja").render(
         title=title,
-        facts={name: str(value) for name, value in facts.items()},
+        main_facts=named[:MAX_MAIN_FACTS],
+        more_facts=named[MAX_MAIN_FACTS:],
+        tables=tables,
+        plot=_data_url("image/svg+xml", plot_svg) if plot_svg else "",
         entries=views,
-        known=len(known),
-        right=sum(known),
-        lead=_lead([entry.trace for entry in entries]),
-        retraces=any(_retraces(entry.trace) for entry in entries),
-        unfolded=len(views) <= MAX_UNFOLDED_QUESTIONS,
+        shared_images=images.shared,
+        tally=_tally(entries, views),
+        lead=_lead(traces),
+        retraces=any(_retraces(trace) for trace in traces),
+        filters=_filters(views),
+        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _data_url(media_type: str, content: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content.encode()).decode()}"
 
 
 def _lead(traces: Sequence[Trace]) -> str:
@@ -121,210 +191,69 @@ def _retraces(trace: Trace) -> bool:
     return any(stage.round for stage in trace.stages)
 
 
-def _entry_view(number: int, entry: PageEntry) -> dict[str, Any]:
+def _tally(entries: Sequence[PageEntry], views: Sequence[Mapping[str, Any]]) -> str:
+    """Return the number of questions of several, and how many answers are right."""
+    known = [view["correct"] for view in views if view["correct"] is not None]
+    if len(views) < 2:
+        return ""
+    counted = f"{len(views)} questions"
+    if not known:
+        return counted
+    if all(entry.correct is not None for entry in entries):
+        return f"{counted}; {sum(known)} of {len(known)} answers are right"
+    return f"{counted}; {sum(known)} of {len(known)} conclusions agree with the right answer"
+
+
+def _entry_view(number: int, entry: PageEntry, images: PageImages) -> dict[str, Any]:
     """Return the values that the template shows for a question."""
     trace = entry.trace
-    conclusion = wording.conclusion_of(trace)
-    correct = entry.correct
-    if correct is None and entry.right_answer is not None:
-        correct = wording.agrees(conclusion, entry.right_answer)
-    images = [_embedded_image(open_image(image)) for image in entry.images]
+    is_answered = isinstance(trace, Trace)
+    conclusion = wording.conclusion_of(trace) if isinstance(trace, Trace) else ""
+    correct, marks = entry.correct, ("right", "wrong")
+    if correct is None and entry.right_answer is not None and is_answered:
+        correct, marks = wording.agrees(conclusion, entry.right_answer), ("agrees", "does not agree")
     return {
         "number": number,
+        "name": entry.name,
+        "category": entry.category,
         "question": trace.question.strip(),
-        "images": images,
+        "images": images.embed(entry.images),
         "conclusion": conclusion,
+        "scored": entry.scored if entry.scored != conclusion else None,
+        "error": "" if isinstance(trace, Trace) else trace.error,
         "right_answer": entry.right_answer,
         "correct": correct,
-        "stages": [_stage_view(place, trace) for place in range(len(trace.stages))],
-        "tree": _tree_view(trace) if any(len(stage.candidates) > 1 for stage in trace.stages) else None,
-        "seed": trace.seed,
-        "strategy": trace.strategy,
-        "seconds": trace.seconds,
-        "costs": _costs_view(trace),
-        "tokens": sum(trace.tokens.values()),
-        "flops": sum(trace.flops.values()),
-        "total_seconds": sum(trace.seconds.values()),
+        "mark": None if correct is None else marks[0 if correct else 1],
+        "result": _result(is_answered, correct),
+        "search": search_view(trace) if isinstance(trace, Trace) else None,
     }
 
 
-def _stage_view(place: int, trace: Trace) -> dict[str, Any]:
-    stage = trace.stages[place]
-    standings = wording.standings(trace, place) if len(stage.candidates) > 1 else [""]
-    checks = {check.first: _verdict_view(check) for check in stage.checks}
-    candidates = [
-        _candidate_view(i, one, stage, standings[i], checks.get(i), trace.format)
-        for i, one in enumerate(stage.candidates)
-    ]
-    rounds = wording.rounds_of(stage)
+def _result(is_answered: bool, correct: bool | None) -> str:
+    if not is_answered:
+        return "unanswered"
+    return "unknown" if correct is None else "right" if correct else "wrong"
+
+
+_RESULTS = {
+    "right": "right",
+    "wrong": "wrong",
+    "unanswered": "without an answer",
+    "unknown": "without a known right answer",
+}
+"""Words for the results that a filter offers."""
+
+_CHANGES = {"changed": "changed the answer", "kept": "kept the answer", "unknown": "took another path"}
+"""Words for what a search did to an answer that a filter offers."""
+
+
+def _filters(views: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, str, int]]]:
+    """Return what the filters offer: value, words, and number of questions of each choice that there is."""
+    changes = [view["search"]["change"] for view in views if view["search"] and view["search"]["change"]]
+    results, categories = [view["result"] for view in views], [view["category"] for view in views]
+    named = sorted({name for name in categories if name is not None})
     return {
-        "title": wording.stage_title(stage),
-        "chosen": wording.how_chosen(stage, trace.strategy),
-        "candidates": candidates,
-        "winner": candidates[stage.winner],
-        "rounds": [
-            {"name": _round_name(i, len(rounds)), "matches": [_match_view(m) for m in matches], "through": through}
-            for i, (matches, through) in enumerate(rounds)
-        ],
+        "result": [(value, said, results.count(value)) for value, said in _RESULTS.items() if value in results],
+        "change": [(value, said, changes.count(value)) for value, said in _CHANGES.items() if changes],
+        "category": [(name, name, categories.count(name)) for name in named],
     }
-
-
-def _candidate_view(
-    i: int,
-    candidate: CandidateTrace,
-    stage: StageTrace,
-    standing: str,
-    check: dict[str, Any] | None,
-    format: StageFormat,
-) -> dict[str, Any]:
-    return {
-        "number": i + 1,
-        "standing": standing,
-        "won": standing == "winner",
-        "origin": wording.origin(candidate),
-        "parts": wording.split_tags(candidate.text, format),
-        "long": len(candidate.text) > LONG_TEXT_CHARACTERS,
-        "added": candidate.added,
-        "mean": _minus(wording.log_prob(candidate.mean_log_prob)),
-        "score": wording.score(candidate),
-        "score_percent": _percent(candidate.score or 0.0) if wording.score(candidate) else "",
-        "own_score": wording.own_score(candidate, stage),
-        "same_as": next((j + 1 for j in range(i) if stage.candidates[j].text == candidate.text), None),
-        "percent": _percent(math.exp(min(candidate.mean_log_prob, 0.0))),
-        "tokens": wording.counted(candidate.tokens, "token"),
-        "ended": wording.ENDINGS.get(candidate.ended, candidate.ended),
-        "cut": candidate.ended == "max_new_tokens",
-        "check": check,
-    }
-
-
-def _match_view(match: MatchTrace) -> dict[str, Any]:
-    return {
-        "first": match.first + 1,
-        "second": match.second + 1,
-        "winner": match.winner + 1,
-        "side": "right" if match.margin > 0 else "left",
-        "length": _percent(abs(match.margin)) / 2,
-        "decided": wording.DECIDED_BY.get(match.decision, match.decision),
-        "result": _minus(wording.match_result(match).replace("->", "\N{RIGHTWARDS ARROW}")),
-        "verdicts": [_verdict_view(verdict) for verdict in match.verdicts],
-    }
-
-
-def _verdict_view(verdict: VerdictTrace) -> dict[str, Any]:
-    return {
-        "line": _minus(wording.verdict_result(verdict)),
-        "neither": wording.neither_share(verdict),
-        "weak": verdict.other_probability is not None
-        and verdict.other_probability > 0.5,  # mostly on neither candidate
-        "reason": verdict.reason,
-    }
-
-
-def _round_name(i: int, count: int) -> str:
-    return "Final" if i == count - 1 else f"Round {i + 1}"
-
-
-def _costs_view(trace: Trace) -> list[dict[str, Any]]:
-    """Return tokens and FLOPs of each part of a search, and its share of the FLOPs in percent."""
-    total = max(sum(trace.flops.values()), 1)
-    return [
-        {
-            "part": part,
-            "tokens": trace.tokens.get(part),
-            "flops": trace.flops.get(part, 0),
-            "percent": _percent(trace.flops.get(part, 0) / total),
-        }
-        for part in dict.fromkeys((*trace.flops, *trace.tokens))
-        if trace.flops.get(part) or trace.tokens.get(part)
-    ]
-
-
-def _tree_view(trace: Trace) -> dict[str, Any]:
-    """Return the drawing of a search: candidates, each joined to the one that it continues.
-
-    Stages are side by side, and the rounds of a retracing search one below the other.
-    """
-    columns = list(dict.fromkeys(stage.stage for stage in trace.stages))
-    column_x = {name: NODE_RADIUS + (i + 0.62) * COLUMN_WIDTH for i, name in enumerate(columns)}
-    middles, bottom = _middles(trace)
-    places: dict[tuple[int, int] | None, tuple[float, float]] = {None: (NODE_RADIUS, middles[0])}
-    for i, stage in enumerate(trace.stages):
-        top = middles[stage.round] - (len(stage.candidates) - 1) * ROW_HEIGHT / 2
-        for j in range(len(stage.candidates)):
-            places[i, j] = (column_x[stage.stage], top + j * ROW_HEIGHT)
-    won = trace.winners
-    nodes = [
-        {
-            "number": at[1] + 1,
-            "x": x,
-            "y": y,
-            "won": at in won,
-            "line": _curve(places[trace.parent_of(*at)], (x, y)),
-        }
-        for at, (x, y) in places.items()
-        if at is not None
-    ]
-    nodes.sort(key=lambda node: bool(node["won"]))  # the winners' lines are drawn over the others
-    labels = [
-        {"text": f"round {stage.round}", "x": places[i, 0][0], "y": places[i, 0][1] - NODE_RADIUS - 4}
-        for i, stage in enumerate(trace.stages)
-        if stage.round
-    ]
-    return {
-        "width": NODE_RADIUS + (len(columns) + 0.12) * COLUMN_WIDTH,
-        "height": bottom,
-        "start": middles[0],
-        "heads": [{"text": wording.name_title(name), "x": x, "y": 14} for name, x in column_x.items()],
-        "labels": labels,
-        "nodes": nodes,
-        "path": " then ".join(f"{wording.stage_title(trace.stages[place])} {number + 1}" for place, number in won),
-    }
-
-
-def _middles(trace: Trace) -> tuple[dict[int, float], int]:
-    """Return the height at which the candidates of each round, and those outside of rounds (0), lie, and the bottom."""
-    most: dict[int, int] = {}
-    for stage in trace.stages:
-        most[stage.round] = max(most.get(stage.round, 0), len(stage.candidates))
-    middles, bottom = dict[int, float](), HEADING_HEIGHT
-    for number in sorted(most.keys() - {0}):
-        middles[number] = bottom + ROUND_HEADING_HEIGHT + most[number] * ROW_HEIGHT / 2
-        bottom += ROUND_HEADING_HEIGHT + most[number] * ROW_HEIGHT
-    bottom = max(bottom, HEADING_HEIGHT + most.get(0, 0) * ROW_HEIGHT)
-    middles[0] = (HEADING_HEIGHT + bottom) / 2
-    return middles, bottom
-
-
-def _curve(start: tuple[float, float], end: tuple[float, float]) -> str:
-    """Return the SVG path of a curve from ``start`` to ``end`` that is level at both ends."""
-    (x0, y0), (x1, y1) = start, end
-    bend = (x0 + x1) / 2
-    return f"M{x0:.0f} {y0:.0f}C{bend:.0f} {y0:.0f} {bend:.0f} {y1:.0f} {x1:.0f} {y1:.0f}"
-
-
-def _embedded_image(image: Image.Image) -> dict[str, Any]:
-    """Return an image as a data URI, with the size at which it is shown."""
-    width, height = image.size
-    small = max(width, height) < SMALL_IMAGE_SIDE
-    scale = max(ENLARGED_IMAGE_SIDE // max(width, height), 1) if small else 1
-    file = io.BytesIO()
-    if small:
-        image.save(file, "PNG")
-    else:
-        image = image.copy()
-        image.thumbnail((LARGEST_IMAGE_SIDE, LARGEST_IMAGE_SIDE))
-        image.save(file, "JPEG", quality=88)
-    uri = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
-    shown = {"uri": uri, "width": image.width * scale, "height": image.height * scale}
-    return shown | {"small": small, "pixels": f"{width} x {height}"}
-
-
-def _minus(text: str) -> str:
-    """Return ``text`` with minus signs in place of hyphens, as they are as wide as digits."""
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _percent(fraction: float) -> float:
-    """Return a fraction as a percentage from 0 to 100, and 0 for one that is not finite."""
-    return round(100 * min(max(fraction, 0.0), 1.0), 1) if math.isfinite(fraction) else 0.0

@@ -1,7 +1,7 @@
 """Trace of a search, for people to read: every candidate, every verdict, and what they cost."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -99,6 +99,11 @@ class MatchTrace:
     winner: int
     verdicts: list[VerdictTrace]
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "MatchTrace":
+        """Return the match of which ``content`` has the attributes by name."""
+        return cls(**{**content, "verdicts": [VerdictTrace(**one) for one in content["verdicts"]]})
+
 
 @dataclass(frozen=True)
 class StageTrace:
@@ -124,6 +129,14 @@ class StageTrace:
     round: int = 0
     own_scorer: str | None = None
     scorer_seconds: float = 0.0
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "StageTrace":
+        """Return the stage of which ``content`` has the attributes by name."""
+        candidates = [CandidateTrace(**one) for one in content["candidates"]]
+        checks = [VerdictTrace(**one) for one in content["checks"]]
+        matches = [MatchTrace.from_dict(one) for one in content["matches"]]
+        return cls(**{**content, "candidates": candidates, "checks": checks, "matches": matches})
 
     def with_own_scores(self, scores: OwnScores | None) -> "StageTrace":
         """Return the stage with the scores of a function of the user's own, if there are any."""
@@ -162,6 +175,17 @@ class Trace:
     flops: dict[str, int]
     seconds: dict[str, float]
     format: StageFormat = LLAVA_COT
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], format: StageFormat = LLAVA_COT) -> "Trace":
+        """Return the trace that ``to_dict`` or ``without_seconds`` was called of, from what these return.
+
+        Args:
+            content: Nested dicts and lists, which may have been JSON in between.
+            format: Format of the stages, of which ``content`` has the name alone.
+        """
+        stages = [StageTrace.from_dict(stage) for stage in content["stages"]]
+        return cls(**{**content, "stages": stages, "format": format})
 
     @property
     def whole_text(self) -> str | None:

@@ -13,6 +13,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_text
 from llava_cot_jax.search import wording
 from llava_cot_jax.search.page import PageEntry, render_page, write_page
+from llava_cot_jax.search.page_images import PageImages
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.show import describe_search
 from tests.search import traces
@@ -48,7 +49,7 @@ def standings(trace) -> list[list[str]]:
     return [["winner" if i == stage.winner else "" for i in range(len(stage.candidates))] for stage in trace.stages]
 
 
-VOID = {"meta", "link", "img", "path", "circle"}
+VOID = {"meta", "link", "img", "path", "circle", "input"}
 
 
 class Page(HTMLParser):
@@ -221,12 +222,14 @@ def test_a_page_tells_right_from_wrong():
     ]
     page = Page(render_page([*entries, PageEntry(four)], {"Model": "small", "Date": "2026-11-25"}))
     assert page.texts("p", "tally") == ["4 questions; 2 of 3 conclusions agree with the right answer"]
-    assert [words(text) for text in page.texts("div", "right")] == [
+    results = [one["data-result"] for tag, one in page.tags if tag == "details" and one.get("class") == "entry"]
+    assert results == ["right", "wrong", "right", "unknown"]
+    assert [words(text) for text in page.texts("span", "right")] == [
         "Right answer Four. agrees",
         "Right answer 4 does not agree",
-        "Right answer 4 agrees",
+        "Right answer 4 right",
     ]
-    assert page.texts("p", "answer") == ["four"] * 4
+    assert page.texts("span", "answer") == ["four"] * 4
     assert [words(text) for text in page.texts("dl", "facts")] == ["Modelsmall Date2026-11-25"]
     assert "7,590" in page.texts("dl", "stats")[0] and "65 T" in page.texts("dl", "stats")[0]
 
@@ -238,10 +241,29 @@ def test_a_page_holds_a_real_search(prompts, tmp_path):
     path = tmp_path / "folder" / "page.html"
     write_page(path, [PageEntry(answer.trace, [image], "two")], {"Model": "shapes"})
     page = Page(path.read_text(encoding="utf-8"))
-    assert page.texts("p", "answer") == [answer.conclusion]
+    assert page.texts("span", "answer") == [answer.conclusion]
     assert len(page.texts("li", "candidate")) == 12
     assert len(page.texts("div", "match")) == 8
     assert answer.conclusion in printed(answer.trace)
+
+
+def test_images_are_smaller_where_there_are_many():
+    photo, small = Image.new("RGB", (1600, 800)), Image.new("RGB", (40, 20))
+    (alone,) = PageImages.for_number(1).embed([photo])
+    assert (alone.width, alone.height) == (1024, 512)
+    many = PageImages.for_number(500)
+    first, second, third = many.embed([photo, small, photo])
+    assert first.width == 505 and first.width**2 * 500 <= 128_000_000  # the root of a 500th of that, rounded down
+    assert (second.width, second.height, second.small) == (240, 120, True)
+    assert third is first and many.shared == {1: first}
+    (unreadable,) = many.embed([b"no image"])
+    assert not unreadable.uri and "image" in unreadable.fault
+
+
+def test_a_large_page_is_told(tmp_path, monkeypatch, warnings_of):
+    monkeypatch.setattr("llava_cot_jax.search.page.LARGE_PAGE", 1000)
+    write_page(tmp_path / "page.html", [PageEntry(ALL["greedy"])], {})
+    assert "page.html has 0 MB, which a browser takes seconds to open: ask fewer questions" in warnings_of.text
 
 
 def test_a_page_that_cannot_be_written_is_a_users_mistake(tmp_path):

@@ -5,15 +5,19 @@ from dataclasses import replace
 
 import pytest
 
+from llava_cot_jax.search.scorers import OwnScores
 from llava_cot_jax.search.trace import Trace
-from llava_cot_jax.stage_format import STAGES
+from llava_cot_jax.stage_format import STAGES, StageFormat
 from tests.search.traces import (
     HOSTILE,
     rationale_trace,
+    retracing_trace,
+    scored_trace,
     sentence_trace,
     token_trace,
     untagged_trace,
     verified_trace,
+    weighted_trace,
     whole_trace,
 )
 
@@ -35,6 +39,23 @@ def test_json_has_the_whole_trace(make, indent):
                 assert {name: each[name] for name in plain} == plain
     assert ("\n" in trace.to_json(indent)) == (indent is not None)
     assert rationale_trace().to_json().count(json.dumps(HOSTILE, ensure_ascii=False)[1:-1]) > 5
+
+
+@pytest.mark.parametrize("make", [*MAKERS, retracing_trace, scored_trace, weighted_trace])
+def test_a_trace_is_read_again(make):
+    trace = make()
+    assert Trace.from_dict(json.loads(trace.to_json())) == trace
+    timeless = Trace.from_dict(json.loads(json.dumps(trace.without_seconds())))
+    assert timeless == replace(trace, seconds={})
+
+
+def test_a_trace_of_another_format_with_own_scores_is_read_again():
+    mulberry = StageFormat.load("mulberry")
+    trace = replace(scored_trace(), format=mulberry)
+    trace.stages[0] = trace.stages[0].with_own_scores(OwnScores("mine", [0.5, None, 2.0], 1.5))
+    content = json.loads(trace.to_json())
+    assert content["format"] == "mulberry" and Trace.from_dict(content, mulberry) == trace
+    assert Trace.from_dict(trace.without_seconds(), mulberry).stages[0].scorer_seconds == 0.0
 
 
 def test_stages_that_the_search_closed():
