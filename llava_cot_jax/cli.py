@@ -53,6 +53,7 @@ COMMANDS = {
     "evaluate": "Measure accuracy on questions whose right answers are known.",
     "serve": "Answer requests to OpenAI's API for chat completions.",
     "train": "Fine-tune Llama-3.2-Vision on staged answers.",
+    "annotate": "Make training data: staged answers to questions whose standard answers are known.",
     "prepare": "Prepare LLaVA-CoT-100k for training, or show prepared rows.",
     "convert": "Write a checkpoint, or a training run, as a new checkpoint.",
     "plan": "Predict whether a training run or a search fits a TPU slice, and how long it takes.",

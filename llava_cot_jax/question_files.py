@@ -1,18 +1,17 @@
 """Files of questions and of their answers, for ``generate --questions``: JSON lines that a killed run goes on with."""
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from llava_cot_jax.checks import check_text, shown
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import check_file_writable, read_json, write_bytes, write_json
-from llava_cot_jax.paths import is_remote, reading_errors, writing_errors
+from llava_cot_jax.files import read_json, write_bytes, write_json
+from llava_cot_jax.line_file import LineFile
+from llava_cot_jax.paths import reading_errors, writing_errors
 
 KEYS = ("id", "question", "image", "images", "seed")
 """Keys that a row of a file of questions may have."""
@@ -146,15 +145,10 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        if is_remote(path):
-            raise UserError(f"{path} is in a bucket, where no line can be added to a file: name an output on a disk")
-        check_file_writable(path)
         self.known: dict[str | int, tuple[str, list[str]]] = {}
         self._path, self._settings_path = path, path.with_name(f"{path.name}.settings.json")
-        with writing_errors(path):
-            self._file: BinaryIO = path.open("ab+")
+        self._file = LineFile(path)
         try:
-            self._lock()
             self._check_settings(dict(settings))
             self._read()
         except BaseException:
@@ -175,10 +169,7 @@ class AnswerFile:
         Raises:
             UserError: It cannot be written.
         """
-        with writing_errors(self._path):
-            self._file.write(_line(row))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._file.append([_line(row)])
         self._note(row)
 
     def unanswered(self, rows: Sequence[QuestionRow]) -> list[int]:
@@ -213,8 +204,8 @@ class AnswerFile:
             UserError: It cannot be written.
         """
         places = {identifier: place for place, identifier in enumerate(ids)}
-        self._file.seek(0)
-        stored = sorted(map(json.loads, self._file), key=lambda row: places.get(row["id"], len(places)))
+        lines = (json.loads(line) for _, line in self._file.lines())
+        stored = sorted(lines, key=lambda row: places.get(row["id"], len(places)))
         rows = [completed(row) for row in stored]
         content = b"".join(map(_line, rows))
         with writing_errors(self._path):
@@ -229,16 +220,9 @@ class AnswerFile:
     def _note(self, row: Mapping[str, Any]) -> None:
         self.known[row["id"]] = row["question"], list(row["images"])
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self._path} is being written by another process: name another output") from None
-
     def _check_settings(self, settings: dict[str, Any]) -> None:
         """Check that the file was begun with these settings, or write them down where it is empty."""
-        self._file.seek(0, os.SEEK_END)
-        if not self._file.tell():
+        if not self._file.size:
             with writing_errors(self._settings_path):
                 write_json(self._settings_path, settings)
             return
@@ -257,21 +241,13 @@ class AnswerFile:
 
     def _read(self) -> None:
         """Read what was answered, and cut off a last line that was not written whole."""
-        self._file.seek(0)
-        whole = 0
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break
+        for number, (_, line) in enumerate(self._file.lines(), 1):
             try:
-                row = json.loads(line)
-                self._note(row)
+                self._note(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{self._path}, line {number} is no answer of this command: name another output"
                 ) from None
-            whole += len(line)
-        with writing_errors(self._path):
-            self._file.truncate(whole)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

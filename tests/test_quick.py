@@ -93,9 +93,13 @@ MEASURED = ["--benchmark", "shapes", "--output", "o"]
 RUN = ["--output", "o", "--checkpoint", "shapes", "--data", "shapes"]
 RAW = ["--annotations", "no", "--images", "no", "--output", "o"]
 
+MADE = ["--input", "no.jsonl", "--images", "no", "--output", "o.jsonl", "--model", "self"]
+
 WRONG = [
     *((command, ["--nonsense", "3"], "unrecognized arguments") for command in cli.COMMANDS),
     ("bench", ["--random", "100m", "--runs", "0"], "runs is 0; it must be at least 1"),
+    ("annotate", [*MADE, "--tries", "0"], "tries is 0; it must be at least 1"),
+    ("annotate", [*MADE[:-1], "gpt-4o", "--seed", "3"], "--seed has a meaning only with --model self"),
     (
         "bench",
         ["--random", "100m", "--workload.prompt_tokens", "0"],
@@ -137,6 +141,8 @@ def test_a_wrong_argument(command: str, arguments: list[str], message: str) -> N
 
 
 MISSING = [
+    ("annotate", MADE, "no.jsonl does not exist"),
+    ("annotate", [*MADE, "--input", __file__, "--images", "nowhere"], f"there is no {ROOT}/nowhere"),
     ("bench", ["--checkpoint", "./nowhere"], f"no such folder: {ROOT}/nowhere"),
     ("bench", ["--random", "100m", "--workload", "nowhere.yaml"], "nowhere.yaml"),
     ("convert", ["nowhere", "out"], f"no such folder: {ROOT}/nowhere"),

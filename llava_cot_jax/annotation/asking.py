@@ -1,0 +1,121 @@
+"""Asking of an endpoint about many rows at a time, until all are answered, or something ends it."""
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from llava_cot_jax.annotation.budget import Budget
+from llava_cot_jax.annotation.endpoint import EndpointClient, RequestFailed
+from llava_cot_jax.annotation.job import AnnotationJob
+from llava_cot_jax.annotation.outcomes import RowOutcome
+from llava_cot_jax.annotation.pace import Pace, StopAsking
+from llava_cot_jax.annotation.rows import RowToAnnotate
+
+_LOG = logging.getLogger("llava_cot_jax.annotate")
+
+OnRow = Callable[[RowToAnnotate, RowOutcome], None]
+"""Function that is called with each row that is finished, and its outcome."""
+
+
+class RowAsker:
+    """Worker pool that asks an endpoint about rows. A row has one request in flight at most.
+
+    Args:
+        job: The job.
+        client: Client of the endpoint.
+        budget: Bounds on the requests.
+        pace: Pace of the requests.
+        on_row: Function that is called with each finished row.
+
+    Attributes:
+        failures: Number of rows that are left for another run, by how their last request failed.
+        stopped: Reason why the endpoint is asked no more; empty where all rows were gone through.
+        interrupted: Whether that was Ctrl-C.
+    """
+
+    def __init__(self, job: AnnotationJob, client: EndpointClient, budget: Budget, pace: Pace, on_row: OnRow) -> None:
+        self._job, self._client, self._budget, self._pace, self._on_row = job, client, budget, pace, on_row
+        self.failures: dict[str, int] = {}
+        self.stopped, self.interrupted = "", False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def ask_about(self, rows: Iterator[RowToAnnotate], in_flight: int) -> None:
+        """Ask about rows, each from its first request whose reply the journal does not have.
+
+        At Ctrl-C, no further request is sent, and the replies to those in flight are kept. A second one ends at once.
+
+        Args:
+            rows: The rows.
+            in_flight: Largest number of requests in flight.
+
+        Raises:
+            UserError: The endpoint cannot be used, or a reply cannot be kept.
+        """
+        with self._hearing_interrupts():
+            self._tasks = [asyncio.create_task(self._work(rows)) for _ in range(in_flight)]
+            try:
+                await asyncio.gather(*self._tasks)
+            except asyncio.CancelledError:
+                if not self.interrupted:
+                    raise
+            finally:
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+                await self._client.close()
+
+    async def _work(self, rows: Iterator[RowToAnnotate]) -> None:
+        for row in rows:
+            try:
+                self._on_row(row, await self._finish_row(row))
+            except RequestFailed as failure:
+                self.failures[str(failure)] = self.failures.get(str(failure), 0) + 1
+            except StopAsking as stop:
+                self.stopped = str(stop)
+                self._pace.stop(str(stop))
+                return
+
+    async def _finish_row(self, row: RowToAnnotate) -> RowOutcome:
+        steps = self._job.steps(row)
+        try:
+            request = next(steps)
+            while True:
+                reply = self._job.journal.get(request)
+                if reply is None:
+                    self._pace.check()
+                    async with self._budget.room_for(request):
+                        reply = await self._client.ask(request)
+                        await self._job.journal.add_soon(request, reply)
+                request = steps.send(reply)
+        except StopIteration as end:
+            outcome: RowOutcome = end.value
+            return outcome
+
+    @contextmanager
+    def _hearing_interrupts(self) -> Iterator[None]:
+        """Let Ctrl-C end the asking in the block."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before, loop = signal.getsignal(signal.SIGINT), asyncio.get_running_loop()
+        if before is signal.SIG_IGN:
+            yield
+            return
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self) -> None:
+        if self.interrupted:
+            for task in self._tasks:
+                task.cancel()
+            return
+        self.interrupted = True
+        _LOG.warning("no further request is sent; the replies to those in flight are awaited (Ctrl-C ends that)")
+        self._pace.stop("Ctrl-C")

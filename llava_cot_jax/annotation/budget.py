@@ -1,0 +1,161 @@
+"""Bounds on the requests to an endpoint and on their cost, and an estimate of both beforehand."""
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Self
+
+from llava_cot_jax.annotation.dialogue import ChatRequest
+from llava_cot_jax.annotation.journal import USAGE, Journal
+from llava_cot_jax.annotation.pace import StopAsking
+from llava_cot_jax.annotation.rows import RowToAnnotate
+from llava_cot_jax.errors import UserError
+
+BYTES_PER_TOKEN = 4
+"""Bytes of text that an estimate counts as a token."""
+
+TOKENS_PER_IMAGE = 1000
+"""Tokens that an estimate counts for an image."""
+
+TOKENS_PER_ANSWER = 400
+"""Tokens that an estimate counts for an answer of four sections, which is about as many as LLaVA-CoT-100k has."""
+
+_MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Prices of a million tokens, in any currency.
+
+    Attributes:
+        input: Price of a million tokens that are read.
+        output: Price of a million tokens that are written.
+    """
+
+    input: float
+    output: float
+
+    def cost(self, input_tokens: float, output_tokens: float) -> float:
+        """Return the cost of numbers of tokens."""
+        return (input_tokens * self.input + output_tokens * self.output) / _MILLION
+
+
+def estimated_input(request: ChatRequest) -> int:
+    """Return about how many tokens a request has. An endpoint's own count may differ."""
+    text = len(json.dumps(request.messages, ensure_ascii=False).encode())
+    images = len(request.row.images) if request.has_images else 0
+    return math.ceil(text / BYTES_PER_TOKEN) + images * TOKENS_PER_IMAGE
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimate of what is still to be asked.
+
+    Attributes:
+        turns: Number of turns that are asked about.
+        least: Number of requests where every first answer is good, and has the very text of the standard answer.
+        most: Number of requests where every try is needed, and checked.
+        input_tokens: Tokens of the first requests.
+        output_tokens: Tokens of their answers.
+    """
+
+    turns: int
+    least: int
+    most: int
+    input_tokens: int
+    output_tokens: int
+
+    @classmethod
+    def of(cls, rows: Sequence[RowToAnnotate], input_tokens: int, tries: int) -> Self:
+        """Return the estimate for rows whose first requests have about this many tokens."""
+        turns = sum(len(row.turns) for row in rows)
+        return cls(turns, turns, turns * tries * 2, input_tokens, turns * TOKENS_PER_ANSWER)
+
+    def described(self, prices: Prices | None, model: str) -> str:
+        """Return the estimate as a sentence."""
+        text = (
+            f"{self.turns:,} turns to ask {model} about, in {self.least:,} requests at least and {self.most:,} at "
+            f"most; about {self.input_tokens:,} tokens in and {self.output_tokens:,} out at least"
+        )
+        if prices is None:
+            return f"{text}; --price.input and --price.output would tell the cost"
+        return f"{text}, which cost about {prices.cost(self.input_tokens, self.output_tokens):,.4g}"
+
+
+class Budget:
+    """Bounds on the number of requests and on their cost, over all runs that share a journal.
+
+    Before a request is sent, room is taken for what it may cost at most: its estimated input, and an output of the
+    largest length. It is given back when the reply says what it did cost.
+
+    Args:
+        journal: Journal, whose replies count.
+        max_requests: Largest number of requests, those that failed in this run among them; None for any number.
+        max_cost: Largest cost; None for any.
+        prices: Prices of tokens; None where they are not known, which needs ``max_cost`` to be None.
+    """
+
+    def __init__(
+        self, journal: Journal, max_requests: int | None, max_cost: float | None, prices: Prices | None
+    ) -> None:
+        self._journal, self._prices = journal, prices
+        self._max_requests, self._max_cost = max_requests, max_cost
+        self._requests = len(journal)
+        self._reserved: list[float] = []
+        self._settled = asyncio.Condition()
+
+    @property
+    def cost(self) -> float | None:
+        """Cost of all replies in the journal; None where no prices are known."""
+        return None if self._prices is None else self._prices.cost(*(self._journal.tokens[name] for name in USAGE))
+
+    def count_request(self) -> None:
+        """Count a request that is about to be sent.
+
+        Raises:
+            StopAsking: There have been as many as there may be.
+        """
+        if self._max_requests is not None and self._requests >= self._max_requests:
+            raise StopAsking(f"--max_requests {self._max_requests} is reached")
+        self._requests += 1
+
+    @asynccontextmanager
+    async def room_for(self, request: ChatRequest) -> AsyncIterator[None]:
+        """Take room for what a request may cost, until the block ends, in which the journal takes the reply.
+
+        Where requests in flight have taken the room, it is waited for.
+
+        Raises:
+            StopAsking: There is not enough left.
+        """
+        if self._prices is None or self._max_cost is None:
+            yield
+            return
+        cost = self._prices.cost(estimated_input(request), request.settings.max_new_tokens)
+        async with self._settled:
+            while (self.cost or 0.0) + sum(self._reserved) + cost > self._max_cost:
+                if not self._reserved:
+                    raise StopAsking(f"--max_cost {self._max_cost:g} leaves no room for another request")
+                await self._settled.wait()
+            self._reserved.append(cost)
+        try:
+            yield
+        finally:
+            async with self._settled:
+                self._reserved.remove(cost)
+                self._settled.notify_all()
+
+    def check_usage(self, reply: Mapping[str, object]) -> None:
+        """Check that a reply says how many tokens it took, where their cost is bounded.
+
+        Raises:
+            UserError: It does not.
+        """
+        if self._max_cost is not None and any(reply.get(name) is None for name in USAGE):
+            raise UserError(
+                "the endpoint does not say how many tokens it read and wrote, so that --max_cost cannot be kept: give "
+                "--max_requests instead"
+            )

@@ -1,0 +1,301 @@
+"""Endpoint that is asked for answers, through the openai package: each failure is counted, and mended where it can be.
+
+The package's own retries are turned off: here every request that is sent counts against the bounds and keeps the pace,
+and one that is refused because there are too many is sent again as long as others come through.
+"""
+
+import asyncio
+import contextlib
+import email.utils
+import math
+import os
+import random
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from typing import Any
+from urllib.parse import urlsplit
+
+from llava_cot_jax.annotation.budget import Budget
+from llava_cot_jax.annotation.dialogue import IMAGE_PART, REFUSED, UNUSABLE, ChatRequest
+from llava_cot_jax.annotation.pace import Pace, StopAsking
+from llava_cot_jax.data.raw.images import RawImages
+from llava_cot_jax.errors import TransientError, UserError
+
+DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
+
+_REFUSING = (400, 413, 415, 422)
+"""Codes by which an endpoint refuses one request."""
+
+_PASSING = (408, 409, 425, 429)
+"""Codes, besides those from 500 on, of what may be gone at another try."""
+
+_TOO_MANY = 429
+
+_QUEUED = f"status {_TOO_MANY}"
+
+_REFUSED_AT_FIRST = 4
+"""Number of first requests that, where all are refused, show a mistake in the settings."""
+
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0
+"""Seconds before a request is sent again, where the endpoint names none: after the first failure, and at most."""
+
+_LONGEST_WAIT = 600.0
+"""Longest delay in seconds that an endpoint may ask for, so that it is waited for."""
+
+_NO_KEY = "none"
+"""Key that is sent to an endpoint that needs none, as the package asks for one."""
+
+
+class RequestFailed(Exception):
+    """Failure of a request for this run: it was sent as often as it may be. Its text says how it failed last."""
+
+
+def check_openai() -> None:
+    """Check that the openai package is installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    if find_spec("openai") is None:
+        raise UserError("an endpoint is asked through the package openai: pip install 'llava-cot-jax[annotate]'")
+
+
+def endpoint_url(given: str | None) -> str | None:
+    """Return the URL of the endpoint, or None for the default of the openai package.
+
+    Raises:
+        UserError: It is no URL, or has a secret in it.
+    """
+    url = given or os.environ.get("OPENAI_BASE_URL") or None
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError("--base_url is no URL of an endpoint; give one such as http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query:
+        raise UserError(
+            "--base_url has a name, a password or a query in it, and would be printed: put the key into the "
+            "environment instead"
+        )
+    return url
+
+
+def read_key(variable: str, url: str | None) -> str:
+    """Return the key in an environment variable; where there is none, one that stands for none.
+
+    Raises:
+        UserError: There is none, and no other endpoint than that of the package's default was named.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key and url is None:
+        raise UserError(
+            f"the environment variable {variable} has no key: set it, or name an endpoint that needs none by --base_url"
+        )
+    return key or _NO_KEY
+
+
+class EndpointClient:
+    """Client of a chat endpoint, whose requests are bounded.
+
+    Args:
+        url: URL of the endpoint; None is the package's default.
+        key: Key, which no message and no file shows.
+        images: Images of the rows.
+        budget: Bounds on the requests.
+        pace: Pace of the requests.
+        timeout: Seconds after which a reply is given up.
+        max_retries: Number of times that a request that failed is sent again.
+
+    Attributes:
+        troubles: Number of failed requests by what happened.
+    """
+
+    def __init__(
+        self,
+        url: str | None,
+        key: str,
+        images: RawImages,
+        budget: Budget,
+        pace: Pace,
+        timeout: float,
+        max_retries: int,
+    ) -> None:
+        import openai
+
+        self._openai = openai
+        self._client = openai.AsyncOpenAI(api_key=key, base_url=url, timeout=timeout, max_retries=0)
+        self._key, self._images, self._budget, self._pace = key, images, budget, pace
+        self._max_retries = max_retries
+        self.troubles: Counter[str] = Counter()
+        self._replies = self._refusals = 0
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def ask(self, request: ChatRequest) -> dict[str, Any]:
+        """Return the reply to a request, as ``ask_about_row`` takes it, with the numbers of tokens.
+
+        Raises:
+            StopAsking: No request may be sent any more.
+            RequestFailed: It was sent as often as it may be.
+            UserError: The endpoint cannot be used.
+        """
+        try:
+            body = await self._body(request)
+        except UserError as fault:
+            return {"text": str(fault), "finish": UNUSABLE}
+        tries = failures = 0
+        at_first = before = self._replies
+        while True:
+            await self._pace.turn()
+            self._budget.count_request()
+            trouble, delay = "", None
+            try:
+                return self._read(await self._client.chat.completions.with_raw_response.create(**body))
+            except self._openai.APIStatusError as fault:
+                if fault.status_code in _REFUSING:
+                    return self._refusal(fault)
+                trouble, delay = self._note_status(fault)
+            except self._openai.APITimeoutError:
+                trouble = "no reply in time"
+            except self._openai.APIConnectionError:
+                trouble = "broken connection"
+            except _UnreadableReply:
+                trouble = "unreadable reply"
+            self.troubles[trouble] += 1
+            # Where others come through, a request that is refused because there are too many stands in a queue.
+            in_queue = trouble == _QUEUED and self._replies > before
+            tries, failures, before = tries + 1, 0 if in_queue else failures + 1, self._replies
+            if failures > self._max_retries:
+                if self._replies == at_first:
+                    raise TransientError(
+                        f"{self._client.base_url} answers nothing ({trouble}): the same command goes on later"
+                    )
+                raise RequestFailed(trouble)
+            await self._pace.wait(_backoff(tries) if delay is None else delay)
+
+    async def _body(self, request: ChatRequest) -> dict[str, Any]:
+        """Return the arguments of the request.
+
+        Raises:
+            UserError: An image cannot be sent.
+        """
+        messages: list[dict[str, Any]] = list(request.messages)
+        if request.has_images:
+            urls = iter(await asyncio.to_thread(self._urls, request))
+            messages = [_with_images(message, urls) for message in messages]
+        settings = request.settings
+        body = {"model": settings.model, "messages": messages, "max_completion_tokens": settings.max_new_tokens}
+        return body if settings.temperature is None else {**body, "temperature": settings.temperature}
+
+    def _urls(self, request: ChatRequest) -> list[str]:
+        from llava_cot_jax.annotation.sent_images import image_url
+
+        return [image_url(self._images.read(image.name), request.settings.max_side) for image in request.row.images]
+
+    def _read(self, raw: Any) -> dict[str, Any]:
+        """Return what a response says.
+
+        Raises:
+            UserError: It does not say how many tokens it took, where that must be known.
+        """
+        try:
+            completion = raw.parse()
+            choice = completion.choices[0]
+            declined, text, finish = choice.message.refusal, choice.message.content, choice.finish_reason
+            usage, model, identifier = completion.usage, completion.model, completion.id
+            if not isinstance(declined or text or "", str):
+                raise TypeError("the text is none")
+        except (ValueError, TypeError, AttributeError, LookupError, self._openai.OpenAIError) as fault:
+            raise _UnreadableReply from fault
+        reply = {
+            "text": self._hide(declined or text or ""),
+            "finish": "refusal" if declined else str(finish),
+            "input_tokens": getattr(usage, "prompt_tokens", None),
+            "output_tokens": getattr(usage, "completion_tokens", None),
+            "model": str(model),
+            "completion": str(identifier),
+        }
+        self._budget.check_usage(reply)
+        self._replies += 1
+        self._pace.note_reply()
+        return reply
+
+    def _refusal(self, fault: Any) -> dict[str, Any]:
+        """Return the reply that stands for a request that the endpoint refuses.
+
+        Raises:
+            UserError: The endpoint has refused all requests so far.
+        """
+        self.troubles[f"status {fault.status_code}"] += 1
+        self._refusals += 1
+        message = f"the endpoint refuses it with status {fault.status_code}: {self._message(fault)}"
+        if not self._replies and self._refusals >= _REFUSED_AT_FIRST:
+            raise UserError(f"the first {self._refusals} requests were refused; of the last one, {message}")
+        return {"text": message, "finish": REFUSED}
+
+    def _note_status(self, fault: Any) -> tuple[str, float | None]:
+        """Return what a status says has happened, and the delay that the endpoint asks for.
+
+        Raises:
+            UserError: No other try can mend it.
+            StopAsking: The delay is too long to wait for.
+        """
+        code = fault.status_code
+        if code == 401:
+            raise UserError(f"{self._client.base_url} does not accept the key (status 401): check the environment")
+        if getattr(fault, "code", None) == "insufficient_quota" or not (code in _PASSING or code >= 500):
+            raise UserError(f"{self._client.base_url} answers with status {code}: {self._message(fault)}")
+        delay = _asked_delay(fault.response.headers)
+        if delay is not None and delay > _LONGEST_WAIT:
+            raise StopAsking(f"the endpoint asks to wait for {delay:,.0f} s")
+        if code == _TOO_MANY:
+            self._pace.note_refusal()
+        return f"status {code}", delay
+
+    def _message(self, fault: Any) -> str:
+        """Return the message of a status, on one line and without the key."""
+        said = fault.body.get("message") if isinstance(fault.body, Mapping) else None
+        return self._hide(" ".join(str(said or fault.message).split()))[:300]
+
+    def _hide(self, text: str) -> str:
+        """Return a text without the key."""
+        return text if self._key == _NO_KEY else text.replace(self._key, "[key]")
+
+
+class _UnreadableReply(Exception):
+    """Error for a response that is no chat completion, such as one that was cut off."""
+
+
+def _with_images(message: dict[str, Any], urls: Any) -> dict[str, Any]:
+    """Return a message with the URLs of its images."""
+    if isinstance(message["content"], str):
+        return message
+    parts = [
+        {"type": "image_url", "image_url": {"url": next(urls)}} if part["type"] == IMAGE_PART else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def _backoff(tries: int) -> float:
+    """Return the seconds to wait after some tries: twice as many each time, less up to a quarter at random."""
+    longest = min(_FIRST_DELAY * 2.0 ** min(tries - 1, 16), _LONGEST_DELAY)
+    return longest * random.uniform(0.75, 1)
+
+
+def _asked_delay(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that an endpoint asks to wait (RFC 9110, section 10.2.3), or None."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name, "")
+        with contextlib.suppress(ValueError):
+            if not math.isnan(seconds := float(value)):
+                return max(seconds * unit, 0.0)
+        with contextlib.suppress(ValueError, TypeError):
+            moment = email.utils.parsedate_to_datetime(value)
+            moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            return max((moment - datetime.now(UTC)).total_seconds(), 0.0)
+    return None

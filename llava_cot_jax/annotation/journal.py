@@ -1,0 +1,108 @@
+"""Journal of replies: each is on the disk before it is used, so that a stop at any moment loses none of them."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from llava_cot_jax.annotation.outcomes import RowRequest
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.line_file import LineFile
+
+USAGE = ("input_tokens", "output_tokens")
+"""Keys of a reply by which an endpoint says how many tokens it read and wrote."""
+
+
+class Journal:
+    """File of replies, found by the keys of their requests. It holds in memory where each is, and not what it says.
+
+    Args:
+        path: Path of the file. One that is there already is continued.
+
+    Attributes:
+        path: Path of the file.
+        tokens: Numbers of tokens of all replies, by the keys of ``USAGE``.
+
+    Raises:
+        UserError: The file cannot be written, is no journal, or is open in another process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens = dict.fromkeys(USAGE, 0)
+        self._places: dict[bytes, int] = {}
+        self._waiting: dict[str, bytes] = {}
+        self._turn, self._access = asyncio.Lock(), Lock()
+        self._file = LineFile(path)
+        try:
+            for number, (offset, line) in enumerate(self._file.lines(), 1):
+                self._note_line(offset, line, number)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __len__(self) -> int:
+        """Return the number of replies."""
+        return len(self._places)
+
+    def get(self, request: RowRequest) -> dict[str, Any] | None:
+        """Return the reply to a request, or None if there is none yet."""
+        place = self._places.get(bytes.fromhex(request.key))
+        if place is None:
+            return None
+        with self._access:
+            reply: dict[str, Any] = json.loads(self._file.read_line(place))["reply"]
+        return reply
+
+    def add(self, request: RowRequest, reply: Mapping[str, Any]) -> None:
+        """Keep the reply to a request, which is on the disk when this returns.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        self._count(reply)
+        self._write({request.key: _journal_line(request, reply)})
+
+    async def add_soon(self, request: RowRequest, reply: Mapping[str, Any]) -> None:
+        """Keep the reply to a request. Replies that come while others are written are then written together.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        self._waiting[request.key] = _journal_line(request, reply)
+        self._count(reply)
+        async with self._turn:
+            if request.key in self._waiting:
+                batch, self._waiting = self._waiting, {}
+                await asyncio.shield(asyncio.to_thread(self._write, batch))
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._access:
+            self._file.close()
+
+    def _write(self, batch: Mapping[str, bytes]) -> None:
+        with self._access:
+            offsets = self._file.append(batch.values())
+            self._places |= zip(map(bytes.fromhex, batch), offsets, strict=True)
+
+    def _note_line(self, offset: int, line: bytes, number: int) -> None:
+        try:
+            content = json.loads(line)
+            self._places[bytes.fromhex(content["key"])] = offset
+            self._count(content["reply"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{self.path}, line {number} is no reply of this command: remove it, or name another output"
+            ) from None
+
+    def _count(self, reply: Mapping[str, Any]) -> None:
+        for name in USAGE:
+            self.tokens[name] += reply.get(name) or 0
+
+
+def _journal_line(request: RowRequest, reply: Mapping[str, Any]) -> bytes:
+    content = {"key": request.key, **request.about, "reply": reply}
+    return json.dumps(content, ensure_ascii=True, allow_nan=False).encode() + b"\n"

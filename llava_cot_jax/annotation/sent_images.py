@@ -1,0 +1,43 @@
+"""Images as they are sent to an endpoint: upright, of bounded size, in a format that endpoints read, as data URLs."""
+
+import base64
+import io
+import warnings
+
+from PIL import ExifTags, Image
+
+from llava_cot_jax.processing.images import open_image
+
+_SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+"""Media types of the formats that endpoints read."""
+
+_JPEG_QUALITY = 95
+
+
+def image_url(content: bytes, max_side: int) -> str:
+    """Return the data URL of an image file, which is written anew only where it has to be turned, shrunk or converted.
+
+    Args:
+        content: Content of the file.
+        max_side: Longest side in pixels. A larger image is shrunk.
+
+    Raises:
+        UserError: It is no image, or is damaged.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        whole = open_image(content, max_side)
+        with Image.open(io.BytesIO(content)) as file:
+            kind, is_upright = file.format or "", file.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            fits = max(file.size) <= max_side
+    if kind in _SENT_AS_THEY_ARE and is_upright and fits:
+        return _data_url(content, _SENT_AS_THEY_ARE[kind])
+    if not fits:
+        width, height = (max(1, round(side * max_side / max(whole.size))) for side in whole.size)
+        whole = whole.resize((width, height), Image.Resampling.LANCZOS)
+    written, is_photo = io.BytesIO(), kind in ("JPEG", "MPO")
+    whole.save(written, "JPEG" if is_photo else "PNG", **({"quality": _JPEG_QUALITY} if is_photo else {}))
+    return _data_url(written.getvalue(), _SENT_AS_THEY_ARE["JPEG" if is_photo else "PNG"])
+
+
+def _data_url(content: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
