@@ -6,8 +6,9 @@ import contextlib
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llava_cot_jax import cli
 from llava_cot_jax.answering_model import AnsweringModel
@@ -16,10 +17,34 @@ from llava_cot_jax.hosts.joining import join_hosts, keep_to_own_devices
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.options import add_hosts_options, group_in, hosts_option
 from llava_cot_jax.hosts.process_group import ProcessGroup, find_group
-from llava_cot_jax.hosts.question_queue import QuestionSource, QueuedQuestions
+from llava_cot_jax.hosts.question_queue import QuestionQueue, QuestionSource, QueuedQuestions
 from llava_cot_jax.hosts.question_server import QuestionServer, RemoteQuestions
 from llava_cot_jax.hosts.surroundings import surroundings
-from llava_cot_jax.question_job import QuestionJob
+
+if TYPE_CHECKING:
+    from llava_cot_jax.model.mllama import Mllama
+
+
+class AnswerableJob(Protocol):
+    """Job of answering questions, which processes divide, as ``QuestionJob`` is one."""
+
+    def fields(self) -> dict[str, str]:
+        """Return what must be the same in all processes, by name."""
+
+    def share_unanswered(self) -> None:
+        """Let every process know which questions are still to be answered."""
+
+    def queue(self) -> QuestionQueue:
+        """Return the queue of the questions still to be answered."""
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Show how far the job is while the block is run."""
+
+    def run(self, model: Mllama, source: QuestionSource) -> None:
+        """Answer questions with a model until all are answered."""
+
+    def finish(self) -> Any:
+        """Complete the output."""
 
 
 def add_process_options(parser: cli.Parser) -> None:
@@ -101,7 +126,7 @@ def prepare_devices(
         lifeline.agree(model.fields)
 
 
-def answer_job(job: QuestionJob, model: AnsweringModel, group: ProcessGroup, *, is_divided: bool) -> None:
+def answer_job(job: AnswerableJob, model: AnsweringModel, group: ProcessGroup, *, is_divided: bool) -> None:
     """Answer the questions of a job.
 
     Args:

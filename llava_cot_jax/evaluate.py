@@ -3,6 +3,7 @@
 llava-cot evaluate --benchmark shapes --limit 200 --search majority_vote --output runs/shapes_majority
 llava-cot evaluate --benchmark FILE.jsonl --checkpoint DIR_OR_HUB_ID --search stage_beam --output runs/mine
 llava-cot evaluate --benchmark mmstar --data MMStar.tsv --checkpoint DIR_OR_HUB_ID --output runs/mmstar
+llava-cot evaluate --benchmark shapes --limit 200 --compare greedy,majority_vote:4,stage_beam:4 --output runs/compared
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ from llava_cot_jax.checks import check_int
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.benchmarks.grader import KEY_VARIABLE, Grader
 from llava_cot_jax.evaluation.benchmarks.published import PROMPTS, PUBLISHED_BENCHMARKS
+from llava_cot_jax.evaluation.comparison.against import OtherAnswers
+from llava_cot_jax.evaluation.comparison.job import ComparisonJob
+from llava_cot_jax.evaluation.comparison.methods import read_methods
+from llava_cot_jax.evaluation.comparison.options import add_comparison_options, check_comparison_options
+from llava_cot_jax.evaluation.comparison.report import report_against, report_comparison
 from llava_cot_jax.evaluation.job import RESULT, EvaluationJob
 from llava_cot_jax.evaluation.matching import MATCHES
-from llava_cot_jax.evaluation.question_sets import BENCHMARKS, Matching, open_benchmark
+from llava_cot_jax.evaluation.question_sets import BENCHMARKS, EvaluationSet, Matching, open_benchmark
 from llava_cot_jax.files import check_file_writable, write_json
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
@@ -76,27 +82,38 @@ class _Evaluation:
 
     options: Any
     model: AnsweringModel
-    job: EvaluationJob
+    job: EvaluationJob | ComparisonJob
     folder: Path
+    other: OtherAnswers | None
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
-        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "data", "grader", "output", "page")
+        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "data", "grader", "output", "page", "against")
         given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
         return given | self.job.fields()
 
     def report(self) -> None:
         """Write the result, and print it."""
-        result, path = self.job.report(), self.folder / RESULT
+        console = Console(highlight=False)
+        if isinstance(self.job, ComparisonJob):
+            report_comparison(self.job, self.folder, console)
+        else:
+            self._report_evaluation(self.job, console)
+        print(f"wrote the answers and the result to {self.folder}", file=sys.stderr)
+
+    def _report_evaluation(self, job: EvaluationJob, console: Console) -> None:
+        """Write the result of one search, and print it."""
+        result, path = job.report(), self.folder / RESULT
         with writing_errors(path):
             write_json(path, result)
-        self.job.show(result, Console(highlight=False))
-        print(f"wrote the answers and the result to {self.folder}", file=sys.stderr)
+        job.show(result, console)
+        if self.other:
+            report_against(result, self.options.output, self.other.match(job.scored), self.folder, console)
         if self.options.page is not None:
             from llava_cot_jax.evaluation.page import write_evaluation_page
 
             format = StageFormat.load(self.options.format)
-            write_evaluation_page(as_path(self.options.page), result, self.job.rows, self.job.scored, format)
+            write_evaluation_page(as_path(self.options.page), result, job.rows, job.scored, format)
             print(f"wrote the page to {self.options.page}", file=sys.stderr)
 
 
@@ -107,25 +124,27 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
         UserError: One of them cannot be used.
     """
     format = StageFormat.load(options.format)
-    strategy = strategy_of(strategy_or_sampling(options), options.max_new_tokens, format)
-    if not strategy.to_spec().can_stream:
-        raise UserError(f"--search {options.search} answers no questions side by side: give another --search")
+    check_comparison_options(options)
+    methods = [] if options.compare is None else read_methods(options)
+    strategy = None if methods else strategy_of(strategy_or_sampling(options), options.max_new_tokens, format)
     check_int("slots", options.slots)
     check_mesh_sizes(options)
     JudgePrompts.load(options.judge_prompts)
-    is_published = options.benchmark in PUBLISHED_BENCHMARKS
-    job_of = (_published_job if is_published else _own_job)(options)
+    questions = None if options.benchmark in PUBLISHED_BENCHMARKS else _own_questions(options)
+    job_of = _published_job(options) if questions is None else _own_job(options, questions, is_comparison=bool(methods))
+    other = OtherAnswers(options.against, questions) if questions and options.against is not None else None
     model = AnsweringModel.find(options)
     folder = as_path(options.output)
     if options.page is not None and group.index == 0:
         check_file_writable(as_path(options.page))
-    job = job_of(folder, strategy, model, writes=group.index == 0)
-    job.check_judge()
-    return _Evaluation(options, model, job, folder)
+    job = job_of(folder, methods or strategy, model, writes=group.index == 0)
+    if isinstance(job, EvaluationJob):
+        job.check_judge()
+    return _Evaluation(options, model, job, folder, other)
 
 
-def _own_job(options: Any) -> Callable[..., EvaluationJob]:
-    """Check what is asked, other than published benchmarks, and return what makes the job of it.
+def _own_questions(options: Any) -> EvaluationSet:
+    """Return the questions to ask, other than those of published benchmarks.
 
     Raises:
         UserError: An argument or a file cannot be used.
@@ -134,8 +153,14 @@ def _own_job(options: Any) -> Callable[..., EvaluationJob]:
         if options[name] is not None:
             raise UserError(f"--{name} needs a published benchmark: {', '.join(PUBLISHED_BENCHMARKS)}")
     matching = Matching(options.match, options.tolerance)
-    questions = open_benchmark(options.benchmark, options.limit, matching, options.seed)
-    return partial(EvaluationJob, options, questions)
+    return open_benchmark(options.benchmark, options.limit, matching, options.seed)
+
+
+def _own_job(
+    options: Any, questions: EvaluationSet, *, is_comparison: bool
+) -> Callable[..., EvaluationJob | ComparisonJob]:
+    """Return what makes the job of questions other than those of published benchmarks."""
+    return partial(ComparisonJob if is_comparison else EvaluationJob, options, questions)
 
 
 def _published_job(options: Any) -> Callable[..., EvaluationJob]:
@@ -148,6 +173,9 @@ def _published_job(options: Any) -> Callable[..., EvaluationJob]:
     from llava_cot_jax.evaluation.benchmarks.question_tables import read_published
 
     name = options.benchmark
+    for option in ("compare", "against"):
+        if options[option] is not None:
+            raise UserError(f"--{option} needs questions that are right or wrong one by one, not --benchmark {name}")
     benchmark = PUBLISHED_BENCHMARKS[name]
     if options.data is None:
         raise UserError(f"--benchmark {name} needs --data: its published file, {benchmark.dataset}.tsv")
@@ -171,6 +199,7 @@ def _parser() -> cli.Parser:
     _add_evaluation_options(parser)
     add_model_options(parser)
     add_arguments(parser)
+    add_comparison_options(parser)
     add_weight_options(parser)
     add_process_options(parser)
     return parser

@@ -125,10 +125,6 @@ def _check(options: jsonargparse.Namespace, group: ProcessGroup) -> _Checked | N
     job = None
     if options.questions:
         strategy = strategy_of(method, options.max_new_tokens, format)
-        if not strategy.to_spec().can_stream:
-            raise UserError(
-                f"--search {options.search} answers no file of --questions: give --question, or another --search"
-            )
         questions_of_file, output = read_question_set(as_path(options.questions)), as_path(options.output)
         job = QuestionJob(options, questions_of_file, output, strategy, model, writes=group.index == 0)
         if not job.unanswered and group.count == 1:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,15 @@ from llava_cot_jax.hosts.question_queue import AnswerRow, QuestionQueue, Questio
 from llava_cot_jax.paths import as_path, is_remote, reading_errors
 from llava_cot_jax.progress import ProgressUpdate
 from llava_cot_jax.question_files import AnswerFile, QuestionRow, read_question_rows
-from llava_cot_jax.question_result import result_of
+from llava_cot_jax.question_result import has_all_sentences, result_of
 from llava_cot_jax.search.strategies import Strategy
 
 if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama
     from llava_cot_jax.processing.processor import Processor
+    from llava_cot_jax.search.batches import AnswerBatches
     from llava_cot_jax.search.request_builder import RequestBuilder
-    from llava_cot_jax.search.stream import Question, StreamedAnswer
+    from llava_cot_jax.search.stream import AnswerStream, Question, StreamedAnswer
 
 _LOG = logging.getLogger("llava_cot_jax.generate")
 
@@ -115,7 +116,7 @@ class QuestionJob:
         options: Options of the command.
         questions: The questions.
         output: File of the answers.
-        strategy: Strategy to search with, which can answer a stream.
+        strategy: Strategy to search with.
         model: Model that answers.
         writes: Whether this process has the output.
 
@@ -240,11 +241,19 @@ class QuestionJob:
         self._began = time.perf_counter()
         return QuestionQueue(self.unanswered, self._keep, lambda question, row: row.get("id") == self.rows[question].id)
 
-    def _keep(self, question: int, row: AnswerRow) -> None:
+    def keep(self, question: int, row: AnswerRow) -> None:
+        """Store the row with the answer to a question, if the output is here, and count it.
+
+        Raises:
+            UserError: It cannot be stored.
+        """
         if self._file:
             self._file.append(self._completed(row))
         self._done += 1
         self._failed += "error" in row
+
+    def _keep(self, question: int, row: AnswerRow) -> None:
+        self.keep(question, row)
         new = self._done - (len(self.rows) - len(self.unanswered))
         pace = (time.perf_counter() - self._began) / new
         failed = f", {self._failed} failed" if self._failed else ""
@@ -292,23 +301,23 @@ class QuestionJob:
         Raises:
             UserError: An answer cannot be stored.
         """
+        while (first := source.wait()) is not None:
+            asked = [first]
+            answers = self._answers(model, self._take_questions(asked, source))
+            for streamed in answers:
+                question = asked[streamed.index]
+                source.finish(question, self._row(question, streamed, answers))
+
+    def _answers(self, model: Mllama, questions: Iterator[Question]) -> AnswerStream | AnswerBatches:
+        """Return the answers to questions, as they come."""
+        from llava_cot_jax.search.batches import AnswerBatches
         from llava_cot_jax.search.stream import AnswerStream
 
         assert self._builder is not None
-        while (first := source.wait()) is not None:
-            asked = [first]
-            stream = AnswerStream(
-                model,
-                self._builder,
-                self._take_questions(asked, source),
-                slots=self._options.slots,
-                ordered=False,
-                prompt_tokens=self._prompt_tokens,
-                images=self._images,
-            )
-            for streamed in stream:
-                question = asked[streamed.index]
-                source.finish(question, self._row(question, streamed, stream.is_shrunk))
+        slots, room = self._options.slots, {"prompt_tokens": self._prompt_tokens, "images": self._images}
+        if self._builder.spec.can_stream:
+            return AnswerStream(model, self._builder, questions, slots=slots, ordered=False, **room)
+        return AnswerBatches(model, self._builder, questions, size=slots, **room)
 
     def _take_questions(self, asked: list[int], source: QuestionSource) -> Iterator[Question]:
         """Yield the question in ``asked``, and then those that the source has, whose numbers are added to ``asked``."""
@@ -324,7 +333,7 @@ class QuestionJob:
     def _seed(self, row: QuestionRow) -> int:
         return int(self._options.seed if row.seed is None else row.seed)
 
-    def _row(self, question: int, streamed: StreamedAnswer, is_shrunk: bool) -> dict[str, Any]:
+    def _row(self, question: int, streamed: StreamedAnswer, answers: AnswerStream | AnswerBatches) -> dict[str, Any]:
         """Return the row with the answer to a question. It has no times, so that it is the same wherever it is made."""
         row = self.rows[question]
         about = {"id": row.id, "question": row.question, "images": row.images, "seed": self._seed(row)}
@@ -334,7 +343,9 @@ class QuestionJob:
                 if isinstance(source, str):
                     error = error.replace(source, name)  # which is another path in another process
             return {**about, "error": error}
-        result = result_of(streamed.answer, is_shrunk)
+        result = result_of(streamed.answer, answers.is_shrunk)
+        if has_all_sentences(streamed.answer.trace, answers.spec):
+            result = replace(result, bounded_by="max_sentences")
         said = {name: value for name, value in asdict(result).items() if name != "seconds"}
         return {**about, **said, "notes": result.notes(streamed.answer.trace.format)}
 

@@ -21,7 +21,8 @@ from llava_cot_jax.stage_format import StageFormat
 
 if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama
-    from llava_cot_jax.search.stream import StreamedAnswer
+    from llava_cot_jax.search.batches import AnswerBatches
+    from llava_cot_jax.search.stream import AnswerStream, StreamedAnswer
 
 ANSWERS, RESULT, ENVIRONMENTS = "answers.jsonl", "result.json", "environments.json"
 """Files in the folder of an evaluation."""
@@ -37,7 +38,7 @@ class EvaluationJob(QuestionJob):
         options: Options of the command.
         questions: The questions, with what is known of them.
         folder: Folder of the evaluation.
-        strategy: Strategy to search with, which can answer a stream.
+        strategy: Strategy to search with.
         model: Model that answers.
         writes: Whether this process has the output.
 
@@ -129,8 +130,8 @@ class EvaluationJob(QuestionJob):
         known = self._known.get(row["id"])
         return scored_row(row, known, self._format) if known else dict(row)
 
-    def _row(self, question: int, streamed: StreamedAnswer, is_shrunk: bool) -> dict[str, Any]:
-        row = super()._row(question, streamed, is_shrunk)
+    def _row(self, question: int, streamed: StreamedAnswer, answers: AnswerStream | AnswerBatches) -> dict[str, Any]:
+        row = super()._row(question, streamed, answers)
         if streamed.answer is None:
             return row
         trace = streamed.answer.trace

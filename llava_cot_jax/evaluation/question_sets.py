@@ -2,7 +2,6 @@
 
 import ast
 import base64
-import binascii
 import csv
 import hashlib
 import io
@@ -288,7 +287,7 @@ def _images(
     for encoded in listed_texts(cell, place):
         try:
             files.append(base64.b64decode(encoded, validate=True))
-        except binascii.Error as fault:
+        except ValueError as fault:
             raise UserError(f"{place}: its image is not in base64: {fault}") from None
     return [f"image-{short_digest(file)}" for file in files], [*files]
 
@@ -303,7 +302,7 @@ def listed_texts(cell: str, place: str) -> list[str]:
         return [cell]
     try:
         found = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         found = None
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
         raise UserError(f"{place}: its images are no list of texts: {shown(cell)}")

@@ -1,7 +1,7 @@
 """Result of an evaluation: accuracy over all questions and by category, what it took, and what was run."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from llava_cot_jax.evaluation.statistics import estimate_accuracy
 
-_SAMPLED = ("candidates", "judge_reasons")
+SAMPLED_TOKENS = ("candidates", "judge_reasons")
 """Names of the counts of tokens that were sampled; all others were only read."""
 
 
@@ -44,10 +44,13 @@ def mean_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    # A question without images shares none: it is a group of its own.
-    clusters = [tuple(row["images"]) or row["id"] for row in rows]
-    estimate = estimate_accuracy([row["right"] for row in rows], clusters)
+    estimate = estimate_accuracy([row["right"] for row in rows], [cluster_of(row) for row in rows])
     return {**asdict(estimate), "unanswered": sum("error" in row for row in rows)}
+
+
+def cluster_of(row: Mapping[str, Any]) -> Hashable:
+    """Return the group of a question: its images, or where it has none, itself."""
+    return tuple(row["images"]) or row["id"]
 
 
 def _means(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
@@ -73,7 +76,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
 
     def add_row(name: str, each: Mapping[str, Any]) -> None:
         shares = [each["accuracy"], each["standard_error"], *([each["clustered_standard_error"]] * shares_images)]
-        table.add_row(Text(name), str(each["questions"]), str(each["right"]), *map(_percent, shares))
+        table.add_row(Text(name), str(each["questions"]), str(each["right"]), *map(told_share, shares))
 
     for name, each in categories.items():
         add_row(name, each)
@@ -107,10 +110,11 @@ def cost_notes(result: Mapping[str, Any]) -> Iterator[str]:
     """
     tokens, flops = result["tokens_per_question"], result["flops_per_question"]
     if tokens:
-        sampled = sum(tokens.get(name, 0) for name in _SAMPLED)
+        sampled = sum(tokens.get(name, 0) for name in SAMPLED_TOKENS)
         took = f"{tokens['total']:,.0f} tokens, of which {sampled:,.0f} were generated, and {flops['total']:.3g} FLOPs"
         yield f"On average, a question took {took}."
 
 
-def _percent(share: float | None) -> str:
+def told_share(share: float | None) -> str:
+    """Return a share as a table shows it."""
     return "unknown" if share is None else f"{share:.1%}"

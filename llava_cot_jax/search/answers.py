@@ -108,16 +108,14 @@ class AnswerMaker:
             seconds=dict(seconds),
             format=self.spec.format,
         )
-        return _staged_answer(trace) if self.spec.stages else _whole_answer(trace)
+        return _staged_answer(trace) if self.spec.stages else whole_answer(trace)
 
     def trace_stages(self, stages: Sequence[StageResult], own_scores: Mapping[int, OwnScores]) -> list[StageTrace]:
         """Return the stages so far with their winners; the arguments are those of ``make``."""
         traces = trace_stages(self.processor, self.spec, stages)
         traces = [stage.with_own_scores(own_scores.get(number)) for number, stage in enumerate(traces)]
-        if isinstance(self.strategy, MajorityVote):
-            return [_vote(traces[0], self.spec.format, lambda _: 1.0)]
-        if isinstance(self.strategy, WeightedVote):
-            return [_vote(traces[0], self.spec.format, _score_of)]
+        if isinstance(self.strategy, MajorityVote | WeightedVote):
+            return [hold_vote(self.strategy, traces[0])]
         return traces
 
 
@@ -145,7 +143,7 @@ def _described(strategy: Strategy, spec: SearchSpec) -> Strategy:
     return cast(Strategy, replace(strategy, **changes))
 
 
-def _whole_answer(trace: Trace) -> Answer:
+def whole_answer(trace: Trace) -> Answer:
     """Return the answer that a search with whole answers, or their sentences, as candidates found."""
     text = trace.whole_text
     assert text is not None
@@ -160,6 +158,11 @@ def _staged_answer(trace: Trace) -> Answer:
         bodies[marks.name] = body_of(won.text + won.added, marks)
         texts.append(tagged_text(trace.format, marks.name, won))
     return Answer(join_stages(texts), bodies, bodies[trace.format.conclusion], trace)
+
+
+def hold_vote(strategy: MajorityVote | WeightedVote, stage: StageTrace) -> StageTrace:
+    """Return the stage with the winner of the vote that a strategy holds among its candidates."""
+    return _vote(stage, strategy.format, _score_of if isinstance(strategy, WeightedVote) else lambda _: 1.0)
 
 
 def _vote(stage: StageTrace, format: StageFormat, weigh: Callable[[CandidateTrace], float]) -> StageTrace:

@@ -23,6 +23,9 @@ STRATEGIES: dict[str, type[Any]] = {
 }
 """Strategies by their names for ``--search``."""
 
+JUDGES = ("token", "rationale", "verifier", "log_probability")
+"""Scorers by their names for ``--judge``."""
+
 _NEED_SEARCH = ("num_candidates", "judge", "max_sentences", "max_sentence_tokens", "threshold", "max_rounds")
 """Options that have no meaning without ``--search``."""
 
@@ -31,6 +34,9 @@ _SAMPLING = ("temperature", "top_k", "top_p")
 
 _LENGTH = "max_new_tokens"
 """Option of the longest answer, which a command without a search reads itself."""
+
+SEARCH_OPTIONS = (*_NEED_SEARCH, *_SAMPLING, _LENGTH)
+"""Options that are settings of strategies."""
 
 
 def add_arguments(parser: Any) -> None:
@@ -54,7 +60,7 @@ def add_arguments(parser: Any) -> None:
     )
     add(
         "--judge",
-        choices=["token", "rationale", "verifier", "log_probability"],
+        choices=list(JUDGES),
         help="Scorer that chooses among candidates: the model as judge of pairs, by the probability of its verdict "
         "(token) or by a written reason (rationale); the model as verifier, by the probability of yes when it is asked "
         "whether a candidate is right (verifier); or the candidates' mean log-probability. By default, verifier with "
@@ -122,7 +128,7 @@ def strategy_or_sampling(options: Any) -> Strategy | Sampling:
     Raises:
         UserError: An option is out of range, or has no meaning with the others.
     """
-    given = {name: options[name] for name in (*_NEED_SEARCH, *_SAMPLING, _LENGTH) if options[name] is not None}
+    given = {name: options[name] for name in SEARCH_OPTIONS if options[name] is not None}
     format = StageFormat.load(options.format)
     if options.search is None:
         return _sampling(given, format)

@@ -20,9 +20,10 @@ from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_builder import Images, RequestBuilder, Requests
 from llava_cot_jax.search.retracing_search import search_retracing
 from llava_cot_jax.search.sentence_search import search_sentences
+from llava_cot_jax.search.slot_search import run_in_slots
 from llava_cot_jax.search.snapshots import OnSearchProgress, check_progress_function
 from llava_cot_jax.search.strategies import SearchSpec, StageBeam, Strategy
-from llava_cot_jax.search.stream import DEFAULT_SLOTS, AnswerStream, Question, run_in_slots
+from llava_cot_jax.search.stream import DEFAULT_SLOTS, AnswerStream, Question
 from llava_cot_jax.search.trace import Trace, split_stages
 
 
@@ -177,6 +178,29 @@ def run_search(
     """
     if requests.spec.calls_host or on_progress:
         return run_in_slots(model, builder, requests, on_progress)
+    places = [f"question {i + 1}" for i in range(len(requests.questions))]
+    answers = list[Answer]()
+    for found in search_together(model, builder, requests, places):
+        if isinstance(found, UserError):
+            raise found
+        answers.append(found)
+    return answers
+
+
+def search_together(
+    model: Mllama, builder: RequestBuilder, requests: Requests, places: Sequence[str]
+) -> list[Answer | UserError]:
+    """Search for the answers to a batch of questions in one compiled call.
+
+    Args:
+        model: Model in the unrolled layout.
+        builder: Builder of the requests.
+        requests: The questions.
+        places: Words that say in an error which question it is.
+
+    Returns:
+        The answer to each question, or what is wrong with its numbers.
+    """
     start = time.perf_counter()
     config, spec, mesh = model.config, requests.spec, model.mesh
     static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
@@ -184,12 +208,17 @@ def run_search(
     with without_surroundings():
         results: StageResult = to_host(program_of(spec)(model.params, *inputs, **static), mesh)
     seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}
-    stages = [split_stages(results, i) for i in range(len(requests.questions))]
-    for i, each in enumerate(stages):
-        check_finite(each, spec, f"question {i + 1}", model.dtype)
     maker = AnswerMaker(config, builder.processor, builder.strategy, spec)
-    asked = zip(requests.questions, requests.seeds, map(len, requests.images), stages, strict=True)
-    return [maker.make(*each, seconds) for each in asked]
+    answers = list[Answer | UserError]()
+    for i, (question, seed, images) in enumerate(zip(requests.questions, requests.seeds, requests.images, strict=True)):
+        stages = split_stages(results, i)
+        try:
+            check_finite(stages, spec, places[i], model.dtype)
+        except UserError as fault:
+            answers.append(fault)
+        else:
+            answers.append(maker.make(question, seed, len(images), stages, seconds))
+    return answers
 
 
 def _tell_what_was_cut(config: MllamaConfig, trace: Trace, spec: SearchSpec) -> None:

@@ -45,7 +45,7 @@ def mmstar(folder: Path) -> Path:
 
 
 def mmbench(folder: Path) -> Path:
-    """Four questions with their rotations, whose images are those of the first row, and a hint in two of them."""
+    """Four questions with their rotations, each with the image of the one before, and a hint in two of them."""
     columns = "index question hint A B C D answer category image source l2-category comment split"
     questions = [
         (5, "What is it?", "It shines.", ["sun", "moon", "", ""], "image_scene", "coarse_perception"),
@@ -59,8 +59,8 @@ def mmbench(folder: Path) -> Path:
         for turn in range(len(filled)):
             turned = filled[turn:] + filled[:turn] + [""] * (4 - len(filled))
             answer = "ABCD"[turned.index(filled[0])]
-            image = str(index) if turn else picture(index)
             number = index + turn * 1_000_000
+            image = str(number - 1_000_000) if turn else picture(index)
             rows.append((number, question, hint, *turned, answer, category, image, "made", ability, "", "dev"))
     return write_tsv(folder / "MMBench_DEV_EN_V11.tsv", columns, rows)
 

@@ -1,5 +1,6 @@
 """Published benchmarks: what is asked of their files, and the files of predictions, held to VLMEvalKit's own code."""
 
+import base64
 import importlib.util
 import json
 import os
@@ -26,7 +27,17 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.images import open_image
 from llava_cot_jax.stage_format import LLAVA_COT
 from llava_cot_jax.stages import find_stages
-from tests.evaluation.benchmark_files import FILES, ai2d, answer_row, mmstar, mmvet, picture, questions_of, write_tsv
+from tests.evaluation.benchmark_files import (
+    FILES,
+    ai2d,
+    answer_row,
+    mmbench,
+    mmstar,
+    mmvet,
+    picture,
+    questions_of,
+    write_tsv,
+)
 from tests.evaluation.stand_in_judge import judge, mmvet_row
 from tests.processes import ROOT, xla_flags
 
@@ -88,6 +99,15 @@ def test_images_are_kept_once(tmp_path):
     assert len({id(row.sources[0]) for row in rows}) == 4 < len(rows)
 
 
+def test_a_limit_takes_questions_with_all_their_rotations(tmp_path):
+    """VLMEvalKit would count a question as right by those of its rotations alone that it finds."""
+    table = pandas.read_csv(mmbench(tmp_path), sep="\t").sort_values("index")
+    table.to_csv(tmp_path / "sorted.tsv", sep="\t", index=False)
+    questions = read_published("mmbench_dev_en_v11", str(tmp_path / "sorted.tsv"), 2, "vlmevalkit", 0)
+    assert [row.id for row in questions.rows] == [5, 7, 1_000_005, 1_000_007, 2_000_007, 3_000_007]
+    assert questions.total == 11
+
+
 def test_llava_cots_own_prompts(tmp_path):
     """They differ with AI2D alone, and only the first image is seen."""
     kit, own = (questions_of("ai2d", tmp_path, prompts).rows[1].question for prompts in ("vlmevalkit", "llava_cot"))
@@ -116,7 +136,19 @@ def test_a_published_file_is_known_by_its_md5():
         assert known in each.md5s and len(each.md5s) == 1 + ("TEST" in each.dataset and each.is_circular)
 
 
-NASTY = ["=1+1", "a\x08b\rc", "-14", "\tx", "x" * 40_000, "http://a.example", "7_x0041_8", "{=1}", *READ_AS_MISSING]
+NASTY = [
+    "=1+1",
+    "a\x08b\rc",
+    "-14",
+    "\tx",
+    "x" * 40_000,
+    "http://a.example",
+    "7_x0041_8",
+    "{=1}",
+    "mailto:x",
+    "internal:x",
+    *READ_AS_MISSING,
+]
 """Conclusions that a cell of an xlsx file, or pandas, would change."""
 
 
@@ -159,10 +191,23 @@ JUDGE = ["--grader.url", "http://localhost:9", "--grader.model", "j"]
         ("mmstar", [], "--benchmark mmstar needs --data: its published file, MMStar.tsv"),
         ("mmstar", ["--data", "none.tsv"], "none.tsv does not exist"),
         ("mmstar", ["--data", "MMStar.tsv", "--match", "option"], "--match has no meaning with --benchmark mmstar"),
+        (
+            "mmstar",
+            ["--data", "MMStar.tsv", "--tolerance", "0.1"],
+            "--tolerance has no meaning with --benchmark mmstar",
+        ),
         ("mmstar", ["--data", "MMStar.tsv", "--prompts", "own"], "--prompts is 'own'; "),
         ("mmstar", ["--data", "MMStar.tsv", "--limit", "0"], "limit is 0; it must be at least 1"),
         ("mmstar", ["--data", "MMVet.tsv"], "MMVet.tsv has no column A, so that it is no file of mmstar"),
         ("mmstar", ["--data", "ragged.tsv"], "ragged.tsv is no table with tabs: "),
+        ("mmstar", ["--data", "."], " cannot be read: Is a directory"),
+        ("mmstar", ["--data", "empty.tsv"], "empty.tsv is no table with tabs: No columns"),
+        ("mmstar", ["--data", "picture.png"], "picture.png is no table with tabs: "),
+        ("mmstar", ["--data", "header.tsv"], "header.tsv has no row with an image"),
+        ("mmstar", ["--data", "foreign.tsv"], "row 1: its image is not in base64: string argument"),
+        ("mmstar", ["--data", "padding.tsv"], "row 1: its image is not in base64: "),
+        ("mmstar", ["--data", "listed.tsv"], "row 1: its images are no list of texts"),
+        ("mmstar", ["--data", "unanswered.tsv"], "unanswered.tsv has rows without a right answer"),
         ("mmstar", ["--data", "MMStar.tsv", "--grader.model", "j"], "--grader.model needs --grader.url"),
         ("mmvet", ["--data", "MMVet.tsv"], "is graded by a judge: give --grader.url and --grader.model"),
         (
@@ -175,6 +220,8 @@ JUDGE = ["--grader.url", "http://localhost:9", "--grader.model", "j"]
         ("hallusionbench", ["--data", "index.tsv"], "has the index 0, whose parts between underscores do not name"),
         ("shapes", ["--data", "MMStar.tsv"], "--data needs a published benchmark: mmstar, mmbench_dev_en_v11, "),
         ("shapes", ["--grader.url", "http://localhost"], "--grader.url needs a published benchmark"),
+        ("shapes", ["--grader.model", "j"], "--grader.model needs a published benchmark"),
+        ("own.jsonl", ["--prompts", "llava_cot"], "--prompts needs a published benchmark"),
     ],
 )
 def test_what_cannot_be_asked(tmp_path, monkeypatch, benchmark, arguments, message):
@@ -185,6 +232,13 @@ def test_what_cannot_be_asked(tmp_path, monkeypatch, benchmark, arguments, messa
     write_tsv(tmp_path / "reference.tsv", options, [(0, "7", "?", "A", "x", "y", "c", "d")])
     write_tsv(tmp_path / "texts.tsv", options, [("a", picture(0), "?", "A", "x", "y", "c", "d")])
     write_tsv(tmp_path / "index.tsv", options, [(0, picture(0), "?", "Yes", "x", "y", "c", "d")])
+    images = {"foreign": "é" * 80, "padding": "A" * 81, "listed": "[{[]: 1}]" + " " * 80, "header": None}
+    for name, image in images.items():
+        rows = [(0, image, "?", "A", "x", "y", "c", "d")] if image else []
+        write_tsv(tmp_path / f"{name}.tsv", options, rows)
+    write_tsv(tmp_path / "unanswered.tsv", options, [(0, picture(0), "?", "", "x", "y", "c", "d")])
+    (tmp_path / "empty.tsv").touch()
+    (tmp_path / "picture.png").write_bytes(base64.b64decode(picture(0)))
     (tmp_path / "ragged.tsv").write_text("a\tb\nc\nd\te\tf\tg\n")
     with pytest.raises(UserError) as told:
         main(["--benchmark", benchmark, "--output", "run", *arguments])
@@ -217,15 +271,15 @@ def without(packages: Path, arguments: list[str], **environment: str) -> subproc
 @pytest.mark.slow
 def test_a_whole_evaluation_and_its_scores_elsewhere(tmp_path, site_packages, monkeypatch, capsys):
     """The small model answers and the kit scores; where the kit is missing, predictions and two commands remain."""
-    data, output = ai2d(tmp_path), tmp_path / "out.xlsx"  # which the kit would take for a file's end
+    data, output = ai2d(tmp_path), tmp_path / "my out.xlsx"  # whose end the kit would take for a file's
     arguments = ["--benchmark", "ai2d", "--data", str(data), "--output", str(output), "--max_new_tokens", "12"]
     main([*arguments, "--limit", "2"])
     printed = capsys.readouterr().out
     assert "VLMEvalKit 0.0.20, exact matching, scores from 0 to 1" in printed and "foodChainsWebs" in printed
-    assert "These are the first 2 of 3 questions" in printed and "The file is not the published one" in printed
+    assert "These are 2 of 3 questions" in printed and "The file is not the published one" in printed
     main(arguments)
     printed = capsys.readouterr().out
-    assert "These are the first" not in printed
+    assert "of 3 questions" not in printed
     monkeypatch.setattr(Mllama, "from_pretrained", lambda *_, **__: pytest.fail("the weights are loaded"))
     rows = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert all("right" not in row and row["scored"] and row["trace"]["seed"] == row["seed"] for row in rows)
@@ -256,7 +310,7 @@ def test_a_whole_evaluation_and_its_scores_elsewhere(tmp_path, site_packages, mo
     assert there.returncode == 0, there.stderr
     assert "VLMEvalKit 0.0.20 is needed, and it is not installed. To install it: pip install --no-deps" in there.stdout
     predictions = output / "vlmevalkit" / "llava_cot_jax_AI2D_TEST.xlsx"
-    assert f"vlmutil eval {predictions} --judge exact_matching" in there.stdout and "1.0000" not in there.stdout
+    assert f"vlmutil eval '{predictions}' --judge exact_matching" in there.stdout and "1.0000" not in there.stdout
     assert json.loads((output / "result.json").read_text())["scores"] is None
     shutil.rmtree(output)
     there = without(site_packages("pandas"), arguments)
@@ -307,10 +361,10 @@ def test_a_scoring_that_is_killed_asks_nothing_twice(tmp_path):
         assert rights == ["STOP", "a pug <OR> pug"]
         assert [body["messages"][-1]["content"] for body in stand_in.bodies].count("hello") == 1
     assert stand_in.keys == {f"Bearer {KEY}"}
-    assert "The judge was asked about 4 rows: 4 requests, of which 2 had been answered" in again.stdout.decode()
+    assert "The judge was asked 4 questions: 4 requests, of which 2 had been answered" in again.stdout.decode()
     result = json.loads((output / "result.json").read_text())
     assert result["scores"]["tables"]["capabilities"][-1] == {"Category": "Overall", "tot": 4, "acc": 62.5}
     files = [path for path in output.rglob("*") if path.is_file()]
     assert len(files) > 8 and not [path for path in files if KEY.encode() in path.read_bytes()]
     assert KEY.encode() not in told
-    assert sorted(path.name for path in (output / "vlmevalkit").iterdir()) == ["llava_cot_jax_MMVet.xlsx", "scored"]
+    assert sorted(path.name for path in (output / "vlmevalkit").glob("[!.]*")) == ["llava_cot_jax_MMVet.xlsx", "scored"]

@@ -222,7 +222,6 @@ def test_another_setting_is_refused(own_questions, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--search", "retracing"], "--search retracing answers no questions side by side: give another --search"),
         (["--num_candidates", "3"], "--num_candidates needs a search"),
         (["--slots", "0"], "slots is 0; it must be at least 1"),
         (["--mesh.data", "0"], "mesh.data is 0"),

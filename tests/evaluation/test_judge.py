@@ -8,6 +8,7 @@ import pytest
 
 from llava_cot_jax.errors import TransientError, UserError
 from llava_cot_jax.evaluation.benchmarks import grader as grader_module
+from llava_cot_jax.evaluation.benchmarks import kit_scores
 from llava_cot_jax.evaluation.benchmarks.grader import Grader
 from llava_cot_jax.evaluation.benchmarks.kit_install import INSTALL_KIT, kit_fault
 from llava_cot_jax.evaluation.benchmarks.kit_scores import score_predictions
@@ -20,7 +21,10 @@ KEY = "sk-stand-in-7f3a"
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    (home / ".netrc").write_text("default login someone password secret\n")
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     # The kit would ask elsewhere by these, and past the relay.
     for name in ("OPENAI_API_BASE", "BOYUE_API_BASE", "http_proxy"):
@@ -135,6 +139,17 @@ def test_options_that_a_judge_chooses(tmp_path):
 
 
 @pytest.mark.slow
+def test_requests_that_do_not_reach_the_relay(tmp_path, monkeypatch):
+    """The kit would take an option by chance: there is no score."""
+    monkeypatch.setattr(kit_scores, "_PASSED_ON", (*kit_scores._PASSED_ON, "http_proxy"))
+    with judge(lambda *_: "B") as stand_in:
+        with pytest.raises(UserError, match="made 3 requests to the judge, of which 0 reached it"):
+            scored("ai2d", tmp_path, ["B", "the second, I think, and not the third", "A"], stand_in)
+        assert not stand_in.bodies
+    assert not (tmp_path / "vlmevalkit" / "scored").exists()
+
+
+@pytest.mark.slow
 def test_hallusionbench_with_a_judge(tmp_path):
     with judge(lambda text, _: "Yes" if "rising" in text.rpartition("Question")[2] else "Unknown") as stand_in:
         conclusions = ["Yes", "No", "No", "Yes", "It is rising", "No", "Who can say"]
@@ -191,6 +206,15 @@ def test_a_judge_without_a_key(monkeypatch):
     assert stand_in.keys == {None} and stand_in.bodies[0]["model"] == "j"
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\nmore", f"{KEY}…"])
+def test_a_key_that_no_request_can_have(monkeypatch, key):
+    """It is refused at once: the library that sends it would show it in its error."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="the variable OPENAI_API_KEY has a character that no key has") as told:
+        Grader.from_options("http://localhost/v1", "j")
+    assert KEY not in str(told.value)
+
+
 def test_a_wait_that_is_too_long():
     with (
         judge(lambda *_: (503, {"Retry-After": "3600"})) as stand_in,
@@ -227,6 +251,9 @@ def test_a_judge_that_is_too_slow_or_not_there(monkeypatch):
         (None, "j", "--grader.model needs --grader.url"),
         ("localhost:8000", "j", "grader.url is 'localhost:8000'; it must be an address"),
         ("https://me:secret@localhost/v1", "j", "put the key in the environment variable OPENAI_API_KEY"),
+        ("me:secret@localhost/v1", "j", "put the key in the environment variable OPENAI_API_KEY"),
+        ("http://[localhost/v1", "j", "grader.url is 'http://[localhost/v1'; it must be an address"),
+        ("http://localhost:99999/v1", "j", "it must be an address"),
     ],
 )
 def test_a_judge_that_cannot_be_used(url, model, message):

@@ -1,5 +1,6 @@
 """Scores by VLMEvalKit's own code, of answers whose scores are worked out by hand."""
 
+import fcntl
 import sys
 from pathlib import Path
 
@@ -96,7 +97,27 @@ def test_predictions_that_the_kit_cannot_score(tmp_path):
     with pytest.raises(UserError, match=r"VLMEvalKit 0.0.20 cannot score the predictions: AssertionError") as end:
         score_predictions(questions.benchmark, questions.table.iloc[:1], predictions, None)
     assert "\n" not in str(end.value)
-    left = sorted(path.name for path in predictions.parent.iterdir())
+    left = sorted(path.name for path in predictions.parent.glob("[!.]*"))
     assert left == ["kit.log", "llava_cot_jax_MMStar.xlsx", "scored"]
     assert str(end.value).endswith(f"({predictions.parent}/kit.log says more)")
     assert "Traceback" in (predictions.parent / "kit.log").read_text()
+    assert not list(predictions.parent.glob(".scoring-*"))
+
+
+@pytest.mark.slow
+def test_two_scorings_at_a_time(tmp_path):
+    """A second one leaves the first alone; a later one tidies up, and others can read what they could before."""
+    questions = questions_of("ai2d", tmp_path)
+    predictions = planted(questions, tmp_path, ["B", "C", "A"])
+    folder = predictions.parent
+    folder.chmod(0o755)
+    (folder / ".scoring-first").mkdir()
+    (folder / "kit.log").touch()  # of a scoring that failed
+    with (folder / ".lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="vlmevalkit is being scored by another process: wait for it"):
+            score_predictions(questions.benchmark, questions.table, predictions, None)
+    assert (folder / ".scoring-first").exists()
+    score_predictions(questions.benchmark, questions.table, predictions, None)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "llava_cot_jax_AI2D_TEST.xlsx", "scored"]
+    assert (folder / "scored").stat().st_mode & 0o777 == 0o755

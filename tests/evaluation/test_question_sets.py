@@ -152,6 +152,7 @@ def test_a_table_in_the_form_of_vlmevalkit(tmp_path):
             "line 2 has the image of row '8', which th",
         ),
         ({"index": "1", "question": "What?", "answer": "x", "image": "?" * 80}, "line 2: its image is not in base64"),
+        ({"index": "1", "question": "What?", "answer": "x", "image": "é" * 80}, "line 2: its image is not in base64"),
         (
             {"index": "1", "question": "What?", "answer": "x", "image": "[" * 80},
             "line 2: its images are no list of te",

@@ -225,10 +225,6 @@ OPTIONS = {
         ["--search=greedy", "--threshold_to=x.json"],
         "--threshold_to stores a threshold of --search r",
     ),
-    "a file of questions": (
-        ["--search=retracing", "--questions=asked.jsonl", "--output=answers.jsonl"],
-        "--search retracing answers no file of --questions: give --question, or another --search",
-    ),
     "stored from a file of questions": (
         ["--search=retracing", "--questions=asked.jsonl", "--output=answers.jsonl", "--threshold_to=x.json"],
         "--threshold_to has no meaning with --questions",

@@ -233,10 +233,6 @@ def test_a_command_says_that_an_answer_was_cut(capsys, tmp_path, warnings_of):
         (["--search=stage_beam", "--max_sentence_tokens=3"], "--max_sentence_tokens has no meaning for --search stage"),
         (["--search=sentence_beam", "--max_new_tokens=[3, 4]"], "--max_new_tokens takes one value"),
         (["--search=sentence_beam", "--max_sentences=0"], "max_sentences is 0; it must be at least 1"),
-        (
-            ["--search=sentence_beam", "--questions=asked.jsonl", "--output=answers.jsonl"],
-            "--search sentence_beam answers no file of --questions: give --question, or another --search",
-        ),
     ],
 )
 def test_options_that_cannot_be_used(given, message):

@@ -13,9 +13,9 @@ from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.retracing import Retracing
 from llava_cot_jax.search.scorers import Judge, LogProbability
 from llava_cot_jax.search.sentence_beam import SentenceBeam
+from llava_cot_jax.search.slot_search import run_in_slots
 from llava_cot_jax.search.snapshots import SearchSnapshot
 from llava_cot_jax.search.strategies import BestOfN, Greedy, StageBeam
-from llava_cot_jax.search.stream import run_in_slots
 from llava_cot_jax.stage_format import StageFormat
 from tests.search.models import random_model, scene
 from tests.search.test_stream import STRATEGIES, plain

@@ -17,6 +17,7 @@ from llava_cot_jax.search import slots as slot_pieces
 from llava_cot_jax.search import stream as module
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
+from llava_cot_jax.search.slot_search import SlotSearch
 from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam, WeightedVote
 from llava_cot_jax.search.stream import WAITING_PER_SLOT, Question
 from llava_cot_jax.search.tables import token_ids
@@ -274,7 +275,7 @@ def test_a_default_length_fits_every_prompt_of_the_bucket(ending):
 
 def test_memory_does_not_grow_with_the_number_of_questions(sampler, monkeypatch):
     """From the tenth answer to the fortieth, the bytes differ by what the slots, and one question ahead, may hold."""
-    admit, sizes, one = module.SlotSearch.admit, [], 0
+    admit, sizes, one = SlotSearch.admit, [], 0
 
     def measure(self, *arguments):
         nonlocal one
@@ -282,7 +283,7 @@ def test_memory_does_not_grow_with_the_number_of_questions(sampler, monkeypatch)
         held = [(each.requests.inputs, each.progress) for each in self._occupants if each]
         one = max(one, *(sum(x.nbytes for x in jax.tree.leaves(each)) for each in held))
 
-    monkeypatch.setattr(module.SlotSearch, "admit", measure)
+    monkeypatch.setattr(SlotSearch, "admit", measure)
     for each in sampler.answer_stream(questions(41), slots=SLOTS, prompt_tokens=128, images=1):
         if each.index % 10 == 0 and each.index:
             gc.collect()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from llava_cot_jax.checks import check_text, shown
 from llava_cot_jax.errors import TransientError, UserError
@@ -74,7 +74,7 @@ class Grader:
         """Return the judge that the options name, with the key of the environment, or None where they name none.
 
         Raises:
-            UserError: One of both is missing, or the address cannot be used.
+            UserError: One of both is missing, or the address or the key cannot be used.
         """
         if url is None and model is None:
             return None
@@ -82,14 +82,13 @@ class Grader:
             missing, given = ("model", "url") if model is None else ("url", "model")
             raise UserError(f"--grader.{given} needs --grader.{missing} beside it")
         check_text("grader.model", model)
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"grader.url is {shown(url)}; it must be an address such as https://api.openai.com/v1")
-        if parts.username or parts.password:
-            raise UserError(f"grader.url has a password in it; put the key in the environment variable {KEY_VARIABLE}")
+        parts = _split(url)
         path = parts.path.rstrip("/")
         parts = parts._replace(path=path if path.endswith(_PATH) else path + _PATH, fragment="")
-        return cls(parts.geturl(), model, os.environ.get(KEY_VARIABLE, "").strip() or None)
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"the variable {KEY_VARIABLE} has a character that no key has, such as the end of a line")
+        return cls(parts.geturl(), model, key or None)
 
     @property
     def shown_address(self) -> str:
@@ -183,6 +182,24 @@ class Grader:
         text = response.text.replace(self.key, "***") if self.key else response.text
         reason = " ".join(text.split())[:_LONGEST_REASON]
         raise UserError(f"{place} refuses a request (HTTP status {status}): {reason}")
+
+
+def _split(url: str) -> SplitResult:
+    """Return the parts of the address of an endpoint.
+
+    Raises:
+        UserError: It is none, or has a password in it, which is not told.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port, or of brackets
+        is_address = False
+    if "@" in (parts.netloc if is_address else url):
+        raise UserError(f"grader.url has a password in it; put the key in the environment variable {KEY_VARIABLE}")
+    if not is_address:
+        raise UserError(f"grader.url is {shown(url)}; it must be an address such as https://api.openai.com/v1")
+    return parts
 
 
 def _seconds(header: str) -> float:

@@ -118,13 +118,14 @@ class Unread:
         self._messages: set[str] = set()
         self._asked = threading.local()
         self._lock = threading.Lock()
-        self._chosen = 0
+        self._chosen = self._requests = 0
 
     def note(self, message: Any) -> None:
         """Note a question to the judge, which this thread asks."""
         self._asked.message = str(message)
         with self._lock:
             self._messages.add(self._asked.message)
+            self._requests += 1
 
     def choice(self, options: Any) -> Any:
         """Choose one of the options."""
@@ -133,8 +134,9 @@ class Unread:
         return random.Random(self._asked.message).choice(options)
 
     def counts(self, job: dict[str, Any]) -> dict[str, int]:
-        """Return how many questions the judge was asked, and how many rows have no reply that could be read."""
-        return {"asked": len(self._messages), "unread": self._chosen + (self._rows(job) if job["relay"] else 0)}
+        """Return how many requests and questions there were, and how many rows have no reply that could be read."""
+        unread = self._chosen + (self._rows(job) if job["relay"] else 0)
+        return {"sent": self._requests, "asked": len(self._messages), "unread": unread}
 
     def _rows(self, job: dict[str, Any]) -> int:
         """Return how many rows of the kit's own table of replies have none that could be read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import json
 import math
 import os
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 KIT_FOLDER, SCORED_FOLDER = "vlmevalkit", "scored"
 """Folder of the predictions in that of an evaluation, and in it the one that takes the kit's own files."""
 
-_LOG, _SCORING = "kit.log", ".scoring-"
+_LOG, _LOCK, _SCORING = "kit.log", ".lock", ".scoring-"
 
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONHOME")
 """Environment variables that the kit's process gets. Others change its rules, or are keys."""
@@ -54,12 +55,13 @@ def score_predictions(
         The kit's tables by their names, each a list of rows, and what is to be known of them.
 
     Raises:
-        UserError: The kit cannot score them, or the judge does not answer.
+        UserError: The kit cannot score them, the judge does not answer, or another process is scoring them.
     """
     folder = predictions.parent
-    with writing_errors(folder):
+    with writing_errors(folder), _locked(folder / _LOCK):
         for left in folder.glob(f"{_SCORING}*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
+        (folder / _LOG).unlink(missing_ok=True)  # of a scoring that failed
         place = Path(tempfile.mkdtemp(prefix=_SCORING, dir=folder))
         try:
             shutil.copyfile(predictions, place / predictions.name)
@@ -71,6 +73,7 @@ def score_predictions(
             tables = {name: _table(place / f"{predictions.stem}{end}") for name, end in benchmark.scorer.tables.items()}
             shutil.rmtree(place / "LMUData")
             shutil.rmtree(folder / SCORED_FOLDER, ignore_errors=True)
+            place.chmod(folder.stat().st_mode)  # which a temporary folder keeps from others
             place.rename(folder / SCORED_FOLDER)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
@@ -83,6 +86,21 @@ def score_predictions(
         **({"judge_requests": judged} if grader else {}),
         "tables": tables,
     }
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from scoring within the block, whose folders each would remove.
+
+    Raises:
+        UserError: One is scoring.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path.parent} is being scored by another process: wait for it") from None
+        yield
 
 
 def _judged(
@@ -107,7 +125,13 @@ def _judged(
                 process.wait()
             if relay.failure:
                 raise relay.failure
-            return relay.counts() | _unread(place, process.returncode)
+            counts = _unread(place, process.returncode)
+            if (sent := counts.pop("sent")) != relay.requests:
+                raise UserError(
+                    f"VLMEvalKit made {sent} requests to the judge, of which {relay.requests} reached it: there is no "
+                    "score without the others"
+                )
+            return relay.counts() | counts
 
 
 @contextmanager
@@ -132,6 +156,7 @@ def _kit_process(
         "PYTHONHASHSEED": "0",  # by which the kit orders the rows of a table
         "LMUData": str(place / "LMUData"),
         "no_proxy": "*",
+        "NETRC": os.devnull,  # a password in ~/.netrc would take the place of the relay's
     }
     if relay and grader:
         environment |= {TOKEN_VARIABLE: relay.token, "LOCAL_LLM": grader.model}

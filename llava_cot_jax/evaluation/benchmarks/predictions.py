@@ -31,6 +31,9 @@ READ_AS_MISSING = {
 }
 """Texts that pandas reads as missing cells."""
 
+_WRITTEN_ANEW = ("=", "{=", "mailto:", "internal:", "external:")
+"""Beginnings of texts that VLMEvalKit would change as it writes them again: formulas, and addresses without these."""
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff]")
 """Characters that no cell of an xlsx file can have."""
 
@@ -76,10 +79,10 @@ def as_cell(text: str) -> str:
     """Return a text that VLMEvalKit reads from a cell of an xlsx file as it stands here.
 
     Control characters become spaces. A space after a text that would be read as missing, and one before a text that the
-    kit would write again as a formula, keep it a text; neither counts where answers are compared.
+    kit would write again as a formula or an address, keep it as it is; neither counts where answers are compared.
     """
     text = _CONTROL.sub(" ", text)
-    if text.startswith(("=", "{=")):
+    if text.startswith(_WRITTEN_ANEW):
         text = f" {text}"
     if text in READ_AS_MISSING and text:
         text = f"{text} "

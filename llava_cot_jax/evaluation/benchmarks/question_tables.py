@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,9 @@ _READ_AT_ONCE = 1 << 20
 
 _INDEX_PARTS = 6
 """Number of parts of a HallusionBench index, of which three name the set, the figure and the question."""
+
+_ROTATION = 1_000_000
+"""Difference between the indices of a question and of the same one with its options rotated once."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def read_published(name: str, data: str, limit: int | None, prompts: str, seed: 
     Args:
         name: Name of the benchmark in ``PUBLISHED_BENCHMARKS``.
         data: Path of the file.
-        limit: Number of questions to take from the beginning; None takes all.
+        limit: Number of questions to take from the beginning; None takes all. One that is asked in rotations counts
+            once, and has all of them.
         prompts: Name of the prompts, one of ``PROMPTS``.
         seed: Seed of the draws.
 
@@ -98,6 +101,8 @@ def read_published(name: str, data: str, limit: int | None, prompts: str, seed: 
     if missing := [column for column in benchmark.scorer.columns if column not in table]:
         raise UserError(f"{path} has no column {missing[0]}, so that it is no file of {name}")
     files = _images(table, path)
+    if not files:
+        raise UserError(f"{path} has no row with an image, so that there is nothing to ask")
     table = table.drop(columns="image")
     _check_values(benchmark, table.iloc[sorted(files)], limit, path)
     rows = []
@@ -108,7 +113,7 @@ def read_published(name: str, data: str, limit: int | None, prompts: str, seed: 
             question = ask_as(prompts, benchmark, cells)
             rows.append((f"{path}, row {number + 1}", QuestionRow(index, question, None, names, [*sources])))
     questions = with_seeds(unique_rows(path, rows), seed)
-    asked = questions[:limit]
+    asked = _first_whole(questions, limit) if benchmark.is_circular else questions[:limit]
     return PublishedSet(
         rows=asked,
         digest=sha256[:16],
@@ -141,6 +146,16 @@ def ask_as(prompts: str, benchmark: PublishedBenchmark, cells: Mapping[str, Any]
         listed = "".join(f"{letter}. {option}\n" for letter, option in options.items())
         return f"Look at the diagram carefully, and answer this.\n{question}\n{listed}Answer with the option alone."
     return lettered_question(texts | {"question": question}, options)
+
+
+def _first_whole(questions: Sequence[QuestionRow], limit: int | None) -> list[QuestionRow]:
+    """Return the first questions with all their rotations, which a file may have far below them.
+
+    VLMEvalKit takes a question for right where all rotations are that it finds, so that one would do.
+    """
+    groups = [int(row.id) % _ROTATION for row in questions]
+    first = set(list(dict.fromkeys(groups))[:limit])
+    return [row for row, group in zip(questions, groups, strict=True) if group in first]
 
 
 def _is_missing(cell: Any) -> bool:
@@ -192,6 +207,7 @@ def _images(table: DataFrame, path: Path) -> dict[int, list[tuple[str, bytes]]]:
             cell = by_index.get(cell, cell)
             if len(cell) <= LONGEST_REFERENCE:
                 raise UserError(f"{place} has the image of row {shown(cell)}, which has none")
+            by_index[str(table["index"].iloc[number])] = cell  # for the rows below that name this one
         if cell not in images:
             images[cell] = [_decoded(encoded, place, files) for encoded in listed_texts(cell, place)]
         found[number] = images[cell]
@@ -202,7 +218,7 @@ def _decoded(encoded: str, place: str, files: dict[str, tuple[str, bytes]]) -> t
     """Return name and content of an image, which is the one in ``files`` where that has it."""
     try:
         content = base64.b64decode(encoded)
-    except binascii.Error as fault:
+    except ValueError as fault:
         raise UserError(f"{place}: its image is not in base64: {fault}") from None
     name = f"image-{short_digest(content)}"
     return files.setdefault(name, (name, content))
@@ -214,6 +230,8 @@ def _check_values(benchmark: PublishedBenchmark, asked: DataFrame, limit: int | 
     Raises:
         UserError: It cannot.
     """
+    if not benchmark.scorer.needs_judge and asked["answer"].isna().any():
+        raise UserError(f"{path} has rows without a right answer, so that VLMEvalKit would count any answer as wrong")
     if benchmark.is_circular and not all(isinstance(index, int) for index in _indices(asked)):
         raise UserError(f"{path} has an index that is no whole number, so that its rotations are not known")
     if benchmark.dataset == "HallusionBench":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -66,7 +67,7 @@ def _notes(result: Mapping[str, Any], questions: PublishedSet, folder: Path) -> 
     asked, total, unanswered = (result["questions"][name] for name in ("asked", "of", "unanswered"))
     scores, scorer = result["scores"], questions.benchmark.scorer
     if asked < total:
-        yield f"These are the first {asked:,} of {total:,} questions: their score is not that of the benchmark."
+        yield f"These are {asked:,} of {total:,} questions: their score is not that of the benchmark."
     if not result["published"]:
         yield f"The file is not the published one of {result['dataset']}: its MD5 is {result['md5']}."
     if unanswered:
@@ -76,17 +77,14 @@ def _notes(result: Mapping[str, Any], questions: PublishedSet, folder: Path) -> 
         )
     if scores and (judge := scores.get("judge_requests")):
         yield (
-            f"The judge was asked about {judge['asked']} rows: {judge['requests']} requests, of which {judge['kept']} "
+            f"The judge was asked {judge['asked']} questions: {judge['requests']} requests, of which {judge['kept']} "
             f"had been answered before, and {judge['retries']} more tries."
         )
         if judge["unread"]:
-            yield (
-                f"{judge['unread']} of the {judge['asked']} rows have no reply of the judge that could be read: "
-                f"{scorer.unread}."
-            )
+            yield f"{judge['unread']} rows have no reply of the judge that could be read: {scorer.unread}."
     if not scores:
         dataset = result["dataset"]
         predictions = folder / KIT_FOLDER / f"{MODEL_NAME}_{dataset}.xlsx"
-        judge_option = "" if scorer.needs_judge else " --judge exact_matching"
+        arguments = quote(str(predictions)) + ("" if scorer.needs_judge else " --judge exact_matching")
         yield f"There are no scores: {kit_fault()}. To install it: {INSTALL_KIT} && {INSTALL_PACKAGES}"
-        yield f"To score elsewhere: LMUData=FOLDER_OF_{dataset}.tsv vlmutil eval {predictions}{judge_option}"
+        yield f"To score elsewhere: LMUData=FOLDER_OF_{dataset}.tsv vlmutil eval {arguments}"

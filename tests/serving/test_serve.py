@@ -1,0 +1,86 @@
+"""The command ``serve``: what it refuses before it loads anything, and its signals."""
+
+import asyncio
+import logging
+import signal
+import socket
+
+import pytest
+import requests
+
+from llava_cot_jax import serve as module
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.search.strategies import Greedy
+from llava_cot_jax.serve import main
+from llava_cot_jax.serving import server
+from llava_cot_jax.serving.dispatcher import Dispatcher
+from llava_cot_jax.serving.sockets import is_loopback, listen, url_of
+from tests.serving.servers import KEY, serving
+
+
+def test_a_port_that_is_in_use():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"cannot listen at 127.0.0.1 port {port}: .*; give another --port"):
+            main(["--port", str(port)])
+
+
+def test_without_its_extra(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "uvicorn" else object())
+    with pytest.raises(UserError, match=r"serve needs starlette and uvicorn: pip install 'llava-cot-jax\[serve\]'"):
+        main([])
+
+
+def test_several_processes_need_one_model():
+    several = ["--hosts.coordinator", "localhost:1", "--hosts.count", "2", "--hosts.index", "0"]
+    with pytest.raises(UserError, match=r"each would be a server of its own: give --hosts\.count 1"):
+        main(several)
+
+
+@pytest.mark.parametrize("how", ["a key", "a permission", "an address of this machine"])
+def test_what_lets_a_server_listen(monkeypatch, how):
+    """The next thing that is checked is the checkpoint."""
+    arguments = ["--checkpoint", "./nowhere", "--host", "127.0.0.2" if how.startswith("an") else "0.0.0.0"]
+    if how == "a key":
+        monkeypatch.setenv("LLAVA_COT_API_KEY", KEY)
+    with pytest.raises(UserError, match="no such folder"):
+        main(arguments + ["--allow_unauthenticated"] * (how == "a permission"))
+
+
+def test_addresses():
+    assert is_loopback("localhost") and is_loopback("127.0.0.3") and not is_loopback("0.0.0.0")
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        assert url_of(listener) == f"http://127.0.0.1:{port}/v1"
+        socket.create_connection(("127.0.0.1", port)).close()
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch, capsys):
+    codes: list[int] = []
+    monkeypatch.setattr(server.os, "_exit", codes.append)
+    dispatcher, stopping = Dispatcher(lambda order: None, most_answers=4, most_searches=1), asyncio.Event()
+    dispatcher.ready([Greedy()])
+    dispatcher.ask(Greedy(), [], [0], tells_stages=False)
+    server._on_signal(signal.SIGTERM, dispatcher, stopping)
+    assert dispatcher.state == "stopping" and stopping.is_set() and not codes
+    assert "1 answers are still to be given" in capsys.readouterr().err
+    server._on_signal(signal.SIGTERM, dispatcher, stopping)
+    assert codes == [128 + signal.SIGTERM]
+
+
+def test_a_model_that_cannot_be_used_ends_the_command(monkeypatch, tmp_path):
+    """The error of the thread that loads is that of the command. The port is free again."""
+    monkeypatch.setattr(logging.getLogger("llava_cot_jax"), "propagate", True)
+    with pytest.raises(UserError, match="the answer may take"):
+        main(["--port", "0", "--prompt_tokens", "2000", "--max_new_tokens", "100"])
+
+
+@pytest.mark.slow
+def test_a_signal_while_it_loads_ends_the_command():
+    """It has begun nothing. The thread that loads and compiles is not waited for."""
+    with serving() as served:
+        assert requests.get(f"{served.root}/health", timeout=60).json()["status"] == "starting"
+        assert served.stop() == 0
+        assert served.process.stderr and "Traceback" not in served.process.stderr.read()
