@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava_cot_jax.annotation.budget import Budget
-from llava_cot_jax.annotation.dialogue import IMAGE_PART, REFUSED, UNUSABLE, ChatRequest
+from llava_cot_jax.annotation.dialogue import IMAGE_PART, REFUSED, UNUSABLE, DialogueRequest
 from llava_cot_jax.annotation.pace import Pace, StopAsking
 from llava_cot_jax.data.raw.images import RawImages
 from llava_cot_jax.errors import TransientError, UserError
@@ -135,7 +135,7 @@ class EndpointClient:
         """Close the connections."""
         await self._client.close()
 
-    async def ask(self, request: ChatRequest) -> dict[str, Any]:
+    async def ask(self, request: DialogueRequest) -> dict[str, Any]:
         """Return the reply to a request, as ``ask_about_row`` takes it, with the numbers of tokens.
 
         Raises:
@@ -177,7 +177,7 @@ class EndpointClient:
                 raise RequestFailed(trouble)
             await self._pace.wait(_backoff(tries) if delay is None else delay)
 
-    async def _body(self, request: ChatRequest) -> dict[str, Any]:
+    async def _body(self, request: DialogueRequest) -> dict[str, Any]:
         """Return the arguments of the request.
 
         Raises:
@@ -191,7 +191,7 @@ class EndpointClient:
         body = {"model": settings.model, "messages": messages, "max_completion_tokens": settings.max_new_tokens}
         return body if settings.temperature is None else {**body, "temperature": settings.temperature}
 
-    def _urls(self, request: ChatRequest) -> list[str]:
+    def _urls(self, request: DialogueRequest) -> list[str]:
         from llava_cot_jax.annotation.sent_images import image_url
 
         return [image_url(self._images.read(image.name), request.settings.max_side) for image in request.row.images]
