@@ -154,7 +154,7 @@ class EndpointClient:
             self._budget.count_request()
             trouble, delay = "", None
             try:
-                return self._read(await self._client.chat.completions.with_raw_response.create(**body))
+                return self._read(await self._client.chat.completions.with_raw_response.create(**body), request)
             except self._openai.APIStatusError as fault:
                 if fault.status_code in _REFUSING:
                     return self._refusal(fault)
@@ -196,7 +196,7 @@ class EndpointClient:
 
         return [image_url(self._images.read(image.name), request.settings.max_side) for image in request.row.images]
 
-    def _read(self, raw: Any) -> dict[str, Any]:
+    def _read(self, raw: Any, request: DialogueRequest) -> dict[str, Any]:
         """Return what a response says.
 
         Raises:
@@ -206,6 +206,8 @@ class EndpointClient:
             completion = raw.parse()
             choice = completion.choices[0]
             declined, text, finish = choice.message.refusal, choice.message.content, choice.finish_reason
+            if request.kind == "answer":
+                text = _whole_text(choice) or text
             usage, model, identifier = completion.usage, completion.model, completion.id
             if not isinstance(declined or text or "", str):
                 raise TypeError("the text is none")
@@ -268,6 +270,12 @@ class EndpointClient:
 
 class _UnreadableReply(Exception):
     """Error for a response that is no chat completion, such as one that was cut off."""
+
+
+def _whole_text(choice: Any) -> str | None:
+    """Return the whole answer where ``serve`` gives it beside the conclusion, which is the content there."""
+    about = getattr(choice, "llava_cot", None)
+    return about["text"] if isinstance(about, Mapping) else None
 
 
 def _with_images(message: dict[str, Any], urls: Any) -> dict[str, Any]:
