@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self
 
-from llava_cot_jax.annotation.dialogue import ChatRequest
+from llava_cot_jax.annotation.dialogue import DialogueRequest
 from llava_cot_jax.annotation.journal import USAGE, Journal
 from llava_cot_jax.annotation.pace import StopAsking
 from llava_cot_jax.annotation.rows import RowToAnnotate
@@ -43,7 +43,7 @@ class Prices:
         return (input_tokens * self.input + output_tokens * self.output) / _MILLION
 
 
-def estimated_input(request: ChatRequest) -> int:
+def estimated_input(request: DialogueRequest) -> int:
     """Return about how many tokens a request has. An endpoint's own count may differ."""
     text = len(json.dumps(request.messages, ensure_ascii=False).encode())
     images = len(request.row.images) if request.has_images else 0
@@ -123,7 +123,7 @@ class Budget:
         self._requests += 1
 
     @asynccontextmanager
-    async def room_for(self, request: ChatRequest) -> AsyncIterator[None]:
+    async def room_for(self, request: DialogueRequest) -> AsyncIterator[None]:
         """Take room for what a request may cost, until the block ends, in which the journal takes the reply.
 
         Where requests in flight have taken the room, it is waited for.

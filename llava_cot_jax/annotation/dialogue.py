@@ -54,7 +54,7 @@ class ReplySettings:
 
 
 @dataclass(frozen=True)
-class ChatRequest:
+class DialogueRequest:
     """Request to a chat endpoint.
 
     Attributes:
@@ -110,7 +110,7 @@ def ask_about_row(row: RowToAnnotate, prompts: AnnotationPrompts, settings: Repl
     for turn, asked in enumerate(row.turns):
         messages = _dialogue(row, prompts, outcome.kept, turn)
         for attempt in range(tries):
-            reply = yield ChatRequest(row, turn, attempt, "answer", tuple(messages), settings)
+            reply = yield DialogueRequest(row, turn, attempt, "answer", tuple(messages), settings)
             text = reply["text"]
             fault = _fault_of_end(reply) or fault_of_form(text)
             if fault is None and not is_same_text(plain_conclusion(text), asked):
@@ -140,11 +140,11 @@ def _dialogue(row: RowToAnnotate, prompts: AnnotationPrompts, kept: dict[int, st
 
 def _check_meaning(
     row: RowToAnnotate, prompts: AnnotationPrompts, settings: ReplySettings, turn: int, attempt: int, text: str
-) -> Generator[ChatRequest, dict[str, Any], Fault | None]:
+) -> Generator[DialogueRequest, dict[str, Any], Fault | None]:
     """Ask whether a conclusion is right, and return what is wrong with it, or None."""
     asked, conclusion = row.turns[turn], plain_conclusion(text)
     messages = (_says("user", prompts.check(row.asked(turn), asked, conclusion)),)
-    reply = yield ChatRequest(row, turn, attempt, "check", messages, settings)
+    reply = yield DialogueRequest(row, turn, attempt, "check", messages, settings)
     answers = " or ".join(map(str, asked.answers))
     verdict = "" if _fault_of_end(reply) else reply["text"]
     return fault_of_verdict(verdict, prompts.verdicts, conclusion, answers)

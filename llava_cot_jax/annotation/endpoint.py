@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava_cot_jax.annotation.budget import Budget
-from llava_cot_jax.annotation.dialogue import IMAGE_PART, REFUSED, UNUSABLE, ChatRequest
+from llava_cot_jax.annotation.dialogue import IMAGE_PART, REFUSED, UNUSABLE, DialogueRequest
 from llava_cot_jax.annotation.pace import Pace, StopAsking
 from llava_cot_jax.data.raw.images import RawImages
 from llava_cot_jax.errors import TransientError, UserError
@@ -135,7 +135,7 @@ class EndpointClient:
         """Close the connections."""
         await self._client.close()
 
-    async def ask(self, request: ChatRequest) -> dict[str, Any]:
+    async def ask(self, request: DialogueRequest) -> dict[str, Any]:
         """Return the reply to a request, as ``ask_about_row`` takes it, with the numbers of tokens.
 
         Raises:
@@ -154,7 +154,7 @@ class EndpointClient:
             self._budget.count_request()
             trouble, delay = "", None
             try:
-                return self._read(await self._client.chat.completions.with_raw_response.create(**body))
+                return self._read(await self._client.chat.completions.with_raw_response.create(**body), request)
             except self._openai.APIStatusError as fault:
                 if fault.status_code in _REFUSING:
                     return self._refusal(fault)
@@ -177,7 +177,7 @@ class EndpointClient:
                 raise RequestFailed(trouble)
             await self._pace.wait(_backoff(tries) if delay is None else delay)
 
-    async def _body(self, request: ChatRequest) -> dict[str, Any]:
+    async def _body(self, request: DialogueRequest) -> dict[str, Any]:
         """Return the arguments of the request.
 
         Raises:
@@ -191,12 +191,12 @@ class EndpointClient:
         body = {"model": settings.model, "messages": messages, "max_completion_tokens": settings.max_new_tokens}
         return body if settings.temperature is None else {**body, "temperature": settings.temperature}
 
-    def _urls(self, request: ChatRequest) -> list[str]:
+    def _urls(self, request: DialogueRequest) -> list[str]:
         from llava_cot_jax.annotation.sent_images import image_url
 
         return [image_url(self._images.read(image.name), request.settings.max_side) for image in request.row.images]
 
-    def _read(self, raw: Any) -> dict[str, Any]:
+    def _read(self, raw: Any, request: DialogueRequest) -> dict[str, Any]:
         """Return what a response says.
 
         Raises:
@@ -206,6 +206,8 @@ class EndpointClient:
             completion = raw.parse()
             choice = completion.choices[0]
             declined, text, finish = choice.message.refusal, choice.message.content, choice.finish_reason
+            if request.kind == "answer":
+                text = _whole_text(choice) or text
             usage, model, identifier = completion.usage, completion.model, completion.id
             if not isinstance(declined or text or "", str):
                 raise TypeError("the text is none")
@@ -268,6 +270,12 @@ class EndpointClient:
 
 class _UnreadableReply(Exception):
     """Error for a response that is no chat completion, such as one that was cut off."""
+
+
+def _whole_text(choice: Any) -> str | None:
+    """Return the whole answer where ``serve`` gives it beside the conclusion, which is the content there."""
+    about = getattr(choice, "llava_cot", None)
+    return about["text"] if isinstance(about, Mapping) else None
 
 
 def _with_images(message: dict[str, Any], urls: Any) -> dict[str, Any]:

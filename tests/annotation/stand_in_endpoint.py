@@ -84,6 +84,7 @@ class Response:
         breaks: Whether the connection is closed in the middle of the body.
         cut: Whether the JSON ends in the middle.
         usage: Whether it says how many tokens it took.
+        whole: Whole answer beside the conclusion, as ``serve`` gives it.
         refusal: Text by which the model declines in the field of that name.
         before: Function that is called before it is sent.
         after: Function that is called once it is sent.
@@ -98,6 +99,7 @@ class Response:
     breaks: bool = False
     cut: bool = False
     usage: bool = True
+    whole: str | None = None
     refusal: str | None = None
     before: Callable[[], object] = lambda: None
     half: Callable[[], object] = lambda: None
@@ -192,13 +194,14 @@ def _content(asked: Asked, response: Response) -> dict[str, Any]:
     if response.status != 200:
         return {"error": {"message": response.text, "type": "error", "code": None}}
     message = {"role": "assistant", "content": response.text, "refusal": response.refusal}
+    beside = {} if response.whole is None else {"llava_cot": {"text": response.whole, "seed": 0}}
     usage = {"prompt_tokens": 1000, "completion_tokens": 200, "total_tokens": 1200}
     return {
         "id": f"completion-{asked.number}",
         "object": "chat.completion",
         "created": 0,
         "model": asked.body["model"],
-        "choices": [{"index": 0, "message": message, "finish_reason": response.finish, "logprobs": None}],
+        "choices": [{"index": 0, "message": message, "finish_reason": response.finish, "logprobs": None} | beside],
         **({"usage": usage} if response.usage else {}),
     }
 

@@ -98,6 +98,15 @@ def test_the_meaning_is_asked_about_unless_the_text_is_the_same(tmp_path, stand_
     assert all(len(asked.body["messages"]) == 1 and asked.standard_answer == "thing 0" for asked in checks)
 
 
+def test_the_whole_answer_of_our_own_server_is_taken_and_its_verdict_is_the_conclusion(tmp_path, stand_in):
+    stand_in.behave = lambda asked: (
+        Response("yes", whole=staged("yes", SUMMARY="compare")) if asked.is_check else Response("x", whole=staged("x"))
+    )
+    run(tmp_path, rows_of(1), stand_in)
+    (row,) = lines(tmp_path / "out.jsonl")
+    assert row["conversations"][1]["value"] == staged("x")
+
+
 def test_later_turns_follow_the_dialogue_without_turns_that_were_rejected(tmp_path, stand_in):
     row = {
         "id": "m",
