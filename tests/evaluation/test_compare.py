@@ -262,6 +262,7 @@ AGAINST = {
     "another right answer": ({"answer": "none"}, "other.jsonl has another right answer for the id 'test-0' than this"),
     "none in common": ({"id": "x"}, "other.jsonl has no answer to any question of this evaluation"),
     "no costs": ({"flops": None}, "other.jsonl, line 1 has no flops: --against takes answers.jsonl of another"),
+    "a list as id": ({"id": []}, "other.jsonl, line 1: id is .*a list; it must be a text or a whole number"),
     "no evaluation": ({"right": None}, "other.jsonl, line 1 has no right: --against takes answers.jsonl of another"),
 }
 

@@ -77,6 +77,8 @@ class OtherAnswers:
             needed = _KEYS if "error" in row else (*_KEYS, *_KEYS_OF_ANSWERS)
             if missing := [key for key in needed if key not in row]:
                 raise UserError(f"{place} has no {missing[0]}: --against takes answers.jsonl of another evaluation")
+            if not isinstance(row["id"], str | int):
+                raise UserError(f"{place}: id is {shown(row['id'])}; it must be a text or a whole number")
             self._rows[row["id"]] = row
         self._check([{"id": row.id, "question": row.question, "images": row.images} for row in questions.rows])
 
