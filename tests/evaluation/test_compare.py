@@ -334,6 +334,18 @@ def test_methods_that_cannot_be_compared(tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("search", [["--compare", "greedy,sample"], ["--search", "greedy"]])
+def test_without_any_answer_the_result_is_written_and_the_exit_code_is_1(tmp_path, search):
+    row = {"id": 1, "question": "What do you see?", "image": "none.png", "answer": "a star"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    asked = ["--benchmark", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "run"), "--checkpoint", "shapes"]
+    with pytest.raises(UserError, match=r"^none of 1 questions has an answer .*none.png does not exist") as told:
+        main([*asked, *search])
+    assert told.value.exit_code == 1
+    assert any((tmp_path / "run" / name).exists() for name in ("comparison.png", "result.json"))
+
+
 def test_a_wrong_command_ends_with_one_line_and_code_2(tmp_path):
     ended = subprocess.run(
         [*command(tmp_path / "run")[:3], *QUESTIONS, "--output", "run", "--against", "none.jsonl"],

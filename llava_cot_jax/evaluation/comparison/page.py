@@ -41,5 +41,5 @@ def write_comparison_page(path: Path, job: ComparisonJob, lines: Sequence[Line],
 
 
 def _page_table(table: ComparisonTable, shares: Sequence[tuple[float, float]] = ()) -> PageTable:
-    caption = ". ".join([table.title, *table.notes])
+    caption = " ".join([f"{table.title}.", *table.notes]) if table.notes else table.title
     return PageTable(caption, table.columns, table.rows, shares)
