@@ -114,3 +114,12 @@ def test_a_comparison_without_any_answer_is_printed_and_drawn(tmp_path):
     print_comparison(lines, Console(file=screen))
     assert "count as wrong" in screen.getvalue()
     assert all(path.stat().st_size > 1000 for path in draw_comparison(lines, tmp_path / "plot").values())
+
+
+def test_the_plot_ends_where_shares_do(tmp_path):
+    """Where all methods are right on all questions, whose differences alone would be drawn around 100%."""
+    right = [MethodResult(each.name, each.family, [row | {"right": True} for row in each.rows], {}) for each in VOTES]
+    lines = [ABOUT | {"environments": []}, *comparison_lines([named(each) for each in right])]
+    drawn = draw_comparison(lines, tmp_path / "plot")["svg"].read_text()
+    told = [float(share) for share in re.findall(r"<!-- ([\d.]+)% -->", drawn)]
+    assert told and max(told) <= 102

@@ -85,6 +85,8 @@ def draw_comparison(lines: Sequence[Line], stem: Path) -> dict[str, Path]:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops:g}"))
     axes.set_xlabel("FLOPs of a question")
     axes.set_ylabel("accuracy, with standard errors")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -0.02), min(high, 1.02))  # marks at 0% and 100% stay whole
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(which="major", alpha=0.3)
     axes.set_title(what_was_asked(about))
