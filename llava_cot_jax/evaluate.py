@@ -74,6 +74,7 @@ def _evaluate(options: Any, group: ProcessGroup, lifeline: Lifeline | None) -> N
         answer_job(job, model, group, is_divided=lifeline is None and group.count > 1)
     if group.index == 0:
         evaluation.report()
+        job.check_answered()
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,12 @@ class _Evaluation:
         """Write the result, and print it."""
         console = Console(highlight=False)
         if isinstance(self.job, ComparisonJob):
-            report_comparison(self.job, self.folder, console)
+            page = None if self.options.page is None else as_path(self.options.page)
+            report_comparison(self.job, self.folder, console, page)
         else:
             self._report_evaluation(self.job, console)
+        if self.options.page is not None:
+            print(f"wrote the page to {self.options.page}", file=sys.stderr)
         print(f"wrote the answers and the result to {self.folder}", file=sys.stderr)
 
     def _report_evaluation(self, job: EvaluationJob, console: Console) -> None:
@@ -114,7 +118,6 @@ class _Evaluation:
 
             format = StageFormat.load(self.options.format)
             write_evaluation_page(as_path(self.options.page), result, job.rows, job.scored, format)
-            print(f"wrote the page to {self.options.page}", file=sys.stderr)
 
 
 def _check(options: Any, group: ProcessGroup) -> _Evaluation:
@@ -238,7 +241,8 @@ def _add_evaluation_options(parser: cli.Parser) -> None:
         "--page",
         type=str,
         help="HTML file that shows the result and, with filters, each question with its image, all candidates, scores "
-        "and verdicts of the search, and the right answer. It needs no other file.",
+        "and verdicts of the search, and the right answer. It needs no other file. With --compare, it has the tables "
+        "and the plot, and the questions with the answers by the method that is named last.",
     )
     add(
         "--limit",

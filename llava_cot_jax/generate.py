@@ -78,6 +78,7 @@ def _generate(options: jsonargparse.Namespace, group: ProcessGroup, lifeline: Li
     if checked.job:
         checked.job.prepare(processor)
         answer_job(checked.job, checked.model, group, is_divided=lifeline is None and group.count > 1)
+        checked.job.check_answered()
     else:
         _answer_questions(checked, processor, is_first=group.index == 0)
 
@@ -129,6 +130,7 @@ def _check(options: jsonargparse.Namespace, group: ProcessGroup) -> _Checked | N
         job = QuestionJob(options, questions_of_file, output, strategy, model, writes=group.index == 0)
         if not job.unanswered and group.count == 1:
             job.finish()
+            job.check_answered()
             print(f"{options.output} has the answers to all questions of {options.questions}", file=sys.stderr)
             return None
     return _Checked(options, method, format, model, questions, job)

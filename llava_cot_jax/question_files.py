@@ -1,5 +1,6 @@
 """Files of questions and of their answers, for ``generate --questions``: JSON lines that a killed run goes on with."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from llava_cot_jax.checks import check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import read_json, write_bytes, write_json
 from llava_cot_jax.line_file import LineFile
-from llava_cot_jax.paths import reading_errors, writing_errors
+from llava_cot_jax.paths import as_path, is_remote, reading_errors, writing_errors
 
 KEYS = ("id", "question", "image", "images", "seed")
 """Keys that a row of a file of questions may have."""
@@ -126,6 +127,38 @@ def _source(image: str, folder: Path) -> str:
     return image if "://" in image else str(folder / image)
 
 
+def files_digest(sources: Sequence[str | bytes]) -> str | None:
+    """Return a digest of the images that are files on a disk; None where there are none, or one cannot be read."""
+    from llava_cot_jax.processing.images import is_data_url
+
+    digest, count = hashlib.sha256(), 0
+    try:
+        for source in sources:
+            if isinstance(source, str) and not is_data_url(source) and not is_remote(path := as_path(source)):
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+                count += 1
+    except (OSError, UserError):
+        return None
+    return digest.hexdigest()[:16] if count else None
+
+
+@dataclass(frozen=True)
+class AnsweredQuestion:
+    """Question of a row with an answer.
+
+    Attributes:
+        question: Its text.
+        images: Its images as its file names them.
+        seed: Seed of its draws; None where the row does not say it.
+        files_digest: Digest of the images that are files; None where the row does not say it.
+    """
+
+    question: str
+    images: list[str]
+    seed: int | None = None
+    files_digest: str | None = None
+
+
 class AnswerFile:
     """File that takes an answer after the other, each as a JSON line that stays whatever happens afterwards.
 
@@ -137,7 +170,7 @@ class AnswerFile:
         settings: Settings that the answers depend on, by their names, as JSON has them.
 
     Attributes:
-        known: Text and images of each question whose answer it has, by its id.
+        known: Each question whose answer it has, by its id.
 
     Raises:
         UserError: The file cannot be written or is no such file, another process has it open, or it was begun with
@@ -145,7 +178,7 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.known: dict[str | int, tuple[str, list[str]]] = {}
+        self.known: dict[str | int, AnsweredQuestion] = {}
         self._path, self._settings_path = path, path.with_name(f"{path.name}.settings.json")
         self._file = LineFile(path)
         try:
@@ -172,18 +205,20 @@ class AnswerFile:
         self._file.append([_line(row)])
         self._note(row)
 
-    def unanswered(self, rows: Sequence[QuestionRow]) -> list[int]:
+    def unanswered(self, rows: Sequence[QuestionRow], seed: int = 0) -> list[int]:
         """Return the indices of the rows whose answers it does not have.
 
+        Args:
+            rows: The questions.
+            seed: Seed of a row that has none of its own.
+
         Raises:
-            UserError: It has the answer to another question of the same id.
+            UserError: It has the answer to another question of the same id, or by another seed, or about other files of
+                the same names.
         """
         for row in rows:
-            asked = row.question, row.images
-            if self.known.get(row.id, asked) != asked:
-                raise UserError(
-                    f"{self._path} has the answer to another question with the id {shown(row.id)}: name another output"
-                )
+            if (known := self.known.get(row.id)) and (fault := _difference(known, row, seed)):
+                raise UserError(f"{self._path} has the answer {fault}: name another output")
         return [index for index, row in enumerate(rows) if row.id not in self.known]
 
     def put_in_order(
@@ -218,7 +253,8 @@ class AnswerFile:
         self._file.close()
 
     def _note(self, row: Mapping[str, Any]) -> None:
-        self.known[row["id"]] = row["question"], list(row["images"])
+        asked = row["question"], list(row["images"]), row.get("seed"), row.get("files_digest")
+        self.known[row["id"]] = AnsweredQuestion(*asked)
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         """Check that the file was begun with these settings, or write them down where it is empty."""
@@ -243,11 +279,29 @@ class AnswerFile:
         """Read what was answered, and cut off a last line that was not written whole."""
         for number, (_, line) in enumerate(self._file.lines(), 1):
             try:
-                self._note(json.loads(line))
+                row = json.loads(line)
+                is_second = row["id"] in self.known
+                self._note(row)
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{self._path}, line {number} is no answer of this command: name another output"
                 ) from None
+            if is_second:
+                raise UserError(
+                    f"{self._path}, line {number} has a second answer with the id {shown(row['id'])}: delete one"
+                )
+
+
+def _difference(known: AnsweredQuestion, row: QuestionRow, seed: int) -> str | None:
+    """Return how a question differs from the one of its id that was answered; None where it does not."""
+    named = f"the id {shown(row.id)}"
+    if (known.question, known.images) != (row.question, row.images):
+        return f"to another question with {named}"
+    if known.seed not in (None, now := seed if row.seed is None else row.seed):
+        return f"to {named} by the seed {known.seed}, which is {now} now"
+    if known.files_digest and files_digest(row.sources) not in (None, known.files_digest):
+        return f"to {named} about other pictures, which have changed under the same names"
+    return None
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

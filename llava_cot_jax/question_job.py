@@ -20,7 +20,7 @@ from llava_cot_jax.files import short_digest
 from llava_cot_jax.hosts.question_queue import AnswerRow, QuestionQueue, QuestionSource
 from llava_cot_jax.paths import as_path, is_remote, reading_errors
 from llava_cot_jax.progress import ProgressUpdate
-from llava_cot_jax.question_files import AnswerFile, QuestionRow, read_question_rows
+from llava_cot_jax.question_files import AnswerFile, QuestionRow, files_digest, read_question_rows
 from llava_cot_jax.question_result import has_all_sentences, result_of
 from llava_cot_jax.search.strategies import Strategy
 
@@ -85,6 +85,12 @@ def check_question_file_options(options: Any) -> None:
     check_int("slots", options.slots)
 
 
+class UnansweredError(UserError):
+    """Error of a job of whose questions none has an answer. It ends a command with exit code 1."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class QuestionSet:
     """Questions of a job.
@@ -146,8 +152,9 @@ class QuestionJob:
         self._file: AnswerFile | None = None
         if writes:
             self._file = AnswerFile(output, self._given)
-            self.unanswered = self._file.unanswered(self.rows)
+            self.unanswered = self._file.unanswered(self.rows, options.seed)
         self._done, self._failed = len(self.rows) - len(self.unanswered), 0
+        self._fault: UnansweredError | None = None
         self._on_progress: ProgressUpdate = lambda done, total, note="": None
         self._builder: RequestBuilder | None = None
         self._prompt_tokens, self._images = 1, 0
@@ -284,12 +291,27 @@ class QuestionJob:
             return []
         rows = self._file.put_in_order([row.id for row in self.rows], self._completed)
         self._file.close()
-        if self._failed:
+        asked = rows[: len(self.rows)]  # those to other questions come after them
+        if all("error" in row for row in asked):
+            self._fault = UnansweredError(
+                f"none of {len(asked)} questions has an answer ({asked[0]['error']}): delete the rows with the key "
+                f"error in {self._output} to ask them again"
+            )
+        elif self._failed:
             _LOG.warning(
                 f"{self._failed} of {len(self.unanswered)} questions have no answer: the rows with the key error in "
                 f"{self._output} say why; delete these to ask them again"
             )
         return rows
+
+    def check_answered(self) -> None:
+        """Check that a question has an answer, once ``finish`` has been called.
+
+        Raises:
+            UnansweredError: None has one.
+        """
+        if self._fault:
+            raise self._fault
 
     def run(self, model: Mllama, source: QuestionSource) -> None:
         """Answer questions with a model until all are answered, here or in other processes.
@@ -343,6 +365,8 @@ class QuestionJob:
                 if isinstance(source, str):
                     error = error.replace(source, name)  # which is another path in another process
             return {**about, "error": error}
+        if digest := files_digest(row.sources):
+            about["files_digest"] = digest
         result = result_of(streamed.answer, answers.is_shrunk)
         if has_all_sentences(streamed.answer.trace, answers.spec):
             result = replace(result, bounded_by="max_sentences")

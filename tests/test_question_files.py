@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from llava_cot_jax.files import write_json
 from llava_cot_jax.generate import main
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER
-from llava_cot_jax.question_files import AnswerFile, read_question_rows
+from llava_cot_jax.question_files import AnsweredQuestion, AnswerFile, files_digest, read_question_rows
 
 SETTINGS = {"search": "Greedy()", "seed": 0}
 
@@ -84,7 +85,8 @@ def test_a_file_of_questions_is_answered(questions, answered, capsys):
         report = json.loads(capsys.readouterr().out)
         for key in ("question", "seed", "text", "conclusion", "stages", "ended", "tokens", "forced_stages"):
             assert row[key] == report[key], key
-    assert rows[2]["images"] == [] and rows[2]["text"]
+    assert rows[2]["images"] == [] and rows[2]["text"] and "files_digest" not in rows[2]
+    assert rows[0]["files_digest"] == files_digest([str(questions.parent / rows[0]["images"][0])])
 
 
 @pytest.mark.slow
@@ -141,6 +143,24 @@ def test_a_killed_run_goes_on(questions, answered, tmp_path):
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert read_lines(output) == answered
+
+
+@pytest.mark.slow
+def test_a_job_without_any_answer_ends_with_code_1(tmp_path, monkeypatch):
+    """Also where its questions were asked before; a single answer suffices."""
+    rows = [{"id": i, "question": "What do you see?", "image": f"{i}.png"} for i in range(2)]
+    lost = arguments(write_rows(tmp_path / "q.jsonl", rows), tmp_path / "a.jsonl", "--checkpoint", "shapes")
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"^none of 2 questions has an answer .*0.png does not exist.: delete"
+        ) as told:
+            main(lost)
+        assert told.value.exit_code == 1 and "\n" not in str(told.value)
+        monkeypatch.setattr(Mllama, "from_pretrained", lambda *_, **__: pytest.fail("the weights are loaded"))
+    answered = read_lines(tmp_path / "a.jsonl")
+    answered[0].pop("error")
+    write_rows(tmp_path / "a.jsonl", answered)
+    main(lost)
 
 
 @pytest.mark.slow
@@ -241,7 +261,7 @@ def test_every_answer_is_kept_and_a_torn_one_dropped(tmp_path):
     for end in range(len(first), len(both)):
         path.write_bytes(both[:end])
         with AnswerFile(path, SETTINGS) as file:
-            assert file.known == {1: ("What?", [])}
+            assert file.known == {1: AnsweredQuestion("What?", [])}
             file.append({"id": "2", "question": "Which?", "images": ["x.png"]})
         assert path.read_bytes() == both
 
@@ -303,6 +323,35 @@ def test_an_id_that_stands_for_another_question(tmp_path):
                 file.unanswered(rows)
         file.append({"id": 1, "question": "Which?", "images": []})
         assert file.unanswered(rows) == []
+
+
+def test_a_seed_or_a_picture_that_changed_since(tmp_path):
+    """Rows without a seed or a digest, as earlier versions wrote them, and pictures that are gone are accepted."""
+    (tmp_path / "x.png").write_bytes(b"one")
+    path = write_rows(tmp_path / "q.jsonl", [{"id": 1, "question": "Which?", "image": "x.png"}])
+    (row,) = rows = read_question_rows(path)
+    about = {"id": 1, "question": "Which?", "images": ["x.png"]}
+    with AnswerFile(tmp_path / "old.jsonl", SETTINGS) as file:
+        file.append(about)
+        assert file.unanswered(rows, seed=4) == []
+    with AnswerFile(tmp_path / "a.jsonl", SETTINGS) as file:
+        file.append(about | {"seed": 3, "files_digest": files_digest(row.sources)})
+        assert file.unanswered(rows, seed=3) == file.unanswered([replace(row, seed=3)], seed=4) == []
+        with pytest.raises(UserError, match=r"a.jsonl has the answer to the id 1 by the seed 3, which is 4 now: name"):
+            file.unanswered(rows, seed=4)
+        (tmp_path / "x.png").write_bytes(b"two")
+        with pytest.raises(UserError, match="the id 1 about other pictures, which have changed under the same names: "):
+            file.unanswered(rows, seed=3)
+        (tmp_path / "x.png").unlink()
+        assert file.unanswered(rows, seed=3) == []
+
+
+def test_two_answers_to_one_question_are_refused(tmp_path):
+    with AnswerFile(tmp_path / "a.jsonl", SETTINGS) as file:
+        for _ in range(2):
+            file.append({"id": 1, "question": "Which?", "images": []})
+    with pytest.raises(UserError, match=r"a.jsonl, line 2 has a second answer with the id 1: delete one"):
+        AnswerFile(tmp_path / "a.jsonl", SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ def write_evaluation_page(
     questions: Sequence[QuestionRow],
     rows: Sequence[AnswerRow],
     format: StageFormat,
-    plot_svg: str | None = None,
 ) -> None:
     """Write the page of an evaluation.
 
@@ -33,14 +32,13 @@ def write_evaluation_page(
         questions: The questions.
         rows: Scored row of each question.
         format: Format of the answers.
-        plot_svg: Plot of the result, as an SVG file has it; None for no plot.
 
     Raises:
         UserError: The file cannot be written.
     """
-    entries = [_entry(row, question.sources, format) for question, row in zip(questions, rows, strict=True)]
+    entries = [page_entry(row, question.sources, format) for question, row in zip(questions, rows, strict=True)]
     title = f"Accuracy on {result['benchmark']}"
-    write_page(path, entries, dict(_facts(result)), title, tables=list(_tables(result)), plot_svg=plot_svg)
+    write_page(path, entries, dict(facts_of(result)), title, tables=list(_tables(result)))
 
 
 def _tables(result: Mapping[str, Any]) -> Iterator[PageTable]:
@@ -68,7 +66,14 @@ def accuracy_table(result: Mapping[str, Any]) -> PageTable:
     return PageTable(f"Accuracy, drawn with one {drawn} to each side", columns, rows, shares)
 
 
-def _entry(row: AnswerRow, images: Sequence[ImageSource], format: StageFormat) -> PageEntry:
+def page_entry(row: AnswerRow, images: Sequence[ImageSource], format: StageFormat) -> PageEntry:
+    """Return the question of a scored row on a page.
+
+    Args:
+        row: Scored row, with its trace.
+        images: Images that the question is about.
+        format: Format of the answer.
+    """
     error = row.get("error")
     known = row.get("answer")  # of a published benchmark, VLMEvalKit alone knows what is right
     right = known if known is None or isinstance(known, list) else [known]
@@ -83,7 +88,7 @@ def _entry(row: AnswerRow, images: Sequence[ImageSource], format: StageFormat) -
     )
 
 
-def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+def facts_of(result: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     """Yield what was run and what it took, by name, what matters most first."""
     run = {name: value for name, value in result["run"].items() if value is not None}
     yield from ((name, run[name]) for name in _MAIN if name in run)

@@ -73,7 +73,10 @@ def exact_test(only_first: int, only_second: int) -> float:
         only_second: Number of questions that the second method alone answers right.
     """
     discordant, fewer = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(discordant, k) for k in range(fewer + 1))
+    tail, ways = 0, 1
+    for k in range(fewer + 1):
+        tail += ways
+        ways = ways * (discordant - k) // (k + 1)  # of choosing k + 1 of them
     return min(1.0, 2 * tail / 2**discordant)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from base64 import b64decode
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,6 +24,7 @@ from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoin
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.paths import BUNDLED_MODEL
 from llava_cot_jax.search.options import SEARCH_OPTIONS
+from tests.browser import open_browser, opened
 from tests.processes import free_port, xla_flags
 
 COUNT = 5
@@ -59,6 +61,12 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     subprocess.run(command(folder), env=ENVIRONMENT, check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +157,26 @@ def test_the_plot_names_every_family(whole):
 
 
 @pytest.mark.slow
-def test_a_finished_comparison_loads_no_weights(whole, tmp_path, monkeypatch):
-    """A plot that was drawn of the same lines is the same file."""
+def test_a_finished_comparison_loads_no_weights(whole, tmp_path, monkeypatch, browser):
+    """A plot that was drawn of the same lines is the same file, and the page has it, the tables and the last method."""
     folder = shutil.copytree(whole, tmp_path / "again")
     (folder / "comparison.jsonl").unlink()
     monkeypatch.setattr(Mllama, "from_pretrained", lambda *_, **__: pytest.fail("the weights are loaded"))
-    main([*QUESTIONS, "--compare", ",".join(METHODS), "--output", str(folder), "--checkpoint", "shapes"])
+    page = ["--page", str(folder / "page.html")]
+    main([*QUESTIONS, "--compare", ",".join(METHODS), "--output", str(folder), "--checkpoint", "shapes", *page])
+    with opened(browser, folder / "page.html") as found:
+        shown = found.page
+        assert shown.locator(".table").count() == 2 and METHODS[-1] in shown.locator("dl.facts").first.inner_text()
+        first = shown.locator(".table").first.inner_text()
+        for line in lines_of(folder):
+            if line["kind"] == "method":
+                assert f"{line['method']}\t{line['accuracy']:.1%} ± {line['standard_error']:.1%}" in first
+        conclusions = [row["conclusion"] for row in rows_of(folder / RUNS[-1])]
+        assert shown.locator(".answer").all_inner_texts() == conclusions
+        drawn = "one => one.decode().then(() => [one.naturalWidth, one.src])"
+        width, source = shown.locator(".plot img").evaluate(drawn)
+        assert width > 500 and b64decode(source.partition(",")[2]) == (folder / "comparison.svg").read_bytes()
+    assert (folder / "comparison.svg").read_bytes() == (whole / "comparison.svg").read_bytes()
     assert (folder / "comparison.jsonl").read_bytes() == (whole / "comparison.jsonl").read_bytes()
     assert (folder / "comparison.png").read_bytes() == (whole / "comparison.png").read_bytes()
 
@@ -219,7 +241,8 @@ def test_an_evaluation_against_another_one(whole, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(Mllama, "from_pretrained", lambda *_, **__: pytest.fail("the weights are loaded"))
     rows, own = rows_of(whole / RUNS[1]), rows_of(whole / RUNS[0])
     changed = [
-        row | {"right": own_row["right"] and i == 0} for i, (row, own_row) in enumerate(zip(rows, own, strict=True))
+        row | {"scored": row["answer"] if own_row["right"] and i == 0 else "none", "seed": row["seed"] + (i == 1)}
+        for i, (row, own_row) in enumerate(zip(rows, own, strict=True))
     ]
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in reversed(changed[:3])))
@@ -228,7 +251,9 @@ def test_an_evaluation_against_another_one(whole, tmp_path, monkeypatch, capsys)
     lost = sum(row["right"] for row in own[1:3])
     assert lost and (pair["questions"], pair["only_first"], pair["only_second"]) == (3, lost, 0)
     assert pair["second"] == str(other)
-    assert f"2 questions of this evaluation have no answer in {other}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"2 questions of this evaluation have no answer in {other}" in printed
+    assert f"1 of 3 questions have another seed in {other}" in printed
 
 
 AGAINST = {
@@ -236,6 +261,8 @@ AGAINST = {
     "another image": ({"images": ["x.png"]}, "other.jsonl has another image for the id 'test-0' than this"),
     "another right answer": ({"answer": "none"}, "other.jsonl has another right answer for the id 'test-0' than this"),
     "none in common": ({"id": "x"}, "other.jsonl has no answer to any question of this evaluation"),
+    "no costs": ({"flops": None}, "other.jsonl, line 1 has no flops: --against takes answers.jsonl of another"),
+    "a list as id": ({"id": []}, "other.jsonl, line 1: id is .*a list; it must be a text or a whole number"),
     "no evaluation": ({"right": None}, "other.jsonl, line 1 has no right: --against takes answers.jsonl of another"),
 }
 
@@ -289,7 +316,7 @@ REFUSED = {
     ),
     "out of range": (["greedy,sample", "--top_p", "2"], "--compare has sample: top_p is 2"),
     "a search": (["greedy,sample", "--search", "greedy"], "--search has no meaning with --compare"),
-    "a page": (["greedy,sample", "--page", "page.html"], "--page has no meaning with --compare"),
+    "a page": (["greedy,sample", "--page", "tests"], "tests cannot be written: it is a folder; name a file"),
     "another's scores": (
         ["greedy,sample", "--benchmark", "mmstar", "--data", "x.tsv"],
         "--compare needs questions that are right or wrong one by one, not --benchmark mmstar",
@@ -305,6 +332,18 @@ def test_methods_that_cannot_be_compared(tmp_path, name):
         main(["--benchmark", "shapes", "--limit", "4", "--output", str(tmp_path / "run"), "--compare", *given])
     assert "\n" not in str(told.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("search", [["--compare", "greedy,sample"], ["--search", "greedy"]])
+def test_without_any_answer_the_result_is_written_and_the_exit_code_is_1(tmp_path, search):
+    row = {"id": 1, "question": "What do you see?", "image": "none.png", "answer": "a star"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    asked = ["--benchmark", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "run"), "--checkpoint", "shapes"]
+    with pytest.raises(UserError, match=r"^none of 1 questions has an answer .*none.png does not exist") as told:
+        main([*asked, *search])
+    assert told.value.exit_code == 1
+    assert any((tmp_path / "run" / name).exists() for name in ("comparison.png", "result.json"))
 
 
 def test_a_wrong_command_ends_with_one_line_and_code_2(tmp_path):

@@ -1,9 +1,15 @@
 """Lines of a comparison: accuracy at equal FLOPs against numpy, and images that several questions share."""
 
+import io
+import re
+
 import numpy as np
 import pytest
+from rich.console import Console
 
-from llava_cot_jax.evaluation.comparison.lines import MethodResult, equal_flops_lines, pair_lines
+from llava_cot_jax.evaluation.comparison.lines import MethodResult, comparison_lines, equal_flops_lines, pair_lines
+from llava_cot_jax.evaluation.comparison.plot import draw_comparison
+from llava_cot_jax.evaluation.comparison.tables import comparison_tables, print_comparison
 from llava_cot_jax.evaluation.statistics import estimate_accuracy
 
 COUNT = 40
@@ -71,3 +77,49 @@ def test_pairs_are_clustered_by_image():
     expected = estimate_accuracy(VOTES[1].right, IMAGES)
     assert (pair["clusters"], pair["difference"]) == (COUNT // 2, pytest.approx(expected.accuracy))
     assert pair["standard_error"] == pytest.approx(expected.clustered_standard_error)
+
+
+ABOUT = {"kind": "about", "benchmark": "mine", "questions": COUNT, "run": {"checkpoint": "shapes", "seed": 0}}
+
+UNTIMED = {"derived": False, "seconds_per_question": None}
+
+
+def named(each: MethodResult, **about) -> MethodResult:
+    rows = [row | {"category": None, "match": "exact", "tokens": {"candidates": 12345}} for row in each.rows]
+    return MethodResult(f"{each.name}/log_probability", each.family, rows, UNTIMED | {"num_candidates": 2} | about)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_folds_names_and_cuts_no_number(width):
+    lines = [ABOUT | {"environments": []}, *comparison_lines([*map(named, VOTES), named(result("beam", 200, 0.8, 3))])]
+    screen = io.StringIO()
+    console = Console(file=screen, width=width, force_terminal=True, no_color=True)
+    print_comparison(lines, console)
+    text = screen.getvalue()
+    assert "…" not in text
+    drawn = [line for line in re.sub(r"\x1b[^m]*m", "", text).splitlines() if line.startswith(("│", "┃", "┏"))]
+    assert drawn and max(map(len, drawn)) <= 80
+    for table in comparison_tables(lines):
+        for row in table.rows:
+            assert all(cell in text for cell in row[table.names :])
+
+
+def test_a_comparison_without_any_answer_is_printed_and_drawn(tmp_path):
+    rows = [
+        {"id": i, "images": [], "right": False, "error": "none", "category": None, "match": "exact"} for i in range(2)
+    ]
+    lost = [MethodResult(name, name, rows, UNTIMED | {"num_candidates": None}) for name in ("a", "b")]
+    lines = [ABOUT | {"environments": []}, *comparison_lines(lost)]
+    screen = io.StringIO()
+    print_comparison(lines, Console(file=screen))
+    assert "count as wrong" in screen.getvalue()
+    assert all(path.stat().st_size > 1000 for path in draw_comparison(lines, tmp_path / "plot").values())
+
+
+def test_the_plot_ends_where_shares_do(tmp_path):
+    """Where all methods are right on all questions, whose differences alone would be drawn around 100%."""
+    right = [MethodResult(each.name, each.family, [row | {"right": True} for row in each.rows], {}) for each in VOTES]
+    lines = [ABOUT | {"environments": []}, *comparison_lines([named(each) for each in right])]
+    drawn = draw_comparison(lines, tmp_path / "plot")["svg"].read_text()
+    told = [float(share) for share in re.findall(r"<!-- ([\d.]+)% -->", drawn)]
+    assert told and max(told) <= 102

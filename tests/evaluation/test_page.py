@@ -62,11 +62,6 @@ def row_of(i: int) -> dict:
 ROWS = json.loads(json.dumps([row_of(i) for i in range(12)]))
 """Scored rows, as they are read from a file."""
 
-SVG = (
-    '<svg xmlns="http://www.w3.org/2000/svg" width="60" height="40"><script>taken = 4</script>'
-    '<path d="M0 0L9 9"/></svg>'
-)
-
 
 def picture(i: int) -> bytes | str:
     """A large image of noise, a small one, or a file that is missing; those of 7 and on are those of 0 and on."""
@@ -97,7 +92,7 @@ def path(result, tmp_path_factory) -> Path:
     questions = [
         QuestionRow(row["id"], row["question"], None, row["images"], [picture(i)]) for i, row in enumerate(ROWS)
     ]
-    write_evaluation_page(path, result, questions, ROWS, LLAVA_COT, SVG)
+    write_evaluation_page(path, result, questions, ROWS, LLAVA_COT)
     return path
 
 

@@ -1,6 +1,7 @@
 """A search as a person is shown it: on a page of its own, and as text."""
 
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -16,6 +17,7 @@ from llava_cot_jax.search.page import PageEntry, render_page, write_page
 from llava_cot_jax.search.page_images import PageImages
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.show import describe_search
+from tests.processes import ROOT
 from tests.search import traces
 from tests.search.models import TRAINED_BEAM, scene, trained_model
 
@@ -354,3 +356,14 @@ def test_rounds_are_those_of_the_knockout():
     assert [len(through) for _, through in rounds] == [0, 1, 1, 0]
     assert rounds[-1][0][0].winner == stage.winner
     assert wording.rounds_of(traces.scored_trace().stages[0]) == []
+
+
+def test_a_file_of_traces_becomes_a_page_as_the_guide_says(tmp_path, monkeypatch):
+    guide = (ROOT / "llava_cot_jax" / "search" / "README.md").read_text()
+    (code,) = [each for each in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "write_page" in each]
+    monkeypatch.chdir(tmp_path)
+    searches = [traces.token_trace(), traces.retracing_trace(), traces.whole_trace()]
+    write_text(tmp_path / "runs/trace.json", json.dumps([trace.to_dict() for trace in searches]))
+    exec(code, {})
+    entries = [PageEntry(trace) for trace in searches]
+    assert (tmp_path / "runs/trace.html").read_text() == render_page(entries, {"file": "runs/trace.json"})

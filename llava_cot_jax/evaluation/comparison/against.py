@@ -20,6 +20,12 @@ _SAME = (
 )
 """Keys of a row that two evaluations must agree on, and what the other one has where they do not."""
 
+_KEYS = ("id", "question", "images", "seed", "category", "match", "right")
+"""Keys that a row of an evaluation has."""
+
+_KEYS_OF_ANSWERS = ("scored", "tokens", "flops")
+"""Keys that it has as well where the question has an answer."""
+
 
 @dataclass(frozen=True)
 class MatchedAnswers:
@@ -31,6 +37,7 @@ class MatchedAnswers:
         own: Scored rows of the evaluation.
         others: Scored rows of the other one.
         left_out: Number of questions of the evaluation that the other one has no row of.
+        other_seeds: Number of questions whose draws have another seed in the other one.
     """
 
     name: str
@@ -38,6 +45,7 @@ class MatchedAnswers:
     own: Sequence[AnswerRow]
     others: Sequence[AnswerRow]
     left_out: int
+    other_seeds: int
 
 
 class OtherAnswers:
@@ -55,19 +63,23 @@ class OtherAnswers:
     def __init__(self, name: str, questions: EvaluationSet) -> None:
         self._path = path = as_path(name)
         self._name, self._settings, benchmark = name, dict[str, Any](), questions.name
+        self._known = {row.id: known for row, known in zip(questions.rows, questions.known, strict=True)}
         with reading_errors(path):
             content = path.read_bytes()
-        self._rows: dict[Any, AnswerRow] = {}
-        for place, row in json_lines(path, content):
-            if missing := [key for key in ("id", "question", "images", "right") if key not in row]:
-                raise UserError(f"{place} has no {missing[0]}: --against takes answers.jsonl of another evaluation")
-            self._rows[row["id"]] = row
         settings = path.with_name(f"{path.name}.settings.json")
         if settings.exists():
             with reading_errors(settings):
                 self._settings = read_json(settings)
             if (other := self._settings.get("benchmark", benchmark)) != benchmark:
                 raise UserError(f"{path} has answers to the benchmark {other}, and this evaluation is of {benchmark}")
+        self._rows: dict[Any, AnswerRow] = {}
+        for place, row in json_lines(path, content):
+            needed = _KEYS if "error" in row else (*_KEYS, *_KEYS_OF_ANSWERS)
+            if missing := [key for key in needed if key not in row]:
+                raise UserError(f"{place} has no {missing[0]}: --against takes answers.jsonl of another evaluation")
+            if not isinstance(row["id"], str | int):
+                raise UserError(f"{place}: id is {shown(row['id'])}; it must be a text or a whole number")
+            self._rows[row["id"]] = row
         self._check([{"id": row.id, "question": row.question, "images": row.images} for row in questions.rows])
 
     def _check(self, asked: Sequence[Mapping[str, Any]]) -> None:
@@ -79,7 +91,7 @@ class OtherAnswers:
             self._check_same(row, self._rows[row["id"]])
 
     def match(self, scored: Sequence[AnswerRow]) -> MatchedAnswers:
-        """Return the answers to the questions of both.
+        """Return the answers to the questions of both. Those of the other one are scored anew, as the own ones are.
 
         Args:
             scored: Scored rows of the evaluation.
@@ -89,8 +101,15 @@ class OtherAnswers:
         """
         self._check(scored)
         own = [row for row in scored if row["id"] in self._rows]
-        others = [self._rows[row["id"]] for row in own]
-        return MatchedAnswers(self._name, self._settings, own, others, len(scored) - len(own))
+        others = [self._scored(self._rows[row["id"]]) for row in own]
+        other_seeds = sum(row["seed"] != other["seed"] for row, other in zip(own, others, strict=True))
+        return MatchedAnswers(self._name, self._settings, own, others, len(scored) - len(own), other_seeds)
+
+    def _scored(self, row: AnswerRow) -> AnswerRow:
+        """Return a row with whether it is right by the own evaluation's tolerance and options."""
+        known = self._known[row["id"]]
+        is_right = "error" not in row and known is not None and known.right.accepts(row["scored"])
+        return {**row, "right": is_right}
 
     def _check_same(self, own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         for key, says in _SAME:
@@ -99,3 +118,8 @@ class OtherAnswers:
                     f"{self._path} has {says} for the id {shown(own['id'])} than this evaluation: evaluate both on the "
                     "same questions"
                 )
+        if other.get("files_digest") and own.get("files_digest") not in (None, other["files_digest"]):
+            raise UserError(
+                f"{self._path} has other pictures of the same names for the id {shown(own['id'])} than this "
+                "evaluation: evaluate both on the same questions"
+            )

@@ -18,6 +18,7 @@ from llava_cot_jax.evaluation.job import ENVIRONMENTS, EvaluationJob, environmen
 from llava_cot_jax.evaluation.question_sets import EvaluationSet
 from llava_cot_jax.hosts.question_queue import AnswerRow, QuestionQueue, QuestionSource
 from llava_cot_jax.progress import ProgressUpdate
+from llava_cot_jax.question_job import UnansweredError
 
 if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama
@@ -175,6 +176,21 @@ class ComparisonJob:
         for job in self._jobs:
             job.finish()
 
+    def check_answered(self) -> None:
+        """Check that a question has an answer by a method, once ``finish`` has been called.
+
+        Raises:
+            UnansweredError: None has one.
+        """
+        faults = []
+        for job in self._jobs:
+            try:
+                job.check_answered()
+            except UnansweredError as fault:
+                faults.append(fault)
+        if len(faults) == len(self._jobs):
+            raise faults[0]
+
     def about(self) -> dict[str, Any]:
         """Return what was asked, and what of all runs is the same."""
         runs = [job.report()["run"] for job in self._jobs]
@@ -186,23 +202,29 @@ class ComparisonJob:
         """Return the answers of each method, once ``finish`` has been called in the process with the output."""
         return [self._answers(method) for method in self.methods]
 
+    def scored_rows(self, method: Method) -> Iterator[AnswerRow]:
+        """Yield the scored row of each question by a method, once ``finish`` has been called."""
+        run = self._run_of[method.name]
+        rows = self._jobs[list(self._runs).index(run.name)].scored
+        if run.name == method.name:
+            yield from rows
+            return
+        from llava_cot_jax.evaluation.comparison.derived import derived_row
+
+        format = method.strategy.to_spec().format
+        right = [known for known in self.questions.known if known is not None]  # which is all of them
+        for row, known in zip(rows, right, strict=True):
+            yield scored_row(derived_row(row, method, self._model.config), known, format)
+
     def _answers(self, method: Method) -> MethodAnswers:
         run = self._run_of[method.name]
         place = list(self._runs).index(run.name)
-        rows, seconds = self._jobs[place].scored, self._seconds[place]
+        seconds = self._seconds[place]
         same_work = run.num_candidates == method.num_candidates and run.has_verifier == method.has_verifier
-        scored: Iterator[AnswerRow] = iter(rows)
-        if run.name != method.name:
-            from llava_cot_jax.evaluation.comparison.derived import derived_row
-
-            format = method.strategy.to_spec().format
-            derived = (derived_row(row, method, self._model.config) for row in rows)
-            right = [known for known in self.questions.known if known is not None]  # which is all of them
-            scored = (scored_row(row, known, format) for row, known in zip(derived, right, strict=True))
         return MethodAnswers(
             method,
             run,
-            [{key: row[key] for key in COMPARED if key in row} for row in scored],
+            [{key: row[key] for key in COMPARED if key in row} for row in self.scored_rows(method)],
             is_derived=not same_work,
             seconds_per_question=seconds.per_question if seconds and same_work else None,
             environments=environments(self._folder / run.folder / ENVIRONMENTS),

@@ -32,7 +32,7 @@ def check_comparison_options(options: Any) -> None:
     """
     if options.compare is None:
         return
-    for name in ("search", "against", "page"):
+    for name in ("search", "against"):
         if options[name] is not None:
             raise UserError(f"--{name} has no meaning with --compare: leave one of them out")
     check_plots()

@@ -33,7 +33,7 @@ def check_plots() -> None:
         )
 
 
-def draw_comparison(lines: Sequence[Line], stem: Path) -> list[Path]:
+def draw_comparison(lines: Sequence[Line], stem: Path) -> dict[str, Path]:
     """Draw the accuracy of each method over its FLOPs, with a line for each family, into a file of each form.
 
     Args:
@@ -41,11 +41,12 @@ def draw_comparison(lines: Sequence[Line], stem: Path) -> list[Path]:
         stem: Path of the files without their endings.
 
     Returns:
-        The files.
+        The file of each form.
 
     Raises:
         UserError: A file cannot be written.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
@@ -84,13 +85,17 @@ def draw_comparison(lines: Sequence[Line], stem: Path) -> list[Path]:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops:g}"))
     axes.set_xlabel("FLOPs of a question")
     axes.set_ylabel("accuracy, with standard errors")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -0.02), min(high, 1.02))  # marks at 0% and 100% stay whole
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(which="major", alpha=0.3)
     axes.set_title(what_was_asked(about))
-    figure.legend(loc="outside right upper", frameon=False)
-    paths = [stem.with_name(f"{stem.name}.{form}") for form in FORMS]
-    for path, form in zip(paths, FORMS, strict=True):
-        with writing_errors(path), atomic_path(path) as beside:
+    if families:
+        figure.legend(loc="outside right upper", frameon=False)
+    paths = {form: stem.with_name(f"{stem.name}.{form}") for form in FORMS}
+    for form, path in paths.items():
+        # The names in an SVG are made of a salt, which is another one each time by default.
+        with writing_errors(path), atomic_path(path) as beside, rc_context({"svg.hashsalt": stem.name}):
             figure.savefig(beside, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
     return paths
 

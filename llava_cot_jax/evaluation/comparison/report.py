@@ -19,13 +19,14 @@ COMPARISON = "comparison.jsonl"
 """File of a comparison in the folder of an evaluation."""
 
 
-def report_comparison(job: ComparisonJob, folder: Path, console: Console) -> None:
+def report_comparison(job: ComparisonJob, folder: Path, console: Console, page: Path | None) -> None:
     """Write and print what a finished comparison of methods says.
 
     Args:
         job: The comparison.
         folder: Folder that takes the files.
         console: Console to print on.
+        page: HTML file to write too; None for no page.
 
     Raises:
         UserError: A file cannot be written.
@@ -44,7 +45,11 @@ def report_comparison(job: ComparisonJob, folder: Path, console: Console) -> Non
     environments = list({json.dumps(found): found for each in answers for found in each.environments}.values())
     lines = [{"kind": "about", **job.about(), "environments": environments}, *comparison_lines(results)]
     _report(lines, folder, console)
-    draw_comparison(lines, (folder / COMPARISON).with_suffix(""))
+    drawn = draw_comparison(lines, (folder / COMPARISON).with_suffix(""))
+    if page is not None:
+        from llava_cot_jax.evaluation.comparison.page import write_comparison_page
+
+        write_comparison_page(page, job, lines, drawn["svg"].read_text(encoding="utf-8"))
 
 
 def report_against(about: Mapping[str, Any], name: str, other: MatchedAnswers, folder: Path, console: Console) -> None:
@@ -65,10 +70,14 @@ def report_against(about: Mapping[str, Any], name: str, other: MatchedAnswers, f
         MethodResult(other.name, other.name, other.others, {"settings": other.settings}),
     ]
     told = {key: about[key] for key in ("benchmark", "sha256", "run", "environments")}
-    first = {"kind": "about", "questions": len(other.own), **told, "left_out": other.left_out}
+    counts = {"left_out": other.left_out, "other_seeds": other.other_seeds}
+    first = {"kind": "about", "questions": len(other.own), **told, **counts}
     _report([first, *comparison_lines(results)], folder, console)
     if other.left_out:
         console.print(f"{other.left_out} questions of this evaluation have no answer in {other.name}.", soft_wrap=True)
+    if other.other_seeds:
+        counted = f"{other.other_seeds} of {len(other.own)} questions"
+        console.print(f"{counted} have another seed in {other.name}, so that draws differ.", soft_wrap=True)
 
 
 def _report(lines: Sequence[Line], folder: Path, console: Console) -> None:

@@ -1,6 +1,7 @@
-"""Tables of a comparison in the terminal."""
+"""Tables of a comparison, and their print in the terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -11,8 +12,37 @@ from llava_cot_jax.evaluation.comparison.lines import Line, lines_of, what_was_a
 from llava_cot_jax.evaluation.paired import POWER
 from llava_cot_jax.evaluation.results import SAMPLED_TOKENS, told_share
 
-_WIDTH = 120
-"""Number of columns of a table that is written to a file or a pipe."""
+_WIDTH, _LEAST_WIDTH = 120, 80
+"""Numbers of columns of a table that is written to a file or a pipe, and of one on a narrow terminal."""
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """Table of a comparison.
+
+    Attributes:
+        title: Text above the table.
+        columns: Names of the columns.
+        names: Number of the columns that name a row, which come first; the others have numbers.
+        rows: Texts of each row.
+        notes: Sentences to be known beside the table.
+    """
+
+    title: str
+    columns: Sequence[str]
+    names: int
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+
+def comparison_tables(lines: Sequence[Line]) -> list[ComparisonTable]:
+    """Return the tables of methods, of pairs and, where there are such lines, of accuracies at equal FLOPs.
+
+    Args:
+        lines: Lines of the comparison's file.
+    """
+    methods, pairs, equal = (list(lines_of(lines, kind)) for kind in ("method", "pair", "equal_flops"))
+    return [_method_table(methods), _pair_table(pairs), *([_equal_table(equal)] if equal else [])]
 
 
 def print_comparison(lines: Sequence[Line], console: Console) -> None:
@@ -20,59 +50,57 @@ def print_comparison(lines: Sequence[Line], console: Console) -> None:
 
     Args:
         lines: Lines of the comparison's file.
-        console: Console to print on. Where it is no terminal, it is made wide enough.
+        console: Console to print on. Where it is no terminal, or a very narrow one, it is made wide enough.
     """
-    if not console.is_terminal:
-        console.width = max(console.width, _WIDTH)
-    methods, pairs, equal = (list(lines_of(lines, kind)) for kind in ("method", "pair", "equal_flops"))
+    console.width = max(console.width, _LEAST_WIDTH if console.is_terminal else _WIDTH)
     (about,) = lines_of(lines, "about")
     devices = " and ".join(dict.fromkeys(each["device"] for each in about["environments"]))
     _say(console, f"{what_was_asked(about)}, on {devices or 'no device'}")
-    console.print(_method_table(methods))
-    if any(line["unanswered"] for line in methods):
-        _say(console, "Questions without an answer count as wrong. Tokens and FLOPs are those of the others.")
-    console.print(_pair_table(pairs))
-    for note in _pair_notes(pairs):
-        _say(console, note)
-    if equal:
-        console.print(_equal_table(equal))
-        _say(
-            console, "The accuracy of a family at the FLOPs of a method lies between two of its numbers of candidates."
-        )
+    for table in comparison_tables(lines):
+        console.print(_printed(table))
+        for note in table.notes:
+            _say(console, note)
 
 
 def _say(console: Console, sentence: str) -> None:
     console.print(sentence, soft_wrap=True, markup=False)
 
 
-def _table(title: str, names: Sequence[str], left: int) -> Table:
-    """Return a table without rows, of whose columns the first ``left`` have texts, and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
-    return table
+def _printed(table: ComparisonTable) -> Table:
+    """Return a table as it is printed. Where it has no room, names are folded, and no number is cut."""
+    printed = Table(title=table.title, title_justify="left", title_style="bold")
+    for i, name in enumerate(table.columns):
+        is_name = i < table.names
+        printed.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
+    for row in table.rows:
+        printed.add_row(*map(Text, row))
+    return printed
 
 
-def _method_table(methods: Sequence[Line]) -> Table:
+def _method_table(methods: Sequence[Line]) -> ComparisonTable:
     has_seconds = any("seconds_per_question" in line for line in methods)
-    names = ("method", "accuracy", "generated", "tokens", "FLOPs", *(["seconds"] * has_seconds))
-    table = _table("Methods, and what a question took", names, 1)
-    for line in methods:
-        tokens, flops = line["tokens_per_question"], line["flops_per_question"]
-        cells = [
-            f"{told_share(line['accuracy'])} ± {told_share(_standard_error(line))}",
-            f"{sum(tokens.get(name, 0) for name in SAMPLED_TOKENS):,.0f}" if tokens else "none",
-            f"{tokens['total']:,.0f}" if tokens else "none",
-            f"{flops['total']:.3g}" if flops else "none",
-        ]
-        if has_seconds:
-            cells.append(_seconds(line))
-        table.add_row(Text(line["method"]), *cells)
-    return table
+    columns = ("method", "accuracy", "generated", "tokens", "FLOPs", *(["seconds"] * has_seconds))
+    notes = []
+    if any(line["unanswered"] for line in methods):
+        notes.append("Questions without an answer count as wrong. Tokens and FLOPs are those of the others.")
+    rows = [_method_row(line, has_seconds) for line in methods]
+    return ComparisonTable("Methods, and what a question took", columns, 1, rows, notes)
 
 
-def _standard_error(line: Line) -> float | None:
-    """Return the standard error that is clustered by image where images are shared."""
+def _method_row(line: Line, has_seconds: bool) -> list[str]:
+    tokens, flops = line["tokens_per_question"], line["flops_per_question"]
+    return [
+        line["method"],
+        f"{told_share(line['accuracy'])} ± {told_share(standard_error_of(line))}",
+        f"{sum(tokens.get(name, 0) for name in SAMPLED_TOKENS):,.0f}" if tokens else "none",
+        f"{tokens['total']:,.0f}" if tokens else "none",
+        f"{flops['total']:.3g}" if flops else "none",
+        *([_seconds(line)] if has_seconds else []),
+    ]
+
+
+def standard_error_of(line: Line) -> float | None:
+    """Return the standard error of a method, which is clustered by image where images are shared."""
     error: float | None = line["standard_error"]
     if line["clusters"] < line["questions"]:
         error = line["clustered_standard_error"]
@@ -86,18 +114,17 @@ def _seconds(line: Line) -> str:
     return "unknown" if seconds is None else f"{seconds:.3g}"
 
 
-def _pair_table(pairs: Sequence[Line]) -> Table:
-    names = ("first", "second", "difference", "alone right", "p", "Holm's p", "needed")
-    table = _table("Pairs: first less second", names, 2)
-    for line in pairs:
-        needed = line["questions_needed"]
-        table.add_row(
-            *(Text(line["first"]), Text(line["second"]), _difference(line)),
-            f"{line['only_first']} : {line['only_second']}",
+def _pair_table(pairs: Sequence[Line]) -> ComparisonTable:
+    columns = ("first", "second", "difference", "alone right", "p", "Holm's p", "needed")
+    rows = [
+        [
+            *(line["first"], line["second"], _difference(line), f"{line['only_first']} : {line['only_second']}"),
             *(f"{line['p_value']:.2g}", f"{line['holm_p_value']:.2g}"),
-            "none" if needed is None else f"{needed:,}",
-        )
-    return table
+            "none" if (needed := line["questions_needed"]) is None else f"{needed:,}",
+        ]
+        for line in pairs
+    ]
+    return ComparisonTable("Pairs: first less second", columns, 2, rows, list(_pair_notes(pairs)))
 
 
 def _pair_notes(pairs: Sequence[Line]) -> Iterator[str]:
@@ -111,16 +138,16 @@ def _pair_notes(pairs: Sequence[Line]) -> Iterator[str]:
         yield "Standard errors are clustered by image; the test takes questions as independent."
 
 
-def _equal_table(equal: Sequence[Line]) -> Table:
-    names = ("method", "family", "accuracy of the family", "method less family")
-    table = _table("Accuracy at the FLOPs of a method", names, 2)
-    for line in equal:
-        told = [Text(line["method"]), Text(line["family"])]
-        if line["between"] is None:
-            table.add_row(*told, "outside what was measured")
-        else:
-            table.add_row(*told, told_share(line["accuracy"]), _difference(line))
-    return table
+def _equal_table(equal: Sequence[Line]) -> ComparisonTable:
+    columns = ("method", "family", "accuracy of the family", "method less family")
+    rows = [
+        [line["method"], line["family"], "outside what was measured", ""]
+        if line["between"] is None
+        else [line["method"], line["family"], told_share(line["accuracy"]), _difference(line)]
+        for line in equal
+    ]
+    note = "The accuracy of a family at the FLOPs of a method lies between two of its numbers of candidates."
+    return ComparisonTable("Accuracy at the FLOPs of a method", columns, 2, rows, [note])
 
 
 def _difference(line: Mapping[str, Any]) -> str:
