@@ -240,7 +240,10 @@ def _check(options: Any, group: ProcessGroup) -> _Checked:
     JudgePrompts.load(options.judge_prompts)
     if options.local_images is not None and not as_path(options.local_images).is_dir():
         raise UserError(f"--local_images {options.local_images} is no folder")
-    may_listen = group.index or os.environ.get(KEY) or options.allow_unauthenticated
+    key = os.environ.get(KEY, "")
+    if not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise UserError(f"the key in {KEY} must be of ASCII characters, without a line break or a space around it")
+    may_listen = group.index or key or options.allow_unauthenticated
     if not (may_listen or is_loopback(options.host)):
         raise UserError(
             f"--host {options.host} lets others reach this server: set the environment variable {KEY} to a key that "
@@ -319,7 +322,7 @@ def _add_bounds(add: Any) -> None:
         default=128,
         help="Largest number of answers that are waited for. One more request is answered with 429 and Retry-After.",
     )
-    add("--max_body_mb", type=int, default=64, help="Largest number of MiB of a request, and of an image.")
+    add("--max_body_mb", type=int, default=64, help="Largest number of MiB of a request, and of its images.")
     add("--max_images", type=int, default=8, help="Largest number of images of a request.")
     add("--max_candidates", type=int, default=16, help="Largest number of candidates that a request may choose.")
     add(

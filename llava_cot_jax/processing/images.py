@@ -269,13 +269,16 @@ def _allowed_pixels(max_side: int | None) -> int:
 def _identify(file: BinaryIO, name: str, allowed: int = MAX_PIXELS) -> Image.Image:
     """Read the header of an image file. An error for too many pixels names the number ``allowed``."""
     try:
-        return Image.open(file)
+        found = Image.open(file)
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image that can be read; PNG, JPEG and WebP can") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise TooManyPixels(f"{name} has more than the {allowed} pixels allowed; scale it down") from None
     except Exception as fault:  # damaged data makes Pillow's readers raise almost anything
         raise UserError(f"{name} is damaged: {_one_line(fault)}") from fault
+    if found.format == "EPS":  # which Pillow lets Ghostscript run, a program in a file that anyone may have sent
+        raise UserError(f"{name} is a PostScript program, not an image that can be read; PNG, JPEG and WebP can")
+    return found
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error as JSON has it."""
         kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        message = " ".join(str(self).split())
+        message = " ".join(str(self).split()).encode(errors="backslashreplace").decode()  # halves of characters
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     @property

@@ -20,7 +20,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.conversation import read_conversation
 from llava_cot_jax.processing.messages import Message
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.serving.api_errors import ApiError
+from llava_cot_jax.serving.api_errors import ApiError, invalid_value
 from llava_cot_jax.serving.chat_request import ChatRequest, read_body
 from llava_cot_jax.serving.dispatcher import Asked, Dispatcher
 from llava_cot_jax.serving.image_urls import ImageLoader
@@ -80,6 +80,7 @@ class Endpoint:
             Route("/health", self.tell_health, methods=["GET"]),
         ]
         handlers: Any = {ApiError: _refuse, HTTPException: _refuse_route, ClientDisconnect: _close}
+        handlers[Exception] = _fail
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def tell_health(self, request: Request) -> Response:
@@ -102,12 +103,11 @@ class Endpoint:
     async def answer_chat(self, request: Request) -> Response:
         """Answer a question."""
         self._check_key(request)
-        self.dispatcher.check()
-        body = await self._read(request)
         in_thread = asyncio.get_running_loop().run_in_executor
-        chat = await in_thread(self.readers, read_body, body)
-        search = self.menu.choose(chat)
-        messages = await in_thread(self.readers, self._load, chat)
+        with self.dispatcher.being_read():
+            chat = await in_thread(self.readers, read_body, await self._read(request))
+            search = self.menu.choose(chat)
+            messages = await in_thread(self.readers, self._load, chat)
         seed = self.seed if chat.seed is None else chat.seed
         seeds = [(seed + i) % _SEEDS for i in range(chat.choices)]
         asked = self.dispatcher.ask(search.strategy, messages, seeds, tells_stages=chat.stream)
@@ -155,14 +155,19 @@ class Endpoint:
         """Return the messages of a request with its images, all of which can be used.
 
         Raises:
-            ApiError: An image cannot be read, or a message is malformed.
+            ApiError: An image cannot be read, a message is malformed, or the prompt exceeds the model's context.
         """
         messages = chat.with_images(self.loader.load(chat.image_urls))
         try:
             conversation = read_conversation(messages)
-            self.processor.prompt(conversation.asked(*self.menu.format.around_question))
+            prompt = self.processor.prompt(conversation.asked(*self.menu.format.around_question))
         except UserError as fault:
-            raise ApiError(400, "invalid_value", str(fault), param="messages") from None
+            raise invalid_value("messages", str(fault)) from None
+        # The thread that owns jax, which all wait for, would take long to encode a prompt of many megabytes.
+        (tokens,), context = self.processor.tokenize([prompt]), self.processor.config.text.max_position_embeddings
+        if len(tokens) > context:
+            message = f"the prompt has {len(tokens)} tokens, more than the context of {context}: shorten the question"
+            raise invalid_value("messages", message)
         return messages
 
     async def _unless_gone(self, request: Request, asked: Asked, work: Coroutine[Any, Any, _Result]) -> _Result:
@@ -281,7 +286,7 @@ async def _wait_until_gone(request: Request) -> None:
 
 def _error_of(report: NoAnswer) -> ApiError:
     if report.is_mistake:
-        return ApiError(400, "invalid_value", report.message, param="messages")
+        return invalid_value("messages", report.message)
     return ApiError(500, "internal_error", report.message)
 
 
@@ -293,6 +298,11 @@ async def _refuse_route(request: Request, fault: HTTPException) -> Response:
     code = "method_not_allowed" if fault.status_code == 405 else "not_found"
     error = ApiError(fault.status_code, code, f"there is no {request.method} {request.url.path}: {fault.detail}")
     return JSONResponse(error.body, error.status, fault.headers)
+
+
+async def _fail(request: Request, fault: Exception) -> Response:
+    """Return the answer to a request at which the server fails. uvicorn logs the failure."""
+    return await _refuse(request, ApiError(500, "internal_error", f"the server has failed: {type(fault).__name__}"))
 
 
 async def _close(request: Request, fault: ClientDisconnect) -> Response:

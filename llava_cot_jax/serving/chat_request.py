@@ -1,12 +1,13 @@
 """Requests for chat completions: what a body of JSON asks for. A field that is not known here is ignored."""
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_cot_jax.checks import shown
+from llava_cot_jax.checks import check_text, shown
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import Message
 from llava_cot_jax.serving.api_errors import ApiError, invalid_value
 
@@ -15,6 +16,12 @@ MOST_CHOICES = 16
 
 MOST_STOPS = 16
 """Largest number of texts that end a conclusion."""
+
+_LONGEST_NAME = 1024
+"""Largest number of characters of a name, which every event of an answer repeats."""
+
+_DECIMALS = 2
+"""Decimals of settings of sampling, of which each value is compiled."""
 
 _SYSTEM_ROLES = ("system", "developer")
 
@@ -35,8 +42,9 @@ class ChatRequest:
         seed: Seed of the first answer; the others have the following ones. None is the server's own.
         max_tokens: Largest number of tokens of a conclusion; None sets none.
         stop: Texts before which a conclusion ends.
-        temperature: Temperature of sampling; None is the server's own.
-        top_p: Probability up to which the likeliest tokens are sampled from; None is the server's own.
+        temperature: Temperature of sampling, in hundredths; None is the server's own.
+        top_p: Probability up to which the likeliest tokens are sampled from, in hundredths; None is
+            the server's own.
         stream: Whether the answer comes as events.
         include_usage: Whether an event at the end tells the numbers of tokens.
         trace: Whether the answer has the trace of its search.
@@ -77,15 +85,19 @@ def read_body(body: bytes) -> ChatRequest:
         ApiError: It is no JSON, or a field that is known has a value that cannot be used.
     """
     try:
-        content = json.loads(body)
+        return _read(json.loads(body))
     except (ValueError, RecursionError) as fault:
         reason = "too deeply nested" if isinstance(fault, RecursionError) else fault
         raise ApiError(400, "invalid_json", f"the body is not JSON: {reason}") from None
+
+
+def _read(content: Any) -> ChatRequest:
     if not isinstance(content, dict):
         raise ApiError(400, "invalid_json", f"the body is {shown(content)}; it must be a JSON object")
     fields = {name: value for name, value in content.items() if value is not None}
     length = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
     options = fields.get("stream_options")
+    top_p = _number(fields, "top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1")
     return ChatRequest(
         model=_text(fields, "model") or "",
         search=_text(fields, "search"),
@@ -95,7 +107,7 @@ def read_body(body: bytes) -> ChatRequest:
         max_tokens=_whole_number(fields, length, 1),
         stop=_stops(fields.get("stop", [])),
         temperature=_number(fields, "temperature", lambda x: x >= 0, "a number of at least 0"),
-        top_p=_number(fields, "top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+        top_p=None if top_p is None else max(top_p, 10**-_DECIMALS),
         stream=_flag(fields, "stream"),
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         trace=_flag(fields, "trace"),
@@ -104,9 +116,15 @@ def read_body(body: bytes) -> ChatRequest:
 
 def _text(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
-    if value is not None and not isinstance(value, str):
-        raise invalid_value(name, f"{name} is {shown(value)}; it must be a text")
-    return value
+    if value is None:
+        return None
+    try:
+        check_text(name, value)
+    except UserError as fault:
+        raise invalid_value(name, str(fault)) from None
+    if len(value) > _LONGEST_NAME:
+        raise invalid_value(name, f"{name} has {len(value)} characters; it must have at most {_LONGEST_NAME}")
+    return str(value)
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:
@@ -137,10 +155,10 @@ def _number(fields: Mapping[str, Any], name: str, is_right: Any, wanted: str) ->
     value = fields.get(name)
     if value is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not is_number or not is_right(value):
         raise invalid_value(name, f"{name} is {shown(value)}; it must be {wanted}")
-    return float(value)
+    return round(float(value), _DECIMALS)
 
 
 def _stops(value: Any) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from llava_cot_jax.processing.messages import Message
@@ -56,6 +57,7 @@ class Dispatcher:
         self.has_been_ready = False
         self.idle = asyncio.Event()
         self.idle.set()
+        self._being_read = 0
         self._next = 1
         self._asked: dict[int, tuple[Asked, Strategy, float]] = {}
         self._searches: OrderedDict[Strategy, None] = OrderedDict()  # the one used last comes last
@@ -88,9 +90,27 @@ class Dispatcher:
             raise ApiError(503, "starting", message, retry_after=STARTING_RETRY_SECONDS)
         if self.state == "stopping":
             raise ApiError(503, "stopping", "the server is stopping: ask another", retry_after=LONGEST_RETRY_SECONDS)
-        if self.unanswered + choices > self._most_answers:
-            message = f"{self.unanswered} answers are waited for, and {self._most_answers} may be (--max_requests)"
+        if choices > self._most_answers:
+            message = f"n is {choices}; the server gives at most {self._most_answers} answers (--max_requests)"
+            raise ApiError(400, "invalid_value", message, param="n")
+        waiting = self.unanswered + self._being_read
+        if waiting + choices > self._most_answers:
+            message = f"{waiting} answers are waited for, and {self._most_answers} may be (--max_requests)"
             raise ApiError(429, "too_many_requests", message, retry_after=self._retry_after())
+
+    @contextmanager
+    def being_read(self) -> Iterator[None]:
+        """Count the request that the block reads among those that are waited for, as it takes memory too.
+
+        Raises:
+            ApiError: A question cannot be taken now.
+        """
+        self.check()
+        self._being_read += 1
+        try:
+            yield
+        finally:
+            self._being_read -= 1
 
     def ask(self, strategy: Strategy, messages: list[Message], seeds: list[int], *, tells_stages: bool) -> Asked:
         """Ask a question once with each of some seeds.

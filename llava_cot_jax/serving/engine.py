@@ -3,7 +3,7 @@
 import logging
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,11 +123,12 @@ class QuestionPool:
     def _look_ahead(self) -> bool:
         """Encode the next question, unless one is encoded. Return whether one is."""
         while self._ahead is None and self._waiting:
-            task = self._waiting.popleft()
+            task = self._waiting[0]  # which waits until it is encoded, so that it is among ``tasks`` after a failure
             try:
                 self._ahead = task, self._builder.build([None], [task.messages], task.seed)
             except UserError as fault:
                 self._deliver(task.number, NoAnswer(str(fault), is_mistake=True))
+            self._waiting.popleft()
         return self._ahead is not None
 
     def _tell_stages(self) -> None:
@@ -187,15 +188,27 @@ class AnsweringEngine:
                 if isinstance(order, Stop):
                     return
                 self._follow(order)
-            for strategy, pool in list(self._pools.items()):
-                if pool.tasks:
-                    for fault in _failures(pool.step):
-                        self._give_up(strategy, pool, fault)
+            for strategy in list(self._pools):
+                self._step(strategy)
+
+    def _step(self, strategy: Strategy) -> None:
+        """Go on with the questions of a search. After a failure, nothing here keeps what was on the devices."""
+        pool = self._pools[strategy]
+        if not pool.tasks:
+            return
+        try:
+            pool.step()
+        except Exception as fault:
+            del self._pools[strategy]  # the next question begins anew
+            for task in pool.tasks:
+                self._refuse(task, fault)
 
     def _follow(self, order: Order) -> None:
         match order:
             case Task():
-                for fault in _failures(lambda: self._pool(order.strategy).add(order)):
+                try:
+                    self._pool(order.strategy).add(order)
+                except Exception as fault:
                     self._refuse(order, fault)
             case Drop(number):
                 for pool in self._pools.values():
@@ -209,12 +222,6 @@ class AnsweringEngine:
             self._pools[strategy] = QuestionPool(self._model, builder, self._settings, self._deliver)
         return self._pools[strategy]
 
-    def _give_up(self, strategy: Strategy, pool: QuestionPool, fault: Exception) -> None:
-        """Report a failure of a search to all who wait for it. The next question to it begins anew."""
-        del self._pools[strategy]
-        for task in pool.tasks:
-            self._refuse(task, fault)
-
     def _refuse(self, task: Task, fault: Exception) -> None:
         if isinstance(fault, UserError):
             self._deliver(task.number, NoAnswer(str(fault), is_mistake=True))
@@ -224,11 +231,3 @@ class AnsweringEngine:
         message = describe_exhausted_memory(fault) or f"the search has failed: {type(fault).__name__}"
         _LOG.error("%s\n%s", message, "".join(traceback.format_exception(fault)))
         self._deliver(task.number, NoAnswer(message, is_mistake=False))
-
-
-def _failures(function: Callable[[], None]) -> Iterator[Exception]:
-    """Call a function. Yield the exception that it raises, if it does."""
-    try:
-        function()
-    except Exception as fault:
-        yield fault

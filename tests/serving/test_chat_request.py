@@ -71,6 +71,13 @@ def test_messages_of_the_system():
     assert seen == [{"role": "user", "content": [text("a\n\nb\n\n"), {"type": "image", "url": "data:,x"}, text("?")]}]
 
 
+def test_each_setting_of_sampling_that_is_compiled_is_a_hundredth():
+    """What is as good as 0 is 0: in float32, a division by it is not finite."""
+    found = read(temperature=0.70000001, top_p=1e-9)
+    assert (found.temperature, found.top_p) == (0.7, 0.01)
+    assert read(temperature=1e-40).temperature == 0
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"model": 3}, "model is 3; it must be a text"),
     "n": ({"n": 0}, "n is 0; it must be at least 1"),
@@ -78,6 +85,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "max_tokens": ({"max_tokens": 1.5}, "max_tokens is 1.5; it must be a whole number"),
     "stop": ({"stop": ["x"] * 17}, "at most 16"),
     "top_p": ({"top_p": 0}, "top_p is 0; it must be a number above 0"),
+    "a temperature of 400 digits": ({"temperature": 10**400}, "temperature is 1000"),
+    "half of a character": ({"model": "\ud800"}, "model has no valid character at position 0"),
+    "a long name": ({"search": "x" * 1025}, "search has 1025 characters; it must have at most 1024"),
     "temperature": ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
     "stream": ({"stream": "yes"}, "stream is 'yes'; it must be true or false"),
     "messages": ({"messages": {}}, "messages is .*; it must be a list"),
@@ -96,6 +106,13 @@ def test_a_value_that_has_no_meaning(name):
     with pytest.raises(ApiError, match=message) as caught:
         read(**fields)
     assert (caught.value.status, caught.value.code) == (400, "invalid_value")
+
+
+def test_a_value_too_deep_to_be_shown_is_refused():
+    """Whatever the depth, among which there are some that are read, but not shown."""
+    for depth in range(600, 1000, 10):
+        with pytest.raises(ApiError):
+            read_body(b'{"messages": [{"role": "user", "content": "?"}], "stop": %s}' % (b"[" * depth + b"]" * depth))
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff", b"[" * 100_000, b'{"n": NaN, "messages"', b"3", b"1" * 5000])

@@ -44,6 +44,26 @@ def test_answers_past_the_bound_are_refused_until_some_are_there():
     assert dispatcher.unanswered == 4 and not dispatcher.idle.is_set()
 
 
+def test_more_choices_than_are_ever_given_are_no_reason_to_ask_again():
+    dispatcher, _ = ready()
+    with pytest.raises(ApiError, match="n is 5; the server gives at most 4 answers") as caught:
+        ask(dispatcher, seeds=range(5))
+    assert (caught.value.status, caught.value.headers) == (400, {})
+
+
+def test_requests_that_are_being_read_count():
+    """Their bodies take memory. One that cannot be read counts no longer."""
+    dispatcher, _ = ready(most_answers=2)
+    ask(dispatcher)
+    with pytest.raises(ValueError, match="no JSON"), dispatcher.being_read():
+        for attempt in (dispatcher.check, dispatcher.being_read().__enter__):
+            with pytest.raises(ApiError) as caught:
+                attempt()
+            assert (caught.value.status, caught.value.code) == (429, "too_many_requests")
+        raise ValueError("no JSON")
+    ask(dispatcher)
+
+
 def test_a_question_that_is_dropped_is_reported_no_more():
     dispatcher, given = ready()
     asked = ask(dispatcher, seeds=(0, 1))

@@ -33,6 +33,14 @@ def test_without_its_extra(monkeypatch):
         main([])
 
 
+@pytest.mark.parametrize("key", ["cl\u00e9", "key\n", " ", "a\tb"])
+def test_a_key_that_no_client_can_send(monkeypatch, key):
+    monkeypatch.setenv("LLAVA_COT_API_KEY", key)
+    with pytest.raises(UserError, match="the key in LLAVA_COT_API_KEY must be of ASCII characters") as caught:
+        main([])
+    assert key not in str(caught.value) or key == " "
+
+
 def test_several_processes_need_one_model():
     several = ["--hosts.coordinator", "localhost:1", "--hosts.count", "2", "--hosts.index", "0"]
     with pytest.raises(UserError, match=r"each would be a server of its own: give --hosts\.count 1"):
