@@ -9,7 +9,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import as_path
 from llava_cot_jax.processing.images import is_data_url, open_image
 from llava_cot_jax.serving.api_errors import ApiError
-from llava_cot_jax.serving.timed_fetch import fetch
+from llava_cot_jax.serving.timed_fetch import fetch_in_time
 
 FETCH_SECONDS = 20.0
 """Time in which an image must have come from the network."""
@@ -78,7 +78,7 @@ class ImageLoader:
 
     def _fetch(self, url: str, most_bytes: int) -> bytes:
         try:
-            return fetch(url, most_bytes, FETCH_SECONDS)
+            return fetch_in_time(url, most_bytes, FETCH_SECONDS)
         except (OSError, ValueError, http.client.HTTPException) as fault:
             raise _refused(f"{shown(url)} cannot be fetched: {fault}") from None
 

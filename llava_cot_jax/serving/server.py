@@ -20,7 +20,7 @@ from llava_cot_jax.serving.orders import Deliver
 
 _KEEP_ALIVE_SECONDS = 75
 
-LEAVING_SECONDS = 30
+LAST_READ_SECONDS = 30
 """Time after the last answer in which clients must have read theirs, once the server stops."""
 
 
@@ -76,7 +76,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, lifespan="off", ws="none", server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=LEAVING_SECONDS,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=LAST_READ_SECONDS,
     )  # fmt: skip
     server = _Server(config)
     ended: asyncio.Future[None] = loop.create_future()

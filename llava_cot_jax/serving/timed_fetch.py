@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 
-def fetch(url: str, most_bytes: int, seconds: float) -> bytes:
+def fetch_in_time(url: str, most_bytes: int, seconds: float) -> bytes:
     """Return the beginning of the file that an ``http://`` or ``https://`` URL names.
 
     Args:

@@ -2,11 +2,16 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import threading
 
 import pytest
 import requests
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
 
 from llava_cot_jax import serve as module
 from llava_cot_jax.errors import UserError
@@ -37,7 +42,7 @@ def test_without_its_extra(monkeypatch):
 def test_a_key_that_no_client_can_send(monkeypatch, key):
     monkeypatch.setenv("LLAVA_COT_API_KEY", key)
     with pytest.raises(UserError, match="the key in LLAVA_COT_API_KEY must be of ASCII characters") as caught:
-        main([])
+        main(["--checkpoint", "./nowhere"])
     assert key not in str(caught.value) or key == " "
 
 
@@ -76,6 +81,23 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch, capsys):
     assert "1 answers are still to be given" in capsys.readouterr().err
     server._on_signal(signal.SIGTERM, dispatcher, stopping)
     assert codes == [128 + signal.SIGTERM]
+
+
+def test_a_client_that_reads_nothing_does_not_keep_a_server_that_stops(monkeypatch):
+    """Nothing is computed any more, and after a time its connection is ended."""
+    monkeypatch.setattr(server, "LAST_READ_SECONDS", 0.2)
+    dispatcher, told = Dispatcher(lambda order: None, most_answers=4, most_searches=1), threading.Event()
+
+    async def wait_for_ever(request: object) -> Response:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        answering = server.Answering(lambda deliver: [], lambda: told.wait() and None, told.set)
+        app = Starlette(routes=[Route("/", wait_for_ever)])
+        assert server.serve_requests(listener, app, dispatcher, answering, lambda: None)
 
 
 def test_a_model_that_cannot_be_used_ends_the_command(monkeypatch, tmp_path):
