@@ -2,10 +2,11 @@
 
     python tests/evidence/comparison.py --folder runs/comparison | tee tests/evidence/comparison.txt
 
-The script runs the command that it prints, in a process of its own, and prints the tables, the versions, and the hours
-and the memory that this call took. The folder keeps the answers, so that a call after an interruption goes on, and one
-with a finished folder prints the tables at once. The plot is in the folder too. Without a folder, one is made that is
-removed at the end. All 2,000 questions take some hours on two cores.
+The script runs the commands that it prints, in processes of their own, and prints the tables, the versions, and the
+hours and the memory that each took: a few methods on few questions, with the judge of pairs, and then all others on all
+questions. The folder keeps the answers, so that a call after an interruption goes on, and one with a finished folder
+prints the tables at once. The plot of all questions is there too. Without a folder, one is made that is removed at the
+end. All 2,000 questions take some hours on two cores.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,11 +30,13 @@ METHODS = (
     *(f"majority_vote:{n}" for n in NUMBERS),
     *(f"weighted_vote:{n}" for n in NUMBERS),
     *(f"best_of_n:{n}/verifier" for n in NUMBERS),
-    *("stage_beam:4/verifier", "retracing", "sentence_beam:2/verifier", "best_of_n:4/token"),
-    *("stage_beam:2/verifier", "stage_beam:4/token", "stage_beam:8/verifier"),
+    *("stage_beam:4/verifier", "sentence_beam:2/verifier", "retracing"),
 )
 
-SETTINGS = ("--max_new_tokens", "120", "--max_rounds", "2", "--slots", "16")
+JUDGED, JUDGED_QUESTIONS = ("greedy", "sample", "majority_vote:4", "best_of_n:4/token", "stage_beam:4/token"), 400
+"""Methods that the judge of pairs is compared with, and the number of questions: it takes three times as long."""
+
+SETTINGS = ("--max_new_tokens", "120", "--slots", "16")
 
 
 def main() -> None:
@@ -41,13 +45,15 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=2000, help="Number of questions.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
-        compare(options.limit, options.folder or Path(made))
+        folder = options.folder or Path(made)
+        compare(JUDGED, min(options.limit, JUDGED_QUESTIONS), folder)
+        compare(METHODS, options.limit, folder, "--max_rounds", "2")
 
 
-def compare(limit: int, folder: Path) -> None:
+def compare(methods: Sequence[str], limit: int, folder: Path, *more: str) -> None:
     """Run the command, and print its tables without the lines that tell how far it is."""
     benchmark = ("--benchmark", "shapes", "--limit", str(limit))
-    arguments = ["evaluate", *benchmark, *SETTINGS, "--compare", ",".join(METHODS), "--output", str(folder)]
+    arguments = ["evaluate", *benchmark, *SETTINGS, *more, "--compare", ",".join(methods), "--output", str(folder)]
     print(f"{datetime.date.today()}; jax {version('jax')}, jaxlib {version('jaxlib')}")
     print(f"llava-cot {shlex.join(arguments)}", flush=True)
     start = time.perf_counter()
