@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_cot_jax.checks import shown
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.benchmarks.score_report import score_table
 from llava_cot_jax.hosts.question_queue import AnswerRow
 from llava_cot_jax.processing.images import ImageSource
@@ -34,7 +36,7 @@ def write_evaluation_page(
         format: Format of the answers.
 
     Raises:
-        UserError: The file cannot be written.
+        UserError: The file cannot be written, or a row has no trace.
     """
     entries = [page_entry(row, question.sources, format) for question, row in zip(questions, rows, strict=True)]
     title = f"Accuracy on {result['benchmark']}"
@@ -73,8 +75,16 @@ def page_entry(row: AnswerRow, images: Sequence[ImageSource], format: StageForma
         row: Scored row, with its trace.
         images: Images that the question is about.
         format: Format of the answer.
+
+    Raises:
+        UserError: The row has no trace.
     """
     error = row.get("error")
+    if error is None and "trace" not in row:
+        raise UserError(
+            f"the answer to {shown(row['id'])} has no trace, as an earlier version wrote it: name another output for a "
+            "page"
+        )
     known = row.get("answer")  # of a published benchmark, VLMEvalKit alone knows what is right
     right = known if known is None or isinstance(known, list) else [known]
     return PageEntry(

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluate import main
-from llava_cot_jax.evaluation.page import write_evaluation_page
+from llava_cot_jax.evaluation.page import page_entry, write_evaluation_page
 from llava_cot_jax.evaluation.results import summarize
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.question_files import QuestionRow
@@ -294,3 +294,9 @@ def test_a_page_that_cannot_be_written_is_told_first(tmp_path):
     with pytest.raises(UserError, match="it is a folder; name a file"):
         main(["--benchmark", "shapes", "--limit", "4", "--output", str(tmp_path / "run"), "--page", str(tmp_path)])
     assert not (tmp_path / "run").exists()
+
+
+def test_an_answer_of_an_earlier_version_has_no_page():
+    row = {name: value for name, value in row_of(0).items() if name != "trace"}
+    with pytest.raises(UserError, match="the answer to 'test-0' has no trace, as an earlier version wrote it"):
+        page_entry(row, [], LLAVA_COT)

@@ -20,7 +20,7 @@ def write_comparison_page(path: Path, job: ComparisonJob, lines: Sequence[Line],
         plot_svg: Plot of the comparison, as an SVG file has it.
 
     Raises:
-        UserError: The file cannot be written.
+        UserError: The file cannot be written, or a row has no trace.
     """
     shown, questions = job.methods[-1], job.questions
     (about,), methods = lines_of(lines, "about"), list(lines_of(lines, "method"))
