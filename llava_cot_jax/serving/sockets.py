@@ -1,5 +1,6 @@
 """Addresses and ports to listen at."""
 
+import contextlib
 import ipaddress
 import socket
 from typing import Any
@@ -27,16 +28,17 @@ def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port < 1 << 16:
         raise UserError(f"port is {port}; it must be from 0, which takes any that is free, to 65535")
     family, _, _, _, place = _places(host, port)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-        listener.listen(_BACKLOG)
-    except OSError as fault:
-        listener.close()
-        raise UserError(
-            f"cannot listen at {host} port {port}: {fault.strerror}; give another --port or --host"
-        ) from None
+    with contextlib.ExitStack() as cleanup:
+        try:
+            listener = cleanup.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen(_BACKLOG)
+        except OSError as fault:
+            raise UserError(
+                f"cannot listen at {host} port {port}: {fault.strerror}; give another --port or --host"
+            ) from None
+        cleanup.pop_all()
     return listener
 
 

@@ -1,6 +1,7 @@
 """The command ``serve``: what it refuses before it loads anything, and its signals."""
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -68,6 +69,15 @@ def test_addresses():
         port = listener.getsockname()[1]
         assert url_of(listener) == f"http://127.0.0.1:{port}/v1"
         socket.create_connection(("127.0.0.1", port)).close()
+
+
+def test_a_machine_without_ipv6(monkeypatch):
+    def refuse(*_) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    with pytest.raises(UserError, match=r"cannot listen at ::1 port 0: Address family not supported by protocol; give"):
+        listen("::1", 0)
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch, capsys):
