@@ -21,7 +21,7 @@ from llava_cot_jax.annotation.asking import RowAsker
 from llava_cot_jax.annotation.budget import Budget, Estimate, estimated_input
 from llava_cot_jax.annotation.dialogue import ReplySettings, ask_about_row
 from llava_cot_jax.annotation.endpoint import EndpointClient, check_openai, endpoint_url, read_key
-from llava_cot_jax.annotation.job import AnnotationJob, AnnotationTotals
+from llava_cot_jax.annotation.job import AnnotationJob, AnnotationTotals, files_beside
 from llava_cot_jax.annotation.journal import USAGE
 from llava_cot_jax.annotation.options import SELF, annotation_parser, check_annotation_options, read_prices
 from llava_cot_jax.annotation.outcomes import RowOutcome
@@ -105,8 +105,8 @@ def _ask(options: Any) -> None:
         shown.budget = budget
         if waiting:
             print(Estimate.of(waiting, tokens, options.tries).described(prices, options.model), flush=True)
-        client = EndpointClient(url, key, images, budget, pace, options.timeout, options.max_retries)
-        asker = RowAsker(job, client, budget, pace, shown.add)
+        client = EndpointClient(url, key, images, job.journal, budget, pace, options.timeout, options.max_retries)
+        asker = RowAsker(job, client, pace, shown.add)
         with shown.open() as update, _telling_how_to_go_on(job):
             shown.start(update)
             asyncio.run(asker.ask_about(iter(waiting), min(options.requests_in_flight, len(waiting) or 1)))
@@ -117,8 +117,10 @@ def _ask(options: Any) -> None:
         print(f"replies: {len(job.journal):,}; tokens in: {read:,}; out: {written:,}{spent}")
         if client.troubles:
             print(f"requests that failed: {_counted(client.troubles)}")
-        reasons = [asker.stopped] if asker.stopped else [f"{count} by {what}" for what, count in asker.failures.items()]
-        _report(job, "; ".join(reasons))
+        failed = [f"{count} by {what}" for what, count in asker.failures.items()]
+        _report(job, "" if asker.fault else asker.stopped or "; ".join(failed))
+        if asker.fault:
+            raise asker.fault
 
 
 def _sample(options: Any) -> None:
@@ -194,13 +196,14 @@ def _output(options: Any) -> Path:
     """Return the file of the annotated rows.
 
     Raises:
-        UserError: It is the file of the questions, or has another ending.
+        UserError: It, or a file beside it, is that of the questions; or it has another ending.
     """
     output = as_path(options.output)
     if output.suffix != ".jsonl":
         raise UserError(f"--output is {options.output}; its name must end in .jsonl")
-    if output.exists() and output.samefile(local_path(options.input)):
-        raise UserError(f"--output is the file of the questions, {output}: name another")
+    for path in (output, *files_beside(output)):
+        if path.exists() and path.samefile(local_path(options.input)):
+            raise UserError(f"--output {output} would overwrite the file of the questions, {path}: name another")
     return output
 
 

@@ -35,7 +35,7 @@ def test_wrong_arguments(tmp_path, monkeypatch):
     )
     refuses("tries is 0; it must be at least 1", good, "--tries=0")
     refuses("timeout is 0; it must be more than 0", good, "--timeout=0")
-    refuses("--output is the file of the questions", good, f"--output={tmp_path}/questions.jsonl")
+    refuses("questions.jsonl would overwrite the file of the questions", good, f"--output={tmp_path}/questions.jsonl")
     refuses("its name must end in .jsonl", good, f"--output={tmp_path}/out")
     refuses("a cost needs --price.input and --price.output", good, "--price.input=1")
     refuses(r"line 1: it has the key 'answr'", [good[0] | {"answr": 1}])

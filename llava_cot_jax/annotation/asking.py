@@ -6,15 +6,22 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from llava_cot_jax.annotation.budget import Budget
+from llava_cot_jax.annotation.dialogue import DialogueRequest
 from llava_cot_jax.annotation.endpoint import EndpointClient, RequestFailed
 from llava_cot_jax.annotation.job import AnnotationJob
-from llava_cot_jax.annotation.outcomes import RowOutcome
+from llava_cot_jax.annotation.outcomes import REFUSED, UNUSABLE, RowOutcome
 from llava_cot_jax.annotation.pace import Pace, StopAsking
 from llava_cot_jax.annotation.rows import RowToAnnotate
+from llava_cot_jax.errors import TransientError, UserError
 
 _LOG = logging.getLogger("llava_cot_jax.annotate")
+
+_MOST_UNANSWERED = 4
+"""Number of different requests without a reply, one after the other, that show that no further one gets any."""
+
+_IN_A_ROW = f"{_MOST_UNANSWERED} requests in a row"
 
 OnRow = Callable[[RowToAnnotate, RowOutcome], None]
 """Function that is called with each row that is finished, and its outcome."""
@@ -26,33 +33,33 @@ class RowAsker:
     Args:
         job: The job.
         client: Client of the endpoint.
-        budget: Bounds on the requests.
         pace: Pace of the requests.
         on_row: Function that is called with each finished row.
 
     Attributes:
         failures: Number of rows that are left for another run, by how their last request failed.
         stopped: Reason why the endpoint is asked no more; empty where all rows were gone through.
+        fault: Error because of which it is asked no more, if there is one.
         interrupted: Whether that was Ctrl-C.
     """
 
-    def __init__(self, job: AnnotationJob, client: EndpointClient, budget: Budget, pace: Pace, on_row: OnRow) -> None:
-        self._job, self._client, self._budget, self._pace, self._on_row = job, client, budget, pace, on_row
+    def __init__(self, job: AnnotationJob, client: EndpointClient, pace: Pace, on_row: OnRow) -> None:
+        self._job, self._client, self._pace, self._on_row = job, client, pace, on_row
         self.failures: dict[str, int] = {}
         self.stopped, self.interrupted = "", False
+        self.fault: Exception | None = None
+        self._unanswered: list[DialogueRequest] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     async def ask_about(self, rows: Iterator[RowToAnnotate], in_flight: int) -> None:
         """Ask about rows, each from its first request whose reply the journal does not have.
 
-        At Ctrl-C, no further request is sent, and the replies to those in flight are kept. A second one ends at once.
+        At Ctrl-C, and where a fault ends the asking, no further request is sent, and the replies to those in flight are
+        kept. A second Ctrl-C ends at once.
 
         Args:
             rows: The rows.
             in_flight: Largest number of requests in flight.
-
-        Raises:
-            UserError: The endpoint cannot be used, or a reply cannot be kept.
         """
         with self._hearing_interrupts():
             self._tasks = [asyncio.create_task(self._work(rows)) for _ in range(in_flight)]
@@ -77,6 +84,10 @@ class RowAsker:
                 self.stopped = str(stop)
                 self._pace.stop(str(stop))
                 return
+            except Exception as fault:
+                self.fault = self.fault or fault
+                self._pace.stop("an error")
+                return
 
     async def _finish_row(self, row: RowToAnnotate) -> RowOutcome:
         steps = self._job.steps(row)
@@ -86,13 +97,41 @@ class RowAsker:
                 reply = self._job.journal.get(request)
                 if reply is None:
                     self._pace.check()
-                    async with self._budget.room_for(request):
-                        reply = await self._client.ask(request)
-                        await self._job.journal.add_soon(request, reply)
+                    reply = await self._ask(request)
                 request = steps.send(reply)
         except StopIteration as end:
             outcome: RowOutcome = end.value
             return outcome
+
+    async def _ask(self, request: DialogueRequest) -> dict[str, Any]:
+        """Return the reply to a request.
+
+        Raises:
+            StopAsking: No request may be sent any more.
+            RequestFailed: It was sent as often as it may be.
+            UserError: The endpoint cannot be used, or a reply cannot be kept.
+        """
+        try:
+            reply = await self._client.ask(request)
+        except RequestFailed as failure:
+            if not len(self._job.journal):
+                why = f"{self._client.url} answers nothing ({failure}): the same command goes on later"
+                raise TransientError(why) from None
+            self._note_unanswered(request, TransientError(f"{_IN_A_ROW} failed; the last one by {failure}"))
+            raise
+        if reply["finish"] == REFUSED:
+            self._note_unanswered(request, UserError(f"{_IN_A_ROW} were refused; of the last one, {reply['text']}"))
+        elif reply["finish"] != UNUSABLE:
+            self._unanswered.clear()
+        return reply
+
+    def _note_unanswered(self, request: DialogueRequest, fault: UserError) -> None:
+        """Raise the fault where so many requests got no answer that no further one would. All are left for later."""
+        self._unanswered.append(request)
+        if len(self._unanswered) >= _MOST_UNANSWERED:
+            for each in self._unanswered:
+                self._job.journal.release(each)
+            raise fault
 
     @contextmanager
     def _hearing_interrupts(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -12,7 +12,6 @@ from llava_cot_jax.annotation.dialogue import DialogueRequest
 from llava_cot_jax.annotation.journal import USAGE, Journal
 from llava_cot_jax.annotation.pace import StopAsking
 from llava_cot_jax.annotation.rows import RowToAnnotate
-from llava_cot_jax.errors import UserError
 
 BYTES_PER_TOKEN = 4
 """Bytes of text that an estimate counts as a token."""
@@ -50,6 +49,11 @@ def estimated_input(request: DialogueRequest) -> int:
     return math.ceil(text / BYTES_PER_TOKEN) + images * TOKENS_PER_IMAGE
 
 
+def assumed_usage(request: DialogueRequest) -> dict[str, int]:
+    """Return what a request takes at most, by the keys of ``USAGE``, where the endpoint does not say what it took."""
+    return dict(zip(USAGE, (estimated_input(request), request.settings.max_new_tokens), strict=True))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Estimate of what is still to be asked.
@@ -57,7 +61,7 @@ class Estimate:
     Attributes:
         turns: Number of turns that are asked about.
         least: Number of requests where every first answer is good, and has the very text of the standard answer.
-        most: Number of requests where every try is needed, and checked.
+        most: Number of requests where every try is needed, and checked twice.
         input_tokens: Tokens of the first requests.
         output_tokens: Tokens of their answers.
     """
@@ -72,7 +76,7 @@ class Estimate:
     def of(cls, rows: Sequence[RowToAnnotate], input_tokens: int, tries: int) -> Self:
         """Return the estimate for rows whose first requests have about this many tokens."""
         turns = sum(len(row.turns) for row in rows)
-        return cls(turns, turns, turns * tries * 2, input_tokens, turns * TOKENS_PER_ANSWER)
+        return cls(turns, turns, turns * tries * 3, input_tokens, turns * TOKENS_PER_ANSWER)
 
     def described(self, prices: Prices | None, model: str) -> str:
         """Return the estimate as a sentence."""
@@ -92,8 +96,8 @@ class Budget:
     largest length. It is given back when the reply says what it did cost.
 
     Args:
-        journal: Journal, whose replies count.
-        max_requests: Largest number of requests, those that failed in this run among them; None for any number.
+        journal: Journal, whose requests count.
+        max_requests: Largest number of requests that are sent, whether they fail or not; None for any number.
         max_cost: Largest cost; None for any.
         prices: Prices of tokens; None where they are not known, which needs ``max_cost`` to be None.
     """
@@ -103,13 +107,13 @@ class Budget:
     ) -> None:
         self._journal, self._prices = journal, prices
         self._max_requests, self._max_cost = max_requests, max_cost
-        self._requests = len(journal)
+        self._requests = journal.requests
         self._reserved: list[float] = []
         self._settled = asyncio.Condition()
 
     @property
     def cost(self) -> float | None:
-        """Cost of all replies in the journal; None where no prices are known."""
+        """Cost of all requests in the journal; None where no prices are known."""
         return None if self._prices is None else self._prices.cost(*(self._journal.tokens[name] for name in USAGE))
 
     def count_request(self) -> None:
@@ -122,9 +126,13 @@ class Budget:
             raise StopAsking(f"--max_requests {self._max_requests} is reached")
         self._requests += 1
 
+    def uncount_request(self) -> None:
+        """Take back that a request was counted, as it could not be sent."""
+        self._requests -= 1
+
     @asynccontextmanager
     async def room_for(self, request: DialogueRequest) -> AsyncIterator[None]:
-        """Take room for what a request may cost, until the block ends, in which the journal takes the reply.
+        """Take room for what a request may cost, until the block ends, in which the journal takes what became of it.
 
         Where requests in flight have taken the room, it is waited for.
 
@@ -134,7 +142,7 @@ class Budget:
         if self._prices is None or self._max_cost is None:
             yield
             return
-        cost = self._prices.cost(estimated_input(request), request.settings.max_new_tokens)
+        cost = self._prices.cost(*assumed_usage(request).values())
         async with self._settled:
             while (self.cost or 0.0) + sum(self._reserved) + cost > self._max_cost:
                 if not self._reserved:
@@ -147,15 +155,3 @@ class Budget:
             async with self._settled:
                 self._reserved.remove(cost)
                 self._settled.notify_all()
-
-    def check_usage(self, reply: Mapping[str, object]) -> None:
-        """Check that a reply says how many tokens it took, where their cost is bounded.
-
-        Raises:
-            UserError: It does not.
-        """
-        if self._max_cost is not None and any(reply.get(name) is None for name in USAGE):
-            raise UserError(
-                "the endpoint does not say how many tokens it read and wrote, so that --max_cost cannot be kept: give "
-                "--max_requests instead"
-            )

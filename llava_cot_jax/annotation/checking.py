@@ -15,6 +15,11 @@ from llava_cot_jax.stages import locate_stages, normalize_answer
 
 _TAG = re.compile(rf"</?({'|'.join(STAGES)})>")
 
+_QUOTES = " \"'`\u201c\u201d\u2018\u2019\u00ab\u00bb"
+
+_STOPS = ".,;:!?"
+"""Marks that end a sentence or a part of one."""
+
 _SHOWN_CHARACTERS = 60
 
 
@@ -100,8 +105,14 @@ def plain_conclusion(reply: str) -> str:
 
 
 def is_same_text(conclusion: str, turn: TurnToAnnotate) -> bool:
-    """Whether a conclusion is a standard answer but for case, spacing, and punctuation at its ends."""
-    return RightAnswer(turn.answers, "exact").accepts(conclusion)
+    """Whether a conclusion is a standard answer but for case, spacing, quotes at its ends, and a mark at its end."""
+    return _bare(conclusion) in {_bare(str(answer)) for answer in turn.answers}
+
+
+def _bare(text: str) -> str:
+    """Return a text without what never changes its meaning. Other marks do: C# is not C, and .5 and 5% are not 5."""
+    spaced = " ".join(text.casefold().split())
+    return spaced.lstrip(_QUOTES).rstrip(_QUOTES + _STOPS) or spaced
 
 
 def fits_standard_answer(conclusion: str, turn: TurnToAnnotate) -> bool:
@@ -116,13 +127,16 @@ def fault_of_verdict(reply: str, words: Mapping[str, str], conclusion: str, answ
     """Return what a verdict says is wrong with a conclusion, or None where it says that the meaning is the same.
 
     Args:
-        reply: The verdict, whose first word counts.
+        reply: The verdict, whose first word counts, or the one after a label such as ``Verdict:``.
         words: First word of each verdict.
         conclusion: The conclusion.
         answers: The standard answers, as the model was told them.
     """
     first, _, rest = normalize_answer(without_marks(reply, LLAVA_COT)).partition(" ")
     word = re.sub(r"\W", "", first)
+    if first.endswith(":") and word not in words.values():  # a label
+        first, _, rest = normalize_answer(rest).partition(" ")
+        word = re.sub(r"\W", "", first)
     if word == words["same"]:
         return None
     if word == words["refusal"]:

@@ -13,20 +13,21 @@ from llava_cot_jax.annotation.checking import (
     plain_conclusion,
     staged_text,
 )
-from llava_cot_jax.annotation.outcomes import FailedTry, RowOutcome, RowSteps, request_key
+from llava_cot_jax.annotation.outcomes import REFUSED, UNUSABLE, FailedTry, RowOutcome, RowSteps, request_key
 from llava_cot_jax.annotation.prompts import AnnotationPrompts
 from llava_cot_jax.annotation.rows import RowToAnnotate
 
 IMAGE_PART = "image"
 """Type of the part of a message that stands for an image of the row, in order."""
 
-REFUSED, UNUSABLE = "refused", "image"
-"""Ends of a reply that stand for none: the endpoint refused the request, or an image cannot be sent."""
+SPELLS_KEY = "key"
+"""End of a reply whose text is dropped, since it has the key of the endpoint in it."""
 
 _FAULTS = {
     "length": Fault(Problem.CUT, "it was cut off at the largest length: be shorter"),
     "refusal": Fault(Problem.REFUSAL, "it declines to answer"),
     "content_filter": Fault(Problem.REFUSAL, "it was held back by a filter of contents"),
+    SPELLS_KEY: Fault(Problem.CHARACTERS, "it has the key of the endpoint in it"),
 }
 """Faults by the ends of a reply, as chat endpoints name them, and ``refusal`` where the model declines."""
 
@@ -61,7 +62,8 @@ class DialogueRequest:
         row: Row that it is about.
         turn: Index of the turn.
         attempt: Index of the try.
-        kind: "answer", or "check" for the question whether a conclusion is right.
+        kind: "answer", or "check" for the question whether a conclusion is right, and "second check" where the reply to
+            that was no verdict.
         messages: Messages, in which an image is ``{"type": "image"}``.
         settings: Settings of the reply.
     """
@@ -75,9 +77,9 @@ class DialogueRequest:
 
     @property
     def key(self) -> str:
-        """Digest of everything that the reply depends on. Images count by their names and sizes."""
+        """Digest of everything that the reply depends on. Images count by their names, sizes and checksums."""
         settings = self.settings
-        images = [[image.name, image.size] for image in self.row.images] if self.has_images else []
+        images = [image.identity for image in self.row.images] if self.has_images else []
         given = [settings.model, settings.max_new_tokens, settings.temperature, settings.max_side]
         return request_key(given, self.about, self.messages, images)
 
@@ -141,13 +143,26 @@ def _dialogue(row: RowToAnnotate, prompts: AnnotationPrompts, kept: dict[int, st
 def _check_meaning(
     row: RowToAnnotate, prompts: AnnotationPrompts, settings: ReplySettings, turn: int, attempt: int, text: str
 ) -> Generator[DialogueRequest, dict[str, Any], Fault | None]:
-    """Ask whether a conclusion is right, and return what is wrong with it, or None."""
+    """Ask whether a conclusion is right, and return what is wrong with it, or None.
+
+    It is asked once more where the reply is no verdict.
+    """
     asked, conclusion = row.turns[turn], plain_conclusion(text)
     messages = (_says("user", prompts.check(row.asked(turn), asked, conclusion)),)
-    reply = yield DialogueRequest(row, turn, attempt, "check", messages, settings)
     answers = " or ".join(map(str, asked.answers))
-    verdict = "" if _fault_of_end(reply) else reply["text"]
-    return fault_of_verdict(verdict, prompts.verdicts, conclusion, answers)
+    fault = None
+    for kind in ("check", "second check"):
+        reply = yield DialogueRequest(row, turn, attempt, kind, messages, settings)
+        end = _fault_of_end(reply)
+        if end and end.kind == Problem.REQUEST:
+            return Fault(end.kind, f"its conclusion could not be checked: {end.text}")
+        verdict = (
+            "" if end and end.kind != Problem.CUT else reply["text"]
+        )  # the first word of one that was cut is there
+        fault = fault_of_verdict(verdict, prompts.verdicts, conclusion, answers)
+        if fault is None or fault.kind != Problem.VERDICT:
+            break
+    return fault
 
 
 def _fault_of_end(reply: dict[str, Any]) -> Fault | None:

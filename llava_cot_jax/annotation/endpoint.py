@@ -10,23 +10,32 @@ import email.utils
 import math
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
-from llava_cot_jax.annotation.budget import Budget
-from llava_cot_jax.annotation.dialogue import IMAGE_PART, REFUSED, UNUSABLE, DialogueRequest
+from llava_cot_jax.annotation.budget import Budget, assumed_usage
+from llava_cot_jax.annotation.dialogue import IMAGE_PART, SPELLS_KEY, DialogueRequest
+from llava_cot_jax.annotation.journal import USAGE, Journal
+from llava_cot_jax.annotation.outcomes import FAILED, REFUSED, UNUSABLE
 from llava_cot_jax.annotation.pace import Pace, StopAsking
 from llava_cot_jax.data.raw.images import RawImages
-from llava_cot_jax.errors import TransientError, UserError
+from llava_cot_jax.errors import UserError
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
 _REFUSING = (400, 413, 415, 422)
 """Codes by which an endpoint refuses one request."""
+
+_FATAL_AT_FIRST = (403, 404)
+"""Codes by which an endpoint refuses one request where it has answered others, and otherwise all of them."""
 
 _PASSING = (408, 409, 425, 429)
 """Codes, besides those from 500 on, of what may be gone at another try."""
@@ -35,8 +44,14 @@ _TOO_MANY = 429
 
 _QUEUED = f"status {_TOO_MANY}"
 
-_REFUSED_AT_FIRST = 4
-"""Number of first requests that, where all are refused, show a mistake in the settings."""
+_LEAST_KEY = 16
+"""Number of characters from which a key is a secret. Shorter ones, such as EMPTY, may be words of any reply."""
+
+_MOST_TOKENS = 2**31
+"""Number of tokens that no request takes."""
+
+_UNSENT = "unsent"
+"""End of a reply that stands for none, as no connection was made."""
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0
 """Seconds before a request is sent again, where the endpoint names none: after the first failure, and at most."""
@@ -71,13 +86,17 @@ def endpoint_url(given: str | None) -> str | None:
     url = given or os.environ.get("OPENAI_BASE_URL") or None
     if url is None:
         return None
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_endpoint = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an address or a port that is none
+        is_endpoint = False
+    if not is_endpoint:
         raise UserError("--base_url is no URL of an endpoint; give one such as http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query:
+    if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(
-            "--base_url has a name, a password or a query in it, and would be printed: put the key into the "
-            "environment instead"
+            "--base_url has a name, a password, a query or a fragment in it, and would be printed: put the key into "
+            "the environment instead"
         )
     return url
 
@@ -86,13 +105,18 @@ def read_key(variable: str, url: str | None) -> str:
     """Return the key in an environment variable; where there is none, one that stands for none.
 
     Raises:
-        UserError: There is none, and no other endpoint than that of the package's default was named.
+        UserError: There is none, and no other endpoint than that of the package's default was named. Or the name is
+            none of a variable, or the key cannot be sent.
     """
+    if not _VARIABLE.fullmatch(variable):  # which may be the key itself, and is not repeated
+        raise UserError("--key_variable is no name of an environment variable: give one such as OPENAI_API_KEY")
+    is_default = variable == DEFAULT_KEY_VARIABLE
+    named = f"the environment variable {variable}" if is_default else "the variable of --key_variable"
     key = os.environ.get(variable, "").strip()
     if not key and url is None:
-        raise UserError(
-            f"the environment variable {variable} has no key: set it, or name an endpoint that needs none by --base_url"
-        )
+        raise UserError(f"{named} has no key: set it, or name an endpoint that needs none by --base_url")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{named} has a key that cannot be sent: it must be printable ASCII on one line")
     return key or _NO_KEY
 
 
@@ -103,6 +127,7 @@ class EndpointClient:
         url: URL of the endpoint; None is the package's default.
         key: Key, which no message and no file shows.
         images: Images of the rows.
+        journal: Journal, which takes each reply, and each failure.
         budget: Bounds on the requests.
         pace: Pace of the requests.
         timeout: Seconds after which a reply is given up.
@@ -117,22 +142,31 @@ class EndpointClient:
         url: str | None,
         key: str,
         images: RawImages,
+        journal: Journal,
         budget: Budget,
         pace: Pace,
         timeout: float,
         max_retries: int,
     ) -> None:
+        import httpx
         import openai
 
-        self._openai = openai
+        self._openai, self._unsent = openai, (httpx.ConnectError, httpx.ConnectTimeout)
         self._client = openai.AsyncOpenAI(api_key=key, base_url=url, timeout=timeout, max_retries=0)
-        self._key, self._images, self._budget, self._pace = key, images, budget, pace
-        self._max_retries = max_retries
+        self._key, self._images, self._journal, self._budget, self._pace = key, images, journal, budget, pace
+        self._timeout, self._max_retries = timeout, max_retries
         self.troubles: Counter[str] = Counter()
-        self._replies = self._refusals = 0
+        self._replies = 0
+        self._image_thread = ThreadPoolExecutor(1)  # Pillow's limits, and Python's warnings, hold for all threads
+
+    @property
+    def url(self) -> str:
+        """URL of the endpoint."""
+        return str(self._client.base_url)
 
     async def close(self) -> None:
         """Close the connections."""
+        self._image_thread.shutdown(wait=False, cancel_futures=True)
         await self._client.close()
 
     async def ask(self, request: DialogueRequest) -> dict[str, Any]:
@@ -141,41 +175,58 @@ class EndpointClient:
         Raises:
             StopAsking: No request may be sent any more.
             RequestFailed: It was sent as often as it may be.
-            UserError: The endpoint cannot be used.
+            UserError: The endpoint cannot be used, or a reply cannot be kept.
         """
         try:
             body = await self._body(request)
         except UserError as fault:
-            return {"text": str(fault), "finish": UNUSABLE}
+            reply = {"text": str(fault), "finish": UNUSABLE}
+            self._journal.hold(request, reply)
+            return reply
         tries = failures = 0
-        at_first = before = self._replies
+        before = self._replies
         while True:
-            await self._pace.turn()
-            self._budget.count_request()
-            trouble, delay = "", None
-            try:
-                return self._read(await self._client.chat.completions.with_raw_response.create(**body), request)
-            except self._openai.APIStatusError as fault:
-                if fault.status_code in _REFUSING:
-                    return self._refusal(fault)
-                trouble, delay = self._note_status(fault)
-            except self._openai.APITimeoutError:
-                trouble = "no reply in time"
-            except self._openai.APIConnectionError:
-                trouble = "broken connection"
-            except _UnreadableReply:
-                trouble = "unreadable reply"
+            async with self._budget.room_for(request):
+                await self._pace.turn()
+                self._budget.count_request()
+                reply, delay = await self._send(body, request)
+                if reply["finish"] == _UNSENT:
+                    self._budget.uncount_request()
+                else:
+                    await self._journal.add_soon(request, reply)
+            if reply["finish"] not in (FAILED, _UNSENT):
+                return reply
+            trouble = reply["text"]
             self.troubles[trouble] += 1
             # Where others come through, a request that is refused because there are too many stands in a queue.
             in_queue = trouble == _QUEUED and self._replies > before
             tries, failures, before = tries + 1, 0 if in_queue else failures + 1, self._replies
             if failures > self._max_retries:
-                if self._replies == at_first:
-                    raise TransientError(
-                        f"{self._client.base_url} answers nothing ({trouble}): the same command goes on later"
-                    )
                 raise RequestFailed(trouble)
             await self._pace.wait(_backoff(tries) if delay is None else delay)
+
+    async def _send(self, body: dict[str, Any], request: DialogueRequest) -> tuple[dict[str, Any], float | None]:
+        """Return the reply, or one that stands for none, and the delay that the endpoint asks for.
+
+        A request that the endpoint may have answered without a reply that came through is taken for one of full length.
+        """
+        try:
+            async with asyncio.timeout(self._timeout):  # the package's own bounds the time between two parts
+                raw = await self._client.chat.completions.with_raw_response.create(**body)
+            return self._read(raw, request), None
+        except self._openai.APIStatusError as fault:
+            if self._is_refusal(fault):
+                return self._refusal(fault), None
+            trouble, delay = self._note_status(fault)
+            return {"text": trouble, "finish": FAILED}, delay
+        except (TimeoutError, self._openai.APIConnectionError) as fault:
+            is_late = isinstance(fault, TimeoutError | self._openai.APITimeoutError)
+            trouble = "no reply in time" if is_late else "broken connection"
+            if isinstance(fault.__cause__, self._unsent):
+                return {"text": trouble, "finish": _UNSENT}, None
+        except _UnreadableReply:
+            trouble = "unreadable reply"
+        return {"text": trouble, "finish": FAILED, **assumed_usage(request)}, None
 
     async def _body(self, request: DialogueRequest) -> dict[str, Any]:
         """Return the arguments of the request.
@@ -185,7 +236,8 @@ class EndpointClient:
         """
         messages: list[dict[str, Any]] = list(request.messages)
         if request.has_images:
-            urls = iter(await asyncio.to_thread(self._urls, request))
+            loop = asyncio.get_running_loop()
+            urls = iter(await loop.run_in_executor(self._image_thread, self._urls, request))
             messages = [_with_images(message, urls) for message in messages]
         settings = request.settings
         body = {"model": settings.model, "messages": messages, "max_completion_tokens": settings.max_new_tokens}
@@ -197,11 +249,7 @@ class EndpointClient:
         return [image_url(self._images.read(image.name), request.settings.max_side) for image in request.row.images]
 
     def _read(self, raw: Any, request: DialogueRequest) -> dict[str, Any]:
-        """Return what a response says.
-
-        Raises:
-            UserError: It does not say how many tokens it took, where that must be known.
-        """
+        """Return what a response says."""
         try:
             completion = raw.parse()
             choice = completion.choices[0]
@@ -209,34 +257,31 @@ class EndpointClient:
             if request.kind == "answer":
                 text = _whole_text(choice) or text
             usage, model, identifier = completion.usage, completion.model, completion.id
-            if not isinstance(declined or text or "", str):
+            text = declined or text or ""
+            if not isinstance(text, str):
                 raise TypeError("the text is none")
-        except (ValueError, TypeError, AttributeError, LookupError, self._openai.OpenAIError) as fault:
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError, self._openai.OpenAIError) as fault:
             raise _UnreadableReply from fault
-        reply = {
-            "text": self._hide(declined or text or ""),
-            "finish": "refusal" if declined else str(finish),
-            "input_tokens": getattr(usage, "prompt_tokens", None),
-            "output_tokens": getattr(usage, "completion_tokens", None),
-            "model": str(model),
-            "completion": str(identifier),
-        }
-        self._budget.check_usage(reply)
         self._replies += 1
         self._pace.note_reply()
-        return reply
+        has_key = self._has_key(text)
+        return {
+            "text": "" if has_key else text,
+            "finish": SPELLS_KEY if has_key else "refusal" if declined else self._hide(str(finish)),
+            **(_counts_of(usage) or {**assumed_usage(request), "assumed": True}),
+            "model": self._hide(str(model)),
+            "completion": self._hide(str(identifier)),
+        }
+
+    def _is_refusal(self, fault: Any) -> bool:
+        """Whether a status refuses one request. At first, codes that a mistake in the settings may have are fatal."""
+        code = fault.status_code
+        return code in _REFUSING or (code in _FATAL_AT_FIRST and len(self._journal) > 0 and not _has_no_quota(fault))
 
     def _refusal(self, fault: Any) -> dict[str, Any]:
-        """Return the reply that stands for a request that the endpoint refuses.
-
-        Raises:
-            UserError: The endpoint has refused all requests so far.
-        """
+        """Return the reply that stands for a request that the endpoint refuses."""
         self.troubles[f"status {fault.status_code}"] += 1
-        self._refusals += 1
         message = f"the endpoint refuses it with status {fault.status_code}: {self._message(fault)}"
-        if not self._replies and self._refusals >= _REFUSED_AT_FIRST:
-            raise UserError(f"the first {self._refusals} requests were refused; of the last one, {message}")
         return {"text": message, "finish": REFUSED}
 
     def _note_status(self, fault: Any) -> tuple[str, float | None]:
@@ -248,9 +293,9 @@ class EndpointClient:
         """
         code = fault.status_code
         if code == 401:
-            raise UserError(f"{self._client.base_url} does not accept the key (status 401): check the environment")
-        if getattr(fault, "code", None) == "insufficient_quota" or not (code in _PASSING or code >= 500):
-            raise UserError(f"{self._client.base_url} answers with status {code}: {self._message(fault)}")
+            raise UserError(f"{self.url} does not accept the key (status 401): check the environment")
+        if _has_no_quota(fault) or not (code in _PASSING or code >= 500):
+            raise UserError(f"{self.url} answers with status {code}: {self._message(fault)}")
         delay = _asked_delay(fault.response.headers)
         if delay is not None and delay > _LONGEST_WAIT:
             raise StopAsking(f"the endpoint asks to wait for {delay:,.0f} s")
@@ -265,11 +310,27 @@ class EndpointClient:
 
     def _hide(self, text: str) -> str:
         """Return a text without the key."""
-        return text if self._key == _NO_KEY else text.replace(self._key, "[key]")
+        return text.replace(self._key, "[key]") if self._has_key(text) else text
+
+    def _has_key(self, text: str) -> bool:
+        """Whether a text has the key in it, if that is a secret."""
+        return len(self._key) >= _LEAST_KEY and self._key in text
 
 
 class _UnreadableReply(Exception):
     """Error for a response that is no chat completion, such as one that was cut off."""
+
+
+def _has_no_quota(fault: Any) -> bool:
+    return getattr(fault, "code", None) == "insufficient_quota"
+
+
+def _counts_of(usage: Any) -> dict[str, int] | None:
+    """Return the numbers of tokens by the keys of ``USAGE``, or None where an endpoint does not say both."""
+    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    if not all(type(count) is int and 0 <= count < _MOST_TOKENS for count in counts):
+        return None
+    return dict(zip(USAGE, counts, strict=True))
 
 
 def _whole_text(choice: Any) -> str | None:

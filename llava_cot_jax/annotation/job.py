@@ -67,12 +67,12 @@ class AnnotationJob:
 
     def __init__(self, rows: Sequence[RowToAnnotate], output: Path, steps: Callable[[RowToAnnotate], RowSteps]) -> None:
         self.rows, self.output, self.steps = rows, output, steps
-        self.rejected = output.with_name(f"{output.stem}.rejected.jsonl")
-        journal = output.with_name(f"{output.stem}.journal.jsonl")
-        if output.exists() and not journal.exists():
-            raise UserError(
-                f"{output} exists, but {journal.name}, which has its replies, does not: name another output"
-            )
+        self.rejected, journal = files_beside(output)
+        for path in (output, self.rejected):
+            if path.exists() and not journal.exists():
+                raise UserError(
+                    f"{path} exists, but {journal.name}, which has its replies, does not: name another output"
+                )
         self.journal = Journal(journal)
 
     def replay(self, row: RowToAnnotate) -> RowOutcome | Any:
@@ -118,6 +118,11 @@ class AnnotationJob:
     def close(self) -> None:
         """Close the journal."""
         self.journal.close()
+
+
+def files_beside(output: Path) -> tuple[Path, Path]:
+    """Return the files of the rejected turns and of the replies that belong to an output."""
+    return output.with_name(f"{output.stem}.rejected.jsonl"), output.with_name(f"{output.stem}.journal.jsonl")
 
 
 def _output_line(row: dict[str, Any]) -> bytes:

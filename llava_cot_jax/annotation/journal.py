@@ -7,23 +7,30 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from llava_cot_jax.annotation.outcomes import RowRequest
+from llava_cot_jax.annotation.outcomes import FAILED, REFUSED, UNUSABLE, RowRequest
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.line_file import LineFile
 
 USAGE = ("input_tokens", "output_tokens")
 """Keys of a reply by which an endpoint says how many tokens it read and wrote."""
 
+_Kept = tuple[RowRequest, Mapping[str, Any]]
+"""Request and its reply."""
+
 
 class Journal:
     """File of replies, found by the keys of their requests. It holds in memory where each is, and not what it says.
+
+    Requests that were refused, and tries that failed, have a line as well, so that they are counted in every run. A
+    refusal is a reply to this run alone: the next one asks again.
 
     Args:
         path: Path of the file. One that is there already is continued.
 
     Attributes:
         path: Path of the file.
-        tokens: Numbers of tokens of all replies, by the keys of ``USAGE``.
+        requests: Number of requests that were sent.
+        tokens: Numbers of tokens of all requests, by the keys of ``USAGE``.
 
     Raises:
         UserError: The file cannot be written, is no journal, or is open in another process.
@@ -31,9 +38,10 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tokens = dict.fromkeys(USAGE, 0)
+        self.requests, self.tokens = 0, dict.fromkeys(USAGE, 0)
+        self._held: dict[str, Mapping[str, Any]] = {}
         self._places: dict[bytes, int] = {}
-        self._waiting: dict[str, bytes] = {}
+        self._waiting: dict[str, _Kept] = {}
         self._turn, self._access = asyncio.Lock(), Lock()
         self._file = LineFile(path)
         try:
@@ -49,12 +57,22 @@ class Journal:
 
     def get(self, request: RowRequest) -> dict[str, Any] | None:
         """Return the reply to a request, or None if there is none yet."""
+        if held := self._held.get(request.key):
+            return dict(held)
         place = self._places.get(bytes.fromhex(request.key))
         if place is None:
             return None
         with self._access:
             reply: dict[str, Any] = json.loads(self._file.read_line(place))["reply"]
         return reply
+
+    def hold(self, request: RowRequest, reply: Mapping[str, Any]) -> None:
+        """Keep the reply to a request for this run alone."""
+        self._held[request.key] = reply
+
+    def release(self, request: RowRequest) -> None:
+        """Forget a reply that was kept for this run alone."""
+        self._held.pop(request.key, None)
 
     def add(self, request: RowRequest, reply: Mapping[str, Any]) -> None:
         """Keep the reply to a request, which is on the disk when this returns.
@@ -63,16 +81,19 @@ class Journal:
             UserError: It cannot be written.
         """
         self._count(reply)
-        self._write({request.key: _journal_line(request, reply)})
+        self._write({request.key: (request, reply)})
 
     async def add_soon(self, request: RowRequest, reply: Mapping[str, Any]) -> None:
-        """Keep the reply to a request. Replies that come while others are written are then written together.
+        """Keep the reply to a request, or what stands for one. Those that come while others are written are then
+        written together.
 
         Raises:
             UserError: It cannot be written.
         """
-        self._waiting[request.key] = _journal_line(request, reply)
+        self._waiting[request.key] = request, reply
         self._count(reply)
+        if reply["finish"] == REFUSED:
+            self.hold(request, reply)
         async with self._turn:
             if request.key in self._waiting:
                 batch, self._waiting = self._waiting, {}
@@ -83,22 +104,28 @@ class Journal:
         with self._access:
             self._file.close()
 
-    def _write(self, batch: Mapping[str, bytes]) -> None:
+    def _write(self, batch: Mapping[str, _Kept]) -> None:
         with self._access:
-            offsets = self._file.append(batch.values())
-            self._places |= zip(map(bytes.fromhex, batch), offsets, strict=True)
+            offsets = self._file.append(_journal_line(*kept) for kept in batch.values())
+            for (key, (_, reply)), offset in zip(batch.items(), offsets, strict=True):
+                self._note_place(key, reply, offset)
 
     def _note_line(self, offset: int, line: bytes, number: int) -> None:
         try:
             content = json.loads(line)
-            self._places[bytes.fromhex(content["key"])] = offset
+            self._note_place(content["key"], content["reply"], offset)
             self._count(content["reply"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{self.path}, line {number} is no reply of this command: remove it, or name another output"
             ) from None
 
+    def _note_place(self, key: str, reply: Mapping[str, Any], offset: int) -> None:
+        if reply.get("finish") not in (REFUSED, UNUSABLE, FAILED):
+            self._places[bytes.fromhex(key)] = offset
+
     def _count(self, reply: Mapping[str, Any]) -> None:
+        self.requests += reply.get("finish") != UNUSABLE
         for name in USAGE:
             self.tokens[name] += reply.get(name) or 0
 

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 from llava_cot_jax.annotation.checking import Fault, Problem
 from llava_cot_jax.annotation.rows import RowToAnnotate
 
+REFUSED, UNUSABLE, FAILED = "refused", "image", "failed"
+"""Ends of a reply that stand for none: the endpoint refused the request, an image cannot be sent, or a try failed."""
+
 
 class RowRequest(Protocol):
     """Request about a row whose reply is kept in a journal."""

@@ -1,17 +1,18 @@
 """Rows of questions with standard answers, and the rows of LLaVA-CoT-100k's form that are made of them."""
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava_cot_jax.checks import check_number, check_text, shown
-from llava_cot_jax.data.raw.images import RawImages
+from llava_cot_jax.data.raw.images import ImageFolder, Member, RawImages
 from llava_cot_jax.data.raw.names import Found, contradictory_folders, normalise_path
 from llava_cot_jax.data.raw.row_parts import IMAGE_KEYS, paths_of
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.control_tokens import CONTROL_TOKEN
-from llava_cot_jax.processing.messages import remove_markers
+from llava_cot_jax.processing.messages import MARKER, remove_markers
 from llava_cot_jax.question_files import json_lines
 
 _ONE = ("question", "answer", "hint")
@@ -45,11 +46,18 @@ class NamedImage:
         path: Path in the row.
         name: Name of the file among the images.
         size: Size of the file in bytes.
+        checksum: CRC-32 of the file's content.
     """
 
     path: str
     name: str
     size: int
+    checksum: int
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """Name, size and checksum, which are other ones for another image."""
+        return self.name, self.size, self.checksum
 
 
 @dataclass(frozen=True)
@@ -139,9 +147,12 @@ def _read_row(row: Mapping[str, Any], images: RawImages, root: Path) -> tuple[Ro
         raise ValueError(f"id is {shown(identifier)}; it must be a text or a whole number")
     check_text("id", str(identifier))
     turns = _read_turns(row)
+    paths = paths_of(row)
+    if not paths and any(remove_markers(turn.question)[1] for turn in turns):
+        raise ValueError(f"a question has the marker {MARKER}, but the row has no image: name it, or remove the marker")
     named: list[NamedImage] = []
     found: list[Found] = []
-    for path in paths_of(row):
+    for path in paths:
         one = images.find(path)
         member = images.member(one.name) if one else None
         if one is None or member is None:
@@ -150,9 +161,22 @@ def _read_row(row: Mapping[str, Any], images: RawImages, root: Path) -> tuple[Ro
             return RowToAnnotate(identifier, (), turns, f"image {path}: {images.explain(path)}"), []
         if root.is_dir() and not (root / one.name).resolve().is_relative_to(root.resolve()):  # by a link
             raise ValueError(_outside(path, root))
-        named.append(NamedImage(path, member.name, member.size))
+        try:
+            checksum = _checksum(images, member)
+        except UserError as fault:
+            return RowToAnnotate(identifier, (), turns, f"image {path}: {fault}"), []
+        named.append(NamedImage(path, member.name, member.size, checksum))
         found.append(one)
     return RowToAnnotate(identifier, tuple(named), turns), found
+
+
+def _checksum(images: RawImages, member: Member) -> int:
+    """Return the CRC-32 of an image, which a zip knows.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    return zlib.crc32(images.read(member.name)) if isinstance(images, ImageFolder) else member.version
 
 
 def _outside(path: str, root: Path) -> str:

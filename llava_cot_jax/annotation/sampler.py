@@ -78,11 +78,12 @@ class RowSampler:
         prompt_tokens, images = room
         asked: list[SampleRequest] = []
         failed: list[tuple[SampleRequest, str]] = []
+        unread: list[SampleRequest] = []
         try:
             stream = AnswerStream(
                 model,
                 self._builder,
-                self._questions(requests, asked, failed),
+                self._questions(requests, asked, unread, job),
                 slots=self._slots,
                 ordered=False,
                 prompt_tokens=prompt_tokens,
@@ -101,19 +102,25 @@ class RowSampler:
         for request, error in failed:
             job.journal.add(request, {"error": error})
             yield request
+        yield from unread
 
     def _questions(
         self,
         requests: Sequence[SampleRequest],
         asked: list[SampleRequest],
-        failed: list[tuple[SampleRequest, str]],
+        unread: list[SampleRequest],
+        job: AnnotationJob,
     ) -> Iterator[Question]:
-        """Yield the questions of requests, which are added to ``asked``, or to ``failed`` if an image is unreadable."""
+        """Yield the questions of requests, which are added to ``asked``, or to ``unread`` if an image is unreadable.
+
+        That may pass, and is no reply for another run.
+        """
         for request in requests:
             try:
                 images: list[Any] = [self._images.read(image.name) for image in request.row.images]
             except UserError as fault:
-                failed.append((request, str(fault)))
+                job.journal.hold(request, {"error": str(fault)})
+                unread.append(request)
                 continue
             asked.append(request)
             yield Question(list(request.messages), images, request.seed)

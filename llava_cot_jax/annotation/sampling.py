@@ -40,8 +40,8 @@ class SampleRequest:
 
     @property
     def key(self) -> str:
-        """Digest of everything that the candidates depend on. Images count by their names and sizes."""
-        images = [[image.name, image.size] for image in self.row.images]
+        """Digest of everything that the candidates depend on. Images count by their names, sizes and checksums."""
+        images = [image.identity for image in self.row.images]
         return request_key(dict(self.settings), self.about, self.messages, images)
 
     @property

@@ -6,7 +6,8 @@ import warnings
 
 from PIL import ExifTags, Image
 
-from llava_cot_jax.processing.images import open_image
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.images import MAX_PIXELS_TO_SHRINK, open_image, pillow_limit
 
 _SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 """Media types of the formats that endpoints read."""
@@ -22,11 +23,20 @@ def image_url(content: bytes, max_side: int) -> str:
         max_side: Longest side in pixels. A larger image is shrunk.
 
     Raises:
-        UserError: It is no image, or is damaged.
+        UserError: It is no image, is too large, or is damaged.
     """
+    try:
+        return _image_url(content, max_side)
+    except UserError:
+        raise
+    except Exception as fault:  # damaged data makes Pillow's readers raise almost anything
+        raise UserError(f"the image of {len(content)} bytes cannot be sent: {' '.join(str(fault).split())}") from fault
+
+
+def _image_url(content: bytes, max_side: int) -> str:
     with warnings.catch_warnings(action="ignore"):
         whole = open_image(content, max_side)
-        with Image.open(io.BytesIO(content)) as file:
+        with pillow_limit(MAX_PIXELS_TO_SHRINK), Image.open(io.BytesIO(content)) as file:
             kind, is_upright = file.format or "", file.getexif().get(ExifTags.Base.Orientation, 1) == 1
             fits = max(file.size) <= max_side
     if kind in _SENT_AS_THEY_ARE and is_upright and fits:

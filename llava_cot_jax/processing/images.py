@@ -68,7 +68,7 @@ def open_image(source: ImageSource, max_side: int | None = None) -> Image.Image:
             has no pixels.
     """
     name = _name(source)
-    with _pillow_limit(MAX_PIXELS_TO_SHRINK) if max_side else nullcontext():
+    with pillow_limit(MAX_PIXELS_TO_SHRINK) if max_side else nullcontext():
         if isinstance(source, Image.Image):
             return _decode(source, name, max_side)
         if not isinstance(source, str | os.PathLike | bytes):
@@ -84,7 +84,7 @@ def identify_image(image: bytes) -> tuple[str, tuple[int, int]]:
         TooManyPixels: The image has more than twice ``MAX_PIXELS_TO_SHRINK`` pixels.
         UserError: It is no image.
     """
-    with _pillow_limit(MAX_PIXELS_TO_SHRINK), _identify(io.BytesIO(image), _name(image), MAX_PIXELS_TO_SHRINK) as file:
+    with pillow_limit(MAX_PIXELS_TO_SHRINK), _identify(io.BytesIO(image), _name(image), MAX_PIXELS_TO_SHRINK) as file:
         return file.format or "", file.size
 
 
@@ -282,7 +282,7 @@ def _identify(file: BinaryIO, name: str, allowed: int = MAX_PIXELS) -> Image.Ima
 
 
 @contextmanager
-def _pillow_limit(pixels: int) -> Iterator[None]:
+def pillow_limit(pixels: int) -> Iterator[None]:
     """Let Pillow open images of up to this number of pixels in the block. It holds for all threads."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
     try:

@@ -19,7 +19,7 @@ from tests.annotation.stand_in_endpoint import staged
 from tests.training.small_run import arguments, command, losses
 
 TURNS = (TurnToAnnotate("First?", ("blue",)), TurnToAnnotate("Second?", (2,)))
-ROW = RowToAnnotate(7, (NamedImage("a.png", "a.png", 9),), TURNS)
+ROW = RowToAnnotate(7, (NamedImage("a.png", "a.png", 9, 1),), TURNS)
 
 
 def candidate(text: str, score: float, mean_log_prob: float = -1.0) -> dict[str, Any]:
