@@ -26,7 +26,7 @@ def test_wrong_arguments(tmp_path, monkeypatch):
             annotate.main([*given, "--model=x", "--base_url=http://localhost:1/v1", *options])
 
     good = rows_of(1)
-    refuses("base_url has a name, a password or a query", good, "--base_url=http://me:sk-1@localhost/v1")
+    refuses("base_url has a name, a password, a query", good, "--base_url=http://me:sk-1@localhost/v1")
     refuses("base_url is no URL of an endpoint", good, "--base_url=localhost:8000")
     refuses("--seed has a meaning only with --model self", good, "--seed=3")
     refuses("--checkpoint has a meaning only with --model self", good, "--checkpoint=shapes")

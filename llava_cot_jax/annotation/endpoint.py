@@ -53,6 +53,9 @@ _MOST_TOKENS = 2**31
 _UNSENT = "unsent"
 """End of a reply that stands for none, as no connection was made."""
 
+_NO_CONNECTION = ("ConnectError", "ConnectTimeout")
+"""Names of the errors that keep a request from being sent, in each of the HTTP libraries that the package has used."""
+
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0
 """Seconds before a request is sent again, where the endpoint names none: after the first failure, and at most."""
 
@@ -148,10 +151,9 @@ class EndpointClient:
         timeout: float,
         max_retries: int,
     ) -> None:
-        import httpx
         import openai
 
-        self._openai, self._unsent = openai, (httpx.ConnectError, httpx.ConnectTimeout)
+        self._openai = openai
         self._client = openai.AsyncOpenAI(api_key=key, base_url=url, timeout=timeout, max_retries=0)
         self._key, self._images, self._journal, self._budget, self._pace = key, images, journal, budget, pace
         self._timeout, self._max_retries = timeout, max_retries
@@ -222,7 +224,7 @@ class EndpointClient:
         except (TimeoutError, self._openai.APIConnectionError) as fault:
             is_late = isinstance(fault, TimeoutError | self._openai.APITimeoutError)
             trouble = "no reply in time" if is_late else "broken connection"
-            if isinstance(fault.__cause__, self._unsent):
+            if type(fault.__cause__).__name__ in _NO_CONNECTION:
                 return {"text": trouble, "finish": _UNSENT}, None
         except _UnreadableReply:
             trouble = "unreadable reply"

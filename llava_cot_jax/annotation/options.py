@@ -103,7 +103,7 @@ def annotation_parser() -> cli.Parser:
         required=True,
         help="JSONL file that takes the annotated rows, as prepare --annotations reads them. Beside it, "
         "NAME.rejected.jsonl takes the rejected turns, and NAME.journal.jsonl each reply as it comes. The same command "
-        "goes on after an interruption, and asks nothing twice.",
+        "goes on after an interruption, and asks for no reply twice.",
     )
     add(
         "--model",
@@ -178,7 +178,7 @@ def _add_endpoint_options(parser: cli.Parser) -> None:
         "--max_requests",
         type=int | None,
         default=None,
-        help="Largest number of requests, with those of earlier runs for this output. By default, any.",
+        help="Largest number of requests that are sent, with those of earlier runs for this output. By default, any.",
     )
     add(
         "--max_cost",

@@ -83,7 +83,9 @@ class Response:
         late: Seconds before it comes.
         breaks: Whether the connection is closed in the middle of the body.
         cut: Whether the JSON ends in the middle.
-        usage: Whether it says how many tokens it took.
+        usage: Whether it says how many tokens it took; or what it says in place of that.
+        trickle: Seconds before each byte of the body; 0 sends it at once.
+        raw: The body itself, if it is not that of a completion.
         whole: Whole answer beside the conclusion, as ``serve`` gives it.
         refusal: Text by which the model declines in the field of that name.
         before: Function that is called before it is sent.
@@ -98,7 +100,9 @@ class Response:
     late: float = 0.0
     breaks: bool = False
     cut: bool = False
-    usage: bool = True
+    usage: Any = True
+    trickle: float = 0.0
+    raw: bytes | None = None
     whole: str | None = None
     refusal: str | None = None
     before: Callable[[], object] = lambda: None
@@ -120,12 +124,14 @@ class StandIn:
         behave: Function of a request that says the response.
         asked: Requests so far, in their order.
         most: Largest number of requests at a time.
+        model: Name by which it calls the model; None is that in the request.
     """
 
     def __init__(self, behave: Callable[[Asked], Response] = well) -> None:
         self.behave = behave
         self.asked: list[Asked] = []
         self.keys: set[str] = set()
+        self.model: str | None = None
         self.most = self._now = 0
         self._lock = threading.Lock()
         stand_in = self
@@ -153,7 +159,7 @@ class StandIn:
                 if response.late:
                     time.sleep(response.late)
                 response.before()
-                content = json.dumps(_content(asked, response)).encode()
+                content = response.raw or json.dumps(_content(asked, response, stand_in.model)).encode()
                 if response.cut:
                     content = content[: len(content) // 2]
                 self.send_response(response.status)
@@ -161,6 +167,9 @@ class StandIn:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
+                for byte in content if response.trickle else b"":
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(response.trickle)
                 self.wfile.write(content[: len(content) // 2])
                 self.wfile.flush()
                 response.half()
@@ -190,7 +199,7 @@ class StandIn:
         self._server.server_close()
 
 
-def _content(asked: Asked, response: Response) -> dict[str, Any]:
+def _content(asked: Asked, response: Response, model: str | None) -> dict[str, Any]:
     if response.status != 200:
         return {"error": {"message": response.text, "type": "error", "code": None}}
     message = {"role": "assistant", "content": response.text, "refusal": response.refusal}
@@ -200,9 +209,9 @@ def _content(asked: Asked, response: Response) -> dict[str, Any]:
         "id": f"completion-{asked.number}",
         "object": "chat.completion",
         "created": 0,
-        "model": asked.body["model"],
+        "model": model or asked.body["model"],
         "choices": [{"index": 0, "message": message, "finish_reason": response.finish, "logprobs": None} | beside],
-        **({"usage": usage} if response.usage else {}),
+        **({"usage": usage if response.usage is True else response.usage} if response.usage else {}),
     }
 
 

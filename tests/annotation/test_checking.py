@@ -75,6 +75,25 @@ def test_when_a_conclusion_is_the_same_text_and_when_it_agrees():
 
 
 @pytest.mark.parametrize(
+    ("conclusion", "answer", "is_same"),
+    [
+        ("C#", "C", False),
+        ("C++.", "C", False),
+        ("5%", 5, False),
+        ("$5", 5, False),
+        (".5", 5, False),
+        ("-5", 5, False),
+        ("(5)", 5, False),
+        (" \u201cBlue\u201d! ", "blue", True),
+        ("light\nblue:", "'Light blue'", True),
+        ("?", "!", False),
+    ],
+)
+def test_only_marks_without_a_meaning_are_left_aside(conclusion, answer, is_same):
+    assert is_same_text(conclusion, TurnToAnnotate("q?", (answer,))) == is_same
+
+
+@pytest.mark.parametrize(
     ("reply", "kind"),
     [
         ("YES", None),
@@ -84,6 +103,10 @@ def test_when_a_conclusion_is_the_same_text_and_when_it_agrees():
         ("Refusal", Problem.REFUSAL),
         ("The conclusion is not the same: yes", Problem.VERDICT),
         ("yesterday", Problem.VERDICT),
+        ("**Verdict:** yes", None),
+        ("Verdict: no, it is red", Problem.CONCLUSION),
+        ("No: yes", Problem.CONCLUSION),
+        ("Verdict:", Problem.VERDICT),
         ("", Problem.VERDICT),
     ],
 )

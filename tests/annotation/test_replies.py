@@ -4,12 +4,15 @@ import base64
 import io
 import json
 import re
+import threading
 import zipfile
 
 import pytest
 from PIL import Image
 
 from llava_cot_jax import annotate
+from llava_cot_jax.annotation import sent_images
+from llava_cot_jax.annotation.sent_images import image_url
 from llava_cot_jax.data.raw.annotations import read_annotations
 from llava_cot_jax.data.raw.images import open_images
 from llava_cot_jax.errors import UserError
@@ -182,6 +185,30 @@ def test_paths_of_images_cannot_leave_a_zip(tmp_path, stand_in):
     (tmp_path / "questions.jsonl").write_text(json.dumps(rows[0] | {"image": "../secret.png"}))
     with pytest.raises(UserError, match="leads out of"):
         annotate.main([*options, "--model", "x", "--base_url", stand_in.url])
+
+
+def test_images_that_pillow_refuses_are_unusable_and_large_ones_are_shrunk(monkeypatch):
+    """An image of more than twice as many pixels as Pillow opens by itself is shrunk; any error is of the image."""
+    written = io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(written, "PNG")
+    sent = image_url(written.getvalue(), 100)
+    assert Image.open(io.BytesIO(base64.b64decode(sent.partition(",")[2]))).size == (100, 50)
+    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="cannot be sent: division by zero"):
+        image_url(written.getvalue(), 100)
+
+
+def test_images_are_decoded_one_at_a_time(tmp_path, stand_in, monkeypatch):
+    """The number of pixels that Pillow opens holds for all threads, and so it must be changed in one alone."""
+    threads = set()
+
+    def noting(content: bytes, max_side: int) -> str:
+        threads.add(threading.get_ident())
+        return image_url(content, max_side)
+
+    monkeypatch.setattr(sent_images, "image_url", noting)
+    run(tmp_path, rows_of(12), stand_in, "--requests_in_flight", "12")
+    assert len(threads) == 1 and len(stand_in.asked) == 12
 
 
 def test_large_and_turned_images_are_sent_upright_and_shrunk(tmp_path, stand_in):
