@@ -50,6 +50,9 @@ _LEAST_KEY = 16
 _MOST_TOKENS = 2**31
 """Number of tokens that no request takes."""
 
+_ENDS = ("stop", "length", "content_filter", "refusal")
+"""Ends of a reply as endpoints name them. Any other is one that says nothing about the text."""
+
 _UNSENT = "unsent"
 """End of a reply that stands for none, as no connection was made."""
 
@@ -191,7 +194,11 @@ class EndpointClient:
             async with self._budget.room_for(request):
                 await self._pace.turn()
                 self._budget.count_request()
-                reply, delay = await self._send(body, request)
+                try:
+                    reply, delay = await self._send(body, request)
+                except (UserError, StopAsking) as end:
+                    await self._journal.add_soon(request, {"text": str(end), "finish": FAILED})
+                    raise
                 if reply["finish"] == _UNSENT:
                     self._budget.uncount_request()
                 else:
@@ -269,7 +276,7 @@ class EndpointClient:
         has_key = self._has_key(text)
         return {
             "text": "" if has_key else text,
-            "finish": SPELLS_KEY if has_key else "refusal" if declined else self._hide(str(finish)),
+            "finish": SPELLS_KEY if has_key else "refusal" if declined else finish if finish in _ENDS else "other",
             **(_counts_of(usage) or {**assumed_usage(request), "assumed": True}),
             "model": self._hide(str(model)),
             "completion": self._hide(str(identifier)),
@@ -329,7 +336,7 @@ def _has_no_quota(fault: Any) -> bool:
 
 def _counts_of(usage: Any) -> dict[str, int] | None:
     """Return the numbers of tokens by the keys of ``USAGE``, or None where an endpoint does not say both."""
-    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    counts: list[Any] = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     if not all(type(count) is int and 0 <= count < _MOST_TOKENS for count in counts):
         return None
     return dict(zip(USAGE, counts, strict=True))

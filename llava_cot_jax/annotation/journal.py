@@ -84,8 +84,7 @@ class Journal:
         self._write({request.key: (request, reply)})
 
     async def add_soon(self, request: RowRequest, reply: Mapping[str, Any]) -> None:
-        """Keep the reply to a request, or what stands for one. Those that come while others are written are then
-        written together.
+        """Keep the reply to a request, or what stands for none. Those that come meanwhile are written together.
 
         Raises:
             UserError: It cannot be written.

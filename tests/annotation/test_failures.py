@@ -65,7 +65,7 @@ def test_a_fatal_answer_keeps_the_replies_in_flight(tmp_path, stand_in):
     stand_in.behave = behave
     with pytest.raises(UserError, match="does not accept the key"):
         run(tmp_path, rows, stand_in, "--requests_in_flight", "3")
-    assert len(stand_in.asked) == 3
+    assert len(stand_in.asked) == len(lines(tmp_path / "out.journal.jsonl")) == 3
     assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == [1, 2]
 
 
@@ -109,6 +109,13 @@ def test_a_usage_that_is_none_is_assumed(tmp_path, stand_in, usage):
     run(tmp_path, rows_of(1), stand_in, *PRICES, "--max_cost", "1")
     (line,) = lines(tmp_path / "out.journal.jsonl")
     assert line["reply"]["output_tokens"] == 300 and line["reply"]["input_tokens"] > 1000
+
+
+def test_an_end_of_a_reply_that_is_unknown_says_nothing(tmp_path, stand_in):
+    """Nor is it taken for one of the words by which the journal marks what is no reply."""
+    stand_in.behave = lambda asked: Response(staged(asked.standard_answer), finish="failed")
+    run(tmp_path, rows_of(1), stand_in)
+    assert len(lines(tmp_path / "out.jsonl")) == len(stand_in.asked) == 1
 
 
 def test_a_reply_that_is_nested_too_deeply_is_unreadable(tmp_path, stand_in, capsys):
