@@ -29,8 +29,8 @@ def test_refusals_in_a_row_end_the_run_and_reject_nothing(tmp_path, stand_in):
     """As where the credit is used up: the rows that were answered are in the output, and all others are left."""
     stand_in.behave = lambda asked: well(asked) if asked.number <= 2 else Response("no credit", status=400)
     with pytest.raises(UserError, match=r"4 requests in a row were refused; of the last one, .*: no credit"):
-        run(tmp_path, rows_of(20), stand_in, "--requests_in_flight", "2")
-    assert len(lines(tmp_path / "out.jsonl")) == 2 and len(stand_in.asked) <= 7
+        run(tmp_path, rows_of(20), stand_in, *ONE)
+    assert len(lines(tmp_path / "out.jsonl")) == 2 and len(stand_in.asked) == 6
     assert not lines(tmp_path / "out.rejected.jsonl")
     stand_in.behave = well
     run(tmp_path, rows_of(20), stand_in)
