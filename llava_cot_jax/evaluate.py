@@ -1,9 +1,10 @@
-"""Measure the accuracy of a checkpoint and a search on questions whose right answers are known.
+"""Measure the accuracy of a checkpoint and a search on questions whose right answers are known, or a verifier.
 
 llava-cot evaluate --benchmark shapes --limit 200 --search majority_vote --output runs/shapes_majority
 llava-cot evaluate --benchmark FILE.jsonl --checkpoint DIR_OR_HUB_ID --search stage_beam --output runs/mine
 llava-cot evaluate --benchmark mmstar --data MMStar.tsv --checkpoint DIR_OR_HUB_ID --output runs/mmstar
 llava-cot evaluate --benchmark shapes --limit 200 --compare greedy,majority_vote:4,stage_beam:4 --output runs/compared
+llava-cot evaluate --values runs/values_before runs/values_after --output runs/verifier
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from llava_cot_jax.evaluation.comparison.report import report_against, report_co
 from llava_cot_jax.evaluation.job import RESULT, EvaluationJob
 from llava_cot_jax.evaluation.matching import MATCHES
 from llava_cot_jax.evaluation.question_sets import BENCHMARKS, EvaluationSet, Matching, open_benchmark
+from llava_cot_jax.evaluation.verifier.report import measure_verifiers
 from llava_cot_jax.files import check_file_writable, write_json
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
@@ -49,17 +51,25 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: An argument, a file or a checkpoint that cannot be used, before anything expensive starts.
     """
-    run_in_group("evaluate", _parser(), sys.argv[1:] if argv is None else argv, _evaluate)
+    parser = _parser()
+    run_in_group("evaluate", parser, sys.argv[1:] if argv is None else argv, partial(_evaluate, parser))
 
 
-def _evaluate(options: Any, group: ProcessGroup, lifeline: Lifeline | None) -> None:
-    """Answer the questions that have no answer yet, and print the result.
+def _evaluate(parser: cli.Parser, options: Any, group: ProcessGroup, lifeline: Lifeline | None) -> None:
+    """Measure verifiers, or answer the questions that have no answer yet, and print the result.
 
     Args:
+        parser: Parser of the options.
         options: Options of the command.
         group: Processes of the run.
         lifeline: Bond of the processes that have one model over all their devices; None where each has its own.
     """
+    if options["values"] is not None:
+        _check_values_options(parser, options)
+        if group.index == 0:
+            measure_verifiers(options["values"], options.output, Console(highlight=False))
+            print(f"wrote the result and its plot to {as_path(options.output)}", file=sys.stderr)
+        return
     evaluation = _check(options, group)
     job, model = evaluation.job, evaluation.model
     if group.count == 1 and not job.unanswered:
@@ -75,6 +85,20 @@ def _evaluate(options: Any, group: ProcessGroup, lifeline: Lifeline | None) -> N
     if group.index == 0:
         evaluation.report()
         job.check_answered()
+
+
+def _check_values_options(parser: cli.Parser, options: Any) -> None:
+    """Check that nothing is asked beside the measures of verifiers.
+
+    Raises:
+        UserError: An option has no meaning with ``--values``, or this names no folder.
+    """
+    if not options["values"]:
+        raise UserError("--values names no folder: give one that llava-cot rollout has written")
+    defaults = vars(parser.get_defaults().as_flat())
+    for name, value in vars(options.as_flat()).items():
+        if name not in ("values", "output", "config") and value != defaults.get(name):
+            raise UserError(f"--{name} has no meaning with --values, which asks no questions: leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -126,6 +150,8 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
     Raises:
         UserError: One of them cannot be used.
     """
+    if options.benchmark is None:
+        raise UserError("give --benchmark, whose questions are asked, or --values, folders of values and scores")
     format = StageFormat.load(options.format)
     check_comparison_options(options)
     methods = [] if options.compare is None else read_methods(options)
@@ -213,7 +239,6 @@ def _add_evaluation_options(parser: cli.Parser) -> None:
     add(
         "--benchmark",
         type=str,
-        required=True,
         help=f"Questions to ask: {', '.join(BENCHMARKS)}, the test split of the package's own world, a JSONL or TSV "
         "file of one's own, or a published benchmark, whose file --data names and whose answers VLMEvalKit's own "
         f"classes score: {', '.join(PUBLISHED_BENCHMARKS)}. A row of a JSONL file has an id, a question, an answer, "
@@ -235,7 +260,7 @@ def _add_evaluation_options(parser: cli.Parser) -> None:
         type=str,
         required=True,
         help="Folder that takes the answers (answers.jsonl) and the result (result.json). The same command goes on "
-        "with it after an interruption, and asks no question twice.",
+        "with it after an interruption, and asks no question twice. With --values, it takes the result and its plot.",
     )
     add(
         "--page",
@@ -266,6 +291,14 @@ def _add_evaluation_options(parser: cli.Parser) -> None:
     )
     add("--seed", type=int, default=0, help="Seed of sampled tokens, from which each question has one of its own.")
     add("--slots", type=int, default=8, help="Number of questions that are answered at a time.")
+    parser.add_argument_group("Measures of a verifier").add_argument(
+        "--values",
+        type=str,
+        nargs="+",
+        help="Folders that llava-cot rollout has written, each with the values and scores of candidates, such as one "
+        "before training and one after each round. How well the scores tell the values is measured, and no question "
+        "is asked. All are compared with the first.",
+    )
     add = parser.add_argument_group("Judge model of a published benchmark").add_argument
     add(
         "--grader.url",

@@ -1,10 +1,11 @@
 """Paired statistics of two methods that answered the same questions, of which several may be about one image."""
 
 import math
-from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+
+from llava_cot_jax.evaluation.statistics import estimate_mean
 
 CONFIDENCE = 0.95
 """Share of confidence intervals that hold the true value; one minus it is the level of a test."""
@@ -38,27 +39,21 @@ def paired_difference(
 ) -> PairedDifference:
     """Estimate the difference between two methods, of whose n questions there must be one at least.
 
-    With d the difference between the scores of a question, and D their mean, the standard error is sqrt(sum over groups
-    of (sum over the group of (d - D))^2) / n, as that of one method in ``estimate_accuracy``. It is smaller than that
-    of independent questions where both methods are right on the same ones (Miller, arXiv:2411.00640, section 4). The
-    interval is that of a normal distribution.
+    With d the difference between the scores of a question, its mean and the standard error are those of
+    ``estimate_mean``. The error is smaller than that of independent questions where both methods are right on the same
+    ones (Miller, arXiv:2411.00640, section 4). The interval is that of a normal distribution.
 
     Args:
         first: Score of each question by the first method: 1 where it is right, or a mean of such.
         second: Score of each question by the second method.
         clusters: Group of each question, such as its image.
     """
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    count = len(differences)
-    mean = math.fsum(differences) / count
-    sums: dict[Hashable, float] = defaultdict(float)
-    for difference, cluster in zip(differences, clusters, strict=True):
-        sums[cluster] += difference - mean
-    if len(sums) < 2:
-        return PairedDifference(count, len(sums), mean, None, None)
-    error = math.sqrt(math.fsum(total * total for total in sums.values())) / count
-    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
-    return PairedDifference(count, len(sums), mean, error, (mean - half, mean + half))
+    found = estimate_mean([a - b for a, b in zip(first, second, strict=True)], clusters)
+    if found.standard_error is None:
+        return PairedDifference(found.count, found.clusters, found.mean, None, None)
+    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * found.standard_error
+    interval = (found.mean - half, found.mean + half)
+    return PairedDifference(found.count, found.clusters, found.mean, found.standard_error, interval)
 
 
 def exact_test(only_first: int, only_second: int) -> float:

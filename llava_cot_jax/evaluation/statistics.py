@@ -1,4 +1,4 @@
-"""Accuracy with its standard error, over questions of which several may be about one image."""
+"""Accuracies and other means with their standard errors, over questions of which several may be about one image."""
 
 import math
 from collections import defaultdict
@@ -34,22 +34,53 @@ def accuracy(right: Sequence[bool]) -> tuple[float, float]:
     return share, math.sqrt(share * (1 - share) / len(right))
 
 
+@dataclass(frozen=True)
+class MeanEstimate:
+    """Mean of values, and how far it may be from that of all questions of the kind.
+
+    Attributes:
+        count: Number of values.
+        clusters: Number of groups of values that share an image.
+        mean: Mean of the values.
+        standard_error: Standard error for values that are independent of those of other groups alone. None where there
+            are fewer than two groups.
+    """
+
+    count: int
+    clusters: int
+    mean: float
+    standard_error: float | None
+
+
+def estimate_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> MeanEstimate:
+    """Estimate a mean of n values x, of which there must be one at least.
+
+    With m the mean, the standard error is sqrt(sum over groups of (sum over the group of (x - m))^2) / n, which Liang
+    and Zeger gave (Biometrika 73, 1986), and Miller recommends for evaluations (arXiv:2411.00640, section 2.2).
+
+    Args:
+        values: The values.
+        clusters: Group of each value, such as the image of its question.
+    """
+    count = len(values)
+    mean = math.fsum(values) / count
+    sums: dict[Hashable, float] = defaultdict(float)
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - mean
+    error = math.sqrt(math.fsum(total * total for total in sums.values())) / count if len(sums) > 1 else None
+    return MeanEstimate(count, len(sums), mean, error)
+
+
 def estimate_accuracy(right: Sequence[bool], clusters: Sequence[Hashable]) -> AccuracyEstimate:
     """Estimate the accuracy of answers, of which there must be one at least.
 
-    With p the share of right ones of n answers x, each 0 or 1, the standard error is the binomial one,
-    sqrt(p (1 - p) / n). The clustered one is sqrt(sum over groups of (sum over the group of (x - p))^2) / n, which
-    Liang and Zeger gave (Biometrika 73, 1986), and Miller recommends for evaluations (arXiv:2411.00640, section 2.2).
-    Where each question is a group of its own, both are the same.
+    With p the share of right ones of n answers, the standard error is the binomial one, sqrt(p (1 - p) / n). The
+    clustered one is that of ``estimate_mean``. Where each question is a group of its own, both are the same.
 
     Args:
         right: Whether each answer is right.
         clusters: Group of each question, such as its image.
     """
-    count, correct = len(right), sum(right)
     share, binomial = accuracy(right)
-    sums: dict[Hashable, float] = defaultdict(float)
-    for is_right, cluster in zip(right, clusters, strict=True):
-        sums[cluster] += is_right - share
-    clustered = math.sqrt(math.fsum(total * total for total in sums.values())) / count if len(sums) > 1 else None
-    return AccuracyEstimate(count, correct, len(sums), share, binomial, clustered)
+    found = estimate_mean(right, clusters)
+    return AccuracyEstimate(found.count, sum(right), found.clusters, share, binomial, found.standard_error)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.evaluation.comparison.plot import check_plots
+from llava_cot_jax.evaluation.plotting import check_plots
 
 
 def add_comparison_options(parser: Any) -> None:
@@ -35,4 +35,4 @@ def check_comparison_options(options: Any) -> None:
     for name in ("search", "against"):
         if options[name] is not None:
             raise UserError(f"--{name} has no meaning with --compare: leave one of them out")
-    check_plots()
+    check_plots("--compare")
