@@ -34,7 +34,7 @@ from llava_cot_jax.evaluation.comparison.report import report_against, report_co
 from llava_cot_jax.evaluation.job import RESULT, EvaluationJob
 from llava_cot_jax.evaluation.matching import MATCHES
 from llava_cot_jax.evaluation.question_sets import BENCHMARKS, EvaluationSet, Matching, open_benchmark
-from llava_cot_jax.evaluation.verifier.report import measure_verifiers
+from llava_cot_jax.evaluation.verifier.report import report_verifiers
 from llava_cot_jax.files import check_file_writable, write_json
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
@@ -67,7 +67,7 @@ def _evaluate(parser: cli.Parser, options: Any, group: ProcessGroup, lifeline: L
     if options["values"] is not None:
         _check_values_options(parser, options)
         if group.index == 0:
-            measure_verifiers(options["values"], options.output, Console(highlight=False))
+            report_verifiers(options["values"], options.output, Console(highlight=False))
             print(f"wrote the result and its plot to {as_path(options.output)}", file=sys.stderr)
         return
     evaluation = _check(options, group)

@@ -1,4 +1,4 @@
-"""What the plots of evaluations share: that they can be drawn, colours, and their files as PNG and SVG."""
+"""Plots of evaluations: the check that they can be drawn, their colours, and their files as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 _FORMS = ("png", "svg")
 """Forms of a plot, which are the endings of its files."""
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")
+LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")
 """Colours of lines: those of Okabe and Ito, which colour-blind people tell apart, and a brown."""
 
-MARKERS = "osD^vPX"
+LINE_MARKERS = "osD^vPX"
 """Marks of lines, one fewer than colours, so that both together tell more of them apart."""
 
 

@@ -17,7 +17,7 @@ from scipy.stats import binom, spearmanr
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluate import main
 from llava_cot_jax.evaluation.verifier import measures
-from llava_cot_jax.evaluation.verifier.measures import calibration, differences, measure, rank_correlation
+from llava_cot_jax.evaluation.verifier.measures import calibration, differences, measure_verifier, rank_correlation
 from llava_cot_jax.evaluation.verifier.values import ScoredValues, ValuedText, read_values
 from tests.processes import ROOT
 from tests.test_quick import run
@@ -132,7 +132,7 @@ def anew(rows: list[dict], part: str, key: str = "score") -> dict[str, list[tupl
 
 @pytest.mark.parametrize("part", [*STAGES, "whole answers"])
 def test_the_means_and_their_errors(part, before):
-    found, rows = measure(before)[part], drawn(1)
+    found, rows = measure_verifier(before)[part], drawn(1)
     expected = anew(rows, part)
     if part in STAGES:
         expected |= {
@@ -153,7 +153,7 @@ def test_calibration(before):
     """Bins as numpy's histogram has them; the Brier score over every continuation, right or wrong."""
     candidates = [each for _, _, found in sets_of(drawn(1), "CAPTION") for each in found]
     scores, values = column(candidates, "score"), column(candidates, "value")
-    found = measure(before)["CAPTION"]["calibration"]
+    found = measure_verifier(before)["CAPTION"]["calibration"]
     edges = np.arange(11) / 10
     counts = np.histogram(scores, edges)[0]
     assert [(each["from"], each["to"]) for each in found["bins"]] == list(itertools.pairwise(edges))
@@ -186,7 +186,7 @@ TEXTS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 10)), min_size=1, m
 def measured(folder: Path, questions: list[list[tuple[float, float]]]) -> dict:
     sets = [[candidate(f"c{j}", *each) for j, each in enumerate(question)] for question in questions]
     rows = [row(i, {"CAPTION": each}, []) for i, each in enumerate(sets)]
-    return measure(read_values(written(folder, rows)))["CAPTION"]
+    return measure_verifier(read_values(written(folder, rows)))["CAPTION"]
 
 
 @settings(max_examples=40, deadline=None)
@@ -221,7 +221,7 @@ def test_by_hand(tmp_path):
     texts = [*drawn_twice, candidate("b", 0.69, 0.5, -2.0), candidate("c", 0.3, 1.0, -1.0, 0.2)]
     values = read_values(written(tmp_path, [row(0, {"CAPTION": texts}, [answer("x", True, None, None)])]))
     assert 0.69 - 0.34 < 0.35 and (values.questions, values.unscored) == (1, 1)
-    found = measure(values)["CAPTION"]
+    found = measure_verifier(values)["CAPTION"]
     # values 0.34, 0.69, 0.3; scores 0.5, 0.5, 1: a < b a tie, c < b wrong, and c < a, which is not clear, wrong
     assert found["clear_pairs"] == dict(count=2, clusters=1, mean=0.25, standard_error=None, questions=1)
     assert found["all_pairs"]["mean"] == pytest.approx(0.5 / 3)
@@ -274,10 +274,10 @@ def test_the_command(folder, before, after):
     assert set(files) == {"result.json", "calibration.png", "calibration.svg"}
     result = json.loads(files["result.json"])
     assert [each["values"] for each in result["verifiers"]] == [before.name, after.name]
-    assert [each["parts"] for each in result["verifiers"]] == [measure(before), measure(after)]
+    assert [each["parts"] for each in result["verifiers"]] == [measure_verifier(before), measure_verifier(after)]
     ((less,), found) = result["differences"], json.loads(json.dumps(differences(after, before)))
     assert (less["values"], less["less"], less["parts"]) == (after.name, before.name, found)
-    for each in (*measure(before).values(), *measure(after).values()):
+    for each in (*measure_verifier(before).values(), *measure_verifier(after).values()):
         assert f"{each['clear_pairs']['mean']:.1%} ± {each['clear_pairs']['standard_error']:.1%}" in ended.out
         assert f"{each['rank_correlation']['mean']:.2f} ± " in ended.out
     assert f"{found['CAPTION']['all_pairs']['difference']:+.1%} ± " in ended.out

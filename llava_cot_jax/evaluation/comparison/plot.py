@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_cot_jax.evaluation.comparison.lines import Line, lines_of, what_was_asked
-from llava_cot_jax.evaluation.plotting import COLOURS, MARKERS, save_figure
+from llava_cot_jax.evaluation.plotting import LINE_COLOURS, LINE_MARKERS, save_figure
 
 
 def draw_comparison(lines: Sequence[Line], stem: Path) -> dict[str, Path]:
@@ -37,14 +37,14 @@ def draw_comparison(lines: Sequence[Line], stem: Path) -> dict[str, Path]:
     for i, (family, members) in enumerate(families.items()):
         members = sorted(members, key=_flops)
         errors = [line["clustered_standard_error"] or 0.0 for line in members]
-        colour, above = COLOURS[i % len(COLOURS)], i % 2 == 0
+        colour, above = LINE_COLOURS[i % len(LINE_COLOURS)], i % 2 == 0
         axes.errorbar(
             [_flops(line) for line in members],
             [line["accuracy"] for line in members],
             errors,
             label=family,
             color=colour,
-            marker=MARKERS[i % len(MARKERS)],
+            marker=LINE_MARKERS[i % len(LINE_MARKERS)],
             capsize=3,
             linewidth=1.5,
             elinewidth=0.8,

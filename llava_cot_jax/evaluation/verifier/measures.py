@@ -123,7 +123,7 @@ _BY_LOG_PROB: dict[str, _Observe] = {
 """Measures of the mean log-probability in the score's place, which whole answers do not have."""
 
 
-def measure(values: ScoredValues) -> dict[str, dict[str, Any]]:
+def measure_verifier(values: ScoredValues) -> dict[str, dict[str, Any]]:
     """Return the measures of a verifier by stage, and of whole answers.
 
     Means are taken over questions, those of pairs over the pairs of all questions; standard errors are clustered by
@@ -177,15 +177,15 @@ def calibration(texts: Sequence[ValuedText]) -> dict[str, Any]:
     held: list[list[ValuedText]] = [[] for _ in range(BINS)]
     for text in texts:
         held[bisect_right(edges, text.score, 1, BINS) - 1].append(text)
-    bins = []
+    bins, errors = [], []
     for i, members in enumerate(held):
         count = sum(text.draws for text in members)
-        score = fsum(text.draws * text.score for text in members) / count if count else None
-        value = fsum(text.draws * text.value for text in members) / count if count else None
-        told = {"candidates": count, "mean_score": score, "mean_value": value}
-        bins.append({"from": edges[i], "to": edges[i + 1], **told})
+        score = fsum(text.draws * text.score for text in members)
+        value = fsum(text.draws * text.value for text in members)
+        errors.append(abs(score - value))
+        told = {"mean_score": score / count if count else None, "mean_value": value / count if count else None}
+        bins.append({"from": edges[i], "to": edges[i + 1], "candidates": count, **told})
     draws = sum(text.draws for text in texts)
-    errors = (each["candidates"] * abs(each["mean_score"] - each["mean_value"]) for each in bins if each["candidates"])
     squares = (text.draws * (text.score**2 - 2 * text.score * text.value + text.value) for text in texts)
     return {
         "bins": bins,
@@ -220,11 +220,11 @@ def _same(group: CandidateGroup) -> tuple[Hashable, ...]:
 
 
 def _difference(pairs: Sequence[tuple[CandidateGroup, CandidateGroup]], observe: _Observe) -> dict[str, Any] | None:
-    observed = [(group, observe(group), observe(other)) for group, other in pairs]
-    clusters = [group.cluster for group, values, _ in observed for _ in values]
+    observed = [(group.cluster, observe(group), observe(other)) for group, other in pairs]
+    clusters = [cluster for cluster, values, _ in observed for _ in values]
     if not clusters:
         return None
-    first, second = ([value for each in observed for value in each[side]] for side in (1, 2))
-    found = paired_difference(first, second, clusters)
-    told = asdict(found)
+    first = [value for _, values, _ in observed for value in values]
+    second = [value for _, _, values in observed for value in values]
+    told = asdict(paired_difference(first, second, clusters))
     return {"count": told.pop("questions"), **told, "questions": sum(bool(values) for _, values, _ in observed)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_cot_jax.evaluation.plotting import COLOURS, MARKERS, save_figure
+from llava_cot_jax.evaluation.plotting import LINE_COLOURS, LINE_MARKERS, save_figure
 
 
 def draw_calibration(verifiers: Sequence[Mapping[str, Any]], stem: Path) -> dict[str, Path]:
@@ -38,12 +38,12 @@ def draw_calibration(verifiers: Sequence[Mapping[str, Any]], stem: Path) -> dict
                 continue
             bins = verifier["parts"][part]["calibration"]["bins"]
             filled = [each for each in bins if each["candidates"]]
-            colour = COLOURS[i % len(COLOURS)]
+            colour = LINE_COLOURS[i % len(LINE_COLOURS)]
             (drawn[verifier["values"]],) = above.plot(
                 [each["mean_score"] for each in filled],
                 [each["mean_value"] for each in filled],
                 color=colour,
-                marker=MARKERS[i % len(MARKERS)],
+                marker=LINE_MARKERS[i % len(LINE_MARKERS)],
                 markersize=4,
             )
             edges = [bins[0]["from"], *(each["to"] for each in bins)]

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.plotting import check_plots
-from llava_cot_jax.evaluation.verifier.measures import CLEAR_DIFFERENCE, differences, measure
+from llava_cot_jax.evaluation.verifier.measures import CLEAR_DIFFERENCE, differences, measure_verifier
 from llava_cot_jax.evaluation.verifier.plot import draw_calibration
 from llava_cot_jax.evaluation.verifier.table import print_measures
 from llava_cot_jax.evaluation.verifier.values import ScoredValues, read_values
@@ -18,7 +18,7 @@ _RESULT, _PLOT = "result.json", "calibration"
 """File of the result in the folder of the output, and those of the plot without their endings."""
 
 
-def measure_verifiers(names: Sequence[str], output: str, console: Console) -> None:
+def report_verifiers(names: Sequence[str], output: str, console: Console) -> None:
     """Measure a verifier on the values in each folder, write the result and its plot, and print a table.
 
     Args:
@@ -52,7 +52,7 @@ def _result(read: Sequence[ScoredValues]) -> dict[str, Any]:
             "questions": values.questions,
             "clusters": values.clusters,
             "unscored": values.unscored,
-            "parts": measure(values),
+            "parts": measure_verifier(values),
         }
         for values in read
     ]

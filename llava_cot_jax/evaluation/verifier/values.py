@@ -135,17 +135,20 @@ def _check_question(row: Mapping[str, Any]) -> None:
 
 def _groups_of(row: Mapping[str, Any]) -> Iterator[tuple[str, CandidateGroup | None]]:
     """Yield the candidates of each stage and the whole answers with the part's name; None where they have no scores."""
-    sets: list[tuple[str, str, list[Mapping[str, Any]]]] = []
+    sets: list[tuple[str, str, list[dict[str, Any]]]] = []
     for stage in _objects("stages", row["stages"]):
         for key in ("stage", "before"):
             check_text(f"{key} of a stage", stage.get(key))
         sets.append((stage["stage"], stage["before"], _objects("candidates", stage.get("candidates"))))
     answers = _objects("answers", row["answers"])
-    whole = [answer | {"value": _value_of(answer)} for answer in answers]
-    for i, (part, before, candidates) in enumerate([*sets, (WHOLE_ANSWERS, "", whole)]):
+    sets.append((WHOLE_ANSWERS, "", [answer | {"value": _value_of(answer)} for answer in answers]))
+    for i, (part, before, candidates) in enumerate(sets):
         if candidates:
             texts = _texts_of(part, candidates)
-            yield part, texts and CandidateGroup((row["id"], i), (row["question"], before), cluster_of(row), texts)
+            yield (
+                part,
+                CandidateGroup((row["id"], i), (row["question"], before), cluster_of(row), texts) if texts else None,
+            )
 
 
 def _objects(name: str, value: Any) -> list[dict[str, Any]]:
@@ -182,7 +185,8 @@ def _texts_of(part: str, candidates: Sequence[Mapping[str, Any]]) -> tuple[Value
 
 
 def _check_share(part: str, candidate: Mapping[str, Any], key: str) -> None:
-    check_number(f"{key} of {part}", value := candidate.get(key))
+    value: Any = candidate.get(key)
+    check_number(f"{key} of {part}", value)
     if not 0 <= value <= 1:
         raise UserError(f"{key} of {part} is {shown(value)}; it must be from 0 to 1")
 
