@@ -219,8 +219,9 @@ def test_by_hand(tmp_path):
     """Of three texts, one was drawn twice; a difference of 0.35 is clear, though it is rounded below that."""
     drawn_twice = [candidate("a", 0.48, 0.5, -1.0), candidate("a", 0.2, 0.5, -1.0)]
     texts = [*drawn_twice, candidate("b", 0.69, 0.5, -2.0), candidate("c", 0.3, 1.0, -1.0, 0.2)]
-    values = read_values(written(tmp_path, [row(0, {"CAPTION": texts}, [answer("x", True, None, None)])]))
-    assert 0.69 - 0.34 < 0.35 and (values.questions, values.unscored) == (1, 1)
+    rows = [row(0, {"CAPTION": texts}, [answer("x", True, None, None)]), {"id": 1, "error": "no image"}]
+    values = read_values(written(tmp_path, rows))
+    assert 0.69 - 0.34 < 0.35 and (values.questions, values.unanswered, values.unscored) == (1, 1, 1)
     found = measure_verifier(values)["CAPTION"]
     # values 0.34, 0.69, 0.3; scores 0.5, 0.5, 1: a < b a tie, c < b wrong, and c < a, which is not clear, wrong
     assert found["clear_pairs"] == dict(count=2, clusters=1, mean=0.25, standard_error=None, questions=1)
@@ -267,20 +268,27 @@ def test_differences_are_those_of_the_same_candidates(before, after, tmp_path):
 def test_the_command(folder, before, after):
     """Without jax, twice the same files; the table has what the result has."""
     output = folder / "measured"
-    arguments = ["--values", before.name, after.name, "--output", str(output)]
+    unlike = [UNSCORED, *({"id": i, "error": "no image"} for i in range(2)), GOOD | {"id": 8}]
+    other = written(folder / "other", unlike)
+    arguments = ["--values", before.name, after.name, other, "--output", str(output)]
     ended = run("evaluate", *arguments)
     assert ended.code == 0 and not ended.imported, ended.error
     files = {path.name: path.read_bytes() for path in output.iterdir()}
     assert set(files) == {"result.json", "calibration.png", "calibration.svg"}
     result = json.loads(files["result.json"])
-    assert [each["values"] for each in result["verifiers"]] == [before.name, after.name]
-    assert [each["parts"] for each in result["verifiers"]] == [measure_verifier(before), measure_verifier(after)]
-    ((less,), found) = result["differences"], json.loads(json.dumps(differences(after, before)))
+    assert [each["values"] for each in result["verifiers"]] == [before.name, after.name, other]
+    parts = [each["parts"] for each in result["verifiers"]]
+    assert parts[:2] == [measure_verifier(before), measure_verifier(after)]
+    (less, none), found = result["differences"], json.loads(json.dumps(differences(after, before)))
     assert (less["values"], less["less"], less["parts"]) == (after.name, before.name, found)
     for each in (*measure_verifier(before).values(), *measure_verifier(after).values()):
         assert f"{each['clear_pairs']['mean']:.1%} ± {each['clear_pairs']['standard_error']:.1%}" in ended.out
         assert f"{each['rank_correlation']['mean']:.2f} ± " in ended.out
     assert f"{found['CAPTION']['all_pairs']['difference']:+.1%} ± " in ended.out
+    assert none["parts"] == {}
+    assert f"{other} has no question with the candidates and values of {before.name}" in ended.out
+    assert f"In {other}, 2 questions have no answer." in ended.out
+    assert f"In {other}, 2 sets of candidates have no scores." in ended.out
     with Image.open(output / "calibration.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 500
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
@@ -336,13 +344,14 @@ def test_other_mistakes(tmp_path):
     wrong = {
         "nowhere/values.jsonl does not exist": ["--values", str(tmp_path / "nowhere"), *output],
         "good/values.jsonl/values.jsonl does not exist": ["--values", f"{good}/values.jsonl", *output],
-        "empty/values.jsonl has no questions": ["--values", written(tmp_path / "empty", []), *output],
+        "empty/values.jsonl has no question with an answer": ["--values", written(tmp_path / "empty", []), *output],
         "bare/values.jsonl has no scores": ["--values", written(tmp_path / "bare", [UNSCORED]), *output],
         "good twice": ["--values", good, good, *output],
         "name another --output": ["--values", good, "--output", str(tmp_path / "answered")],
         "--limit has no meaning with --values": ["--values", good, *output, "--limit", "3"],
         "--benchmark has no meaning with --values": ["--values", good, *output, "--benchmark", "shapes"],
         "give --benchmark, whose": output,
+        "--values names no folder": ["--config", '{"values": []}', *output],
     }
     for message, arguments in wrong.items():
         with pytest.raises(UserError, match=re.escape(message)):

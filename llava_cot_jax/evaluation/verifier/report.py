@@ -51,6 +51,7 @@ def _result(read: Sequence[ScoredValues]) -> dict[str, Any]:
             "sha256": values.sha256,
             "questions": values.questions,
             "clusters": values.clusters,
+            "unanswered": values.unanswered,
             "unscored": values.unscored,
             "parts": measure_verifier(values),
         }

@@ -76,6 +76,13 @@ _ROWS = (
 )
 
 
+_LEFT_OUT = (
+    ("unanswered", "question", "questions", "answer"),
+    ("unscored", "set of candidates", "sets of candidates", "scores"),
+)
+"""Counts of what is left out, and the words for one of it, for several, and for what it lacks."""
+
+
 def print_measures(result: Mapping[str, Any], console: Console) -> None:
     """Print a result as a table with a column for each stage, and what is to be known beside it.
 
@@ -122,9 +129,10 @@ def _notes(result: Mapping[str, Any]) -> Iterator[str]:
         "Standard errors are clustered by image."
     )
     for verifier in result["verifiers"]:
-        if unscored := verifier["unscored"]:
-            counted = "1 set of candidates has" if unscored == 1 else f"{unscored:,} sets of candidates have"
-            yield f"{counted} no scores in {verifier['values']}, and tell nothing."
+        for key, one, many, lacks in _LEFT_OUT:
+            if count := verifier[key]:
+                counted = f"1 {one} has" if count == 1 else f"{count:,} {many} have"
+                yield f"In {verifier['values']}, {counted} no {lacks}."
     for each in result["differences"]:
         if not each["parts"]:
             yield f"{each['values']} has no question with the candidates and values of {each['less']}: no difference."

@@ -68,8 +68,9 @@ class ScoredValues:
     Attributes:
         name: Name of the folder, as it was given.
         sha256: SHA-256 of its file.
-        questions: Number of questions.
-        clusters: Number of groups of questions that share an image.
+        questions: Number of questions that have an answer.
+        clusters: Number of groups of these that share an image.
+        unanswered: Number of questions that have an error in the place of an answer, and are left out.
         unscored: Number of sets of candidates that have no scores, and are left out.
         parts: Candidates of each stage by its name, and of whole answers.
     """
@@ -78,6 +79,7 @@ class ScoredValues:
     sha256: str
     questions: int
     clusters: int
+    unanswered: int
     unscored: int
     parts: Mapping[str, Sequence[CandidateGroup]]
 
@@ -99,8 +101,11 @@ def read_values(name: str) -> ScoredValues:
         content = path.read_bytes()
     known: dict[Hashable, Hashable] = {}
     parts: dict[str, list[CandidateGroup]] = {}
-    unscored = 0
+    unanswered = unscored = 0
     for place, row in json_lines(path, content):
+        if "error" in row:
+            unanswered += 1
+            continue
         try:
             _check_question(row)
             if row["id"] in known:
@@ -114,12 +119,12 @@ def read_values(name: str) -> ScoredValues:
         except UserError as fault:
             raise UserError(f"{place}: {fault}") from None
     if not known:
-        raise UserError(f"{path} has no questions")
+        raise UserError(f"{path} has no question with an answer")
     if not parts:
         raise UserError(f"{path} has no scores: let a verifier score the candidates of the rollout")
     parts |= {WHOLE_ANSWERS: parts.pop(WHOLE_ANSWERS)} if WHOLE_ANSWERS in parts else {}  # after all stages
     digest = hashlib.sha256(content).hexdigest()
-    return ScoredValues(name, digest, len(known), len(set(known.values())), unscored, parts)
+    return ScoredValues(name, digest, len(known), len(set(known.values())), unanswered, unscored, parts)
 
 
 def _check_question(row: Mapping[str, Any]) -> None:
