@@ -4,9 +4,9 @@
 
 This is table 3 of the LLaVA-CoT paper (arXiv:2411.10440) in small: the three configurations of configs/miniature/ take
 the same compute, and each is trained from three starts. Every model answers the same 2,000 questions of the shapes
-world's test split greedily. What a model got right is kept in tests/evidence/ablation.json, so that a call after an interruption,
-on any machine, trains only those models that are missing; ``--tables`` trains none. The folder keeps the runs, each of
-which resumes from its last checkpoint. A model takes some 12 minutes on two idle cores.
+world's test split greedily. What a model got right is kept in tests/evidence/ablation.json, so that a call after an
+interruption, on any machine, trains only those models that are missing; ``--tables`` trains none. The folder keeps the
+runs, each of which resumes from its last checkpoint. A model takes some 12 minutes on two idle cores.
 """
 
 import argparse
