@@ -27,7 +27,7 @@ from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.search.answers import Answer, join_stages, tagged_text
+from llava_cot_jax.search.answers import Answer, tagged_text
 from llava_cot_jax.search.program import (
     SearchInputs,
     SearchState,
@@ -43,7 +43,7 @@ from llava_cot_jax.search.reasoner import make_answers, run_program
 from llava_cot_jax.search.request_builder import RequestBuilder, Requests
 from llava_cot_jax.search.rollouts import append_joints, joint_tokens, row_capacity, sample_continuations
 from llava_cot_jax.search.stage_ends import end_stage
-from llava_cot_jax.search.strategies import SearchSpec, Strategy, whole_answers
+from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_continuable, whole_answers
 from llava_cot_jax.search.tables import (
     ScorerTables,
     StageTables,
@@ -54,6 +54,7 @@ from llava_cot_jax.search.tables import (
 )
 from llava_cot_jax.search.trace import split_stages
 from llava_cot_jax.search.verifier import StageScores, score_candidates
+from llava_cot_jax.stages import join_stages
 
 
 @jax.tree_util.register_dataclass
@@ -119,18 +120,19 @@ class RolledOutAnswer(Answer):
     rollouts: list[StageRollouts] = field(default_factory=list)
 
 
-def continuation_spec(spec: SearchSpec, continuations: int, joint: int) -> SearchSpec:
+def continuation_spec(spec: SearchSpec, continuations: int, opening: int) -> SearchSpec:
     """Return the search whose candidates are the continuations of the stages of ``spec``.
 
-    A continuation has as many tokens as the stages after it may have, with what stands between these. It is sampled at
-    the temperature of the stage that follows. That of the last stage, which has none, is not used.
+    A continuation has as many tokens as the stages after it may have, with the openings between these, and is sampled
+    at the temperature of the stage that follows. That of the last stage, which has none, is not used.
 
     Args:
         spec: The search by stages.
         continuations: Number of continuations of a candidate.
-        joint: Largest number of tokens between two stages.
+        opening: Largest number of tokens that open a stage.
     """
-    left = [sum(spec.max_new_tokens[n:]) + joint * (spec.num_stages - n) for n in range(1, spec.num_stages)]
+    count = spec.num_stages
+    left = [sum(spec.max_new_tokens[n:]) + opening * (count - n - 1) for n in range(1, count)]
     whole = whole_answers(spec.format, continuations, 0.0, 1, spec.sampling.top_k, spec.sampling.top_p)
     return replace(
         whole,
@@ -172,21 +174,6 @@ class RolloutBuilder(RequestBuilder):
         whole = whole_answers(self.spec.format, 1, 0.0, 1)
         ends = build_stage_tables(processor, whole, vocabulary_of(processor)).stop_tables
         self.rollout_tables = RolloutTables(ends, verifier)
-
-
-def check_continuable(spec: SearchSpec) -> None:
-    """Check that the candidates of a search can be continued to the end of the answer.
-
-    Raises:
-        UserError: It is none by stages, or its stages are turns of their own.
-    """
-    if not spec.stages or not spec.can_stream:
-        raise UserError("the candidates of stages are continued: search with stage_beam (--search stage_beam)")
-    if spec.format.has_turns:
-        raise UserError(
-            f"format {spec.format.name} asks for its stages in several turns, so that no candidate can be continued to "
-            "the end of the answer: give a format of one turn, such as llava_cot"
-        )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "prefill_chunk", "mesh", "continuations"))
@@ -279,7 +266,7 @@ class RolloutSearch:
             first whole answer of each candidate, [questions, candidates].
         """
         stages, (questions, count) = self.stages, candidates.lengths.shape
-        spec = continuation_spec(stages.spec, self.continuations, joint_tokens(stages.tables))
+        spec = continuation_spec(stages.spec, self.continuations, stages.tables.openings.capacity)
         there = candidates.ended != EndReason.UNUSED
         goes_on = there & (stage < stages.spec.num_stages - 1)[:, None]
         joined, logits = self.join(chain, candidates, stage, goes_on)
