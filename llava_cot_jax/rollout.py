@@ -168,7 +168,7 @@ def _write_pairs(options: Any, group: ProcessGroup) -> None:
             raise UserError(f"--{name} has no meaning with --values, from which pairs are written")
     if group.index == 0:
         least = MIN_DIFFERENCE if options.min_difference is None else options.min_difference
-        count = write_pairs(as_path(options.values), as_path(options.pairs), options.form, least)
+        count = write_pairs(as_path(options["values"]), as_path(options.pairs), options.form, least)
         print(f"wrote {count:,} pairs to {options.pairs}", file=sys.stderr)
 
 
