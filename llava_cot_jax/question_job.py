@@ -214,9 +214,7 @@ class QuestionJob:
     def _new_builder(self, processor: Processor) -> RequestBuilder:
         from llava_cot_jax.search.request_builder import RequestBuilder
 
-        return RequestBuilder(
-            processor, self._strategy, self._options.judge_prompts, self._model.stated_length
-        )
+        return RequestBuilder(processor, self._strategy, self._options.judge_prompts, self._model.stated_length)
 
     def _longest_prompt(self, builder: RequestBuilder) -> int:
         """Return the number of tokens of the longest prompt that can be answered, at least 1."""

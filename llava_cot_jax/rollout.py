@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 from llava_cot_jax import cli
@@ -23,6 +24,7 @@ from llava_cot_jax.evaluation.matching import MATCHES
 from llava_cot_jax.evaluation.question_sets import EvaluationSet, Matching
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
+from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import BUNDLED_MODEL, as_path
 from llava_cot_jax.search.options import add_arguments, strategy_or_sampling
@@ -114,15 +116,15 @@ def _checked_strategy(options: Any) -> Strategy:
     """
     options.search = options.search or "stage_beam"
     strategy = strategy_or_sampling(options)
-    assert not isinstance(strategy, tuple)
-    spec = strategy.to_spec()  # type: ignore[union-attr]
+    assert not isinstance(strategy, Sampling)  # there is a search
+    spec = strategy.to_spec()
     check_continuable(spec)
     for name in ("slots", "continuations"):
         check_int(name, options[name])
     check_mesh_sizes(options)
     JudgePrompts.load(options.judge_prompts)
     _stage_tokens(options, spec)
-    return strategy  # type: ignore[return-value]
+    return strategy
 
 
 def _stage_tokens(options: Any, spec: SearchSpec) -> tuple[int, ...]:
@@ -141,8 +143,6 @@ def _stage_tokens(options: Any, spec: SearchSpec) -> tuple[int, ...]:
 
 def _estimate(options: Any, config: MllamaConfig, spec: SearchSpec, questions: int) -> str:
     """Return what the job takes at least."""
-    from dataclasses import replace
-
     from llava_cot_jax.planning.rollout_plan import estimate_rollouts
     from llava_cot_jax.planning.search_plan import TYPICAL_WORKLOAD
 
@@ -162,7 +162,9 @@ def _write_pairs(options: Any, group: ProcessGroup) -> None:
     """
     for name in _PAIRS[:3]:
         if options[name] is None:
-            raise UserError(f"--{name} is missing: pairs are written by --values FOLDER --pairs FILE --form {'|'.join(FORMS)}")
+            raise UserError(
+                f"--{name} is missing: pairs are written by --values FOLDER --pairs FILE --form {'|'.join(FORMS)}"
+            )
     for name in ("data", "output"):
         if options[name] is not None:
             raise UserError(f"--{name} has no meaning with --values, from which pairs are written")

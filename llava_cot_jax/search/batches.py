@@ -17,7 +17,6 @@ from llava_cot_jax.search.room import Room, put_in_room
 from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.stream import DEFAULT_SLOTS, Question, StreamedAnswer
 
-
 SearchTogether = Callable[[Mllama, RequestBuilder, Requests, Sequence[str]], Sequence[Answer | UserError]]
 """Function that answers a batch of questions, as ``search_together`` does."""
 

@@ -336,9 +336,7 @@ def roll_out_together(
         A ``RolledOutAnswer`` to each question, or what is wrong with its numbers.
     """
     assert isinstance(builder, RolloutBuilder)
-    program = functools.partial(
-        search_rollouts, rollout_tables=builder.rollout_tables, continuations=continuations
-    )
+    program = functools.partial(search_rollouts, rollout_tables=builder.rollout_tables, continuations=continuations)
     results, seconds = run_program(program, model, builder, requests)
     answers = make_answers(model, builder, requests, places, results, seconds)
     return [

@@ -12,7 +12,7 @@ from llava_cot_jax.evaluation.matching import RightAnswer, scored_text
 from llava_cot_jax.evaluation.question_sets import EvaluationSet
 from llava_cot_jax.files import write_bytes
 from llava_cot_jax.hosts.question_queue import AnswerRow
-from llava_cot_jax.paths import as_path, writing_errors
+from llava_cot_jax.paths import writing_errors
 from llava_cot_jax.question_job import QuestionJob
 from llava_cot_jax.search.strategies import Strategy
 from llava_cot_jax.stage_format import StageFormat

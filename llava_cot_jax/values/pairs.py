@@ -64,9 +64,9 @@ def write_pairs(folder: Path, path: Path, form: str, min_difference: float) -> i
         raise UserError(f"min_difference is {min_difference}; it must be above 0 and at most 1")
     if is_remote(path) != is_remote(folder):
         raise UserError(f"{path} and {folder} are not on one disk: write the pairs beside the values, and copy both")
-    lines, relative = [], os.path.relpath(folder.absolute(), path.absolute().parent)
+    lines, relative = [], Path(os.path.relpath(folder, path.parent))
     for row in read_values(folder):
-        images = [os.path.normpath(os.path.join(relative, image)) for image in row["images"]]
+        images = [str(relative / image) for image in row["images"]]
         for chosen, rejected in _pairs_of(row, min_difference):
             made = FORMS[form](row["question"], images, chosen, rejected)
             lines.append(json.dumps(made, ensure_ascii=False) + "\n")

@@ -116,7 +116,7 @@ def test_values_are_those_of_all_continuations(world, rolled_out, plain):
         assert told["value"] == told["right"] / CONTINUATIONS and told["continuations"] == CONTINUATIONS
         assert_likely(told["right"], share)
         shares.append(share)
-    assert 0 < min(shares) and max(shares) < 1
+    assert min(shares) > 0 and max(shares) < 1
     for told, text in zip(values[1]["candidates"], stage.texts, strict=True):
         whole = is_even(scored_text(f"{stage.before}\n\n{text}", FORMAT), right)
         assert (told["value"], told["right"], told["continuations"]) == (float(whole), int(whole), 1)

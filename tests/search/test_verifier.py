@@ -186,7 +186,9 @@ def test_a_single_candidate_has_a_score(ending, prompts):
 
 def test_the_probe_is_short_and_its_answers_are_natural_in_the_published_vocabulary(published):
     """The workload of ``bench`` counts as many tokens as the shipped probe has."""
-    tables = build_verifier_tables(published, scored_stages(STRATEGY.to_spec()), JudgePrompts.load(DEFAULT_JUDGE_PROMPTS))
+    tables = build_verifier_tables(
+        published, scored_stages(STRATEGY.to_spec()), JudgePrompts.load(DEFAULT_JUDGE_PROMPTS)
+    )
     assert [published.tokenizer.decode(token) for token in tables.answers.tolist()] == [" yes", " no"]
     assert Workload().probe_tokens == tables.probes.capacity
 

@@ -36,7 +36,12 @@ def prepared(tmp_path_factory) -> Path:
     """A prepared data set of four rows, of which one has no stages, and one a system turn."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "raw").mkdir()
-    answers = [staged("s", "c", "r", "The answer is B."), "no stages", staged("s", "c", "r", "red"), staged(*"scr", "A")]
+    answers = [
+        staged("s", "c", "r", "The answer is B."),
+        "no stages",
+        staged("s", "c", "r", "red"),
+        staged(*"scr", "A"),
+    ]
     with (folder / "rows.jsonl").open("w") as file:
         for i, answer in enumerate(answers):
             Image.new("RGB", (8 + i, 9)).save(folder / "raw" / f"{i}.png")

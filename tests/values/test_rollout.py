@@ -71,7 +71,7 @@ def test_the_file_of_values(questions, uninterrupted):
     assert [row["id"] for row in rows] == [0, 1, 2, "never", "unasked"]
     assert list(rows[-1]) == ["id", "question", "images", "seed", "error"]
     for row in rows[:-1]:
-        assert list(row) == "id question images answer match seed format stages answers".split()
+        assert list(row) == ["id", "question", "images", "answer", "match", "seed", "format", "stages", "answers"]
         assert (row["format"], row["match"]) == ("llava_cot", "yes_no" if row["id"] == 2 else "exact")
         assert [stage["stage"] for stage in row["stages"]] == STAGES
         before = []
