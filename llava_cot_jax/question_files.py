@@ -36,7 +36,7 @@ class QuestionRow:
     question: str
     seed: int | None = None
     images: list[str] = field(default_factory=list)
-    sources: list[str | bytes] = field(default_factory=list)
+    sources: Sequence[str | bytes] = field(default_factory=list)
 
 
 def read_question_rows(path: Path) -> list[QuestionRow]:

@@ -186,14 +186,16 @@ class QuestionJob:
         """
         own = ("checkpoint", "adapter")
         settings = {name: str(value) for name, value in self._given.items() if name not in own}
-        sizes = [_size(source) for row in self.rows for source in row.sources]
         return {
             **settings,
             "slots": str(self._options.slots),
             "the number of questions": str(len(self.rows)),
             "the digest of the questions": self._questions.digest,
-            "the digest of the sizes of the images": short_digest(repr(sizes).encode()),
+            "the digest of the sizes of the images": short_digest(repr(self._image_sizes()).encode()),
         }
+
+    def _image_sizes(self) -> list[int | str]:
+        return [_size(source) for row in self.rows for source in row.sources]
 
     def prepare(self, processor: Processor) -> None:
         """Check the search, before the weights are loaded.
@@ -201,15 +203,18 @@ class QuestionJob:
         Raises:
             UserError: It cannot be used with this checkpoint.
         """
-        from llava_cot_jax.search.request_builder import RequestBuilder
         from llava_cot_jax.search.room import Room
 
-        options = self._options
-        self._builder = RequestBuilder(processor, self._strategy, options.judge_prompts, self._model.stated_length)
+        self._builder = self._new_builder(processor)
         # The room is that of all questions, so that an answer does not depend on where the job was interrupted.
         self._prompt_tokens = self._longest_prompt(self._builder)
         self._images = max(len(row.sources) for row in self.rows)
         Room.at_least(self._builder, self._prompt_tokens, self._images)
+
+    def _new_builder(self, processor: Processor) -> RequestBuilder:
+        from llava_cot_jax.search.request_builder import RequestBuilder
+
+        return RequestBuilder(processor, self._strategy, self._options.judge_prompts, self._model.stated_length)
 
     def _longest_prompt(self, builder: RequestBuilder) -> int:
         """Return the number of tokens of the longest prompt that can be answered, at least 1."""
@@ -219,7 +224,8 @@ class QuestionJob:
         lengths = {1}
         for row in self.rows:
             with contextlib.suppress(UserError):  # which the stream tells in the row
-                prompt = builder.prompt(read_conversation(row.question, row.sources))
+                # A prompt does not depend on its images, which are not read here.
+                prompt = builder.prompt(read_conversation(row.question, [b""] * len(row.sources)))
                 lengths.add(len(token_ids(builder.processor, prompt)))
         header = builder.chat_headers([max(len(row.sources) for row in self.rows)]).capacity
         for length in sorted(lengths, reverse=True):

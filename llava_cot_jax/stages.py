@@ -2,6 +2,7 @@
 
 import re
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_cot_jax.checks import check_text
@@ -66,6 +67,11 @@ def find_stages(text: str, format: StageFormat = LLAVA_COT) -> dict[str, str]:
 def find_conclusion(text: str, format: StageFormat = LLAVA_COT) -> str:
     """Return the body of the conclusion of a whole answer, or the whole text of an answer without one."""
     return find_stages(text, format).get(format.conclusion, text.strip())
+
+
+def join_stages(texts: Sequence[str]) -> str:
+    """Return the text of an answer whose stages have these texts, with their tags."""
+    return "\n\n".join(texts)
 
 
 def body_of(text: str, stage: StageMarks) -> str:

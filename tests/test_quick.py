@@ -90,6 +90,7 @@ def test_the_program_of_all_commands(arguments: list[str]) -> None:
 
 ASKED = ["--checkpoint", "shapes", "--question", "x"]
 MEASURED = ["--benchmark", "shapes", "--output", "o"]
+ROLLED = ["--data", "shapes", "--limit", "4", "--output", "o"]
 RUN = ["--output", "o", "--checkpoint", "shapes", "--data", "shapes"]
 RAW = ["--annotations", "no", "--images", "no", "--output", "o"]
 
@@ -120,6 +121,12 @@ WRONG = [
     ("plan", [*RUN, "--topology", "v9-8"], "is no slice"),
     ("plan", [*RUN, "--topology", "v5e-8", "--lora.rank", "-1"], "lora.rank is -1"),
     ("prepare", [*RAW, "--max_side", "0"], "max_side is 0"),
+    ("rollout", ["--output", "o"], "there are no questions: give --data"),
+    ("rollout", [*ROLLED, "--continuations", "0"], "continuations is 0; it must be at least 1"),
+    ("rollout", [*ROLLED, "--first", "-1"], "first is -1; it must be at least 0"),
+    ("rollout", [*ROLLED, "--format", "llamav_o1"], "format llamav_o1 asks for its stages in several turns"),
+    ("rollout", [*ROLLED, "--search", "best_of_n"], "search with stage_beam (--search stage_beam)"),
+    ("rollout", ["--data", "shapes", "--limit", "4"], "--output is missing"),
     ("serve", ["--slots", "0"], "slots is 0; it must be at least 1"),
     ("serve", ["--host", "0.0.0.0"], "set the environment variable LLAVA_COT_API_KEY to a key that they must send"),
     ("serve", ["--host", "no.such.host.invalid"], "there is no host no.such.host.invalid"),
@@ -171,6 +178,9 @@ MISSING = [
     ("prepare", ["--show", "nowhere"], "nowhere is no prepared data set"),
     ("prepare", ["--show", "shapes", "--checkpoint", "{folder}/untold"], "lacks tokenizer.json"),
     ("prepare", ["--show", "shapes", "--checkpoint", "nowhere"], f"no such folder: {ROOT}/nowhere"),
+    ("rollout", [*ROLLED, "--data", "nowhere"], "nowhere is no prepared data set"),
+    ("rollout", [*ROLLED, "--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+    ("rollout", [*ROLLED, "--checkpoint", "nowhere"], f"no such folder: {ROOT}/nowhere"),
     ("serve", ["--checkpoint", "nowhere"], f"no such folder: {ROOT}/nowhere"),
     ("train", ["--config", "nowhere.yaml"], "nowhere.yaml"),
     ("train", [*RUN, "--output", ""], "a path is empty"),

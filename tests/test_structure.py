@@ -21,12 +21,25 @@ KNOWS = {
     "evaluation": {"data", "hosts", "inference", "model", "processing", "search"},
     "serving": {"inference", "model", "processing", "search"},
     "annotation": {"data", "evaluation", "inference", "model", "processing", "search"},
+    "values": {"data", "evaluation", "model", "processing", "search"},
     "benchmark": {"costs", "inference", "model", "processing", "search"},
     "planning": {"benchmark", "costs", "model", "processing", "search", "training"},
 }
 """Folders that each folder may import, besides the modules that stand beside all of them."""
 
-COMMANDS = {"annotate", "bench", "convert", "evaluate", "generate", "plan", "prepare", "serve", "train", "__main__"}
+COMMANDS = {
+    "annotate",
+    "bench",
+    "convert",
+    "evaluate",
+    "generate",
+    "plan",
+    "prepare",
+    "rollout",
+    "serve",
+    "train",
+    "__main__",
+}
 """Modules that no folder may import."""
 
 

@@ -22,7 +22,7 @@ from llava_cot_jax.planning.slices import GENERATIONS, HBM_MARGIN, Slice
 from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.search.lengths import JudgeLengths, SearchLengths, probe_capacity, probe_chunk
 from llava_cot_jax.search.program import ACCELERATOR_CHUNK
-from llava_cot_jax.search.retracing_search import row_capacity
+from llava_cot_jax.search.rollouts import row_capacity
 from llava_cot_jax.search.rounds import Rounds
 from llava_cot_jax.search.scorers import Judge, Verifier
 from llava_cot_jax.search.strategies import SearchSpec

@@ -88,6 +88,17 @@ def identify_image(image: bytes) -> tuple[str, tuple[int, int]]:
         return file.format or "", file.size
 
 
+def read_image_file(source: str | Path) -> bytes:
+    """Return the bytes of an image's file, or of its ``data:`` URL.
+
+    Raises:
+        UserError: There is no such file, or it cannot be read.
+    """
+    name = _name(source)
+    with _open_file(source, name) as file:
+        return file.read()
+
+
 def check_image(source: str | Path | bytes) -> None:
     """Check quickly, by the beginning of its file, that an image exists.
 

@@ -17,7 +17,7 @@ from llava_cot_jax.search.search_costs import SearchCosts
 from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, Strategy, WeightedVote
 from llava_cot_jax.search.trace import CandidateTrace, StageTrace, Trace, stages_of, trace_stages
 from llava_cot_jax.stage_format import StageFormat
-from llava_cot_jax.stages import body_of, find_conclusion, find_stages, normalize_answer
+from llava_cot_jax.stages import body_of, find_conclusion, find_stages, join_stages, normalize_answer
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,6 @@ def tagged_text(format: StageFormat, stage: str, candidate: CandidateTrace) -> s
     """Return the text of a candidate with its tags; that of a whole answer has those that the model wrote."""
     opening = None if stage == WHOLE_ANSWER else format[stage].opening
     return ((opening or "") + candidate.text + candidate.added).strip()
-
-
-def join_stages(texts: Sequence[str]) -> str:
-    """Return the text of an answer whose stages have these texts."""
-    return "\n\n".join(texts)
 
 
 def _described(strategy: Strategy, spec: SearchSpec) -> Strategy:

@@ -1,6 +1,6 @@
 """Batches of questions of one shape, for searches that no host can drive from stage to stage."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import jax
@@ -9,12 +9,16 @@ import numpy as np
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.model.mllama import Mllama
+from llava_cot_jax.search.answers import Answer
 from llava_cot_jax.search.program import SearchInputs
 from llava_cot_jax.search.reasoner import search_together
 from llava_cot_jax.search.request_builder import RequestBuilder, Requests
 from llava_cot_jax.search.room import Room, put_in_room
 from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.stream import DEFAULT_SLOTS, Question, StreamedAnswer
+
+SearchTogether = Callable[[Mllama, RequestBuilder, Requests, Sequence[str]], Sequence[Answer | UserError]]
+"""Function that answers a batch of questions, as ``search_together`` does."""
 
 
 class AnswerBatches:
@@ -32,6 +36,7 @@ class AnswerBatches:
         prompt_tokens: Number of tokens of a prompt that there is room for at least.
         images: Number of images of a question that there is room for at least. Where a question needs more room, it
             grows, which compiles the search anew.
+        search: Function that answers a batch, with the arguments of ``search_together``.
     """
 
     def __init__(
@@ -43,7 +48,9 @@ class AnswerBatches:
         size: int = DEFAULT_SLOTS,
         prompt_tokens: int = 1,
         images: int = 0,
+        search: SearchTogether = search_together,
     ) -> None:
+        self._search = search
         self._model, self._builder, self._questions, self._size = model, builder, questions, size
         room = Room.at_least(builder, prompt_tokens, images)
         self._room = room.grown(room, builder)
@@ -81,7 +88,7 @@ class AnswerBatches:
                 self._room = self._room.grown(needed, self._builder)
         padded = [put_in_room(requests, self._room, self._model.config) for requests in given]
         padded += padded[-1:] * (self._size - len(padded))
-        found = search_together(self._model, self._builder, join_requests(padded), ["the question"] * self._size)
+        found = self._search(self._model, self._builder, join_requests(padded), ["the question"] * self._size)
         for (index, question, _), answer in zip(batch, found, strict=False):
             if isinstance(answer, UserError):
                 yield StreamedAnswer(index, question, None, answer)

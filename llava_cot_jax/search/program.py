@@ -46,7 +46,7 @@ from llava_cot_jax.search.random_keys import Draw, fold_in_each
 from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
 from llava_cot_jax.search.stage_ends import end_stage
 from llava_cot_jax.search.strategies import SearchSpec
-from llava_cot_jax.search.tables import BLANK_LINE, ScorerTables, StageTables
+from llava_cot_jax.search.tables import BLANK_LINE, ScorerTables, StageTables, VerifierTables
 from llava_cot_jax.search.tournament import StageJudgement, run_tournament
 from llava_cot_jax.search.verifier import StageScores, rank_candidates, score_candidates
 
@@ -248,10 +248,18 @@ class StageSearch:
         return extend_chain(self.decoder, (prefix,), pending)
 
     def sample(
-        self, prefix: Segment, logits: Float[Array, "questions vocab"], stage: Int[Array, " questions"]
+        self,
+        prefix: Segment,
+        logits: Float[Array, "questions vocab"],
+        stage: Int[Array, " questions"],
+        capacity: int | None = None,
     ) -> tuple[Segment, Samples]:
-        """Sample the candidates of a stage, [questions, candidates]. Return them after the segment that caches them."""
-        suffix = self.decoder.init_cache(self.num_questions * max(self.spec.num_candidates), self.lengths.candidate)
+        """Sample the candidates of a stage, [questions, candidates]. Return them after the segment that caches them.
+
+        The segment has room for ``capacity`` tokens of each candidate; by default, for those that are sampled.
+        """
+        room = self.lengths.candidate if capacity is None else capacity
+        suffix = self.decoder.init_cache(self.num_questions * max(self.spec.num_candidates), room)
         keys, tables = stage_keys(self.inputs.seeds, stage), self.tables.stop_tables
         layers, samples = sample_candidates(self.decoder, self.spec, logits, (prefix,), suffix, tables, keys, stage)
         candidates = by_question(samples, self.num_questions)
@@ -259,13 +267,13 @@ class StageSearch:
 
     def segment(self, layers: CacheLayers, candidates: Samples, stage: Int[Array, " questions"]) -> Segment:
         """Return the segment of the cache that holds what is kept of candidates, but for the last token of each."""
-        return Segment(layers, self._cut(candidates, stage).num_cached.reshape(-1))
+        return Segment(layers, self.cut(candidates, stage).num_cached.reshape(-1))
 
     def kept(self, candidates: Samples, stage: Int[Array, " questions"]) -> RaggedTokens:
         """Return the tokens that are kept of candidates: those before the opening of the next stage."""
         return end_stage(candidates, self.tables, stage)[0]
 
-    def _cut(self, candidates: Samples, stage: Int[Array, " questions"]) -> Samples:
+    def cut(self, candidates: Samples, stage: Int[Array, " questions"]) -> Samples:
         """Return candidates that have no more tokens than are kept of them."""
         return replace(candidates, lengths=self.kept(candidates, stage).lengths)
 
@@ -284,11 +292,20 @@ class StageSearch:
         tables = self.scorer_tables.verifier
         if tables is None:
             return None
-        closings = self.tables.closings[stage[:, None], candidates.state]
         is_its_stage = jnp.array([isinstance(scorer, Verifier) for scorer in self.spec.scorers])[stage]
-        scored = self._cut(candidates, stage)
-        scored = replace(scored, ended=jnp.where(is_its_stage[:, None], scored.ended, EndReason.UNUSED))
-        return score_candidates(self.decoder, chain, scored, closings, stage, tables)
+        scored = replace(candidates, ended=jnp.where(is_its_stage[:, None], candidates.ended, EndReason.UNUSED))
+        return self.score_all(chain, scored, stage, tables)
+
+    def score_all(
+        self,
+        chain: tuple[Segment, ...],
+        candidates: Samples,
+        stage: Int[Array, " questions"],
+        tables: VerifierTables,
+    ) -> StageScores:
+        """Return the verifier's scores of the candidates of any stage; the other arguments are those of ``score``."""
+        closings = self.tables.closings[stage[:, None], candidates.state]
+        return score_candidates(self.decoder, chain, self.cut(candidates, stage), closings, stage, tables)
 
     def choose(
         self, candidates: Samples, scores: StageScores | None, progress: SearchProgress

@@ -10,9 +10,9 @@ from jaxtyping import Array, Int, Key
 class Draw(IntEnum):
     """Kinds of draws in a stage. A stage's key is folded with the kind, then with the candidates that it is for.
 
-    ``ROUND`` is not of a draw. In a retracing search it is folded in first, with the number of the round and the
-    candidate before that is continued, so that the stages of each round, and of each such candidate, have keys of their
-    own.
+    ``ROUND`` and ``CONTINUATION`` are not of draws. In a retracing search the former is folded in first, with the
+    number of the round and the candidate before that is continued, so that the stages of each round, and of each such
+    candidate, have keys of their own. The latter is folded in, with the candidate, for the continuations of each.
     """
 
     CANDIDATE = 0
@@ -20,6 +20,7 @@ class Draw(IntEnum):
     REASON = 2
     CHECK = 3
     ROUND = 4
+    CONTINUATION = 5
 
 
 def fold_in_each(key: Key[Array, ""], *numbers: Int[Array, " n"]) -> Key[Array, " n"]:

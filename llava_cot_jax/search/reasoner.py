@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,19 +201,61 @@ def search_together(
     Returns:
         The answer to each question, or what is wrong with its numbers.
     """
+    results, seconds = run_program(program_of(requests.spec), model, builder, requests)
+    return make_answers(model, builder, requests, places, results, seconds)
+
+
+def run_program(
+    program: Callable[..., StageResult], model: Mllama, builder: RequestBuilder, requests: Requests
+) -> tuple[Any, dict[str, float]]:
+    """Run the compiled program of a search on a batch of questions.
+
+    Args:
+        program: Function of ``jax.jit`` with the arguments of ``program.search``.
+        model: Model in the unrolled layout.
+        builder: Builder of the requests.
+        requests: The questions.
+
+    Returns:
+        The result of the program in host arrays, and the seconds by what they were spent on.
+    """
     start = time.perf_counter()
-    config, spec, mesh = model.config, requests.spec, model.mesh
-    static = {"config": config, "spec": spec, "prefill_chunk": default_prefill_chunk(mesh), "mesh": mesh}
+    static = {
+        "config": model.config,
+        "spec": requests.spec,
+        "prefill_chunk": default_prefill_chunk(model.mesh),
+        "mesh": model.mesh,
+    }
     inputs = (requests.inputs, builder.stage_tables, builder.scorer_tables)
     with without_surroundings():
-        results: StageResult = to_host(program_of(spec)(model.params, *inputs, **static), mesh)
-    seconds = {"prepare": requests.seconds, "search": time.perf_counter() - start}
-    maker = AnswerMaker(config, builder.processor, builder.strategy, spec)
+        results = to_host(program(model.params, *inputs, **static), model.mesh)
+    return results, {"prepare": requests.seconds, "search": time.perf_counter() - start}
+
+
+def make_answers(
+    model: Mllama,
+    builder: RequestBuilder,
+    requests: Requests,
+    places: Sequence[str],
+    results: StageResult,
+    seconds: Mapping[str, float],
+) -> list[Answer | UserError]:
+    """Return the answer to each question of a batch, or what is wrong with its numbers.
+
+    Args:
+        model: Model in the unrolled layout.
+        builder: Builder of the requests.
+        requests: The questions.
+        places: Words that say in an error which question it is.
+        results: Results of the program, in host arrays.
+        seconds: Seconds by what they were spent on.
+    """
+    maker = AnswerMaker(model.config, builder.processor, builder.strategy, requests.spec)
     answers = list[Answer | UserError]()
     for i, (question, seed, images) in enumerate(zip(requests.questions, requests.seeds, requests.images, strict=True)):
         stages = split_stages(results, i)
         try:
-            check_finite(stages, spec, places[i], model.dtype)
+            check_finite(stages, requests.spec, places[i], model.dtype)
         except UserError as fault:
             answers.append(fault)
         else:

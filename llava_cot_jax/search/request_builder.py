@@ -239,4 +239,6 @@ def _as_list(images: Images) -> list[ImageSource]:
     """Return the images of a question as a list."""
     if images is None:
         return []
-    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        return list(images)
+    return [images]

@@ -37,7 +37,7 @@ from llava_cot_jax.search.program import (
     unused_results,
 )
 from llava_cot_jax.search.random_keys import Draw, fold_in_each
-from llava_cot_jax.search.rollouts import append_joints, joint_capacity
+from llava_cot_jax.search.rollouts import append_joints, joint_tokens, row_capacity
 from llava_cot_jax.search.rounds import Rounds
 from llava_cot_jax.search.stage_ends import end_stage
 from llava_cot_jax.search.strategies import SearchSpec
@@ -47,16 +47,6 @@ from llava_cot_jax.search.verifier import StageScores, rank_candidates
 SUMMARY, CAPTION, REASONING, CONCLUSION = range(4)
 
 _Tree = TypeVar("_Tree")
-
-
-def joint_tokens(tables: StageTables) -> int:
-    """Return the largest number of tokens between two stages: a closing and an opening."""
-    return tables.closings.capacity + tables.openings.capacity
-
-
-def row_capacity(spec: SearchSpec, tables: StageTables) -> int:
-    """Return the number of tokens that the cache of a candidate has room for, so that it can be continued."""
-    return spec.candidate_tokens + joint_capacity(joint_tokens(tables))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "prefill_chunk", "mesh"))

@@ -9,18 +9,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
-from jaxtyping import Array, Float, Int, Key, UInt8
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from llava_cot_jax.inference.decoding import Decoder, Samples
+from llava_cot_jax.inference.decoding import Decoder, Samples, sample
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, concat
 from llava_cot_jax.model.kv_cache import Segment
-from llava_cot_jax.search.program import extend_chain, sample_candidates
+from llava_cot_jax.search.program import candidate_cache, candidate_stops, extend_chain
 from llava_cot_jax.search.strategies import SearchSpec
+from llava_cot_jax.search.tables import StageTables
 
 
 def joint_capacity(joint: int) -> int:
     """Return the room that a candidate's cache needs for the ``joint`` tokens that ``append_joints`` adds."""
     return 2 * (1 + joint)
+
+
+def joint_tokens(tables: StageTables) -> int:
+    """Return the largest number of tokens between two stages: a closing and an opening."""
+    return tables.closings.capacity + tables.openings.capacity
+
+
+def row_capacity(spec: SearchSpec, tables: StageTables) -> int:
+    """Return the number of tokens that the cache of a candidate has room for, so that it can be continued."""
+    return spec.candidate_tokens + joint_capacity(joint_tokens(tables))
 
 
 def append_joints(
@@ -46,29 +58,37 @@ def sample_continuations(
     decoder: Decoder,
     spec: SearchSpec,
     chain: tuple[Segment, ...],
-    candidates: Samples,
-    joints: RaggedTokens,
+    logits: Float[Array, "groups vocab"],
+    used: Bool[Array, " groups"],
     stop_tables: UInt8[Array, "stages states vocab"],
     keys: Key[Array, " groups"],
     stage: Int[Array, " groups"],
-) -> Samples:
-    """Sample ``spec.num_candidates`` continuations of each candidate, side by side.
+) -> tuple[Segment, Samples]:
+    """Sample ``max(spec.num_candidates)`` continuations of each candidate, side by side.
 
     Args:
         decoder: Model and images.
         spec: Static part of the search, whose candidates are the continuations.
-        chain: Segments up to the candidates' own, root first. The last has a row for each candidate, with the keys and
-            values of ``Samples.num_cached`` tokens, and room for ``joint_capacity`` tokens more.
-        candidates: Candidates, [groups].
-        joints: Tokens between a candidate and its continuations, such as what closes a stage and opens the next,
-            [groups]. A candidate without text needs at least one.
+        chain: Segments up to the candidates' own, root first, the last as ``append_joints`` returns it.
+        logits: float32 logits after the chain, as ``append_joints`` returns them.
+        used: Whether to continue a candidate at all.
         stop_tables: Stop table of each stage of the continuations.
         keys: Random key of each candidate.
         stage: int32, index of the stage of each candidate's continuations in ``spec``.
 
     Returns:
-        The continuations, [groups * continuations].
+        The segment of the continuations, but for the last token of each, and the continuations,
+        [groups * continuations].
     """
-    own, logits = append_joints(decoder, chain, candidates, joints)
-    suffix = decoder.init_cache(len(keys) * max(spec.num_candidates), max(spec.max_new_tokens))
-    return sample_candidates(decoder, spec, logits, (*chain[:-1], own), suffix, stop_tables, keys, stage)[1]
+    count = max(spec.num_candidates)
+    stop = candidate_stops(spec, stop_tables, keys, stage)
+    suffix = decoder.init_cache(len(keys) * count, max(spec.max_new_tokens))
+    layers, samples = sample(
+        decoder,
+        jnp.repeat(logits, count, axis=0),
+        candidate_cache(suffix, chain),
+        replace(stop, used=stop.used & jnp.repeat(used, count)),
+        capacity=max(spec.max_new_tokens),
+        sampling=spec.sampling,
+    )
+    return Segment(layers, samples.num_cached), samples

@@ -132,6 +132,21 @@ def check_strategy(strategy: Any) -> None:
         raise UserError(f"search is {shown(strategy)}; it must be a strategy, such as StageBeam() or Greedy()")
 
 
+def check_continuable(spec: SearchSpec) -> None:
+    """Check that the candidates of a search can be continued to the end of the answer.
+
+    Raises:
+        UserError: It is none by stages, or its stages are turns of their own.
+    """
+    if not spec.stages or not spec.can_stream:
+        raise UserError("the candidates of stages are continued: search with stage_beam (--search stage_beam)")
+    if spec.format.has_turns:
+        raise UserError(
+            f"format {spec.format.name} asks for its stages in several turns, so that no candidate can be continued to "
+            "the end of the answer: give a format of one turn, such as llava_cot"
+        )
+
+
 FORMAT_REMEDY = 'give a StageFormat, such as StageFormat.load("mulberry")'
 """Remedy for a format that is none."""
 

@@ -244,7 +244,7 @@ def build_scorer_tables(
     """
     return ScorerTables(
         judge=None if spec.judge is None else build_judge_tables(processor, spec, spec.judge, prompts, entries),
-        verifier=build_verifier_tables(processor, spec, prompts) if spec.has_verifier else None,
+        verifier=build_verifier_tables(processor, scored_stages(spec), prompts) if spec.has_verifier else None,
         threshold=None if spec.rounds is None else jnp.float32(spec.rounds.threshold),
     )
 
@@ -284,13 +284,13 @@ def build_judge_tables(
     )
 
 
-def build_verifier_tables(processor: Processor, spec: SearchSpec, prompts: JudgePrompts) -> VerifierTables:
-    """Return the tables of the verifier of the candidates of ``spec``.
+def build_verifier_tables(processor: Processor, stages: Sequence[str], prompts: JudgePrompts) -> VerifierTables:
+    """Return the tables of the verifier of candidates of ``stages``, which are names as in ``scored_stages``.
 
     Raises:
         UserError: An answer is not the natural next token after a probe.
     """
-    probes = [prompts.probe_text(processor, stage) for stage in scored_stages(spec)]
+    probes = [prompts.probe_text(processor, stage) for stage in stages]
     answers = _natural_tokens(
         processor,
         probes[0],

@@ -23,7 +23,7 @@ from llava_cot_jax.model.sharding import make_mesh, use_mesh
 from llava_cot_jax.planning import slices
 from llava_cot_jax.planning.programs import abstract_params, lower_search
 from llava_cot_jax.search.program import ACCELERATOR_CHUNK, SearchInputs, sample_candidates
-from llava_cot_jax.search.rollouts import joint_capacity, sample_continuations
+from llava_cot_jax.search.rollouts import append_joints, joint_capacity, sample_continuations
 from llava_cot_jax.search.scorers import Verifier
 from llava_cot_jax.search.strategies import BestOfN, StageBeam
 
@@ -64,7 +64,11 @@ def lower_rollouts(mesh: Mesh) -> jax.stages.Lowered:
                 decoder, first, logits, (root,), room, stop_tables, root_keys, stage[:1]
             )
             chain, joints = (root, Segment(layers, candidates.num_cached)), pad([[3] * JOINT] * CANDIDATES)
-            return candidates, sample_continuations(decoder, then, chain, candidates, joints, stop_tables, keys, stage)
+            own, logits = append_joints(decoder, chain, candidates, joints)
+            used = jnp.ones(CANDIDATES, bool)
+            return candidates, sample_continuations(decoder, then, (root, own), logits, used, stop_tables, keys, stage)[
+                1
+            ]
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(

@@ -18,7 +18,7 @@ from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import LENGTH_STEP, RequestBuilder
 from llava_cot_jax.search.scorers import Judge, LogProbability
 from llava_cot_jax.search.strategies import BestOfN, Greedy, MajorityVote, Sample, StageBeam
-from llava_cot_jax.search.tables import build_judge_tables, build_verifier_tables, vocabulary_of
+from llava_cot_jax.search.tables import build_judge_tables, build_verifier_tables, scored_stages, vocabulary_of
 from llava_cot_jax.stage_format import STAGES
 from tests.search.models import TRAINED_BEAM, random_model, scene, tagged_processor, trained_model
 
@@ -374,7 +374,7 @@ def test_each_field_of_the_file_changes_what_the_model_reads():
     def tables(prompts, spec):
         judge, verifier = (
             build_judge_tables(processor, spec, spec.judge, prompts, vocabulary_of(processor)),
-            build_verifier_tables(processor, spec, prompts),
+            build_verifier_tables(processor, scored_stages(spec), prompts),
         )
         return jax.tree.leaves((judge, verifier))
 

@@ -14,7 +14,7 @@ from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.search.program import sample_candidates
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_builder import RequestBuilder
-from llava_cot_jax.search.rollouts import joint_capacity, sample_continuations
+from llava_cot_jax.search.rollouts import append_joints, joint_capacity, sample_continuations
 from llava_cot_jax.search.scorers import LogProbability
 from llava_cot_jax.search.strategies import BestOfN
 from tests.search import brute_force
@@ -50,8 +50,10 @@ def test_continuations_of_candidates_are_those_after_a_plain_prefix(prompts):
             decoder, first.to_spec(), logits, (root,), room, stop_tables, root_keys, stage[:1]
         )
         chain, joints = (root, Segment(layers, candidates.num_cached)), pad([tag] * CANDIDATES)
-        continuations = sample_continuations(
-            decoder, then.to_spec(), chain, candidates, joints, stop_tables, keys, stage
+        own, logits = append_joints(decoder, chain, candidates, joints)
+        used = jnp.ones(CANDIDATES, bool)
+        _, continuations = sample_continuations(
+            decoder, then.to_spec(), (root, own), logits, used, stop_tables, keys, stage
         )
         return candidates, continuations
 

@@ -22,7 +22,7 @@ from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.scorers import Judge, LogProbability, Verifier
 from llava_cot_jax.search.strategies import BestOfN, StageBeam, WeightedVote
-from llava_cot_jax.search.tables import build_verifier_tables
+from llava_cot_jax.search.tables import build_verifier_tables, scored_stages
 from llava_cot_jax.search.trace import CandidateTrace, StageTrace
 from llava_cot_jax.search.verifier import rank_candidates
 from llava_cot_jax.stage_format import LLAVA_COT
@@ -165,7 +165,7 @@ def test_neighbours_and_places_change_no_score(ending, prompts):
 def test_probes_are_counted_and_nothing_is_read_twice(ending, prompts, strategy):
     model, processor = ending
     image, question = scene(2)
-    tables = build_verifier_tables(processor, strategy.to_spec(), JudgePrompts.load(prompts))
+    tables = build_verifier_tables(processor, scored_stages(strategy.to_spec()), JudgePrompts.load(prompts))
     trace = Reasoner(model, processor, strategy, prompts).answer(image, question).trace
     expected = 0
     for number, stage in enumerate(trace.stages):
@@ -186,7 +186,9 @@ def test_a_single_candidate_has_a_score(ending, prompts):
 
 def test_the_probe_is_short_and_its_answers_are_natural_in_the_published_vocabulary(published):
     """The workload of ``bench`` counts as many tokens as the shipped probe has."""
-    tables = build_verifier_tables(published, STRATEGY.to_spec(), JudgePrompts.load(DEFAULT_JUDGE_PROMPTS))
+    tables = build_verifier_tables(
+        published, scored_stages(STRATEGY.to_spec()), JudgePrompts.load(DEFAULT_JUDGE_PROMPTS)
+    )
     assert [published.tokenizer.decode(token) for token in tables.answers.tolist()] == [" yes", " no"]
     assert Workload().probe_tokens == tables.probes.capacity
 

@@ -1,0 +1,263 @@
+"""Give values to the candidates of a search by stages: how often an answer that goes on from each is right.
+
+llava-cot rollout --data shapes --limit 1000 --output runs/values
+llava-cot rollout --data data/llava_cot_100k --checkpoint DIR_OR_HUB_ID --output runs/values_11b
+llava-cot rollout --data FILE.jsonl --checkpoint DIR_OR_HUB_ID --output runs/mine
+llava-cot rollout --data shapes --limit 10000 --checkpoint Llama-3.2-11B-Vision-Instruct --estimate
+llava-cot rollout --values runs/values --pairs runs/values/pairs.jsonl --form trl
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+from llava_cot_jax import cli
+from llava_cot_jax.answering_model import AnsweringModel, add_model_options, check_mesh_sizes
+from llava_cot_jax.answering_processes import add_process_options, answer_job, prepare_devices, run_in_group
+from llava_cot_jax.checks import check_int
+from llava_cot_jax.costs.chips import CHIPS, Chip
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.evaluation.matching import MATCHES
+from llava_cot_jax.evaluation.question_sets import EvaluationSet, Matching
+from llava_cot_jax.hosts.lifeline import Lifeline
+from llava_cot_jax.hosts.process_group import ProcessGroup
+from llava_cot_jax.inference.settings import Sampling
+from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.paths import BUNDLED_MODEL, as_path
+from llava_cot_jax.search.options import add_arguments, strategy_or_sampling
+from llava_cot_jax.search.prompts import JudgePrompts
+from llava_cot_jax.search.request_options import add_weight_options
+from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_continuable
+from llava_cot_jax.values.job import VALUES, RolloutJob
+from llava_cot_jax.values.pairs import FORMS, MIN_DIFFERENCE, write_pairs
+from llava_cot_jax.values.questions import SPLITS, open_questions
+
+_CHIPS = {chip.name.removeprefix("TPU ").replace(" GB", "GB").replace(" ", "_"): chip for chip in CHIPS}
+"""Chips by the names that ``--chip`` takes."""
+
+_PAIRS = ("values", "pairs", "form", "min_difference")
+"""Options of writing pairs, of which the first three go together."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: An argument, a file or a checkpoint that cannot be used, before anything expensive starts.
+    """
+    run_in_group("rollout", _parser(), sys.argv[1:] if argv is None else argv, _rollout)
+
+
+def _rollout(options: Any, group: ProcessGroup, lifeline: Lifeline | None) -> None:
+    """Give values to the candidates of the questions that have none yet, or do what else the options ask for.
+
+    Args:
+        options: Options of the command.
+        group: Processes of the run.
+        lifeline: Bond of the processes that have one model over all their devices; None where each has its own.
+    """
+    if any(options[name] is not None for name in _PAIRS):
+        _write_pairs(options, group)
+        return
+    strategy = _checked_strategy(options)
+    if options.data is None:
+        raise UserError("there are no questions: give --data, or --values and --pairs to write pairs of values")
+    matching = Matching(options.match, options.tolerance)
+    questions = open_questions(options.data, options.split, options.first, options.limit, matching, options.seed)
+    if options.estimate:
+        from llava_cot_jax.planning.model_sizes import model_config_for
+
+        config = model_config_for(options.checkpoint or BUNDLED_MODEL)
+        if group.index == 0:
+            print(_estimate(options, config, strategy.to_spec(), len(questions.rows)))
+        return
+    _run_job(options, strategy, questions, group, lifeline)
+
+
+def _run_job(
+    options: Any, strategy: Strategy, questions: EvaluationSet, group: ProcessGroup, lifeline: Lifeline | None
+) -> None:
+    """Give values to the candidates of the questions that have none yet."""
+    if options.output is None:
+        raise UserError("--output is missing: name the folder that takes the values")
+    model = AnsweringModel.find(options)
+    folder = as_path(options.output)
+    job = RolloutJob(options, questions, folder, strategy, model, writes=group.index == 0)
+    if group.count == 1 and not job.unanswered:
+        job.finish()
+    else:
+        # This import takes longer than all checks so far.
+        from llava_cot_jax.processing.processor import Processor
+
+        processor = Processor.from_pretrained(model.folder, model.config)
+        if group.index == 0:
+            print(_estimate(options, model.config, strategy.to_spec(), len(job.unanswered)), file=sys.stderr)
+
+        def fields() -> dict[str, str]:
+            own = ("hosts", "checkpoint", "adapter", "config", "data", "output")
+            return {name: str(value) for name, value in vars(options).items() if name not in own} | job.fields()
+
+        prepare_devices(group, lifeline, fields, model)
+        job.prepare(processor)
+        answer_job(job, model, group, is_divided=lifeline is None and group.count > 1)
+    if group.index == 0:
+        print(f"wrote the values to {folder / VALUES}", file=sys.stderr)
+        job.check_answered()
+
+
+def _checked_strategy(options: Any) -> Strategy:
+    """Return the search, once all options have been checked that need no file of questions.
+
+    Raises:
+        UserError: One of them cannot be used.
+    """
+    options.search = options.search or "stage_beam"
+    strategy = strategy_or_sampling(options)
+    assert not isinstance(strategy, Sampling)  # there is a search
+    spec = strategy.to_spec()
+    check_continuable(spec)
+    for name in ("slots", "continuations"):
+        check_int(name, options[name])
+    check_mesh_sizes(options)
+    JudgePrompts.load(options.judge_prompts)
+    _stage_tokens(options, spec)
+    return strategy
+
+
+def _stage_tokens(options: Any, spec: SearchSpec) -> tuple[int, ...]:
+    """Return the number of tokens of a candidate of each stage that the estimate assumes."""
+    from llava_cot_jax.benchmark.workload import Workload
+
+    given = options.stage_tokens or Workload().stage_tokens
+    if len(given) != spec.num_stages:
+        if options.stage_tokens is None:
+            return (sum(given) // spec.num_stages,) * spec.num_stages
+        raise UserError(f"stage_tokens has {len(given)} values for {spec.num_stages} stages: give one for each")
+    for tokens in given:
+        check_int("stage_tokens", tokens)
+    return tuple(min(pair) for pair in zip(given, spec.max_new_tokens, strict=True))
+
+
+def _estimate(options: Any, config: MllamaConfig, spec: SearchSpec, questions: int) -> str:
+    """Return what the job takes at least."""
+    from llava_cot_jax.planning.rollout_plan import estimate_rollouts
+    from llava_cot_jax.planning.search_plan import TYPICAL_WORKLOAD
+
+    chip: Chip = _CHIPS[options.chip]
+    work = replace(TYPICAL_WORKLOAD, stage_tokens=_stage_tokens(options, spec))
+    found = estimate_rollouts(
+        config, spec, options.continuations, chip, questions=questions, slots=options.slots, work=work
+    )
+    return str(found)
+
+
+def _write_pairs(options: Any, group: ProcessGroup) -> None:
+    """Write pairs for preference training from values.
+
+    Raises:
+        UserError: An option is missing or cannot be used, or a file cannot be read or written.
+    """
+    for name in _PAIRS[:3]:
+        if options[name] is None:
+            raise UserError(
+                f"--{name} is missing: pairs are written by --values FOLDER --pairs FILE --form {'|'.join(FORMS)}"
+            )
+    for name in ("data", "output"):
+        if options[name] is not None:
+            raise UserError(f"--{name} has no meaning with --values, from which pairs are written")
+    if group.index == 0:
+        least = MIN_DIFFERENCE if options.min_difference is None else options.min_difference
+        count = write_pairs(as_path(options["values"]), as_path(options.pairs), options.form, least)
+        print(f"wrote {count:,} pairs to {options.pairs}", file=sys.stderr)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser("rollout")
+    _add_rollout_options(parser)
+    _add_pair_options(parser)
+    add_model_options(parser)
+    add_arguments(parser)
+    add_weight_options(parser)
+    add_process_options(parser)
+    return parser
+
+
+def _add_rollout_options(parser: cli.Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--data",
+        type=str,
+        help="Questions whose right answers are known: shapes, the package's own world; a folder that prepare has "
+        "made, of which the conclusion of the first answer of a row is the right one; or a JSONL or TSV file as "
+        "evaluate --benchmark takes it.",
+    )
+    add("--split", choices=list(SPLITS), help="Split of shapes, or of a prepared folder. By default, train.")
+    add("--first", type=int, default=0, help="Index of the first row, so that later rounds take other ones.")
+    add("--limit", type=int | None, default=None, help="Number of rows from --first on. By default, all.")
+    add(
+        "--output",
+        type=str,
+        help=f"Folder that takes the values ({VALUES}) and the images of the questions. The same command goes on with "
+        "it after an interruption, and does nothing twice.",
+    )
+    add(
+        "--continuations",
+        type=int,
+        default=8,
+        help="Number of continuations of each candidate to the end of the answer. Its value is the share of them that "
+        "are right; that of a candidate of the last stage, which has none, is whether it is right itself.",
+    )
+    add(
+        "--match",
+        choices=list(MATCHES),
+        help="Way to compare conclusions with right answers, where a row names none, as in evaluate. Of prepared data "
+        "it is also the way to read the right answer: the letter, yes or no, or the number of the row's conclusion.",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="Largest difference of a right number, as a share of the right answer, with the match number.",
+    )
+    add("--seed", type=int, default=0, help="Seed of sampled tokens, from which each question has one of its own.")
+    add("--slots", type=int, default=8, help="Number of questions that are searched at a time.")
+    add(
+        "--estimate",
+        type=bool,
+        default=False,
+        help="Only print the tokens, the FLOPs and the least hours of a chip, without loading weights. --checkpoint "
+        "may be the name of a published model.",
+    )
+    add("--chip", choices=list(_CHIPS), default="v6e", help="Chip that the hours are of.")
+    add(
+        "--stage_tokens",
+        type=tuple[int, ...] | None,
+        default=None,
+        help="Number of tokens of a candidate of each stage that the estimate assumes. By default, 60, 100, 200 and "
+        "30, or what --max_new_tokens leaves.",
+    )
+
+
+def _add_pair_options(parser: cli.Parser) -> None:
+    add = parser.add_argument_group("Pairs for preference training").add_argument
+    add("--values", type=str, help="Folder of values that this command has written, to make pairs of.")
+    add("--pairs", type=str, help="JSONL file that takes the pairs. Its paths of images are relative to its folder.")
+    add(
+        "--form",
+        choices=list(FORMS),
+        help="Form of the pairs: llama_factory is that of LLaMA-Factory's preference data in ShareGPT's form, trl that "
+        "of TRL's conversational preference data.",
+    )
+    add(
+        "--min_difference",
+        type=float | None,
+        default=None,
+        help=f"Least difference of the values of two candidates that makes a pair. By default, {MIN_DIFFERENCE}.",
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, leave=os._exit, command="rollout")

@@ -1,0 +1,169 @@
+"""Job of giving values to the candidates of searches: the share of their continuations that are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_cot_jax.answering_model import AnsweringModel
+from llava_cot_jax.evaluation.matching import RightAnswer, scored_text
+from llava_cot_jax.evaluation.question_sets import EvaluationSet
+from llava_cot_jax.files import write_bytes
+from llava_cot_jax.hosts.question_queue import AnswerRow
+from llava_cot_jax.paths import writing_errors
+from llava_cot_jax.question_job import QuestionJob
+from llava_cot_jax.search.strategies import Strategy
+from llava_cot_jax.stage_format import StageFormat
+
+if TYPE_CHECKING:
+    from llava_cot_jax.model.mllama import Mllama
+    from llava_cot_jax.processing.processor import Processor
+    from llava_cot_jax.search.batches import AnswerBatches
+    from llava_cot_jax.search.request_builder import RequestBuilder
+    from llava_cot_jax.search.rollout_search import StageRollouts
+    from llava_cot_jax.search.stream import AnswerStream, Question, StreamedAnswer
+
+VALUES = "values.jsonl"
+"""File of the values in the folder of a run."""
+
+
+class RolloutJob(QuestionJob):
+    """Job of searching for the answers to questions, and of giving a value to every candidate.
+
+    Args:
+        options: Options of the command.
+        questions: The questions, with their right answers.
+        folder: Folder that takes the values and the images.
+        strategy: Search by stages.
+        model: Model that answers.
+        writes: Whether this process has the output.
+
+    Raises:
+        UserError: The output cannot be used, or was begun with other settings.
+    """
+
+    def __init__(
+        self,
+        options: Any,
+        questions: EvaluationSet,
+        folder: Path,
+        strategy: Strategy,
+        model: AnsweringModel,
+        *,
+        writes: bool = True,
+    ) -> None:
+        self._name, self._known, self._folder = questions.name, questions.known, folder
+        self._format = strategy.to_spec().format
+        super().__init__(options, questions, folder / VALUES, strategy, model, writes=writes)
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("continuations", "match", "tolerance")
+        return {"data": self._name, **super()._settings(), **{name: self._options[name] for name in names}}
+
+    def _image_sizes(self) -> list[int | str]:
+        """Return the sizes of images that are files; the digest of a data set stands for its own."""
+        from llava_cot_jax.values.questions import RowImages
+
+        return [] if any(isinstance(row.sources, RowImages) for row in self.rows) else super()._image_sizes()
+
+    def _new_builder(self, processor: Processor) -> RequestBuilder:
+        from llava_cot_jax.search.rollout_search import RolloutBuilder
+
+        return RolloutBuilder(processor, self._strategy, self._options.judge_prompts, self._model.stated_length)
+
+    def _answers(self, model: Mllama, questions: Iterator[Question]) -> AnswerStream | AnswerBatches:
+        from llava_cot_jax.search.batches import AnswerBatches
+        from llava_cot_jax.search.rollout_search import roll_out_together
+
+        assert self._builder is not None
+        search = partial(roll_out_together, continuations=self._options.continuations)
+        return AnswerBatches(
+            model,
+            self._builder,
+            questions,
+            size=self._options.slots,
+            prompt_tokens=self._prompt_tokens,
+            images=self._images,
+            search=search,
+        )
+
+    def keep(self, question: int, row: AnswerRow) -> None:
+        """Store the values of a question, after its images, if the output is here, and count it.
+
+        Raises:
+            UserError: They cannot be stored.
+        """
+        if self._file and "error" not in row:
+            asked = self.rows[question]
+            for name, source in zip(asked.images, asked.sources, strict=True):
+                path = self._folder / name
+                with writing_errors(path):
+                    write_bytes(path, _content_of(source))
+        super().keep(question, row)
+
+    def _row(self, question: int, streamed: StreamedAnswer, answers: AnswerStream | AnswerBatches) -> dict[str, Any]:
+        from llava_cot_jax.search.rollout_search import RolledOutAnswer
+
+        if streamed.answer is None:
+            return super()._row(question, streamed, answers)
+        row, known = self.rows[question], self._known[question]
+        assert known is not None and isinstance(streamed.answer, RolledOutAnswer)
+        right = list(known.right.answers)
+        return {
+            "id": row.id,
+            "question": row.question,
+            "images": row.images,
+            "answer": right[0] if len(right) == 1 else right,
+            "match": known.right.match_name,
+            "seed": self._seed(row),
+            "format": self._format.name,
+            **value_stages(streamed.answer.rollouts, known.right, self._format),
+        }
+
+
+def value_stages(rollouts: Sequence[StageRollouts], right: RightAnswer, format: StageFormat) -> dict[str, Any]:
+    """Return the stages of a question with the values of their candidates, and whole answers, as a row has them.
+
+    Args:
+        rollouts: Continuations of each stage's candidates.
+        right: The right answer.
+        format: Format of the stages.
+    """
+    verdicts: dict[str, bool] = {}  # many continuations are equal
+
+    def is_right(answer: str) -> bool:
+        if answer not in verdicts:
+            verdicts[answer] = right.accepts(scored_text(answer, format))
+        return verdicts[answer]
+
+    stages, whole = list[dict[str, Any]](), dict[str, dict[str, Any]]()
+    for name, stage in zip(format.names, rollouts, strict=True):
+        candidates = []
+        for i, text in enumerate(stage.texts):
+            answers, (score, other) = stage.answers[i], stage.scores[i]
+            count = sum(map(is_right, answers))
+            candidates.append(
+                {
+                    "text": text,
+                    "value": count / len(answers),
+                    "right": count,
+                    "continuations": len(answers),
+                    "mean_log_prob": stage.mean_log_probs[i],
+                    "score": score,
+                    "other_probability": other,
+                }
+            )
+            first, (score, other) = answers[0], stage.answer_scores[i]
+            told = {"text": first, "right": is_right(first), "score": score, "other_probability": other}
+            whole.setdefault(first, told)
+        stages.append({"stage": name, "before": stage.before, "winner": stage.winner, "candidates": candidates})
+    return {"stages": stages, "answers": list(whole.values())}
+
+
+def _content_of(source: str | bytes) -> bytes:
+    """Return the bytes of the file of an image."""
+    from llava_cot_jax.processing.images import read_image_file
+
+    return source if isinstance(source, bytes) else read_image_file(source)

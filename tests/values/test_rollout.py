@@ -1,0 +1,128 @@
+"""``rollout``: its file of values, what an interruption leaves, pairs of values, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llava_cot_jax.data.shapes.rows import ShapesRows
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.rollout import main
+from tests.processes import free_port, xla_flags
+
+COUNT = 5
+"""Number of questions."""
+
+SEARCH = ["--num_candidates", "2", "--continuations", "2", "--judge", "verifier", "--temperature", "1.3"]
+SEARCH += ["--max_new_tokens", "[12,24,30,6]", "--slots", "2"]
+
+ENVIRONMENT = os.environ | {"XLA_FLAGS": xla_flags(devices=1), "JAX_PLATFORMS": "cpu"}
+
+STAGES = ["SUMMARY", "CAPTION", "REASONING", "CONCLUSION"]
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Questions of the shapes world, of which two share a picture; one can never be right, and one cannot be asked."""
+    folder, world = tmp_path_factory.mktemp("questions"), ShapesRows("train")
+    (folder / "a").mkdir()
+    rows = []
+    for index in range(3):
+        world[index].images[0].save(folder / "a" / f"{index}.png")
+        asked = {"id": index, "question": world[index].turns[0].question, "image": f"a/{index}.png"}
+        rows.append({**asked, "answer": world.answer(index)})
+    rows.append({**rows[0], "id": "never", "answer": "a zebra"})
+    rows.append({**rows[0], "id": "unasked", "question": "What is <|begin_of_text|>?"})
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "own.jsonl"
+
+
+def command(questions: Path, output: Path, *more: str) -> list[str]:
+    arguments = ["--data", str(questions), "--output", str(output), *SEARCH, *more]
+    return [sys.executable, "-m", "llava_cot_jax.rollout", *arguments]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(questions, tmp_path_factory) -> Path:
+    """The folder of a run of one process."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = subprocess.run(command(questions, folder), env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    assert "5 questions: " in done.stderr and "hours of one TPU v6e" in done.stderr
+    return folder
+
+
+def read_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "values.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_file_of_values(questions, uninterrupted):
+    """Its rows stand alone, and no candidate of a row that can never be right has a value."""
+    rows = read_rows(uninterrupted)
+    assert [row["id"] for row in rows] == [0, 1, 2, "never", "unasked"]
+    assert list(rows[-1]) == ["id", "question", "images", "seed", "error"]
+    for row in rows[:-1]:
+        assert list(row) == ["id", "question", "images", "answer", "match", "seed", "format", "stages", "answers"]
+        assert (row["format"], row["match"]) == ("llava_cot", "yes_no" if row["id"] == 2 else "exact")
+        assert [stage["stage"] for stage in row["stages"]] == STAGES
+        before = []
+        for stage in row["stages"]:
+            assert stage["before"] == "\n\n".join(before)
+            for candidate in stage["candidates"]:
+                assert candidate["text"].startswith(f"<{stage['stage']}>")
+                assert candidate["continuations"] == (1 if stage["stage"] == "CONCLUSION" else 2)
+                assert candidate["value"] == candidate["right"] / candidate["continuations"]
+                assert 0 < candidate["score"] < 1 and candidate["mean_log_prob"] <= 0
+            best = max(stage["candidates"], key=lambda candidate: (candidate["score"], candidate["mean_log_prob"]))
+            assert stage["candidates"][stage["winner"]]["score"] == best["score"]
+            before.append(stage["candidates"][stage["winner"]]["text"])
+        texts = [answer["text"] for answer in row["answers"]]
+        assert len(set(texts)) == len(texts) and "\n\n".join(before) in texts
+        values = [candidate["value"] for stage in row["stages"] for candidate in stage["candidates"]]
+        assert (max(values) > 0) == any(answer["right"] for answer in row["answers"]) == (row["id"] != "never")
+        assert set(values) == {0.0} if row["id"] == "never" else values
+        (image,) = row["images"]
+        assert (uninterrupted / image).read_bytes() == (questions.parent / image.removeprefix("images/")).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(questions, uninterrupted, tmp_path):
+    """Nothing that was on the disk is done again, and the files are those of an uninterrupted run."""
+    values, arguments = tmp_path / "values.jsonl", command(questions, tmp_path)
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not values.exists() or values.read_bytes().count(b"\n") < 1:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = values.read_bytes().count(b"\n")
+    assert 1 <= kept < COUNT
+    ended = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert f"answering {kept + 1}/{COUNT} questions" in ended.stdout
+    assert f"answering {kept}/{COUNT} questions" not in ended.stdout
+    assert files(tmp_path) == files(uninterrupted)
+
+
+@pytest.mark.slow
+def test_two_processes_divide_the_questions(questions, uninterrupted, tmp_path):
+    hosts = ["--hosts.coordinator", f"localhost:{free_port()}", "--hosts.count", "2", "--hosts.index"]
+    both = [
+        subprocess.Popen(command(questions, tmp_path, *hosts, index), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        for index in ("0", "1")
+    ]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
+    assert files(tmp_path) == files(uninterrupted)
+
+
+def test_other_settings_are_refused(questions, uninterrupted):
+    with pytest.raises(UserError, match="was begun with continuations = 2, which is 3 now"):
+        main([*command(questions, uninterrupted)[3:], "--continuations", "3"])
