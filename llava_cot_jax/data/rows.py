@@ -8,6 +8,22 @@ from itertools import accumulate
 from typing import Protocol
 
 from llava_cot_jax.processing.images import ImageSource
+from llava_cot_jax.processing.probe import Probe
+
+
+@dataclass(frozen=True)
+class ProbeTarget:
+    """Question of the verifier about an answer, and the reply that is trained.
+
+    Attributes:
+        probe: The question, and the two texts of the reply.
+        value: Probability to train of the first text, which says that the answer is right; the second has the rest.
+        weight: Weight of the answer among all that are asked about.
+    """
+
+    probe: Probe
+    value: float
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -19,12 +35,15 @@ class Turn:
         answer: Text of the answer.
         images: Number of images of the row that come before the text of this question.
         system: Text of the system's turn before the question, or empty. Only the first turn of a row may have one.
+        target: What the verifier is to say of the answer, and all that is trained of the turn, which is the only one of
+            its row. None trains the answer itself.
     """
 
     question: str
     answer: str
     images: int = 0
     system: str = ""
+    target: ProbeTarget | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,11 @@ class Rows(Protocol):
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         """Read the conversation of a row alone, without the cost of its images."""
+
+
+def asks_verifier(rows: Rows) -> bool:
+    """Whether rows, which are all of one kind, train what the verifier says of an answer, rather than the answer."""
+    return rows.turns(0)[0].target is not None
 
 
 @dataclass(frozen=True)

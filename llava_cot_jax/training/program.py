@@ -113,6 +113,7 @@ def make_program(
         grad_accum_steps=settings.grad_accum_steps,
         max_grad_norm=settings.optimizer.max_grad_norm,
         lora_scale=settings.lora.scale,
+        verifier_weight=settings.verifier.weight,
     )
 
     @jax.jit

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
+from llava_cot_jax.data.settings import ChatSettings, LoaderSettings, VerifierSettings
 from llava_cot_jax.data.sources import SHAPES_DATA
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.folder import absolute_name
@@ -168,9 +168,10 @@ class TrainSettings:
             beside its weights. With several hosts, it is one that all of them see, such as a bucket.
         checkpoint: Checkpoint to start from: a folder in Hugging Face form, an id on the hub, a bucket path, or
             ``shapes`` for the small model of the package.
-        data: Data set to train on: a folder made by ``llava-cot prepare``, or ``shapes`` for generated pictures.
-            Several are given with a weight each, as ``{"data/one": 1, "data/two": 2.5}``: the number of times that
-            each of their rows comes in an epoch. With a fraction, each epoch has another share of the rows.
+        data: Data set to train on: a folder made by ``llava-cot prepare``, or ``shapes`` for generated pictures; or,
+            to train a verifier, a folder of values made by ``llava-cot rollout``. Several are given with a weight
+            each, as ``{"data/one": 1, "data/two": 2.5}``: the number of times that each of their rows comes in an
+            epoch. With a fraction, each epoch has another share of the rows.
         validation_data: Data set to validate on: its validation split or, if it has none, all of its rows. By
             default, the validation split of ``data``; with several data sets, as many rows of each.
         random_init: Start from random weights; only the configuration, tokenizer and image settings of
@@ -199,6 +200,7 @@ class TrainSettings:
         loader: Loader: how examples become batches.
         optimizer: Optimizer: AdamW, its learning rate schedule and its precision.
         lora: LoRA: which weights get adapters, and how large these are.
+        verifier: Verifier: how it learns from data sets of values, which ``llava-cot rollout`` writes.
 
     Raises:
         UserError: A value is out of range, or two values contradict each other.
@@ -230,6 +232,7 @@ class TrainSettings:
     loader: LoaderSettings = field(default_factory=LoaderSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    verifier: VerifierSettings = field(default_factory=VerifierSettings)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "grad_accum_steps", "max_nonfinite_steps", "log_every"):

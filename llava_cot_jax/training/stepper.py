@@ -115,6 +115,7 @@ class Stepper:
         measured = {
             "loss": float(found["loss"]),
             **losses_by_stage("loss", found["stage_losses"], found["stage_tokens"]),
+            **{name: float(mean) for name, mean in found.items() if name.startswith("verifier_")},
             "learning_rate": float(self._program.learning_rate(np.int32(updates))),
             "gradient_norm": float(found["gradient_norm"]),
             "trained_tokens": int(found["tokens"]),

@@ -59,6 +59,7 @@ def test_it_is_the_loss_of_training(small, batch):
     trained = np.random.default_rng(0).random(batch["input_ids"].shape) < 0.5
     trained &= (batch["input_ids"] < small.text.vocab_size) & batch["attention_mask"].astype(bool)
     trained[:, 0] = False
-    losses = np.asarray(token_losses(model.params, config, jax.tree.map(jnp.asarray, batch), "none"))
+    hidden = hidden_states(model.params, config, jax.tree.map(jnp.asarray, batch))
+    losses = np.asarray(token_losses(model.params, hidden, jnp.asarray(batch["input_ids"])))
     got = causal_lm_loss(model(**batch), np.where(trained, batch["input_ids"], -100))
     np.testing.assert_allclose(got, losses[trained].mean(), rtol=1e-5)
