@@ -48,7 +48,6 @@ class Loader:
         fingerprint: Hash of everything that decides which rows a batch has. A run that resumes from the number of a
             batch must find the same fingerprint.
         rows_fingerprint: Identification of the rows alone, whose numbers a ``Place`` has.
-        trains: Whether there are rows that train answers, and whether there are some that train the verifier.
 
     Args:
         rows: Data set. Rows of a ``Mixture`` come as often in each epoch as its weights say.
@@ -104,9 +103,8 @@ class Loader:
         )
         self._order = self._make_order()
         self.batches_per_epoch = self._order.batches_per_epoch
-        kinds = {asks_verifier(part) for part in parts}
-        self.trains = False in kinds, True in kinds
-        self._encode = partial(_Batches, rows, processor, Chat(processor, chat), lengths, self._mine, True in kinds)
+        has_probes = any(map(asks_verifier, parts))
+        self._encode = partial(_Batches, rows, processor, Chat(processor, chat), lengths, self._mine, has_probes)
         decisive = (
             self.index.fingerprint,
             self.buckets,

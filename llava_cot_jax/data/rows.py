@@ -84,11 +84,6 @@ class Rows(Protocol):
         """Read the conversation of a row alone, without the cost of its images."""
 
 
-def asks_verifier(rows: Rows) -> bool:
-    """Whether rows, which are all of one kind, train what the verifier says of an answer, rather than the answer."""
-    return rows.turns(0)[0].target is not None
-
-
 @dataclass(frozen=True)
 class FirstRows:
     """``Rows`` that are the first of another data set.
@@ -173,3 +168,13 @@ class Mixture:
             raise IndexError(f"there is no row {index} of {len(self)}")
         number = bisect_right(self._starts, index) - 1
         return self.parts[number], index - self._starts[number]
+
+
+def parts_of(*rows: Rows | None) -> list[Rows]:
+    """Return the data sets that rows are made of, each of one kind; None stands for no rows."""
+    return [part for each in rows if each for part in (each.parts if isinstance(each, Mixture) else (each,))]
+
+
+def asks_verifier(part: Rows) -> bool:
+    """Whether the rows of a data set train what the verifier says of an answer, rather than the answer itself."""
+    return part.turns(0)[0].target is not None

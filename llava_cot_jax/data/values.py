@@ -123,18 +123,17 @@ class ValueRows:
             own = {digests[image] for image in question.images} or {hashlib.sha256(question.text.encode()).digest()}
             splits = {_split_of(digest) for digest in own}
             if len(splits) > 1:
-                left_out["have images of both splits"] += 1
+                left_out["questions with images of both splits"] += 1
             elif splits != {split}:
                 continue
             elif question.root_value in (0, 1):
-                left_out["are answered always right or always wrong"] += 1
+                left_out["questions that are always or never answered right"] += 1
             else:
                 self._questions.append(question)
-        self._examples, same = _weigh(self._questions, settings)
-        reasons = "".join(f"; {count} questions {reason} and are left out" for reason, count in left_out.items())
+        self._examples, left_out["stages whose candidates have the same value"] = _weigh(self._questions, settings)
         self.summary = (
             f"{file.parent}, {split}: {len(self._examples)} texts of {len(self._questions)} questions to ask the "
-            f"verifier about; {same} stages whose candidates have the same value are left out{reasons}"
+            f"verifier about; left out: {', '.join(f'{count} {reason}' for reason, count in left_out.items())}"
         )
         if not self._examples:
             raise UserError(
@@ -205,7 +204,7 @@ def _read_questions(file: Path, content: bytes) -> Iterator[_Question]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             yield _question(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as fault:
+        except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as fault:
             raise UserError(
                 f"{file}, line {number} is damaged ({type(fault).__name__}: {fault}): let `llava-cot rollout` finish, "
                 "or remove the line"

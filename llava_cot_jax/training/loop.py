@@ -11,9 +11,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from llava_cot_jax.data.loader import Loader
-from llava_cot_jax.data.rows import Mixture, Rows
+from llava_cot_jax.data.rows import Rows, asks_verifier, parts_of
 from llava_cot_jax.data.sources import open_training_rows, open_validation_rows
 from llava_cot_jax.data.values import ValueRows
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.sharding import partition_spec
 from llava_cot_jax.progress import ProgressBar
 from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run, steps_in
@@ -216,15 +217,21 @@ def _open_loaders(run: Run) -> tuple[Loader, Loader | None]:
                 on_progress=on_progress,
             )
 
-    rows = open_training_rows(settings.data, settings.verifier)
-    for part in rows.parts if isinstance(rows, Mixture) else (rows,):
+    rows, held_out = open_training_rows(settings.data, settings.verifier), None
+    if settings.eval_examples:
+        held_out = open_validation_rows(
+            settings.data, settings.validation_data, settings.eval_examples, settings.verifier
+        )
+    for part in parts_of(rows):
         if isinstance(part, ValueRows):
             run.log(part.summary)
+    if settings.lora.tokens == "probe" and not all(map(asks_verifier, parts_of(rows, held_out))):
+        raise UserError(
+            "lora.tokens is probe, so that answers teach the adapter nothing: give folders of values alone as data and "
+            "validation_data"
+        )
     training = open_loader(rows, "train", shuffle=True)
-    if not settings.eval_examples:
-        return training, None
-    held_out = open_validation_rows(settings.data, settings.validation_data, settings.eval_examples, settings.verifier)
-    return training, open_loader(held_out, "validation", shuffle=False)
+    return training, open_loader(held_out, "validation", shuffle=False) if held_out else None
 
 
 def _first_state(run: Run, program: TrainProgram, checkpoints: Checkpoints, step: int | None) -> TrainState:

@@ -16,6 +16,7 @@ from llava_cot_jax.paths import as_path
 
 Schedule = Literal["step", "cosine", "linear"]
 Precision = Literal["float32", "bfloat16_stochastic", "bfloat16_nearest"]
+LoraTokens = Literal["all", "probe"]
 ComputeDtype = Literal["bfloat16", "float32"]
 """Dtype of the computation of a step."""
 
@@ -136,6 +137,8 @@ class LoraSettings:
         targets: Regular expressions of projections that get an adapter: those in whose name one is found. The
             default, all projections of the language model, is what it takes to reach full fine-tuning (Dettmers
             et al., arXiv 2305.14314).
+        tokens: Tokens that the adapters act on: ``all``, or those of the verifier's question alone (``probe``), so that
+            the model answers as before.
 
     Raises:
         UserError: A value is out of range.
@@ -144,6 +147,7 @@ class LoraSettings:
     rank: int = 0
     alpha: float = 16.0
     targets: list[str] = field(default_factory=lambda: ["language_model.*_proj"])
+    tokens: LoraTokens = "all"
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -152,6 +156,10 @@ class LoraSettings:
             raise UserError(f"lora.alpha is {self.alpha}; it must be above 0")
         if not self.targets:
             raise UserError("lora.targets is empty: name the projections that are to get an adapter")
+        if self.tokens not in get_args(LoraTokens):
+            raise UserError(f"lora.tokens is {self.tokens!r}; it is one of {', '.join(get_args(LoraTokens))}")
+        if self.tokens == "probe" and not self.rank:
+            raise UserError("lora.tokens is probe, but lora.rank is 0: set the rank of the verifier's adapter")
 
     @property
     def scale(self) -> float:

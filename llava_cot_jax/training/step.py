@@ -20,6 +20,7 @@ from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.stage_format import STAGES
 from llava_cot_jax.training.loss import ProbeSums, probe_losses, token_losses
 from llava_cot_jax.training.optimizer import Optimizer
+from llava_cot_jax.training.settings import LoraTokens
 from llava_cot_jax.training.state import TrainState, state_sharding
 
 Batch = Mapping[str, jax.Array]
@@ -59,6 +60,7 @@ def loss_sums(
     dtype: Any,
     remat: RematPolicy,
     lora_scale: float = 1.0,
+    lora_tokens: LoraTokens = "all",
 ) -> LossSums:
     """Compute the losses of a batch.
 
@@ -70,10 +72,16 @@ def loss_sums(
         dtype: Dtype of the computation, to which all arrays are cast.
         remat: Activations of a layer that are saved for the backward pass.
         lora_scale: Factor by which ``lora_b`` of every adapter is multiplied.
+        lora_tokens: Tokens that the adapters act on. Where these are the verifier's question alone, no adapter has a
+            part in the losses of answers, which are left out.
     """
     arrays = {**trained, **frozen}
     arrays |= {path: lora_scale * array for path, array in arrays.items() if path.endswith(".lora_b")}
     params = unflatten_dict({path: array.astype(dtype) for path, array in arrays.items()}, sep=".")
+    if lora_tokens == "probe":
+        hidden = hidden_states(params, config, batch, remat, adapted=batch["probe"])
+        none = jnp.zeros(1 + len(STAGES))
+        return LossSums(none, none, probe_losses(params, hidden, batch))
     hidden = hidden_states(params, config, batch, remat)
     losses = token_losses(params, hidden, batch["input_ids"])  # [batch, tokens]
     stages = jax.nn.one_hot(batch["stage"], 1 + len(STAGES)) * batch["loss_mask"][..., None]
@@ -93,6 +101,7 @@ def make_train_step(
     grad_accum_steps: int = 1,
     max_grad_norm: float = 0.0,
     lora_scale: float = 1.0,
+    lora_tokens: LoraTokens = "all",
     verifier_weight: float = 1.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return the compiled training step, a function of a state, which it donates, and a batch.
@@ -111,6 +120,7 @@ def make_train_step(
         grad_accum_steps: Number of micro-batches that a batch is computed in. It divides the batch.
         max_grad_norm: Global norm to which larger gradients are scaled down; 0 leaves gradients as they are.
         lora_scale: Factor of the adapters' output, ``LoraSettings.scale``.
+        lora_tokens: Tokens that the adapters act on, ``LoraSettings.tokens``.
         verifier_weight: Factor of the mean loss of the verifier's replies, ``VerifierSettings.weight``.
 
     Returns:
@@ -118,7 +128,7 @@ def make_train_step(
         (number of trained tokens), ``stage_losses`` and ``stage_tokens`` (float32 [1 + stages]), ``finite``, and
         ``skipped`` as in the state. Where the data set trains the verifier, also those of ``ProbeSums.means``.
     """
-    loss = partial(loss_sums, config=config, dtype=dtype, remat=remat, lora_scale=lora_scale)
+    loss = partial(loss_sums, config=config, dtype=dtype, remat=remat, lora_scale=lora_scale, lora_tokens=lora_tokens)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_mesh(mesh), jax.named_scope("loss_and_gradients"):

@@ -11,6 +11,7 @@ from flax import nnx
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from llava_cot_jax import Mllama, causal_lm_loss
+from llava_cot_jax.model.mllama import hidden_states
 from llava_cot_jax.training.loss import token_losses
 
 VOCABULARY = 11
