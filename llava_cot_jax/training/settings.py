@@ -293,6 +293,10 @@ class TrainSettings:
             data=map_names(_absolute, self.data),
             validation_data=None if self.validation_data is None else _absolute(self.validation_data),
             checkpoint=absolute_name(self.checkpoint),
+            verifier=replace(
+                self.verifier,
+                judge_prompts=self.verifier.judge_prompts and str(as_path(self.verifier.judge_prompts)),
+            ),
         )
 
 
