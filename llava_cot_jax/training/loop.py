@@ -195,9 +195,12 @@ def validate(program: TrainProgram, state: TrainState, loader: Loader) -> dict[s
         for batch in loader.batches(0, loader.batches_per_epoch)
     ]
     sums: LossSums = jax.tree.map(lambda *each: np.sum(np.asarray(each, np.float64), axis=0), *by_batch)
+    mean = float(sums.total.sum() / max(sums.tokens.sum(), 1.0))
     losses = losses_by_stage("validation_loss", sums.total / np.maximum(sums.tokens, 1), sums.tokens)
-    losses |= {f"validation_{name}": float(mean) for name, mean in (sums.probes.means() if sums.probes else {}).items()}
-    return {"validation_loss": float(sums.objective(program.settings.verifier.weight)), **losses}
+    if sums.probes:
+        losses |= {f"validation_{name}": float(value) for name, value in sums.probes.means().items()}
+        mean += program.settings.verifier.weight * losses["validation_verifier_loss"]
+    return {"validation_loss": mean, **losses}
 
 
 def _open_loaders(run: Run) -> tuple[Loader, Loader | None]:

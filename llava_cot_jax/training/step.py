@@ -47,7 +47,7 @@ class LossSums:
 
     def objective(self, verifier_weight: float) -> jax.Array:
         """Return the mean loss of a token and, if there are replies, the weight times the mean loss of a reply."""
-        mean = self.total.sum() / self.tokens.sum().clip(min=1.0)
+        mean = self.total.sum() / jnp.maximum(self.tokens.sum(), 1.0)
         return mean if self.probes is None else mean + verifier_weight * self.probes.means()["verifier_loss"]
 
 
