@@ -126,7 +126,8 @@ def make_train_step(
     Returns:
         Function that returns the state after the batch, and the measures ``loss``, ``gradient_norm``, ``tokens``
         (number of trained tokens), ``stage_losses`` and ``stage_tokens`` (float32 [1 + stages]), ``finite``, and
-        ``skipped`` as in the state. Where the data set trains the verifier, also those of ``ProbeSums.means``.
+        ``skipped`` as in the state. Where the data set trains the verifier, also those of ``ProbeSums.means``, and
+        ``reply_weight``, the sum of the weights of the batch's replies.
     """
     loss = partial(loss_sums, config=config, dtype=dtype, remat=remat, lora_scale=lora_scale, lora_tokens=lora_tokens)
 
@@ -149,7 +150,7 @@ def make_train_step(
             "stage_tokens": sums.tokens,
             "finite": finite,
             "skipped": state.skipped,
-            **(sums.probes.means() if sums.probes else {}),
+            **({"reply_weight": sums.probes.weight, **sums.probes.means()} if sums.probes else {}),
         }
 
     if mesh is None:
