@@ -170,7 +170,7 @@ class Mixture:
         return self.parts[number], index - self._starts[number]
 
 
-def parts_of(*rows: Rows | None) -> list[Rows]:
+def data_sets_of(*rows: Rows | None) -> list[Rows]:
     """Return the data sets that rows are made of, each of one kind; None stands for no rows."""
     return [part for each in rows if each for part in (each.parts if isinstance(each, Mixture) else (each,))]
 

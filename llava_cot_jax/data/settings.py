@@ -13,7 +13,7 @@ Variant = Literal["staged", "untagged", "conclusion"]
 
 
 Targets = Literal["soft", "hard"]
-"""What a verifier is trained to say of a candidate: its value, or whether its value is at least one half."""
+"""Targets of a verifier: the value of a candidate, or whether its value is at least one half."""
 
 
 @dataclass(frozen=True)

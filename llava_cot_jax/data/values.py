@@ -30,7 +30,7 @@ from llava_cot_jax.processing.probe import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER, 
 VALIDATION_SHARE = 0.1
 """Share of the images whose questions are for validation, drawn by a hash of their bytes."""
 
-VERSION = 1
+VALUES_VERSION = 1
 """Version of the rows in their fingerprints, to be raised whenever the same file gives other rows."""
 
 
@@ -140,7 +140,7 @@ class ValueRows:
                 f"{self.summary}: nothing is left to learn from; roll out more questions (a training may validate on "
                 "none: eval_examples: 0)"
             )
-        decisive = repr((VERSION, split, settings.targets, sorted(settings.stage_weights.items()), self._prompt))
+        decisive = repr((VALUES_VERSION, split, settings.targets, sorted(settings.stage_weights.items()), self._prompt))
         parts = (content, decisive.encode(), *(digests[image] for image in sorted(digests)))
         self._fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 

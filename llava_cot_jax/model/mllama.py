@@ -313,7 +313,7 @@ class Mllama(nnx.Module):
 
         ``lora_b`` has its scale in it.
         """
-        self._verifier_adapter = _as_params(unflatten_dict(arrays, sep="."))
+        self._verifier_adapter = nnx.data(_as_params(unflatten_dict(arrays, sep=".")))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a checkpoint that transformers loads: safetensors of at most 5 GB a file, their index, config.json.

@@ -59,6 +59,7 @@ class RunExport:
     Attributes:
         config: Configuration of the model.
         step: Step whose checkpoint is read.
+        for_verifier: Whether the run trained an adapter for the verifier's question alone.
 
     Args:
         folder: Folder of the run.
@@ -85,6 +86,7 @@ class RunExport:
         description = read_run(self._checkpoint)
         self._settings = relocated(description["settings"], folder)
         self._lora = LoraSettings(**self._settings["lora"])
+        self.for_verifier = self._lora.tokens == "probe"
         self._started_from = Base.of(description)
         self._base = base
 
@@ -108,7 +110,7 @@ class RunExport:
             UserError: The run's adapters are for the verifier's question alone. Or the checkpoint that the run started
                 from is needed, and gone or replaced by another. Or ``write_checkpoint`` refuses.
         """
-        if self._lora.tokens == "probe":
+        if self.for_verifier:
             raise UserError(
                 "the run's adapter is for the verifier's question alone, and merged it would change every answer: "
                 "write it by --for peft, and answer with --verifier_adapter"
@@ -160,7 +162,7 @@ class RunExport:
         base = self._base or self._settings["checkpoint"]
         folder = named_folder(base)
         base = base if folder is None else str(folder)
-        write_adapter(destination, base, lora.alpha, matrices, for_verifier=lora.tokens == "probe")
+        write_adapter(destination, base, lora.alpha, matrices, for_verifier=self.for_verifier)
         return base
 
     def _tensors(self, trained: Mapping[str, Any]) -> Iterator[np.ndarray]:

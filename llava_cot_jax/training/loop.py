@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from llava_cot_jax.data.loader import Loader
-from llava_cot_jax.data.rows import Rows, asks_verifier, parts_of
+from llava_cot_jax.data.rows import Rows, asks_verifier, data_sets_of
 from llava_cot_jax.data.sources import open_training_rows, open_validation_rows
 from llava_cot_jax.data.values import ValueRows
 from llava_cot_jax.errors import UserError
@@ -225,10 +225,10 @@ def _open_loaders(run: Run) -> tuple[Loader, Loader | None]:
         held_out = open_validation_rows(
             settings.data, settings.validation_data, settings.eval_examples, settings.verifier
         )
-    for part in parts_of(rows):
+    for part in data_sets_of(rows):
         if isinstance(part, ValueRows):
             run.log(part.summary)
-    if settings.lora.tokens == "probe" and not all(map(asks_verifier, parts_of(rows, held_out))):
+    if settings.lora.tokens == "probe" and not all(map(asks_verifier, data_sets_of(rows, held_out))):
         raise UserError(
             "lora.tokens is probe, so that answers teach the adapter nothing: give folders of values alone as data and "
             "validation_data"
