@@ -10,6 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
+from llava_cot_jax.answering_model import AnsweringModel
 from llava_cot_jax.convert import main as convert
 from llava_cot_jax.data.loader import Loader
 from llava_cot_jax.data.rows import FirstRows, Mixture
@@ -19,6 +20,7 @@ from llava_cot_jax.data.shapes.tokenizer import shapes_tokenizer
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.auxiliary_files import write_auxiliary_files
+from llava_cot_jax.model.layers import linear
 from llava_cot_jax.model.mllama import Mllama, hidden_states
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.scorers import Verifier
@@ -179,6 +181,18 @@ def test_an_adapter_acts_on_the_tokens_of_the_question_alone(searched, adapted):
     np.testing.assert_array_equal(with_adapter[~probe], without[~probe])
     assert (with_adapter[probe] != without[probe]).any(axis=-1).all()
     np.testing.assert_array_equal(model(batch["input_ids"]), searched.model(batch["input_ids"]))
+
+
+def test_commands_load_it_beside_weights_in_int8(searched, adapted):
+    options = {"checkpoint": str(searched.base / "model"), "verifier_adapter": str(adapted[1]), "quantize": "int8"}
+    found = AnsweringModel.find(SimpleNamespace(**options, adapter=None, convention=None, dtype=None))
+    assert found.digests.keys() == {"weights", "adapter_weights", "verifier_adapter_weights"}
+    w = found.load(None, is_first=False).params["language_model"]["model"]["layers"]["0"]["mlp"]["up_proj"]
+    assert w["weight"].dtype == jnp.int8
+    x = jnp.linspace(-1, 1, w["lora_a"].shape[1])
+    adds = linear(x, w) - linear(x, w, adapted=False)
+    np.testing.assert_allclose(adds, x @ w["lora_a"].T @ w["lora_b"].T, atol=1e-5)
+    assert np.abs(adds).max() > 1e-3
 
 
 def test_the_run_tells_how_the_verifier_learns(adapted):
