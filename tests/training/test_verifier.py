@@ -53,13 +53,18 @@ def searched(tmp_path_factory) -> SimpleNamespace:
     head = model.language_model.lm_head.weight
     head.set_value(jnp.zeros_like(head.get_value()).at[jnp.array(words)].set(head.get_value()[jnp.array(words)]))
     answers, images = search(model, processor)
-    names = [f"images/{number}.png" for number in range(len(images))]
-    lines = [searched_question(number, names[number], answer, VALUES) for number, answer in enumerate(answers)]
     base = tmp_path_factory.mktemp("verifier")
-    folder = write_values(base / "values", lines, dict(zip(names, images, strict=True)))
+    folder = write_searches(base / "values", answers, images)
     model.save_pretrained(base / "model")
     write_auxiliary_files(base / "model", model.config, shapes_tokenizer(), "float32")
-    return SimpleNamespace(model=model, processor=processor, answers=answers, base=base, folder=str(folder))
+    return SimpleNamespace(model=model, processor=processor, answers=answers, base=base, folder=folder)
+
+
+def write_searches(folder, answers, images) -> str:
+    """Write a folder of values for the candidates of searches."""
+    names = [f"images/{number}.png" for number in range(len(images))]
+    lines = [searched_question(number, names[number], answer, VALUES) for number, answer in enumerate(answers)]
+    return str(write_values(folder, lines, dict(zip(names, images, strict=True))))
 
 
 def batches(processor, rows, shuffle=False):
@@ -70,13 +75,13 @@ def batches(processor, rows, shuffle=False):
     yield from loader.batches(0, loader.batches_per_epoch)
 
 
-def check_scores(searched, params, answers, **settings) -> None:
+def check_scores(searched, folder, params, answers, **settings) -> None:
     """Compare the probabilities that training computes with the scores of searches.
 
     The sums of training give them: the slope of the loss in a row's target is log p(no) - log p(yes), and that of the
     probability of other tokens in a row's weight is this probability.
     """
-    rows, config = open_rows(searched.folder, "train"), searched.model.config
+    rows, config = open_rows(folder, "train"), searched.model.config
     candidates = {
         (answer.trace.question, stage.stage, str(index + 1)): candidate
         for answer in answers
@@ -109,7 +114,7 @@ def check_scores(searched, params, answers, **settings) -> None:
 
 
 def test_probabilities_are_those_of_the_search(searched):
-    check_scores(searched, searched.model.params, searched.answers)
+    check_scores(searched, searched.folder, searched.model.params, searched.answers)
 
 
 def test_loss_and_gradient_are_those_of_a_formula_over_the_logits(searched):
@@ -159,15 +164,15 @@ def adapted(searched, cache):
 def test_an_adapter_of_the_verifier_changes_its_scores_and_no_answer(searched, adapted):
     """Candidates are the same bit for bit, and training computes the probabilities of the search."""
     model = Mllama.from_pretrained(searched.base / "model", verifier_adapter=adapted[1])
-    answers, _ = search(model, searched.processor)
+    answers, images = search(model, searched.processor)
     moved = 0.0
     for before, after in zip(searched.answers, answers, strict=True):
         one, two = (answer.trace.stages[0].candidates for answer in (before, after))
         assert [(c.text, c.log_prob) for c in one] == [(c.text, c.log_prob) for c in two]
         moved = max(moved, *(abs(x.score - y.score) for x, y in zip(one, two, strict=True)))
     assert moved > 0.05
-    if all(b.text == a.text for b, a in zip(searched.answers, answers, strict=True)):
-        check_scores(searched, model.params, answers, lora_tokens="probe")
+    folder = write_searches(searched.base / "adapted_values", answers, images)
+    check_scores(searched, folder, model.params, answers, lora_tokens="probe")
 
 
 def test_an_adapter_acts_on_the_tokens_of_the_question_alone(searched, adapted):
@@ -178,7 +183,8 @@ def test_an_adapter_acts_on_the_tokens_of_the_question_alone(searched, adapted):
         np.asarray(states(model.params, probe)) for probe in (batch["probe"], batch["probe"] & False)
     )
     probe = np.asarray(batch["probe"])
-    np.testing.assert_array_equal(with_adapter[~probe], without[~probe])
+    before = np.asarray(batch["attention_mask"], bool) & ~probe
+    np.testing.assert_array_equal(with_adapter[before], without[before])
     assert (with_adapter[probe] != without[probe]).any(axis=-1).all()
     np.testing.assert_array_equal(model(batch["input_ids"]), searched.model(batch["input_ids"]))
 
