@@ -115,7 +115,7 @@ class SearchAnswerer:
 
             facts = {
                 "checkpoint": options.checkpoint,
-                **({"adapter": options.adapter} if options.adapter else {}),
+                **{name: path for name in ("adapter", "verifier_adapter") if (path := getattr(options, name))},
                 "convention": model.config.convention,
                 "weights": f"{model.dtype}{', text in int8' if model.is_quantized else ''}",
                 "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

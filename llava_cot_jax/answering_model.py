@@ -83,6 +83,8 @@ class AnsweringModel:
             options.checkpoint = BUNDLED_MODEL
         if options.adapter is not None:
             read_adapter_settings(options.adapter)  # refuses before the weights are fetched
+        if options.verifier_adapter is not None:
+            read_adapter_settings(options.verifier_adapter, for_verifier=True)
         folder = resolve_checkpoint(options.checkpoint)
         config = read_config(folder, options.convention)
         return cls(options, folder, config, read_max_new_tokens(folder), is_default)
@@ -120,6 +122,7 @@ class AnsweringModel:
                 dtype=self.options.dtype,
                 mesh=mesh,
                 adapter=self.options.adapter,
+                verifier_adapter=self.options.verifier_adapter,
                 on_progress=on_progress,
             )
             if self.options.quantize:
@@ -128,14 +131,17 @@ class AnsweringModel:
 
     @cached_property
     def digests(self) -> dict[str, str | None]:
-        """Digests by which the weights, and those of the adapter, are known again at the same paths."""
+        """Digests by which the weights, and those of the adapters, are known again at the same paths."""
         from llava_cot_jax.model.checkpoint.fingerprint import adapter_digest, weights_digest
 
-        adapter = self.options.adapter
-        return {
+        adapter, verifier_adapter = self.options.adapter, self.options.verifier_adapter
+        digests = {
             "weights": weights_digest(self.folder, self.config),
             "adapter_weights": None if adapter is None else adapter_digest(adapter),
         }
+        if verifier_adapter is not None:
+            digests["verifier_adapter_weights"] = adapter_digest(verifier_adapter, for_verifier=True)
+        return digests
 
     def fields(self) -> dict[str, str]:
         """Return the files of the model and the devices of this process, by name."""

@@ -92,6 +92,8 @@ def _write_for_peft(source: "RunExport", destination: Path, dtype: str | None, s
     import numpy as np
 
     base = source.write_adapter(destination, np.dtype(dtype) if dtype else None)
+    if source.for_verifier:
+        return f"{destination}: {step}an adapter of {base} for --verifier_adapter"
     said, convention = f"{destination}: {step}a LoRA adapter for {base}, convention {source.config.convention!r}", ""
     if source.config.convention != "transformers_5":
         convention = (

@@ -113,7 +113,19 @@ class _Evaluation:
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
-        own = ("hosts", "checkpoint", "adapter", "config", "benchmark", "data", "grader", "output", "page", "against")
+        own = (
+            "hosts",
+            "checkpoint",
+            "adapter",
+            "verifier_adapter",
+            "config",
+            "benchmark",
+            "data",
+            "grader",
+            "output",
+            "page",
+            "against",
+        )
         given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
         return given | self.job.fields()
 

@@ -97,7 +97,7 @@ class _Checked:
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
         shown = ("json", "show_search", "show_reasoning", "trace", "page", "threshold_to", "draw_to", "output")
-        own = ("hosts", "checkpoint", "adapter", "config", "questions", *shown)
+        own = ("hosts", "checkpoint", "adapter", "verifier_adapter", "config", "questions", *shown)
         given = {name: str(value) for name, value in vars(self.options).items() if name not in own}
         return given | (self.job.fields() if self.job else {})
 

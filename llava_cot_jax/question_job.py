@@ -168,6 +168,7 @@ class QuestionJob:
         return {
             "checkpoint": options.checkpoint,
             "adapter": options.adapter,
+            **({"verifier_adapter": options.verifier_adapter} if options.verifier_adapter else {}),
             "convention": self._model.config.convention,
             "dtype": options.dtype,
             "quantize": options.quantize,
@@ -182,9 +183,9 @@ class QuestionJob:
     def fields(self) -> dict[str, str]:
         """Return what must be the same in all processes that answer the questions, by name.
 
-        The paths of the checkpoint and the adapter may differ.
+        The paths of the checkpoint and the adapters may differ.
         """
-        own = ("checkpoint", "adapter")
+        own = ("checkpoint", "adapter", "verifier_adapter")
         settings = {name: str(value) for name, value in self._given.items() if name not in own}
         return {
             **settings,

@@ -72,7 +72,7 @@ class _Checked:
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in processes that share a model, by name."""
-        own = ("hosts", "checkpoint", "adapter", "config", "host", "port", "name", "local_images")
+        own = ("hosts", "checkpoint", "adapter", "verifier_adapter", "config", "host", "port", "name", "local_images")
         return {name: str(value) for name, value in vars(self.options).items() if name not in own}
 
 

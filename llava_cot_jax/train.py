@@ -157,9 +157,9 @@ def _check_files(settings: TrainSettings) -> None:
     from llava_cot_jax.processing.processor import check_tokenizer
 
     check_folder_writable(as_path(settings.output))
-    open_training_rows(settings.data)
+    open_training_rows(settings.data, settings.verifier)
     if count := max(settings.eval_examples, settings.eval_generations):
-        open_validation_rows(settings.data, settings.validation_data, count)
+        open_validation_rows(settings.data, settings.validation_data, count, settings.verifier)
     if not kept_model_files(settings) and (folder := named_folder(settings.checkpoint)):
         check_tokenizer(folder if settings.random_init else resolve_checkpoint(folder))
 
@@ -177,7 +177,7 @@ def _answer(result: TrainResult) -> None:
     arrays = merged_arrays(result.state, settings.lora, settings.dtype)
     model = Mllama.from_arrays(initial_model.config, arrays, layout="stacked", mesh=run.mesh)
     model.to_layout("unrolled")
-    rows = open_validation_rows(settings.data, settings.validation_data, settings.eval_generations)
+    rows = open_validation_rows(settings.data, settings.validation_data, settings.eval_generations, settings.verifier)
     indices = find_answerable(initial_model.processor, rows, settings.eval_generations)
     if not indices:
         run.log("no question of the validation rows can be put to the model")

@@ -243,7 +243,7 @@ def test_data_is_prepared_looked_at_trained_on_and_moved(shell):
 def test_answers_searches_and_benchmarks(shell):
     write_small(shell.place / "Modell für mich")
     shell("prepare", "--show", "shapes", "--rows", "1", "--sheet", "~/Bild & Blatt.png")
-    prompts = Path(__file__).parents[1] / "llava_cot_jax/search/judge_prompts.yaml"
+    prompts = Path(__file__).parents[1] / "llava_cot_jax/processing/judge_prompts.yaml"
     shutil.copy(prompts, shell.place / "Fragen des Richters.yaml")
     given = [
         "--checkpoint",

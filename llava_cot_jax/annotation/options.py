@@ -32,7 +32,7 @@ _OF_ENDPOINT = {
 """Options that have no meaning with ``--model self``, and their defaults."""
 
 _OF_SELF = {
-    **dict.fromkeys(("checkpoint", "adapter", "convention", "dtype", "quantize"), None),
+    **dict.fromkeys(("checkpoint", "adapter", "verifier_adapter", "convention", "dtype", "quantize"), None),
     **{f"mesh.{axis}": None for axis in MESH_AXES},
     "num_candidates": 8,
     "slots": 8,

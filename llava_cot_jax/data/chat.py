@@ -1,7 +1,10 @@
 """Conversion of a row's turns into the tokens that a model trains on.
 
 The images of a turn come before the text of its question. The assistant's answers are trained on, each with the
-``<|eot_id|>`` that ends it. No answer is ever cut.
+``<|eot_id|>`` that ends it. No answer is ever cut. Of a turn with a ``ProbeTarget`` only the verifier's reply is:
+
+    question and images | answer | end of turn, verifier's question, stem | yes or no
+    ------------- not trained --------------------------------------------  target
 """
 
 import re
@@ -14,6 +17,7 @@ from llava_cot_jax.data.rows import Turn
 from llava_cot_jax.data.settings import ChatSettings, Variant
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import Message, user_message
+from llava_cot_jax.processing.probe import Probe, token_ids
 from llava_cot_jax.processing.processor import Processor, UnfitTemplateError
 from llava_cot_jax.stage_format import STAGES
 from llava_cot_jax.stages import locate_stages
@@ -44,6 +48,7 @@ class Conversation:
             int8 [tokens].
         turns: Number of the row's turns that the tokens include.
         images: Number of the row's images that the tokens include.
+        probe: The verifier's question after the tokens' answer; None where the answer itself is trained.
     """
 
     ids: list[int]
@@ -51,6 +56,24 @@ class Conversation:
     stage: np.ndarray
     turns: int
     images: int
+    probe: "EncodedProbe | None" = None
+
+
+@dataclass(frozen=True)
+class EncodedProbe:
+    """Question of the verifier at the end of a conversation's tokens.
+
+    Attributes:
+        length: Number of its tokens, from the end of the answer's turn on.
+        answers: Tokens that may follow: that the answer is right, and that it is not.
+        value: Probability to train of the first of them; the second has the rest.
+        weight: Weight of the conversation among all that have a probe.
+    """
+
+    length: int
+    answers: tuple[int, int]
+    value: float
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -94,14 +117,18 @@ class Chat:
             )
         self._image = processor.config.image_token_index
         self._second_bos = [processor.config.text.bos_token_id] if settings.upstream_quirks else []
+        self._probes: dict[Probe, tuple[int, tuple[int, int]]] = {}  # number of tokens, and the two answers
 
     def encode(self, turns: Sequence[Turn]) -> Conversation:
         """Encode one conversation.
 
         Raises:
             SkippedConversation: No part of the conversation can be trained on.
-            UserError: The checkpoint's chat template is not that of Llama 3.
+            UserError: The checkpoint's chat template is not that of Llama 3, or a reply to the verifier's question is
+                not one natural next token.
         """
+        if turns[0].target:
+            return self._encode_probe(turns[0])
         answers = self._answers(turns)
         text = self._render(turns, answers)
         tokens, start = self._processor.tokenize_with_starts(text)
@@ -117,12 +144,38 @@ class Chat:
             images=ids.count(self._image),
         )
 
+    def _encode_probe(self, turn: Turn) -> Conversation:
+        """Encode a turn, of whose answer the verifier is asked."""
+        target = turn.target
+        assert target is not None
+        (ids,) = self._processor.tokenize([self._render_probe(turn)])
+        nothing = np.zeros(len(ids), np.int8)
+        if target.probe not in self._probes:
+            yes, no = target.probe.answer_ids(self._processor)
+            length = len(token_ids(self._processor, target.probe.text(self._processor)))
+            self._probes[target.probe] = length, (yes, no)
+        probe = EncodedProbe(*self._probes[target.probe], target.value, target.weight)
+        return Conversation(ids, nothing.astype(bool), nothing, 1, turn.images, probe)
+
+    def _render_probe(self, turn: Turn) -> str:
+        """Write a question, its answer, and what the verifier is asked about it, as the search has them."""
+        assert turn.target is not None
+        self._check_images(turn.images)
+        if found := [name for name in self._processor.control_tokens if name in turn.answer]:
+            raise SkippedConversation(f"its answer contains the special token {found[0]}")
+        try:
+            prompt = self._processor.prompt(question_messages(turn, turn.images > 0))
+        except UserError as mistake:
+            raise SkippedConversation(str(mistake)) from mistake
+        return prompt + turn.answer + turn.target.probe.text(self._processor)
+
     def sizes(self, conversations: Sequence[Sequence[Turn]]) -> list[ConversationSize | str]:
         """Return the size of what ``encode`` gives for each conversation, or the reason why it is skipped."""
         texts: list[str | SkippedConversation] = []
         for turns in conversations:
             try:
-                texts.append(self._render(turns, self._answers(turns)))
+                is_probe = turns[0].target is not None
+                texts.append(self._render_probe(turns[0]) if is_probe else self._render(turns, self._answers(turns)))
             except SkippedConversation as reason:
                 texts.append(reason)
         rendered = [text for text in texts if isinstance(text, str)]
@@ -136,6 +189,12 @@ class Chat:
         return found
 
     def _size(self, turns: Sequence[Turn], ids: list[int]) -> ConversationSize:
+        if turns[0].target:
+            if len(ids) > self._settings.max_length:
+                raise SkippedConversation(
+                    f"its answer with the verifier's question does not fit into {self._settings.max_length} tokens"
+                )
+            return ConversationSize(len(ids), turns[0].images, cut_turns=0)
         count, length = self._fit(ids)
         images = ids[: length - len(self._second_bos)].count(self._image)
         return ConversationSize(length, images, cut_turns=len(turns) - count)

@@ -8,7 +8,7 @@ of the loader is one integer, the index of the next batch, as long as batches ke
 import hashlib
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -23,7 +23,7 @@ from llava_cot_jax.data.batching import FILLER, BatchOrder, bucket_sizes, choose
 from llava_cot_jax.data.chat import Chat, Conversation, SkippedConversation
 from llava_cot_jax.data.index import Index
 from llava_cot_jax.data.place import Place
-from llava_cot_jax.data.rows import Mixture, Row, Rows
+from llava_cot_jax.data.rows import Mixture, Row, Rows, asks_verifier
 from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
 from llava_cot_jax.data.workers import die_with_parent, expect_leftover_memory
 from llava_cot_jax.errors import UserError
@@ -103,7 +103,8 @@ class Loader:
         )
         self._order = self._make_order()
         self.batches_per_epoch = self._order.batches_per_epoch
-        self._encode = partial(_Batches, rows, processor, Chat(processor, chat), lengths, self._mine)
+        has_probes = any(map(asks_verifier, parts))
+        self._encode = partial(_Batches, rows, processor, Chat(processor, chat), lengths, self._mine, has_probes)
         decisive = (
             self.index.fingerprint,
             self.buckets,
@@ -148,7 +149,9 @@ class Loader:
         Yields:
             Global arrays: those of ``Processor.collate``, and ``loss_mask`` bool [batch, tokens], ``stage`` int8
             [batch, tokens] (as in ``Conversation``) and ``row`` int32 [batch]. A batch of rows without images has no
-            arrays of images.
+            arrays of images. Where the data set trains the verifier, there are also ``probe`` bool [batch, tokens],
+            which tokens are the verifier's question, and, as in ``EncodedProbe``, ``probe_answers`` int32 [batch, 2],
+            ``probe_value`` float32 [batch] and ``probe_weight`` float32 [batch], which is 0 for rows without one.
 
         Raises:
             UserError: A record or image is damaged, or a worker process died. The message names the record.
@@ -221,6 +224,7 @@ class _Batches:
         chat: Encoder of the conversations.
         lengths: Number of tokens of each row, int32 [rows of the data set].
         mine: Positions in a batch that this process fills, int64 [rows of this process].
+        has_probes: Whether batches have the arrays of the verifier's questions.
         order: Order of the batches.
         stop: Number of batches.
     """
@@ -230,6 +234,7 @@ class _Batches:
     chat: Chat
     lengths: np.ndarray
     mine: np.ndarray
+    has_probes: bool
     order: BatchOrder
     stop: int
 
@@ -257,6 +262,8 @@ class _Batches:
         marks = {
             name: np.zeros(inputs["input_ids"].shape, kind) for name, kind in (("loss_mask", bool), ("stage", np.int8))
         }
+        if self.has_probes:
+            marks |= _probes(conversations, places, batch.length)
         for i, conversation in enumerate(conversations):
             if places[i] != FILLER:
                 marks["loss_mask"][i, : len(conversation.ids)] = conversation.loss_mask
@@ -275,6 +282,31 @@ class _Batches:
                 f"row {index} ({row.id}) was changed since its tokens were counted: {change}; prepare the data anew"
             ) from change
         return conversation
+
+
+def _probes(conversations: Sequence[Conversation], places: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """Return the arrays of the verifier's questions of a batch, as ``Loader.batches`` describes them.
+
+    Args:
+        conversations: Conversation of each row.
+        places: Row number of each row, or ``FILLER``.
+        length: Number of tokens that each row is padded to.
+    """
+    count = len(conversations)
+    arrays = {
+        "probe": np.zeros((count, length), bool),
+        "probe_answers": np.zeros((count, 2), np.int32),
+        "probe_value": np.zeros(count, np.float32),
+        "probe_weight": np.zeros(count, np.float32),
+    }
+    for i, conversation in enumerate(conversations):
+        if (probe := conversation.probe) and places[i] != FILLER:
+            end = len(conversation.ids)
+            arrays["probe"][i, end - probe.length : end] = True
+            arrays["probe_answers"][i] = probe.answers
+            arrays["probe_value"][i] = probe.value
+            arrays["probe_weight"][i] = probe.weight
+    return arrays
 
 
 def _check_images(index: int, row: Row) -> None:

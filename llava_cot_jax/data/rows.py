@@ -8,6 +8,22 @@ from itertools import accumulate
 from typing import Protocol
 
 from llava_cot_jax.processing.images import ImageSource
+from llava_cot_jax.processing.probe import Probe
+
+
+@dataclass(frozen=True)
+class ProbeTarget:
+    """Question of the verifier about an answer, and the reply that is trained.
+
+    Attributes:
+        probe: The question, and the two texts of the reply.
+        value: Probability to train of the first text, which says that the answer is right; the second has the rest.
+        weight: Weight of the answer among all that are asked about.
+    """
+
+    probe: Probe
+    value: float
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -19,12 +35,15 @@ class Turn:
         answer: Text of the answer.
         images: Number of images of the row that come before the text of this question.
         system: Text of the system's turn before the question, or empty. Only the first turn of a row may have one.
+        target: What the verifier is to say of the answer, and all that is trained of the turn, which is the only one of
+            its row. None trains the answer itself.
     """
 
     question: str
     answer: str
     images: int = 0
     system: str = ""
+    target: ProbeTarget | None = None
 
 
 @dataclass(frozen=True)
@@ -149,3 +168,13 @@ class Mixture:
             raise IndexError(f"there is no row {index} of {len(self)}")
         number = bisect_right(self._starts, index) - 1
         return self.parts[number], index - self._starts[number]
+
+
+def data_sets_of(*rows: Rows | None) -> list[Rows]:
+    """Return the data sets that rows are made of, each of one kind; None stands for no rows."""
+    return [part for each in rows if each for part in (each.parts if isinstance(each, Mixture) else (each,))]
+
+
+def asks_verifier(part: Rows) -> bool:
+    """Whether the rows of a data set train what the verifier says of an answer, rather than the answer itself."""
+    return part.turns(0)[0].target is not None

@@ -1,6 +1,7 @@
 """Settings of the data: how a data set is prepared, and how its rows become tokens and batches."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -9,6 +10,41 @@ from llava_cot_jax.paths import is_remote
 
 Variant = Literal["staged", "untagged", "conclusion"]
 """Parts of a staged answer that are trained on: all of it, all of it without the tags, or the conclusion alone."""
+
+
+Targets = Literal["soft", "hard"]
+"""Targets of a verifier: the value of a candidate, or whether its value is at least one half."""
+
+
+@dataclass(frozen=True)
+class VerifierSettings:
+    """Verifier: how it learns from data sets of values, which ``llava-cot rollout`` writes.
+
+    Attributes:
+        weight: Weight of the mean loss of the verifier's replies beside the mean loss of the answers' tokens.
+        targets: Probability of yes to train: the candidate's value (``soft``), or 1 if it is at least one half and 0
+            otherwise (``hard``).
+        stage_weights: Weight of the candidates of a stage, or of ``whole`` answers, by its name; 0 leaves them out. By
+            default, all candidates of each stage together weigh 1.
+        judge_prompts: YAML file with the question to the verifier. By default, the package's own.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+
+    weight: float = 1.0
+    targets: Targets = "soft"
+    stage_weights: dict[str, float] = field(default_factory=dict)
+    judge_prompts: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise UserError(f"verifier.weight is {self.weight}; it must be above 0")
+        if self.targets not in get_args(Targets):
+            raise UserError(f"verifier.targets is {self.targets!r}; it is one of {', '.join(get_args(Targets))}")
+        for stage, weight in self.stage_weights.items():
+            if not 0 <= weight < math.inf:
+                raise UserError(f"verifier.stage_weights of {stage} is {weight}; it must not be negative")
 
 
 @dataclass(frozen=True)

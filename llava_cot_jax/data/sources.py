@@ -1,9 +1,11 @@
-"""Opening of data sets by their names: prepared folders, the shapes world, and mixtures of them."""
+"""Opening of data sets by their names: prepared folders, folders of values, the shapes world, and mixtures of them."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
+from llava_cot_jax.data.settings import VerifierSettings
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import as_path, reading_errors
 
 if TYPE_CHECKING:
     from llava_cot_jax.data.rows import Rows
@@ -13,12 +15,17 @@ SHAPES_DATA = "shapes"
 """Name of the data set that is drawn by the package and needs no files."""
 
 
-def open_rows(data: str, split: str) -> "Rows":
+VALUES_FILE = "values.jsonl"
+"""Name of the file of a folder of values, by which such a folder is known."""
+
+
+def open_rows(data: str, split: str, verifier: VerifierSettings | None = None) -> "Rows":
     """Open the rows of a split of a data set.
 
     Args:
-        data: Folder made by ``llava-cot prepare``, on a disk or in a bucket, or ``shapes``.
+        data: Folder made by ``llava-cot prepare`` or ``llava-cot rollout``, on a disk or in a bucket, or ``shapes``.
         split: Name of the split, such as ``train``.
+        verifier: How a verifier learns from values; None is the default.
 
     Raises:
         UserError: The data set or its split does not exist.
@@ -27,25 +34,33 @@ def open_rows(data: str, split: str) -> "Rows":
         from llava_cot_jax.data.shapes.rows import ShapesRows
 
         return ShapesRows(cast("Split", split))
+    folder = as_path(data)
+    with reading_errors(folder):
+        has_values = (folder / VALUES_FILE).exists()
+    if has_values:
+        from llava_cot_jax.data.values import ValueRows
+
+        return ValueRows(folder / VALUES_FILE, split, verifier or VerifierSettings())
     from llava_cot_jax.data.prepared import PreparedRows
 
     return PreparedRows(data, split)
 
 
-def open_training_rows(data: str | Mapping[str, float]) -> "Rows":
+def open_training_rows(data: str | Mapping[str, float], verifier: VerifierSettings | None = None) -> "Rows":
     """Open the rows to train on: the split ``train`` of a data set, or of several.
 
     Args:
         data: Name of a data set, or the weight of each by their names, as in ``TrainSettings.data``.
+        verifier: How a verifier learns from values; None is the default.
 
     Raises:
         UserError: A data set or its split does not exist, or two are the same.
     """
     if isinstance(data, str):
-        return open_rows(data, "train")
+        return open_rows(data, "train", verifier)
     from llava_cot_jax.data.rows import Mixture
 
-    parts = {name: open_rows(name, "train") for name in data}
+    parts = {name: open_rows(name, "train", verifier) for name in data}
     names: dict[str, str] = {}
     for name, rows in parts.items():
         if (other := names.setdefault(rows.fingerprint, name)) != name:
@@ -53,7 +68,9 @@ def open_training_rows(data: str | Mapping[str, float]) -> "Rows":
     return Mixture(tuple(parts.values()), tuple(map(float, data.values())))
 
 
-def open_validation_rows(data: str | Mapping[str, float], validation_data: str | None, count: int) -> "Rows":
+def open_validation_rows(
+    data: str | Mapping[str, float], validation_data: str | None, count: int, verifier: VerifierSettings | None = None
+) -> "Rows":
     """Open the rows to validate on.
 
     Args:
@@ -61,6 +78,7 @@ def open_validation_rows(data: str | Mapping[str, float], validation_data: str |
             splits ``validation``, as many of each.
         validation_data: Data set to validate on alone: its split ``validation`` if it has one, otherwise ``train``.
         count: Maximum number of rows.
+        verifier: How a verifier learns from values; None is the default.
 
     Raises:
         UserError: A data set or its split does not exist.
@@ -68,17 +86,17 @@ def open_validation_rows(data: str | Mapping[str, float], validation_data: str |
     from llava_cot_jax.data.rows import FirstRows, Mixture
 
     if validation_data is not None:
-        return FirstRows(_open_whole(validation_data), count)
+        return FirstRows(_open_whole(validation_data, verifier), count)
     if isinstance(data, str):
-        return FirstRows(open_rows(data, "validation"), count)
+        return FirstRows(open_rows(data, "validation", verifier), count)
     share = max(1, count // len(data))
-    parts = tuple(FirstRows(open_rows(name, "validation"), share) for name in data)
+    parts = tuple(FirstRows(open_rows(name, "validation", verifier), share) for name in data)
     return Mixture(parts, (1.0,) * len(parts))
 
 
-def _open_whole(data: str) -> "Rows":
+def _open_whole(data: str, verifier: VerifierSettings | None) -> "Rows":
     """Open the split ``validation`` of a data set, or ``train`` if there is no other."""
     try:
-        return open_rows(data, "validation")
+        return open_rows(data, "validation", verifier)
     except UserError:
-        return open_rows(data, "train")
+        return open_rows(data, "train", verifier)

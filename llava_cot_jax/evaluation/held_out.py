@@ -38,7 +38,8 @@ class HeldOutAnswer:
 def find_answerable(processor: Processor, rows: Rows, count: int) -> list[int]:
     """Return the indices of the first ``count`` examples whose first question can be put to the model.
 
-    A question that spells a special token, or one that leaves no room in the context for an answer, cannot.
+    A question that spells a special token, or one that leaves no room in the context for an answer, cannot. Examples
+    of the verifier have no answer to compare with, and are left out too.
     """
     context = processor.config.text.max_position_embeddings
     found: list[int] = []
@@ -46,6 +47,8 @@ def find_answerable(processor: Processor, rows: Rows, count: int) -> list[int]:
         if len(found) == count:
             break
         turns = rows.turns(index)
+        if turns[0].target:
+            continue
         with suppress(UserError):
             (ids,) = processor.tokenize([_first_prompt(processor, turns)])
             if len(ids) < context:

@@ -15,7 +15,7 @@ from llava_cot_jax.search.trace import Trace
 from llava_cot_jax.search.wording import short_count
 from llava_cot_jax.stage_format import StageFormat
 
-_MAIN = ("search", "checkpoint", "adapter")
+_MAIN = ("search", "checkpoint", "adapter", "verifier_adapter")
 """Settings that come first."""
 
 

@@ -88,12 +88,19 @@ class Decoder:
         return init_cache(self.config.text, batch, capacity, self.dtype)
 
     def forward(
-        self, input_ids: Int[Array, "batch tokens"], cache: KVCache, text_only: Bool[Array, " questions"] | bool = False
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        cache: KVCache,
+        text_only: Bool[Array, " questions"] | bool = False,
+        adapted: text_decoder.AdaptedTokens = False,
     ) -> tuple[Float[Array, "batch tokens hidden"], CacheLayers]:
-        """Return the hidden states of tokens after ``cache``, and its suffix with the tokens' keys and values."""
+        """Return the hidden states of tokens after ``cache``, and its suffix with the tokens' keys and values.
+
+        The verifier's adapter, where the parameters have one, acts on the tokens for which ``adapted`` is true.
+        """
         images = None if self.images is None else self.images.at(cache.positions(input_ids.shape[1]), text_only)
         text_params = self.params["language_model"]["model"]
-        return text_decoder.forward_with_cache(text_params, self.config, input_ids, cache, images)
+        return text_decoder.forward_with_cache(text_params, self.config, input_ids, cache, images, adapted)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Return the float32 logits of hidden states."""
@@ -129,7 +136,12 @@ def encode_images(
 
 @jax.named_scope("prefill")
 def prefill(
-    decoder: Decoder, tokens: RaggedTokens, cache: KVCache, *, text_only: Bool[Array, " questions"] | bool = False
+    decoder: Decoder,
+    tokens: RaggedTokens,
+    cache: KVCache,
+    *,
+    text_only: Bool[Array, " questions"] | bool = False,
+    adapted_from: Int[Array, " batch"] | None = None,
 ) -> tuple[CacheLayers, Float[Array, "batch vocab"]]:
     """Append known tokens to sequences, chunk by chunk, as many chunks as the longest sequence needs.
 
@@ -141,6 +153,8 @@ def prefill(
         tokens: Tokens to append, [batch]. The cache needs room for a chunk more than there are.
         cache: Keys and values of the tokens before them.
         text_only: Whether a question's tokens see no image.
+        adapted_from: int32, index of the first token of each sequence that the verifier's adapter acts on; None for no
+            token.
 
     Returns:
         The suffix of the cache with the tokens' keys and values, and float32 logits after each sequence's last token:
@@ -159,7 +173,8 @@ def prefill(
         done, suffix, last_hidden = carry
         now = replace(cache, suffix=suffix, lengths=cache.lengths + jnp.minimum(done, tokens.lengths))
         input_ids = jax.lax.dynamic_slice(padded, (0, done), (batch, chunk))
-        hidden, suffix = decoder.forward(input_ids, now, text_only)
+        adapted = False if adapted_from is None else done + jnp.arange(chunk) >= adapted_from[:, None]
+        hidden, suffix = decoder.forward(input_ids, now, text_only, adapted)
         last = (tokens.lengths - 1 - done)[:, None, None]  # [batch, 1, 1], index of the last token in this chunk
         at_last = jnp.take_along_axis(hidden, jnp.clip(last, 0, chunk - 1), axis=1)[:, 0]
         last_hidden = jnp.where((last[:, 0] >= 0) & (last[:, 0] < chunk), at_last, last_hidden)

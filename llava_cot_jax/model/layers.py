@@ -50,18 +50,20 @@ def embed(ids: Int[Array, " batch *tokens"], w: Params) -> Float[Array, " batch 
     return constrain(constrain(found, "batch", *within, "part"), "batch", *within, None)
 
 
-def linear(x: Float[Array, "*batch in"], w: Params) -> Float[Array, "*batch out"]:
+def linear(
+    x: Float[Array, "*batch in"], w: Params, adapted: Bool[Array, "*batch"] | bool = True
+) -> Float[Array, "*batch out"]:
     """Apply a linear layer: ``weight`` [out, in], and whatever else it has of a bias, an adapter and a scale.
 
     ``bias`` is [out]. An adapter is ``lora_a`` [rank, in] and ``lora_b`` [out, rank]. It adds x A^T B^T, which is
-    little work as long as B A is never computed (Hu et al., arXiv 2106.09685). With a ``scale`` [out] the weight is
-    int8 (see ``quantization``).
+    little work as long as B A is never computed (Hu et al., arXiv 2106.09685), and it is added where ``adapted`` is
+    true. With a ``scale`` [out] the weight is int8 (see ``quantization``).
     """
-    if "scale" in w:
-        return int8_linear(x, w).astype(x.dtype)
-    y = jnp.einsum("...i,oi->...o", x, w["weight"])
-    if "lora_a" in w:
-        y = y + jnp.einsum("...r,or->...o", jnp.einsum("...i,ri->...r", x, w["lora_a"]), w["lora_b"])
+    is_int8 = "scale" in w
+    y = int8_linear(x, w).astype(x.dtype) if is_int8 else jnp.einsum("...i,oi->...o", x, w["weight"])
+    if "lora_a" in w and adapted is not False:
+        update = jnp.einsum("...r,or->...o", jnp.einsum("...i,ri->...r", x, w["lora_a"]), w["lora_b"])
+        y = y + (update if adapted is True else jnp.where(jnp.asarray(adapted)[..., None], update, 0))
     return y + w["bias"] if "bias" in w else y
 
 

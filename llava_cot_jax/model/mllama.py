@@ -23,7 +23,7 @@ from llava_cot_jax.model.checkpoint.adapter_settings import read_adapter_setting
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.checkpoint.generation_settings import ignored_settings
 from llava_cot_jax.model.checkpoint.reading import check_weight_dtype
-from llava_cot_jax.model.checkpoint.sharded_loading import load_params
+from llava_cot_jax.model.checkpoint.sharded_loading import load_params, load_verifier_adapter
 from llava_cot_jax.model.checkpoint.sharded_saving import save_params
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig
@@ -92,6 +92,7 @@ class Mllama(nnx.Module):
         self.layout: ParamLayout = layout
         self.mesh = mesh
         self.remat: RematPolicy = remat
+        self._verifier_adapter: Any = None
         if arrays is None:
             if rngs is None:
                 raise UserError("give rngs, from which initial parameters are drawn, or arrays")
@@ -172,7 +173,7 @@ class Mllama(nnx.Module):
 
     def _run(self, function: Callable[..., Any], inputs: Mapping[str, ArrayLike]) -> Any:
         """Compile and call ``function`` with the parameters and ``inputs``."""
-        params = self.params
+        params = self._own_params
         check_surroundings(self.mesh, params, inputs)
         given = {name: _to_model_dtype(x) for name, x in inputs.items()}
         static = {"config": self.config, "mesh": self.mesh, "remat": self.remat}
@@ -181,7 +182,17 @@ class Mllama(nnx.Module):
 
     @property
     def params(self) -> Params:
-        """Parameters as nested dicts of arrays, which the pure functions take."""
+        """Parameters as nested dicts of arrays, which the pure functions take.
+
+        Those of the verifier's adapter, if there is one, are among them. Prefill and sampling leave them aside, but for
+        the tokens of the verifier's question.
+        """
+        adapter = self._verifier_adapter
+        return self._own_params if adapter is None else _with_adapter(self._own_params, _as_arrays(adapter))
+
+    @property
+    def _own_params(self) -> Params:
+        """Parameters without the verifier's adapter."""
         # Not through nnx.state, which leaves reference cycles that keep every array until a garbage collection.
         return {name: _as_arrays(getattr(self, name)) for name in SUBMODELS}
 
@@ -204,7 +215,7 @@ class Mllama(nnx.Module):
         if self.layout != "unrolled":
             raise UserError("stacked weights are for training: call to_layout('unrolled') before quantize()")
         if not self.is_quantized:
-            flat = flatten_dict(self.params, sep=".")
+            flat = flatten_dict(self._own_params, sep=".")
             self._set_params({})  # ``flat`` alone keeps the arrays now
             with without_surroundings() if self.mesh is None else jax.set_mesh(self.mesh):
                 quantized = quantize_params(flat)
@@ -221,6 +232,8 @@ class Mllama(nnx.Module):
             return
         if self.is_quantized:
             raise UserError("int8 weights are for decoding: load the model anew to train it")
+        if self._verifier_adapter is not None:
+            raise UserError("a verifier's adapter is for decoding: load the model anew without it to train it")
         old, new = parameters(self.config, self.layout), parameters(self.config, layout)
         flat = flatten_dict(self.params, sep=".")
         self._set_params({})  # ``flat`` alone keeps the arrays now, so that each is freed once it is converted
@@ -251,6 +264,7 @@ class Mllama(nnx.Module):
         layout: ParamLayout = "unrolled",
         remat: RematPolicy = "none",
         adapter: str | Path | None = None,
+        verifier_adapter: str | Path | None = None,
         on_progress: OnProgress | None = None,
     ) -> Self:
         """Load the model of a Hugging Face checkpoint, read straight into sharded arrays.
@@ -267,6 +281,8 @@ class Mllama(nnx.Module):
             remat: What the forward pass of a layer saves for the backward pass.
             adapter: LoRA adapter in the form of the PEFT library to merge into the weights: its folder, or its id on
                 the hub. One that was trained in transformers 5 needs ``convention="transformers_5"``.
+            verifier_adapter: Adapter of a run with ``lora.tokens`` probe, in the same form. It acts on the tokens of
+                the verifier's question alone, so that answers stay as they are. It is for the unrolled layout.
             on_progress: Called with the number of bytes that this process has read, and is to read.
 
         Raises:
@@ -275,6 +291,9 @@ class Mllama(nnx.Module):
                 the model, or an argument is not of its type.
         """
         merged = None if adapter is None else read_adapter_settings(adapter)
+        verifier = None if verifier_adapter is None else read_adapter_settings(verifier_adapter, for_verifier=True)
+        if verifier and layout != "unrolled":
+            raise UserError("a verifier's adapter is for decoding: load it with the layout 'unrolled'")
         folder = resolve_checkpoint(path_or_hub_id)
         config = read_config(folder, convention) if config is None else config
         _check_settings(config, layout, remat)  # before the weights are read
@@ -284,10 +303,22 @@ class Mllama(nnx.Module):
         arrays = load_params(
             folder, config, layout=layout, dtype=dtype, mesh=mesh, adapter=merged, on_progress=on_progress
         )
-        return cls.from_arrays(config, arrays, layout=layout, mesh=mesh, remat=remat)
+        model = cls.from_arrays(config, arrays, layout=layout, mesh=mesh, remat=remat)
+        if verifier:
+            model.set_verifier_adapter(load_verifier_adapter(verifier, config, model.dtype, mesh))
+        return model
+
+    def set_verifier_adapter(self, arrays: dict[str, jax.Array]) -> None:
+        """Set the adapter that acts on the verifier's question, by the paths of its matrices in the unrolled layout.
+
+        ``lora_b`` has its scale in it.
+        """
+        self._verifier_adapter = nnx.data(_as_params(unflatten_dict(arrays, sep=".")))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a checkpoint that transformers loads: safetensors of at most 5 GB a file, their index, config.json.
+
+        An adapter of the verifier is not part of it.
 
         Where there are several processes, all must call this. The first writes, one gathered tensor at a time.
 
@@ -297,7 +328,7 @@ class Mllama(nnx.Module):
         """
         if self.is_quantized:
             raise UserError("int8 weights are not written: save the model before quantize()")
-        save_params(flatten_dict(self.params, sep="."), self.config, as_path(path))
+        save_params(flatten_dict(self._own_params, sep="."), self.config, as_path(path))
 
     @classmethod
     def from_arrays(
@@ -325,6 +356,12 @@ def _as_arrays(node: Any) -> Any:
 
 def _as_params(node: Any) -> Any:
     return nnx.Dict({k: _as_params(v) for k, v in node.items()}) if isinstance(node, dict) else nnx.Param(node)
+
+
+def _with_adapter(params: Params, adapter: Params) -> Params:
+    """Return parameters with the matrices of an adapter beside the weights that it is for."""
+    beside = {name: node for name, node in adapter.items() if name not in params}
+    return {name: _with_adapter(p, adapter[name]) if name in adapter else p for name, p in params.items()} | beside
 
 
 def _jit_to_mesh(function: Callable[..., Any], parameter: Parameter, mesh: Mesh | None) -> Callable[..., Any]:
@@ -393,6 +430,7 @@ def hidden_states(
     config: MllamaConfig,
     inputs: Mapping[str, jax.Array],
     remat: RematPolicy = "none",
+    adapted: text_decoder.AdaptedTokens = True,
 ) -> Float[Array, "batch tokens hidden"]:
     """Return the hidden state of every token, ready for lm_head.
 
@@ -401,8 +439,9 @@ def hidden_states(
         config: Configuration of the model.
         inputs: Arrays by the names of the arguments of ``Mllama``.
         remat: What the forward pass of a layer saves for the backward pass.
+        adapted: Text tokens that the adapters of text layers act on, where the parameters have some.
     """
-    return _forward(params, config, inputs, remat)[0]
+    return _forward(params, config, inputs, remat, adapted=adapted)[0]
 
 
 def _forward(
@@ -411,6 +450,7 @@ def _forward(
     inputs: Mapping[str, jax.Array],
     remat: RematPolicy,
     output_hidden_states: bool = False,
+    adapted: text_decoder.AdaptedTokens = True,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Return the last hidden states, and those before each text layer if they are wanted."""
     ids = inputs["input_ids"]
@@ -423,7 +463,15 @@ def _forward(
     text_params = params["language_model"]["model"]
     mask = causal_mask(present)
     return text_decoder.forward(
-        text_params, config, ids, positions, mask, images, remat, output_hidden_states=output_hidden_states
+        text_params,
+        config,
+        ids,
+        positions,
+        mask,
+        images,
+        remat,
+        output_hidden_states=output_hidden_states,
+        adapted=adapted,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llava_cot_jax.model.attention import AttentionMask
 from llava_cot_jax.model.choices import RematPolicy
@@ -33,6 +33,9 @@ IMAGE_TOKEN_MULTIPLE = 128
 
 RopeTables = tuple[Float[Array, "batch tokens half_head_dim"], Float[Array, "batch tokens half_head_dim"]]
 """Cosines and sines of ``rope_cos_sin``."""
+
+AdaptedTokens = Bool[Array, "batch tokens"] | bool
+"""Tokens that adapters act on, where the weights have some: all (True), none (False), or those of a mask."""
 
 
 @jax.named_scope("projector")
@@ -76,6 +79,7 @@ def forward(
     remat: RematPolicy = "none",
     *,
     output_hidden_states: bool = False,
+    adapted: AdaptedTokens = True,
 ) -> tuple[Float[Array, "batch tokens hidden"], tuple[Float[Array, "batch tokens hidden"], ...]]:
     """Return hidden states of whole sequences after the final norm, ready for lm_head, and those before each layer.
 
@@ -88,22 +92,23 @@ def forward(
         images: Images with their ``states``; None skips the cross-attention layers.
         remat: What the forward pass of a layer saves for the backward pass.
         output_hidden_states: Whether the states before each layer are wanted; without it there are none.
+        adapted: Tokens that adapters act on.
     """
     rope = rope_cos_sin(positions, config.text)
 
     def run_layer(x: jax.Array, w: Params) -> jax.Array:
         x = constrain(x, "batch", None, None)
         if "self_attn" in w:
-            q, k, v = _queries_keys_values(x, w, config.text, rope)
+            q, k, v = _queries_keys_values(x, w, config.text, rope, adapted)
             with jax.named_scope("self_attention"):
                 attended = attention(q, k, v, mask)
-            return _after_self_attention(x, attended, w, config.text)
+            return _after_self_attention(x, attended, w, config.text, adapted)
         if images is None:
             return x
         assert images.states is not None
         with jax.named_scope("cross_attention"):
             entry = _image_keys_values(images.states, w["cross_attn"], config.text)
-        return _cross_attention_layer(x, w, entry, config, images)
+        return _cross_attention_layer(x, w, entry, config, images, adapted)
 
     layer = apply_remat(run_layer, remat)
     x = embed(input_ids, w["embed_tokens"])
@@ -142,6 +147,7 @@ def forward_with_cache(
     input_ids: Int[Array, "batch tokens"],
     cache: KVCache,
     images: ImageContext | None,
+    adapted: AdaptedTokens = False,
 ) -> tuple[Float[Array, "batch tokens hidden"], CacheLayers]:
     """Return hidden states of tokens after those in a KV cache. Prefill and sampling are made of this.
 
@@ -151,6 +157,7 @@ def forward_with_cache(
         input_ids: int32, tokens.
         cache: Keys and values of the tokens before them.
         images: Images with their ``layers``, and the masks of these tokens; None skips the cross-attention layers.
+        adapted: Tokens that the verifier's adapter acts on. Other adapters are merged into the weights for decoding.
 
     Returns:
         Hidden states as from ``forward``, and the cache's suffix with the keys and values of the tokens.
@@ -166,15 +173,15 @@ def forward_with_cache(
                 assert images.layers is not None
                 entry = images.layers[i]
                 assert entry is not None
-                x = _cross_attention_layer(x, layer, entry, config, images)
+                x = _cross_attention_layer(x, layer, entry, config, images, adapted)
             suffix.append(None)
             continue
         entry = cache.suffix[i]
         assert entry is not None
-        q, k, v = _queries_keys_values(x, layer, config.text, rope)
+        q, k, v = _queries_keys_values(x, layer, config.text, rope, adapted)
         entry = entry.update(LayerCache(k, v), cache.lengths)
         suffix.append(entry)
-        x = _after_self_attention(x, _attend_to_cache(q, entry, cache, i), layer, config.text)
+        x = _after_self_attention(x, _attend_to_cache(q, entry, cache, i), layer, config.text, adapted)
     with jax.named_scope("final_norm"):
         return rms_norm(x, w["norm"], config.text.rms_norm_eps), tuple(suffix)
 
@@ -197,7 +204,7 @@ def _attend_to_cache(
 
 @jax.named_scope("self_attention")
 def _queries_keys_values(
-    x: Float[Array, "batch tokens hidden"], w: Params, config: TextConfig, rope: RopeTables
+    x: Float[Array, "batch tokens hidden"], w: Params, config: TextConfig, rope: RopeTables, adapted: AdaptedTokens
 ) -> tuple[
     Float[Array, "batch heads tokens head_dim"],
     Float[Array, "batch kv_heads tokens head_dim"],
@@ -205,9 +212,9 @@ def _queries_keys_values(
 ]:
     """Return the queries, keys and values of a self-attention layer, with RoPE applied."""
     h = rms_norm(x, w["input_layernorm"], config.rms_norm_eps)
-    q = apply_rope(_project_heads(h, w["self_attn"]["q_proj"], config.num_attention_heads, "heads"), *rope)
-    k = apply_rope(_project_heads(h, w["self_attn"]["k_proj"], config.num_key_value_heads, "kv_heads"), *rope)
-    return q, k, _project_heads(h, w["self_attn"]["v_proj"], config.num_key_value_heads, "kv_heads")
+    q = apply_rope(_project_heads(h, w["self_attn"]["q_proj"], config.num_attention_heads, "heads", adapted), *rope)
+    k = apply_rope(_project_heads(h, w["self_attn"]["k_proj"], config.num_key_value_heads, "kv_heads", adapted), *rope)
+    return q, k, _project_heads(h, w["self_attn"]["v_proj"], config.num_key_value_heads, "kv_heads", adapted)
 
 
 def _after_self_attention(
@@ -215,16 +222,22 @@ def _after_self_attention(
     attended: Float[Array, "batch heads tokens head_dim"],
     w: Params,
     config: TextConfig,
+    adapted: AdaptedTokens,
 ) -> Float[Array, "batch tokens hidden"]:
     """Apply the rest of a self-attention layer: the output projection and the MLP."""
     with jax.named_scope("self_attention"):
-        x = x + linear(merge_heads(attended), w["self_attn"]["o_proj"])
+        x = x + linear(merge_heads(attended), w["self_attn"]["o_proj"], adapted)
     with jax.named_scope("mlp"):
-        return x + _mlp(rms_norm(x, w["post_attention_layernorm"], config.rms_norm_eps), w["mlp"])
+        return x + _mlp(rms_norm(x, w["post_attention_layernorm"], config.rms_norm_eps), w["mlp"], adapted)
 
 
 def _cross_attention_layer(
-    x: Float[Array, "batch tokens hidden"], w: Params, entry: LayerCache, config: MllamaConfig, images: ImageContext
+    x: Float[Array, "batch tokens hidden"],
+    w: Params,
+    entry: LayerCache,
+    config: MllamaConfig,
+    images: ImageContext,
+    adapted: AdaptedTokens,
 ) -> Float[Array, "batch tokens hidden"]:
     """Apply a gated cross-attention layer, whose keys and values ``entry`` are those of the questions' images.
 
@@ -235,7 +248,7 @@ def _cross_attention_layer(
     batch, questions = x.shape[0], entry.keys.shape[0]
     with jax.named_scope("cross_attention"):
         h = rms_norm(x, w["input_layernorm"], eps)
-        q = _project_heads(h, w["cross_attn"]["q_proj"], text.num_attention_heads, "heads")
+        q = _project_heads(h, w["cross_attn"]["q_proj"], text.num_attention_heads, "heads", adapted)
         q = rms_norm(q, w["cross_attn"]["q_norm"], eps)
         tile = jnp.arange(entry.keys.shape[2]) // config.vision.tile_tokens
         group = jnp.minimum(tile, images.tile_mask.shape[-1] - 1)[None]
@@ -243,13 +256,13 @@ def _cross_attention_layer(
         q = _group_by_question(q, questions)
         attended = attention(q, entry.keys, entry.values, mask if x.shape[1] > 1 else mask.dense())
         attended = _ungroup(attended, batch)
-        attended = linear(merge_heads(attended), w["cross_attn"]["o_proj"])
+        attended = linear(merge_heads(attended), w["cross_attn"]["o_proj"], adapted)
         attention_gate, mlp_gate = (
             gate[..., None].astype(x.dtype) for gate in (images.attention_gate, images.mlp_gate)
         )
         x = x + jnp.tanh(w["cross_attn_attn_gate"]) * (attended * attention_gate)
     with jax.named_scope("mlp"):
-        h = _mlp(rms_norm(x, w["post_attention_layernorm"], eps), w["mlp"])
+        h = _mlp(rms_norm(x, w["post_attention_layernorm"], eps), w["mlp"], adapted)
         return x + jnp.tanh(w["cross_attn_mlp_gate"]) * (h * mlp_gate)
 
 
@@ -282,14 +295,16 @@ def _image_keys_values(
 
 
 def _project_heads(
-    x: Float[Array, "batch tokens hidden"], w: Params, heads: int, axis: str
+    x: Float[Array, "batch tokens hidden"], w: Params, heads: int, axis: str, adapted: AdaptedTokens = True
 ) -> Float[Array, "batch heads tokens head_dim"]:
     """Project and split into heads, whose logical axis is ``axis``."""
-    return constrain(split_heads(linear(x, w), heads), "batch", axis, None, None)
+    return constrain(split_heads(linear(x, w, adapted), heads), "batch", axis, None, None)
 
 
-def _mlp(x: Float[Array, "batch tokens hidden"], w: Params) -> Float[Array, "batch tokens hidden"]:
+def _mlp(
+    x: Float[Array, "batch tokens hidden"], w: Params, adapted: AdaptedTokens
+) -> Float[Array, "batch tokens hidden"]:
     """Apply SwiGLU."""
-    gate, up = (linear(x, w[name]).astype(jnp.float32) for name in ("gate_proj", "up_proj"))
+    gate, up = (linear(x, w[name], adapted).astype(jnp.float32) for name in ("gate_proj", "up_proj"))
     h = (jax.nn.silu(gate) * up).astype(x.dtype)
-    return linear(constrain(h, "batch", None, "mlp"), w["down_proj"])
+    return linear(constrain(h, "batch", None, "mlp"), w["down_proj"], adapted)

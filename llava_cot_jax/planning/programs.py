@@ -24,9 +24,12 @@ WeightDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 def abstract_batch(
-    config: MllamaConfig, batch_size: int, tokens: int, mesh: Mesh, num_images: int = 1
+    config: MllamaConfig, batch_size: int, tokens: int, mesh: Mesh, num_images: int = 1, *, probes: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a batch of ``Loader``: examples of ``tokens`` tokens with ``num_images`` images each."""
+    """Return the shapes of a batch of ``Loader``: examples of ``tokens`` tokens with ``num_images`` images each.
+
+    With ``probes``, the data set trains the verifier.
+    """
     tower = config.vision
     images = (batch_size, num_images, tower.max_num_tiles)
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -40,6 +43,13 @@ def abstract_batch(
         "stage": ((batch_size, tokens), jnp.int8),
         "row": ((batch_size,), jnp.int32),
     }
+    if probes:
+        shapes |= {
+            "probe": ((batch_size, tokens), jnp.bool_),
+            "probe_answers": ((batch_size, 2), jnp.int32),
+            "probe_value": ((batch_size,), jnp.float32),
+            "probe_weight": ((batch_size,), jnp.float32),
+        }
     sharding = NamedSharding(mesh, partition_spec(("batch",)))
     return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, (shape, kind) in shapes.items()}
 
@@ -48,7 +58,8 @@ def lower_training_step(
     program: TrainProgram, settings: TrainSettings, config: MllamaConfig, mesh: Mesh, num_images: int = 1
 ) -> jax.stages.Lowered:
     """Lower the training step for the longest batch of examples with ``num_images`` images each."""
-    batch = abstract_batch(config, settings.loader.batch_size, settings.chat.max_length, mesh, num_images)
+    tokens, probes = settings.chat.max_length, settings.lora.tokens == "probe"
+    batch = abstract_batch(config, settings.loader.batch_size, tokens, mesh, num_images, probes=probes)
     return program.step.lower(program.state, batch)  # type: ignore[attr-defined]
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from llava_cot_jax.search.prompts import WHOLE_ANSWER
+from llava_cot_jax.processing.probe import WHOLE_ANSWER
 from llava_cot_jax.search.trace import CandidateTrace, Trace
 from llava_cot_jax.stages import body_of, find_conclusion, normalize_answer
 

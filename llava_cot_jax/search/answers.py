@@ -10,8 +10,8 @@ import numpy as np
 
 from llava_cot_jax.inference.decoding import nonfinite_logits_error
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.processing.probe import WHOLE_ANSWER
 from llava_cot_jax.search.program import StageResult
-from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.scorers import OwnScorer, OwnScores
 from llava_cot_jax.search.search_costs import SearchCosts
 from llava_cot_jax.search.strategies import MajorityVote, SearchSpec, Strategy, WeightedVote

@@ -14,10 +14,10 @@ from markupsafe import Markup
 from llava_cot_jax.files import write_text
 from llava_cot_jax.paths import writing_errors
 from llava_cot_jax.processing.images import ImageSource
+from llava_cot_jax.processing.probe import WHOLE_ANSWER
 from llava_cot_jax.search import wording
 from llava_cot_jax.search.page_images import PageImages
 from llava_cot_jax.search.page_views import percent, search_view
-from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.trace import Trace
 
 _LOG = logging.getLogger(__name__)

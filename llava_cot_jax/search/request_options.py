@@ -23,6 +23,12 @@ def add_weight_options(parser: Any) -> None:
         help="LoRA adapter in the form of the PEFT library to merge into the weights: its folder, or its id on the "
         "hub. One that was trained in transformers 5 needs --convention transformers_5.",
     )
+    add(
+        "--verifier_adapter",
+        type=str,
+        help="LoRA adapter for --judge verifier, which a training run with lora.tokens probe has made: its folder, or "
+        "its id on the hub. Answers are sampled without it.",
+    )
     default_prompts = str(DEFAULT_JUDGE_PROMPTS)
     add("--judge_prompts", type=str, default=default_prompts, help="YAML file with the prompts of the judge.")
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, UInt8
 
-from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, pad
 from llava_cot_jax.inference.sentences import sentence_automaton
 from llava_cot_jax.inference.stop_strings import (
@@ -23,15 +22,9 @@ from llava_cot_jax.inference.stop_strings import (
     vocabulary_bytes,
 )
 from llava_cot_jax.processing.messages import Message, user_message
+from llava_cot_jax.processing.probe import FIRST_SENTENCE, SENTENCE, WHOLE_ANSWER, natural_tokens, token_ids
 from llava_cot_jax.processing.processor import Processor
-from llava_cot_jax.search.prompts import (
-    FIRST_SENTENCE,
-    PROMPT_KINDS,
-    SENTENCE,
-    WHOLE_ANSWER,
-    JudgePrompts,
-    PromptKind,
-)
+from llava_cot_jax.search.prompts import PROMPT_KINDS, JudgePrompts, PromptKind
 from llava_cot_jax.search.scorers import Judge
 from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.stage_format import StageFormat, StageMarks
@@ -290,22 +283,17 @@ def build_verifier_tables(processor: Processor, stages: Sequence[str], prompts: 
     Raises:
         UserError: An answer is not the natural next token after a probe.
     """
-    probes = [prompts.probe_text(processor, stage) for stage in stages]
-    answers = _natural_tokens(
-        processor,
-        probes[0],
-        prompts.probe.answers,
-        f"after the verifier's stem {prompts.probe.stem!r} the answer",
-        'let the stem end with a colon and the answers begin with a space, as in "Answer:" and " yes"',
-    )
+    probes = [prompts.probe.of(stage) for stage in stages]
+    answers = probes[0].answer_ids(processor)
     return VerifierTables(
-        pad([token_ids(processor, probe) for probe in probes]), jax.device_put(np.array(answers, np.int32))
+        pad([token_ids(processor, probe.text(processor)) for probe in probes]),
+        jax.device_put(np.array(answers, np.int32)),
     )
 
 
 def _verdict_tokens(processor: Processor, stages: Sequence[str], prompts: JudgePrompts) -> list[int]:
     """Return the tokens of the two verdicts after the stem."""
-    return _natural_tokens(
+    return natural_tokens(
         processor,
         prompts.split(processor, "pair", stages[0], stages, images=0)[-1] + prompts.stem,
         prompts.verdicts,
@@ -314,30 +302,8 @@ def _verdict_tokens(processor: Processor, stages: Sequence[str], prompts: JudgeP
     )
 
 
-def _natural_tokens(processor: Processor, text: str, endings: Sequence[str], what: str, remedy: str) -> list[int]:
-    """Return the token of each of ``endings`` after ``text``.
-
-    Raises:
-        UserError: An ending is not one token, or changes the tokens of the text before it. The error is made of
-            ``what`` and ``remedy``.
-    """
-    before = token_ids(processor, text)
-    found = []
-    for ending in endings:
-        *same, last = token_ids(processor, text + ending)
-        if same != before:
-            raise UserError(f"{what} {ending!r} is not one natural next token: {remedy}")
-        found.append(last)
-    return found
-
-
 def chat_header_ids(
     processor: Processor, prompts: JudgePrompts, kind: PromptKind, stages: Sequence[str], images: int
 ) -> list[int]:
     """Return the token ids at the beginning of the judge's prompts: the begin-of-text token, a header, the images."""
     return token_ids(processor, prompts.split(processor, kind, stages[0], stages, images=images)[0])
-
-
-def token_ids(processor: Processor, text: str) -> list[int]:
-    """Return the token ids of a text, with special tokens recognised and none added."""
-    return processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []

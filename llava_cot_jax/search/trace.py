@@ -10,10 +10,10 @@ import numpy as np
 
 from llava_cot_jax.inference.completions import INCOMPLETE
 from llava_cot_jax.inference.decoding import EndReason, Samples
+from llava_cot_jax.processing.probe import SENTENCE, WHOLE_ANSWER
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.judge import CHECK, PAIR, JudgeQueries
 from llava_cot_jax.search.program import StageResult
-from llava_cot_jax.search.prompts import SENTENCE, WHOLE_ANSWER
 from llava_cot_jax.search.scorers import Judge, OwnScores, Verifier
 from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.tables import closing_text

@@ -6,6 +6,8 @@ cached is read again, and nothing is copied.
 
     question (shared by candidates) | candidate (cached while it was sampled) | last token | closing | probe
     --------------------------- chain --------------------------------------   ------------- leaf ----------
+
+An adapter of the verifier acts on the tokens of the probe alone.
 """
 
 from collections.abc import Sequence
@@ -63,11 +65,12 @@ def score_candidates(
     capacity = probe_capacity(tables, closings.capacity)
     pieces = (candidates.last_token, closings, tables.probes[stage[:, None]])
     probes = concat(pieces, capacity).where(is_used)
+    probe_start = (candidates.last_token.lengths + closings.lengths).reshape(-1)
     flat = RaggedTokens(probes.tokens.reshape(-1, capacity), probes.lengths.reshape(-1))
     chunk = probe_chunk(decoder.prefill_chunk, shape[1], capacity)
     leaf = decoder.init_cache(flat.lengths.shape[0], capacity + chunk)
     cache = KVCache(leaf, jnp.zeros_like(flat.lengths), tuple(chain))
-    _, logits = prefill(replace(decoder, prefill_chunk=chunk), flat, cache)
+    _, logits = prefill(replace(decoder, prefill_chunk=chunk), flat, cache, adapted_from=probe_start)
     answers = logits[:, tables.answers]  # [questions * candidates, 2]
     score = jax.nn.sigmoid(answers[:, 0] - answers[:, 1])  # share of "yes" in the sum of both
     other = 1 - jnp.exp(answers - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).sum(axis=-1)

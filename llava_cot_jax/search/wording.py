@@ -5,7 +5,7 @@ Texts count candidates from 1, where a trace counts from 0.
 
 import re
 
-from llava_cot_jax.search.prompts import WHOLE_ANSWER
+from llava_cot_jax.processing.probe import WHOLE_ANSWER
 from llava_cot_jax.search.trace import CandidateTrace, MatchTrace, StageTrace, Trace, VerdictTrace
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import body_of, find_conclusion, normalize_answer

@@ -19,6 +19,7 @@ from llava_cot_jax.model.checkpoint.folder import named_folder, read_config, res
 from llava_cot_jax.model.checkpoint.reading import locate_tensors, read_tensor
 from llava_cot_jax.model.checkpoint.writing import TensorEntry, write_checkpoint
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.low_rank import adapter_paths
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.progress import OnProgress
@@ -26,7 +27,7 @@ from llava_cot_jax.training.base import Base, check_same_base
 from llava_cot_jax.training.checkpoints import MODEL_PART, RUN_PART, read_arrays, read_run, steps_in, stored_arrays
 from llava_cot_jax.training.checksums import find_damage
 from llava_cot_jax.training.layout import CHECKPOINTS, MODEL_FILES, relocated
-from llava_cot_jax.training.lora import adapter_paths, merge_adapter
+from llava_cot_jax.training.lora import merge_adapter
 from llava_cot_jax.training.settings import LoraSettings
 from llava_cot_jax.training.state import TrainState
 
@@ -35,12 +36,15 @@ EXPORT_CHUNK_BYTES = 1 << 30
 
 
 def merged_arrays(state: TrainState, lora: LoraSettings, dtype: DTypeLike) -> dict[str, jax.Array]:
-    """Return the model of a state in ``dtype``, by path in the stacked layout, with its adapters merged."""
+    """Return the model of a state in ``dtype``, by path in the stacked layout, with its adapters merged.
+
+    Those for the verifier's question alone are left out.
+    """
     held = {**state.frozen, **state.trained}
     found: dict[str, jax.Array] = {}
     for path, array in held.items():
         a, b = adapter_paths(path)
-        if a in held:
+        if a in held and lora.tokens == "all":
             array = merge_adapter(array, held[a], held[b], lora.scale)
         if not path.endswith((".lora_a", ".lora_b")):
             found[path] = array.astype(dtype)
@@ -55,6 +59,7 @@ class RunExport:
     Attributes:
         config: Configuration of the model.
         step: Step whose checkpoint is read.
+        for_verifier: Whether the run trained an adapter for the verifier's question alone.
 
     Args:
         folder: Folder of the run.
@@ -80,6 +85,8 @@ class RunExport:
             raise UserError(f"{self._checkpoint} is damaged: {damage}; take another one by --step: {others}")
         description = read_run(self._checkpoint)
         self._settings = relocated(description["settings"], folder)
+        self._lora = LoraSettings(**self._settings["lora"])
+        self.for_verifier = self._lora.tokens == "probe"
         self._started_from = Base.of(description)
         self._base = base
 
@@ -100,9 +107,14 @@ class RunExport:
             on_progress: Function that is called after each tensor with the bytes written and to be written in all.
 
         Raises:
-            UserError: The checkpoint that the run started from is needed, and gone or replaced by another. Or
-                ``write_checkpoint`` refuses.
+            UserError: The run's adapters are for the verifier's question alone. Or the checkpoint that the run started
+                from is needed, and gone or replaced by another. Or ``write_checkpoint`` refuses.
         """
+        if self.for_verifier:
+            raise UserError(
+                "the run's adapter is for the verifier's question alone, and merged it would change every answer: "
+                "write it by --for peft, and answer with --verifier_adapter"
+            )
         trained = stored_arrays(self._checkpoint)
         dtypes = {np.dtype(array.dtype) for array in trained.values()}
         written = dtype or (dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32))
@@ -132,7 +144,7 @@ class RunExport:
         Raises:
             UserError: The run trained no adapters or started from random weights, or ``destination`` cannot be written.
         """
-        lora = LoraSettings(**self._settings["lora"])
+        lora = self._lora
         if not lora.rank:
             raise UserError("--for peft is for a run with adapters (lora.rank), and this one trained whole parameters")
         if self._settings["random_init"]:
@@ -150,12 +162,12 @@ class RunExport:
         base = self._base or self._settings["checkpoint"]
         folder = named_folder(base)
         base = base if folder is None else str(folder)
-        write_adapter(destination, base, lora.alpha, matrices)
+        write_adapter(destination, base, lora.alpha, matrices, for_verifier=self.for_verifier)
         return base
 
     def _tensors(self, trained: Mapping[str, Any]) -> Iterator[np.ndarray]:
         """Yield every published tensor, in the order of the stacked layout."""
-        table, scale = parameters(self.config, "stacked"), LoraSettings(**self._settings["lora"]).scale
+        table, scale = parameters(self.config, "stacked"), self._lora.scale
         frozen = self._frozen() if table.keys() - trained.keys() else None
         if frozen is None and self._base:
             raise UserError("--base is of no use here: the run trained every parameter; leave it out")

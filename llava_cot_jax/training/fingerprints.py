@@ -11,7 +11,14 @@ from llava_cot_jax.training.initial_model import InitialModel
 from llava_cot_jax.training.run_folder import flat_settings
 from llava_cot_jax.training.settings import TrainSettings
 
-HOSTS_OWN_SETTINGS = {"data", "validation_data", "checkpoint", "loader.num_workers", "loader.num_threads"}
+HOSTS_OWN_SETTINGS = {
+    "data",
+    "validation_data",
+    "checkpoint",
+    "verifier.judge_prompts",
+    "loader.num_workers",
+    "loader.num_threads",
+}
 """Settings that may differ between hosts: paths, whose contents are compared, and what a host has processors for."""
 
 

@@ -11,11 +11,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from llava_cot_jax.data.loader import Loader
-from llava_cot_jax.data.rows import Rows
+from llava_cot_jax.data.rows import Rows, asks_verifier, data_sets_of
 from llava_cot_jax.data.sources import open_training_rows, open_validation_rows
+from llava_cot_jax.data.values import ValueRows
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.sharding import partition_spec
 from llava_cot_jax.progress import ProgressBar
-from llava_cot_jax.stage_format import STAGES
 from llava_cot_jax.training.checkpoints import Checkpoints, latest_valid_step, read_run, steps_in
 from llava_cot_jax.training.fingerprints import data_fields, model_fields
 from llava_cot_jax.training.metrics import MetricsWriter, Throughput, check_wandb, losses_by_stage
@@ -27,6 +28,7 @@ from llava_cot_jax.training.run_folder import make_run_folder, run_description, 
 from llava_cot_jax.training.run_lock import RunLock
 from llava_cot_jax.training.settings import TrainSettings
 from llava_cot_jax.training.state import TrainState
+from llava_cot_jax.training.step import LossSums
 from llava_cot_jax.training.stepper import Stepper
 from llava_cot_jax.training.stopping import stop_on_interrupt
 
@@ -184,13 +186,21 @@ class _Loop:
 
 
 def validate(program: TrainProgram, state: TrainState, loader: Loader) -> dict[str, float]:
-    """Return the mean loss over all trained tokens of a loader's rows, ``validation_loss``, and that of each stage."""
-    totals, tokens = np.zeros(1 + len(STAGES)), np.zeros(1 + len(STAGES))
-    for batch in loader.batches(0, loader.batches_per_epoch):
-        sums = jax.device_get(program.evaluate(state.trained, state.frozen, batch))
-        totals, tokens = totals + sums.total, tokens + sums.tokens
-    mean = float(totals.sum() / tokens.sum())
-    return {"validation_loss": mean, **losses_by_stage("validation_loss", totals / np.maximum(tokens, 1), tokens)}
+    """Return the mean loss over a loader's rows, ``validation_loss``, and what it is made of.
+
+    That is the loss of each stage and, where there are rows that train the verifier, the means over its replies.
+    """
+    by_batch = [
+        jax.device_get(program.evaluate(state.trained, state.frozen, batch))
+        for batch in loader.batches(0, loader.batches_per_epoch)
+    ]
+    sums: LossSums = jax.tree.map(lambda *each: np.sum(np.asarray(each, np.float64), axis=0), *by_batch)
+    mean = float(sums.total.sum() / max(sums.tokens.sum(), 1.0))
+    losses = losses_by_stage("validation_loss", sums.total / np.maximum(sums.tokens, 1), sums.tokens)
+    if sums.probes:
+        losses |= {f"validation_{name}": float(value) for name, value in sums.probes.means().items()}
+        mean += program.settings.verifier.weight * losses["validation_verifier_loss"]
+    return {"validation_loss": mean, **losses}
 
 
 def _open_loaders(run: Run) -> tuple[Loader, Loader | None]:
@@ -210,11 +220,21 @@ def _open_loaders(run: Run) -> tuple[Loader, Loader | None]:
                 on_progress=on_progress,
             )
 
-    training = open_loader(open_training_rows(settings.data), "train", shuffle=True)
-    if not settings.eval_examples:
-        return training, None
-    held_out = open_validation_rows(settings.data, settings.validation_data, settings.eval_examples)
-    return training, open_loader(held_out, "validation", shuffle=False)
+    rows, held_out = open_training_rows(settings.data, settings.verifier), None
+    if settings.eval_examples:
+        held_out = open_validation_rows(
+            settings.data, settings.validation_data, settings.eval_examples, settings.verifier
+        )
+    for part in data_sets_of(rows):
+        if isinstance(part, ValueRows):
+            run.log(part.summary)
+    if settings.lora.tokens == "probe" and not all(map(asks_verifier, data_sets_of(rows, held_out))):
+        raise UserError(
+            "lora.tokens is probe, so that answers teach the adapter nothing: give folders of values alone as data and "
+            "validation_data"
+        )
+    training = open_loader(rows, "train", shuffle=True)
+    return training, open_loader(held_out, "validation", shuffle=False) if held_out else None
 
 
 def _first_state(run: Run, program: TrainProgram, checkpoints: Checkpoints, step: int | None) -> TrainState:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_cot_jax.model.fresh_parameters import init_params
+from llava_cot_jax.model.low_rank import adapter_paths, declare_adapter, reads_text
 from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.training.settings import LoraSettings
 from llava_cot_jax.training.state import matching_paths
@@ -32,12 +33,13 @@ def adapter_table(table: Mapping[str, Parameter], settings: LoraSettings) -> dic
 
     Args:
         table: Declarations of the model's parameters, in either layout.
-        settings: Settings of LoRA. With rank 0 there are no adapters.
+        settings: Settings of LoRA. With rank 0 there are no adapters. Those for the verifier's question alone are only
+            on projections of text tokens.
 
     Raises:
         UserError: A target is no regular expression, or matches no projection.
     """
-    projections = [path for path in table if PROJECTION.search(path)]
+    projections = [path for path in table if PROJECTION.search(path) and (settings.tokens == "all" or reads_text(path))]
     kind = "projection, and nothing else can carry an adapter"
     weights: set[str] = set()
     for pattern in settings.targets if settings.rank else ():
@@ -45,30 +47,8 @@ def adapter_table(table: Mapping[str, Parameter], settings: LoraSettings) -> dic
     adapters: dict[str, Parameter] = {}
     for path in sorted(weights):
         a_path, b_path = adapter_paths(path)
-        adapters[a_path], adapters[b_path] = _adapter(table[path], settings.rank)
+        adapters[a_path], adapters[b_path] = declare_adapter(table[path], settings.rank)
     return adapters
-
-
-def adapter_paths(path: str) -> tuple[str, str]:
-    """Return the paths of lora_a and lora_b of the weight at ``path``."""
-    projection = path.removesuffix("weight")
-    return projection + "lora_a", projection + "lora_b"
-
-
-def _adapter(weight: Parameter, rank: int) -> tuple[Parameter, Parameter]:
-    """Return the declarations of lora_a [..., rank, in] and lora_b [..., out, rank] of a weight [..., out, in]."""
-    *layers, n_out, n_in = weight.shape
-    *layers_axis, out_axis, in_axis = weight.axes
-
-    def tensors(name: str) -> tuple[str, ...]:
-        return tuple(tensor.removesuffix("weight") + name for tensor in weight.tensors)
-
-    a_shape, a_axes = (*layers, rank, n_in), (*layers_axis, None, in_axis)
-    b_shape, b_axes = (*layers, n_out, rank), (*layers_axis, out_axis, None)
-    return (
-        Parameter(a_shape, a_axes, "normal", n_in**-0.5, tensors("lora_a"), weight.stacked),
-        Parameter(b_shape, b_axes, "zeros", 0.0, tensors("lora_b"), weight.stacked),
-    )
 
 
 def init_adapters(table: Mapping[str, Parameter], seed: int, dtype: Any, mesh: Mesh | None) -> dict[str, jax.Array]:

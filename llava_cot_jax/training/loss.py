@@ -1,17 +1,16 @@
-"""Loss: cross-entropy in float32 over the trained tokens of a batch, or over the labels of logits."""
+"""Loss: cross-entropy in float32 over the trained tokens and the verifier's replies of a batch, or over labels."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from llava_cot_jax.checks import shown
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.model.choices import RematPolicy
-from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.inputs import ArrayLike
-from llava_cot_jax.model.mllama import compute_logits, hidden_states
+from llava_cot_jax.model.mllama import compute_logits
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain, local_size
 from llava_cot_jax.rounding import ceil_div
@@ -64,7 +63,7 @@ def _cross_entropy(logits: Float32[Array, "*batch vocab"], targets: Int[Array, "
 
 
 def token_losses(
-    params: Params, config: MllamaConfig, batch: Mapping[str, jax.Array], remat: RematPolicy
+    params: Params, hidden: Float[Array, "batch tokens hidden"], input_ids: Int[Array, "batch tokens"]
 ) -> Float32[Array, "batch tokens"]:
     """Return the negative log-probability of each token given those before it.
 
@@ -72,12 +71,10 @@ def token_losses(
 
     Args:
         params: Parameters as nested mappings.
-        config: Configuration of the model.
-        batch: Arrays of the batch, as ``Loader.batches`` yields them.
-        remat: Activations of a layer that are saved for the backward pass.
+        hidden: Hidden state of each token, as ``hidden_states`` returns them.
+        input_ids: int32, tokens.
     """
-    hidden = hidden_states(params, config, batch, remat)  # [batch, tokens, hidden]
-    targets = jnp.roll(batch["input_ids"], -1, axis=1)  # [batch, tokens]; the last one is not used
+    targets = jnp.roll(input_ids, -1, axis=1)  # [batch, tokens]; the last one is not used
 
     @jax.checkpoint  # the logits are recomputed in the backward pass
     def chunk_losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -91,6 +88,66 @@ def token_losses(
     losses = jnp.moveaxis(jax.lax.map(chunk_losses, chunks), 0, 1)  # [batch, chunks, size]
     losses = losses.reshape(targets.shape[0], -1)[:, : tokens - 1]
     return jnp.pad(losses, ((0, 0), (1, 0)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ProbeSums:
+    """Sums over the verifier's replies of a batch, each by its weight.
+
+    Attributes:
+        total: Sum of the losses of the replies.
+        weight: Sum of the weights.
+        right: Weight of the replies whose likelier answer is that of the higher target.
+        other: Sum of the probabilities of anything but the two answers.
+    """
+
+    total: Float32[Array, ""]
+    weight: Float32[Array, ""]
+    right: Float32[Array, ""]
+    other: Float32[Array, ""]
+
+    def means(self) -> dict[str, jax.Array]:
+        """Return the means by their names in metrics; 0 where there are no replies."""
+        weight = self.weight.clip(min=jnp.finfo(jnp.float32).tiny)
+        return {
+            "verifier_loss": self.total / weight,
+            "verifier_accuracy": self.right / weight,
+            "verifier_other_probability": self.other / weight,
+        }
+
+
+@jax.named_scope("probe_losses")
+def probe_losses(
+    params: Params, hidden: Float[Array, "batch tokens hidden"], batch: Mapping[str, jax.Array]
+) -> ProbeSums:
+    """Return the sums over the verifier's replies of a batch.
+
+    The loss of a reply is the cross-entropy of its target over the whole vocabulary: with the target v, -v log p(yes)
+    - (1 - v) log p(no). So it lowers the probability of anything else too.
+
+    Args:
+        params: Parameters as nested mappings.
+        hidden: Hidden state of each token, as ``hidden_states`` returns them.
+        batch: Arrays of the batch, as ``Loader.batches`` yields them.
+    """
+    index = batch["attention_mask"].sum(axis=-1) - 1  # the probe is the end of its row
+    # A gather would bring batches that are sharded over devices together; the sum of one state and zeros is exact.
+    is_last = jnp.arange(hidden.shape[1]) == index[:, None]
+    last = jnp.sum(jnp.where(is_last[..., None], hidden, 0), axis=1)  # [batch, hidden]
+    logits = constrain(compute_logits(params, last), "batch", "vocab")
+    yes, no = (_cross_entropy(logits, batch["probe_answers"][:, i]) for i in range(2))
+    value, weight = batch["probe_value"], batch["probe_weight"]
+
+    def weighted_sum(each: Float32[Array, " batch"]) -> Float32[Array, ""]:
+        return jnp.sum(jnp.where(weight > 0, weight * each, 0.0))
+
+    return ProbeSums(
+        weighted_sum(value * yes + (1 - value) * no),
+        weight.sum(),
+        weighted_sum(((yes <= no) == (value >= 0.5)).astype(jnp.float32)),
+        weighted_sum(1 - jnp.exp(-yes) - jnp.exp(-no)),
+    )
 
 
 def _split(x: jax.Array, size: int) -> jax.Array:

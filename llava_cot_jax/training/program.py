@@ -113,6 +113,8 @@ def make_program(
         grad_accum_steps=settings.grad_accum_steps,
         max_grad_norm=settings.optimizer.max_grad_norm,
         lora_scale=settings.lora.scale,
+        lora_tokens=settings.lora.tokens,
+        verifier_weight=settings.verifier.weight,
     )
 
     @jax.jit
@@ -126,6 +128,7 @@ def make_program(
                 dtype=dtype,
                 remat=settings.remat,
                 lora_scale=settings.lora.scale,
+                lora_tokens=settings.lora.tokens,
             )
 
     parts, none = parts_of(config, trained), frozenset[ModelPart]()

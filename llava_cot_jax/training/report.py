@@ -83,6 +83,8 @@ def nothing_left_line(settings: TrainSettings, step: int) -> str:
 def step_note(measured: Mapping[str, Any]) -> str:
     """Return a short note on a step, from its metrics."""
     words = [f"loss {measured['loss']:.4f}"]
+    if "verifier_loss" in measured:
+        words.append(f"verifier {measured['verifier_loss']:.4f}, right {measured['verifier_accuracy']:.1%}")
     if "seconds" in measured:
         words.append(f"{measured['samples_per_second']:.1f} samples/s")
         mfu, rate = measured["mfu"], measured["tflops_per_second_per_device"]
@@ -97,7 +99,7 @@ def step_note(measured: Mapping[str, Any]) -> str:
 def validation_line(step: int, losses: Mapping[str, float]) -> str:
     """Return a line on a validation after ``step`` steps, from its losses by name."""
     stages = ", ".join(
-        f"{name.removeprefix('validation_loss_')} {value:.4f}"
+        f"{name.removeprefix('validation_loss_').removeprefix('validation_').replace('_', ' ')} {value:.4f}"
         for name, value in losses.items()
         if name != "validation_loss"
     )

@@ -20,6 +20,7 @@ CHANGEABLE_SETTINGS = {
     "output",
     "data",  # its batches have a fingerprint of their own
     "validation_data",
+    "verifier.judge_prompts",  # the fingerprint of the data's batches has their content
     "checkpoints.every",
     "checkpoints.max_to_keep",
     "checkpoints.keep_period",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llava_cot_jax.data.settings import ChatSettings, LoaderSettings
+from llava_cot_jax.data.settings import ChatSettings, LoaderSettings, VerifierSettings
 from llava_cot_jax.data.sources import SHAPES_DATA
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.checkpoint.folder import absolute_name
@@ -16,6 +16,7 @@ from llava_cot_jax.paths import as_path
 
 Schedule = Literal["step", "cosine", "linear"]
 Precision = Literal["float32", "bfloat16_stochastic", "bfloat16_nearest"]
+LoraTokens = Literal["all", "probe"]
 ComputeDtype = Literal["bfloat16", "float32"]
 """Dtype of the computation of a step."""
 
@@ -136,6 +137,8 @@ class LoraSettings:
         targets: Regular expressions of projections that get an adapter: those in whose name one is found. The
             default, all projections of the language model, is what it takes to reach full fine-tuning (Dettmers
             et al., arXiv 2305.14314).
+        tokens: Tokens that the adapters act on: ``all``, or those of the verifier's question alone (``probe``), so that
+            the model answers as before.
 
     Raises:
         UserError: A value is out of range.
@@ -144,6 +147,7 @@ class LoraSettings:
     rank: int = 0
     alpha: float = 16.0
     targets: list[str] = field(default_factory=lambda: ["language_model.*_proj"])
+    tokens: LoraTokens = "all"
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -152,6 +156,10 @@ class LoraSettings:
             raise UserError(f"lora.alpha is {self.alpha}; it must be above 0")
         if not self.targets:
             raise UserError("lora.targets is empty: name the projections that are to get an adapter")
+        if self.tokens not in get_args(LoraTokens):
+            raise UserError(f"lora.tokens is {self.tokens!r}; it is one of {', '.join(get_args(LoraTokens))}")
+        if self.tokens == "probe" and not self.rank:
+            raise UserError("lora.tokens is probe, but lora.rank is 0: set the rank of the verifier's adapter")
 
     @property
     def scale(self) -> float:
@@ -168,9 +176,10 @@ class TrainSettings:
             beside its weights. With several hosts, it is one that all of them see, such as a bucket.
         checkpoint: Checkpoint to start from: a folder in Hugging Face form, an id on the hub, a bucket path, or
             ``shapes`` for the small model of the package.
-        data: Data set to train on: a folder made by ``llava-cot prepare``, or ``shapes`` for generated pictures.
-            Several are given with a weight each, as ``{"data/one": 1, "data/two": 2.5}``: the number of times that
-            each of their rows comes in an epoch. With a fraction, each epoch has another share of the rows.
+        data: Data set to train on: a folder made by ``llava-cot prepare``, or ``shapes`` for generated pictures; or,
+            to train a verifier, a folder of values made by ``llava-cot rollout``. Several are given with a weight
+            each, as ``{"data/one": 1, "data/two": 2.5}``: the number of times that each of their rows comes in an
+            epoch. With a fraction, each epoch has another share of the rows.
         validation_data: Data set to validate on: its validation split or, if it has none, all of its rows. By
             default, the validation split of ``data``; with several data sets, as many rows of each.
         random_init: Start from random weights; only the configuration, tokenizer and image settings of
@@ -199,6 +208,7 @@ class TrainSettings:
         loader: Loader: how examples become batches.
         optimizer: Optimizer: AdamW, its learning rate schedule and its precision.
         lora: LoRA: which weights get adapters, and how large these are.
+        verifier: Verifier: how it learns from data sets of values, which ``llava-cot rollout`` writes.
 
     Raises:
         UserError: A value is out of range, or two values contradict each other.
@@ -230,6 +240,7 @@ class TrainSettings:
     loader: LoaderSettings = field(default_factory=LoaderSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    verifier: VerifierSettings = field(default_factory=VerifierSettings)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "grad_accum_steps", "max_nonfinite_steps", "log_every"):
@@ -282,6 +293,10 @@ class TrainSettings:
             data=map_names(_absolute, self.data),
             validation_data=None if self.validation_data is None else _absolute(self.validation_data),
             checkpoint=absolute_name(self.checkpoint),
+            verifier=replace(
+                self.verifier,
+                judge_prompts=self.verifier.judge_prompts and str(as_path(self.verifier.judge_prompts)),
+            ),
         )
 
 

@@ -14,11 +14,13 @@ from jaxtyping import Array, Float32
 
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.mllama import hidden_states
 from llava_cot_jax.model.parameters import Parameter
 from llava_cot_jax.model.sharding import use_mesh
 from llava_cot_jax.stage_format import STAGES
-from llava_cot_jax.training.loss import token_losses
+from llava_cot_jax.training.loss import ProbeSums, probe_losses, token_losses
 from llava_cot_jax.training.optimizer import Optimizer
+from llava_cot_jax.training.settings import LoraTokens
 from llava_cot_jax.training.state import TrainState, state_sharding
 
 Batch = Mapping[str, jax.Array]
@@ -36,10 +38,17 @@ class LossSums:
     Attributes:
         total: Sums of the losses of the tokens.
         tokens: Numbers of tokens.
+        probes: Sums over the verifier's replies; None where the data set has none.
     """
 
     total: Float32[Array, " stages"]
     tokens: Float32[Array, " stages"]
+    probes: ProbeSums | None = None
+
+    def objective(self, verifier_weight: float) -> jax.Array:
+        """Return the mean loss of a token and, if there are replies, the weight times the mean loss of a reply."""
+        mean = self.total.sum() / jnp.maximum(self.tokens.sum(), 1.0)
+        return mean if self.probes is None else mean + verifier_weight * self.probes.means()["verifier_loss"]
 
 
 def loss_sums(
@@ -51,6 +60,7 @@ def loss_sums(
     dtype: Any,
     remat: RematPolicy,
     lora_scale: float = 1.0,
+    lora_tokens: LoraTokens = "all",
 ) -> LossSums:
     """Compute the losses of a batch.
 
@@ -62,13 +72,21 @@ def loss_sums(
         dtype: Dtype of the computation, to which all arrays are cast.
         remat: Activations of a layer that are saved for the backward pass.
         lora_scale: Factor by which ``lora_b`` of every adapter is multiplied.
+        lora_tokens: Tokens that the adapters act on. Where these are the verifier's question alone, no adapter has a
+            part in the losses of answers, which are left out.
     """
     arrays = {**trained, **frozen}
     arrays |= {path: lora_scale * array for path, array in arrays.items() if path.endswith(".lora_b")}
     params = unflatten_dict({path: array.astype(dtype) for path, array in arrays.items()}, sep=".")
-    losses = token_losses(params, config, batch, remat)  # [batch, tokens]
+    if lora_tokens == "probe":
+        hidden = hidden_states(params, config, batch, remat, adapted=batch["probe"])
+        none = jnp.zeros(1 + len(STAGES))
+        return LossSums(none, none, probe_losses(params, hidden, batch))
+    hidden = hidden_states(params, config, batch, remat)
+    losses = token_losses(params, hidden, batch["input_ids"])  # [batch, tokens]
     stages = jax.nn.one_hot(batch["stage"], 1 + len(STAGES)) * batch["loss_mask"][..., None]
-    return LossSums(jnp.einsum("bt,bts->s", losses, stages), jnp.einsum("bts->s", stages))
+    probes = probe_losses(params, hidden, batch) if "probe" in batch else None
+    return LossSums(jnp.einsum("bt,bts->s", losses, stages), jnp.einsum("bts->s", stages), probes)
 
 
 def make_train_step(
@@ -83,10 +101,13 @@ def make_train_step(
     grad_accum_steps: int = 1,
     max_grad_norm: float = 0.0,
     lora_scale: float = 1.0,
+    lora_tokens: LoraTokens = "all",
+    verifier_weight: float = 1.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return the compiled training step, a function of a state, which it donates, and a batch.
 
     The loss is the mean over all trained tokens of the global batch, however they fall on devices and micro-batches.
+    Where the data set trains the verifier, the weighted mean over its replies in the global batch is added.
 
     Args:
         config: Configuration of the model.
@@ -99,22 +120,25 @@ def make_train_step(
         grad_accum_steps: Number of micro-batches that a batch is computed in. It divides the batch.
         max_grad_norm: Global norm to which larger gradients are scaled down; 0 leaves gradients as they are.
         lora_scale: Factor of the adapters' output, ``LoraSettings.scale``.
+        lora_tokens: Tokens that the adapters act on, ``LoraSettings.tokens``.
+        verifier_weight: Factor of the mean loss of the verifier's replies, ``VerifierSettings.weight``.
 
     Returns:
         Function that returns the state after the batch, and the measures ``loss``, ``gradient_norm``, ``tokens``
         (number of trained tokens), ``stage_losses`` and ``stage_tokens`` (float32 [1 + stages]), ``finite``, and
-        ``skipped`` as in the state.
+        ``skipped`` as in the state. Where the data set trains the verifier, also those of ``ProbeSums.means``, and
+        ``reply_weight``, the sum of the weights of the batch's replies.
     """
-    loss = partial(loss_sums, config=config, dtype=dtype, remat=remat, lora_scale=lora_scale)
+    loss = partial(loss_sums, config=config, dtype=dtype, remat=remat, lora_scale=lora_scale, lora_tokens=lora_tokens)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_mesh(mesh), jax.named_scope("loss_and_gradients"):
-            grads, sums = _gradients(loss, state, batch, grad_accum_steps)
+            grads, sums = _gradients(loss, state, batch, grad_accum_steps, verifier_weight)
         with jax.named_scope("gradient_norm"):
             norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
             if max_grad_norm:
                 grads = _clipped(grads, norm, max_grad_norm)
-        mean_loss = sums.total.sum() / jnp.maximum(sums.tokens.sum(), 1.0)
+        mean_loss = sums.objective(verifier_weight)
         finite = jnp.isfinite(mean_loss) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
             state = _updated(state, grads, optimizer, finite)
@@ -126,6 +150,7 @@ def make_train_step(
             "stage_tokens": sums.tokens,
             "finite": finite,
             "skipped": state.skipped,
+            **({"reply_weight": sums.probes.weight, **sums.probes.means()} if sums.probes else {}),
         }
 
     if mesh is None:
@@ -135,14 +160,17 @@ def make_train_step(
 
 
 def _gradients(
-    loss: Callable[..., LossSums], state: TrainState, batch: Batch, num_micro_batches: int
+    loss: Callable[..., LossSums], state: TrainState, batch: Batch, num_micro_batches: int, verifier_weight: float
 ) -> tuple[dict[str, jax.Array], LossSums]:
     """Return the gradient of the mean loss of a batch with respect to the trained arrays, and the sums of losses."""
     count = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
+    if has_probes := "probe" in batch:
+        probe_scale = verifier_weight / jnp.maximum(batch["probe_weight"].sum(), jnp.finfo(jnp.float32).tiny)
 
     def mean_loss(trained: dict[str, jax.Array], micro_batch: Batch) -> tuple[jax.Array, LossSums]:
         sums = loss(trained, state.frozen, micro_batch)
-        return sums.total.sum() / count, sums
+        mean = sums.total.sum() / count
+        return mean + probe_scale * sums.probes.total if sums.probes else mean, sums
 
     gradient = jax.grad(mean_loss, has_aux=True)
     if num_micro_batches == 1:
@@ -152,8 +180,8 @@ def _gradients(
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, gradient(state.trained, micro_batch)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), state.trained)
-    by_stage = jnp.zeros(1 + len(STAGES))
-    start = zeros, LossSums(by_stage, by_stage)
+    by_stage, zero = jnp.zeros(1 + len(STAGES)), jnp.zeros(())
+    start = zeros, LossSums(by_stage, by_stage, ProbeSums(zero, zero, zero, zero) if has_probes else None)
     return jax.lax.scan(accumulate, start, _micro_batches(batch, num_micro_batches))[0]
 
 

@@ -115,6 +115,7 @@ class Stepper:
         measured = {
             "loss": float(found["loss"]),
             **losses_by_stage("loss", found["stage_losses"], found["stage_tokens"]),
+            **_replies(found),
             "learning_rate": float(self._program.learning_rate(np.int32(updates))),
             "gradient_norm": float(found["gradient_norm"]),
             "trained_tokens": int(found["tokens"]),
@@ -148,3 +149,9 @@ class Stepper:
                 "nothing: correct or remove their examples, or lower the learning rate, and start again from the "
                 f"newest checkpoint. {steps}"
             )
+
+
+def _replies(found: Metrics) -> dict[str, float]:
+    """Return the measures of the verifier's replies, if a step had some."""
+    names = [name for name in found if name.startswith("verifier_")] if found.get("reply_weight") else []
+    return {name: float(found[name]) for name in names}

@@ -83,5 +83,5 @@ def stepless_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setattr(_Loop, "run_steps", lambda steps, *given: found.run_steps(steps, *given))
-        patch.setattr(loop, "open_training_rows", lambda data: FirstRows(open_training_rows(data), ROWS))
+        patch.setattr(loop, "open_training_rows", lambda *given: FirstRows(open_training_rows(*given), ROWS))
         yield found

@@ -11,6 +11,7 @@ from flax import nnx
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from llava_cot_jax import Mllama, causal_lm_loss
+from llava_cot_jax.model.mllama import hidden_states
 from llava_cot_jax.training.loss import token_losses
 
 VOCABULARY = 11
@@ -59,6 +60,7 @@ def test_it_is_the_loss_of_training(small, batch):
     trained = np.random.default_rng(0).random(batch["input_ids"].shape) < 0.5
     trained &= (batch["input_ids"] < small.text.vocab_size) & batch["attention_mask"].astype(bool)
     trained[:, 0] = False
-    losses = np.asarray(token_losses(model.params, config, jax.tree.map(jnp.asarray, batch), "none"))
+    hidden = hidden_states(model.params, config, jax.tree.map(jnp.asarray, batch))
+    losses = np.asarray(token_losses(model.params, hidden, jnp.asarray(batch["input_ids"])))
     got = causal_lm_loss(model(**batch), np.where(trained, batch["input_ids"], -100))
     np.testing.assert_allclose(got, losses[trained].mean(), rtol=1e-5)

@@ -70,6 +70,11 @@ def test_a_schedule_goes_on_at_the_share_of_the_data_that_was_seen():
             assert float(shifted(np.int32(updates))) == float(plain(np.int32(updates - 25)))
 
 
+def test_an_adapter_for_the_verifier_alone_learns_nothing_of_answers(place):
+    with pytest.raises(UserError, match=r"^lora\.tokens is probe, so that answers teach the adapter nothing: give"):
+        place.run("probe", **{"lora.rank": 2, "lora.tokens": "probe"})
+
+
 @pytest.mark.parametrize(
     ("setting", "pattern", "nearest"),
     [

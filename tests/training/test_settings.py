@@ -51,7 +51,7 @@ def test_a_configuration_builds_its_model_mesh_and_optimizer(path):
     assert np.prod(sizes) == chips
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     program = make_program(settings, config, mesh, steps=100, steps_per_epoch=10)
-    batch = abstract_batch(config, settings.loader.batch_size, 256, mesh)
+    batch = abstract_batch(config, settings.loader.batch_size, 256, mesh, probes="verifier" in path.stem)
     state, measures = jax.eval_shape(program.step, program.state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), program.state
@@ -86,6 +86,8 @@ COMPUTED: dict[str, Any] = {
     "lora.rank": 4,
     "lora.alpha": 5.0,
     "lora.targets": ["q_proj"],
+    "lora.tokens": "probe",
+    "verifier.weight": 0.5,
 }
 LOADED: dict[str, Any] = {
     "data": "elsewhere",
@@ -122,6 +124,9 @@ READ_AHEAD = {"loader.num_workers", "loader.num_threads"}
 SEVERAL_IMAGES = {"loader.num_image_buckets"}
 """Those that change batches of rows with several images, as ``test_loader.py`` shows."""
 
+VALUES = {"verifier.targets", "verifier.stage_weights", "verifier.judge_prompts"}
+"""Those that change rows of values, as ``test_values.py`` shows."""
+
 HELD_OUT = {"validation_data"}
 """Those that change what a run validates on, as ``TestSeveralDataSets`` shows."""
 
@@ -140,7 +145,7 @@ def changed(settings: TrainSettings, name: str, value: Any) -> TrainSettings:
     """``settings`` with one field changed; fields that count only with another are given that too."""
     if name in ("optimizer.final_lr_ratio",):
         settings = replace(settings, optimizer=replace(settings.optimizer, schedule="linear"))
-    if name in ("lora.alpha", "lora.targets"):
+    if name in ("lora.alpha", "lora.targets", "lora.tokens"):
         settings = replace(settings, lora=replace(settings.lora, rank=4))
     group, _, field = name.rpartition(".")
     if not group:
@@ -149,7 +154,8 @@ def changed(settings: TrainSettings, name: str, value: Any) -> TrainSettings:
 
 
 def test_no_field_is_forgotten():
-    assert names(BASE) == set(COMPUTED) | set(LOADED) | set(STARTED) | RUN | READ_AHEAD | SEVERAL_IMAGES | HELD_OUT
+    elsewhere = RUN | READ_AHEAD | SEVERAL_IMAGES | VALUES | HELD_OUT
+    assert names(BASE) == set(COMPUTED) | set(LOADED) | set(STARTED) | elsewhere
 
 
 def observe(settings: TrainSettings) -> tuple[Any, ...]:
@@ -160,7 +166,7 @@ def observe(settings: TrainSettings) -> tuple[Any, ...]:
     config = shapes_config()
     steps = settings.steps or settings.epochs * 10
     program = make_program(settings, config, mesh, steps=steps, steps_per_epoch=10)
-    batch = abstract_batch(config, settings.loader.batch_size, 64, mesh)
+    batch = abstract_batch(config, settings.loader.batch_size, 64, mesh, probes=True)
     traced = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(program.step)(program.state, batch)))
     layout = jax.tree.map(lambda x: str((x.shape, x.dtype, x.sharding)), program.state)
     return traced, [float(program.learning_rate(step)) for step in range(steps)], str(layout)

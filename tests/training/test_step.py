@@ -21,12 +21,21 @@ from llava_cot_jax.training.step import make_train_step
 
 SETTINGS = OptimizerSettings(learning_rate=2e-3)
 
-SCOPES = {"loss_and_gradients", "cross_entropy", "gradient_norm", "optimizer", "vision_tower", "lm_head", "mlp"}
+SCOPES = {
+    "loss_and_gradients",
+    "cross_entropy",
+    "probe_losses",
+    "gradient_norm",
+    "optimizer",
+    "vision_tower",
+    "lm_head",
+    "mlp",
+}
 
 
 @pytest.fixture(scope="module")
 def rows(reference) -> dict[str, np.ndarray]:
-    """Eight rows (one image, none or two), with very unequal counts of trained tokens."""
+    """Eight rows (one image, none or two), with very unequal counts of trained tokens and weights of replies."""
     names = ("input_ids", "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
     batch = {name: np.resize(reference[name], (8, *reference[name].shape[1:])) for name in (*names, "attention_mask")}
     draw = np.random.default_rng(0)
@@ -36,7 +45,15 @@ def rows(reference) -> dict[str, np.ndarray]:
     share = np.array([0.0, 0.9, 0.1, 0.5, 0.05, 0.3, 0.8, 0.2])[:, None]
     mask = (draw.random(batch["input_ids"].shape) < share) & batch["attention_mask"].astype(bool)
     mask[:, 0] = False
-    return {**batch, "loss_mask": mask, "stage": np.where(mask, draw.integers(0, 5, mask.shape), 0).astype(np.int8)}
+    stage = np.where(mask, draw.integers(0, 5, mask.shape), 0).astype(np.int8)
+    weights = np.array([0.0, 1.0, 0.0, 0.3, 2.0, 0.0, 0.7, 0.0], np.float32)
+    probes = {
+        "probe": np.zeros(mask.shape, bool),
+        "probe_answers": draw.integers(0, 100, (8, 2)).astype(np.int32),
+        "probe_value": draw.random(8).astype(np.float32),
+        "probe_weight": weights,
+    }
+    return {**batch, **probes, "loss_mask": mask, "stage": stage}
 
 
 def start(config, mesh=None, frozen=(), settings=SETTINGS, **more):
@@ -59,7 +76,7 @@ def train(config, rows, steps, mesh=None, **more) -> tuple[list[float], TrainSta
     found = []
     for _ in range(steps):
         state, measures = step(state, batch)
-        found.append(float(measures["loss"]))
+        found += [float(measures[name]) for name in ("loss", "verifier_loss", "verifier_other_probability")]
     return found, state
 
 
@@ -86,7 +103,7 @@ def test_parts_of_a_batch_add_up(small, rows, alone, parts):
 @pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "parts"), [((8, 1, 1), 1), ((2, 2, 2), 2), ((1, 4, 2), 2)])
 def test_losses_are_those_of_one_device(small, rows, alone, sizes, parts):
-    assert alone[-1] < 0.9 * alone[0]
+    assert alone[-3] < 0.9 * alone[0] and alone[-2] < 0.9 * alone[1]
     mesh = make_mesh(*sizes)
     together, state = train(small, rows, 20, mesh, grad_accum_steps=parts)
     np.testing.assert_allclose(together, alone, rtol=1e-5)

@@ -11,9 +11,9 @@ import numpy as np
 from llava_cot_jax.evaluation.comparison.methods import Method
 from llava_cot_jax.hosts.question_queue import AnswerRow
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.processing.probe import WHOLE_ANSWER
 from llava_cot_jax.question_result import result_of
 from llava_cot_jax.search.answers import hold_vote, whole_answer
-from llava_cot_jax.search.prompts import WHOLE_ANSWER
 from llava_cot_jax.search.scorers import LogProbability, Verifier
 from llava_cot_jax.search.search_costs import CostCounter
 from llava_cot_jax.search.strategies import BestOfN, MajorityVote, WeightedVote

@@ -16,7 +16,7 @@ import numpy as np
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_json
-from llava_cot_jax.model.checkpoint.adapter_settings import MERGE_IN_PEFT, AdapterSettings
+from llava_cot_jax.model.checkpoint.adapter_settings import FOR_VERIFIER, MERGE_IN_PEFT, AdapterSettings
 from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS, unwrap_names
 from llava_cot_jax.model.checkpoint.reading import (
     SAFETENSORS_DTYPES,
@@ -134,7 +134,14 @@ def _update(
     return LowRankUpdate(a, b, settings.scale(match[1].removeprefix(_PREFIX), a.shape[0]))
 
 
-def write_adapter(folder: Path, base: str, alpha: float, matrices: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def write_adapter(
+    folder: Path,
+    base: str,
+    alpha: float,
+    matrices: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    for_verifier: bool = False,
+) -> None:
     """Write an adapter that PEFT loads onto a model of transformers 5.
 
     Args:
@@ -142,6 +149,7 @@ def write_adapter(folder: Path, base: str, alpha: float, matrices: Mapping[str, 
         base: Path or id on the hub of the base model, for adapter_config.json.
         alpha: Scale of the output, which is divided by the rank.
         matrices: Matrices A [rank, in] and B [out, rank], of one rank, by the published name of their weight.
+        for_verifier: Whether the adapter is for the verifier's question alone, which PEFT does not know of.
 
     Raises:
         UserError: ``folder`` is not empty, or it cannot be written.
@@ -179,5 +187,6 @@ def write_adapter(folder: Path, base: str, alpha: float, matrices: Mapping[str, 
                 "fan_in_fan_out": False,
                 "init_lora_weights": True,
                 "inference_mode": True,
+                **({FOR_VERIFIER: True} if for_verifier else {}),
             },
         )

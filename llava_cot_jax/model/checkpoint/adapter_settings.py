@@ -36,6 +36,9 @@ MERGE_IN_PEFT = "merge it in PEFT with merge_and_unload(), and give the model th
 _STARTS_FROM_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` with which PEFT trains on the base weights as stored. PiSSA changes them."""
 
+FOR_VERIFIER = "llava_cot_verifier"
+"""Setting in adapter_config.json, beside PEFT's own, of an adapter that acts on the verifier's question alone."""
+
 _SAVED_BY_PEFT = {"auto_mapping", "peft_version"}
 """Settings that PEFT writes into every adapter_config.json, and that have no meaning for LoRA."""
 
@@ -66,15 +69,17 @@ class AdapterSettings:
         return alpha / (math.sqrt(rank) if self.divides_by_root else rank)
 
 
-def read_adapter_settings(path_or_hub_id: str | Path) -> AdapterSettings:
+def read_adapter_settings(path_or_hub_id: str | Path, *, for_verifier: bool = False) -> AdapterSettings:
     """Find an adapter, fetched from the Hugging Face hub if need be, and read its settings.
 
     Args:
         path_or_hub_id: Folder with adapter_config.json and adapter_model.safetensors, on a disk or in a bucket, or the
             adapter's id on the hub.
+        for_verifier: Whether the adapter is to act on the verifier's question alone, rather than on all tokens.
 
     Raises:
-        UserError: There is no such adapter, or it is none of PEFT's LoRA, or it has a setting that is not supported.
+        UserError: There is no such adapter, or it is none of PEFT's LoRA, or it has a setting that is not supported, or
+            it was trained for other tokens.
     """
     named = named_folder(path_or_hub_id)
     folder = named or fetch(str(path_or_hub_id), [ADAPTER_CONFIG, "adapter_model.*"])
@@ -88,7 +93,16 @@ def read_adapter_settings(path_or_hub_id: str | Path) -> AdapterSettings:
         if inner := sorted(path for path in entries_in(folder) if path.endswith(f"/{ADAPTER_CONFIG}")):
             raise UserError(f"{folder} holds its adapters in folders: give one, such as {(folder / inner[0]).parent}")
         raise UserError(f"{folder} holds no {ADAPTER_CONFIG}; is it the folder of an adapter in PEFT's form?")
-    settings = _settings(folder, read_json(folder / ADAPTER_CONFIG))
+    config = read_json(folder / ADAPTER_CONFIG)
+    settings = _settings(folder, config)
+    if bool(config.get(FOR_VERIFIER)) != for_verifier:
+        raise UserError(
+            f"{folder} was trained for all tokens, not for the verifier's question alone (lora.tokens probe): give it "
+            "as --adapter (adapter= in Python)"
+            if for_verifier
+            else f"{folder} was trained for the verifier's question alone, and would change every answer: give it as "
+            "--verifier_adapter (verifier_adapter= in Python)"
+        )
     if ADAPTER_WEIGHTS not in files:
         pickle = next(
             (f"{name} is a PyTorch pickle, which is not read; " for name in files if name.endswith(".bin")), ""

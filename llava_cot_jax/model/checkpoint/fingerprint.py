@@ -34,13 +34,17 @@ def checkpoint_fields(folder: Path, config: MllamaConfig, has_weights: bool = Tr
     return fields
 
 
-def adapter_digest(path_or_hub_id: str) -> str:
+def adapter_digest(path_or_hub_id: str, *, for_verifier: bool = False) -> str:
     """Return a digest of the files of an adapter; of those in a bucket, their sizes.
+
+    Args:
+        path_or_hub_id: The adapter, as ``read_adapter_settings`` takes it.
+        for_verifier: Whether it acts on the verifier's question alone.
 
     Raises:
         UserError: There is no such adapter.
     """
-    folder = read_adapter_settings(path_or_hub_id).folder
+    folder = read_adapter_settings(path_or_hub_id, for_verifier=for_verifier).folder
     found = hashlib.sha256()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if is_remote(folder):

@@ -22,10 +22,12 @@ from llava_cot_jax.model.checkpoint.reading import (
     list_faults,
     locate_tensors,
     read_slices,
+    read_tensor,
     slice_shape,
     slice_size,
 )
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.model.low_rank import adapter_paths, declare_adapter, reads_text
 from llava_cot_jax.model.parameters import Parameter, ParamLayout, parameters
 from llava_cot_jax.model.sharding import check_mesh, parameter_sharding
 from llava_cot_jax.progress import OnProgress
@@ -82,14 +84,47 @@ def load_params(
     return arrays
 
 
+def load_verifier_adapter(
+    settings: AdapterSettings, config: MllamaConfig, dtype: DTypeLike, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    """Load the adapter of a verifier as arrays by path, in the unrolled layout. ``lora_b`` is multiplied by its scale.
+
+    Args:
+        settings: The adapter, as ``read_adapter_settings`` returns it.
+        config: Configuration of the model that it is for.
+        dtype: Dtype of the arrays.
+        mesh: Mesh over the devices of all processes. None places all on this process's first device.
+
+    Raises:
+        UserError: ``read_adapter`` refuses the adapter, or it changes what is not applied to text tokens alone.
+    """
+    adapter = read_adapter(settings, config)
+    if other := [*adapter.replaced, *(name for name in adapter.updates if not reads_text(name))]:
+        raise UserError(f"{settings.folder} changes {other[0]}, which a verifier's adapter cannot: train it again")
+    table, arrays = parameters(config, "unrolled"), dict[str, jax.Array]()
+    for name, update in adapter.updates.items():
+        a, b = (read_tensor(matrix, np.dtype(np.float32)) for matrix in (update.a, update.b))
+        declarations = declare_adapter(table[name], a.shape[0])
+        for path, values, declared in zip(adapter_paths(name), (a, update.scale * b), declarations, strict=True):
+            array = values.astype(np.float32).astype(dtype)
+            if not is_finite(array):
+                raise UserError(f"{settings.folder}: {path} holds numbers that are not finite: train the adapter again")
+            sharding = _sharding(declared, mesh)
+            arrays[path] = jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+    return arrays
+
+
+def _sharding(parameter: Parameter, mesh: Mesh | None) -> Sharding:
+    """Return the sharding of a parameter; without a mesh, it is on this process's first device."""
+    return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else parameter_sharding(parameter, mesh)
+
+
 class _ParamLoader:
     """Loads the slices of one parameter that this process's devices hold."""
 
     def __init__(self, parameter: Parameter, mesh: Mesh | None) -> None:
         self._parameter = parameter
-        self._sharding: Sharding = (
-            SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else parameter_sharding(parameter, mesh)
-        )
+        self._sharding = _sharding(parameter, mesh)
         indices = self._sharding.addressable_devices_indices_map(parameter.shape)
         self._slices: dict[jax.Device, TensorSlice] = {
             device: tuple(axis.indices(size)[:2] for axis, size in zip(index or (), parameter.shape, strict=True))

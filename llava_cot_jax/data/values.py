@@ -1,0 +1,281 @@
+"""Rows that teach a verifier: candidates of searches, each with its value, which ``llava-cot rollout`` has written.
+
+A value is the share of right conclusions among the continuations of a candidate. One line of ``values.jsonl`` has a
+question, the candidates of each stage of its search, and whole answers, which are right or wrong.
+
+What a verifier is for is the choice among candidates of the same question. So questions whose answers all come out
+right, or all wrong, are left out, and so is a stage whose candidates all have the same value. Of the others, the better
+candidates of a stage (those of at least its mean value) weigh as much as the worse. A stage of a question weighs by how
+far the means of the two are apart, as values of few continuations differ by chance, and all of these weights of a stage
+add up to the same for each stage, whichever has the more differences to show.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_cot_jax.data.rows import ProbeTarget, Row, Turn
+from llava_cot_jax.data.settings import Targets, VerifierSettings
+from llava_cot_jax.errors import UserError
+from llava_cot_jax.paths import reading_errors
+from llava_cot_jax.processing.messages import remove_markers
+from llava_cot_jax.processing.probe import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER, ProbePrompt
+
+VALIDATION_SHARE = 0.1
+"""Share of the images whose questions are for validation, drawn by a hash of their bytes."""
+
+VALUES_VERSION = 1
+"""Version of the rows in their fingerprints, to be raised whenever the same file gives other rows."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Line of a file of values.
+
+    Attributes:
+        id: Name of the question.
+        text: The question, without markers of images.
+        images: Files of its images, relative to the folder.
+        groups: What the verifier is asked about, in groups to choose from: the candidates of each stage, and the whole
+            answers.
+        root_value: Value of the question before anything of its answer is written.
+    """
+
+    id: str
+    text: str
+    images: tuple[str, ...]
+    groups: tuple["_Group", ...]
+    root_value: float
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Texts that begin the same and compete, with their values.
+
+    Attributes:
+        stage: Name of their stage, or "whole".
+        before: Text of the answer before them.
+        texts: The texts.
+        values: Value of each, from 0 to 1.
+        after: Text after each, as the policy writes it before the next stage.
+    """
+
+    stage: str
+    before: str
+    texts: tuple[str, ...]
+    values: tuple[float, ...]
+    after: str
+
+    def answer(self, index: int) -> str:
+        """Return the answer as far as one of the texts goes."""
+        return "\n\n".join([*filter(None, [self.before]), self.texts[index]]) + self.after
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Text that the verifier is asked about: its places in ``ValueRows``, its target, and its weight."""
+
+    question: int
+    group: int
+    text: int
+    target: float
+    weight: float
+
+
+class ValueRows:
+    """``Rows`` of a file of values, one for each text that the verifier is asked about. They can be pickled.
+
+    Questions whose images are in two splits are in neither. The rows are in an order that is drawn once, so that the
+    first of them are a sample of all.
+
+    Attributes:
+        summary: Line that tells how many questions and texts there are, and what is left out.
+
+    Args:
+        file: File of values, beside the folder of its images, on a disk or in a bucket.
+        split: ``train`` or ``validation``.
+        settings: Targets, weights of the stages, and the verifier's question.
+
+    Raises:
+        UserError: The split is unknown or has no texts to choose from, a line or an image is missing or damaged, a
+            stage of the settings does not occur, or the file of prompts cannot be used.
+    """
+
+    def __init__(self, file: Path, split: str, settings: VerifierSettings) -> None:
+        if split not in ("train", "validation"):
+            raise UserError(f"{file.parent} has no split {split!r}: its splits are train and validation")
+        self._folder = file.parent
+        self._prompt = ProbePrompt.load(settings.judge_prompts or DEFAULT_JUDGE_PROMPTS)
+        with reading_errors(file):
+            content = file.read_bytes()
+        questions = list(_read_questions(file, content))
+        self._check_stages(questions, settings.stage_weights)
+        digests = self._image_digests(questions)
+        left_out: Counter[str] = Counter()
+        self._questions: list[_Question] = []
+        for question in questions:
+            own = {digests[image] for image in question.images} or {hashlib.sha256(question.text.encode()).digest()}
+            splits = {_split_of(digest) for digest in own}
+            if len(splits) > 1:
+                left_out["questions with images of both splits"] += 1
+            elif splits != {split}:
+                continue
+            elif question.root_value in (0, 1):
+                left_out["questions that are always or never answered right"] += 1
+            else:
+                self._questions.append(question)
+        self._examples, left_out["stages whose candidates have the same value"] = _weigh(self._questions, settings)
+        self.summary = (
+            f"{file.parent}, {split}: {len(self._examples)} texts of {len(self._questions)} questions to ask the "
+            f"verifier about; left out: {', '.join(f'{count} {reason}' for reason, count in left_out.items())}"
+        )
+        if not self._examples:
+            raise UserError(
+                f"{self.summary}: nothing is left to learn from; roll out more questions (a training may validate on "
+                "none: eval_examples: 0)"
+            )
+        decisive = repr((VALUES_VERSION, split, settings.targets, sorted(settings.stage_weights.items()), self._prompt))
+        parts = (content, decisive.encode(), *(digests[image] for image in sorted(digests)))
+        self._fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the file, of its images, of the split and of all settings that the rows depend on."""
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Row:
+        """Read the row at ``index``; its images are the bytes of files.
+
+        Raises:
+            IndexError: There is no row at ``index``.
+            UserError: A file is gone.
+        """
+        turns = self.turns(index)
+        example = self._examples[index]
+        question = self._questions[example.question]
+        stage = question.groups[example.group].stage
+        images = tuple(map(self._read_image, question.images))
+        return Row(f"{question.id}, {stage} {example.text + 1}", "values", images, turns)
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """Read the conversation of a row alone, without the cost of its images."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no row {index} of {len(self)}")
+        example = self._examples[index]
+        question = self._questions[example.question]
+        group = question.groups[example.group]
+        target = ProbeTarget(self._prompt.of(group.stage), example.target, example.weight)
+        return (Turn(question.text, group.answer(example.text), len(question.images), target=target),)
+
+    def _read_image(self, name: str) -> bytes:
+        path = self._folder / name
+        with reading_errors(path):
+            return path.read_bytes()
+
+    def _image_digests(self, questions: Iterable[_Question]) -> dict[str, bytes]:
+        """Return the SHA-256 of each image by its name."""
+        names = dict.fromkeys(name for question in questions for name in question.images)
+        return {name: hashlib.sha256(self._read_image(name)).digest() for name in names}
+
+    def _check_stages(self, questions: Iterable[_Question], weights: Mapping[str, float]) -> None:
+        known = dict.fromkeys(group.stage for question in questions for group in question.groups)
+        if unknown := [stage for stage in weights if stage not in known]:
+            raise UserError(
+                f"verifier.stage_weights has the stage {unknown[0]}, which {self._folder} has not: its stages are "
+                f"{', '.join(known)}"
+            )
+
+
+def _read_questions(file: Path, content: bytes) -> Iterator[_Question]:
+    """Read the lines of a file of values.
+
+    Raises:
+        UserError: A line is damaged.
+    """
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            yield _question(json.loads(line))
+        except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as fault:
+            raise UserError(
+                f"{file}, line {number} is damaged ({type(fault).__name__}: {fault}): let `llava-cot rollout` finish, "
+                "or remove the line"
+            ) from None
+
+
+def _question(row: Mapping[str, Any]) -> _Question:
+    """Return the question of a line. Candidates without a continuation have no value, and are left out."""
+    groups: list[_Group] = []
+    last = row["stages"][-1]["stage"]
+    for stage in row["stages"]:
+        known = [(str(one["text"]), float(one["value"])) for one in stage["candidates"] if one["value"] is not None]
+        # Every stage but the last is followed by a blank line, part of which may share a token with its end.
+        groups.append(_group(stage["stage"], stage["before"], known, "" if stage["stage"] == last else "\n\n"))
+    whole = [(str(answer["text"]), float(answer["right"])) for answer in row["answers"]]
+    groups.append(_group(WHOLE_ANSWER, "", whole, ""))
+    first = groups[0].values
+    images = tuple(map(str, row["images"]))
+    text, _ = remove_markers(row["question"])
+    return _Question(str(row["id"]), text, images, tuple(groups), sum(first) / len(first))
+
+
+def _group(stage: str, before: str, known: Sequence[tuple[str, float]], after: str) -> _Group:
+    if wrong := [value for _, value in known if not 0 <= value <= 1]:
+        raise ValueError(f"a value is {wrong[0]}, not from 0 to 1")
+    return _Group(str(stage), str(before), tuple(text for text, _ in known), tuple(value for _, value in known), after)
+
+
+def _split_of(digest: bytes) -> str:
+    """Return the split of an image, from the hash of its bytes."""
+    return "validation" if int.from_bytes(digest[:8]) < VALIDATION_SHARE * 2**64 else "train"
+
+
+def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[list[_Example], int]:
+    """Return the texts to ask about with their targets and weights, whose mean is 1.
+
+    Returns:
+        The examples, and the number of stages that are left out because their candidates have the same target.
+    """
+    places: list[tuple[int, int, int]] = []
+    targets: list[float] = []
+    weights: list[float] = []
+    stages: list[str] = []
+    same = 0
+    for number, question in enumerate(questions):
+        for index, group in enumerate(question.groups):
+            wanted = _targets(group.values, settings.targets)
+            if settings.stage_weights.get(group.stage, 1.0) == 0 or not len(wanted):
+                continue
+            better = wanted >= wanted.mean() - 1e-9
+            if better.all():
+                same += 1
+                continue
+            apart = wanted[better].mean() - wanted[~better].mean()
+            places += [(number, index, text) for text in range(len(wanted))]
+            targets += wanted.tolist()
+            weights += (apart / np.where(better, better.sum(), (~better).sum())).tolist()
+            stages += [group.stage] * len(wanted)
+    totals = dict.fromkeys(stages, 0.0)
+    for stage, weight in zip(stages, weights, strict=True):
+        totals[stage] += weight
+    shares = [
+        settings.stage_weights.get(stage, 1.0) * weight / totals[stage]
+        for stage, weight in zip(stages, weights, strict=True)
+    ]
+    scale = len(shares) / sum(shares) if shares else 0.0
+    order = np.random.default_rng(0).permutation(len(places)).tolist()
+    return [_Example(*places[i], targets[i], scale * shares[i]) for i in order], same
+
+
+def _targets(values: Sequence[float], kind: Targets) -> np.ndarray:
+    """Return the probability of yes to train for each value, float64."""
+    array = np.asarray(values, float)
+    return array if kind == "soft" else (array >= 0.5).astype(float)
