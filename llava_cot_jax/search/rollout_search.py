@@ -26,6 +26,7 @@ from llava_cot_jax.model.kv_cache import Segment
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import use_mesh
+from llava_cot_jax.processing.probe import WHOLE_ANSWER
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.answers import Answer, tagged_text
 from llava_cot_jax.search.program import (
@@ -37,7 +38,7 @@ from llava_cot_jax.search.program import (
     encode_question_images,
     stage_keys,
 )
-from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.random_keys import Draw, fold_in_each
 from llava_cot_jax.search.reasoner import make_answers, run_program
 from llava_cot_jax.search.request_builder import RequestBuilder, Requests
