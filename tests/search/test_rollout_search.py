@@ -46,7 +46,7 @@ def world(prompts):
     def roll_out(*places: int) -> list[list[StageRollouts]]:
         search = partial(roll_out_together, continuations=CONTINUATIONS)
         questions = (asked[place] for place in places)
-        made = AnswerBatches(model, builder, questions, size=2, prompt_tokens=64, images=1, search=search)
+        made = AnswerBatches(model, builder, questions, size=2, prompt_tokens=128, images=1, search=search)
         return [streamed.answer.rollouts for streamed in made]
 
     return model, processor, roll_out
