@@ -111,12 +111,12 @@ def test_every_weight_of_linear_can_carry_an_adapter_and_no_other(small, rows, m
     """``linear`` sees every adapter that the widest target declares, and no weight without one."""
     carrying, bare = set(), []
 
-    def watched(x, w):
+    def watched(x, w, adapted=True):
         if "lora_a" in w:
             carrying.update({id(w["lora_a"]), id(w["lora_b"])})
         else:
             bare.append(w)
-        return linear(x, w)
+        return linear(x, w, adapted)
 
     for module in (text_decoder, vision_tower):
         monkeypatch.setattr(module, "linear", watched)
