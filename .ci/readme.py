@@ -161,6 +161,7 @@ def _interrupt(command: Command, environment: dict[str, str], pattern: str) -> i
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,  # where stderr is a terminal, a command may show a bar in the place of lines
         text=True,
         process_group=0,  # a terminal sends Ctrl-C to all processes of a group
     )
