@@ -23,7 +23,7 @@ def xla_flags(devices: int, *, quick: bool = True) -> str:
     if quick:
         flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
         if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones end on a flag that is gone
-            flags += ["--xla_cpu_use_fusion_emitters=false"]
+            flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
     return " ".join(flags)
 
 

@@ -136,6 +136,38 @@ def test_a_marked_block_is_not_run(folder):
     assert "- not run (needs a key): open(" in done.stdout
 
 
+COUNTING = """
+trap '{trap}' INT
+step=$(cat at 2> /dev/null || echo 0)
+echo "from step $step"
+for i in $(seq 400); do
+  step=$((step + 1)); echo $step > at; echo "step $step"
+  sleep 0.05
+done
+"""
+
+
+@pytest.mark.parametrize(
+    ("trap", "second", "fault"),
+    [
+        ("exit 130", r"from step [1-9].*step \d", ""),
+        ("exit 0", "step 4", "README.md line 3 ended with exit 0, not 130 by Ctrl-C: bash count"),
+        ("exit 130", "from step 0.*step 4", "README.md line 3 ended with exit 0 and never printed"),
+    ],
+)
+def test_a_long_command_is_interrupted_and_started_again(folder, trap, second, fault):
+    steps = "exit 0" if "step 0" in second else ":"
+    (folder / "count").write_text(COUNTING.format(trap=trap).replace("sleep", f"[ $step -lt 6 ] || {steps}; sleep"))
+    done = start(
+        folder, f"<!-- interrupted in CI at: step 3; {second} -->\n```bash\nbash count\n```\n```bash\necho after\n```\n"
+    )
+    assert (done.returncode != 0, "+ echo after" in done.stdout) == (bool(fault), not fault), done.stderr
+    assert fault in done.stderr
+    assert done.stdout.startswith("+ bash count\nfrom step 0\nstep 1\nstep 2\nstep 3\n(Ctrl-C)\n")
+    if not fault:
+        assert re.search(r"\(exit 130 after \d s\)\n\+ bash count\nfrom step [3-9]\nstep \d+\n\(Ctrl-C\)", done.stdout)
+
+
 def test_a_list_runs_nothing(folder):
     done = start(folder, "```bash\necho a >> log\n```\n<!-- not run in CI: b -->\n```bash\necho c\n```\n", "--list")
     assert done.returncode == 0, done.stderr

@@ -1,16 +1,20 @@
 """Models to search with: random ones that write anything, and one trained on the shapes world."""
 
+import functools
 import json
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.data.shapes.tokenizer import shapes_config, shapes_tokenizer
+from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.scorers import Judge
@@ -54,9 +58,16 @@ def random_model(
         text = replace(text, eos_token_ids=eos)
     vision = replace(config.vision, num_hidden_layers=2, initializer_range=0.25)
     config = replace(config, text=text, vision=vision, convention=convention)
+    arrays = random_arrays(replace(config, convention="meta"), seed, dtype)
+    return Mllama.from_arrays(config, dict(arrays), layout="unrolled"), Processor(config, shapes_tokenizer())
+
+
+@functools.cache
+def random_arrays(config: MllamaConfig, seed: int, dtype) -> dict[str, jax.Array]:
+    """Return the parameters of a random model by their paths, which are drawn once in a process."""
     model = Mllama(config, rngs=nnx.Rngs(seed), dtype=dtype)
     open_gates(model)
-    return model, Processor(config, shapes_tokenizer())
+    return flatten_dict(model.params, sep=".")
 
 
 def tagged_processor() -> Processor:

@@ -53,10 +53,12 @@ def parrot(text: str, *, then: str = "a", after: str = "<CONCLUSION>", processor
     return model, processor
 
 
-def one_stage(model, processor, prompts, **settings):
-    strategy = StageBeam(
-        **{"num_candidates": 2, "temperature": 0.0, "max_new_tokens": 6, "stages": ("CONCLUSION",), **settings}
-    )
+LONGEST = 12
+"""Number of tokens that ``one_stage`` lets a candidate have. It is the same in all tests, which share one program."""
+
+
+def one_stage(model, processor, prompts):
+    strategy = StageBeam(2, temperature=0.0, max_new_tokens=LONGEST, stages=("CONCLUSION",))
     answer = Reasoner(model, processor, strategy, prompts).answer(None, "red?")
     return answer, answer.trace.stages[0].candidates[0]
 
@@ -110,17 +112,18 @@ def test_a_model_that_ends_at_once(prompts):
 
 
 def test_a_model_that_stops_within_the_tag(prompts):
-    model, processor = parrot(" red </CONCLUSION>")
-    longest = len(processor.tokenizer(" red </CONCLUSION>", add_special_tokens=False)["input_ids"])
-    answer, candidate = one_stage(model, processor, prompts, max_new_tokens=longest - 1)
+    text = " red blue green yellow circle square star triangle one two </CONCLUSION>"
+    model, processor = parrot(text)
+    assert len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) == LONGEST + 1
+    answer, candidate = one_stage(model, processor, prompts)
     assert candidate.ended == "max_new_tokens"
     assert 0 < len(candidate.added) < len(" </CONCLUSION>")
-    assert answer.text == "<CONCLUSION> red </CONCLUSION>"
+    assert answer.text == f"<CONCLUSION>{text}"
 
 
 def test_a_model_that_writes_another_stages_tag(prompts):
     """The tag is text, and does not end the stage."""
-    answer, candidate = one_stage(*parrot(" </CAPTION>"), prompts, max_new_tokens=12)
+    answer, candidate = one_stage(*parrot(" </CAPTION>"), prompts)
     assert candidate.ended == "max_new_tokens" and "</CAPTION>" in answer.conclusion
 
 

@@ -19,9 +19,14 @@ from tests.search.test_search import recorded_results
 COUNTS = (0, 1, 3)
 """Numbers of images of the questions."""
 
-QUESTIONS = [scene(i)[1] for i in range(len(COUNTS))]
+QUESTIONS = [scene(0)[1], scene(1)[1], scene(2)[1] + " red" * 60]
+"""The last is the longest, although a prompt without an image has a system message."""
+
 IMAGES = [[scene(3 * i + j)[0] for j in range(count)] for i, count in enumerate(COUNTS)]
 SEEDS = [4, 5, 6]
+ALONE = [(0,), (1,), (2, 2, 2)]
+"""Questions that are asked without others. Three copies of the one with three images run the program of all three."""
+
 NEW = 24
 
 
@@ -39,14 +44,19 @@ def test_a_generator_answers_each_as_alone(convention, sampling):
 
     together = generate(0, 1, 2)
     for i in range(len(COUNTS)):
-        np.testing.assert_array_equal(generate(i)[0], together[i])
+        np.testing.assert_array_equal(generate(*ALONE[i])[0], together[i])
     assert len({tuple(row) for row in together.tolist()}) == len(COUNTS)
 
 
+TOKEN, RATIONALE = Judge("token"), Judge("rationale", reason_tokens=6, check_tokens=5)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("convention", get_args(Convention))
 @pytest.mark.parametrize(
-    "judge", [Judge("token"), Judge("rationale", reason_tokens=6, check_tokens=5)], ids=lambda judge: judge.verdict
+    ("convention", "judge"),
+    # transformers_4 differs from transformers_5 in the features of the images alone, and from meta in the text.
+    [*((convention, RATIONALE) for convention in get_args(Convention)), ("meta", TOKEN), ("transformers_5", TOKEN)],
+    ids=lambda each: each.verdict if isinstance(each, Judge) else each,
 )
 def test_a_search_answers_each_as_alone(prompts, monkeypatch, convention, judge):
     found = recorded_results(monkeypatch)
@@ -54,8 +64,9 @@ def test_a_search_answers_each_as_alone(prompts, monkeypatch, convention, judge)
     reasoner = Reasoner(model, processor, StageBeam(3, judge, temperature=1.0, max_new_tokens=8), prompts)
     answers = reasoner.answer_batch(IMAGES, QUESTIONS, seeds=SEEDS)
     for i, answer in enumerate(answers):
-        alone = reasoner.answer(IMAGES[i], QUESTIONS[i], seed=SEEDS[i])
-        assert alone.text == answer.text
+        images, questions, seeds = ([x[j] for j in ALONE[i]] for x in (IMAGES, QUESTIONS, SEEDS))
+        alone = reasoner.answer_batch(images, questions, seeds=seeds)
+        assert {each.text for each in alone} == {answer.text}
         beside, own = (jax.device_get(result) for result in (found[0], found[-1]))
         for name in ("tokens", "lengths", "ended"):
             one, other = (getattr(result.candidates, name) for result in (own, beside))

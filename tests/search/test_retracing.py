@@ -84,7 +84,7 @@ def test_neighbours_and_places_change_nothing(ending, prompts):
         reasoner = Reasoner(*ending, strategy, prompts)
         return reasoner.answer_batch(list(images), list(questions), seeds=list(seeds))
 
-    once = replace(SMALL, max_rounds=1)
+    once = replace(SMALL, threshold=0.0)  # which every second best reasoning is above
     lowest, middle, _ = sorted(sorted(reasoning_scores(each.trace))[-2] for each in ask(once, 0, 1, 2))
     strategy = replace(SMALL, threshold=(lowest + middle) / 2)
     straight, turned, doubled = (

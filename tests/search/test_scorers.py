@@ -116,12 +116,13 @@ def test_what_a_scorer_is_given_and_what_the_trace_tells(ending, prompts, monkey
 
 @pytest.mark.slow
 def test_another_function_compiles_nothing(ending, prompts):
-    image, question = scene(0)
+    """The first has the shapes of the test before."""
+    image, question = scene(3)
     texts = []
     for sign in (1, -1):
         counter = CompilationCounter()
-        strategy = StageBeam(3, lambda i, q, s, texts: [sign * len(t) for t in texts], 0.9, 6)  # noqa: B023
-        texts.append(Reasoner(*ending, strategy, prompts).answer(image, question).text)
+        strategy = StageBeam(3, lambda i, q, s, texts: [sign * len(t) for t in texts], 0.9, 9)  # noqa: B023
+        texts.append(Reasoner(*ending, strategy, prompts).answer([image, image], question).text)
     assert counter.count == 0
     assert len(texts[0]) > len(texts[1])
 
