@@ -5,8 +5,8 @@ A block that cannot run in CI has, on the line directly before its fence, the co
 ``<!-- not run in CI: REASON -->``. A block that would take too long has there
 ``<!-- interrupted in CI at: PATTERN; PATTERN -->``: its command is started once for each pattern. When its output
 matches the pattern (a regular expression, in which a point may be a line break), it gets Ctrl-C, and must then end with
-exit code 130. So the training of the README begins, resumes and stops again, and does not run to its end here. The
-tests have runs to the end, of small models.
+exit code 130. So the training of the README begins, resumes and stops again, and the benchmark measures the parts of a
+search, but no whole one. The tests have both to the end, with small models.
 
     python3 .ci/readme.py          run everything; the first failure ends it
     python3 .ci/readme.py --list   list the commands that would run and those that would not

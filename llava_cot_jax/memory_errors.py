@@ -22,6 +22,10 @@ ADVICE = {
     ),
     "generate": _LESS_FOR_ANSWERS,
     "evaluate": _LESS_FOR_ANSWERS,
+    "rollout": (
+        "Less memory is taken by fewer --slots, --continuations or --num_candidates, a smaller --max_new_tokens, "
+        "--quantize int8, --dtype bfloat16, and by more devices (--mesh.tensor)."
+    ),
     "bench": (
         "Less memory is taken by --quantize int8, --dtype bfloat16, fewer --workload.num_candidates, and by shorter "
         "questions and answers."

@@ -32,8 +32,8 @@ from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_weight_options
 from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_continuable
 from llava_cot_jax.values.job import VALUES, RolloutJob
-from llava_cot_jax.values.pairs import FORMS, MIN_DIFFERENCE, write_pairs
-from llava_cot_jax.values.questions import SPLITS, open_questions
+from llava_cot_jax.values.pairs import MIN_DIFFERENCE, PAIR_FORMS, write_pairs
+from llava_cot_jax.values.questions import ROW_SPLITS, open_questions
 
 _CHIPS = {chip.name.removeprefix("TPU ").replace(" GB", "GB").replace(" ", "_"): chip for chip in CHIPS}
 """Chips by the names that ``--chip`` takes."""
@@ -163,7 +163,7 @@ def _write_pairs(options: Any, group: ProcessGroup) -> None:
     for name in _PAIRS[:3]:
         if options[name] is None:
             raise UserError(
-                f"--{name} is missing: pairs are written by --values FOLDER --pairs FILE --form {'|'.join(FORMS)}"
+                f"--{name} is missing: pairs are written by --values FOLDER --pairs FILE --form {'|'.join(PAIR_FORMS)}"
             )
     for name in ("data", "output"):
         if options[name] is not None:
@@ -194,7 +194,7 @@ def _add_rollout_options(parser: cli.Parser) -> None:
         "made, of which the conclusion of the first answer of a row is the right one; or a JSONL or TSV file as "
         "evaluate --benchmark takes it.",
     )
-    add("--split", choices=list(SPLITS), help="Split of shapes, or of a prepared folder. By default, train.")
+    add("--split", choices=list(ROW_SPLITS), help="Split of shapes, or of a prepared folder. By default, train.")
     add("--first", type=int, default=0, help="Index of the first row, so that later rounds take other ones.")
     add("--limit", type=int | None, default=None, help="Number of rows from --first on. By default, all.")
     add(
@@ -247,7 +247,7 @@ def _add_pair_options(parser: cli.Parser) -> None:
     add("--pairs", type=str, help="JSONL file that takes the pairs. Its paths of images are relative to its folder.")
     add(
         "--form",
-        choices=list(FORMS),
+        choices=list(PAIR_FORMS),
         help="Form of the pairs: llama_factory is that of LLaMA-Factory's preference data in ShareGPT's form, trl that "
         "of TRL's conversational preference data.",
     )

@@ -116,6 +116,7 @@ def test_other_errors_are_others(fault):
         ("train", ["llava-cot plan", "remat", "grad_accum_steps", "lora.rank", "loader.batch_size"]),
         ("generate", ["--quantize int8", "--num_candidates", "--mesh.tensor"]),
         ("evaluate", ["--quantize int8", "--num_candidates", "--mesh.tensor"]),
+        ("rollout", ["--quantize int8", "--slots", "--continuations", "--max_new_tokens", "--mesh.tensor"]),
         ("bench", ["--quantize int8", "--workload.num_candidates"]),
         ("prepare", ["--workers"]),
         ("convert", ["tensor"]),

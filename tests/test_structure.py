@@ -21,7 +21,7 @@ KNOWS = {
     "evaluation": {"data", "hosts", "inference", "model", "processing", "search"},
     "serving": {"inference", "model", "processing", "search"},
     "annotation": {"data", "evaluation", "inference", "model", "processing", "search"},
-    "values": {"data", "evaluation", "model", "processing", "search"},
+    "values": {"data", "evaluation", "hosts", "model", "processing", "search"},
     "benchmark": {"costs", "inference", "model", "processing", "search"},
     "planning": {"benchmark", "costs", "model", "processing", "search", "training"},
 }

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685) beside the weights of a model: their names and declarations."""
 
-from llava_cot_jax.model.parameters import TEXT_LAYERS, Parameter
+from llava_cot_jax.model.parameters import TEXT_LAYERS, Parameter, Params
 
 
 def adapter_paths(path: str) -> tuple[str, str]:
@@ -29,3 +29,9 @@ def reads_text(path: str) -> bool:
     """Whether the projection at ``path`` is applied to text tokens: one of a text layer, but for an image's keys and
     values."""
     return path.startswith(TEXT_LAYERS) and not path.endswith(("cross_attn.k_proj.weight", "cross_attn.v_proj.weight"))
+
+
+def with_adapter(params: Params, adapter: Params) -> Params:
+    """Return parameters with the matrices of an adapter beside the weights that it is for."""
+    beside = {name: node for name, node in adapter.items() if name not in params}
+    return {name: with_adapter(p, adapter[name]) if name in adapter else p for name, p in params.items()} | beside

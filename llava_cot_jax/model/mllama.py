@@ -32,6 +32,7 @@ from llava_cot_jax.model.fresh_parameters import init_params
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
 from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_inputs, check_tiles
 from llava_cot_jax.model.layers import int8_linear
+from llava_cot_jax.model.low_rank import with_adapter
 from llava_cot_jax.model.parameters import Parameter, ParamLayout, Params, parameters
 from llava_cot_jax.model.quantization import quantize_params
 from llava_cot_jax.model.sharding import (
@@ -188,7 +189,7 @@ class Mllama(nnx.Module):
         the tokens of the verifier's question.
         """
         adapter = self._verifier_adapter
-        return self._own_params if adapter is None else _with_adapter(self._own_params, _as_arrays(adapter))
+        return self._own_params if adapter is None else with_adapter(self._own_params, _as_arrays(adapter))
 
     @property
     def _own_params(self) -> Params:
@@ -305,15 +306,9 @@ class Mllama(nnx.Module):
         )
         model = cls.from_arrays(config, arrays, layout=layout, mesh=mesh, remat=remat)
         if verifier:
-            model.set_verifier_adapter(load_verifier_adapter(verifier, config, model.dtype, mesh))
+            matrices = unflatten_dict(load_verifier_adapter(verifier, config, model.dtype, mesh), sep=".")
+            model._verifier_adapter = nnx.data(_as_params(matrices))
         return model
-
-    def set_verifier_adapter(self, arrays: dict[str, jax.Array]) -> None:
-        """Set the adapter that acts on the verifier's question, by the paths of its matrices in the unrolled layout.
-
-        ``lora_b`` has its scale in it.
-        """
-        self._verifier_adapter = nnx.data(_as_params(unflatten_dict(arrays, sep=".")))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a checkpoint that transformers loads: safetensors of at most 5 GB a file, their index, config.json.
@@ -356,12 +351,6 @@ def _as_arrays(node: Any) -> Any:
 
 def _as_params(node: Any) -> Any:
     return nnx.Dict({k: _as_params(v) for k, v in node.items()}) if isinstance(node, dict) else nnx.Param(node)
-
-
-def _with_adapter(params: Params, adapter: Params) -> Params:
-    """Return parameters with the matrices of an adapter beside the weights that it is for."""
-    beside = {name: node for name, node in adapter.items() if name not in params}
-    return {name: _with_adapter(p, adapter[name]) if name in adapter else p for name, p in params.items()} | beside
 
 
 def _jit_to_mesh(function: Callable[..., Any], parameter: Parameter, mesh: Mesh | None) -> Callable[..., Any]:
@@ -462,17 +451,8 @@ def _forward(
         images = ImageContext(*cross_attention_mask(config, inputs["cross_attention_mask"]), states=states)
     text_params = params["language_model"]["model"]
     mask = causal_mask(present)
-    return text_decoder.forward(
-        text_params,
-        config,
-        ids,
-        positions,
-        mask,
-        images,
-        remat,
-        output_hidden_states=output_hidden_states,
-        adapted=adapted,
-    )
+    forward = functools.partial(text_decoder.forward, output_hidden_states=output_hidden_states, adapted=adapted)
+    return forward(text_params, config, ids, positions, mask, images, remat)
 
 
 def _all_logits(params: Params, config: MllamaConfig, inputs: Mapping[str, jax.Array], remat: RematPolicy) -> jax.Array:

@@ -6,13 +6,12 @@ from llava_cot_jax.benchmark.workload import TAG_TOKENS, Workload
 from llava_cot_jax.costs import model_costs
 from llava_cot_jax.costs.chips import Chip
 from llava_cot_jax.model.config import MllamaConfig
+from llava_cot_jax.planning.search_plan import BFLOAT16_BYTES
 from llava_cot_jax.search.search_costs import CostCounter
 from llava_cot_jax.search.strategies import SearchSpec
 
 JOINT = 2 * TAG_TOKENS
 """Number of tokens between two stages: a closing and an opening."""
-
-BFLOAT16_BYTES = 2
 
 
 @dataclass(frozen=True)

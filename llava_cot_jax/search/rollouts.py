@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from llava_cot_jax.inference.decoding import Decoder, Samples, sample
+from llava_cot_jax.inference.decoding import Decoder, Samples, continue_samples, start_samples
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens, concat
 from llava_cot_jax.model.kv_cache import Segment
+from llava_cot_jax.rounding import ceil_div
 from llava_cot_jax.search.program import candidate_cache, candidate_stops, extend_chain
 from llava_cot_jax.search.strategies import SearchSpec
 from llava_cot_jax.search.tables import StageTables
@@ -80,15 +81,18 @@ def sample_continuations(
         The segment of the continuations, but for the last token of each, and the continuations,
         [groups * continuations].
     """
-    count = max(spec.num_candidates)
+    count, capacity = max(spec.num_candidates), max(spec.max_new_tokens)
     stop = candidate_stops(spec, stop_tables, keys, stage)
-    suffix = decoder.init_cache(len(keys) * count, max(spec.max_new_tokens))
-    layers, samples = sample(
-        decoder,
-        jnp.repeat(logits, count, axis=0),
-        candidate_cache(suffix, chain),
-        replace(stop, used=stop.used & jnp.repeat(used, count)),
-        capacity=max(spec.max_new_tokens),
-        sampling=spec.sampling,
-    )
-    return Segment(layers, samples.num_cached), samples
+    stop = replace(stop, used=stop.used & jnp.repeat(used, count))
+    logits = jnp.repeat(logits, count, axis=0)
+    samples = start_samples(decoder.config, logits, stop, capacity=capacity, sampling=spec.sampling)
+    # Few continuations are as long as they may be. Each step reads all the room that there is, so that the first half
+    # of the tokens are sampled with half of it.
+    room = ceil_div(capacity, 2)
+    layers = decoder.init_cache(len(logits), room)
+    for rooms in (room, capacity):
+        layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, rooms - x.shape[2]), (0, 0))), layers)  # noqa: B023
+        until = replace(stop, max_new_tokens=jnp.minimum(stop.max_new_tokens, rooms))
+        cache = candidate_cache(layers, chain)
+        layers, samples = continue_samples(decoder, samples, cache, until, sampling=spec.sampling)
+    return Segment(layers, samples.samples.num_cached), samples.samples

@@ -53,7 +53,7 @@ def write_pairs(folder: Path, path: Path, form: str, min_difference: float) -> i
     Args:
         folder: Folder of values.
         path: File to write.
-        form: Name of a form in ``FORMS``.
+        form: Name of a form in ``PAIR_FORMS``.
         min_difference: Least difference of the values of a pair, above 0.
 
     Raises:
@@ -68,7 +68,7 @@ def write_pairs(folder: Path, path: Path, form: str, min_difference: float) -> i
     for row in read_values(folder):
         images = [str(relative / image) for image in row["images"]]
         for chosen, rejected in _pairs_of(row, min_difference):
-            made = FORMS[form](row["question"], images, chosen, rejected)
+            made = PAIR_FORMS[form](row["question"], images, chosen, rejected)
             lines.append(json.dumps(made, ensure_ascii=False) + "\n")
     with writing_errors(path):
         write_bytes(path, "".join(lines).encode(errors="replace"))
@@ -112,7 +112,7 @@ def _trl(question: str, images: list[str], chosen: str, rejected: str) -> dict[s
     }
 
 
-FORMS: dict[str, Callable[[str, list[str], str, str], dict[str, Any]]] = {
+PAIR_FORMS: dict[str, Callable[[str, list[str], str, str], dict[str, Any]]] = {
     "llama_factory": _llama_factory,
     "trl": _trl,
 }

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 IMAGES = "images"
 """Folder beside the values that takes the images of the questions."""
 
-SPLITS = ("train", "validation", "test")
+ROW_SPLITS = ("train", "validation", "test")
 """Names of the splits of a data set."""
 
 _OWN_FILES = (".jsonl", ".tsv")
@@ -110,7 +110,7 @@ def open_questions(
     if limit is not None:
         check_int("limit", limit)
     if split is not None:
-        check_choice("split", split, SPLITS)
+        check_choice("split", split, ROW_SPLITS)
     own = PurePosixPath(data).suffix in _OWN_FILES and not as_path(data).is_dir()
     if own and split is not None:
         raise UserError(f"--split has no meaning with --data {data}, which is a file: leave it out")
