@@ -3,9 +3,10 @@
 A value is the share of right conclusions among the continuations of a candidate. One line of ``values.jsonl`` has a
 question, the candidates of each stage of its search, and whole answers, which are right or wrong.
 
-What a verifier is for is the choice among candidates of the same question. So questions whose answers all come out
-right, or all wrong, are left out, and so is a stage whose candidates all have the same value. Of the others, the better
-candidates of a stage (those of at least its mean value) weigh as much as the worse. A stage of a question weighs by how
+What a verifier is for is the choice among candidates of the same question. So candidates of the same text are one, whose
+value is the mean of theirs, and a stage of which all texts have the same value is left out; so is a question that is
+always right, or always wrong. Of the others, the better candidates of a stage (those of at least its mean value) weigh
+as much as the worse. A stage of a question weighs by how
 far the means of the two are apart, as values of few continuations differ by chance, and all of these weights of a stage
 add up to the same for each stage, whichever has the more differences to show.
 """
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -44,25 +46,23 @@ class _Question:
         images: Files of its images, relative to the folder.
         groups: What the verifier is asked about, in groups to choose from: the candidates of each stage, and the whole
             answers.
-        root_value: Value of the question before anything of its answer is written.
     """
 
     id: str
     text: str
     images: tuple[str, ...]
     groups: tuple["_Group", ...]
-    root_value: float
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Texts that begin the same and compete, with their values.
+    """Different texts that begin the same and compete, with their values.
 
     Attributes:
         stage: Name of their stage, or "whole".
         before: Text of the answer before them.
         texts: The texts.
-        values: Value of each, from 0 to 1.
+        values: Value of each, from 0 to 1: the mean over its candidates.
         after: Text after each, as the policy writes it before the next stage.
     """
 
@@ -114,10 +114,11 @@ class ValueRows:
         self._prompt = ProbePrompt.load(settings.judge_prompts or DEFAULT_JUDGE_PROMPTS)
         with reading_errors(file):
             content = file.read_bytes()
-        questions = list(_read_questions(file, content))
+        lines = list(_read_questions(file, content))
+        questions = [question for question in lines if question is not None]
         self._check_stages(questions, settings.stage_weights)
         digests = self._image_digests(questions)
-        left_out: Counter[str] = Counter()
+        left_out = Counter({"questions without an answer": len(lines) - len(questions)})
         self._questions: list[_Question] = []
         for question in questions:
             own = {digests[image] for image in question.images} or {hashlib.sha256(question.text.encode()).digest()}
@@ -126,14 +127,14 @@ class ValueRows:
                 left_out["questions with images of both splits"] += 1
             elif splits != {split}:
                 continue
-            elif question.root_value in (0, 1):
-                left_out["questions that are always or never answered right"] += 1
+            elif not any(len(set(group.values)) > 1 for group in question.groups):
+                left_out["questions with nothing to choose"] += 1
             else:
                 self._questions.append(question)
-        self._examples, left_out["stages whose candidates have the same value"] = _weigh(self._questions, settings)
+        self._examples, left_out["stages with nothing to choose"] = _weigh(self._questions, settings)
         self.summary = (
             f"{file.parent}, {split}: {len(self._examples)} texts of {len(self._questions)} questions to ask the "
-            f"verifier about; left out: {', '.join(f'{count} {reason}' for reason, count in left_out.items())}"
+            f"verifier about; left out: {', '.join(f'{count} {reason}' for reason, count in left_out.items() if count) or 'nothing'}"
         )
         if not self._examples:
             raise UserError(
@@ -195,15 +196,16 @@ class ValueRows:
             )
 
 
-def _read_questions(file: Path, content: bytes) -> Iterator[_Question]:
-    """Read the lines of a file of values.
+def _read_questions(file: Path, content: bytes) -> Iterator[_Question | None]:
+    """Read the lines of a file of values, where None is a question that could not be asked.
 
     Raises:
         UserError: A line is damaged.
     """
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            yield _question(json.loads(line))
+            row = json.loads(line)
+            yield None if "error" in row else _question(row)
         except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as fault:
             raise UserError(
                 f"{file}, line {number} is damaged ({type(fault).__name__}: {fault}): let `llava-cot rollout` finish, "
@@ -221,16 +223,18 @@ def _question(row: Mapping[str, Any]) -> _Question:
         groups.append(_group(stage["stage"], stage["before"], known, "" if stage["stage"] == last else "\n\n"))
     whole = [(str(answer["text"]), float(answer["right"])) for answer in row["answers"]]
     groups.append(_group(WHOLE_ANSWER, "", whole, ""))
-    first = groups[0].values
     images = tuple(map(str, row["images"]))
     text, _ = remove_markers(row["question"])
-    return _Question(str(row["id"]), text, images, tuple(groups), sum(first) / len(first))
+    return _Question(str(row["id"]), text, images, tuple(groups))
 
 
 def _group(stage: str, before: str, known: Sequence[tuple[str, float]], after: str) -> _Group:
     if wrong := [value for _, value in known if not 0 <= value <= 1]:
         raise ValueError(f"a value is {wrong[0]}, not from 0 to 1")
-    return _Group(str(stage), str(before), tuple(text for text, _ in known), tuple(value for _, value in known), after)
+    values: dict[str, list[float]] = {}
+    for text, value in known:
+        values.setdefault(text, []).append(value)
+    return _Group(str(stage), str(before), tuple(values), tuple(map(fmean, values.values())), after)
 
 
 def _split_of(digest: bytes) -> str:
@@ -242,7 +246,7 @@ def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[
     """Return the texts to ask about with their targets and weights, whose mean is 1.
 
     Returns:
-        The examples, and the number of stages that are left out because their candidates have the same target.
+        The examples, and the number of stages that are left out because all their texts have the same target.
     """
     places: list[tuple[int, int, int]] = []
     targets: list[float] = []

@@ -36,8 +36,9 @@ def folder(tmp_path_factory):
         images[f"images/{i}.png"] = picture(i // 2)
         summary = [1, 0, 0.5, 0.5] if i % 8 == 0 else [0.75] * 4
         lines.append(question(f"q{i}", f"images/{i}.png", MIXED | {"SUMMARY": summary}, [True, False, False]))
-    lines.append(question("always", "images/0.png", MIXED | {"SUMMARY": [1, 1]}, [True]))
+    lines.append(question("always", "images/0.png", {"SUMMARY": [1, 1], "CAPTION": [1, 1]}, [True]))
     lines.append(question("never", "images/0.png", {"SUMMARY": [0, 0]}, [False]))
+    lines.append({"id": "broken", "error": "there is no such image"})
     return write_values(tmp_path_factory.mktemp("values") / "values", lines, images)
 
 
@@ -56,8 +57,18 @@ def test_what_is_left_out_and_what_is_said_of_it(folder):
         *(f"q1, whole {i}" for i in (1, 2, 3)),
     }
     summaries = [open_rows(str(folder), split).summary for split in ("train", "validation")]
-    left = [line for line in summaries if "2 questions that are always or never answered right" in line]
-    assert len(left) == 1 and "stages whose candidates have the same value" in left[0]
+    left = [line for line in summaries if "1 questions without an answer, 2 questions with nothing to choose" in line]
+    assert len(left) == 1 and "stages with nothing to choose" in left[0]
+
+
+def test_candidates_of_the_same_text_are_one(tmp_path):
+    row = question("q", "a.png", {"SUMMARY": [1, 0, 0.5], "CAPTION": [0.5, 1]}, [True])
+    for stage in row["stages"]:
+        for each in stage["candidates"][1:]:
+            each["text"] = stage["candidates"][1]["text"]
+    row["stages"][1]["candidates"][0]["text"] = row["stages"][1]["candidates"][1]["text"]
+    found = everything_in_one(write_values(tmp_path / "values", [row], {"a.png": picture(0)}))
+    assert {name: target.value for name, target in found.items()} == {"q, SUMMARY 1": 1, "q, SUMMARY 2": 0.25}
 
 
 def test_weights_against_fractions(folder):
