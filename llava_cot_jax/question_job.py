@@ -343,10 +343,14 @@ class QuestionJob:
         from llava_cot_jax.search.stream import AnswerStream
 
         assert self._builder is not None
-        slots, room = self._options.slots, {"prompt_tokens": self._prompt_tokens, "images": self._images}
-        if self._builder.spec.can_stream:
-            return AnswerStream(model, self._builder, questions, slots=slots, ordered=False, **room)
-        return AnswerBatches(model, self._builder, questions, size=slots, **room)
+        slots, prompt_tokens, images = self._options.slots, self._prompt_tokens, self._images
+        if not self._builder.spec.can_stream:
+            return AnswerBatches(
+                model, self._builder, questions, size=slots, prompt_tokens=prompt_tokens, images=images
+            )
+        return AnswerStream(
+            model, self._builder, questions, slots=slots, ordered=False, prompt_tokens=prompt_tokens, images=images
+        )
 
     def _take_questions(self, asked: list[int], source: QuestionSource) -> Iterator[Question]:
         """Yield the question in ``asked``, and then those that the source has, whose numbers are added to ``asked``."""

@@ -195,8 +195,9 @@ def validate(program: TrainProgram, state: TrainState, loader: Loader) -> dict[s
         for batch in loader.batches(0, loader.batches_per_epoch)
     ]
     sums: LossSums = jax.tree.map(lambda *each: np.sum(np.asarray(each, np.float64), axis=0), *by_batch)
-    mean = float(sums.total.sum() / max(sums.tokens.sum(), 1.0))
-    losses = losses_by_stage("validation_loss", sums.total / np.maximum(sums.tokens, 1), sums.tokens)
+    total, tokens = np.asarray(sums.total), np.asarray(sums.tokens)
+    mean = float(total.sum() / max(tokens.sum(), 1.0))
+    losses = losses_by_stage("validation_loss", total / np.maximum(tokens, 1), tokens)
     if sums.probes:
         losses |= {f"validation_{name}": float(value) for name, value in sums.probes.means().items()}
         mean += program.settings.verifier.weight * losses["validation_verifier_loss"]
