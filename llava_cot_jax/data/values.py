@@ -3,12 +3,12 @@
 A value is the share of right conclusions among the continuations of a candidate. One line of ``values.jsonl`` has a
 question, the candidates of each stage of its search, and whole answers, which are right or wrong.
 
-What a verifier is for is the choice among candidates of the same question. So candidates of the same text are one, whose
-value is the mean of theirs, and a stage of which all texts have the same value is left out; so is a question that is
-always right, or always wrong. Of the others, the better candidates of a stage (those of at least its mean value) weigh
-as much as the worse. A stage of a question weighs by how
-far the means of the two are apart, as values of few continuations differ by chance, and all of these weights of a stage
-add up to the same for each stage, whichever has the more differences to show.
+What a verifier is for is the choice among candidates of the same question. So candidates of the same text are one,
+whose value is the mean of theirs, and a stage of which all texts have the same value is left out; so is a question that
+is always right, or always wrong. Of the others, the better candidates of a stage (those of at least its mean value)
+weigh as much as the worse. A stage of a question weighs by how far the means of the two are apart, as values of few
+continuations differ by chance, and all of these weights of a stage add up to the same for each stage, whichever has the
+more differences to show.
 """
 
 import hashlib
@@ -132,9 +132,10 @@ class ValueRows:
             else:
                 self._questions.append(question)
         self._examples, left_out["stages with nothing to choose"] = _weigh(self._questions, settings)
+        told = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
         self.summary = (
             f"{file.parent}, {split}: {len(self._examples)} texts of {len(self._questions)} questions to ask the "
-            f"verifier about; left out: {', '.join(f'{count} {reason}' for reason, count in left_out.items() if count) or 'nothing'}"
+            f"verifier about; left out: {told or 'nothing'}"
         )
         if not self._examples:
             raise UserError(
@@ -276,7 +277,7 @@ def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[
     ]
     scale = len(shares) / sum(shares) if shares else 0.0
     order = np.random.default_rng(0).permutation(len(places)).tolist()
-    return [_Example(*places[i], targets[i], scale * shares[i]) for i in order], same
+    return [_Example(*places[i], target=targets[i], weight=scale * shares[i]) for i in order], same
 
 
 def _targets(values: Sequence[float], kind: Targets) -> np.ndarray:
