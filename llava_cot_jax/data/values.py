@@ -32,7 +32,7 @@ from llava_cot_jax.processing.probe import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER, 
 VALIDATION_SHARE = 0.1
 """Share of the images whose questions are for validation, drawn by a hash of their bytes."""
 
-VALUES_VERSION = 1
+VALUES_VERSION = 2
 """Version of the rows in their fingerprints, to be raised whenever the same file gives other rows."""
 
 
@@ -276,8 +276,11 @@ def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[
         for stage, weight in zip(stages, weights, strict=True)
     ]
     scale = len(shares) / sum(shares) if shares else 0.0
-    order = np.random.default_rng(0).permutation(len(places)).tolist()
-    return [_Example(*places[i], target=targets[i], weight=scale * shares[i]) for i in order], same
+    examples = []
+    for i in np.random.default_rng(0).permutation(len(places)).tolist():
+        question, group, text = places[i]
+        examples.append(_Example(question, group, text, targets[i], scale * shares[i]))
+    return examples, same
 
 
 def _targets(values: Sequence[float], kind: Targets) -> np.ndarray:
