@@ -272,7 +272,7 @@ def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[
     ]
     scale = len(shares) / sum(shares) if shares else 0.0
     order = np.random.default_rng(0).permutation(len(places)).tolist()
-    return [_Example(*places[i], targets[i], scale * shares[i]) for i in order], same
+    return [_Example(*places[i], target=targets[i], weight=scale * shares[i]) for i in order], same
 
 
 def _targets(values: Sequence[float], kind: Targets) -> np.ndarray:

@@ -28,7 +28,6 @@ from llava_cot_jax.training.run_folder import make_run_folder, run_description, 
 from llava_cot_jax.training.run_lock import RunLock
 from llava_cot_jax.training.settings import TrainSettings
 from llava_cot_jax.training.state import TrainState
-from llava_cot_jax.training.step import LossSums
 from llava_cot_jax.training.stepper import Stepper
 from llava_cot_jax.training.stopping import stop_on_interrupt
 
@@ -194,7 +193,8 @@ def validate(program: TrainProgram, state: TrainState, loader: Loader) -> dict[s
         jax.device_get(program.evaluate(state.trained, state.frozen, batch))
         for batch in loader.batches(0, loader.batches_per_epoch)
     ]
-    sums: LossSums = jax.tree.map(lambda *each: np.sum(np.asarray(each, np.float64), axis=0), *by_batch)
+    # Of the structure of ``LossSums``, with arrays of NumPy.
+    sums: Any = jax.tree.map(lambda *each: np.sum(np.asarray(each, np.float64), axis=0), *by_batch)
     mean = float(sums.total.sum() / max(sums.tokens.sum(), 1.0))
     losses = losses_by_stage("validation_loss", sums.total / np.maximum(sums.tokens, 1), sums.tokens)
     if sums.probes:
