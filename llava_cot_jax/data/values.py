@@ -271,8 +271,9 @@ def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[
         for stage, weight in zip(stages, weights, strict=True)
     ]
     scale = len(shares) / sum(shares) if shares else 0.0
-    order = np.random.default_rng(0).permutation(len(places)).tolist()
-    return [_Example(*places[i], target=targets[i], weight=scale * shares[i]) for i in order], same
+    each = zip(places, targets, shares, strict=True)
+    examples = [_Example(*place, target, scale * share) for place, target, share in each]
+    return [examples[i] for i in np.random.default_rng(0).permutation(len(examples))], same
 
 
 def _targets(values: Sequence[float], kind: Targets) -> np.ndarray:
