@@ -42,6 +42,9 @@ CHANGEABLE_SETTINGS = {
 }
 """Settings that may change when a run is resumed, since they do not affect the result, apart from rounding."""
 
+LATER_SETTINGS = {"lora.tokens": "all", "verifier.weight": 1.0, "verifier.targets": "soft"}
+"""Settings that descriptions of earlier versions lack, each with the value by which those versions trained."""
+
 PACKAGES = ("llava_cot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """Packages whose versions are stored in each checkpoint."""
 
@@ -60,6 +63,7 @@ def run_description(settings: TrainSettings, data: str) -> dict[str, Any]:
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences of two descriptions that affect the result, as "optimizer.b2 was 0.98, now 0.9"."""
     old, new = ({**flat_settings(found["settings"]), "the data's batches": found["data"]} for found in (before, now))
+    old = LATER_SETTINGS | old
     several_sets = {name for name in old.keys() | new.keys() if name.startswith("data.")}
     names = sorted((old.keys() | new.keys()) - CHANGEABLE_SETTINGS - several_sets)
     return [
