@@ -26,13 +26,14 @@ from llava_cot_jax.data.rows import ProbeTarget, Row, Turn
 from llava_cot_jax.data.settings import Targets, VerifierSettings
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import reading_errors
-from llava_cot_jax.processing.messages import remove_markers
+from llava_cot_jax.processing.messages import question_text
 from llava_cot_jax.processing.probe import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER, ProbePrompt
+from llava_cot_jax.stage_format import StageFormat
 
 VALIDATION_SHARE = 0.1
 """Share of the images whose questions are for validation, drawn by a hash of their bytes."""
 
-VALUES_VERSION = 2
+VALUES_VERSION = 3
 """Version of the rows in their fingerprints, to be raised whenever the same file gives other rows."""
 
 
@@ -43,6 +44,7 @@ class _Question:
     Attributes:
         id: Name of the question.
         text: The question, without markers of images.
+        asked: What the user says: the question with what the format of the answer puts around it.
         images: Files of its images, relative to the folder.
         groups: What the verifier is asked about, in groups to choose from: the candidates of each stage, and the whole
             answers.
@@ -50,6 +52,7 @@ class _Question:
 
     id: str
     text: str
+    asked: str
     images: tuple[str, ...]
     groups: tuple["_Group", ...]
 
@@ -121,7 +124,8 @@ class ValueRows:
         left_out = Counter({"questions without an answer": len(lines) - len(questions)})
         self._questions: list[_Question] = []
         for question in questions:
-            own = {digests[image] for image in question.images} or {hashlib.sha256(question.text.encode()).digest()}
+            without = {hashlib.sha256(repr(question.text).encode()).digest()}
+            own = {digests[image] for image in question.images} or without
             splits = {_split_of(digest) for digest in own}
             if len(splits) > 1:
                 left_out["questions with images of both splits"] += 1
@@ -142,7 +146,8 @@ class ValueRows:
                 f"{self.summary}: nothing is left to learn from; roll out more questions (a training may validate on "
                 "none: eval_examples: 0)"
             )
-        decisive = repr((VALUES_VERSION, split, settings.targets, sorted(settings.stage_weights.items()), self._prompt))
+        weights, asked = sorted(settings.stage_weights.items()), [question.asked for question in questions]
+        decisive = repr((VALUES_VERSION, split, settings.targets, weights, self._prompt, asked))
         parts = (content, decisive.encode(), *(digests[image] for image in sorted(digests)))
         self._fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
@@ -176,7 +181,7 @@ class ValueRows:
         question = self._questions[example.question]
         group = question.groups[example.group]
         target = ProbeTarget(self._prompt.of(group.stage), example.target, example.weight)
-        return (Turn(question.text, group.answer(example.text), len(question.images), target=target),)
+        return (Turn(question.asked, group.answer(example.text), len(question.images), target=target),)
 
     def _read_image(self, name: str) -> bytes:
         path = self._folder / name
@@ -201,12 +206,15 @@ def _read_questions(file: Path, content: bytes) -> Iterator[_Question | None]:
     """Read the lines of a file of values, where None is a question that could not be asked.
 
     Raises:
-        UserError: A line is damaged.
+        UserError: A line is damaged, or its format is not known here.
     """
+    formats: dict[str, StageFormat] = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
             row = json.loads(line)
-            yield None if "error" in row else _question(row)
+            yield None if "error" in row else _question(row, formats)
+        except UserError as fault:
+            raise UserError(f"{file}, line {number}: {fault}") from None
         except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as fault:
             raise UserError(
                 f"{file}, line {number} is damaged ({type(fault).__name__}: {fault}): let `llava-cot rollout` finish, "
@@ -214,8 +222,24 @@ def _read_questions(file: Path, content: bytes) -> Iterator[_Question | None]:
             ) from None
 
 
-def _question(row: Mapping[str, Any]) -> _Question:
-    """Return the question of a line. Candidates without a continuation have no value, and are left out."""
+def _question(row: Mapping[str, Any], formats: dict[str, StageFormat]) -> _Question:
+    """Return the question of a line. Candidates without a continuation have no value, and are left out.
+
+    Args:
+        row: Content of the line.
+        formats: Formats of earlier lines by their names, to which that of the line is added.
+
+    Raises:
+        UserError: The format of the line is not known here.
+    """
+    if (name := row["format"]) not in formats:
+        try:
+            formats[name] = StageFormat.load(name)
+        except UserError as fault:
+            raise UserError(
+                f"{fault}, so that what it puts around a question is not known: write the path of its YAML file in the "
+                'place of its name under "format"'
+            ) from None
     groups: list[_Group] = []
     last = row["stages"][-1]["stage"]
     for stage in row["stages"]:
@@ -225,8 +249,9 @@ def _question(row: Mapping[str, Any]) -> _Question:
     whole = [(str(answer["text"]), float(answer["right"])) for answer in row["answers"]]
     groups.append(_group(WHOLE_ANSWER, "", whole, ""))
     images = tuple(map(str, row["images"]))
-    text, _ = remove_markers(row["question"])
-    return _Question(str(row["id"]), text, images, tuple(groups))
+    text = question_text(row["question"], len(images))
+    before, after = formats[name].around_question
+    return _Question(str(row["id"]), text, f"{before}{text}{after}", images, tuple(groups))
 
 
 def _group(stage: str, before: str, known: Sequence[tuple[str, float]], after: str) -> _Group:

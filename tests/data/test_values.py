@@ -14,7 +14,11 @@ from llava_cot_jax.data.rows import Mixture, asks_verifier
 from llava_cot_jax.data.settings import ChatSettings, VerifierSettings
 from llava_cot_jax.data.sources import open_rows, open_training_rows, open_validation_rows
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.conversation import read_conversation
 from llava_cot_jax.processing.probe import DEFAULT_JUDGE_PROMPTS
+from llava_cot_jax.search.request_builder import RequestBuilder
+from llava_cot_jax.search.strategies import StageBeam
+from llava_cot_jax.stage_format import StageFormat
 from tests.data.rows import demo_processor
 from tests.value_files import question, write_values
 
@@ -198,11 +202,51 @@ def test_answers_that_do_not_fit_or_have_a_special_token_are_skipped(folder):
     assert sizes[1] == "its answer contains the special token <|eot_id|>"
 
 
+OWN_FORMAT = """
+stages:
+  - {name: THOUGHTS, ask: "Think about this first: {question} Then answer.", opening: "# Thoughts"}
+  - {name: ANSWER, opening: "# Answer"}
+"""
+
+
+def test_the_prompt_is_that_of_the_search(tmp_path):
+    """Of every format, for questions with white space at their ends and a word that is no marker of an image."""
+    (tmp_path / "own.yaml").write_text(OWN_FORMAT)
+    formats, asked = ["llava_cot", "mulberry", str(tmp_path / "own.yaml")], "<image> is a word,\n isn't it? "
+    lines = [
+        question(f"{i}", images, MIXED, [True, False]) | {"format": format, "question": asked}
+        for i, format in enumerate(formats)
+        for images in ("a.png", [])
+    ]
+    images = {"a.png": picture(0)}
+    rows = open_rows(str(write_values(tmp_path / "values", lines, images)), "train")
+    processor, seen = demo_processor(), set()
+    chat = Chat(processor, ChatSettings(text_only=True))
+    builders = [RequestBuilder(processor, StageBeam(2, format=StageFormat.load(name))) for name in formats]
+    for i in range(len(rows)):
+        (turn,) = rows.turns(i)
+        number = int(rows[i].id[0])
+        prompt = builders[number].prompt(read_conversation(asked, rows[i].images))
+        (want,) = processor.tokenize([prompt + turn.answer + turn.target.probe.text(processor)])
+        assert chat.encode([turn]).ids == want
+        seen.add((number, turn.images))
+    assert len(seen) >= 3 and {number for number, _ in seen} == {0, 1, 2}
+
+
+def test_the_answers_of_the_verifier_are_checked_before_the_first_batch(folder, tmp_path):
+    prompts = DEFAULT_JUDGE_PROMPTS.read_text().replace('answers: [" yes", " no"]', 'answers: [" yes indeed", " no"]')
+    (tmp_path / "mine.yaml").write_text(prompts)
+    rows = open_rows(str(folder), "train", replace(SETTINGS, judge_prompts=str(tmp_path / "mine.yaml")))
+    with pytest.raises(UserError, match="the answer ' yes indeed' is not one natural next token"):
+        Chat(demo_processor(), ChatSettings()).sizes([rows.turns(0)])
+
+
 @pytest.mark.parametrize(
     ("line", "settings", "message"),
     [
         ('{"id": 1', {}, "values.jsonl, line 1 is damaged .*: let `llava-cot rollout` finish, or remove the line"),
         ({"stages": []}, {}, "line 1 is damaged"),
+        ({"format": "mine"}, {}, 'line 1: there is no stage format mine: .* of its YAML file .* under "format"'),
         ({"images": ["gone.png"]}, {}, "gone.png"),
         (
             {},
