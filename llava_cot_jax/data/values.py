@@ -8,7 +8,7 @@ whose value is the mean of theirs, and a stage of which all texts have the same 
 is always right, or always wrong. Of the others, the better candidates of a stage (those of at least its mean value)
 weigh as much as the worse. A stage of a question weighs by how far the means of the two are apart, as values of few
 continuations differ by chance, and all of these weights of a stage add up to the same for each stage, whichever has the
-more differences to show.
+more differences to show, unless the stage has so few texts that each would weigh more than ``MOST_WEIGHT`` on average.
 """
 
 import hashlib
@@ -32,6 +32,15 @@ from llava_cot_jax.stage_format import StageFormat
 
 VALIDATION_SHARE = 0.1
 """Share of the images whose questions are for validation, drawn by a hash of their bytes."""
+
+MOST_WEIGHT = 4.0
+"""Largest mean weight of the texts of a stage, before ``stage_weights``.
+
+Without a bound, the few texts of a stage that hardly ever differs would weigh as much as thousands of others, and each
+of them would be a batch of its own. With the bound w, the number of texts that have the same variance at equal weights
+(Kish 1965: the square of the sum of weights over the sum of their squares) is by the balance of stages at least 1 / w
+of all.
+"""
 
 VALUES_VERSION = 3
 """Version of the rows in their fingerprints, to be raised whenever the same file gives other rows."""
@@ -137,9 +146,11 @@ class ValueRows:
                 self._questions.append(question)
         self._examples, left_out["stages with nothing to choose"] = _weigh(self._questions, settings)
         told = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+        stages = Counter(self._group(example).stage for example in self._examples)
+        counts = f" ({', '.join(f'{stage} {stages[stage]}' for stage in sorted(stages))})" if stages else ""
         self.summary = (
             f"{file.parent}, {split}: {len(self._examples)} texts of {len(self._questions)} questions to ask the "
-            f"verifier about; left out: {told or 'nothing'}"
+            f"verifier about{counts}; left out: {told or 'nothing'}"
         )
         if not self._examples:
             raise UserError(
@@ -169,19 +180,21 @@ class ValueRows:
         turns = self.turns(index)
         example = self._examples[index]
         question = self._questions[example.question]
-        stage = question.groups[example.group].stage
         images = tuple(map(self._read_image, question.images))
-        return Row(f"{question.id}, {stage} {example.text + 1}", "values", images, turns)
+        return Row(f"{question.id}, {self._group(example).stage} {example.text + 1}", "values", images, turns)
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         """Read the conversation of a row alone, without the cost of its images."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no row {index} of {len(self)}")
         example = self._examples[index]
-        question = self._questions[example.question]
-        group = question.groups[example.group]
+        question, group = self._questions[example.question], self._group(example)
         target = ProbeTarget(self._prompt.of(group.stage), example.target, example.weight)
         return (Turn(question.asked, group.answer(example.text), len(question.images), target=target),)
+
+    def _group(self, example: _Example) -> _Group:
+        """Return the texts among which that of an example is."""
+        return self._questions[example.question].groups[example.group]
 
     def _read_image(self, name: str) -> bytes:
         path = self._folder / name
@@ -296,8 +309,9 @@ def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[
     totals = dict.fromkeys(stages, 0.0)
     for stage, weight in zip(stages, weights, strict=True):
         totals[stage] += weight
+    balanced = _balance(Counter(stages))
     shares = [
-        settings.stage_weights.get(stage, 1.0) * weight / totals[stage]
+        settings.stage_weights.get(stage, 1.0) * balanced[stage] * weight / totals[stage]
         for stage, weight in zip(stages, weights, strict=True)
     ]
     scale = len(shares) / sum(shares) if shares else 0.0
@@ -306,6 +320,19 @@ def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[
         question, group, text = places[i]
         examples.append(_Example(question, group, text, targets[i], scale * shares[i]))
     return examples, same
+
+
+def _balance(counts: Mapping[str, int]) -> dict[str, float]:
+    """Return the weight of all texts of each stage: the same for each, but at most ``MOST_WEIGHT`` a text on average.
+
+    Args:
+        counts: Number of texts of each stage. It is the sum of the weights.
+    """
+    balanced, rest = {}, float(sum(counts.values()))
+    for done, (stage, count) in enumerate(sorted(counts.items(), key=lambda each: each[1])):
+        balanced[stage] = min(rest / (len(counts) - done), MOST_WEIGHT * count)
+        rest -= balanced[stage]
+    return balanced
 
 
 def _targets(values: Sequence[float], kind: Targets) -> np.ndarray:

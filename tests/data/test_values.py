@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     lines, images = [], {}
     for i in range(40):
         images[f"images/{i}.png"] = picture(i // 2)
-        summary = [1, 0, 0.5, 0.5] if i % 8 == 0 else [0.75] * 4
+        summary = [1, 0, 0.5, 0.5] if i % 4 == 0 else [0.75] * 4
         lines.append(question(f"q{i}", f"images/{i}.png", MIXED | {"SUMMARY": summary}, [True, False, False]))
     lines.append(question("always", "images/0.png", {"SUMMARY": [1, 1], "CAPTION": [1, 1]}, [True]))
     lines.append(question("never", "images/0.png", {"SUMMARY": [0, 0]}, [False]))
@@ -94,6 +94,27 @@ def test_weights_against_fractions(folder):
         each = [[found[f"{name}, {stage} {i}"].weight for i in side] for side in (better, worse)]
         assert sum(each[0]) == pytest.approx(sum(each[1])) and len(set(each[0])) == len(set(each[1])) == 1
     assert [found[f"{name}, CAPTION {i}"].value for i in (1, 2, 3, 4)] == MIXED["CAPTION"]
+
+
+def test_the_few_texts_of_a_stage_do_not_outweigh_all_others(tmp_path):
+    """Two summaries among two hundred captions and four hundred answers weigh at most four each, and not a hundred."""
+    lines = [
+        question(f"q{i}", "a.png", {"SUMMARY": [0 if i == 0 else 1, 1], "CAPTION": [0, 1]}, [True, False, True, False])
+        for i in range(100)
+    ]
+    folder = write_values(tmp_path / "values", lines, {"a.png": picture(0)})
+    found = everything_in_one(folder)
+    totals = {
+        stage: sum(target.weight for name, target in found.items() if stage in name)
+        for stage in ("SUMMARY", "CAPTION", "whole")
+    }
+    assert totals == pytest.approx({"SUMMARY": 8, "CAPTION": (602 - 8) / 2, "whole": (602 - 8) / 2})
+    double = everything_in_one(folder, replace(SETTINGS, stage_weights={"SUMMARY": 2.0}))
+    weights = sum(target.weight for name, target in double.items() if "SUMMARY" in name)
+    assert weights == pytest.approx(16 * 602 / 610)
+    assert "602 texts of 100 questions to ask the verifier about (CAPTION 200, SUMMARY 2, whole 400);" in (
+        open_rows(str(folder), "train").summary
+    )
 
 
 def test_a_stage_counts_by_how_far_its_candidates_are_apart(tmp_path):
