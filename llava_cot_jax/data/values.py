@@ -15,7 +15,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,6 +43,9 @@ of them would be a batch of its own. With the bound w, the number of texts that 
 (Kish 1965: the square of the sum of weights over the sum of their squares) is by the balance of stages at least 1 / w
 of all.
 """
+
+READERS = 16
+"""Number of images that are read at a time, since a bucket takes long to answer."""
 
 VALUES_VERSION = 3
 """Version of the rows in their fingerprints, to be raised whenever the same file gives other rows."""
@@ -129,7 +134,8 @@ class ValueRows:
         lines = list(_read_questions(file, content))
         questions = [question for question in lines if question is not None]
         self._check_stages(questions, settings.stage_weights)
-        digests = self._image_digests(questions)
+        names = dict.fromkeys(name for question in questions for name in question.images)
+        digests = _image_digests(self._folder, hashlib.sha256(content).hexdigest(), tuple(names))
         left_out = Counter({"questions without an answer": len(lines) - len(questions)})
         self._questions: list[_Question] = []
         for question in questions:
@@ -180,7 +186,7 @@ class ValueRows:
         turns = self.turns(index)
         example = self._examples[index]
         question = self._questions[example.question]
-        images = tuple(map(self._read_image, question.images))
+        images = tuple(_read_image(self._folder / name) for name in question.images)
         return Row(f"{question.id}, {self._group(example).stage} {example.text + 1}", "values", images, turns)
 
     def turns(self, index: int) -> tuple[Turn, ...]:
@@ -196,16 +202,6 @@ class ValueRows:
         """Return the texts among which that of an example is."""
         return self._questions[example.question].groups[example.group]
 
-    def _read_image(self, name: str) -> bytes:
-        path = self._folder / name
-        with reading_errors(path):
-            return path.read_bytes()
-
-    def _image_digests(self, questions: Iterable[_Question]) -> dict[str, bytes]:
-        """Return the SHA-256 of each image by its name."""
-        names = dict.fromkeys(name for question in questions for name in question.images)
-        return {name: hashlib.sha256(self._read_image(name)).digest() for name in names}
-
     def _check_stages(self, questions: Iterable[_Question], weights: Mapping[str, float]) -> None:
         known = dict.fromkeys(group.stage for question in questions for group in question.groups)
         if unknown := [stage for stage in weights if stage not in known]:
@@ -213,6 +209,27 @@ class ValueRows:
                 f"verifier.stage_weights has the stage {unknown[0]}, which {self._folder} has not: its stages are "
                 f"{', '.join(known)}"
             )
+
+
+def _read_image(path: Path) -> bytes:
+    with reading_errors(path):
+        return path.read_bytes()
+
+
+@lru_cache(maxsize=16)
+def _image_digests(folder: Path, version: str, names: tuple[str, ...]) -> dict[str, bytes]:
+    """Return the SHA-256 of each image of a folder of values by its name.
+
+    A process reads the images once for all splits, since that may take minutes in a bucket.
+
+    Args:
+        folder: Folder of values.
+        version: Digest of its file of values. Images are read anew where it is another.
+        names: Files of the images, relative to the folder.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = pool.map(lambda name: hashlib.sha256(_read_image(folder / name)).digest(), names)
+        return dict(zip(names, digests, strict=True))
 
 
 def _read_questions(file: Path, content: bytes) -> Iterator[_Question | None]:

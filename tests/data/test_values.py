@@ -4,6 +4,7 @@ import json
 import pickle
 from dataclasses import asdict, replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +200,22 @@ def test_rows_mix_with_others_and_travel_to_workers(folder):
     assert [len(part) for part in held_out.parts] == [10, 10] and asks_verifier(held_out.parts[1])
     with pytest.raises(IndexError):
         rows.parts[1].turns(len(rows.parts[1]))
+
+
+def test_each_image_is_read_once_for_all_splits(tmp_path, monkeypatch):
+    lines = [question(f"q{i}", f"{i}.png", MIXED, [True, False]) for i in range(20)]
+    folder = write_values(tmp_path / "values", lines, {f"{i}.png": picture(i) for i in range(20)})
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or read_bytes(path))
+    for _ in range(2):  # before anything slow is imported, and in the run
+        open_training_rows(str(folder))
+        open_validation_rows(str(folder), None, 10)
+    assert sorted(name for name in read if name.endswith(".png")) == sorted(f"{i}.png" for i in range(20))
+    (folder / "0.png").write_bytes((folder / "1.png").read_bytes())
+    lines[0]["seed"] = 2
+    (folder / "values.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = open_rows(str(folder), "train")
+    assert read.count("0.png") == 2 and len(rows)
 
 
 def test_the_fingerprint_is_of_the_content(folder, tmp_path):
