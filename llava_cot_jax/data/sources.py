@@ -24,7 +24,7 @@ def open_rows(data: str, split: str, verifier: VerifierSettings | None = None) -
 
     Args:
         data: Folder made by ``llava-cot prepare`` or ``llava-cot rollout``, on a disk or in a bucket, or ``shapes``.
-        split: Name of the split, such as ``train``.
+        split: Name of the split, such as ``train``; of values, also ``all``.
         verifier: How a verifier learns from values; None is the default.
 
     Raises:
@@ -34,13 +34,10 @@ def open_rows(data: str, split: str, verifier: VerifierSettings | None = None) -
         from llava_cot_jax.data.shapes.rows import ShapesRows
 
         return ShapesRows(cast("Split", split))
-    folder = as_path(data)
-    with reading_errors(folder):
-        has_values = (folder / VALUES_FILE).exists()
-    if has_values:
+    if _has_values(data):
         from llava_cot_jax.data.values import ValueRows
 
-        return ValueRows(folder / VALUES_FILE, split, verifier or VerifierSettings())
+        return ValueRows(as_path(data) / VALUES_FILE, split, verifier or VerifierSettings())
     from llava_cot_jax.data.prepared import PreparedRows
 
     return PreparedRows(data, split)
@@ -76,7 +73,8 @@ def open_validation_rows(
     Args:
         data: Data set or data sets to train on. Where there is no other to validate on, the rows are those of their
             splits ``validation``, as many of each.
-        validation_data: Data set to validate on alone: its split ``validation`` if it has one, otherwise ``train``.
+        validation_data: Data set to validate on alone: its split ``validation`` if it has one, otherwise ``train``. Of
+            values it is all of them or, where they are trained on too, their split ``validation``.
         count: Maximum number of rows.
         verifier: How a verifier learns from values; None is the default.
 
@@ -86,7 +84,8 @@ def open_validation_rows(
     from llava_cot_jax.data.rows import FirstRows, Mixture
 
     if validation_data is not None:
-        return FirstRows(_open_whole(validation_data, verifier), count)
+        is_trained = as_path(validation_data) in map(as_path, [data] if isinstance(data, str) else data)
+        return FirstRows(_open_whole(validation_data, verifier, is_trained), count)
     if isinstance(data, str):
         return FirstRows(open_rows(data, "validation", verifier), count)
     share = max(1, count // len(data))
@@ -94,8 +93,23 @@ def open_validation_rows(
     return Mixture(parts, (1.0,) * len(parts))
 
 
-def _open_whole(data: str, verifier: VerifierSettings | None) -> "Rows":
-    """Open the split ``validation`` of a data set, or ``train`` if there is no other."""
+def _has_values(data: str) -> bool:
+    """Whether a data set is a folder of values."""
+    folder = as_path(data)
+    with reading_errors(folder):
+        return data != SHAPES_DATA and (folder / VALUES_FILE).exists()
+
+
+def _open_whole(data: str, verifier: VerifierSettings | None, is_trained: bool) -> "Rows":
+    """Open all of a data set that can be validated on.
+
+    Args:
+        data: Name of the data set.
+        verifier: How a verifier learns from values.
+        is_trained: Whether the split ``train`` is trained on.
+    """
+    if _has_values(data):
+        return open_rows(data, "validation" if is_trained else "all", verifier)
     try:
         return open_rows(data, "validation", verifier)
     except UserError:

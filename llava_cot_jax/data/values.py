@@ -116,7 +116,7 @@ class ValueRows:
 
     Args:
         file: File of values, beside the folder of its images, on a disk or in a bucket.
-        split: ``train`` or ``validation``.
+        split: ``train`` or ``validation``; or ``all``, which are both, for values that nothing is trained on.
         settings: Targets, weights of the stages, and the verifier's question.
 
     Raises:
@@ -125,7 +125,7 @@ class ValueRows:
     """
 
     def __init__(self, file: Path, split: str, settings: VerifierSettings) -> None:
-        if split not in ("train", "validation"):
+        if split not in ("train", "validation", "all"):
             raise UserError(f"{file.parent} has no split {split!r}: its splits are train and validation")
         self._folder = file.parent
         self._prompt = ProbePrompt.load(settings.judge_prompts or DEFAULT_JUDGE_PROMPTS)
@@ -142,9 +142,9 @@ class ValueRows:
             without = {hashlib.sha256(repr(question.text).encode()).digest()}
             own = {digests[image] for image in question.images} or without
             splits = {_split_of(digest) for digest in own}
-            if len(splits) > 1:
+            if split != "all" and len(splits) > 1:
                 left_out["questions with images of both splits"] += 1
-            elif splits != {split}:
+            elif split != "all" and splits != {split}:
                 continue
             elif not any(len(set(group.values)) > 1 for group in question.groups):
                 left_out["questions with nothing to choose"] += 1

@@ -144,6 +144,20 @@ def test_images_are_held_out_by_their_bytes(folder):
     assert {number ^ 1 for number in numbers} == numbers  # both names of a picture
 
 
+def test_values_that_are_not_trained_on_are_validated_on_whole(folder, tmp_path):
+    """Those that are trained on never are: without held-out images, the run is refused."""
+    train, validation = (open_rows(str(folder), split) for split in ("train", "validation"))
+    apart = open_validation_rows("shapes", str(folder), 10_000)
+    assert len(apart) == len(train) + len(validation)
+    shared = open_validation_rows({"shapes": 1, str(folder): 1}, str(folder), 10_000)
+    assert shared.rows.fingerprint == validation.fingerprint
+    target = write_values(tmp_path / "values", [question("q", "a.png", MIXED, [True, False])], {})
+    (target / "a.png").write_bytes(train[0].images[0])
+    assert len(open_training_rows(str(target))) and len(open_validation_rows("shapes", str(target), 10_000))
+    with pytest.raises(UserError, match=r"validation: 0 texts .* roll out more questions .a training may validate on"):
+        open_validation_rows(str(target), str(target), 10_000)
+
+
 def test_a_question_with_images_of_both_splits_is_in_neither(folder, tmp_path):
     split = {open_rows(str(folder), split)[0].images[0] for split in ("train", "validation")}
     lines = [question("both", ["0.png", "1.png"], MIXED, [True, False]), question("one", "0.png", MIXED, [True, False])]
