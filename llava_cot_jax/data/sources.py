@@ -1,6 +1,6 @@
 """Opening of data sets by their names: prepared folders, folders of values, the shapes world, and mixtures of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from llava_cot_jax.data.settings import VerifierSettings
@@ -51,13 +51,16 @@ def open_training_rows(data: str | Mapping[str, float], verifier: VerifierSettin
         verifier: How a verifier learns from values; None is the default.
 
     Raises:
-        UserError: A data set or its split does not exist, or two are the same.
+        UserError: A data set or its split does not exist, two are the same, or none of those of values has a stage of
+            the verifier's settings.
     """
-    if isinstance(data, str):
-        return open_rows(data, "train", verifier)
     from llava_cot_jax.data.rows import Mixture
 
-    parts = {name: open_rows(name, "train", verifier) for name in data}
+    parts = {name: open_rows(name, "train", verifier) for name in ([data] if isinstance(data, str) else data)}
+    if verifier and verifier.stage_weights:
+        _check_stages(parts.values(), verifier.stage_weights)
+    if isinstance(data, str):
+        return parts[data]
     names: dict[str, str] = {}
     for name, rows in parts.items():
         if (other := names.setdefault(rows.fingerprint, name)) != name:
@@ -91,6 +94,22 @@ def open_validation_rows(
     share = max(1, count // len(data))
     parts = tuple(FirstRows(open_rows(name, "validation", verifier), share) for name in data)
     return Mixture(parts, (1.0,) * len(parts))
+
+
+def _check_stages(parts: "Iterable[Rows]", weights: Mapping[str, float]) -> None:
+    """Check that each stage that has a weight occurs in a data set of values, if there are any.
+
+    Raises:
+        UserError: One does not.
+    """
+    from llava_cot_jax.data.values import ValueRows
+
+    known = dict.fromkeys(stage for rows in parts if isinstance(rows, ValueRows) for stage in rows.stages)
+    if known and (unknown := [stage for stage in weights if stage not in known]):
+        raise UserError(
+            f"verifier.stage_weights has the stage {unknown[0]}, which no values have: their stages are "
+            f"{', '.join(known)}"
+        )
 
 
 def _has_values(data: str) -> bool:

@@ -14,7 +14,7 @@ more differences to show, unless the stage has so few texts that each would weig
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -112,6 +112,7 @@ class ValueRows:
     first of them are a sample of all.
 
     Attributes:
+        stages: Names of the stages of the file, in their order, with ``whole`` for whole answers.
         summary: Line that tells how many questions and texts there are, and what is left out.
 
     Args:
@@ -121,7 +122,7 @@ class ValueRows:
 
     Raises:
         UserError: The split is unknown or has no texts to choose from, a line or an image is missing or damaged, a
-            stage of the settings does not occur, or the file of prompts cannot be used.
+            question is held back for measuring, or the file of prompts cannot be used.
     """
 
     def __init__(self, file: Path, split: str, settings: VerifierSettings) -> None:
@@ -133,7 +134,7 @@ class ValueRows:
             content = file.read_bytes()
         lines = list(_read_questions(file, content))
         questions = [question for question in lines if question is not None]
-        self._check_stages(questions, settings.stage_weights)
+        self.stages = tuple(dict.fromkeys(group.stage for question in questions for group in question.groups))
         names = dict.fromkeys(name for question in questions for name in question.images)
         digests = _image_digests(self._folder, hashlib.sha256(content).hexdigest(), tuple(names))
         left_out = Counter({"questions without an answer": len(lines) - len(questions)})
@@ -202,14 +203,6 @@ class ValueRows:
         """Return the texts among which that of an example is."""
         return self._questions[example.question].groups[example.group]
 
-    def _check_stages(self, questions: Iterable[_Question], weights: Mapping[str, float]) -> None:
-        known = dict.fromkeys(group.stage for question in questions for group in question.groups)
-        if unknown := [stage for stage in weights if stage not in known]:
-            raise UserError(
-                f"verifier.stage_weights has the stage {unknown[0]}, which {self._folder} has not: its stages are "
-                f"{', '.join(known)}"
-            )
-
 
 def _read_image(path: Path) -> bytes:
     with reading_errors(path):
@@ -236,7 +229,7 @@ def _read_questions(file: Path, content: bytes) -> Iterator[_Question | None]:
     """Read the lines of a file of values, where None is a question that could not be asked.
 
     Raises:
-        UserError: A line is damaged, or its format is not known here.
+        UserError: A line is damaged or of a test set, or its format is not known here.
     """
     formats: dict[str, StageFormat] = {}
     for number, line in enumerate(content.splitlines(), 1):
@@ -260,8 +253,10 @@ def _question(row: Mapping[str, Any], formats: dict[str, StageFormat]) -> _Quest
         formats: Formats of earlier lines by their names, to which that of the line is added.
 
     Raises:
-        UserError: The format of the line is not known here.
+        UserError: The line is of a test set, or its format is not known here.
     """
+    if row.get("split") == "test":
+        raise UserError("the question is of the split test, which is for measuring: roll out --split train to learn")
     if (name := row["format"]) not in formats:
         try:
             formats[name] = StageFormat.load(name)

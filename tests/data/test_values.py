@@ -303,8 +303,9 @@ def test_the_answers_of_the_verifier_are_checked_before_the_first_batch(folder, 
         (
             {},
             {"stage_weights": {"CAPTIONS": 2}},
-            "has the stage CAPTIONS, which .* has not: its stages are SUMMARY, CA",
+            "has the stage CAPTIONS, which no values have: their stages are SUMMARY, CAPTION, REASONING, whole",
         ),
+        ({"split": "test"}, {}, "line 1: the question is of the split test, which is for measuring: roll out --split"),
         ({}, {"judge_prompts": "nowhere.yaml"}, "nowhere.yaml"),
         ({}, {"stage_weights": dict.fromkeys([*MIXED, "whole"], 0.0)}, "nothing is left to learn from; roll out more"),
     ],
@@ -315,8 +316,15 @@ def test_what_is_refused(tmp_path, line, settings, message):
     if isinstance(line, str):
         (folder / "values.jsonl").write_text(line)
     with pytest.raises(UserError, match=message) as told:
-        open_rows(str(folder), "train", VerifierSettings(**settings))
+        open_training_rows(str(folder), VerifierSettings(**settings))
     assert "\n" not in str(told.value)
+
+
+def test_a_stage_may_be_that_of_one_folder_alone(folder, tmp_path):
+    lines = [question("q", "a.png", {"RATIONALES": [1, 0]}, [True, False])]
+    other = write_values(tmp_path / "values", lines, {"a.png": picture(3)})
+    weights = VerifierSettings(stage_weights={"CAPTION": 2.0, "RATIONALES": 3.0})
+    assert len(open_training_rows({str(folder): 1, str(other): 1}, weights).parts) == 2
 
 
 @pytest.mark.parametrize(
