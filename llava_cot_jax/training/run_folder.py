@@ -12,6 +12,7 @@ import yaml
 
 from llava_cot_jax.files import write_text
 from llava_cot_jax.paths import writing_errors
+from llava_cot_jax.processing.probe import DEFAULT_JUDGE_PROMPTS, ProbePrompt
 from llava_cot_jax.training.initial_model import InitialModel
 from llava_cot_jax.training.layout import CONFIGURATION, MODEL_FILES
 from llava_cot_jax.training.settings import TrainSettings
@@ -52,12 +53,18 @@ PACKAGES = ("llava_cot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 def run_description(settings: TrainSettings, data: str) -> dict[str, Any]:
     """Return the description of a run that each checkpoint stores: its settings, data, and versions of packages.
 
+    Where an adapter for the verifier alone is trained, there is also the digest of the question to the verifier.
+
     Args:
         settings: Settings of the run.
         data: Fingerprint of the batches, ``Loader.fingerprint``. The index of the next batch is the step.
     """
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    return {"settings": asdict(settings), "data": data, "versions": versions}
+    description = {"settings": asdict(settings), "data": data, "versions": versions}
+    if settings.lora.tokens == "probe":
+        prompts = settings.verifier.judge_prompts or DEFAULT_JUDGE_PROMPTS
+        description["probe"] = ProbePrompt.load(prompts).digest
+    return description
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
