@@ -17,6 +17,7 @@ from llava_cot_jax.model.checkpoint.folder import read_config, read_max_new_toke
 from llava_cot_jax.model.choices import MESH_AXES, Dtype
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.paths import BUNDLED_MODEL
+from llava_cot_jax.processing.probe import ProbePrompt
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -77,14 +78,21 @@ class AnsweringModel:
         """Find the checkpoint that the options name. Where they name none, ``options`` gets the package's own.
 
         Raises:
-            UserError: There is no such checkpoint or adapter, or it cannot be used.
+            UserError: There is no such checkpoint or adapter, or it cannot be used, or the verifier's was trained for
+                another question.
         """
         if is_default := options.checkpoint is None:
             options.checkpoint = BUNDLED_MODEL
         if options.adapter is not None:
             read_adapter_settings(options.adapter)  # refuses before the weights are fetched
         if options.verifier_adapter is not None:
-            read_adapter_settings(options.verifier_adapter, for_verifier=True)
+            digest = read_adapter_settings(options.verifier_adapter, for_verifier=True).probe_digest
+            if digest and digest != ProbePrompt.load(options.judge_prompts).digest:
+                raise UserError(
+                    f"{options.verifier_adapter} was trained for another question to the verifier than that of "
+                    f"{options.judge_prompts}: give as --judge_prompts the file that was verifier.judge_prompts in "
+                    "training, which is the package's own by default"
+                )
         folder = resolve_checkpoint(options.checkpoint)
         config = read_config(folder, options.convention)
         return cls(options, folder, config, read_max_new_tokens(folder), is_default)

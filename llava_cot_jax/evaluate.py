@@ -39,7 +39,7 @@ from llava_cot_jax.files import check_file_writable, write_json
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
 from llava_cot_jax.paths import as_path, writing_errors
-from llava_cot_jax.search.options import add_arguments, strategy_of, strategy_or_sampling
+from llava_cot_jax.search.options import add_arguments, check_verifier_adapter, strategy_of, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_weight_options
 from llava_cot_jax.stage_format import StageFormat
@@ -168,6 +168,7 @@ def _check(options: Any, group: ProcessGroup) -> _Evaluation:
     check_comparison_options(options)
     methods = [] if options.compare is None else read_methods(options)
     strategy = None if methods else strategy_of(strategy_or_sampling(options), options.max_new_tokens, format)
+    check_verifier_adapter(options, [method.strategy for method in methods] if strategy is None else [strategy])
     check_int("slots", options.slots)
     check_mesh_sizes(options)
     JudgePrompts.load(options.judge_prompts)

@@ -37,7 +37,13 @@ from llava_cot_jax.question_job import (
     read_question_set,
 )
 from llava_cot_jax.questions import UserQuestion, draw_pictures, read_messages, read_questions
-from llava_cot_jax.search.options import STRATEGIES, add_arguments, strategy_of, strategy_or_sampling
+from llava_cot_jax.search.options import (
+    STRATEGIES,
+    add_arguments,
+    check_verifier_adapter,
+    strategy_of,
+    strategy_or_sampling,
+)
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_request_options
 from llava_cot_jax.search.strategies import Strategy
@@ -198,6 +204,7 @@ def _search_or_sampling(options: jsonargparse.Namespace) -> Strategy | Sampling:
         UserError: An option out of range, or one that has no meaning with the others.
     """
     method = strategy_or_sampling(options)
+    check_verifier_adapter(options, [method])
     if options.questions is not None:
         check_question_file_options(options)
     elif options.output is not None:

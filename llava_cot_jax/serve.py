@@ -25,7 +25,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
 from llava_cot_jax.paths import as_path
-from llava_cot_jax.search.options import add_arguments
+from llava_cot_jax.search.options import add_arguments, check_verifier_adapter
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_weight_options
 from llava_cot_jax.search.strategies import Strategy
@@ -259,7 +259,9 @@ def _check(options: Any, group: ProcessGroup) -> _Checked:
             raise UserError(f"--searches: {fault}") from None
     if len({menu.default, *searches.values()}) > options.kept_searches:
         raise UserError("--searches has more searches than are kept: give a higher --kept_searches")
-    return _Checked(options, model, menu, searches)
+    checked = _Checked(options, model, menu, searches)
+    check_verifier_adapter(options, checked.strategies)
+    return checked
 
 
 def _name(options: Any) -> str:

@@ -275,6 +275,8 @@ def without_a_tensor(demo: Path, folder: Path) -> Path:
         (lambda d, t: ["--page", str(t / "x.html")], "--page needs a search"),
         (lambda d, t: ["--show_search"], "--show_search needs a search"),
         (lambda d, t: ["--live"], "--live needs a search"),
+        (lambda d, t: ["--verifier_adapter", "none"], "--verifier_adapter is for the verifier, which no search here"),
+        (lambda d, t: [*SEARCH, "stage_beam", "--verifier_adapter", "none"], "which no search here asks: give --judge"),
         (lambda d, t: [*SEARCH, "retracing", "--live"], "--live cannot show --search retracing: leave out --live, or"),
         (lambda d, t: ["--question", "a", "b", "--image", "a.png", "b.png", "c.png"], "3 images for 2 questions"),
         (lambda d, t: ["--image", "-", "--question", "-"], "standard input, -, can be read once"),

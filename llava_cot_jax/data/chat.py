@@ -150,21 +150,37 @@ class Chat:
         assert target is not None
         (ids,) = self._processor.tokenize([self._render_probe(turn)])
         nothing = np.zeros(len(ids), np.int8)
-        if target.probe not in self._probes:
-            yes, no = target.probe.answer_ids(self._processor)
-            length = len(token_ids(self._processor, target.probe.text(self._processor)))
-            self._probes[target.probe] = length, (yes, no)
-        probe = EncodedProbe(*self._probes[target.probe], target.value, target.weight)
+        probe = EncodedProbe(*self._read_probe(target.probe), target.value, target.weight)
         return Conversation(ids, nothing.astype(bool), nothing, 1, turn.images, probe)
 
+    def _read_probe(self, probe: Probe) -> tuple[int, tuple[int, int]]:
+        """Return the number of tokens of what the verifier is asked, and the tokens of the two answers.
+
+        Raises:
+            UserError: An answer is not one natural next token.
+        """
+        if probe not in self._probes:
+            yes, no = probe.answer_ids(self._processor)
+            self._probes[probe] = len(token_ids(self._processor, probe.text(self._processor))), (yes, no)
+        return self._probes[probe]
+
     def _render_probe(self, turn: Turn) -> str:
-        """Write a question, its answer, and what the verifier is asked about it, as the search has them."""
+        """Write a question, its answer, and what the verifier is asked about it, as the search has them.
+
+        Raises:
+            SkippedConversation: One of them cannot be used.
+            UserError: The checkpoint's chat template leaves out images, or an answer of the verifier is not one token.
+        """
         assert turn.target is not None
+        self._read_probe(turn.target.probe)
         self._check_images(turn.images)
         if found := [name for name in self._processor.control_tokens if name in turn.answer]:
             raise SkippedConversation(f"its answer contains the special token {found[0]}")
+        self._check_unicode(turn.question + turn.answer)
         try:
-            prompt = self._processor.prompt(question_messages(turn, turn.images > 0))
+            prompt = self._processor.prompt([user_message(turn.question, turn.images)])
+        except UnfitTemplateError:
+            raise
         except UserError as mistake:
             raise SkippedConversation(str(mistake)) from mistake
         return prompt + turn.answer + turn.target.probe.text(self._processor)
@@ -216,8 +232,7 @@ class Chat:
         for turn, pieces in zip(kept, answers, strict=True):
             messages += question_messages(turn, about_images)
             messages.append({"role": "assistant", "content": _text(pieces)})
-        if not _is_unicode("".join(turn.system + turn.question + turn.answer for turn in kept)):
-            raise SkippedConversation("it has half of a surrogate pair, which is no character")
+        self._check_unicode("".join(turn.system + turn.question + turn.answer for turn in kept))
         try:
             text = self._processor.prompt(messages, add_generation_prompt=False)
         except UnfitTemplateError:
@@ -230,6 +245,18 @@ class Chat:
                 f"{EOT}: training needs Llama 3's chat format"
             )
         return text
+
+    @staticmethod
+    def _check_unicode(text: str) -> None:
+        """Check that a text has characters alone, and no half of a surrogate pair, which no tokenizer takes.
+
+        Raises:
+            SkippedConversation: It has one.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise SkippedConversation("it has half of a surrogate pair, which is no character") from None
 
     def _check_images(self, count: int) -> None:
         """Check that a conversation has no fewer images and no more than the settings allow.
@@ -281,15 +308,6 @@ def question_messages(turn: Turn, about_images: bool) -> list[Message]:
     if about_images:
         return [user_message(f"{system}{BLANK}{question}", turn.images)]
     return [{"role": "system", "content": system}, user_message(question)]
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text has characters alone, and no half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _pieces(answer: str, variant: Variant) -> list[Piece]:

@@ -21,7 +21,8 @@ class VerifierSettings:
     """Verifier: how it learns from data sets of values, which ``llava-cot rollout`` writes.
 
     Attributes:
-        weight: Weight of the mean loss of the verifier's replies beside the mean loss of the answers' tokens.
+        weight: Factor of the mean loss of the verifier's replies, each by its own weight, beside the mean loss of the
+            answers' tokens.
         targets: Probability of yes to train: the candidate's value (``soft``), or 1 if it is at least one half and 0
             otherwise (``hard``).
         stage_weights: Weight of the candidates of a stage, or of ``whole`` answers, by its name; 0 leaves them out. By

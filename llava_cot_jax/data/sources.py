@@ -1,6 +1,6 @@
 """Opening of data sets by their names: prepared folders, folders of values, the shapes world, and mixtures of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from llava_cot_jax.data.settings import VerifierSettings
@@ -24,7 +24,7 @@ def open_rows(data: str, split: str, verifier: VerifierSettings | None = None) -
 
     Args:
         data: Folder made by ``llava-cot prepare`` or ``llava-cot rollout``, on a disk or in a bucket, or ``shapes``.
-        split: Name of the split, such as ``train``.
+        split: Name of the split, such as ``train``; of values, also ``all``.
         verifier: How a verifier learns from values; None is the default.
 
     Raises:
@@ -34,13 +34,10 @@ def open_rows(data: str, split: str, verifier: VerifierSettings | None = None) -
         from llava_cot_jax.data.shapes.rows import ShapesRows
 
         return ShapesRows(cast("Split", split))
-    folder = as_path(data)
-    with reading_errors(folder):
-        has_values = (folder / VALUES_FILE).exists()
-    if has_values:
+    if _has_values(data):
         from llava_cot_jax.data.values import ValueRows
 
-        return ValueRows(folder / VALUES_FILE, split, verifier or VerifierSettings())
+        return ValueRows(as_path(data) / VALUES_FILE, split, verifier or VerifierSettings())
     from llava_cot_jax.data.prepared import PreparedRows
 
     return PreparedRows(data, split)
@@ -54,13 +51,16 @@ def open_training_rows(data: str | Mapping[str, float], verifier: VerifierSettin
         verifier: How a verifier learns from values; None is the default.
 
     Raises:
-        UserError: A data set or its split does not exist, or two are the same.
+        UserError: A data set or its split does not exist, two are the same, or none of those of values has a stage of
+            the verifier's settings.
     """
-    if isinstance(data, str):
-        return open_rows(data, "train", verifier)
     from llava_cot_jax.data.rows import Mixture
 
-    parts = {name: open_rows(name, "train", verifier) for name in data}
+    parts = {name: open_rows(name, "train", verifier) for name in ([data] if isinstance(data, str) else data)}
+    if verifier and verifier.stage_weights:
+        _check_stages(parts.values(), verifier.stage_weights)
+    if isinstance(data, str):
+        return parts[data]
     names: dict[str, str] = {}
     for name, rows in parts.items():
         if (other := names.setdefault(rows.fingerprint, name)) != name:
@@ -76,7 +76,8 @@ def open_validation_rows(
     Args:
         data: Data set or data sets to train on. Where there is no other to validate on, the rows are those of their
             splits ``validation``, as many of each.
-        validation_data: Data set to validate on alone: its split ``validation`` if it has one, otherwise ``train``.
+        validation_data: Data set to validate on alone: its split ``validation`` if it has one, otherwise ``train``. Of
+            values it is all of them or, where they are trained on too, their split ``validation``.
         count: Maximum number of rows.
         verifier: How a verifier learns from values; None is the default.
 
@@ -86,7 +87,8 @@ def open_validation_rows(
     from llava_cot_jax.data.rows import FirstRows, Mixture
 
     if validation_data is not None:
-        return FirstRows(_open_whole(validation_data, verifier), count)
+        is_trained = as_path(validation_data) in map(as_path, [data] if isinstance(data, str) else data)
+        return FirstRows(_open_whole(validation_data, verifier, is_trained), count)
     if isinstance(data, str):
         return FirstRows(open_rows(data, "validation", verifier), count)
     share = max(1, count // len(data))
@@ -94,8 +96,39 @@ def open_validation_rows(
     return Mixture(parts, (1.0,) * len(parts))
 
 
-def _open_whole(data: str, verifier: VerifierSettings | None) -> "Rows":
-    """Open the split ``validation`` of a data set, or ``train`` if there is no other."""
+def _check_stages(parts: "Iterable[Rows]", weights: Mapping[str, float]) -> None:
+    """Check that each stage that has a weight occurs in a data set of values, if there are any.
+
+    Raises:
+        UserError: One does not.
+    """
+    from llava_cot_jax.data.values import ValueRows
+
+    known = dict.fromkeys(stage for rows in parts if isinstance(rows, ValueRows) for stage in rows.stages)
+    if known and (unknown := [stage for stage in weights if stage not in known]):
+        raise UserError(
+            f"verifier.stage_weights has the stage {unknown[0]}, which no values have: their stages are "
+            f"{', '.join(known)}"
+        )
+
+
+def _has_values(data: str) -> bool:
+    """Whether a data set is a folder of values."""
+    folder = as_path(data)
+    with reading_errors(folder):
+        return data != SHAPES_DATA and (folder / VALUES_FILE).exists()
+
+
+def _open_whole(data: str, verifier: VerifierSettings | None, is_trained: bool) -> "Rows":
+    """Open all of a data set that can be validated on.
+
+    Args:
+        data: Name of the data set.
+        verifier: How a verifier learns from values.
+        is_trained: Whether the split ``train`` is trained on.
+    """
+    if _has_values(data):
+        return open_rows(data, "validation" if is_trained else "all", verifier)
     try:
         return open_rows(data, "validation", verifier)
     except UserError:

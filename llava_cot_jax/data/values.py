@@ -8,14 +8,16 @@ whose value is the mean of theirs, and a stage of which all texts have the same 
 is always right, or always wrong. Of the others, the better candidates of a stage (those of at least its mean value)
 weigh as much as the worse. A stage of a question weighs by how far the means of the two are apart, as values of few
 continuations differ by chance, and all of these weights of a stage add up to the same for each stage, whichever has the
-more differences to show.
+more differences to show, unless the stage has so few texts that each would weigh more than ``MOST_WEIGHT`` on average.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,13 +28,26 @@ from llava_cot_jax.data.rows import ProbeTarget, Row, Turn
 from llava_cot_jax.data.settings import Targets, VerifierSettings
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import reading_errors
-from llava_cot_jax.processing.messages import remove_markers
+from llava_cot_jax.processing.messages import question_text
 from llava_cot_jax.processing.probe import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER, ProbePrompt
+from llava_cot_jax.stage_format import StageFormat
 
 VALIDATION_SHARE = 0.1
 """Share of the images whose questions are for validation, drawn by a hash of their bytes."""
 
-VALUES_VERSION = 2
+MOST_WEIGHT = 4.0
+"""Largest mean weight of the texts of a stage, before ``stage_weights``.
+
+Without a bound, the few texts of a stage that hardly ever differs would weigh as much as thousands of others, and each
+of them would be a batch of its own. With the bound w, the number of texts that have the same variance at equal weights
+(Kish 1965: the square of the sum of weights over the sum of their squares) is by the balance of stages at least 1 / w
+of all.
+"""
+
+READERS = 16
+"""Number of images that are read at a time, since a bucket takes long to answer."""
+
+VALUES_VERSION = 3
 """Version of the rows in their fingerprints, to be raised whenever the same file gives other rows."""
 
 
@@ -43,6 +58,7 @@ class _Question:
     Attributes:
         id: Name of the question.
         text: The question, without markers of images.
+        asked: What the user says: the question with what the format of the answer puts around it.
         images: Files of its images, relative to the folder.
         groups: What the verifier is asked about, in groups to choose from: the candidates of each stage, and the whole
             answers.
@@ -50,6 +66,7 @@ class _Question:
 
     id: str
     text: str
+    asked: str
     images: tuple[str, ...]
     groups: tuple["_Group", ...]
 
@@ -95,20 +112,21 @@ class ValueRows:
     first of them are a sample of all.
 
     Attributes:
+        stages: Names of the stages of the file, in their order, with ``whole`` for whole answers.
         summary: Line that tells how many questions and texts there are, and what is left out.
 
     Args:
         file: File of values, beside the folder of its images, on a disk or in a bucket.
-        split: ``train`` or ``validation``.
+        split: ``train`` or ``validation``; or ``all``, which are both, for values that nothing is trained on.
         settings: Targets, weights of the stages, and the verifier's question.
 
     Raises:
         UserError: The split is unknown or has no texts to choose from, a line or an image is missing or damaged, a
-            stage of the settings does not occur, or the file of prompts cannot be used.
+            question is held back for measuring, or the file of prompts cannot be used.
     """
 
     def __init__(self, file: Path, split: str, settings: VerifierSettings) -> None:
-        if split not in ("train", "validation"):
+        if split not in ("train", "validation", "all"):
             raise UserError(f"{file.parent} has no split {split!r}: its splits are train and validation")
         self._folder = file.parent
         self._prompt = ProbePrompt.load(settings.judge_prompts or DEFAULT_JUDGE_PROMPTS)
@@ -116,16 +134,18 @@ class ValueRows:
             content = file.read_bytes()
         lines = list(_read_questions(file, content))
         questions = [question for question in lines if question is not None]
-        self._check_stages(questions, settings.stage_weights)
-        digests = self._image_digests(questions)
+        self.stages = tuple(dict.fromkeys(group.stage for question in questions for group in question.groups))
+        names = dict.fromkeys(name for question in questions for name in question.images)
+        digests = _image_digests(self._folder, hashlib.sha256(content).hexdigest(), tuple(names))
         left_out = Counter({"questions without an answer": len(lines) - len(questions)})
         self._questions: list[_Question] = []
         for question in questions:
-            own = {digests[image] for image in question.images} or {hashlib.sha256(question.text.encode()).digest()}
+            without = {hashlib.sha256(repr(question.text).encode()).digest()}
+            own = {digests[image] for image in question.images} or without
             splits = {_split_of(digest) for digest in own}
-            if len(splits) > 1:
+            if split != "all" and len(splits) > 1:
                 left_out["questions with images of both splits"] += 1
-            elif splits != {split}:
+            elif split != "all" and splits != {split}:
                 continue
             elif not any(len(set(group.values)) > 1 for group in question.groups):
                 left_out["questions with nothing to choose"] += 1
@@ -133,16 +153,19 @@ class ValueRows:
                 self._questions.append(question)
         self._examples, left_out["stages with nothing to choose"] = _weigh(self._questions, settings)
         told = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+        stages = Counter(self._group(example).stage for example in self._examples)
+        counts = f" ({', '.join(f'{stage} {stages[stage]}' for stage in sorted(stages))})" if stages else ""
         self.summary = (
             f"{file.parent}, {split}: {len(self._examples)} texts of {len(self._questions)} questions to ask the "
-            f"verifier about; left out: {told or 'nothing'}"
+            f"verifier about{counts}; left out: {told or 'nothing'}"
         )
         if not self._examples:
             raise UserError(
                 f"{self.summary}: nothing is left to learn from; roll out more questions (a training may validate on "
                 "none: eval_examples: 0)"
             )
-        decisive = repr((VALUES_VERSION, split, settings.targets, sorted(settings.stage_weights.items()), self._prompt))
+        weights, asked = sorted(settings.stage_weights.items()), [question.asked for question in questions]
+        decisive = repr((VALUES_VERSION, split, settings.targets, weights, self._prompt, asked))
         parts = (content, decisive.encode(), *(digests[image] for image in sorted(digests)))
         self._fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
@@ -164,49 +187,57 @@ class ValueRows:
         turns = self.turns(index)
         example = self._examples[index]
         question = self._questions[example.question]
-        stage = question.groups[example.group].stage
-        images = tuple(map(self._read_image, question.images))
-        return Row(f"{question.id}, {stage} {example.text + 1}", "values", images, turns)
+        images = tuple(_read_image(self._folder / name) for name in question.images)
+        return Row(f"{question.id}, {self._group(example).stage} {example.text + 1}", "values", images, turns)
 
     def turns(self, index: int) -> tuple[Turn, ...]:
         """Read the conversation of a row alone, without the cost of its images."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no row {index} of {len(self)}")
         example = self._examples[index]
-        question = self._questions[example.question]
-        group = question.groups[example.group]
+        question, group = self._questions[example.question], self._group(example)
         target = ProbeTarget(self._prompt.of(group.stage), example.target, example.weight)
-        return (Turn(question.text, group.answer(example.text), len(question.images), target=target),)
+        return (Turn(question.asked, group.answer(example.text), len(question.images), target=target),)
 
-    def _read_image(self, name: str) -> bytes:
-        path = self._folder / name
-        with reading_errors(path):
-            return path.read_bytes()
+    def _group(self, example: _Example) -> _Group:
+        """Return the texts among which that of an example is."""
+        return self._questions[example.question].groups[example.group]
 
-    def _image_digests(self, questions: Iterable[_Question]) -> dict[str, bytes]:
-        """Return the SHA-256 of each image by its name."""
-        names = dict.fromkeys(name for question in questions for name in question.images)
-        return {name: hashlib.sha256(self._read_image(name)).digest() for name in names}
 
-    def _check_stages(self, questions: Iterable[_Question], weights: Mapping[str, float]) -> None:
-        known = dict.fromkeys(group.stage for question in questions for group in question.groups)
-        if unknown := [stage for stage in weights if stage not in known]:
-            raise UserError(
-                f"verifier.stage_weights has the stage {unknown[0]}, which {self._folder} has not: its stages are "
-                f"{', '.join(known)}"
-            )
+def _read_image(path: Path) -> bytes:
+    with reading_errors(path):
+        return path.read_bytes()
+
+
+@lru_cache(maxsize=16)
+def _image_digests(folder: Path, version: str, names: tuple[str, ...]) -> dict[str, bytes]:
+    """Return the SHA-256 of each image of a folder of values by its name.
+
+    A process reads the images once for all splits, since that may take minutes in a bucket.
+
+    Args:
+        folder: Folder of values.
+        version: Digest of its file of values. Images are read anew where it is another.
+        names: Files of the images, relative to the folder.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = pool.map(lambda name: hashlib.sha256(_read_image(folder / name)).digest(), names)
+        return dict(zip(names, digests, strict=True))
 
 
 def _read_questions(file: Path, content: bytes) -> Iterator[_Question | None]:
     """Read the lines of a file of values, where None is a question that could not be asked.
 
     Raises:
-        UserError: A line is damaged.
+        UserError: A line is damaged or of a test set, or its format is not known here.
     """
+    formats: dict[str, StageFormat] = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
             row = json.loads(line)
-            yield None if "error" in row else _question(row)
+            yield None if "error" in row else _question(row, formats)
+        except UserError as fault:
+            raise UserError(f"{file}, line {number}: {fault}") from None
         except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as fault:
             raise UserError(
                 f"{file}, line {number} is damaged ({type(fault).__name__}: {fault}): let `llava-cot rollout` finish, "
@@ -214,8 +245,26 @@ def _read_questions(file: Path, content: bytes) -> Iterator[_Question | None]:
             ) from None
 
 
-def _question(row: Mapping[str, Any]) -> _Question:
-    """Return the question of a line. Candidates without a continuation have no value, and are left out."""
+def _question(row: Mapping[str, Any], formats: dict[str, StageFormat]) -> _Question:
+    """Return the question of a line. Candidates without a continuation have no value, and are left out.
+
+    Args:
+        row: Content of the line.
+        formats: Formats of earlier lines by their names, to which that of the line is added.
+
+    Raises:
+        UserError: The line is of a test set, or its format is not known here.
+    """
+    if row.get("split") == "test":
+        raise UserError("the question is of the split test, which is for measuring: roll out --split train to learn")
+    if (name := row["format"]) not in formats:
+        try:
+            formats[name] = StageFormat.load(name)
+        except UserError as fault:
+            raise UserError(
+                f"{fault}, so that what it puts around a question is not known: write the path of its YAML file in the "
+                'place of its name under "format"'
+            ) from None
     groups: list[_Group] = []
     last = row["stages"][-1]["stage"]
     for stage in row["stages"]:
@@ -225,8 +274,9 @@ def _question(row: Mapping[str, Any]) -> _Question:
     whole = [(str(answer["text"]), float(answer["right"])) for answer in row["answers"]]
     groups.append(_group(WHOLE_ANSWER, "", whole, ""))
     images = tuple(map(str, row["images"]))
-    text, _ = remove_markers(row["question"])
-    return _Question(str(row["id"]), text, images, tuple(groups))
+    text = question_text(row["question"], len(images))
+    before, after = formats[name].around_question
+    return _Question(str(row["id"]), text, f"{before}{text}{after}", images, tuple(groups))
 
 
 def _group(stage: str, before: str, known: Sequence[tuple[str, float]], after: str) -> _Group:
@@ -271,8 +321,9 @@ def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[
     totals = dict.fromkeys(stages, 0.0)
     for stage, weight in zip(stages, weights, strict=True):
         totals[stage] += weight
+    balanced = _balance(Counter(stages))
     shares = [
-        settings.stage_weights.get(stage, 1.0) * weight / totals[stage]
+        settings.stage_weights.get(stage, 1.0) * balanced[stage] * weight / totals[stage]
         for stage, weight in zip(stages, weights, strict=True)
     ]
     scale = len(shares) / sum(shares) if shares else 0.0
@@ -281,6 +332,19 @@ def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[
         question, group, text = places[i]
         examples.append(_Example(question, group, text, targets[i], scale * shares[i]))
     return examples, same
+
+
+def _balance(counts: Mapping[str, int]) -> dict[str, float]:
+    """Return the weight of all texts of each stage: the same for each, but at most ``MOST_WEIGHT`` a text on average.
+
+    Args:
+        counts: Number of texts of each stage. It is the sum of the weights.
+    """
+    balanced, rest = {}, float(sum(counts.values()))
+    for done, (stage, count) in enumerate(sorted(counts.items(), key=lambda each: each[1])):
+        balanced[stage] = min(rest / (len(counts) - done), MOST_WEIGHT * count)
+        rest -= balanced[stage]
+    return balanced
 
 
 def _targets(values: Sequence[float], kind: Targets) -> np.ndarray:

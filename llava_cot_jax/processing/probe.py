@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import yaml
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.files import short_digest
 from llava_cot_jax.paths import as_path, reading_errors
 from llava_cot_jax.processing.messages import user_message
 
@@ -109,6 +110,11 @@ class ProbePrompt:
             stem=str(content["stem"]),
             answers=two_texts("probe.answers", content["answers"]),
         )
+
+    @property
+    def digest(self) -> str:
+        """Digest by which an adapter that was trained for this question is known."""
+        return short_digest(repr((sorted(self.questions.items()), self.stem, self.answers)).encode())
 
     def of(self, stage: str) -> Probe:
         """Return the probe after a candidate of a stage."""

@@ -1,6 +1,7 @@
 """Options by which a command is told how to search, and the strategy that they stand for."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from llava_cot_jax.errors import UserError
@@ -143,6 +144,21 @@ def strategy_or_sampling(options: Any) -> Strategy | Sampling:
             raise UserError(f"--{option} takes one value, except for --search stage_beam")
         settings[name] = _READ[option](value) if option in _READ else value
     return strategy_type(**settings)
+
+
+def check_verifier_adapter(options: Any, searches: Iterable[Strategy | Sampling]) -> None:
+    """Check that one of the searches of a command asks the verifier, if the options give it an adapter.
+
+    Raises:
+        UserError: None does, so that the adapter would do nothing.
+    """
+    if options.verifier_adapter is None:
+        return
+    if not any(not isinstance(search, Sampling) and search.to_spec().has_verifier for search in searches):
+        raise UserError(
+            "--verifier_adapter is for the verifier, which no search here asks: give --judge verifier with a --search "
+            "that takes it, such as stage_beam, or leave out the adapter"
+        )
 
 
 def strategy_of(method: Strategy | Sampling, max_new_tokens: int | None, format: StageFormat) -> Strategy:

@@ -87,6 +87,7 @@ class RunExport:
         self._settings = relocated(description["settings"], folder)
         self._lora = LoraSettings(**self._settings["lora"])
         self.for_verifier = self._lora.tokens == "probe"
+        self._probe_digest = description.get("probe")
         self._started_from = Base.of(description)
         self._base = base
 
@@ -162,7 +163,14 @@ class RunExport:
         base = self._base or self._settings["checkpoint"]
         folder = named_folder(base)
         base = base if folder is None else str(folder)
-        write_adapter(destination, base, lora.alpha, matrices, for_verifier=self.for_verifier)
+        write_adapter(
+            destination,
+            base,
+            lora.alpha,
+            matrices,
+            for_verifier=self.for_verifier,
+            probe_digest=self._probe_digest,
+        )
         return base
 
     def _tensors(self, trained: Mapping[str, Any]) -> Iterator[np.ndarray]:

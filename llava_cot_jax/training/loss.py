@@ -96,22 +96,28 @@ class ProbeSums:
     """Sums over the verifier's replies of a batch, each by its weight.
 
     Attributes:
+        replies: Number of the replies.
         total: Sum of the losses of the replies.
         weight: Sum of the weights.
         right: Weight of the replies whose likelier answer is that of the higher target.
         other: Sum of the probabilities of anything but the two answers.
     """
 
+    replies: Float32[Array, ""]
     total: Float32[Array, ""]
     weight: Float32[Array, ""]
     right: Float32[Array, ""]
     other: Float32[Array, ""]
 
     def means(self) -> dict[str, jax.Array]:
-        """Return the means by their names in metrics; 0 where there are no replies."""
+        """Return the means by their names in metrics; 0 where there are no replies.
+
+        The loss is that which is trained: the sum by weights over the number of replies. Weights have the mean 1 over a
+        data set; over the sum of a batch's own, a batch of one reply would count as much whatever its weight is.
+        """
         weight = self.weight.clip(min=jnp.finfo(jnp.float32).tiny)
         return {
-            "verifier_loss": self.total / weight,
+            "verifier_loss": self.total / self.replies.clip(min=1),
             "verifier_accuracy": self.right / weight,
             "verifier_other_probability": self.other / weight,
         }
@@ -143,6 +149,7 @@ def probe_losses(
         return jnp.sum(jnp.where(weight > 0, weight * each, 0.0))
 
     return ProbeSums(
+        (weight > 0).sum().astype(jnp.float32),
         weighted_sum(value * yes + (1 - value) * no),
         weight.sum(),
         weighted_sum(((yes <= no) == (value >= 0.5)).astype(jnp.float32)),

@@ -12,6 +12,7 @@ import yaml
 
 from llava_cot_jax.files import write_text
 from llava_cot_jax.paths import writing_errors
+from llava_cot_jax.processing.probe import DEFAULT_JUDGE_PROMPTS, ProbePrompt
 from llava_cot_jax.training.initial_model import InitialModel
 from llava_cot_jax.training.layout import CONFIGURATION, MODEL_FILES
 from llava_cot_jax.training.settings import TrainSettings
@@ -42,6 +43,9 @@ CHANGEABLE_SETTINGS = {
 }
 """Settings that may change when a run is resumed, since they do not affect the result, apart from rounding."""
 
+LATER_SETTINGS = {"lora.tokens": "all", "verifier.weight": 1.0, "verifier.targets": "soft"}
+"""Settings that descriptions of earlier versions lack, each with the value by which those versions trained."""
+
 PACKAGES = ("llava_cot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """Packages whose versions are stored in each checkpoint."""
 
@@ -49,17 +53,24 @@ PACKAGES = ("llava_cot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 def run_description(settings: TrainSettings, data: str) -> dict[str, Any]:
     """Return the description of a run that each checkpoint stores: its settings, data, and versions of packages.
 
+    Where an adapter for the verifier alone is trained, there is also the digest of the question to the verifier.
+
     Args:
         settings: Settings of the run.
         data: Fingerprint of the batches, ``Loader.fingerprint``. The index of the next batch is the step.
     """
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    return {"settings": asdict(settings), "data": data, "versions": versions}
+    description = {"settings": asdict(settings), "data": data, "versions": versions}
+    if settings.lora.tokens == "probe":
+        prompts = settings.verifier.judge_prompts or DEFAULT_JUDGE_PROMPTS
+        description["probe"] = ProbePrompt.load(prompts).digest
+    return description
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences of two descriptions that affect the result, as "optimizer.b2 was 0.98, now 0.9"."""
     old, new = ({**flat_settings(found["settings"]), "the data's batches": found["data"]} for found in (before, now))
+    old = LATER_SETTINGS | old
     several_sets = {name for name in old.keys() | new.keys() if name.startswith("data.")}
     names = sorted((old.keys() | new.keys()) - CHANGEABLE_SETTINGS - several_sets)
     return [

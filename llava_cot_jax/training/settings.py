@@ -180,8 +180,9 @@ class TrainSettings:
             to train a verifier, a folder of values made by ``llava-cot rollout``. Several are given with a weight
             each, as ``{"data/one": 1, "data/two": 2.5}``: the number of times that each of their rows comes in an
             epoch. With a fraction, each epoch has another share of the rows.
-        validation_data: Data set to validate on: its validation split or, if it has none, all of its rows. By
-            default, the validation split of ``data``; with several data sets, as many rows of each.
+        validation_data: Data set to validate on: its validation split or, if it has none, all of its rows; of values
+            that are not in ``data``, all rows too. By default, the validation split of ``data``; with several data
+            sets, as many rows of each.
         random_init: Start from random weights; only the configuration, tokenizer and image settings of
             ``checkpoint`` are used.
         convention: Convention that the weights were trained with, where their config.json does not state it.

@@ -1,7 +1,7 @@
 """Training step: loss, gradient, clipping and optimizer update, as one compiled program for each shape of batch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,7 @@ class LossSums:
     probes: ProbeSums | None = None
 
     def objective(self, verifier_weight: float) -> jax.Array:
-        """Return the mean loss of a token and, if there are replies, the weight times the mean loss of a reply."""
+        """Return the mean loss of a token and, if there are replies, ``verifier_weight`` times ``verifier_loss``."""
         mean = self.total.sum() / jnp.maximum(self.tokens.sum(), 1.0)
         return mean if self.probes is None else mean + verifier_weight * self.probes.means()["verifier_loss"]
 
@@ -107,7 +107,8 @@ def make_train_step(
     """Return the compiled training step, a function of a state, which it donates, and a batch.
 
     The loss is the mean over all trained tokens of the global batch, however they fall on devices and micro-batches.
-    Where the data set trains the verifier, the weighted mean over its replies in the global batch is added.
+    Where the data set trains the verifier, the mean over its replies in the global batch is added, of which each is
+    multiplied by its weight.
 
     Args:
         config: Configuration of the model.
@@ -127,7 +128,7 @@ def make_train_step(
         Function that returns the state after the batch, and the measures ``loss``, ``gradient_norm``, ``tokens``
         (number of trained tokens), ``stage_losses`` and ``stage_tokens`` (float32 [1 + stages]), ``finite``, and
         ``skipped`` as in the state. Where the data set trains the verifier, also those of ``ProbeSums.means``, and
-        ``reply_weight``, the sum of the weights of the batch's replies.
+        ``replies``, the number of the batch's replies.
     """
     loss = partial(loss_sums, config=config, dtype=dtype, remat=remat, lora_scale=lora_scale, lora_tokens=lora_tokens)
 
@@ -150,7 +151,7 @@ def make_train_step(
             "stage_tokens": sums.tokens,
             "finite": finite,
             "skipped": state.skipped,
-            **({"reply_weight": sums.probes.weight, **sums.probes.means()} if sums.probes else {}),
+            **({"replies": sums.probes.replies, **sums.probes.means()} if sums.probes else {}),
         }
 
     if mesh is None:
@@ -165,7 +166,7 @@ def _gradients(
     """Return the gradient of the mean loss of a batch with respect to the trained arrays, and the sums of losses."""
     count = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
     if has_probes := "probe" in batch:
-        probe_scale = verifier_weight / jnp.maximum(batch["probe_weight"].sum(), jnp.finfo(jnp.float32).tiny)
+        probe_scale = verifier_weight / jnp.maximum((batch["probe_weight"] > 0).sum(), 1).astype(jnp.float32)
 
     def mean_loss(trained: dict[str, jax.Array], micro_batch: Batch) -> tuple[jax.Array, LossSums]:
         sums = loss(trained, state.frozen, micro_batch)
@@ -181,7 +182,7 @@ def _gradients(
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), state.trained)
     by_stage, zero = jnp.zeros(1 + len(STAGES)), jnp.zeros(())
-    start = zeros, LossSums(by_stage, by_stage, ProbeSums(zero, zero, zero, zero) if has_probes else None)
+    start = zeros, LossSums(by_stage, by_stage, ProbeSums(*[zero] * len(fields(ProbeSums))) if has_probes else None)
     return jax.lax.scan(accumulate, start, _micro_batches(batch, num_micro_batches))[0]
 
 

@@ -153,5 +153,5 @@ class Stepper:
 
 def _replies(found: Metrics) -> dict[str, float]:
     """Return the measures of the verifier's replies, if a step had some."""
-    names = [name for name in found if name.startswith("verifier_")] if found.get("reply_weight") else []
+    names = [name for name in found if name.startswith("verifier_")] if found.get("replies") else []
     return {name: float(found[name]) for name in names}

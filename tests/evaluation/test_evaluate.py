@@ -224,6 +224,8 @@ def test_another_setting_is_refused(own_questions, tmp_path):
     [
         (["--num_candidates", "3"], "--num_candidates needs a search"),
         (["--slots", "0"], "slots is 0; it must be at least 1"),
+        (["--verifier_adapter", "none", "--compare", "greedy,stage_beam:2"], "which no search here asks: give --judge"),
+        (["--verifier_adapter", "none", "--compare", "greedy,weighted_vote:2"], "no such folder|none is no folder"),
         (["--mesh.data", "0"], "mesh.data is 0"),
         (["--match", "fuzzy"], "match is 'fuzzy'; it must be one of exact, option, yes_no, number"),
         (["--match", "number"], "the right answer 'green' is not one number"),

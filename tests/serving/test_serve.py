@@ -110,6 +110,13 @@ def test_a_client_that_reads_nothing_does_not_keep_a_server_that_stops(monkeypat
         assert server.serve_requests(listener, app, dispatcher, answering, lambda: None)
 
 
+def test_an_adapter_of_a_verifier_that_no_search_asks(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 1, "llava_cot_verifier": true}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(UserError, match="which no search here asks: give --judge verifier"):
+        main(["--verifier_adapter", str(tmp_path), "--searches", "greedy"])
+
+
 def test_a_model_that_cannot_be_used_ends_the_command(monkeypatch, tmp_path):
     """The error of the thread that loads is that of the command. The port is free again."""
     monkeypatch.setattr(logging.getLogger("llava_cot_jax"), "propagate", True)

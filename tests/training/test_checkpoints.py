@@ -284,6 +284,21 @@ class TestDescription:
         now["settings"][name] = 1
         assert changed_settings(before, now) == [f"{name} was not known, now 1"]
 
+    def test_a_run_of_an_earlier_version_goes_on(self):
+        """Its description lacks the settings of the verifier, which it trained without."""
+        before, now = run_description(BASE, "data"), run_description(BASE, "data")
+        del before["settings"]["verifier"], before["settings"]["lora"]["tokens"]
+        assert changed_settings(before, now) == []
+        settings = changed(changed(BASE, "lora.rank", 2), "lora.tokens", "probe")
+        for name, value in {"verifier.targets": "hard", "verifier.stage_weights": {"CAPTION": 2.0}}.items():
+            settings = changed(settings, name, value)
+        assert changed_settings(before, run_description(settings, "data")) == [
+            "lora.rank was 0, now 2",
+            "lora.tokens was all, now probe",
+            "verifier.stage_weights.CAPTION was not known, now 2.0",
+            "verifier.targets was soft, now hard",
+        ]
+
     def test_other_data_and_versions_are_told(self):
         before, now = run_description(BASE, "some"), run_description(BASE, "other")
         assert changed_settings(before, now) == ["the data's batches was some, now other"]

@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.sharding import make_mesh, partition_spec
+from llava_cot_jax.training.lora import adapter_table, init_adapters
 from llava_cot_jax.training.optimizer import Optimizer
-from llava_cot_jax.training.settings import OptimizerSettings
+from llava_cot_jax.training.settings import LoraSettings, OptimizerSettings
 from llava_cot_jax.training.state import TrainState, frozen_paths, state_sharding
 from llava_cot_jax.training.step import make_train_step
 
@@ -56,7 +57,7 @@ def rows(reference) -> dict[str, np.ndarray]:
     return {**batch, **probes, "loss_mask": mask, "stage": stage}
 
 
-def start(config, mesh=None, frozen=(), settings=SETTINGS, **more):
+def start(config, mesh=None, frozen=(), settings=SETTINGS, lora=None, **more):
     """A state and its step."""
     model = Mllama(config, rngs=nnx.Rngs(0), layout="stacked")
     table = parameters(config, "stacked")
@@ -64,6 +65,11 @@ def start(config, mesh=None, frozen=(), settings=SETTINGS, **more):
     arrays = flatten_dict(model.params, sep=".")
     still = frozen_paths(arrays, frozen)
     rest = {path: arrays.pop(path) for path in still}
+    if lora:
+        adapters = adapter_table(table, lora)
+        arrays, rest, table = init_adapters(adapters, 0, settings.dtype, mesh), arrays, table | adapters
+        optimizer = Optimizer(settings, lambda step: settings.learning_rate, table)
+        more |= {"lora_tokens": lora.tokens}
     state = TrainState.init(arrays, rest, optimizer, settings.dtype)
     if mesh is not None:
         state = jax.device_put(state, state_sharding(state, table, mesh))
@@ -98,6 +104,23 @@ def test_scopes_of_a_profile(small, rows):
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_of_a_batch_add_up(small, rows, alone, parts):
     np.testing.assert_allclose(train(small, rows, 20, grad_accum_steps=parts)[0], alone, rtol=1e-5)
+
+
+def test_a_reply_counts_by_its_weight_in_parts_of_a_batch_too(small, rows):
+    """The weights are not those within a batch: three times the weight of each is three times the gradient."""
+    end = rows["attention_mask"].sum(axis=1, keepdims=True)
+    at = np.arange(rows["probe"].shape[1])
+    rows = rows | {"probe": (at >= end - 3) & (at < end)}
+    lora = LoraSettings(rank=2, tokens="probe")
+    norms, losses = [], []
+    for parts, factor in ((1, 1), (2, 1), (2, 3)):
+        state, step = start(small, lora=lora, grad_accum_steps=parts)
+        _, found = step(state, rows | {"probe_weight": rows["probe_weight"] * np.float32(factor)})
+        norms.append(float(found["gradient_norm"]))
+        losses.append(float(found["loss"]))
+        assert found["loss"] == found["verifier_loss"] and found["replies"] == 4 and found["tokens"] == 0
+    assert norms[0] > 0 and norms[1:] == pytest.approx([norms[0], 3 * norms[0]], rel=1e-4)
+    assert losses[1:] == pytest.approx([losses[0], 3 * losses[0]], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Training of the verifier: its probabilities are those of the search, and its loss and gradient those of a formula."""
 
 import json
+from shutil import copytree
 from types import SimpleNamespace
 
 import jax
@@ -19,9 +20,11 @@ from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.data.shapes.tokenizer import shapes_tokenizer
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.model.checkpoint.adapter_settings import PROBE_DIGEST
 from llava_cot_jax.model.checkpoint.auxiliary_files import write_auxiliary_files
 from llava_cot_jax.model.layers import linear
 from llava_cot_jax.model.mllama import Mllama, hidden_states
+from llava_cot_jax.processing.probe import DEFAULT_JUDGE_PROMPTS, ProbePrompt
 from llava_cot_jax.search.reasoner import Reasoner
 from llava_cot_jax.search.scorers import Verifier
 from llava_cot_jax.search.strategies import StageBeam
@@ -33,6 +36,10 @@ from tests.value_files import searched_question, write_values
 BEAM = StageBeam(3, Verifier(), max_new_tokens=(5, 3, 4, 2))
 VALUES = [[0.25, 1.0, 0.5], [0.0, 0.75, 0.75], [1.0, 0.0, 0.25], [0.0, 1.0, 1.0]]
 NOT_INPUTS = ("loss_mask", "stage", "row", "probe", "probe_answers", "probe_value", "probe_weight")
+
+
+COMMAND = {"adapter": None, "convention": None, "dtype": None, "judge_prompts": DEFAULT_JUDGE_PROMPTS}
+"""Options of a command beside its checkpoint and the adapter of the verifier."""
 
 
 def search(model, processor):
@@ -137,7 +144,7 @@ def test_loss_and_gradient_are_those_of_a_formula_over_the_logits(searched):
         mask, weights = batch["loss_mask"][:, 1:], batch["probe_weight"]
         tokens = jnp.where(mask, batch["input_ids"][:, 1:], 0)  # an image's has no logit
         told = jnp.take_along_axis(logs[:, :-1], tokens[..., None], axis=-1)[..., 0]
-        return -(told * mask).sum() / mask.sum() + 0.3 * (replies * weights).sum() / weights.sum()
+        return -(told * mask).sum() / mask.sum() + 0.3 * (replies * weights).sum() / (weights > 0).sum()
 
     def ours(trained):
         return loss_sums(trained, {}, batch, config=config, dtype=jnp.float32, remat="none").objective(0.3)
@@ -152,7 +159,8 @@ def test_loss_and_gradient_are_those_of_a_formula_over_the_logits(searched):
 @pytest.fixture(scope="module")
 def adapted(searched, cache):
     """The folder of a run that trained an adapter for the verifier alone, and the adapter."""
-    output, given = searched.base / "run", {"data": searched.folder, "validation_data": searched.folder, "steps": 6}
+    held_out = str(copytree(searched.folder, searched.base / "held_out"))  # three images have no split of their own
+    output, given = searched.base / "run", {"data": searched.folder, "validation_data": held_out, "steps": 6}
     given |= {"eval_examples": 8, "lora.rank": 2, "lora.alpha": 6, "lora.tokens": "probe"}
     given |= {"optimizer.learning_rate": 0.02, "optimizer.schedule": "linear"}
     done = command("train", *arguments(searched.base / "model", output, **given), cache=cache)
@@ -189,9 +197,30 @@ def test_an_adapter_acts_on_the_tokens_of_the_question_alone(searched, adapted):
     np.testing.assert_array_equal(model(batch["input_ids"]), searched.model(batch["input_ids"]))
 
 
+def test_commands_ask_the_question_that_it_was_trained_for(searched, adapted, tmp_path):
+    """An adapter of an earlier version, which does not tell its question, is taken as it is."""
+    assert json.loads((adapted[1] / "adapter_config.json").read_text())[PROBE_DIGEST] == ProbePrompt.load().digest
+    prompts = tmp_path / "mine.yaml"
+    prompts.write_text(DEFAULT_JUDGE_PROMPTS.read_text().replace("Is this caption right?", "Is it?"))
+    options = COMMAND | {"checkpoint": str(searched.base / "model"), "judge_prompts": str(prompts)}
+    with pytest.raises(
+        UserError, match=r"adapter was trained for another question .* that of .*mine.yaml: give as --judge"
+    ):
+        AnsweringModel.find(SimpleNamespace(**options, verifier_adapter=str(adapted[1])))
+    silent = copytree(adapted[1], tmp_path / "silent")
+    config = json.loads((silent / "adapter_config.json").read_text())
+    del config[PROBE_DIGEST]
+    (silent / "adapter_config.json").write_text(json.dumps(config))
+    AnsweringModel.find(SimpleNamespace(**options, verifier_adapter=str(silent)))
+
+
 def test_commands_load_it_beside_weights_in_int8(searched, adapted):
-    options = {"checkpoint": str(searched.base / "model"), "verifier_adapter": str(adapted[1]), "quantize": "int8"}
-    found = AnsweringModel.find(SimpleNamespace(**options, adapter=None, convention=None, dtype=None))
+    options = COMMAND | {
+        "checkpoint": str(searched.base / "model"),
+        "verifier_adapter": str(adapted[1]),
+        "quantize": "int8",
+    }
+    found = AnsweringModel.find(SimpleNamespace(**options))
     assert found.digests.keys() == {"weights", "adapter_weights", "verifier_adapter_weights"}
     w = found.load(None, is_first=False).params["language_model"]["model"]["layers"]["0"]["mlp"]["up_proj"]
     assert w["weight"].dtype == jnp.int8

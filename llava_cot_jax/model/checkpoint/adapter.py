@@ -16,7 +16,7 @@ import numpy as np
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_json
-from llava_cot_jax.model.checkpoint.adapter_settings import FOR_VERIFIER, MERGE_IN_PEFT, AdapterSettings
+from llava_cot_jax.model.checkpoint.adapter_settings import FOR_VERIFIER, MERGE_IN_PEFT, PROBE_DIGEST, AdapterSettings
 from llava_cot_jax.model.checkpoint.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS, unwrap_names
 from llava_cot_jax.model.checkpoint.reading import (
     SAFETENSORS_DTYPES,
@@ -141,6 +141,7 @@ def write_adapter(
     matrices: Mapping[str, tuple[np.ndarray, np.ndarray]],
     *,
     for_verifier: bool = False,
+    probe_digest: str | None = None,
 ) -> None:
     """Write an adapter that PEFT loads onto a model of transformers 5.
 
@@ -150,6 +151,7 @@ def write_adapter(
         alpha: Scale of the output, which is divided by the rank.
         matrices: Matrices A [rank, in] and B [out, rank], of one rank, by the published name of their weight.
         for_verifier: Whether the adapter is for the verifier's question alone, which PEFT does not know of.
+        probe_digest: Digest of this question, ``ProbePrompt.digest``, if it is known.
 
     Raises:
         UserError: ``folder`` is not empty, or it cannot be written.
@@ -188,5 +190,6 @@ def write_adapter(
                 "init_lora_weights": True,
                 "inference_mode": True,
                 **({FOR_VERIFIER: True} if for_verifier else {}),
+                **({PROBE_DIGEST: probe_digest} if probe_digest else {}),
             },
         )

@@ -39,6 +39,9 @@ _STARTS_FROM_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 FOR_VERIFIER = "llava_cot_verifier"
 """Setting in adapter_config.json, beside PEFT's own, of an adapter that acts on the verifier's question alone."""
 
+PROBE_DIGEST = "llava_cot_verifier_question"
+"""Setting in adapter_config.json, beside PEFT's own, of the digest of the question that such an adapter learnt."""
+
 _SAVED_BY_PEFT = {"auto_mapping", "peft_version"}
 """Settings that PEFT writes into every adapter_config.json, and that have no meaning for LoRA."""
 
@@ -52,6 +55,8 @@ class AdapterSettings:
         alpha: Scale of its output, which is divided by the rank.
         alpha_pattern: Scales of the modules whose path, or the end of it, matches a regular expression.
         divides_by_root: Whether scales are divided by the square root of the rank instead (rsLoRA, arXiv 2312.03732).
+        probe_digest: Digest of the question to the verifier that the adapter was trained for, ``ProbePrompt.digest``;
+            None where it is not told, or where the adapter is for all tokens.
         saved_by_peft: Whether PEFT itself wrote the settings, so that it may have trained the adapter.
     """
 
@@ -59,6 +64,7 @@ class AdapterSettings:
     alpha: float
     alpha_pattern: Mapping[str, float]
     divides_by_root: bool
+    probe_digest: str | None
     saved_by_peft: bool
 
     def scale(self, module: str, rank: int) -> float:
@@ -130,6 +136,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> AdapterSettings:
             _alpha(config["lora_alpha"]),
             {re.compile(pattern).pattern: _alpha(a) for pattern, a in (config.get("alpha_pattern") or {}).items()},
             bool(config.get("use_rslora")),
+            config.get(PROBE_DIGEST),
             saved_by_peft=not _SAVED_BY_PEFT.isdisjoint(config),
         )
     except re.error as fault:
