@@ -269,8 +269,9 @@ class TestDescription:
             "mesh.tensor": 2,
             "loader.num_workers": 7,
             "loader.num_threads": 7,
+            "verifier.judge_prompts": "x",
         }
-        names = {*RUN, *READ_AHEAD, *MESH, *HELD_OUT, "data"}
+        names = {*RUN, *READ_AHEAD, *MESH, *HELD_OUT, "data", "verifier.judge_prompts"}
         assert names == other.keys() == CHANGEABLE_SETTINGS - {"grad_accum_steps", "remat"}
         settings: TrainSettings = BASE
         for name, value in other.items():
@@ -289,11 +290,11 @@ class TestDescription:
         before, now = run_description(BASE, "data"), run_description(BASE, "data")
         del before["settings"]["verifier"], before["settings"]["lora"]["tokens"]
         assert changed_settings(before, now) == []
-        settings = changed(changed(BASE, "lora.rank", 2), "lora.tokens", "probe")
+        settings = changed(BASE, "lora.tokens", "probe")
         for name, value in {"verifier.targets": "hard", "verifier.stage_weights": {"CAPTION": 2.0}}.items():
             settings = changed(settings, name, value)
         assert changed_settings(before, run_description(settings, "data")) == [
-            "lora.rank was 0, now 2",
+            "lora.rank was 0, now 4",
             "lora.tokens was all, now probe",
             "verifier.stage_weights.CAPTION was not known, now 2.0",
             "verifier.targets was soft, now hard",

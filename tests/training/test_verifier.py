@@ -33,7 +33,7 @@ from tests.search.models import random_model, scene
 from tests.training.small_run import arguments, command, metrics
 from tests.value_files import searched_question, write_values
 
-BEAM = StageBeam(3, Verifier(), max_new_tokens=(5, 3, 4, 2))
+BEAM = StageBeam(3, Verifier(), 3.0, (5, 3, 4, 2), top_p=1.0)  # so hot that no two candidates have the same text
 VALUES = [[0.25, 1.0, 0.5], [0.0, 0.75, 0.75], [1.0, 0.0, 0.25], [0.0, 1.0, 1.0]]
 NOT_INPUTS = ("loss_mask", "stage", "row", "probe", "probe_answers", "probe_value", "probe_weight")
 

@@ -2,18 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from llava_cot_jax.data.chat import Chat
+from llava_cot_jax.data.settings import ChatSettings
 from llava_cot_jax.data.shapes.rows import ShapesRows
+from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.rollout import main
 from tests.processes import free_port, xla_flags
+from tests.search.models import trained_model
 
 COUNT = 5
 """Number of questions."""
@@ -126,3 +133,41 @@ def test_two_processes_divide_the_questions(questions, uninterrupted, tmp_path):
 def test_other_settings_are_refused(questions, uninterrupted):
     with pytest.raises(UserError, match="was begun with continuations = 2, which is 3 now"):
         main([*command(questions, uninterrupted)[3:], "--continuations", "3"])
+
+
+@pytest.mark.slow
+def test_scores_are_those_that_training_computes(uninterrupted, tmp_path):
+    """Of candidates that ended by themselves, of conclusions and of whole answers, with the model of the package."""
+    folder, scores = tmp_path / "values", {}
+    shutil.copytree(uninterrupted, folder)
+    rows = read_rows(folder)[:-1]
+    for row in rows:
+        for stage in row["stages"]:
+            for each in stage["candidates"]:
+                before = [stage["before"]] if stage["before"] else []
+                scores[str(row["id"]), stage["stage"], "\n\n".join([*before, each["text"]])] = each["score"]
+                each["value"] = 1.0
+            stage["candidates"].append({"text": "another", "value": 0.0})  # so that no stage is left out
+        for each in row["answers"]:
+            scores[str(row["id"]), "whole", each["text"]] = each["score"]
+            each["right"] = True
+        row["answers"].append({"text": "another", "right": False})
+    (folder / "values.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, processor = trained_model()
+    examples = open_rows(str(folder), "all")
+    found = [row for row in map(examples.__getitem__, range(len(examples))) if "another" not in row.turns[0].answer]
+    asked = [Chat(processor, ChatSettings()).encode(row.turns) for row in found]
+    inputs = processor.collate([each.ids for each in asked], [row.images for row in found], length=256)
+    last = inputs["attention_mask"].sum(axis=1) - 1
+    logits = np.asarray(model(**inputs), np.float64)[np.arange(len(last)), last]
+    compared = Counter()
+    for row, each, after in zip(found, asked, logits, strict=True):
+        yes, no = after[list(each.probe.answers)]
+        name, stage = row.id.rsplit(" ", 1)[0].split(", ")
+        score = scores[name, stage, row.turns[0].answer.rstrip("\n")]
+        if abs(1 / (1 + np.exp(no - yes)) - score) > 1e-4:
+            print(repr(row.turns[0].answer), score, 1 / (1 + np.exp(no - yes)))
+        else:
+            compared[stage] += 1
+    print(compared)
+    raise AssertionError
