@@ -29,7 +29,8 @@ class QuestionRow:
         question: Text of the question.
         seed: Seed of its draws; None takes the command's.
         images: Images as the row names them.
-        sources: The images: paths, of which those in the row are relative to the file's folder, and ``data:`` URLs.
+        sources: The images: a list of paths, of which those in the row are relative to the file's folder, of ``data:``
+            URLs, and of the bytes of files; or another sequence of bytes, which are read when they are needed.
     """
 
     id: str | int
@@ -131,6 +132,8 @@ def files_digest(sources: Sequence[str | bytes]) -> str | None:
     """Return a digest of the images that are files on a disk; None where there are none, or one cannot be read."""
     from llava_cot_jax.processing.images import is_data_url
 
+    if not isinstance(sources, list):
+        return None  # those of a data set are read when they are needed
     digest, count = hashlib.sha256(), 0
     try:
         for source in sources:
@@ -221,6 +224,10 @@ class AnswerFile:
                 raise UserError(f"{self._path} has the answer {fault}: name another output")
         return [index for index, row in enumerate(rows) if row.id not in self.known]
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the row of each answer, in the order of the file."""
+        return (json.loads(line) for _, line in self._file.lines())
+
     def put_in_order(
         self, ids: Sequence[str | int], completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     ) -> list[Mapping[str, Any]]:
@@ -239,8 +246,7 @@ class AnswerFile:
             UserError: It cannot be written.
         """
         places = {identifier: place for place, identifier in enumerate(ids)}
-        lines = (json.loads(line) for _, line in self._file.lines())
-        stored = sorted(lines, key=lambda row: places.get(row["id"], len(places)))
+        stored = sorted(self.rows(), key=lambda row: places.get(row["id"], len(places)))
         rows = [completed(row) for row in stored]
         content = b"".join(map(_line, rows))
         with writing_errors(self._path):

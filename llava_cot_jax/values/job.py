@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cot_jax.answering_model import AnsweringModel
+from llava_cot_jax.checks import shown
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.matching import RightAnswer, scored_text
 from llava_cot_jax.evaluation.question_sets import EvaluationSet
-from llava_cot_jax.files import write_bytes
+from llava_cot_jax.files import short_digest, write_bytes
 from llava_cot_jax.hosts.question_queue import AnswerRow
 from llava_cot_jax.paths import writing_errors
+from llava_cot_jax.question_files import AnswerFile, files_digest
 from llava_cot_jax.question_job import QuestionJob
 from llava_cot_jax.search.strategies import Strategy
 from llava_cot_jax.stage_format import StageFormat
@@ -57,10 +60,29 @@ class RolloutJob(QuestionJob):
         self._name, self._known, self._folder = questions.name, questions.known, folder
         self._format = strategy.to_spec().format
         super().__init__(options, questions, folder / VALUES, strategy, model, writes=writes)
+        if self._file:
+            self._check_right_answers(self._file)
 
     def _settings(self) -> dict[str, Any]:
         names = ("continuations", "match", "tolerance")
         return {"data": self._name, **super()._settings(), **{name: self._options[name] for name in names}}
+
+    def _check_right_answers(self, file: AnswerFile) -> None:
+        """Check that the values in a file are by the right answers of now.
+
+        Raises:
+            UserError: Those of a question are by another one.
+        """
+        known = {row.id: each for row, each in zip(self.rows, self._known, strict=True)}
+        for row in file.rows():
+            if "error" in row or (now := known.get(row["id"])) is None:
+                continue
+            for name, value in _about(now.right).items():
+                if row.get(name) != value:
+                    raise UserError(
+                        f"{self._output} has values of the id {shown(row['id'])} by {name} = {shown(row.get(name))}, "
+                        f"which is {shown(value)} now: name another output"
+                    )
 
     def _image_sizes(self) -> list[int | str]:
         """Return the sizes of images that are files; the digest of a data set stands for its own."""
@@ -98,9 +120,7 @@ class RolloutJob(QuestionJob):
         if self._file and "error" not in row:
             asked = self.rows[question]
             for name, source in zip(asked.images, asked.sources, strict=True):
-                path = self._folder / name
-                with writing_errors(path):
-                    write_bytes(path, _content_of(source))
+                _keep_image(self._folder / name, _content_of(source))
         super().keep(question, row)
 
     def _row(self, question: int, streamed: StreamedAnswer, answers: AnswerStream | AnswerBatches) -> dict[str, Any]:
@@ -110,13 +130,14 @@ class RolloutJob(QuestionJob):
             return super()._row(question, streamed, answers)
         row, known = self.rows[question], self._known[question]
         assert known is not None and isinstance(streamed.answer, RolledOutAnswer)
-        right = list(known.right.answers)
+        digest = files_digest(row.sources)
         return {
             "id": row.id,
             "question": row.question,
             "images": row.images,
-            "answer": right[0] if len(right) == 1 else right,
-            "match": known.right.match_name,
+            "image_digests": [short_digest(_content_of(source)) for source in row.sources],
+            **({"files_digest": digest} if digest else {}),
+            **_about(known.right),
             "seed": self._seed(row),
             "format": self._format.name,
             **value_stages(streamed.answer.rollouts, known.right, self._format),
@@ -160,6 +181,32 @@ def value_stages(rollouts: Sequence[StageRollouts], right: RightAnswer, format: 
             whole.setdefault(first, told)
         stages.append({"stage": name, "before": stage.before, "winner": stage.winner, "candidates": candidates})
     return {"stages": stages, "answers": list(whole.values())}
+
+
+def _about(right: RightAnswer) -> dict[str, Any]:
+    """Return what a row has of the right answer, by which its candidates can be given values again."""
+    answers = list(right.answers)
+    return {
+        "answer": answers[0] if len(answers) == 1 else answers,
+        "match": right.match_name,
+        "options": dict(right.options),
+        "tolerance": right.tolerance,
+    }
+
+
+def _keep_image(path: Path, content: bytes) -> None:
+    """Write an image, unless it is there.
+
+    Raises:
+        UserError: It cannot be written, or there is another one, which other questions are about.
+    """
+    with writing_errors(path):
+        if not path.exists():
+            write_bytes(path, content)
+            return
+        is_same = path.read_bytes() == content
+    if not is_same:
+        raise UserError(f"{path} is another picture than the question's, which has changed: name another output")
 
 
 def _content_of(source: str | bytes) -> bytes:

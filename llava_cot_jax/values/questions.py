@@ -156,8 +156,8 @@ def _data_rows(data: str, split: str, rows: slice, matching: Matching) -> Evalua
             f"{missing} of {len(numbers)} rows of {data} are left out: the first answer has no conclusion that can be "
             f"compared{f' as --match {matching.match}' if matching.match else ''}"
         )
-    name = f"{data}, {split}"
-    return EvaluationSet(asked, source.fingerprint, name, known, source.fingerprint)
+    # The fingerprint has the name of the split, and is the same wherever the folder lies.
+    return EvaluationSet(asked, source.fingerprint, source.fingerprint, known, source.fingerprint)
 
 
 def _drawn_answer(rows: Rows, matching: Matching) -> Callable[[int], RightAnswer]:
