@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.batches import AnswerBatches
     from llava_cot_jax.search.request_builder import RequestBuilder
-    from llava_cot_jax.search.rollout_search import StageRollouts
+    from llava_cot_jax.search.rollout_search import StageRollouts, WholeAnswer
     from llava_cot_jax.search.stream import AnswerStream, Question, StreamedAnswer
 
 VALUES = "values.jsonl"
 """File of the values in the folder of a run."""
+
+_LOG = logging.getLogger("llava_cot_jax.rollout")
 
 
 class RolloutJob(QuestionJob):
@@ -111,6 +114,22 @@ class RolloutJob(QuestionJob):
             search=search,
         )
 
+    def finish(self) -> list[AnswerRow]:
+        """Put the values in the order of the questions, and say how many questions have none, and what was cut.
+
+        Raises:
+            UserError: The output cannot be written.
+        """
+        rows = super().finish()
+        candidates = [each for row in rows for stage in row.get("stages", ()) for each in stage["candidates"]]
+        if cut := sum(each["cut"] for each in candidates):
+            share = cut / sum(each["continuations"] for each in candidates)
+            _LOG.warning(
+                f"{share:.1%} of the answers by which candidates have their values were cut, and count as not right: "
+                "give more --max_new_tokens, into another output"
+            )
+        return rows
+
     def keep(self, question: int, row: AnswerRow) -> None:
         """Store the values of a question, after its images, if the output is here, and count it.
 
@@ -147,16 +166,19 @@ class RolloutJob(QuestionJob):
 def value_stages(rollouts: Sequence[StageRollouts], right: RightAnswer, format: StageFormat) -> dict[str, Any]:
     """Return the stages of a question with the values of their candidates, and whole answers, as a row has them.
 
+    An answer that is cut is not right, whatever it says so far.
+
     Args:
         rollouts: Continuations of each stage's candidates.
         right: The right answer.
         format: Format of the stages.
     """
-    verdicts: dict[str, bool] = {}  # many continuations are equal
+    verdicts: dict[WholeAnswer, bool] = {}  # many continuations are equal
 
-    def is_right(answer: str) -> bool:
+    def is_right(answer: WholeAnswer) -> bool:
         if answer not in verdicts:
-            verdicts[answer] = right.accepts(scored_text(answer, format))
+            scored = scored_text(answer.text, format, answer.conclusion)
+            verdicts[answer] = not answer.is_cut and right.accepts(scored)
         return verdicts[answer]
 
     stages, whole = list[dict[str, Any]](), dict[str, dict[str, Any]]()
@@ -171,14 +193,15 @@ def value_stages(rollouts: Sequence[StageRollouts], right: RightAnswer, format: 
                     "value": count / len(answers),
                     "right": count,
                     "continuations": len(answers),
+                    "cut": sum(answer.is_cut for answer in answers),
                     "mean_log_prob": stage.mean_log_probs[i],
                     "score": score,
                     "other_probability": other,
                 }
             )
             first, (score, other) = answers[0], stage.answer_scores[i]
-            told = {"text": first, "right": is_right(first), "score": score, "other_probability": other}
-            whole.setdefault(first, told)
+            told = {"text": first.text, "right": is_right(first), "cut": first.is_cut}
+            whole.setdefault(first.text, {**told, "score": score, "other_probability": other})
         stages.append({"stage": name, "before": stage.before, "winner": stage.winner, "candidates": candidates})
     return {"stages": stages, "answers": list(whole.values())}
 

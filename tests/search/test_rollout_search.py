@@ -93,33 +93,43 @@ def test_values_are_those_of_all_continuations(world, rolled_out, plain):
     prompt = plain.ids(plain.processor.prompt(user_turn(plain.question, 1)))
     sequence = brute_force.Sequence(plain.model, plain.processor, prompt, plain.images)
     right = RightAnswer(("even",), is_even)
-    values = value_stages(rolled_out, right, FORMAT)["stages"]
+    values = value_stages([uncut(stage) for stage in rolled_out], right, FORMAT)["stages"]
     reasonings, stage = rolled_out
+    cut = [value_stages(rolled_out, right, FORMAT)["stages"][i]["candidates"] for i in range(2)]
     shares = []
     for i, candidate in enumerate(stages[0].candidates):
         before = plain.ids("<REASONING>") + candidate.ids + plain.ids(plain.missing(candidate, "</REASONING>"))
-        expected: dict[str, float] = {}
+        expected: dict[tuple[str, bool], float] = {}
         whole: dict[str, list[int]] = {}
         for ids, p in conclusions(plain, sequence, prompt + before + plain.ids("<CONCLUSION>")).items():
             text = f"{reasonings.texts[i]}\n\n" + ("<CONCLUSION>" + plain.processor.decode(list(ids))).strip()
-            expected[text] = expected.get(text, 0) + p
+            expected[text, len(ids) == LAST] = expected.get((text, len(ids) == LAST), 0) + p
             whole[text] = prompt + before + plain.ids("<CONCLUSION>") + list(ids)
         assert sum(expected.values()) == pytest.approx(1) and len(expected) > 4
-        answers = reasonings.answers[i]
+        answers = [(answer.text, answer.is_cut) for answer in reasonings.answers[i]]
         assert len(answers) == CONTINUATIONS and set(answers) <= expected.keys()
-        for text, p in expected.items():
-            assert_likely(answers.count(text), p)
-        verified = plain.verify(sequence, whole[answers[0]], "whole")
+        for answer, p in expected.items():
+            assert_likely(answers.count(answer), p)
+        verified = plain.verify(sequence, whole[answers[0][0]], "whole")
         assert np.allclose(reasonings.answer_scores[i], verified, atol=1e-4)
-        share = sum(p for text, p in expected.items() if is_even(scored_text(text, FORMAT), right))
+        share = sum(p for (text, _), p in expected.items() if is_even(scored_text(text, FORMAT), right))
         told = values[0]["candidates"][i]
         assert told["value"] == told["right"] / CONTINUATIONS and told["continuations"] == CONTINUATIONS
         assert_likely(told["right"], share)
+        ended = [text for text, is_cut in answers if not is_cut]
+        assert cut[0][i]["cut"] == CONTINUATIONS - len(ended)
+        assert cut[0][i]["right"] == sum(is_even(scored_text(text, FORMAT), right) for text in ended)
         shares.append(share)
     assert min(shares) > 0 and max(shares) < 1
-    for told, text in zip(values[1]["candidates"], stage.texts, strict=True):
+    for told, text, each in zip(values[1]["candidates"], stage.texts, stages[1].candidates, strict=True):
+        assert told["cut"] == 0 and cut[1][stage.texts.index(text)]["cut"] == (len(each.ids) == LAST)
         whole = is_even(scored_text(f"{stage.before}\n\n{text}", FORMAT), right)
         assert (told["value"], told["right"], told["continuations"]) == (float(whole), int(whole), 1)
+
+
+def uncut(stage: StageRollouts) -> StageRollouts:
+    """Return a stage as if its answers had come to their ends."""
+    return replace(stage, answers=[[replace(answer, is_cut=False) for answer in each] for each in stage.answers])
 
 
 def assert_likely(count: int, probability: float) -> None:
