@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, Key, UInt8, UInt32
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import Decoder, EndReason, Samples
@@ -162,6 +162,14 @@ def continuation_spec(spec: SearchSpec, continuations: int, opening: int) -> Sea
     )
 
 
+def continuation_keys(
+    seeds: UInt32[Array, " questions"], stage: Int[Array, " questions"], count: int
+) -> Key[Array, " groups"]:
+    """Return the random key of the continuations of each of ``count`` candidates of each question's stage."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(stage_keys(seeds, stage), Draw.CONTINUATION)
+    return jax.vmap(fold_in_each, (0, None))(keys, jnp.arange(count)).reshape(-1)
+
+
 class RolloutBuilder(RequestBuilder):
     """Makes the requests of a search by stages whose candidates are continued.
 
@@ -288,8 +296,7 @@ class RolloutSearch:
         there = candidates.ended != EndReason.UNUSED
         goes_on = there & (stage < stages.spec.num_stages - 1)[:, None]
         joined, logits = self.join(chain, candidates, stage, goes_on)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(stage_keys(stages.inputs.seeds, stage), Draw.CONTINUATION)
-        each = jax.vmap(fold_in_each, (0, None))(keys, jnp.arange(count)).reshape(-1)
+        keys = continuation_keys(stages.inputs.seeds, stage, count)
         stop_tables = jnp.repeat(self.tables.stop_tables, stages.spec.num_stages, axis=0)
         leaf, samples = sample_continuations(
             stages.decoder,
@@ -298,7 +305,7 @@ class RolloutSearch:
             logits,
             goes_on.reshape(-1),
             stop_tables,
-            each,
+            keys,
             jnp.repeat(stage, count),
         )
         first = jax.tree.map(lambda x: x[:: self.continuations], (leaf, samples))

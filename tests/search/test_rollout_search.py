@@ -3,6 +3,8 @@
 from dataclasses import replace
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import binom
@@ -11,8 +13,15 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.matching import RightAnswer, scored_text
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.search.batches import AnswerBatches
+from llava_cot_jax.search.program import candidate_stops, stage_keys
 from llava_cot_jax.search.retracing import Retracing
-from llava_cot_jax.search.rollout_search import RolloutBuilder, StageRollouts, roll_out_together
+from llava_cot_jax.search.rollout_search import (
+    RolloutBuilder,
+    StageRollouts,
+    continuation_keys,
+    continuation_spec,
+    roll_out_together,
+)
 from llava_cot_jax.search.scorers import Verifier
 from llava_cot_jax.search.strategies import BestOfN, StageBeam, check_continuable
 from llava_cot_jax.search.stream import Question
@@ -162,6 +171,19 @@ def test_neighbours_change_nothing(world, rolled_out):
     roll_out = world[2]
     assert roll_out(1, 0)[1] == rolled_out
     assert roll_out(0, 2)[0] == rolled_out
+
+
+def test_no_two_draws_share_a_key():
+    """Those of candidates and of continuations: so two candidates of one text have continuations of their own."""
+    spec, count, questions = STRATEGY.to_spec(), 3, 4
+    seeds, found = jnp.arange(questions, dtype=jnp.uint32), []
+    then = continuation_spec(spec, 5, 1)
+    for stage in (jnp.full(questions, number) for number in range(spec.num_stages)):
+        keys = continuation_keys(seeds, stage, count)
+        draws = [(spec, stage_keys(seeds, stage), stage), (then, keys, jnp.repeat(stage, count))]
+        found += [candidate_stops(each, None, keys, stage).keys for each, keys, stage in draws]
+    data = np.concatenate([jax.random.key_data(keys) for keys in found])
+    assert len(np.unique(data, axis=0)) == len(data) == spec.num_stages * questions * (count + count * 5)
 
 
 def test_searches_whose_candidates_cannot_be_continued():
