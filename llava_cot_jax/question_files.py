@@ -51,13 +51,17 @@ def read_question_rows(path: Path) -> list[QuestionRow]:
     return unique_rows(path, ((place, question_row(row, place, path.parent)) for place, row in lines))
 
 
-def json_lines(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path, content: bytes | Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the object of each line of a JSONL file that is not blank, after the words that say where it is.
+
+    Args:
+        path: Path of the file, for messages.
+        content: What it has, or its lines.
 
     Raises:
         UserError: A line is no JSON object.
     """
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n") if isinstance(content, bytes) else content, 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"

@@ -26,7 +26,7 @@ from llava_cot_jax.data.rows import ProbeTarget, Row, Turn
 from llava_cot_jax.data.settings import Targets, VerifierSettings
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.paths import reading_errors
-from llava_cot_jax.processing.messages import remove_markers
+from llava_cot_jax.processing.messages import question_text
 from llava_cot_jax.processing.probe import DEFAULT_JUDGE_PROMPTS, WHOLE_ANSWER, ProbePrompt
 
 VALIDATION_SHARE = 0.1
@@ -225,8 +225,7 @@ def _question(row: Mapping[str, Any]) -> _Question:
     whole = [(str(answer["text"]), float(answer["right"])) for answer in row["answers"]]
     groups.append(_group(WHOLE_ANSWER, "", whole, ""))
     images = tuple(map(str, row["images"]))
-    text, _ = remove_markers(row["question"])
-    return _Question(str(row["id"]), text, images, tuple(groups))
+    return _Question(str(row["id"]), question_text(row["question"], len(images)), images, tuple(groups))
 
 
 def _group(stage: str, before: str, known: Sequence[tuple[str, float]], after: str) -> _Group:

@@ -142,6 +142,12 @@ def test_other_data_is_refused_wherever_it_lies(monkeypatch, tmp_path):
         new_job(data_rows(monkeypatch, tmp_path, LastRow("y")), tmp_path / "out")
 
 
+def test_no_answer_that_can_be_compared(monkeypatch, tmp_path):
+    monkeypatch.setattr("llava_cot_jax.values.questions.open_rows", lambda data, split: FewRows())
+    with pytest.raises(UserError, match=r"none of 2 rows of .* that can be compared as --match yes_no: name another"):
+        open_questions(str(tmp_path), None, 0, None, Matching("yes_no"), 0)
+
+
 class LastRow(FewRows):
     """A data set of one row."""
 
