@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from llava_cot_jax.checks import check_text, shown
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import read_json, write_bytes, write_json
+from llava_cot_jax.files import read_json, write_json, write_lines
 from llava_cot_jax.line_file import LineFile
 from llava_cot_jax.paths import as_path, is_remote, reading_errors, writing_errors
 
@@ -252,10 +252,9 @@ class AnswerFile:
         places = {identifier: place for place, identifier in enumerate(ids)}
         stored = sorted(self.rows(), key=lambda row: places.get(row["id"], len(places)))
         rows = [completed(row) for row in stored]
-        content = b"".join(map(_line, rows))
         with writing_errors(self._path):
-            if content != self._path.read_bytes():
-                write_bytes(self._path, content)
+            if any(_line(row) != line for row, (_, line) in zip(rows, self._file.lines(), strict=True)):
+                write_lines(self._path, map(_line, rows))
         return rows
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from llava_cot_jax.evaluation.matching import RightAnswer
 from llava_cot_jax.evaluation.question_sets import EvaluationSet, Matching
 from llava_cot_jax.evaluation.results import cluster_of
 from llava_cot_jax.inference.decoding import EndReason, Samples
+from llava_cot_jax.rollout import _match
 from llava_cot_jax.search.answers import Answer
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.rollout_search import RolledOutAnswer, RolloutResult, StageRollouts, WholeAnswer, _rolled_out
@@ -201,3 +202,11 @@ def test_the_conclusion_is_the_one_that_the_search_takes():
     for right, values in ((4, [0.5, 1.0]), (3, [0.0, 0.0])):
         stages = value_stages(found, RightAnswer((right,), "number"), format)["stages"]
         assert [stage["candidates"][0]["value"] for stage in stages] == values
+
+
+def test_a_function_of_ones_own(own, monkeypatch):
+    (own / "my_rules.py").write_text("def is_right(text, right):\n    return text == 2 * str(right.answers[0])\n")
+    monkeypatch.syspath_prepend(str(own))
+    matching = Matching(_match("my_rules:is_right"))
+    (known, _) = open_questions(str(own / "own.jsonl"), None, 0, None, matching, 0).known
+    assert [known.right.accepts(text) for text in ("4", "44")] == [False, True] and known.right.match_name == "is_right"
