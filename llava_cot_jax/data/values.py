@@ -275,7 +275,7 @@ def _weigh(questions: Sequence[_Question], settings: VerifierSettings) -> tuple[
         for stage, weight in zip(stages, weights, strict=True)
     ]
     scale = len(shares) / sum(shares) if shares else 0.0
-    order = np.random.default_rng(0).permutation(len(places)).tolist()
+    order: list[int] = np.random.default_rng(0).permutation(len(places)).tolist()
     return [_Example(*places[i], target=targets[i], weight=scale * shares[i]) for i in order], same
 
 
