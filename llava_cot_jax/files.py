@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
@@ -165,13 +165,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     What is no file, such as a pipe or ``/dev/stdout``, takes the content itself.
     """
+    write_lines(path, [content])
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Write a file as ``write_bytes`` does, out of pieces that need not be in memory together."""
     if _is_device(path):
-        path.write_bytes(content)
+        with path.open("wb") as device:
+            device.writelines(lines)
         return
     path = path if is_remote(path) else path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, shared=True) as file:
-        file.write(content)
+        file.writelines(lines)
 
 
 def _is_device(path: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from llava_cot_jax.checks import check_text, shown
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.files import read_json, write_bytes, write_json
+from llava_cot_jax.files import read_json, write_json, write_lines
 from llava_cot_jax.line_file import LineFile
 from llava_cot_jax.paths import as_path, is_remote, reading_errors, writing_errors
 
@@ -29,7 +29,8 @@ class QuestionRow:
         question: Text of the question.
         seed: Seed of its draws; None takes the command's.
         images: Images as the row names them.
-        sources: The images: paths, of which those in the row are relative to the file's folder, and ``data:`` URLs.
+        sources: The images: a list of paths, of which those in the row are relative to the file's folder, of ``data:``
+            URLs, and of the bytes of files; or another sequence of bytes, which are read when they are needed.
     """
 
     id: str | int
@@ -50,13 +51,17 @@ def read_question_rows(path: Path) -> list[QuestionRow]:
     return unique_rows(path, ((place, question_row(row, place, path.parent)) for place, row in lines))
 
 
-def json_lines(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path, content: bytes | Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the object of each line of a JSONL file that is not blank, after the words that say where it is.
+
+    Args:
+        path: Path of the file, for messages.
+        content: What it has, or its lines.
 
     Raises:
         UserError: A line is no JSON object.
     """
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n") if isinstance(content, bytes) else content, 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -131,6 +136,8 @@ def files_digest(sources: Sequence[str | bytes]) -> str | None:
     """Return a digest of the images that are files on a disk; None where there are none, or one cannot be read."""
     from llava_cot_jax.processing.images import is_data_url
 
+    if not isinstance(sources, list):
+        return None  # those of a data set are read when they are needed
     digest, count = hashlib.sha256(), 0
     try:
         for source in sources:
@@ -221,6 +228,10 @@ class AnswerFile:
                 raise UserError(f"{self._path} has the answer {fault}: name another output")
         return [index for index, row in enumerate(rows) if row.id not in self.known]
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the row of each answer, in the order of the file."""
+        return (json.loads(line) for _, line in self._file.lines())
+
     def put_in_order(
         self, ids: Sequence[str | int], completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     ) -> list[Mapping[str, Any]]:
@@ -239,13 +250,11 @@ class AnswerFile:
             UserError: It cannot be written.
         """
         places = {identifier: place for place, identifier in enumerate(ids)}
-        lines = (json.loads(line) for _, line in self._file.lines())
-        stored = sorted(lines, key=lambda row: places.get(row["id"], len(places)))
+        stored = sorted(self.rows(), key=lambda row: places.get(row["id"], len(places)))
         rows = [completed(row) for row in stored]
-        content = b"".join(map(_line, rows))
         with writing_errors(self._path):
-            if content != self._path.read_bytes():
-                write_bytes(self._path, content)
+            if any(_line(row) != line for row, (_, line) in zip(rows, self._file.lines(), strict=True)):
+                write_lines(self._path, map(_line, rows))
         return rows
 
     def close(self) -> None:

@@ -372,7 +372,9 @@ class QuestionJob:
         about = {"id": row.id, "question": row.question, "images": row.images, "seed": self._seed(row)}
         if streamed.answer is None:
             error = str(streamed.error)
-            for source, name in zip(row.sources, row.images, strict=True):
+            # The images of a data set have no paths, and one that cannot be read may be what the error is about.
+            sources = row.sources if isinstance(row.sources, list) else []
+            for source, name in zip(sources, row.images, strict=False):
                 if isinstance(source, str):
                     error = error.replace(source, name)  # which is another path in another process
             return {**about, "error": error}

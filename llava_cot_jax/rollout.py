@@ -12,33 +12,36 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from importlib import import_module
+from typing import Any, cast
 
 from llava_cot_jax import cli
 from llava_cot_jax.answering_model import AnsweringModel, add_model_options, check_mesh_sizes
 from llava_cot_jax.answering_processes import add_process_options, answer_job, prepare_devices, run_in_group
-from llava_cot_jax.checks import check_int
+from llava_cot_jax.checks import check_int, shown
 from llava_cot_jax.costs.chips import CHIPS, Chip
+from llava_cot_jax.data.description import DESCRIPTION
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.evaluation.matching import MATCHES
+from llava_cot_jax.evaluation.matching import MATCHES, MatchFunction
 from llava_cot_jax.evaluation.question_sets import EvaluationSet, Matching
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
 from llava_cot_jax.inference.settings import Sampling
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.paths import BUNDLED_MODEL, as_path
+from llava_cot_jax.paths import BUNDLED_MODEL, as_path, reading_errors
 from llava_cot_jax.search.options import add_arguments, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_weight_options
 from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_continuable
 from llava_cot_jax.values.job import VALUES, RolloutJob
-from llava_cot_jax.values.pairs import MIN_DIFFERENCE, PAIR_FORMS, write_pairs
+from llava_cot_jax.values.pairs import MIN_DIFFERENCE, PAIR_FORMS, PAIRS_OF, write_pairs
 from llava_cot_jax.values.questions import ROW_SPLITS, open_questions
 
 _CHIPS = {chip.name.removeprefix("TPU ").replace(" GB", "GB").replace(" ", "_"): chip for chip in CHIPS}
 """Chips by the names that ``--chip`` takes."""
 
-_PAIRS = ("values", "pairs", "form", "min_difference")
+_PAIRS = ("values", "pairs", "form", "min_difference", "of")
 """Options of writing pairs, of which the first three go together."""
 
 
@@ -48,24 +51,26 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: An argument, a file or a checkpoint that cannot be used, before anything expensive starts.
     """
-    run_in_group("rollout", _parser(), sys.argv[1:] if argv is None else argv, _rollout)
+    parser = _parser()
+    run_in_group("rollout", parser, sys.argv[1:] if argv is None else argv, partial(_rollout, parser))
 
 
-def _rollout(options: Any, group: ProcessGroup, lifeline: Lifeline | None) -> None:
+def _rollout(parser: cli.Parser, options: Any, group: ProcessGroup, lifeline: Lifeline | None) -> None:
     """Give values to the candidates of the questions that have none yet, or do what else the options ask for.
 
     Args:
+        parser: Parser of the options.
         options: Options of the command.
         group: Processes of the run.
         lifeline: Bond of the processes that have one model over all their devices; None where each has its own.
     """
     if any(options[name] is not None for name in _PAIRS):
-        _write_pairs(options, group)
+        _write_pairs(parser, options, group)
         return
     strategy = _checked_strategy(options)
     if options.data is None:
         raise UserError("there are no questions: give --data, or --values and --pairs to write pairs of values")
-    matching = Matching(options.match, options.tolerance)
+    matching = Matching(_match(options.match), options.tolerance)
     questions = open_questions(options.data, options.split, options.first, options.limit, matching, options.seed)
     if options.estimate:
         from llava_cot_jax.planning.model_sizes import model_config_for
@@ -83,8 +88,11 @@ def _run_job(
     """Give values to the candidates of the questions that have none yet."""
     if options.output is None:
         raise UserError("--output is missing: name the folder that takes the values")
-    model = AnsweringModel.find(options)
     folder = as_path(options.output)
+    with reading_errors(folder):
+        if (folder / DESCRIPTION).exists():
+            raise UserError(f"{folder} has prepared data, which values would hide: name another output")
+    model = AnsweringModel.find(options)
     job = RolloutJob(options, questions, folder, strategy, model, writes=group.index == 0)
     if group.count == 1 and not job.unanswered:
         job.finish()
@@ -97,7 +105,7 @@ def _run_job(
             print(_estimate(options, model.config, strategy.to_spec(), len(job.unanswered)), file=sys.stderr)
 
         def fields() -> dict[str, str]:
-            own = ("hosts", "checkpoint", "adapter", "config", "data", "output")
+            own = ("hosts", "checkpoint", "adapter", "verifier_adapter", "config", "data", "output")
             return {name: str(value) for name, value in vars(options).items() if name not in own} | job.fields()
 
         prepare_devices(group, lifeline, fields, model)
@@ -127,6 +135,26 @@ def _checked_strategy(options: Any) -> Strategy:
     return strategy
 
 
+def _match(name: str | None) -> str | MatchFunction | None:
+    """Return the way to compare that ``--match`` names.
+
+    Raises:
+        UserError: There is no such way, and no such function.
+    """
+    if name is None or name in MATCHES:
+        return name
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function, None) if module and function else None
+    except ImportError as fault:
+        raise UserError(
+            f"--match {name}: its module cannot be imported ({fault}): put its folder on PYTHONPATH"
+        ) from None
+    if not callable(found):
+        raise UserError(f"--match is {shown(name)}; it must be {', '.join(MATCHES)}, or MODULE:FUNCTION of a function")
+    return cast(MatchFunction, found)
+
+
 def _stage_tokens(options: Any, spec: SearchSpec) -> tuple[int, ...]:
     """Return the number of tokens of a candidate of each stage that the estimate assumes."""
     from llava_cot_jax.benchmark.workload import Workload
@@ -134,8 +162,9 @@ def _stage_tokens(options: Any, spec: SearchSpec) -> tuple[int, ...]:
     given = options.stage_tokens or Workload().stage_tokens
     if len(given) != spec.num_stages:
         if options.stage_tokens is None:
-            return (sum(given) // spec.num_stages,) * spec.num_stages
-        raise UserError(f"stage_tokens has {len(given)} values for {spec.num_stages} stages: give one for each")
+            given = (sum(given) // spec.num_stages,) * spec.num_stages
+        else:
+            raise UserError(f"stage_tokens has {len(given)} values for {spec.num_stages} stages: give one for each")
     for tokens in given:
         check_int("stage_tokens", tokens)
     return tuple(min(pair) for pair in zip(given, spec.max_new_tokens, strict=True))
@@ -144,33 +173,42 @@ def _stage_tokens(options: Any, spec: SearchSpec) -> tuple[int, ...]:
 def _estimate(options: Any, config: MllamaConfig, spec: SearchSpec, questions: int) -> str:
     """Return what the job takes at least."""
     from llava_cot_jax.planning.rollout_plan import estimate_rollouts
-    from llava_cot_jax.planning.search_plan import TYPICAL_WORKLOAD
+    from llava_cot_jax.planning.search_plan import BFLOAT16_BYTES, TYPICAL_WORKLOAD
 
     chip: Chip = _CHIPS[options.chip]
     work = replace(TYPICAL_WORKLOAD, stage_tokens=_stage_tokens(options, spec))
     found = estimate_rollouts(
-        config, spec, options.continuations, chip, questions=questions, slots=options.slots, work=work
+        config,
+        spec,
+        options.continuations,
+        chip,
+        questions=questions,
+        slots=options.slots,
+        work=work,
+        weight_bytes=1 if options.quantize else BFLOAT16_BYTES,
     )
     return str(found)
 
 
-def _write_pairs(options: Any, group: ProcessGroup) -> None:
+def _write_pairs(parser: cli.Parser, options: Any, group: ProcessGroup) -> None:
     """Write pairs for preference training from values.
 
     Raises:
-        UserError: An option is missing or cannot be used, or a file cannot be read or written.
+        UserError: An option is missing, cannot be used or has no meaning, or a file cannot be read or written.
     """
     for name in _PAIRS[:3]:
         if options[name] is None:
             raise UserError(
                 f"--{name} is missing: pairs are written by --values FOLDER --pairs FILE --form {'|'.join(PAIR_FORMS)}"
             )
-    for name in ("data", "output"):
-        if options[name] is not None:
+    defaults = vars(parser.get_defaults().as_flat())
+    for name, value in vars(options.as_flat()).items():
+        if name not in (*_PAIRS, "config") and value != defaults.get(name):
             raise UserError(f"--{name} has no meaning with --values, from which pairs are written")
     if group.index == 0:
         least = MIN_DIFFERENCE if options.min_difference is None else options.min_difference
-        count = write_pairs(as_path(options["values"]), as_path(options.pairs), options.form, least)
+        folder, path = as_path(options["values"]), as_path(options.pairs)
+        count = write_pairs(folder, path, options.form, least, options.of or PAIRS_OF[0])
         print(f"wrote {count:,} pairs to {options.pairs}", file=sys.stderr)
 
 
@@ -212,9 +250,12 @@ def _add_rollout_options(parser: cli.Parser) -> None:
     )
     add(
         "--match",
-        choices=list(MATCHES),
-        help="Way to compare conclusions with right answers, where a row names none, as in evaluate. Of prepared data "
-        "it is also the way to read the right answer: the letter, yes or no, or the number of the row's conclusion.",
+        type=str | None,
+        default=None,
+        help=f"Way to compare conclusions with right answers, where a row names none: {', '.join(MATCHES)}, as in "
+        "evaluate, or MODULE:FUNCTION, a function of your own in a module that Python finds. It is called with a "
+        "conclusion and the RightAnswer, and says whether the conclusion is right. Of prepared data it is also the way "
+        "to read the right answer: the letter, yes or no, the number, or else the text of the row's conclusion.",
     )
     add(
         "--tolerance",
@@ -256,6 +297,12 @@ def _add_pair_options(parser: cli.Parser) -> None:
         type=float | None,
         default=None,
         help=f"Least difference of the values of two candidates that makes a pair. By default, {MIN_DIFFERENCE}.",
+    )
+    add(
+        "--of",
+        choices=list(PAIRS_OF),
+        help="What a pair is made of: two candidates of a stage, with the answer before them (stages, the default), or "
+        "a right and a wrong whole answer (answers).",
     )
 
 

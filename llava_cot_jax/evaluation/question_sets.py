@@ -15,7 +15,7 @@ from typing import Any
 from llava_cot_jax.checks import check_choice, check_int, check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.benchmarks.published import PUBLISHED_BENCHMARKS
-from llava_cot_jax.evaluation.matching import MATCHES, AnswerValue, RightAnswer, form_of
+from llava_cot_jax.evaluation.matching import MATCHES, AnswerValue, MatchFunction, RightAnswer, form_of
 from llava_cot_jax.files import short_digest
 from llava_cot_jax.paths import as_path, reading_errors
 from llava_cot_jax.question_files import QuestionRow, json_lines, question_row, unique_rows
@@ -70,11 +70,11 @@ class Matching:
     """How answers are compared with right ones where the row of a question does not say it.
 
     Attributes:
-        match: Name of the way to compare; None takes that of the right answer's form.
+        match: Name of the way to compare, or a function of the user's own; None takes that of the right answer's form.
         tolerance: Largest difference of a right number, as a share of the right answer.
     """
 
-    match: str | None = None
+    match: str | MatchFunction | None = None
     tolerance: float = 0.0
 
     def right_answer(

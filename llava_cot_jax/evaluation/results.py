@@ -49,8 +49,8 @@ def _accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def cluster_of(row: Mapping[str, Any]) -> Hashable:
-    """Return the group of a question: its images, or where it has none, itself."""
-    return tuple(row["images"]) or row["id"]
+    """Return the group of a question: its images, by their digests where the row has these, or without any, itself."""
+    return tuple(row.get("image_digests") or row["images"]) or row["id"]
 
 
 def _means(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:

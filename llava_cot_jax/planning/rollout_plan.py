@@ -56,6 +56,7 @@ def estimate_rollouts(
     questions: int,
     slots: int,
     work: Workload,
+    weight_bytes: int = BFLOAT16_BYTES,
 ) -> RolloutEstimate:
     """Estimate the least cost of giving values to the candidates of questions.
 
@@ -66,17 +67,18 @@ def estimate_rollouts(
         chip: Chip to compute hours for. The model is taken to fit, or to be split at no cost.
         questions: Number of questions.
         slots: Number of questions that are answered at a time.
-        work: Lengths of prompts, stages and probes.
+        work: Lengths of prompts, stages, probes and reasons.
+        weight_bytes: Bytes per weight; 1 is int8.
     """
     costs = _RolloutCosts(config, spec, continuations, work)
-    sampled = costs.tokens["candidates"] + costs.tokens["continuations"]
+    sampled = sum(costs.tokens[part] for part in ("candidates", "continuations", "judge_reasons"))
     return RolloutEstimate(
         questions=questions,
         sampled=questions * sampled,
         read=questions * (sum(costs.tokens.values()) - sampled),
         flops=float(questions * sum(costs.flops.values())),
         chip=chip,
-        chip_hours=costs.seconds(chip, slots) * questions / slots / 3600,
+        chip_hours=costs.seconds(chip, slots, weight_bytes) * questions / slots / 3600,
         slots=slots,
         stage_tokens=work.stage_tokens,
     )
@@ -106,8 +108,11 @@ class _RolloutCosts(CostCounter):
             self.add_decoding("candidates", [tokens] * count, prefix, [0] * count)
             self._add_call("verifier_probes", count, work.probe_tokens + 1, prefix + tokens)
             if (judge := spec.judge_of(stage)) is not None:
-                pair = 2 * tokens + work.judge_prompt_tokens
-                self._add_call("judge_queries", (count - 1) * judge.orders, pair, work.prompt_tokens)
+                pair, queries = 2 * tokens + work.judge_prompt_tokens, (count - 1) * judge.orders
+                self._add_call("judge_queries", queries, pair, work.prompt_tokens)
+                if judge.writes_reasons:
+                    reasons = [work.reason_tokens] * queries
+                    self.add_decoding("judge_reasons", reasons, work.prompt_tokens, [pair] * queries)
             if left:
                 rows = count * continuations
                 self._add_call("joints", count, JOINT, prefix + tokens)
@@ -123,9 +128,9 @@ class _RolloutCosts(CostCounter):
             self.add_prefill(part, tokens, prefix)
         self._prefills.append(sum(self.flops.values()) - before)
 
-    def seconds(self, chip: Chip, slots: int) -> float:
+    def seconds(self, chip: Chip, slots: int, weight_bytes: int) -> float:
         """Return the least seconds of a batch of ``slots`` questions on one chip, the roofline of each call."""
-        weights = model_costs.parameters_per_step(self._model, images=self._seen > 0) * BFLOAT16_BYTES
+        weights = model_costs.parameters_per_step(self._model, images=self._seen > 0) * weight_bytes
 
         def least(flops: float, hbm_bytes: float) -> float:
             return max(flops / chip.peak_flops, hbm_bytes / chip.hbm_bandwidth)
@@ -142,6 +147,7 @@ class _RolloutCosts(CostCounter):
                 prefix=run.prefix_tokens,
                 suffix=run.steps // 2,
                 image_tokens=self._seen,
+                weight_bytes=weight_bytes,
             )
             flops = slots * run.num_sequences * sum(work.values())
             total += run.steps * least(flops, sum(read.values()))

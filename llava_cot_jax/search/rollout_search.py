@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, Key, UInt8, UInt32
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.inference.decoding import Decoder, EndReason, Samples
@@ -55,7 +55,8 @@ from llava_cot_jax.search.tables import (
 )
 from llava_cot_jax.search.trace import split_stages
 from llava_cot_jax.search.verifier import StageScores, score_candidates
-from llava_cot_jax.stages import join_stages
+from llava_cot_jax.stage_format import StageFormat
+from llava_cot_jax.stages import body_of, find_stages, join_stages
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +89,22 @@ class RolloutResult(StageResult):
 
 
 @dataclass(frozen=True)
+class WholeAnswer:
+    """Answer that a continuation ends, or a candidate of the last stage.
+
+    Attributes:
+        text: Whole text with its tags.
+        conclusion: Body of the conclusion that the search takes: what stands in the stage of that name as it was
+            sampled, whatever an earlier stage has in its text; empty where that stage was not reached.
+        is_cut: Whether the end is missing, as the length did not allow it.
+    """
+
+    text: str
+    conclusion: str
+    is_cut: bool
+
+
+@dataclass(frozen=True)
 class StageRollouts:
     """Continuations of the candidates of a stage, as texts.
 
@@ -103,7 +120,7 @@ class StageRollouts:
 
     before: str
     texts: list[str]
-    answers: list[list[str]]
+    answers: list[list[WholeAnswer]]
     mean_log_probs: list[float]
     scores: list[tuple[float, float]]
     answer_scores: list[tuple[float, float]]
@@ -143,6 +160,14 @@ def continuation_spec(spec: SearchSpec, continuations: int, opening: int) -> Sea
         sampling=spec.sampling,
         scorers=(None,) * spec.num_stages,
     )
+
+
+def continuation_keys(
+    seeds: UInt32[Array, " questions"], stage: Int[Array, " questions"], count: int
+) -> Key[Array, " groups"]:
+    """Return the random key of the continuations of each of ``count`` candidates of each question's stage."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(stage_keys(seeds, stage), Draw.CONTINUATION)
+    return jax.vmap(fold_in_each, (0, None))(keys, jnp.arange(count)).reshape(-1)
 
 
 class RolloutBuilder(RequestBuilder):
@@ -271,8 +296,7 @@ class RolloutSearch:
         there = candidates.ended != EndReason.UNUSED
         goes_on = there & (stage < stages.spec.num_stages - 1)[:, None]
         joined, logits = self.join(chain, candidates, stage, goes_on)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(stage_keys(stages.inputs.seeds, stage), Draw.CONTINUATION)
-        each = jax.vmap(fold_in_each, (0, None))(keys, jnp.arange(count)).reshape(-1)
+        keys = continuation_keys(stages.inputs.seeds, stage, count)
         stop_tables = jnp.repeat(self.tables.stop_tables, stages.spec.num_stages, axis=0)
         leaf, samples = sample_continuations(
             stages.decoder,
@@ -281,7 +305,7 @@ class RolloutSearch:
             logits,
             goes_on.reshape(-1),
             stop_tables,
-            each,
+            keys,
             jnp.repeat(stage, count),
         )
         first = jax.tree.map(lambda x: x[:: self.continuations], (leaf, samples))
@@ -349,19 +373,30 @@ def roll_out_together(
 def _rolled_out(processor: Processor, answer: Answer, stages: Sequence[StageResult]) -> RolledOutAnswer:
     """Return an answer with the continuations in the results of its stages, in host arrays."""
     format, rollouts = answer.trace.format, list[StageRollouts]()
-    won = list[str]()
+    won, concluded = list[str](), ""
     for number, (trace, result) in enumerate(zip(answer.trace.stages, stages, strict=True)):
         assert isinstance(result, RolloutResult) and result.scores is not None
         texts = [tagged_text(format, trace.stage, candidate) for candidate in trace.candidates]
-        answers = [[join_stages([*won, text])] for text in texts]
+        bodies = [concluded] * len(texts)
+        if trace.stage == format.conclusion:
+            bodies = [body_of(each.text + each.added, format[trace.stage]) for each in trace.candidates]
         if number + 1 < len(stages):
-            opening = format.stages[number + 1].opening or ""
-            answers = [
-                [
-                    join_stages([*won, text, (opening + processor.decode(ids)).strip()])
-                    for ids in _texts_of(jax.tree.map(lambda x: x[i], result.continuations))  # noqa: B023
+            opening, answers = format.stages[number + 1].opening or "", list[list[WholeAnswer]]()
+            for i, (text, body) in enumerate(zip(texts, bodies, strict=True)):
+                continuations = [
+                    ((opening + processor.decode(ids)).strip(), is_cut)
+                    for ids, is_cut in _ends_of(jax.tree.map(lambda x: x[i], result.continuations))  # noqa: B023
                 ]
-                for i, text in enumerate(texts)
+                answers.append(
+                    [
+                        WholeAnswer(join_stages([*won, text, end]), body or _concluded(end, format), is_cut)
+                        for end, is_cut in continuations
+                    ]
+                )
+        else:
+            answers = [
+                [WholeAnswer(join_stages([*won, text]), body, candidate.ended == "max_new_tokens")]
+                for text, body, candidate in zip(texts, bodies, trace.candidates, strict=True)
             ]
         rollouts.append(
             StageRollouts(
@@ -375,12 +410,19 @@ def _rolled_out(processor: Processor, answer: Answer, stages: Sequence[StageResu
             )
         )
         won.append(texts[trace.winner])
+        concluded = bodies[trace.winner]
     return RolledOutAnswer(answer.text, answer.stages, answer.conclusion, answer.trace, rollouts)
 
 
-def _texts_of(samples: Samples) -> list[list[int]]:
-    """Return the tokens of text of each sample, out of host arrays [samples, ...]."""
-    return [ids[:length].tolist() for ids, length in zip(samples.tokens, samples.lengths, strict=True)]
+def _concluded(text: str, format: StageFormat) -> str:
+    """Return the body of the conclusion in the text of a continuation, which is empty where there is none."""
+    return find_stages(text, format).get(format.conclusion, "")
+
+
+def _ends_of(samples: Samples) -> list[tuple[list[int], bool]]:
+    """Return the tokens of text of each sample, and whether they are cut, out of host arrays [samples, ...]."""
+    each = zip(samples.tokens, samples.lengths, samples.ended, strict=True)
+    return [(ids[:length].tolist(), bool(ended == EndReason.MAX_NEW_TOKENS)) for ids, length, ended in each]
 
 
 def _scores_of(scores: StageScores, count: int) -> list[tuple[float, float]]:

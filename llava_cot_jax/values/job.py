@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cot_jax.answering_model import AnsweringModel
+from llava_cot_jax.checks import shown
+from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.matching import RightAnswer, scored_text
 from llava_cot_jax.evaluation.question_sets import EvaluationSet
-from llava_cot_jax.files import write_bytes
+from llava_cot_jax.files import short_digest, write_bytes
 from llava_cot_jax.hosts.question_queue import AnswerRow
 from llava_cot_jax.paths import writing_errors
+from llava_cot_jax.question_files import AnswerFile, files_digest
 from llava_cot_jax.question_job import QuestionJob
 from llava_cot_jax.search.strategies import Strategy
 from llava_cot_jax.stage_format import StageFormat
@@ -22,11 +26,13 @@ if TYPE_CHECKING:
     from llava_cot_jax.processing.processor import Processor
     from llava_cot_jax.search.batches import AnswerBatches
     from llava_cot_jax.search.request_builder import RequestBuilder
-    from llava_cot_jax.search.rollout_search import StageRollouts
+    from llava_cot_jax.search.rollout_search import StageRollouts, WholeAnswer
     from llava_cot_jax.search.stream import AnswerStream, Question, StreamedAnswer
 
 VALUES = "values.jsonl"
 """File of the values in the folder of a run."""
+
+_LOG = logging.getLogger("llava_cot_jax.rollout")
 
 
 class RolloutJob(QuestionJob):
@@ -57,10 +63,29 @@ class RolloutJob(QuestionJob):
         self._name, self._known, self._folder = questions.name, questions.known, folder
         self._format = strategy.to_spec().format
         super().__init__(options, questions, folder / VALUES, strategy, model, writes=writes)
+        if self._file:
+            self._check_right_answers(self._file)
 
     def _settings(self) -> dict[str, Any]:
         names = ("continuations", "match", "tolerance")
         return {"data": self._name, **super()._settings(), **{name: self._options[name] for name in names}}
+
+    def _check_right_answers(self, file: AnswerFile) -> None:
+        """Check that the values in a file are by the right answers of now.
+
+        Raises:
+            UserError: Those of a question are by another one.
+        """
+        known = {row.id: each for row, each in zip(self.rows, self._known, strict=True)}
+        for row in file.rows():
+            if "error" in row or (now := known.get(row["id"])) is None:
+                continue
+            for name, value in _about(now.right).items():
+                if row.get(name) != value:
+                    raise UserError(
+                        f"{self._output} has values of the id {shown(row['id'])} by {name} = {shown(row.get(name))}, "
+                        f"which is {shown(value)} now: name another output"
+                    )
 
     def _image_sizes(self) -> list[int | str]:
         """Return the sizes of images that are files; the digest of a data set stands for its own."""
@@ -89,6 +114,22 @@ class RolloutJob(QuestionJob):
             search=search,
         )
 
+    def finish(self) -> list[AnswerRow]:
+        """Put the values in the order of the questions, and say how many questions have none, and what was cut.
+
+        Raises:
+            UserError: The output cannot be written.
+        """
+        rows = super().finish()
+        candidates = [each for row in rows for stage in row.get("stages", ()) for each in stage["candidates"]]
+        if cut := sum(each["cut"] for each in candidates):
+            share = cut / sum(each["continuations"] for each in candidates)
+            _LOG.warning(
+                f"{share:.1%} of the answers by which candidates have their values were cut, and count as not right: "
+                "give more --max_new_tokens, into another output"
+            )
+        return rows
+
     def keep(self, question: int, row: AnswerRow) -> None:
         """Store the values of a question, after its images, if the output is here, and count it.
 
@@ -98,9 +139,7 @@ class RolloutJob(QuestionJob):
         if self._file and "error" not in row:
             asked = self.rows[question]
             for name, source in zip(asked.images, asked.sources, strict=True):
-                path = self._folder / name
-                with writing_errors(path):
-                    write_bytes(path, _content_of(source))
+                _keep_image(self._folder / name, _content_of(source))
         super().keep(question, row)
 
     def _row(self, question: int, streamed: StreamedAnswer, answers: AnswerStream | AnswerBatches) -> dict[str, Any]:
@@ -110,13 +149,14 @@ class RolloutJob(QuestionJob):
             return super()._row(question, streamed, answers)
         row, known = self.rows[question], self._known[question]
         assert known is not None and isinstance(streamed.answer, RolledOutAnswer)
-        right = list(known.right.answers)
+        digest = files_digest(row.sources)
         return {
             "id": row.id,
             "question": row.question,
             "images": row.images,
-            "answer": right[0] if len(right) == 1 else right,
-            "match": known.right.match_name,
+            "image_digests": [short_digest(_content_of(source)) for source in row.sources],
+            **({"files_digest": digest} if digest else {}),
+            **_about(known.right),
             "seed": self._seed(row),
             "format": self._format.name,
             **value_stages(streamed.answer.rollouts, known.right, self._format),
@@ -126,16 +166,19 @@ class RolloutJob(QuestionJob):
 def value_stages(rollouts: Sequence[StageRollouts], right: RightAnswer, format: StageFormat) -> dict[str, Any]:
     """Return the stages of a question with the values of their candidates, and whole answers, as a row has them.
 
+    An answer that is cut is not right, whatever it says so far.
+
     Args:
         rollouts: Continuations of each stage's candidates.
         right: The right answer.
         format: Format of the stages.
     """
-    verdicts: dict[str, bool] = {}  # many continuations are equal
+    verdicts: dict[WholeAnswer, bool] = {}  # many continuations are equal
 
-    def is_right(answer: str) -> bool:
+    def is_right(answer: WholeAnswer) -> bool:
         if answer not in verdicts:
-            verdicts[answer] = right.accepts(scored_text(answer, format))
+            scored = scored_text(answer.text, format, answer.conclusion)
+            verdicts[answer] = not answer.is_cut and right.accepts(scored)
         return verdicts[answer]
 
     stages, whole = list[dict[str, Any]](), dict[str, dict[str, Any]]()
@@ -150,16 +193,43 @@ def value_stages(rollouts: Sequence[StageRollouts], right: RightAnswer, format: 
                     "value": count / len(answers),
                     "right": count,
                     "continuations": len(answers),
+                    "cut": sum(answer.is_cut for answer in answers),
                     "mean_log_prob": stage.mean_log_probs[i],
                     "score": score,
                     "other_probability": other,
                 }
             )
             first, (score, other) = answers[0], stage.answer_scores[i]
-            told = {"text": first, "right": is_right(first), "score": score, "other_probability": other}
-            whole.setdefault(first, told)
+            told = {"text": first.text, "right": is_right(first), "cut": first.is_cut}
+            whole.setdefault(first.text, {**told, "score": score, "other_probability": other})
         stages.append({"stage": name, "before": stage.before, "winner": stage.winner, "candidates": candidates})
     return {"stages": stages, "answers": list(whole.values())}
+
+
+def _about(right: RightAnswer) -> dict[str, Any]:
+    """Return what a row has of the right answer, by which its candidates can be given values again."""
+    answers = list(right.answers)
+    return {
+        "answer": answers[0] if len(answers) == 1 else answers,
+        "match": right.match_name,
+        "options": dict(right.options),
+        "tolerance": right.tolerance,
+    }
+
+
+def _keep_image(path: Path, content: bytes) -> None:
+    """Write an image, unless it is there.
+
+    Raises:
+        UserError: It cannot be written, or there is another one, which other questions are about.
+    """
+    with writing_errors(path):
+        if not path.exists():
+            write_bytes(path, content)
+            return
+        is_same = path.read_bytes() == content
+    if not is_same:
+        raise UserError(f"{path} is another picture than the question's, which has changed: name another output")
 
 
 def _content_of(source: str | bytes) -> bytes:

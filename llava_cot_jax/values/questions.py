@@ -10,11 +10,12 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, overload
 
 from llava_cot_jax.checks import check_choice, check_int
-from llava_cot_jax.data.sources import SHAPES_DATA, open_rows
+from llava_cot_jax.data.sources import SHAPES_DATA, VALUES_FILE, open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.matching import (
     DEFAULT_LETTERS,
     AnswerValue,
+    MatchFunction,
     RightAnswer,
     find_number,
     find_option,
@@ -22,7 +23,7 @@ from llava_cot_jax.evaluation.matching import (
 )
 from llava_cot_jax.evaluation.question_sets import EvaluationSet, KnownAnswer, Matching, own_questions, with_seeds
 from llava_cot_jax.files import short_digest
-from llava_cot_jax.paths import as_path
+from llava_cot_jax.paths import as_path, reading_errors
 from llava_cot_jax.question_files import QuestionRow
 from llava_cot_jax.stages import find_stages
 
@@ -117,7 +118,7 @@ def open_questions(
     rows = slice(first, None if limit is None else first + limit)
     found = _own_rows(data, rows, matching) if own else _data_rows(data, split or "train", rows, matching)
     if not found.rows:
-        raise UserError(f"{data} has no question with a known answer from row {first} on: lower --first")
+        raise UserError(f"{data} has no row {first}: lower --first")
     return replace(found, rows=with_seeds(found.rows, seed))
 
 
@@ -138,6 +139,9 @@ def _stored_name(name: str) -> str:
 
 def _data_rows(data: str, split: str, rows: slice, matching: Matching) -> EvaluationSet:
     """Return the first questions of some rows of a data set. Rows without a known answer are counted and left out."""
+    with reading_errors(folder := as_path(data)):
+        if data != SHAPES_DATA and (folder / VALUES_FILE).exists():
+            raise UserError(f"{data} has values, whose answers are the model's own: give the data that they are of")
     source = open_rows(data, split)
     right_answer = _drawn_answer(source, matching) if data == SHAPES_DATA else _stated_answer(source, matching)
     asked, known, numbers = list[QuestionRow](), list[KnownAnswer](), range(len(source))[rows]
@@ -151,13 +155,18 @@ def _data_rows(data: str, split: str, rows: slice, matching: Matching) -> Evalua
         question = "\n\n".join(text for text in (turn.system.strip(), turn.question.strip()) if text)
         asked.append(QuestionRow(name, question, images=images, sources=RowImages(source, index, turn.images)))
         known.append(KnownAnswer(right))
+    if numbers and not asked:
+        raise UserError(
+            f"none of {len(numbers)} rows of {data} has a first answer with a conclusion that can be compared"
+            f"{f' as --match {matching.match}' if matching.match else ''}: name another --match, or give other data"
+        )
     if missing := len(numbers) - len(asked):
         _LOG.warning(
             f"{missing} of {len(numbers)} rows of {data} are left out: the first answer has no conclusion that can be "
             f"compared{f' as --match {matching.match}' if matching.match else ''}"
         )
-    name = f"{data}, {split}"
-    return EvaluationSet(asked, source.fingerprint, name, known, source.fingerprint)
+    # The fingerprint has the name of the split, and is the same wherever the folder lies.
+    return EvaluationSet(asked, source.fingerprint, source.fingerprint, known, source.fingerprint)
 
 
 def _drawn_answer(rows: Rows, matching: Matching) -> Callable[[int], RightAnswer]:
@@ -179,7 +188,7 @@ def _stated_answer(rows: Rows, matching: Matching) -> Callable[[int], RightAnswe
     return read
 
 
-def _stated(conclusion: str, match: str | None) -> AnswerValue | None:
+def _stated(conclusion: str, match: str | MatchFunction | None) -> AnswerValue | None:
     """Return what a conclusion says in the way of ``match``: a letter, yes or no, a number, or its text."""
     if match == "option":
         return find_option(conclusion, DEFAULT_LETTERS)

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import binom
@@ -11,8 +13,15 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.matching import RightAnswer, scored_text
 from llava_cot_jax.processing.messages import user_turn
 from llava_cot_jax.search.batches import AnswerBatches
+from llava_cot_jax.search.program import candidate_stops, stage_keys
 from llava_cot_jax.search.retracing import Retracing
-from llava_cot_jax.search.rollout_search import RolloutBuilder, StageRollouts, roll_out_together
+from llava_cot_jax.search.rollout_search import (
+    RolloutBuilder,
+    StageRollouts,
+    continuation_keys,
+    continuation_spec,
+    roll_out_together,
+)
 from llava_cot_jax.search.scorers import Verifier
 from llava_cot_jax.search.strategies import BestOfN, StageBeam, check_continuable
 from llava_cot_jax.search.stream import Question
@@ -93,33 +102,43 @@ def test_values_are_those_of_all_continuations(world, rolled_out, plain):
     prompt = plain.ids(plain.processor.prompt(user_turn(plain.question, 1)))
     sequence = brute_force.Sequence(plain.model, plain.processor, prompt, plain.images)
     right = RightAnswer(("even",), is_even)
-    values = value_stages(rolled_out, right, FORMAT)["stages"]
+    values = value_stages([uncut(stage) for stage in rolled_out], right, FORMAT)["stages"]
     reasonings, stage = rolled_out
+    cut = [value_stages(rolled_out, right, FORMAT)["stages"][i]["candidates"] for i in range(2)]
     shares = []
     for i, candidate in enumerate(stages[0].candidates):
         before = plain.ids("<REASONING>") + candidate.ids + plain.ids(plain.missing(candidate, "</REASONING>"))
-        expected: dict[str, float] = {}
+        expected: dict[tuple[str, bool], float] = {}
         whole: dict[str, list[int]] = {}
         for ids, p in conclusions(plain, sequence, prompt + before + plain.ids("<CONCLUSION>")).items():
             text = f"{reasonings.texts[i]}\n\n" + ("<CONCLUSION>" + plain.processor.decode(list(ids))).strip()
-            expected[text] = expected.get(text, 0) + p
+            expected[text, len(ids) == LAST] = expected.get((text, len(ids) == LAST), 0) + p
             whole[text] = prompt + before + plain.ids("<CONCLUSION>") + list(ids)
         assert sum(expected.values()) == pytest.approx(1) and len(expected) > 4
-        answers = reasonings.answers[i]
+        answers = [(answer.text, answer.is_cut) for answer in reasonings.answers[i]]
         assert len(answers) == CONTINUATIONS and set(answers) <= expected.keys()
-        for text, p in expected.items():
-            assert_likely(answers.count(text), p)
-        verified = plain.verify(sequence, whole[answers[0]], "whole")
+        for answer, p in expected.items():
+            assert_likely(answers.count(answer), p)
+        verified = plain.verify(sequence, whole[answers[0][0]], "whole")
         assert np.allclose(reasonings.answer_scores[i], verified, atol=1e-4)
-        share = sum(p for text, p in expected.items() if is_even(scored_text(text, FORMAT), right))
+        share = sum(p for (text, _), p in expected.items() if is_even(scored_text(text, FORMAT), right))
         told = values[0]["candidates"][i]
         assert told["value"] == told["right"] / CONTINUATIONS and told["continuations"] == CONTINUATIONS
         assert_likely(told["right"], share)
+        ended = [text for text, is_cut in answers if not is_cut]
+        assert cut[0][i]["cut"] == CONTINUATIONS - len(ended)
+        assert cut[0][i]["right"] == sum(is_even(scored_text(text, FORMAT), right) for text in ended)
         shares.append(share)
     assert min(shares) > 0 and max(shares) < 1
-    for told, text in zip(values[1]["candidates"], stage.texts, strict=True):
+    for told, text, each in zip(values[1]["candidates"], stage.texts, stages[1].candidates, strict=True):
+        assert told["cut"] == 0 and cut[1][stage.texts.index(text)]["cut"] == (len(each.ids) == LAST)
         whole = is_even(scored_text(f"{stage.before}\n\n{text}", FORMAT), right)
         assert (told["value"], told["right"], told["continuations"]) == (float(whole), int(whole), 1)
+
+
+def uncut(stage: StageRollouts) -> StageRollouts:
+    """Return a stage as if its answers had come to their ends."""
+    return replace(stage, answers=[[replace(answer, is_cut=False) for answer in each] for each in stage.answers])
 
 
 def assert_likely(count: int, probability: float) -> None:
@@ -152,6 +171,19 @@ def test_neighbours_change_nothing(world, rolled_out):
     roll_out = world[2]
     assert roll_out(1, 0)[1] == rolled_out
     assert roll_out(0, 2)[0] == rolled_out
+
+
+def test_no_two_draws_share_a_key():
+    """Those of candidates and of continuations: so two candidates of one text have continuations of their own."""
+    spec, count, questions = STRATEGY.to_spec(), 3, 4
+    seeds, found = jnp.arange(questions, dtype=jnp.uint32), []
+    then = continuation_spec(spec, 5, 1)
+    for stage in (jnp.full(questions, number) for number in range(spec.num_stages)):
+        keys = continuation_keys(seeds, stage, count)
+        draws = [(spec, stage_keys(seeds, stage), stage), (then, keys, jnp.repeat(stage, count))]
+        found += [candidate_stops(each, None, keys, stage).keys for each, keys, stage in draws]
+    data = np.concatenate([jax.random.key_data(keys) for keys in found])
+    assert len(np.unique(data, axis=0)) == len(data) == spec.num_stages * questions * (count + count * 5)
 
 
 def test_searches_whose_candidates_cannot_be_continued():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.messages import question_text
 from llava_cot_jax.rollout import main
 
 
@@ -17,7 +18,9 @@ def values(tmp_path) -> Path:
         {"stage": stage, "before": before, "winner": 0, "candidates": [{"text": t, "value": v} for t, v in candidates]}
         for stage, (before, candidates) in pairs.items()
     ]
+    answers = [{"text": text, "right": text.startswith("r")} for text in ("w1", "r1", "w2")]
     row = {"id": "a", "question": "What?", "images": ["images/a.png", "images/b.png"], "stages": stages}
+    row |= {"answers": answers}
     rows = [row, {"id": "b", "question": "Why?", "images": [], "seed": 0, "error": "none"}]
     (tmp_path / "values").mkdir()
     (tmp_path / "values" / "values.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,6 +60,63 @@ def test_trl(values, tmp_path):
     assert second["chosen"][0]["content"][0]["text"] == "s2\n\nc2"
 
 
+def test_pairs_of_whole_answers(values):
+    (pair,) = pairs_of(values, values / "pairs.jsonl", "llama_factory", "--of", "answers")
+    assert (pair["chosen"]["value"], pair["rejected"]["value"]) == ("r1", "w1")
+
+
+@pytest.mark.parametrize(("better", "pairs"), [(0.6, 1), (0.59, 0), (None, 0)])
+def test_the_least_difference_is_one_that_makes_a_pair(values, better, pairs):
+    """0.6 - 0.4 is less than 0.2 in floats. A candidate without a value is in no pair."""
+    candidates = [{"text": "s1", "value": 0.4}, {"text": "s2", "value": better}]
+    write(values, [{"before": "", "candidates": candidates}])
+    assert len(pairs_of(values, values / "pairs.jsonl", "trl", "--min_difference", "0.2")) == pairs
+
+
+def write(values: Path, stages: list[dict], question: str = "What?", images: int = 1) -> None:
+    row = {"id": "a", "question": question, "images": ["a.png"] * images, "stages": stages, "answers": []}
+    (values / "values.jsonl").write_text(json.dumps(row) + "\n")
+
+
+STAGES = [{"before": "", "candidates": [{"text": "s1", "value": 0}, {"text": "s2", "value": 1}]}]
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "asked"),
+    [
+        ("<image>\nWhat?", 1, "<image>\nWhat?"),
+        ("What?\n<image>", 2, "<image>\n<image>\nWhat?"),
+        ("Is <image> a word?", 1, None),
+        ("<image>", 0, None),
+    ],
+)
+def test_as_many_markers_as_images(values, caplog, question, images, asked):
+    """The text is the one that the model was asked. LLaMA-Factory takes any other marker for an image too."""
+    write(values, STAGES, question, images)
+    pairs = pairs_of(values, values / "pairs.jsonl", "llama_factory")
+    assert [pair["conversations"][0]["value"] for pair in pairs] == ([asked] if asked else [])
+    assert ("1 questions are left out, as <image> is a word" in caplog.text) == (asked is None)
+    (pair,) = pairs_of(values, values / "pairs.jsonl", "trl")
+    assert pair["prompt"][0]["content"][-1]["text"] == question_text(question, images)
+
+
+def test_values_are_not_overwritten(values):
+    before = (values / "values.jsonl").read_bytes()
+    for name in ("values.jsonl", "values.jsonl.settings.json"):
+        with pytest.raises(UserError, match="has the values themselves: give --pairs another name"):
+            pairs_of(values, values / ".." / values.name / name, "trl")
+    assert (values / "values.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("stage", [{"before": ""}, {"before": "", "candidates": [{"value": 1}]}, None])
+def test_a_damaged_line_is_named(values, stage):
+    write(values, [stage])
+    (values / "pairs.jsonl").write_text("old")
+    with pytest.raises(UserError, match=r"values\.jsonl, line 1 is damaged"):
+        pairs_of(values, values / "pairs.jsonl", "trl")
+    assert (values / "pairs.jsonl").read_text() == "old" and len(list(values.iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -64,13 +124,25 @@ def test_trl(values, tmp_path):
         (["--min_difference", "0.5"], "--values is missing"),
         (["--values", "{}", "--pairs", "p", "--form", "trl", "--min_difference", "0"], "min_difference is 0.0"),
         (["--values", "{}", "--pairs", "p", "--form", "trl", "--output", "o"], "--output has no meaning with --values"),
+        (["--values", "{}", "--pairs", "p", "--form", "trl", "--limit", "3"], "--limit has no meaning with --values"),
         (["--values", "nowhere", "--pairs", "p", "--form", "trl"], "nowhere/values.jsonl does not exist"),
-        (["--values", "{}/..", "--pairs", "p", "--form", "trl"], "values.jsonl, line 1 has no images"),
+        (["--values", "{}/..", "--pairs", "p", "--form", "trl"], "values.jsonl, line 1 has no answers"),
+        (["--data", "{}"], "has values, whose answers are the model's own: give the data that they are of"),
+        (["--data", "own.jsonl", "--first", "1"], "own.jsonl has no row 1: lower --first"),
+        (
+            ["--data", "own.jsonl", "--match", "json:nothing"],
+            "--match is 'json:nothing'; it must be exact, option, yes",
+        ),
+        (["--data", "own.jsonl", "--match", "no_module:f"], "cannot be imported .*: put its folder on PYTHONPATH"),
+        (["--data", "own.jsonl", "--output", "prepared"], "has prepared data, which values would hide"),
     ],
 )
 def test_what_cannot_be_used(values, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "values.jsonl").write_text('{"question": "x"}\n')
+    (tmp_path / "own.jsonl").write_text('{"id": 1, "question": "x", "answer": 1}\n')
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "prepared.json").write_text("{}")
     with pytest.raises(UserError, match=message) as told:
         main([argument.format(values) for argument in arguments])
     assert "\n" not in str(told.value) and not (tmp_path / "p").exists()

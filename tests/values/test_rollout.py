@@ -30,6 +30,9 @@ SEARCH += ["--max_new_tokens", "[12,24,30,6]", "--slots", "2"]
 
 ENVIRONMENT = os.environ | {"XLA_FLAGS": xla_flags(devices=1), "JAX_PLATFORMS": "cpu"}
 
+KEYS = ["id", "question", "images", "image_digests", "files_digest", "answer", "match", "options", "tolerance", "seed"]
+KEYS += ["format", "stages", "answers"]
+
 STAGES = ["SUMMARY", "CAPTION", "REASONING", "CONCLUSION"]
 
 
@@ -78,7 +81,7 @@ def test_the_file_of_values(questions, uninterrupted):
     assert [row["id"] for row in rows] == [0, 1, 2, "never", "unasked"]
     assert list(rows[-1]) == ["id", "question", "images", "seed", "error"]
     for row in rows[:-1]:
-        assert list(row) == ["id", "question", "images", "answer", "match", "seed", "format", "stages", "answers"]
+        assert list(row) == KEYS
         assert (row["format"], row["match"]) == ("llava_cot", "yes_no" if row["id"] == 2 else "exact")
         assert [stage["stage"] for stage in row["stages"]] == STAGES
         before = []
@@ -88,6 +91,7 @@ def test_the_file_of_values(questions, uninterrupted):
                 assert candidate["text"].startswith(f"<{stage['stage']}>")
                 assert candidate["continuations"] == (1 if stage["stage"] == "CONCLUSION" else 2)
                 assert candidate["value"] == candidate["right"] / candidate["continuations"]
+                assert candidate["right"] + candidate["cut"] <= candidate["continuations"]
                 assert 0 < candidate["score"] < 1 and candidate["mean_log_prob"] <= 0
             best = max(stage["candidates"], key=lambda candidate: (candidate["score"], candidate["mean_log_prob"]))
             assert stage["candidates"][stage["winner"]]["score"] == best["score"]
