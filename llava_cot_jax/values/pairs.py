@@ -27,7 +27,7 @@ MIN_DIFFERENCE = 0.35
 """Least difference of two values that makes a pair: about twice its standard error with 16 continuations of each."""
 
 PAIRS_OF = ("stages", "answers")
-"""What pairs are made of: candidates of a stage, or whole answers."""
+"""Texts that pairs are made of: candidates of a stage, or whole answers."""
 
 _ROUNDING = 1e-9
 """Largest error of a difference of two values, such as 0.6 - 0.4, by their rounding."""
