@@ -52,7 +52,7 @@ COMMANDS = {
     "generate": "Answer questions about images, with or without a search.",
     "evaluate": "Measure accuracy on questions whose right answers are known.",
     "serve": "Answer requests to OpenAI's API for chat completions.",
-    "rollout": "Give values to the candidates of a search: how often an answer that goes on from each is right.",
+    "rollout": "Give a search's candidates values: how often answers that go on from each are right.",
     "train": "Fine-tune Llama-3.2-Vision on staged answers.",
     "annotate": "Make training data: staged answers to questions whose standard answers are known.",
     "prepare": "Prepare LLaVA-CoT-100k for training, or show prepared rows.",

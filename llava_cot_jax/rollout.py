@@ -1,4 +1,4 @@
-"""Give values to the candidates of a search by stages: how often an answer that goes on from each is right.
+"""Give a search's candidates values: how often answers that go on from each are right.
 
 llava-cot rollout --data shapes --limit 1000 --output runs/values
 llava-cot rollout --data data/llava_cot_100k --checkpoint DIR_OR_HUB_ID --output runs/values_11b

@@ -139,8 +139,8 @@ def test_without_a_command_the_commands_are_listed():
         ("trian", "there is no command 'trian'; did you mean train?"),
         (
             "--json",
-            "there is no command '--json'; the commands are generate, evaluate, serve, train, annotate, prepare, "
-            "convert, plan, bench",
+            "there is no command '--json'; the commands are generate, evaluate, serve, rollout, train, annotate, "
+            "prepare, convert, plan, bench",
         ),
     ],
 )

@@ -72,7 +72,8 @@ def write_pairs(folder: Path, path: Path, form: str, min_difference: float, of: 
         raise UserError(f"min_difference is {min_difference}; it must be above 0 and at most 1")
     if is_remote(path) != is_remote(folder):
         raise UserError(f"{path} and {folder} are not on one disk: write the pairs beside the values, and copy both")
-    if path.parent.resolve() == folder.resolve() and path.name.startswith(VALUES):
+    target = path if is_remote(path) else path.resolve()  # a link is kept, and its file is written
+    if target.parent == (folder if is_remote(folder) else folder.resolve()) and target.name.startswith(VALUES):
         raise UserError(f"{path} has the values themselves: give --pairs another name")
     count = left_out = 0
 
@@ -106,9 +107,12 @@ def write_pairs(folder: Path, path: Path, form: str, min_difference: float, of: 
 
 
 def _answer_pairs(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the first right whole answer of a row with the first wrong one, the second with the second, and so on."""
+    """Yield the first right whole answer of a row with the first wrong one, the second with the second, and so on.
+
+    An answer that is cut is in none, as it has no end.
+    """
     right = [answer["text"] for answer in row["answers"] if answer["right"]]
-    wrong = [answer["text"] for answer in row["answers"] if not answer["right"]]
+    wrong = [answer["text"] for answer in row["answers"] if not answer["right"] and not answer["cut"]]
     yield from zip(right, wrong, strict=False)
 
 

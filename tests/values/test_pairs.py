@@ -18,7 +18,7 @@ def values(tmp_path) -> Path:
         {"stage": stage, "before": before, "winner": 0, "candidates": [{"text": t, "value": v} for t, v in candidates]}
         for stage, (before, candidates) in pairs.items()
     ]
-    answers = [{"text": text, "right": text.startswith("r")} for text in ("w1", "r1", "w2")]
+    answers = [{"text": text, "right": text[0] == "r", "cut": text[0] == "c"} for text in ("cut", "w1", "r1", "r2")]
     row = {"id": "a", "question": "What?", "images": ["images/a.png", "images/b.png"], "stages": stages}
     row |= {"answers": answers}
     rows = [row, {"id": "b", "question": "Why?", "images": [], "seed": 0, "error": "none"}]
@@ -102,7 +102,8 @@ def test_as_many_markers_as_images(values, caplog, question, images, asked):
 
 def test_values_are_not_overwritten(values):
     before = (values / "values.jsonl").read_bytes()
-    for name in ("values.jsonl", "values.jsonl.settings.json"):
+    (values / "link").symlink_to("values.jsonl")
+    for name in ("values.jsonl", "values.jsonl.settings.json", "link"):
         with pytest.raises(UserError, match="has the values themselves: give --pairs another name"):
             pairs_of(values, values / ".." / values.name / name, "trl")
     assert (values / "values.jsonl").read_bytes() == before
