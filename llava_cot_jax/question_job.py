@@ -342,7 +342,8 @@ class QuestionJob:
         from llava_cot_jax.search.stream import AnswerStream
 
         assert self._builder is not None
-        slots, room = self._options.slots, {"prompt_tokens": self._prompt_tokens, "images": self._images}
+        slots = self._options.slots
+        room: dict[str, Any] = {"prompt_tokens": self._prompt_tokens, "images": self._images}
         if self._builder.spec.can_stream:
             return AnswerStream(model, self._builder, questions, slots=slots, ordered=False, **room)
         return AnswerBatches(model, self._builder, questions, size=slots, **room)

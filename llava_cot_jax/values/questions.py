@@ -47,16 +47,16 @@ class RowImages(Sequence[bytes]):
 
     Attributes:
         rows: Data set.
-        index: Index of the row.
-        count: Number of images of the question, the first ones of the row.
+        row: Index of the row.
+        size: Number of images of the question, the first ones of the row.
     """
 
     rows: Rows
-    index: int
-    count: int
+    row: int
+    size: int
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
     @overload
     def __getitem__(self, index: int) -> bytes: ...
@@ -71,8 +71,8 @@ class RowImages(Sequence[bytes]):
             IndexError: There is no such image.
             UserError: The row is damaged.
         """
-        numbers = range(self.count)[index]
-        images = self.rows[self.index].images
+        numbers = range(self.size)[index]
+        images = self.rows[self.row].images
         return _file_of(images[numbers]) if isinstance(numbers, int) else [_file_of(images[n]) for n in numbers]
 
 
