@@ -103,8 +103,8 @@ def test_the_runner_knows_the_same_documents():
 
 def test_every_configuration_and_script_has_its_line_in_a_guide():
     configurations = TEXTS[GUIDES[0]].partition("## Files in this folder")[2].partition("\n## ")[0]
-    named = set(re.findall(r"`(\w+\.yaml)`", configurations))
-    assert named == {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    named = set(re.findall(r"`([\w/]+\.yaml)`", configurations))
+    assert named == {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     scripts = set(re.findall(r"^\| `(\w+\.sh)", TEXTS[ROOT / "launch" / "README.md"], re.MULTILINE))
     assert scripts == {path.name for path in (ROOT / "launch").glob("*.sh")}
 

@@ -91,7 +91,7 @@ def test_a_file_of_ones_own(tmp_path):
         (("shapes", "tests", 0, None), "split is 'tests'; it must be one of train, validation, test"),
         (("shapes", None, -1, None), "first is -1; it must be at least 0"),
         (("shapes", None, 0, 0), "limit is 0; it must be at least 1"),
-        (("shapes", None, 50_000, None), "shapes has no question with a known answer from row 50000 on"),
+        (("shapes", None, 50_000, None), "shapes has no row 50000: lower --first"),
         (("own.jsonl", "train", 0, None), "--split has no meaning with --data own.jsonl, which is a file"),
         (("nowhere", None, 0, None), "nowhere is no prepared data set"),
     ],
