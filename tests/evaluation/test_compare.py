@@ -17,7 +17,7 @@ from PIL import Image
 
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluate import main
-from llava_cot_jax.evaluation.comparison import plot
+from llava_cot_jax.evaluation import plotting
 from llava_cot_jax.evaluation.comparison.derived import derived_row
 from llava_cot_jax.evaluation.comparison.methods import Method
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
@@ -359,7 +359,7 @@ def test_a_wrong_command_ends_with_one_line_and_code_2(tmp_path):
 
 
 def test_without_matplotlib_nothing_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"matplotlib, which is not installed: pip install 'llava-cot-jax\[plots\]'"):
         main([*QUESTIONS, "--output", str(tmp_path / "run"), "--compare", "greedy,sample"])
     assert not (tmp_path / "run").exists()
