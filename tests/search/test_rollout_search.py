@@ -176,12 +176,13 @@ def test_neighbours_change_nothing(world, rolled_out):
 def test_no_two_draws_share_a_key():
     """Those of candidates and of continuations: so two candidates of one text have continuations of their own."""
     spec, count, questions = STRATEGY.to_spec(), 3, 4
+    stop_tables = jnp.zeros((spec.num_stages, 1, 1), jnp.uint8)
     seeds, found = jnp.arange(questions, dtype=jnp.uint32), []
     then = continuation_spec(spec, 5, 1)
     for stage in (jnp.full(questions, number) for number in range(spec.num_stages)):
         keys = continuation_keys(seeds, stage, count)
         draws = [(spec, stage_keys(seeds, stage), stage), (then, keys, jnp.repeat(stage, count))]
-        found += [candidate_stops(each, None, keys, stage).keys for each, keys, stage in draws]
+        found += [candidate_stops(each, stop_tables, keys, stage).keys for each, keys, stage in draws]
     data = np.concatenate([jax.random.key_data(keys) for keys in found])
     assert len(np.unique(data, axis=0)) == len(data) == spec.num_stages * questions * (count + count * 5)
 
