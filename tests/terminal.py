@@ -32,6 +32,7 @@ class Terminal:
         lines: All lines so far. The last ones, as many as there are rows, are on the screen.
         shows_cursor: Whether the cursor is shown.
         wrapped: Characters that did not fit their line while the cursor was hidden.
+        erased: Lines that were on the screen and were erased, without spaces at their ends.
     """
 
     columns: int
@@ -39,6 +40,7 @@ class Terminal:
     lines: list[str] = field(default_factory=lambda: [""])
     shows_cursor: bool = True
     wrapped: str = ""
+    erased: set[str] = field(default_factory=set)
     _row: int = 0
     _column: int = 0
 
@@ -70,6 +72,7 @@ class Terminal:
             case "A":
                 self._row = max(self._row - int(number or 1), len(self.lines) - self.rows, 0)
             case "K":
+                self.erased.add(self.lines[self._row].rstrip())
                 kept = "" if number == "2" else self.lines[self._row][: self._column]
                 self.lines[self._row] = kept
             case "?h" | "?l":
@@ -92,7 +95,7 @@ def run_in_terminal(
     command: Sequence[str],
     terminal: Terminal,
     environment: Mapping[str, str],
-    interrupt_when: Callable[[str], bool] = lambda text: False,
+    interrupt_when: Callable[[Terminal], bool] = lambda terminal: False,
 ) -> int:
     """Run a command whose streams are all a terminal, and return its exit code.
 
@@ -100,7 +103,7 @@ def run_in_terminal(
         command: Arguments of the command, without Python.
         terminal: Terminal that it writes to.
         environment: Environment of the process.
-        interrupt_when: Function of the terminal's text, after which Ctrl-C is pressed once when it is true.
+        interrupt_when: Function of the terminal. Ctrl-C is pressed once, after the first output for which it is true.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", terminal.rows, terminal.columns, 0, 0))
@@ -124,7 +127,7 @@ def run_in_terminal(
             whole = _BEGUN.sub("", unread)
             terminal.write(whole)
             unread = unread[len(whole) :]
-            if not is_pressed and interrupt_when(terminal.text):
+            if not is_pressed and interrupt_when(terminal):
                 is_pressed = True
                 process.send_signal(signal.SIGINT)
         terminal.write(unread)

@@ -51,25 +51,25 @@ def test_a_pipe_takes_two_lines_for_each_stage(piped):
 @pytest.mark.parametrize(("columns", "rows"), [(80, 24), (200, 7)])
 def test_a_terminal_is_left_with_the_answers_alone(environment, command, piped, columns, rows):
     """While it runs, the stages are there, no line is too long, and nothing but the view is written over."""
-    terminal, seen = Terminal(columns, rows), set[str]()
-    watch = lambda text: bool(seen.update(text.splitlines()))  # noqa: E731
-    assert run_in_terminal(command, terminal, environment, watch) == 0
+    terminal = Terminal(columns, rows)
+    assert run_in_terminal(command, terminal, environment) == 0
     assert terminal.shows_cursor and not terminal.wrapped
     note, _, answers = terminal.text.partition(piped[0][0][:columns])
     assert " ".join(note.split()) == DEFAULT_MODEL_NOTE
     wrapped = [line[i : i + columns] for line in piped[0] for i in range(0, len(line), columns)]
     assert (piped[0][0][:columns] + answers).splitlines() == wrapped
-    lines = {line[2:] for line in seen}
-    assert any(line.startswith("Summary, stage 1 of 4: ") for line in lines)
-    assert any(line.startswith("Conclusion, stage 4 of 4: ") for line in lines)
-    assert "To come: Caption, Reasoning, Conclusion" in seen
-    assert max(map(len, seen)) <= columns
+    lines = {line[2:] for line in terminal.erased}
+    for number, name in enumerate(("Summary", "Caption", "Reasoning", "Conclusion"), 1):
+        title = f"{name}, stage {number} of 4: "
+        assert any(re.match(rf"{title}3 candidates, [123] has the highest score", line) for line in lines), title
+    assert "To come: Caption, Reasoning, Conclusion" in terminal.erased
+    assert max(map(len, terminal.erased)) <= columns
 
 
 @pytest.mark.slow
 def test_ctrl_c_removes_the_view_and_shows_the_cursor(environment, command):
     terminal = Terminal(80, 24)
-    is_in_the_middle = lambda text: "Caption, stage 2 of 4" in text  # noqa: E731
+    is_in_the_middle = lambda terminal: "Caption, stage 2 of 4" in terminal.text + str(terminal.erased)  # noqa: E731
     assert run_in_terminal(command, terminal, environment, is_in_the_middle) == 130
     assert terminal.shows_cursor
     assert terminal.text.splitlines()[-1] == "interrupted" and "stage" not in terminal.text

@@ -44,8 +44,13 @@ def live_view(strategy: Strategy) -> Iterator[OnSearchProgress]:
         yield SearchLog(strategy).update
         return
     view = SearchView(strategy)
-    with Live(view, console=console, refresh_per_second=_REFRESHES_PER_SECOND, transient=True):
-        yield view.update
+    with Live(view, console=console, refresh_per_second=_REFRESHES_PER_SECOND, transient=True) as live:
+
+        def show(snapshot: SearchSnapshot) -> None:
+            view.update(snapshot)
+            live.refresh()  # at once, so that no stage of a fast model passes unseen
+
+        yield show
 
 
 class SearchLog:
@@ -87,7 +92,7 @@ class SearchView:
         self._spinners = {is_ascii: Spinner("line" if is_ascii else "dots") for is_ascii in (False, True)}
 
     def update(self, snapshot: SearchSnapshot) -> None:
-        """Take a snapshot, which the terminal shows when it is next refreshed."""
+        """Take a snapshot, which is drawn from now on."""
         self._snapshot = snapshot
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
