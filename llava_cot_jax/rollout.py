@@ -3,6 +3,7 @@
 llava-cot rollout --data shapes --limit 1000 --output runs/values
 llava-cot rollout --data data/llava_cot_100k --checkpoint DIR_OR_HUB_ID --output runs/values_11b
 llava-cot rollout --data FILE.jsonl --checkpoint DIR_OR_HUB_ID --output runs/mine
+llava-cot rollout --data shapes --limit 1000 --output runs/answers --search best_of_n --judge verifier
 llava-cot rollout --data shapes --limit 10000 --checkpoint Llama-3.2-11B-Vision-Instruct --estimate
 llava-cot rollout --values runs/values --pairs runs/values/pairs.jsonl --form trl
 """
@@ -33,13 +34,16 @@ from llava_cot_jax.paths import BUNDLED_MODEL, as_path, reading_errors
 from llava_cot_jax.search.options import add_arguments, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_weight_options
-from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_continuable
+from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_valued
 from llava_cot_jax.values.job import VALUES, RolloutJob
 from llava_cot_jax.values.pairs import MIN_DIFFERENCE, PAIR_FORMS, PAIRS_OF, write_pairs
 from llava_cot_jax.values.questions import ROW_SPLITS, open_questions
 
 _CHIPS = {chip.name.removeprefix("TPU ").replace(" GB", "GB").replace(" ", "_"): chip for chip in CHIPS}
 """Chips by the names that ``--chip`` takes."""
+
+DEFAULT_CONTINUATIONS = 8
+"""Number of continuations of a candidate where none is given."""
 
 _PAIRS = ("values", "pairs", "form", "min_difference", "of")
 """Options of writing pairs, of which the first three go together."""
@@ -126,9 +130,13 @@ def _checked_strategy(options: Any) -> Strategy:
     strategy = strategy_or_sampling(options)
     assert not isinstance(strategy, Sampling)  # there is a search
     spec = strategy.to_spec()
-    check_continuable(spec)
-    for name in ("slots", "continuations"):
-        check_int(name, options[name])
+    check_valued(spec)
+    check_int("slots", options.slots)
+    if not spec.stages and options.continuations is not None:
+        raise UserError(f"--continuations has no meaning for --search {options.search}, whose candidates are whole")
+    if spec.stages:
+        options.continuations = DEFAULT_CONTINUATIONS if options.continuations is None else options.continuations
+        check_int("continuations", options.continuations)
     check_mesh_sizes(options)
     JudgePrompts.load(options.judge_prompts)
     _stage_tokens(options, spec)
@@ -180,7 +188,7 @@ def _estimate(options: Any, config: MllamaConfig, spec: SearchSpec, questions: i
     found = estimate_rollouts(
         config,
         spec,
-        options.continuations,
+        options.continuations or 0,
         chip,
         questions=questions,
         slots=options.slots,
@@ -243,10 +251,11 @@ def _add_rollout_options(parser: cli.Parser) -> None:
     )
     add(
         "--continuations",
-        type=int,
-        default=8,
+        type=int | None,
+        default=None,
         help="Number of continuations of each candidate to the end of the answer. Its value is the share of them that "
-        "are right; that of a candidate of the last stage, which has none, is whether it is right itself.",
+        "are right; that of a candidate of the last stage, which has none, is whether it is right itself. By default, "
+        f"{DEFAULT_CONTINUATIONS}.",
     )
     add(
         "--match",

@@ -266,11 +266,11 @@ def _question(row: Mapping[str, Any], formats: dict[str, StageFormat]) -> _Quest
                 'place of its name under "format"'
             ) from None
     groups: list[_Group] = []
-    last = row["stages"][-1]["stage"]
-    for stage in row["stages"]:
+    for number, stage in enumerate(row["stages"], 1):
         known = [(str(one["text"]), float(one["value"])) for one in stage["candidates"] if one["value"] is not None]
         # Every stage but the last is followed by a blank line, part of which may share a token with its end.
-        groups.append(_group(stage["stage"], stage["before"], known, "" if stage["stage"] == last else "\n\n"))
+        after = "\n\n" if number < len(row["stages"]) else ""
+        groups.append(_group(stage["stage"], stage["before"], known, after))
     whole = [(str(answer["text"]), float(answer["right"])) for answer in row["answers"]]
     groups.append(_group(WHOLE_ANSWER, "", whole, ""))
     images = tuple(map(str, row["images"]))

@@ -62,8 +62,8 @@ def estimate_rollouts(
 
     Args:
         config: Configuration of the model.
-        spec: Static part of the search by stages.
-        continuations: Number of continuations of a candidate.
+        spec: Static part of the search, by stages or of whole answers.
+        continuations: Number of continuations of a candidate; 0 of whole answers.
         chip: Chip to compute hours for. The model is taken to fit, or to be split at no cost.
         questions: Number of questions.
         slots: Number of questions that are answered at a time.
@@ -89,8 +89,8 @@ class _RolloutCosts(CostCounter):
 
     Args:
         config: Configuration of the model.
-        spec: Static part of the search by stages.
-        continuations: Number of continuations of a candidate.
+        spec: Static part of the search, by stages or of whole answers.
+        continuations: Number of continuations of a candidate; 0 of whole answers.
         work: Lengths of prompts, stages and probes.
     """
 
@@ -106,7 +106,8 @@ class _RolloutCosts(CostCounter):
         for stage, tokens in enumerate(work.stage_tokens):
             count, left = spec.num_candidates[stage], sum(work.stage_tokens[stage + 1 :])
             self.add_decoding("candidates", [tokens] * count, prefix, [0] * count)
-            self._add_call("verifier_probes", count, work.probe_tokens + 1, prefix + tokens)
+            if spec.stages:  # a whole answer has the probe of whole answers alone
+                self._add_call("verifier_probes", count, work.probe_tokens + 1, prefix + tokens)
             if (judge := spec.judge_of(stage)) is not None:
                 pair, queries = 2 * tokens + work.judge_prompt_tokens, (count - 1) * judge.orders
                 self._add_call("judge_queries", queries, pair, work.prompt_tokens)

@@ -1,4 +1,7 @@
-"""Job of giving values to the candidates of searches: the share of their continuations that are right."""
+"""Job of giving values to the candidates of searches: the share of their continuations that are right.
+
+Whole answers, which are not continued, are right or wrong.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from llava_cot_jax.evaluation.question_sets import EvaluationSet
 from llava_cot_jax.files import short_digest, write_bytes
 from llava_cot_jax.hosts.question_queue import AnswerRow
 from llava_cot_jax.paths import writing_errors
+from llava_cot_jax.processing.probe import WHOLE_ANSWER
 from llava_cot_jax.question_files import AnswerFile, files_digest
 from llava_cot_jax.question_job import QuestionJob
 from llava_cot_jax.search.strategies import Strategy
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from llava_cot_jax.search.request_builder import RequestBuilder
     from llava_cot_jax.search.rollout_search import StageRollouts, WholeAnswer
     from llava_cot_jax.search.stream import AnswerStream, Question, StreamedAnswer
+    from llava_cot_jax.search.trace import CandidateTrace
 
 VALUES = "values.jsonl"
 """File of the values in the folder of a run."""
@@ -42,7 +47,7 @@ class RolloutJob(QuestionJob):
         options: Options of the command.
         questions: The questions, with their right answers.
         folder: Folder that takes the values and the images.
-        strategy: Search by stages.
+        strategy: Search by stages, or of whole answers.
         model: Model that answers.
         writes: Whether this process has the output.
 
@@ -61,7 +66,8 @@ class RolloutJob(QuestionJob):
         writes: bool = True,
     ) -> None:
         self._name, self._known, self._folder = questions.name, questions.known, folder
-        self._format = strategy.to_spec().format
+        spec = strategy.to_spec()
+        self._format, self._has_stages = spec.format, bool(spec.stages)
         super().__init__(options, questions, folder / VALUES, strategy, model, writes=writes)
         if self._file:
             self._check_right_answers(self._file)
@@ -96,12 +102,16 @@ class RolloutJob(QuestionJob):
     def _new_builder(self, processor: Processor) -> RequestBuilder:
         from llava_cot_jax.search.rollout_search import RolloutBuilder
 
+        if not self._has_stages:
+            return super()._new_builder(processor)
         return RolloutBuilder(processor, self._strategy, self._options.judge_prompts, self._model.stated_length)
 
     def _answers(self, model: Mllama, questions: Iterator[Question]) -> AnswerStream | AnswerBatches:
         from llava_cot_jax.search.batches import AnswerBatches
         from llava_cot_jax.search.rollout_search import roll_out_together
 
+        if not self._has_stages:
+            return super()._answers(model, questions)
         assert self._builder is not None
         search = partial(roll_out_together, continuations=self._options.continuations)
         return AnswerBatches(
@@ -121,9 +131,12 @@ class RolloutJob(QuestionJob):
             UserError: The output cannot be written.
         """
         rows = super().finish()
-        candidates = [each for row in rows for stage in row.get("stages", ()) for each in stage["candidates"]]
-        if cut := sum(each["cut"] for each in candidates):
-            share = cut / sum(each["continuations"] for each in candidates)
+        if self._has_stages:
+            valued = [each for row in rows for stage in row.get("stages", ()) for each in stage["candidates"]]
+        else:
+            valued = [answer | {"continuations": 1} for row in rows for answer in row.get("answers", ())]
+        if cut := sum(each["cut"] for each in valued):
+            share = cut / sum(each["continuations"] for each in valued)
             _LOG.warning(
                 f"{share:.1%} of the answers by which candidates have their values were cut, and count as not right: "
                 "give more --max_new_tokens, into another output"
@@ -148,7 +161,11 @@ class RolloutJob(QuestionJob):
         if streamed.answer is None:
             return super()._row(question, streamed, answers)
         row, known = self.rows[question], self._known[question]
-        assert known is not None and isinstance(streamed.answer, RolledOutAnswer)
+        assert known is not None
+        if isinstance(streamed.answer, RolledOutAnswer):
+            values = value_stages(streamed.answer.rollouts, known.right, self._format)
+        else:
+            values = value_answers(streamed.answer.trace.stages[0].candidates, known.right, self._format)
         digest = files_digest(row.sources)
         return {
             "id": row.id,
@@ -159,8 +176,26 @@ class RolloutJob(QuestionJob):
             **_about(known.right),
             "seed": self._seed(row),
             "format": self._format.name,
-            **value_stages(streamed.answer.rollouts, known.right, self._format),
+            **values,
         }
+
+
+def value_answers(candidates: Sequence[CandidateTrace], right: RightAnswer, format: StageFormat) -> dict[str, Any]:
+    """Return the whole answers of a question, each text once, as a row has them, which has no stages.
+
+    Args:
+        candidates: The answers, with the scores of the verifier.
+        right: The right answer.
+        format: Format of the answers.
+    """
+    from llava_cot_jax.search.answers import tagged_text
+
+    whole = dict[str, dict[str, Any]]()
+    for candidate in candidates:
+        text, is_cut = tagged_text(format, WHOLE_ANSWER, candidate), candidate.ended == "max_new_tokens"
+        told = {"text": text, "right": not is_cut and right.accepts(scored_text(text, format)), "cut": is_cut}
+        whole.setdefault(text, {**told, "score": candidate.score, "other_probability": candidate.other_probability})
+    return {"stages": [], "answers": list(whole.values())}
 
 
 def value_stages(rollouts: Sequence[StageRollouts], right: RightAnswer, format: StageFormat) -> dict[str, Any]:

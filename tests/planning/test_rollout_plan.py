@@ -11,8 +11,8 @@ from llava_cot_jax.costs.model_costs import parameters_per_step
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.planning.rollout_plan import estimate_rollouts
 from llava_cot_jax.rollout import main
-from llava_cot_jax.search.scorers import Judge
-from llava_cot_jax.search.strategies import StageBeam
+from llava_cot_jax.search.scorers import Judge, Verifier
+from llava_cot_jax.search.strategies import BestOfN, StageBeam
 from llava_cot_jax.stage_format import StageFormat
 
 CONFIG = MllamaConfig.llama32_11b()
@@ -40,6 +40,14 @@ def test_tokens_and_bytes_by_hand():
     steps = (5 - 1) + (3 - 1) + (3 - 1) + 2 * (7 - 1)
     seconds = (calls + steps) * parameters_per_step(CONFIG, images=False) / memory_bound.hbm_bandwidth
     assert (second.chip_hours - first.chip_hours) * 3600 == pytest.approx(seconds)
+
+
+def test_whole_answers_by_hand():
+    """Three answers of 8 tokens: the prompt, their tokens but for the first of each, and a probe of each."""
+    spec = BestOfN(3, Verifier(), 1.0, 8).to_spec()
+    work = replace(WORK, stage_tokens=(8,))
+    found = estimate_rollouts(CONFIG, spec, 0, CHIPS[0], questions=2, slots=1, work=work)
+    assert (found.sampled, found.read) == (2 * 3 * 8, 2 * (11 + 3 * 6))
 
 
 def test_stages_are_no_longer_than_they_may_be(capsys, tmp_path):

@@ -19,6 +19,9 @@ from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.rollout import main
+from llava_cot_jax.search.reasoner import Reasoner
+from llava_cot_jax.search.scorers import Verifier
+from llava_cot_jax.search.strategies import BestOfN
 from tests.processes import free_port, xla_flags
 from tests.search.models import trained_model
 
@@ -27,6 +30,9 @@ COUNT = 5
 
 SEARCH = ["--num_candidates", "2", "--continuations", "2", "--judge", "verifier", "--temperature", "1.3"]
 SEARCH += ["--max_new_tokens", "[12,24,30,6]", "--slots", "2"]
+
+WHOLE = ["--search", "best_of_n", "--num_candidates", "3", "--judge", "verifier", "--temperature", "1.3"]
+WHOLE += ["--top_p", "1"]
 
 ENVIRONMENT = os.environ | {"XLA_FLAGS": xla_flags(devices=1), "JAX_PLATFORMS": "cpu"}
 
@@ -141,11 +147,59 @@ def test_other_settings_are_refused(questions, uninterrupted):
         main([*command(questions, uninterrupted)[3:], "--continuations", "3"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*WHOLE, "--continuations", "3"], "--continuations has no meaning for --search best_of_n"),
+        (
+            ["--search", "majority_vote"],
+            r"or to whole answers that the verifier scores \(--search best_of_n --judge",
+        ),
+        (["--search", "retracing"], r"values are given to the candidates of stages \(--search stage_beam\)"),
+        (["--continuations", "0"], "continuations is 0"),
+    ],
+)
+def test_searches_whose_candidates_get_no_values(questions, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        main(["--data", str(questions), "--output", str(tmp_path), *arguments])
+
+
+@pytest.fixture(scope="module")
+def whole(questions, tmp_path_factory) -> Path:
+    """The folder of a run whose candidates are whole answers."""
+    folder = tmp_path_factory.mktemp("whole")
+    main(["--data", str(questions), "--output", str(folder), *WHOLE, "--max_new_tokens", "90", "--slots", "2"])
+    return folder
+
+
 @pytest.mark.slow
-def test_scores_are_those_that_training_computes(uninterrupted, tmp_path):
+def test_whole_answers_are_those_of_the_search(questions, whole):
+    """Each text once, right or wrong by its conclusion, with the scores of the same search without values."""
+    rows = read_rows(whole)
+    assert [row["id"] for row in rows] == [0, 1, 2, "never", "unasked"] and "error" in rows[-1]
+    reasoner = Reasoner(*trained_model(), BestOfN(3, Verifier(), 1.3, 90, top_p=1.0))
+    for row, asked in zip(rows[:-1], map(json.loads, questions.read_text().splitlines()), strict=False):
+        assert list(row) == KEYS and row["stages"] == []
+        answer = reasoner.answer(questions.parent / asked["image"], asked["question"], seed=row["seed"])
+        candidates = {each.text.strip(): each for each in answer.trace.stages[0].candidates}
+        assert [each["text"] for each in row["answers"]] == list(candidates)
+        for each in row["answers"]:
+            candidate = candidates[each["text"]]
+            assert each["cut"] == (candidate.ended == "max_new_tokens")
+            assert each["score"] == pytest.approx(candidate.score, abs=1e-5)
+            conclusion = each["text"].partition("<CONCLUSION>")[2].removesuffix("</CONCLUSION>").strip()
+            assert each["right"] == (not each["cut"] and conclusion == asked["answer"])
+    assert {each["right"] for row in rows[:-1] for each in row["answers"]} == {False, True}
+    files = list(open_rows(str(whole), "all").stages)
+    assert files == ["whole"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stages", "whole"])
+def test_scores_are_those_that_training_computes(kind, uninterrupted, whole, tmp_path):
     """Of candidates that ended by themselves, of conclusions and of whole answers, with the model of the package."""
     folder, scores = tmp_path / "values", {}
-    shutil.copytree(uninterrupted, folder)
+    shutil.copytree(whole if kind == "whole" else uninterrupted, folder)
     rows = read_rows(folder)[:-1]
     for row in rows:
         for stage in row["stages"]:
@@ -174,4 +228,4 @@ def test_scores_are_those_that_training_computes(uninterrupted, tmp_path):
         compared[stage] += 1
         if share != pytest.approx(score, abs=1e-4):
             others[row.turns[0].answer] = score, share
-    assert compared.keys() == {*STAGES, "whole"} and not others
+    assert compared.keys() == ({"whole"} if kind == "whole" else {*STAGES, "whole"}) and not others
