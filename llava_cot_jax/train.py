@@ -28,6 +28,7 @@ from llava_cot_jax.hosts.process_group import ProcessGroup, find_group
 from llava_cot_jax.interruption import EXIT_CODE
 from llava_cot_jax.model.checkpoint.folder import named_folder, resolve_checkpoint
 from llava_cot_jax.paths import as_path, check_folder_writable
+from llava_cot_jax.training.host_memory import computes_on_cpu, keep_freed_memory
 from llava_cot_jax.training.layout import CONFIGURATION, MOVABLE, is_run, kept_model_files, relocated
 from llava_cot_jax.training.settings import RENAMED_SETTINGS, TrainSettings
 
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     except UserError:
         with Lifeline(group_in(arguments)).shared_failures(report):
             raise
+    if computes_on_cpu():
+        keep_freed_memory()  # before there are threads
     group = find_group(**vars(options.hosts))
     lifeline = Lifeline(group)
     with lifeline.shared_failures(report):

@@ -1,0 +1,49 @@
+"""Memory that a training step on a CPU uses again, by the page faults of a process."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from llava_cot_jax.training.host_memory import computes_on_cpu
+
+PROGRAM = """
+import resource, sys
+from llava_cot_jax.training.host_memory import computes_on_cpu, keep_freed_memory
+
+assert computes_on_cpu()
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+import jax, jax.numpy as jnp
+
+@jax.jit
+def step(x):  # its temporary has 64 MiB, or 16,384 pages
+    return jnp.sort(jnp.outer(x, x), axis=0)[0]
+
+x = jnp.ones(4096)
+for _ in range(12):  # until the heap has its final size
+    step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_temporaries_of_a_step_are_faulted_in_once():
+    faults = {}
+    for name in ("given back", "kept"):
+        environment = {key: value for key, value in os.environ.items() if "MALLOC" not in key.upper()}
+        command = [sys.executable, "-c", PROGRAM, name]
+        environment |= {"JAX_PLATFORMS": "cpu"}
+        faults[name] = int(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+    assert faults["kept"] < 4 * 16384 / 10 < faults["given back"]
+
+
+@pytest.mark.parametrize(("platforms", "is_cpu"), [("cpu", True), ("cpu,cuda", True), ("cuda,cpu", False)])
+def test_the_platform_that_is_asked_for(monkeypatch, platforms, is_cpu):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert computes_on_cpu() == is_cpu
