@@ -20,6 +20,7 @@ from llava_cot_jax.evaluate import main
 from llava_cot_jax.evaluation import plotting
 from llava_cot_jax.evaluation.comparison.derived import derived_row
 from llava_cot_jax.evaluation.comparison.methods import Method
+from llava_cot_jax.evaluation.matching import RightAnswer
 from llava_cot_jax.model.checkpoint.folder import read_config, resolve_checkpoint
 from llava_cot_jax.model.mllama import Mllama
 from llava_cot_jax.paths import BUNDLED_MODEL
@@ -192,7 +193,8 @@ def test_derived_answers_are_those_of_direct_runs(tmp_path):
     A direct run has other shapes, in which sums are rounded otherwise. The log-probabilities of some 60 tokens, each of
     which is rounded like the logits that it is the difference of, add up to an error of 1e-4 at most.
     """
-    main([*QUESTIONS, "--compare", f"{','.join(NESTED)},weighted_vote:4", "--output", str(tmp_path / "all")])
+    methods = ",".join([*NESTED, "weighted_vote:4", "best_of_n:3/oracle"])
+    main([*QUESTIONS, "--compare", methods, "--output", str(tmp_path / "all")])
     assert [path.name for path in (tmp_path / "all").iterdir() if path.is_dir()] == ["best_of_n-4-verifier"]
     lines = {line["method"]: line for line in lines_of(tmp_path / "all") if line["kind"] == "method"}
     options = Namespace({**dict.fromkeys(SEARCH_OPTIONS), "max_new_tokens": 90, "format": "llava_cot"})
@@ -208,7 +210,13 @@ def test_derived_answers_are_those_of_direct_runs(tmp_path):
             assert lines[name][key] == result[key]
         assert lines[name]["right"] == result["accuracy"]["all"]["right"] and lines[name]["derived"]
         for one, row in zip(direct, rows_of(tmp_path / "all" / "best_of_n-4-verifier"), strict=True):
-            assert_same_row(one, derived_row(row, Method.read(name, options), config))
+            assert_same_row(one, derived_row(row, Method.read(name, options), config, RightAnswer(("unused",))))
+    rows, oracle = rows_of(tmp_path / "all" / "best_of_n-4-verifier"), lines["best_of_n:3/oracle"]
+    drawn = [[each["text"] for each in row["trace"]["stages"][0]["candidates"][:3]] for row in rows]
+    ends = [f"<CONCLUSION> {row['answer']} </CONCLUSION>" for row in rows]
+    expected = sum(any(text.endswith(end) for text in texts) for texts, end in zip(drawn, ends, strict=True))
+    assert oracle["right"] == expected >= lines["best_of_n:3/verifier"]["right"]
+    assert "verifier_probes" not in {name for name, flops in oracle["flops_per_question"].items() if flops}
 
 
 def assert_same_row(direct: dict, derived: dict) -> None:
@@ -300,6 +308,10 @@ REFUSED = {
     "a greedy number": (["greedy:4,sample"], "has greedy:4: greedy takes no number of candidates"),
     "rounds": (["greedy,retracing:4"], "has retracing:4: retracing takes no number of candidates"),
     "an unknown scorer": (["greedy,best_of_n:2/best"], "has best_of_n:2/best: the scorer is 'best'; it must be one of"),
+    "a judging oracle": (
+        ["greedy,stage_beam:2/oracle"],
+        "has stage_beam:2/oracle: the scorer is 'oracle'; it must be one of .*, or oracle of best_of_n",
+    ),
     "a scored vote": (
         ["greedy,majority_vote:2/verifier"],
         "has majority_vote:2/verifier: majority_vote takes no scorer",

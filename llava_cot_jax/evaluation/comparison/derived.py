@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 
 from llava_cot_jax.evaluation.comparison.methods import Method
+from llava_cot_jax.evaluation.matching import RightAnswer, scored_text
 from llava_cot_jax.hosts.question_queue import AnswerRow
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.processing.probe import WHOLE_ANSWER
 from llava_cot_jax.question_result import result_of
-from llava_cot_jax.search.answers import hold_vote, whole_answer
+from llava_cot_jax.search.answers import hold_vote, tagged_text, whole_answer
 from llava_cot_jax.search.scorers import LogProbability, Verifier
 from llava_cot_jax.search.search_costs import CostCounter
 from llava_cot_jax.search.strategies import BestOfN, MajorityVote, WeightedVote
 from llava_cot_jax.search.trace import CandidateTrace, StageTrace, Trace
+from llava_cot_jax.stage_format import StageFormat
 
 
-def derived_row(row: AnswerRow, method: Method, config: MllamaConfig) -> AnswerRow:
+def derived_row(row: AnswerRow, method: Method, config: MllamaConfig, right: RightAnswer) -> AnswerRow:
     """Return the row that a run of a method would have, as far as it uses the candidates of another run.
 
     Its tokens and FLOPs are those of the candidates that it uses, of the prompt and the images, and of the verifier
@@ -31,6 +33,7 @@ def derived_row(row: AnswerRow, method: Method, config: MllamaConfig) -> AnswerR
             them.
         method: Method that takes the first of these answers.
         config: Configuration of the model.
+        right: The right answer, which an oracle goes by.
     """
     if "error" in row:
         return row
@@ -49,11 +52,15 @@ def derived_row(row: AnswerRow, method: Method, config: MllamaConfig) -> AnswerR
     else:
         used = [replace(candidate, score=None, other_probability=None) for candidate in used]
     stage = StageTrace(WHOLE_ANSWER, used, checks=[], matches=[], winner=0)
+    if method.is_oracle:
+        stage = replace(stage, winner=_first_right(used, right, spec.format))
+    else:
+        stage = _with_winner(strategy, stage)
     trace = Trace(
         question=given["question"],
         seed=given["seed"],
         strategy=repr(strategy),
-        stages=[_with_winner(strategy, stage)],
+        stages=[stage],
         vision_encoder_calls=given["vision_encoder_calls"],
         tokens=costs.tokens,
         flops=costs.flops,
@@ -87,6 +94,12 @@ def _with_winner(strategy: Any, stage: StageTrace) -> StageTrace:
     if isinstance(strategy, BestOfN):
         return replace(stage, winner=_best(strategy, stage.candidates))
     return stage
+
+
+def _first_right(candidates: Sequence[CandidateTrace], right: RightAnswer, format: StageFormat) -> int:
+    """Return the first candidate that is right, or the first of all."""
+    texts = (tagged_text(format, WHOLE_ANSWER, candidate) for candidate in candidates)
+    return next((i for i, text in enumerate(texts) if right.accepts(scored_text(text, format))), 0)
 
 
 def _best(strategy: BestOfN, candidates: Sequence[CandidateTrace]) -> int:

@@ -214,7 +214,7 @@ class ComparisonJob:
         format = method.strategy.to_spec().format
         right = [known for known in self.questions.known if known is not None]  # which is all of them
         for row, known in zip(rows, right, strict=True):
-            yield scored_row(derived_row(row, method, self._model.config), known, format)
+            yield scored_row(derived_row(row, method, self._model.config, known.right), known, format)
 
     def _answers(self, method: Method) -> MethodAnswers:
         run = self._run_of[method.name]

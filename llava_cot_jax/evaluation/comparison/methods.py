@@ -20,6 +20,9 @@ from llava_cot_jax.search.strategies import BestOfN, MajorityVote, Sample, Strat
 _SHARED = {"judge": "scorer"}
 """Names of settings of strategies, where those of their options differ."""
 
+ORACLE = "oracle"
+"""Scorer of ``best_of_n`` that knows the right answer, which separates what the candidates hold from who chooses."""
+
 _NESTED = (Sample, MajorityVote, WeightedVote, BestOfN)
 """Strategies of whole answers, of which fewer are the first ones of more."""
 
@@ -33,12 +36,14 @@ class Method:
         family: Name without the number of candidates, which methods that differ in it alone share.
         num_candidates: Number of candidates; None where a method takes none, or one for each stage.
         strategy: Strategy to search with.
+        is_oracle: Whether a right candidate is chosen where there is one, whatever the strategy's scorer says.
     """
 
     name: str
     family: str
     num_candidates: int | None
     strategy: Strategy
+    is_oracle: bool = False
 
     @classmethod
     def read(cls, text: str, options: Any) -> Self:
@@ -64,7 +69,9 @@ class Method:
         try:
             if colon:
                 given["num_candidates"] = _number(search, count, "num_candidates" in taken)
-            if slash:
+            if is_oracle := judge == ORACLE and STRATEGIES[search] is BestOfN:
+                given["judge"] = "log_probability"
+            elif slash:
                 given["judge"] = _judge(search, judge, "scorer" in taken)
             elif STRATEGIES[search] is WeightedVote and options.judge is not None:
                 given["judge"] = None  # it takes one scorer alone, which --judge does not name for it
@@ -74,7 +81,7 @@ class Method:
         except UserError as fault:
             raise UserError(f"--compare has {text.strip()}: {fault}") from None
         assert not isinstance(strategy, Sampling)  # which is what stands for no search
-        return cls(*_names(search, strategy), strategy)
+        return cls(*_names(search, strategy, ORACLE if is_oracle else None), strategy, is_oracle)
 
     @property
     def is_nested(self) -> bool:
@@ -108,15 +115,22 @@ def _judge(search: str, judge: str, is_taken: bool) -> str:
     if not is_taken:
         raise UserError(f"{search} takes no scorer")
     if judge not in JUDGES:
-        raise UserError(f"the scorer is {shown(judge)}; it must be one of {', '.join(JUDGES)}")
+        more = f", or {ORACLE} of best_of_n" if judge == ORACLE else ""
+        raise UserError(f"the scorer is {shown(judge)}; it must be one of {', '.join(JUDGES)}{more}")
     return judge
 
 
-def _names(search: str, strategy: Any) -> tuple[str, str, int | None]:
-    """Return the name of a method, that of its family, and its number of candidates."""
+def _names(search: str, strategy: Any, scorer_name: str | None) -> tuple[str, str, int | None]:
+    """Return the name of a method, that of its family, and its number of candidates.
+
+    Args:
+        search: Name of the strategy.
+        strategy: The strategy.
+        scorer_name: Name of its scorer, where that is not its own.
+    """
     count = getattr(strategy, "num_candidates", None)
     scorer = None if isinstance(strategy, WeightedVote) else getattr(strategy, "scorer", None)
-    ending = "" if scorer is None else f"/{_scorer_name(scorer)}"
+    ending = "" if scorer is None else f"/{scorer_name or _scorer_name(scorer)}"
     told = "" if count is None else ":" + "x".join(map(str, count if isinstance(count, tuple) else (count,)))
     return f"{search}{told}{ending}", f"{search}{ending}", count if isinstance(count, int) else None
 

@@ -14,8 +14,8 @@ def add_comparison_options(parser: Any) -> None:
         type=str,
         help="Methods to compare on the same questions and seeds, with commas between them, instead of --search. Each "
         "is NAME, NAME:N or NAME:N/SCORER: a name of --search, the number of candidates, and a name of --judge, as in "
-        "greedy,majority_vote:4,best_of_n:8/verifier,stage_beam:4. The other options of the search are for all methods "
-        "that have them.",
+        "greedy,majority_vote:4,best_of_n:8/verifier,stage_beam:4. best_of_n:N/oracle takes a right answer where one "
+        "of the N is right. The other options of the search are for all methods that have them.",
     )
     add(
         "--against",
