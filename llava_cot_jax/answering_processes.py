@@ -23,10 +23,18 @@ from llava_cot_jax.hosts.surroundings import surroundings
 
 if TYPE_CHECKING:
     from llava_cot_jax.model.mllama import Mllama
+    from llava_cot_jax.processing.processor import Processor
 
 
 class AnswerableJob(Protocol):
     """Job of answering questions, which processes divide, as ``QuestionJob`` is one."""
+
+    @property
+    def unanswered(self) -> Sequence[int]:
+        """Numbers of the questions that are still to be answered; empty in a process without the output."""
+
+    def prepare(self, processor: Processor) -> None:
+        """Check the search, before the weights are loaded."""
 
     def fields(self) -> dict[str, str]:
         """Return what must be the same in all processes, by name."""
@@ -124,6 +132,37 @@ def prepare_devices(
     cli.enable_compilation_cache()
     if lifeline:
         lifeline.agree(model.fields)
+
+
+def complete_job(
+    job: AnswerableJob,
+    model: AnsweringModel,
+    group: ProcessGroup,
+    lifeline: Lifeline | None,
+    fields: Callable[[], Mapping[str, str]],
+) -> None:
+    """Complete the output of a job, and answer the questions that have no answer yet.
+
+    Args:
+        job: The questions and the answers.
+        model: Model to answer with.
+        group: Processes of the run.
+        lifeline: Bond of the processes that share a model; None where each has its own.
+        fields: Function that returns what must be the same in these, by name.
+
+    Raises:
+        UserError: The processes differ, the search cannot be used, or an answer cannot be stored.
+    """
+    if group.count == 1 and not job.unanswered:
+        job.finish()
+        return
+    # This import takes longer than all checks so far.
+    from llava_cot_jax.processing.processor import Processor
+
+    processor = Processor.from_pretrained(model.folder, model.config)
+    prepare_devices(group, lifeline, fields, model)
+    job.prepare(processor)
+    answer_job(job, model, group, is_divided=lifeline is None and group.count > 1)
 
 
 def answer_job(job: AnswerableJob, model: AnsweringModel, group: ProcessGroup, *, is_divided: bool) -> None:

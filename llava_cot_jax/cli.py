@@ -129,6 +129,11 @@ class Parser(jsonargparse.ArgumentParser):
                 option.default = option.help = argparse.SUPPRESS
                 self._add_action(option)
 
+    def given(self, options: jsonargparse.Namespace) -> list[str]:
+        """Return the names of the options whose values are not their defaults."""
+        defaults = vars(self.get_defaults().as_flat())
+        return [name for name, value in vars(options.as_flat()).items() if value != defaults.get(name)]
+
     def parse_args(self, args: Iterable[str] | None = None, *more: Any, **kwargs: Any) -> Any:
         """Parse ``args``, or the arguments that the process was started with.
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from llava_cot_jax import cli
 from llava_cot_jax.answering_model import AnsweringModel, add_model_options, check_mesh_sizes
-from llava_cot_jax.answering_processes import add_process_options, answer_job, prepare_devices, run_in_group
+from llava_cot_jax.answering_processes import add_process_options, complete_job, run_in_group
 from llava_cot_jax.checks import check_int
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.benchmarks.grader import KEY_VARIABLE, Grader
@@ -71,20 +71,10 @@ def _evaluate(parser: cli.Parser, options: Any, group: ProcessGroup, lifeline: L
             print(f"wrote the result and its plot to {as_path(options.output)}", file=sys.stderr)
         return
     evaluation = _check(options, group)
-    job, model = evaluation.job, evaluation.model
-    if group.count == 1 and not job.unanswered:
-        job.finish()
-    else:
-        # This import takes longer than all checks so far.
-        from llava_cot_jax.processing.processor import Processor
-
-        processor = Processor.from_pretrained(model.folder, model.config)
-        prepare_devices(group, lifeline, evaluation.fields, model)
-        job.prepare(processor)
-        answer_job(job, model, group, is_divided=lifeline is None and group.count > 1)
+    complete_job(evaluation.job, evaluation.model, group, lifeline, evaluation.fields)
     if group.index == 0:
         evaluation.report()
-        job.check_answered()
+        evaluation.job.check_answered()
 
 
 def _check_values_options(parser: cli.Parser, options: Any) -> None:
@@ -95,9 +85,8 @@ def _check_values_options(parser: cli.Parser, options: Any) -> None:
     """
     if not options["values"]:
         raise UserError("--values names no folder: give one that llava-cot rollout has written")
-    defaults = vars(parser.get_defaults().as_flat())
-    for name, value in vars(options.as_flat()).items():
-        if name not in ("values", "output", "config") and value != defaults.get(name):
+    for name in parser.given(options):
+        if name not in ("values", "output", "config"):
             raise UserError(f"--{name} has no meaning with --values, which asks no questions: leave one of them out")
 
 

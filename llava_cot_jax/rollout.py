@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from llava_cot_jax import cli
 from llava_cot_jax.answering_model import AnsweringModel, add_model_options, check_mesh_sizes
-from llava_cot_jax.answering_processes import add_process_options, answer_job, prepare_devices, run_in_group
+from llava_cot_jax.answering_processes import add_process_options, complete_job, run_in_group
 from llava_cot_jax.checks import check_int, shown
 from llava_cot_jax.costs.chips import CHIPS, Chip
 from llava_cot_jax.data.description import DESCRIPTION
@@ -98,23 +98,14 @@ def _run_job(
             raise UserError(f"{folder} has prepared data, which values would hide: name another output")
     model = AnsweringModel.find(options)
     job = RolloutJob(options, questions, folder, strategy, model, writes=group.index == 0)
-    if group.count == 1 and not job.unanswered:
-        job.finish()
-    else:
-        # This import takes longer than all checks so far.
-        from llava_cot_jax.processing.processor import Processor
+    if job.unanswered:
+        print(_estimate(options, model.config, strategy.to_spec(), len(job.unanswered)), file=sys.stderr)
 
-        processor = Processor.from_pretrained(model.folder, model.config)
-        if group.index == 0:
-            print(_estimate(options, model.config, strategy.to_spec(), len(job.unanswered)), file=sys.stderr)
+    def fields() -> dict[str, str]:
+        own = ("hosts", "checkpoint", "adapter", "verifier_adapter", "config", "data", "output")
+        return {name: str(value) for name, value in vars(options).items() if name not in own} | job.fields()
 
-        def fields() -> dict[str, str]:
-            own = ("hosts", "checkpoint", "adapter", "verifier_adapter", "config", "data", "output")
-            return {name: str(value) for name, value in vars(options).items() if name not in own} | job.fields()
-
-        prepare_devices(group, lifeline, fields, model)
-        job.prepare(processor)
-        answer_job(job, model, group, is_divided=lifeline is None and group.count > 1)
+    complete_job(job, model, group, lifeline, fields)
     if group.index == 0:
         print(f"wrote the values to {folder / VALUES}", file=sys.stderr)
         job.check_answered()
@@ -209,9 +200,8 @@ def _write_pairs(parser: cli.Parser, options: Any, group: ProcessGroup) -> None:
             raise UserError(
                 f"--{name} is missing: pairs are written by --values FOLDER --pairs FILE --form {'|'.join(PAIR_FORMS)}"
             )
-    defaults = vars(parser.get_defaults().as_flat())
-    for name, value in vars(options.as_flat()).items():
-        if name not in (*_PAIRS, "config") and value != defaults.get(name):
+    for name in parser.given(options):
+        if name not in (*_PAIRS, "config"):
             raise UserError(f"--{name} has no meaning with --values, from which pairs are written")
     if group.index == 0:
         least = MIN_DIFFERENCE if options.min_difference is None else options.min_difference
