@@ -128,7 +128,7 @@ WRONG = [
     (
         "rollout",
         [*ROLLED, "--search", "best_of_n"],
-        "to the candidates of stages (--search stage_beam), or to whole answers",
+        "or to whole answers that the verifier scores (--sea",
     ),
     ("rollout", ["--data", "shapes", "--limit", "4"], "--output is missing"),
     ("serve", ["--slots", "0"], "slots is 0; it must be at least 1"),
