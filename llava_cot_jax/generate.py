@@ -23,7 +23,7 @@ import jsonargparse
 from llava_cot_jax import cli
 from llava_cot_jax.answerers import SearchAnswerer, StreamingAnswerer
 from llava_cot_jax.answering_model import AnsweringModel, add_model_options, check_mesh_sizes
-from llava_cot_jax.answering_processes import add_process_options, answer_job, prepare_devices, run_in_group
+from llava_cot_jax.answering_processes import add_process_options, complete_job, prepare_devices, run_in_group
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import check_file_writable
 from llava_cot_jax.hosts.lifeline import Lifeline
@@ -76,17 +76,17 @@ def _generate(options: jsonargparse.Namespace, group: ProcessGroup, lifeline: Li
     if checked is None:
         return
 
+    if checked.job:
+        complete_job(checked.job, checked.model, group, lifeline, checked.fields)
+        checked.job.check_answered()
+        return
+
     # This import takes longer than all checks so far.
     from llava_cot_jax.processing.processor import Processor
 
     processor = Processor.from_pretrained(checked.model.folder, checked.model.config)
     prepare_devices(group, lifeline, checked.fields, checked.model)
-    if checked.job:
-        checked.job.prepare(processor)
-        answer_job(checked.job, checked.model, group, is_divided=lifeline is None and group.count > 1)
-        checked.job.check_answered()
-    else:
-        _answer_questions(checked, processor, is_first=group.index == 0)
+    _answer_questions(checked, processor, is_first=group.index == 0)
 
 
 @dataclass(frozen=True)

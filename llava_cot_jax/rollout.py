@@ -34,7 +34,7 @@ from llava_cot_jax.paths import BUNDLED_MODEL, as_path, reading_errors
 from llava_cot_jax.search.options import add_arguments, strategy_or_sampling
 from llava_cot_jax.search.prompts import JudgePrompts
 from llava_cot_jax.search.request_options import add_weight_options
-from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_valued
+from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_continuable
 from llava_cot_jax.values.job import VALUES, RolloutJob
 from llava_cot_jax.values.pairs import MIN_DIFFERENCE, PAIR_FORMS, PAIRS_OF, write_pairs
 from llava_cot_jax.values.questions import ROW_SPLITS, open_questions
@@ -121,11 +121,12 @@ def _checked_strategy(options: Any) -> Strategy:
     strategy = strategy_or_sampling(options)
     assert not isinstance(strategy, Sampling)  # there is a search
     spec = strategy.to_spec()
-    check_valued(spec)
     check_int("slots", options.slots)
-    if not spec.stages and options.continuations is not None:
-        raise UserError(f"--continuations has no meaning for --search {options.search}, whose candidates are whole")
-    if spec.stages:
+    if spec.has_verifier and spec.can_stream and not spec.stages:  # whole answers, which are not continued
+        if options.continuations is not None:
+            raise UserError(f"--continuations has no meaning for --search {options.search}, whose candidates are whole")
+    else:
+        check_continuable(spec)
         options.continuations = DEFAULT_CONTINUATIONS if options.continuations is None else options.continuations
         check_int("continuations", options.continuations)
     check_mesh_sizes(options)

@@ -52,8 +52,6 @@ def main(argv: list[str] | None = None) -> None:
     except UserError:
         with Lifeline(group_in(arguments)).shared_failures(report):
             raise
-    if computes_on_cpu():
-        keep_freed_memory()  # before there are threads
     group = find_group(**vars(options.hosts))
     lifeline = Lifeline(group)
     with lifeline.shared_failures(report):
@@ -199,4 +197,6 @@ def _answer(result: TrainResult) -> None:
 
 
 if __name__ == "__main__":
+    if computes_on_cpu():
+        keep_freed_memory()  # before there are threads; a program that calls main keeps its memory as it likes
     cli.run(main, leave=os._exit, command="train")  # threads of a save that failed may wait for hours

@@ -125,11 +125,7 @@ WRONG = [
     ("rollout", [*ROLLED, "--continuations", "0"], "continuations is 0; it must be at least 1"),
     ("rollout", [*ROLLED, "--first", "-1"], "first is -1; it must be at least 0"),
     ("rollout", [*ROLLED, "--format", "llamav_o1"], "format llamav_o1 asks for its stages in several turns"),
-    (
-        "rollout",
-        [*ROLLED, "--search", "best_of_n"],
-        "or to whole answers that the verifier scores (--sea",
-    ),
+    ("rollout", [*ROLLED, "--search", "best_of_n"], "search with stage_beam (--search stage_beam)"),
     ("rollout", ["--data", "shapes", "--limit", "4"], "--output is missing"),
     ("serve", ["--slots", "0"], "slots is 0; it must be at least 1"),
     ("serve", ["--host", "0.0.0.0"], "set the environment variable LLAVA_COT_API_KEY to a key that they must send"),

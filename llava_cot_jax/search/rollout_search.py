@@ -44,7 +44,7 @@ from llava_cot_jax.search.reasoner import make_answers, run_program
 from llava_cot_jax.search.request_builder import RequestBuilder, Requests
 from llava_cot_jax.search.rollouts import append_joints, joint_tokens, row_capacity, sample_continuations
 from llava_cot_jax.search.stage_ends import end_stage
-from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_valued, whole_answers
+from llava_cot_jax.search.strategies import SearchSpec, Strategy, check_continuable, whole_answers
 from llava_cot_jax.search.tables import (
     ScorerTables,
     StageTables,
@@ -194,7 +194,7 @@ class RolloutBuilder(RequestBuilder):
         default_max_new_tokens: int | None = None,
     ) -> None:
         super().__init__(processor, strategy, judge_prompts, default_max_new_tokens)
-        check_valued(self.spec)
+        check_continuable(self.spec)
         verifier = build_verifier_tables(processor, (*self.spec.stages, WHOLE_ANSWER), self._prompts)
         self.scorer_tables = replace(self.scorer_tables, verifier=verifier)  # which makes room for its probes
         whole = whole_answers(self.spec.format, 1, 0.0, 1)

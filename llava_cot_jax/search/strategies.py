@@ -132,18 +132,16 @@ def check_strategy(strategy: Any) -> None:
         raise UserError(f"search is {shown(strategy)}; it must be a strategy, such as StageBeam() or Greedy()")
 
 
-def check_valued(spec: SearchSpec) -> None:
-    """Check that the candidates of a search can be given values.
+def check_continuable(spec: SearchSpec) -> None:
+    """Check that the candidates of a search can be continued to the end of the answer.
 
     Raises:
-        UserError: They are neither those of stages, which can be continued to the end of the answer, nor whole answers
-            that the verifier scores, or the stages are turns of their own.
+        UserError: It is none by stages, or its stages are turns of their own.
     """
-    is_whole = not spec.stages and spec.has_verifier
-    if not spec.can_stream or not (spec.stages or is_whole):
+    if not spec.stages or not spec.can_stream:
         raise UserError(
-            "values are given to the candidates of stages (--search stage_beam), or to whole answers that the verifier "
-            "scores (--search best_of_n --judge verifier)"
+            "the candidates of stages are continued: search with stage_beam (--search stage_beam), or let the verifier "
+            "score whole answers (--search best_of_n --judge verifier)"
         )
     if spec.format.has_turns:
         raise UserError(

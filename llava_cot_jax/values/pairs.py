@@ -84,6 +84,8 @@ def write_pairs(folder: Path, path: Path, form: str, min_difference: float, of: 
             try:
                 question = question_text(row["question"], len(row["images"]))
                 images = [str(relative / image) for image in row["images"]]
+                if of == "stages" and not row["stages"]:
+                    raise UserError(f"{place} has whole answers alone, and no stages: give --of answers")
                 pairs = list(_answer_pairs(row) if of == "answers" else _stage_pairs(row, min_difference))
             except (TypeError, LookupError, AttributeError) as fault:
                 raise UserError(

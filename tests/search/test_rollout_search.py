@@ -22,8 +22,8 @@ from llava_cot_jax.search.rollout_search import (
     continuation_spec,
     roll_out_together,
 )
-from llava_cot_jax.search.scorers import Judge, Verifier
-from llava_cot_jax.search.strategies import BestOfN, StageBeam, check_valued
+from llava_cot_jax.search.scorers import Verifier
+from llava_cot_jax.search.strategies import BestOfN, StageBeam, check_continuable
 from llava_cot_jax.search.stream import Question
 from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.values.job import value_stages
@@ -188,9 +188,9 @@ def test_no_two_draws_share_a_key():
 
 
 def test_searches_whose_candidates_cannot_be_continued():
-    for strategy in (BestOfN(2, Judge()), Retracing()):
-        with pytest.raises(UserError, match=r"the candidates of stages \(--search stage_beam\), or to whole answers"):
-            check_valued(strategy.to_spec())
+    for strategy in (BestOfN(2), Retracing()):
+        with pytest.raises(UserError, match=r"search with stage_beam \(--search stage_beam\)"):
+            check_continuable(strategy.to_spec())
     turns = replace(STRATEGY, format=StageFormat.load("llamav_o1"), num_candidates=2, max_new_tokens=4, stages=None)
     with pytest.raises(UserError, match="format llamav_o1 asks for its stages in several turns"):
-        check_valued(turns.to_spec())
+        check_continuable(turns.to_spec())

@@ -151,11 +151,8 @@ def test_other_settings_are_refused(questions, uninterrupted):
     ("arguments", "message"),
     [
         ([*WHOLE, "--continuations", "3"], "--continuations has no meaning for --search best_of_n"),
-        (
-            ["--search", "majority_vote"],
-            r"or to whole answers that the verifier scores \(--search best_of_n --judge",
-        ),
-        (["--search", "retracing"], r"values are given to the candidates of stages \(--search stage_beam\)"),
+        (["--search", "majority_vote"], r"or let the verifier score whole answers \(--search best_of_n --judge veri"),
+        (["--search", "retracing"], r"candidates of stages are continued: search with stage_beam \(--search stage"),
         (["--continuations", "0"], "continuations is 0"),
     ],
 )
@@ -190,8 +187,10 @@ def test_whole_answers_are_those_of_the_search(questions, whole):
             conclusion = each["text"].partition("<CONCLUSION>")[2].removesuffix("</CONCLUSION>").strip()
             assert each["right"] == (not each["cut"] and conclusion == asked["answer"])
     assert {each["right"] for row in rows[:-1] for each in row["answers"]} == {False, True}
-    files = list(open_rows(str(whole), "all").stages)
-    assert files == ["whole"]
+    assert open_rows(str(whole), "all").stages == ("whole",)
+    with pytest.raises(UserError, match="line 1 has whole answers alone, and no stages: give --of answers"):
+        main(["--values", str(whole), "--pairs", str(whole / "pairs.jsonl"), "--form", "trl"])
+    assert not (whole / "pairs.jsonl").exists()
 
 
 @pytest.mark.slow
