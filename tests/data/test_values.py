@@ -297,7 +297,7 @@ def test_the_answers_of_the_verifier_are_checked_before_the_first_batch(folder, 
     ("line", "settings", "message"),
     [
         ('{"id": 1', {}, "values.jsonl, line 1 is damaged .*: let `llava-cot rollout` finish, or remove the line"),
-        ({"stages": []}, {}, "line 1 is damaged"),
+        ({"stages": [{}]}, {}, "line 1 is damaged .KeyError"),
         ({"format": "mine"}, {}, 'line 1: there is no stage format mine: .* of its YAML file .* under "format"'),
         ({"images": ["gone.png"]}, {}, "gone.png"),
         (
