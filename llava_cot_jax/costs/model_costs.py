@@ -6,11 +6,12 @@ counts of the same pass:
 
 * the useful one, for MFU: a query attends to the keys that a causal mask shows it, and padding tokens
   cost nothing;
-* ``as_computed``: what ``attention`` in plain JAX really multiplies, masked scores and padding included.
+* ``as_computed``: what ``blockwise_attention`` really multiplies: masked scores and padding too, and in the backward
+  pass the scores again.
 
 Both count all tiles of an image, used or not, and the vision tower's own padding (1608 tokens for a
 tile of 1601), because the features of the other tokens depend on them. Neither counts what the backward
-pass recomputes, by activation remat or in ``attention``'s blocks of long queries.
+pass recomputes because activation remat does not save it.
 """
 
 import math
@@ -19,9 +20,9 @@ from typing import Any, Literal
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
+from llava_cot_jax.model.blockwise_attention import query_blocks
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import MllamaConfig
-from llava_cot_jax.model.layers import QUERY_BLOCK
 from llava_cot_jax.model.parameters import parameters
 from llava_cot_jax.model.text_decoder import IMAGE_TOKEN_MULTIPLE
 from llava_cot_jax.model.vision_tower import TOKEN_MULTIPLE
@@ -153,7 +154,8 @@ def vision_flops(
         as_computed: Whether padding counts too, as the module's docstring explains.
 
     Returns:
-        FLOPs of each kind: ``tower``, ``tower attention``, ``projector``, ``cross keys and values``.
+        FLOPs of each kind: ``tower``, ``tower attention``, ``projector``, ``cross keys and values``; and where
+        ``as_computed``, the ``tower scores again`` of the backward pass.
     """
     tower, text = config.vision, config.text
     width, tiles = tower.hidden_size, images * tower.max_num_tiles
@@ -180,6 +182,7 @@ def vision_flops(
         "cross keys and values": _matmul_flops(
             keys_values, "cross" in trained, _image_tokens_have_gradient(trained, adapted)
         ),
+        "tower scores again": scores // 2 if as_computed and has_gradient else 0,
     }
 
 
@@ -208,7 +211,8 @@ def text_flops(
             together are then its capacity.
 
     Returns:
-        FLOPs of each kind: ``text``, ``text attention``, ``cross attention``, ``head``.
+        FLOPs of each kind: ``text``, ``text attention``, ``cross attention``, ``head``; and where ``as_computed``, the
+        ``text scores again`` of the backward pass, in the attention of either kind.
     """
     text, hidden = config.text, config.text.hidden_size
     if as_computed:
@@ -218,7 +222,7 @@ def text_flops(
         causal, across = tokens * prefix + tokens * (tokens + 1) // 2, tokens * image_tokens
     mlp = 3 * hidden * text.intermediate_size
 
-    counts = dict.fromkeys(("text", "text attention", "cross attention", "head"), 0)
+    counts = dict.fromkeys(("text", "text attention", "cross attention", "head", "text scores again"), 0)
     flows = "embedding" in trained  # whether a gradient must pass back through a layer's input
     for cross in text.is_cross:
         if cross and not image_tokens:
@@ -235,6 +239,8 @@ def text_flops(
         counts["cross attention" if cross else "text attention"] += _attention_flops(
             4 * pairs * hidden, q_flows, kv_flows
         )
+        if as_computed and flows:
+            counts["text scores again"] += 2 * pairs * hidden
     scored = tokens if scored is None else scored
     counts["head"] = _matmul_flops(2 * scored * hidden * text.vocab_size, "head" in trained, flows)
     return counts
@@ -282,7 +288,7 @@ def training_flops(
 def recomputed_flops(config: MllamaConfig, tokens: int, images: int, *, remat: RematPolicy) -> dict[str, int]:
     """FLOPs that a training step recomputes for one example, where all parts are trained, in plain JAX.
 
-    The logits are always recomputed, and so are the attention scores of long queries, which are computed in blocks.
+    The logits are always recomputed.
     With ``dots`` all of attention is recomputed. With ``full`` each layer is, without its last product, which no
     gradient needs unless a gate follows it.
 
@@ -299,15 +305,10 @@ def recomputed_flops(config: MllamaConfig, tokens: int, images: int, *, remat: R
     recomputed = dict.fromkeys(once, 0)
     recomputed["head"] = once["head"]
     tower, text = config.vision, config.text
-    queries = {
-        "tower attention": padded_tower_tokens(config),
-        "text attention": tokens,
-        "cross attention": tokens,
-    }
-    for kind, count in queries.items():
-        recomputed[kind] = (once[kind] // 2 if count > 2 * QUERY_BLOCK else 0) + (once[kind] if remat != "none" else 0)
+    if remat != "none":
+        recomputed |= {kind: once[kind] for kind in ("tower attention", "text attention", "cross attention")}
     if remat == "full":
-        last = images * queries["tower attention"] * tower.intermediate_size * tower.hidden_size
+        last = images * padded_tower_tokens(config) * tower.intermediate_size * tower.hidden_size
         patches = images * tower.max_num_tiles * tower.patches * tower.hidden_size
         outside = 2 * patches * tower.num_channels * tower.patch_size**2
         down = 2 * tokens * text.hidden_size * text.intermediate_size
@@ -328,8 +329,8 @@ def _key_value_width(config: MllamaConfig) -> int:
 
 
 def _padded_queries(n: int) -> int:
-    """Number of queries that ``attention`` computes for ``n`` queries: many are computed in blocks of a fixed size."""
-    return n if n <= 2 * QUERY_BLOCK else round_up(n, QUERY_BLOCK)
+    """Number of queries that ``blockwise_attention`` computes for ``n`` queries: some fill up the last block."""
+    return math.prod(query_blocks(n))
 
 
 def _matmul_flops(forward: int, weights: bool, inputs: bool) -> int:

@@ -1,7 +1,7 @@
 """Attention masks, and attention kernels, which never hold all scores.
 
 ``layers.attention`` selects its kernel here: splash attention on a TPU, cuDNN's on a GPU. Anywhere else, and where no
-kernel supports the case, it computes all scores.
+kernel supports the case, it is ``blockwise_attention``.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, get_abstract_mesh
+from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from llava_cot_jax.model.sharding import LOGICAL_AXIS_RULES, current_mesh, partition_spec
+from llava_cot_jax.model.sharding import LOGICAL_AXIS_RULES, current_mesh, partition_spec, traced_platform
 from llava_cot_jax.rounding import ceil_div, round_up
 
 
@@ -44,10 +44,18 @@ class AttentionMask:
         """Return whether a key is in a group."""
         return self.group[..., None] == jnp.arange(self.visible.shape[-1])
 
-    def dense(self) -> Bool[Array, "batch queries keys"]:
-        """Return whether a query sees a key, [batch or 1, queries or 1, keys]."""
+    def dense(self, positions: Int[Array, " queries"] | None = None) -> Bool[Array, "batch queries keys"]:
+        """Return whether a query sees a key, [batch or 1, queries or 1, keys].
+
+        Args:
+            positions: Places of the queries among the keys, where ``visible`` is that of some of them; None where it is
+                that of all.
+        """
         seen = jnp.matmul(self.visible.astype(jnp.float32), self.group_one_hot().astype(jnp.float32).mT) > 0
-        return seen & jnp.tri(self.group.shape[-1], dtype=bool) if self.causal else seen
+        if not self.causal:
+            return seen
+        keys = jnp.arange(self.group.shape[-1])
+        return seen & (keys <= (keys if positions is None else positions)[:, None])
 
 
 def causal_mask(present: Bool[Array, "batch tokens"]) -> AttentionMask:
@@ -56,7 +64,7 @@ def causal_mask(present: Bool[Array, "batch tokens"]) -> AttentionMask:
 
 
 AttentionImplementation = Literal["xla", "splash", "cudnn"]
-"""How to attend: by computing all scores, or with the kernel for TPUs or for GPUs."""
+"""How to attend: in plain JAX (``blockwise_attention``), or with the kernel for TPUs or for GPUs."""
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, AttentionMask], jax.Array]
 
@@ -78,24 +86,18 @@ def attention_implementation(implementation: AttentionImplementation) -> Iterato
 
 
 def select_kernel(q: Float[Array, "batch heads queries head_dim"], mask: AttentionMask) -> Kernel | None:
-    """Return the kernel to attend with, on the mesh of ``use_mesh``; None where all scores are to be computed.
+    """Return the kernel to attend with, on the mesh of ``use_mesh``; None where none is to be used.
 
     A single query, in decoding, has few scores and needs no kernel. cuDNN supports neither float32 nor, in a backward
     pass, an odd number of queries or keys.
     """
-    implementation = _implementation.get() or {"tpu": "splash", "gpu": "cudnn"}.get(_platform(), "xla")
+    implementation = _implementation.get() or {"tpu": "splash", "gpu": "cudnn"}.get(traced_platform(), "xla")
     if implementation == "xla" or q.shape[2] == 1:
         return None
     if implementation == "splash":
         return lambda *x: _on_mesh(_splash, *x)
     narrow = q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[-1] % 8 == 0
     return (lambda *x: _on_mesh(_cudnn, *x)) if narrow and not (q.shape[2] % 2 or mask.group.shape[-1] % 2) else None
-
-
-def _platform() -> str:
-    """Return the platform that the traced function is to run on: that of ``use_mesh``, else the default one."""
-    device = get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _on_mesh(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
@@ -164,7 +166,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> ja
         ),
         head_shards=1,
         q_seq_shards=1,
-        interpret=_platform() != "tpu",
+        interpret=traced_platform() != "tpu",
     )
     return jax.vmap(kernel)(q, k, v, segments)[:, :, :queries]
 
@@ -195,6 +197,6 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax
     """Apply cuDNN's attention (GPU). The arguments are those of ``layers.attention``."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [batch, tokens, heads, head_dim]
     seen = jnp.broadcast_to(mask.dense(), (q.shape[0], q.shape[1], k.shape[1]))
-    implementation: Literal["cudnn", "xla"] = "cudnn" if _platform() == "gpu" else "xla"
+    implementation: Literal["cudnn", "xla"] = "cudnn" if traced_platform() == "gpu" else "xla"
     out = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation=implementation)
     return jnp.swapaxes(out, 1, 2)

@@ -11,13 +11,15 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from llava_cot_jax.model.attention import AttentionMask, select_kernel
+from llava_cot_jax.model.blockwise_attention import attend, blockwise_attention
 from llava_cot_jax.model.choices import RematPolicy
 from llava_cot_jax.model.config import TextConfig
 from llava_cot_jax.model.parameters import Params
-from llava_cot_jax.model.sharding import constrain
+from llava_cot_jax.model.sharding import constrain, traced_platform
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,17 +62,28 @@ def linear(
     true. With a ``scale`` [out] the weight is int8 (see ``quantization``).
     """
     is_int8 = "scale" in w
-    y = int8_linear(x, w).astype(x.dtype) if is_int8 else jnp.einsum("...i,oi->...o", x, w["weight"])
+    y = int8_linear(x, w).astype(x.dtype) if is_int8 else product(x, w["weight"])
     if "lora_a" in w and adapted is not False:
-        update = jnp.einsum("...r,or->...o", jnp.einsum("...i,ri->...r", x, w["lora_a"]), w["lora_b"])
+        update = product(product(x, w["lora_a"]), w["lora_b"])
         y = y + (update if adapted is True else jnp.where(jnp.asarray(adapted)[..., None], update, 0))
     return y + w["bias"] if "bias" in w else y
 
 
+def product(
+    x: Float[Array, "*batch in"], weight: Float[Array, "out in"], dtype: DTypeLike | None = None
+) -> Float[Array, "*batch out"]:
+    """Return x W^T, accumulated and returned in ``dtype``; None returns it in the dtype of ``x``."""
+    if traced_platform() != "cpu":
+        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+    # The gradient of the weights is a sum over all axes of a batch. Where there are several, XLA transposes for it on a
+    # CPU both of what it multiplies.
+    rows = jnp.einsum("ni,oi->no", x.reshape(-1, x.shape[-1]), weight, preferred_element_type=dtype)
+    return rows.reshape(*x.shape[:-1], -1)
+
+
 def int8_linear(x: Float[Array, "*batch in"], w: Params) -> Float[Array, "*batch out"]:
     """Apply an int8 ``weight`` [out, in] with its ``scale`` [out]. The result is float32."""
-    weight = w["weight"].astype(x.dtype)
-    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32) * w["scale"]
+    return product(x, w["weight"].astype(x.dtype), jnp.float32) * w["scale"]
 
 
 def rms_norm(x: Float[Array, "*batch width"], w: Params, eps: float) -> Float[Array, "*batch width"]:
@@ -138,11 +151,6 @@ def merge_heads(x: Float[Array, "batch heads tokens head_dim"]) -> Float[Array, 
     return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
-QUERY_BLOCK = 512
-"""Number of queries that attend at a time, where there are many: the scores of the vision tower's 6432 tokens would
-take 2.6 GB an image."""
-
-
 def attention(
     q: Float[Array, "batch heads queries head_dim"],
     k: Float[Array, "batch kv_heads keys head_dim"],
@@ -161,32 +169,9 @@ def attention(
     Returns:
         Means of the values, in the dtype of ``q``.
     """
-    if isinstance(mask, AttentionMask):
-        kernel = select_kernel(q, mask)
-        return attention(q, k, v, mask.dense()) if kernel is None else kernel(q, k, v, mask)
-    batch, heads, queries, head_dim = q.shape
-    grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], queries, head_dim)
-    if queries <= 2 * QUERY_BLOCK:
-        return _attend(grouped, k, v, mask).reshape(q.shape)
-
-    # Each block is computed again in the backward pass (Rabe and Staats, arXiv 2112.05682).
-    attend = jax.checkpoint(lambda block: _attend(block[0], k, v, block[1]))
-    blocks = _query_blocks(grouped, axis=3), _query_blocks(jnp.broadcast_to(mask, (batch, queries, k.shape[2])), axis=1)
-    out = jnp.moveaxis(jax.lax.map(attend, blocks), 0, 3)  # [batch, kv_heads, group, blocks, QUERY_BLOCK, head_dim]
-    return out.reshape(batch, heads, -1, head_dim)[:, :, :queries]
-
-
-def _attend(
-    q: Float[Array, "batch kv_heads group queries head_dim"],
-    k: Float[Array, "batch kv_heads keys head_dim"],
-    v: Float[Array, "batch kv_heads keys head_dim"],
-    mask: Bool[Array, "#batch #queries keys"],
-) -> Float[Array, "batch kv_heads group queries head_dim"]:
-    """Apply attention of grouped queries to all keys at once."""
-    scores = jnp.einsum("bkgqd,bksd->bkgqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgqs,bksd->bkgqd", weights, v)
+    if isinstance(mask, AttentionMask) and (kernel := select_kernel(q, mask)) is not None:
+        return kernel(q, k, v, mask)
+    return blockwise_attention(q, k, v, mask)
 
 
 class KVSegment(NamedTuple):
@@ -214,12 +199,11 @@ def cascade_attention(
     Returns:
         Means of the values, in the dtype of ``q``.
     """
-    outs, maxima, sums = zip(*(_attend_segment(q, *segment) for segment in segments), strict=True)
-    maximum = functools.reduce(jnp.maximum, maxima)
-    weights = [jnp.exp(m - maximum) for m in maxima]
-    total = sum(w * s for w, s in zip(weights, sums, strict=True))
-    mixed = sum(w * out for w, out in zip(weights, outs, strict=True))
-    return (mixed / total).astype(q.dtype)
+    means, log_sum_exps = zip(*(_attend_segment(q, *segment) for segment in segments), strict=True)
+    maximum = functools.reduce(jnp.maximum, log_sum_exps)
+    weights = [jnp.exp(each - maximum) for each in log_sum_exps]
+    mixed = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
+    return (mixed / sum(weights)).astype(q.dtype)
 
 
 def _attend_segment(
@@ -227,47 +211,19 @@ def _attend_segment(
     k: Float[Array, "groups kv_heads capacity head_dim"],
     v: Float[Array, "groups kv_heads capacity head_dim"],
     mask: Bool[Array, " groups #tokens capacity"],
-) -> tuple[
-    Float[Array, "batch heads tokens head_dim"],
-    Float[Array, "batch heads tokens 1"],
-    Float[Array, "batch heads tokens 1"],
-]:
-    """Return the sum of the values weighted by exp(score - maximum), the maximum, and the sum of weights, float32."""
+) -> tuple[Float32[Array, "batch heads tokens head_dim"], Float32[Array, "batch heads tokens 1"]]:
+    """Return the means of a segment's values, and the log-sum-exp of the scores.
+
+    The sequences that share a row are further heads of its key heads.
+    """
     batch, heads, tokens, head_dim = q.shape
     groups, kv_heads = k.shape[:2]
-    grouped = q.reshape(groups, batch // groups, kv_heads, heads // kv_heads, tokens, head_dim)
-    scores = jnp.einsum("gnkhtd,gksd->gnkhts", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    scores = jnp.where(mask[:, None, None, None], scores, jnp.finfo(jnp.float32).min)
-    maximum = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - maximum)
-    out = _weighted_sum(weights.astype(v.dtype), v)
+    shape = (groups, batch // groups, kv_heads, heads // kv_heads, tokens)
+    shared = jnp.swapaxes(q.reshape(*shape, head_dim), 1, 2).reshape(groups, -1, tokens, head_dim)
 
     def ungroup(x: jax.Array) -> jax.Array:
-        return x.reshape(batch, heads, tokens, -1)
+        x = x.reshape(groups, kv_heads, batch // groups, heads // kv_heads, tokens, -1)
+        return jnp.swapaxes(x, 1, 2).reshape(batch, heads, tokens, -1)
 
-    return ungroup(out), ungroup(maximum), ungroup(weights.sum(axis=-1, keepdims=True))
-
-
-def _weighted_sum(
-    weights: Float[Array, "groups n kv_heads group tokens capacity"],
-    v: Float[Array, "groups kv_heads capacity head_dim"],
-) -> Float[Array, "groups n kv_heads group tokens head_dim"]:
-    """Return the sum of the values with these weights, in float32."""
-
-    def product(weights: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.einsum("gnkhts,gksd->gnkhtd", weights, v, preferred_element_type=jnp.float32)
-
-    def float32_product(weights: jax.Array, v: jax.Array) -> jax.Array:
-        return product(weights.astype(jnp.float32), v.astype(jnp.float32))
-
-    # XLA's CPU backend has no product of this form that takes bfloat16 and gives float32.
-    out: jax.Array = jax.lax.platform_dependent(weights, v, cpu=float32_product, default=product)
-    return out
-
-
-def _query_blocks(x: jax.Array, axis: int) -> jax.Array:
-    """Pad ``axis`` to whole blocks and split it: [blocks, ..., QUERY_BLOCK, ...]."""
-    padding = [(0, -x.shape[axis] % QUERY_BLOCK if i == axis else 0) for i in range(x.ndim)]
-    x = jnp.pad(x, padding)
-    x = x.reshape(*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 0)
+    means, log_sum_exp = attend(shared, k, v, mask)
+    return ungroup(means), ungroup(log_sum_exp)

@@ -31,7 +31,7 @@ from llava_cot_jax.model.convention import Convention
 from llava_cot_jax.model.fresh_parameters import init_params
 from llava_cot_jax.model.image_context import ImageContext, cross_attention_mask
 from llava_cot_jax.model.inputs import ArrayLike, as_arrays, check_inputs, check_tiles
-from llava_cot_jax.model.layers import int8_linear
+from llava_cot_jax.model.layers import int8_linear, product
 from llava_cot_jax.model.low_rank import with_adapter
 from llava_cot_jax.model.parameters import Parameter, ParamLayout, Params, parameters
 from llava_cot_jax.model.quantization import quantize_params
@@ -391,7 +391,7 @@ def compute_logits(params: Params, hidden: Float[Array, "*batch hidden"]) -> Flo
     head = params["language_model"]["lm_head"]
     if "scale" in head:
         return int8_linear(hidden, head)
-    return jnp.einsum("...h,vh->...v", hidden, head["weight"], preferred_element_type=jnp.float32)
+    return product(hidden, head["weight"], jnp.float32)
 
 
 def _features(

@@ -211,6 +211,12 @@ def current_mesh() -> AbstractMesh | None:
     return mesh if automatic.issuperset(MESH_AXES) else None
 
 
+def traced_platform() -> str:
+    """Return the platform that the traced function is to run on: that of ``use_mesh``, else the default one."""
+    device = get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrain the sharding of ``x`` by the logical name of each of its axes, on the mesh of ``use_mesh``.
 

@@ -85,11 +85,15 @@ def plan_training(settings: TrainSettings, config: MllamaConfig, slice_: Slice, 
     trained, adapted = program.trained_parts, program.adapted_parts
     useful = training_flops(config, average.tokens, images, trained=trained, adapted=adapted)
     flops = settings.loader.batch_size * sum(useful.values())
-    recomputed_by_kind = recomputed_flops(config, average.tokens, images, remat=settings.remat)
-    recomputed = settings.loader.batch_size * sum(
-        count
-        for kind, count in recomputed_by_kind.items()
-        if average.has_gradient("tower" if kind.startswith("tower") else "self")
+    by_remat = recomputed_flops(config, average.tokens, images, remat=settings.remat)
+    computed = training_flops(config, average.tokens, images, trained=trained, adapted=adapted, as_computed=True)
+    recomputed = settings.loader.batch_size * (
+        sum(computed[kind] for kind in ("tower scores again", "text scores again"))
+        + sum(
+            count
+            for kind, count in by_remat.items()
+            if average.has_gradient("tower" if kind.startswith("tower") else "self")
+        )
     )
     roofline = Roofline.on_slice(
         slice_,

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def prepare(folder: Path) -> Report:
     processor = Processor(config, shapes_tokenizer())
     chat, rows = Chat(processor, ChatSettings(max_length=TOKENS)), ShapesRows("train")
     turns = [[turn for i in range(10 * row, 10 * row + 10) for turn in rows.turns(i)] for row in range(len(TILES))]
-    talks = [chat.encode(row) for row in turns]
+    # All turns are about one image, which the first of them shows.
+    talks = [chat.encode([replace(turn, images=int(i == 0)) for i, turn in enumerate(row)]) for row in turns]
     side = vision.image_size
     sizes = [(wide * side, high * side) for high, wide in TILES]
     images: list[Any] = [rows[10 * i].images[0].resize(size) for i, size in enumerate(sizes)]

@@ -8,7 +8,6 @@ from jaxtyping import TypeCheckError
 
 from llava_cot_jax.model.config import RopeScaling, TextConfig
 from llava_cot_jax.model.layers import (
-    QUERY_BLOCK,
     KVSegment,
     apply_rope,
     attention,
@@ -34,49 +33,6 @@ def test_parameters_are_a_tree_of_arrays():
             linear(x, w | {"bias": leaf})
     with pytest.raises(TypeCheckError, match="parameter 'w'"):
         linear(x, w["weight"])
-
-
-def attention_by_hand(q, k, v, mask):
-    """float64, one head at a time; a query that sees no key takes the mean of all values."""
-    out = np.zeros_like(q, np.float64)
-    group = q.shape[1] // k.shape[1]
-    for b, h in np.ndindex(q.shape[:2]):
-        scores = q[b, h].astype(np.float64) @ k[b, h // group].T / np.sqrt(q.shape[-1])
-        scores = np.where(mask[b], scores, -1e30)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[b, h] = weights / weights.sum(-1, keepdims=True) @ v[b, h // group]
-    return out
-
-
-@pytest.mark.parametrize("queries", [1, 7, 2 * QUERY_BLOCK, 2 * QUERY_BLOCK + 3], ids=lambda n: f"{n} queries")
-def test_attention(queries):
-    """Grouped heads, an arbitrary mask; whole and in blocks."""
-    rng = np.random.default_rng(queries)
-    q = rng.normal(size=(2, 6, queries, 8)).astype(np.float32)
-    k, v = rng.normal(size=(2, 2, 2, 50, 8)).astype(np.float32)
-    mask = rng.random((2, queries, 50)) < 0.3
-    mask[0, 0] = False
-    got = attention(*map(jnp.asarray, (q, k, v, mask)))
-    np.testing.assert_allclose(got, attention_by_hand(q, k, v, mask), atol=1e-5)
-
-
-def test_gradients_of_attention_in_blocks():
-    """Against finite differences along a random direction, for every argument."""
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(1, 2, 2 * QUERY_BLOCK + 3, 4)).astype(np.float32)
-    k, v = rng.normal(size=(2, 1, 1, 9, 4)).astype(np.float32)
-    mask = jnp.asarray(rng.random((1, q.shape[2], 9)) < 0.5)
-    weight = rng.normal(size=q.shape)
-
-    gradients = jax.grad(lambda *x: jnp.sum(attention(*x, mask) * weight), argnums=(0, 1, 2))(q, k, v)
-    for i, gradient in enumerate(gradients):
-        arrays = [x.astype(np.float64) for x in (q, k, v)]
-        direction = rng.normal(size=arrays[i].shape)
-        change = 0.0
-        for sign in (1, -1):
-            moved = [x + sign * 1e-4 * direction if j == i else x for j, x in enumerate(arrays)]
-            change += sign * np.sum(attention_by_hand(*moved, mask) * weight)
-        np.testing.assert_allclose(np.sum(np.asarray(gradient) * direction), change / 2e-4, rtol=1e-3)
 
 
 def test_rope_scaling_stretches_only_long_wavelengths():
