@@ -20,13 +20,13 @@ import jax, jax.numpy as jnp
 
 @jax.jit
 def step(x):  # its temporary has 64 MiB, or 16,384 pages
-    return jnp.sort(jnp.outer(x, x), axis=0)[0]
+    return jnp.sin(jnp.outer(x, x)) @ jnp.ones((4096, 8))
 
 x = jnp.ones(4096)
-for _ in range(12):  # until the heap has its final size
+for _ in range(20):  # until the heap has its final size
     step(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(12):
     step(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -40,7 +40,8 @@ def test_temporaries_of_a_step_are_faulted_in_once():
         command = [sys.executable, "-c", PROGRAM, name]
         environment |= {"JAX_PLATFORMS": "cpu"}
         faults[name] = int(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
-    assert faults["kept"] < 4 * 16384 / 10 < faults["given back"]
+    # Of twelve steps, all fault in their temporary anew, or two at the most: the heap may still grow by one.
+    assert faults["kept"] < 2.5 * 16384 and faults["given back"] > 11.5 * 16384
 
 
 @pytest.mark.parametrize(("platforms", "is_cpu"), [("cpu", True), ("cpu,cuda", True), ("cuda,cpu", False)])

@@ -32,6 +32,7 @@ from llava_cot_jax.training.loop import _open_loaders
 from llava_cot_jax.training.program import check_batch_size, make_program, make_run_mesh
 from llava_cot_jax.training.run import Run
 from llava_cot_jax.training.settings import RENAMED_SETTINGS, MeshSettings, TrainSettings, check_setting_names
+from tests.training.small_run import small_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 QUICK = ("shapes_cpu", "llava_cot_11b_v5e_64")
@@ -163,7 +164,7 @@ def observe(settings: TrainSettings) -> tuple[Any, ...]:
     mesh = AbstractMesh(
         (settings.mesh.data, settings.mesh.fsdp or 1, settings.mesh.tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3
     )
-    config = shapes_config()
+    config = small_config()
     steps = settings.steps or settings.epochs * 10
     program = make_program(settings, config, mesh, steps=steps, steps_per_epoch=10)
     batch = abstract_batch(config, settings.loader.batch_size, 64, mesh, probes=True)
