@@ -46,7 +46,7 @@ TRAINED_BEAM = StageBeam(3, Judge("token"), temperature=1.3, max_new_tokens=(14,
 
 
 def random_model(
-    seed: int = 0, *, convention="meta", eos: tuple[int, ...] | None = None, layers: int = 3, dtype=jnp.float32
+    seed: int = 0, *, convention="meta", eos: tuple[int, ...] | None = None, layers: int = 2, dtype=jnp.float32
 ) -> tuple[Mllama, Processor]:
     """Return a random model with one tile, in which the tokens ``eos`` end an answer.
 
