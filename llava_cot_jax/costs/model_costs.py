@@ -7,7 +7,7 @@ counts of the same pass:
 * the useful one, for MFU: a query attends to the keys that a causal mask shows it, and padding tokens
   cost nothing;
 * ``as_computed``: what ``blockwise_attention`` really multiplies: masked scores and padding too, and in the backward
-  pass the scores again.
+  pass the scores again, but not the small products that make its masks.
 
 Both count all tiles of an image, used or not, and the vision tower's own padding (1608 tokens for a
 tile of 1601), because the features of the other tokens depend on them. Neither counts what the backward
@@ -151,11 +151,11 @@ def vision_flops(
         trained: Parts whose gradients are computed, as ``training_flops`` explains. Without any, the FLOPs are
             those of a forward pass.
         adapted: Parts that have adapters, as ``training_flops`` explains.
-        as_computed: Whether padding counts too, as the module's docstring explains.
+        as_computed: Whether what the module's docstring lists under this name counts too.
 
     Returns:
-        FLOPs of each kind: ``tower``, ``tower attention``, ``projector``, ``cross keys and values``; and where
-        ``as_computed``, the ``tower scores again`` of the backward pass.
+        FLOPs of each kind: ``tower``, ``tower attention``, ``projector``, ``cross keys and values``; and
+        ``tower scores again`` in the backward pass, 0 unless ``as_computed``.
     """
     tower, text = config.vision, config.text
     width, tiles = tower.hidden_size, images * tower.max_num_tiles
@@ -207,12 +207,12 @@ def text_flops(
         scored: Number of tokens that go through lm_head; None is all of them.
         trained: Parts whose gradients are computed, as for ``vision_flops``.
         adapted: Parts that have adapters, as for ``vision_flops``.
-        as_computed: Whether masked scores and padding count too. Where there is a cache, ``prefix`` and ``tokens``
-            together are then its capacity.
+        as_computed: Whether what the module's docstring lists under this name counts too. Where there is a cache,
+            ``prefix`` and ``tokens`` together are then its capacity.
 
     Returns:
-        FLOPs of each kind: ``text``, ``text attention``, ``cross attention``, ``head``; and where ``as_computed``, the
-        ``text scores again`` of the backward pass, in the attention of either kind.
+        FLOPs of each kind: ``text``, ``text attention``, ``cross attention``, ``head``; and ``text scores
+        again`` in the backward pass, of the attention of either kind, 0 unless ``as_computed``.
     """
     text, hidden = config.text, config.text.hidden_size
     if as_computed:
@@ -274,7 +274,7 @@ def training_flops(
         scored: Number of tokens that go through lm_head; None is all of them.
         trained: Parts of the model that are trained, as ``parts_of`` returns them for the trained parameters.
         adapted: Parts of the model that have adapters, as ``parts_of`` returns them for the adapters.
-        as_computed: Whether masked scores and padding count too.
+        as_computed: Whether what the module's docstring lists under this name counts too.
 
     Returns:
         FLOPs of the kinds of ``vision_flops`` and ``text_flops``.
@@ -288,9 +288,9 @@ def training_flops(
 def recomputed_flops(config: MllamaConfig, tokens: int, images: int, *, remat: RematPolicy) -> dict[str, int]:
     """FLOPs that a training step recomputes for one example, where all parts are trained, in plain JAX.
 
-    The logits are always recomputed.
-    With ``dots`` all of attention is recomputed. With ``full`` each layer is, without its last product, which no
-    gradient needs unless a gate follows it.
+    The logits are always recomputed. With ``dots`` all of attention is recomputed. With ``full`` each layer is, without
+    its last product, which no gradient needs unless a gate follows it. The scores that the backward pass of attention
+    makes again, whatever is saved, are not among these: ``training_flops`` has them.
 
     Args:
         config: Configuration of the model.

@@ -51,7 +51,12 @@ class AttentionMask:
             positions: Places of the queries among the keys, where ``visible`` is that of some of them; None where it is
                 that of all.
         """
-        seen = jnp.matmul(self.visible.astype(jnp.float32), self.group_one_hot().astype(jnp.float32).mT) > 0
+        batch = max(len(self.visible), len(self.group))
+        visible, in_group = (
+            jnp.broadcast_to(x, (batch, *x.shape[1:])).astype(jnp.float32) for x in (self.visible, self.group_one_hot())
+        )
+        # A product with a batch axis, even of one row: remat "dots" saves none of these.
+        seen = jax.lax.dot_general(visible, in_group, (((2,), (2,)), ((0,), (0,)))) > 0
         if not self.causal:
             return seen
         keys = jnp.arange(self.group.shape[-1])

@@ -17,10 +17,11 @@ from llava_cot_jax.model.attention import AttentionMask
 from llava_cot_jax.rounding import ceil_div, round_up
 
 QUERY_BLOCK = 128
-"""Largest number of queries that attend at a time. A CPU is fastest where the scores of a block are some megabytes."""
+"""Largest number of queries that attend at a time. A CPU is fastest where the scores of a block are some megabytes.
+Nothing was measured on GPUs, nor on TPUs, whose kernels take most of their attention."""
 
 BLOCK_MULTIPLE = 8
-"""Where there are several blocks, the queries of each are a multiple of this, as a TPU tiles them."""
+"""Where there are several blocks, the queries of each are a multiple of this: rows of a TPU's tile in float32."""
 
 Carry = TypeVar("Carry")
 
@@ -59,12 +60,20 @@ def blockwise_attention(
 
 
 def attend(
-    q: Float[Array, "batch heads queries head_dim"],
+    q: Float[Array, "batch kv_heads group queries head_dim"],
     k: Float[Array, "batch kv_heads keys head_dim"],
     v: Float[Array, "batch kv_heads keys head_dim"],
     mask: Mask,
-) -> tuple[Float32[Array, "batch heads queries head_dim"], Float32[Array, "batch heads queries 1"]]:
-    """Return the means of the values, and the log-sum-exp of each query's scores, by which they can be joined."""
+) -> tuple[Float32[Array, "batch kv_heads group queries head_dim"], Float32[Array, "batch kv_heads group queries 1"]]:
+    """Return the means of the values, and the log-sum-exp of each query's scores, by which segments can be joined.
+
+    Args:
+        q: Queries of each key head.
+        k: Keys.
+        v: Values.
+        mask: Which keys each query sees. A query that sees none has the mean of all values, and a log-sum-exp so low
+            that it has no part beside any other segment.
+    """
 
     def attend_block(_: None, block: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         q, visible, positions = block
@@ -74,7 +83,7 @@ def attend(
         total = weights.sum(axis=-1, keepdims=True)
         return None, (_einsum("bkrs,bksd->bkrd", weights.astype(v.dtype), v) / total, maximum + jnp.log(total))
 
-    _, (out, log_sum_exp) = _scan(attend_block, None, (_split(q, k.shape[1]), *_split_mask(mask, q.shape[2])))
+    _, (out, log_sum_exp) = _scan(attend_block, None, (_split(q), *_split_mask(mask, q.shape[3])))
     return _join(out, q.shape), _join(log_sum_exp, q.shape)
 
 
@@ -85,9 +94,9 @@ def _forward(
     mask: Mask,
 ) -> tuple[Float[Array, "batch heads queries head_dim"], _Residuals]:
     """Return the result of ``blockwise_attention``, and what ``_backward`` needs."""
-    means, log_sum_exp = attend(q, k, v, mask)
-    out = means.astype(q.dtype)
-    return out, _Residuals(q, k, v, mask, out, log_sum_exp)
+    means, log_sum_exp = attend(_group(q, k), k, v, mask)
+    out = means.astype(q.dtype).reshape(q.shape)
+    return out, _Residuals(q, k, v, mask, out, log_sum_exp.reshape(*q.shape[:3], 1))
 
 
 def _backward(
@@ -107,17 +116,17 @@ def _backward(
         sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         q, change, log_sum_exp, mean, visible, positions = block
-        weights = jnp.where(_sees(mask, visible, positions, q), jnp.exp(_scores(q, k) - log_sum_exp), 0)
+        weights = jnp.exp(jnp.where(_sees(mask, visible, positions, q), _scores(q, k) - log_sum_exp, -jnp.inf))
         by_weight = _einsum("bkrd,bksd->bkrs", change, v)
         by_score = (weights * (by_weight - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
         dk = _einsum("bkrs,bkrd->bksd", by_score, q)
         dv = _einsum("bkrs,bkrd->bksd", weights.astype(v.dtype), change)
         return (sums[0] + dk, sums[1] + dv), _einsum("bkrs,bksd->bkrd", by_score, k).astype(q.dtype)
 
-    blocks = [_split(x, k.shape[1]) for x in (q, change, log_sum_exp, mean)]
+    blocks = [_split(_group(x, k)) for x in (q, change, log_sum_exp, mean)]
     zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     (dk, dv), dq = _scan(add, zeros, (*blocks, *_split_mask(mask, q.shape[2])))
-    return _join(dq, q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return _join(dq, _group(q, k).shape).reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 blockwise_attention.defvjp(_forward, _backward)
@@ -164,22 +173,30 @@ def _split_mask(mask: Mask, queries: int) -> tuple[Bool[Array, " blocks #batch #
     return blocks, jnp.arange(count * size).reshape(count, size)
 
 
-def _split(x: Float[Array, "batch heads queries n"], kv_heads: int) -> Float[Array, "blocks batch {kv_heads} rows n"]:
+def _group(
+    x: Float[Array, "batch heads queries n"], k: Float[Array, "batch kv_heads keys head_dim"]
+) -> Float[Array, "batch kv_heads group queries n"]:
+    """Split the heads into groups, those of each key head."""
+    batch, heads, *rest = x.shape
+    return x.reshape(batch, k.shape[1], heads // k.shape[1], *rest)
+
+
+def _split(x: Float[Array, "batch kv_heads group queries n"]) -> Float[Array, "blocks batch kv_heads rows n"]:
     """Return blocks of rows, which are a block's queries in every head of a key head. Zeros fill up the last block.
 
     Products of such arrays have one axis of each kind. XLA transposes weights for products that have several.
     """
-    batch, heads, queries, n = x.shape
+    *outer, queries, n = x.shape
     count, size = query_blocks(queries)
-    padded = jnp.pad(x, ((0, 0), (0, 0), (0, count * size - queries), (0, 0)))
-    blocks = jnp.moveaxis(padded.reshape(batch, kv_heads, heads // kv_heads, count, size, n), 3, 0)
-    return blocks.reshape(count, batch, kv_heads, -1, n)
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, count * size - queries), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(*outer, count, size, n), 3, 0)
+    return blocks.reshape(count, *outer[:2], -1, n)
 
 
 def _join(
     x: Float[Array, "blocks batch kv_heads rows n"], shape: tuple[int, ...]
-) -> Float[Array, "batch heads queries n"]:
+) -> Float[Array, "batch kv_heads group queries n"]:
     """Undo ``_split`` for queries of this shape."""
-    batch, heads, queries, _ = shape
-    blocks = x.reshape(*x.shape[:3], heads // x.shape[2], -1, x.shape[-1])
-    return jnp.moveaxis(blocks, 0, 3).reshape(batch, heads, -1, x.shape[-1])[:, :, :queries]
+    batch, kv_heads, group, queries, _ = shape
+    blocks = x.reshape(len(x), batch, kv_heads, group, -1, x.shape[-1])
+    return jnp.moveaxis(blocks, 0, 3).reshape(batch, kv_heads, group, -1, x.shape[-1])[:, :, :, :queries]

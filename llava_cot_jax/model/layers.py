@@ -72,13 +72,13 @@ def linear(
 def product(
     x: Float[Array, "*batch in"], weight: Float[Array, "out in"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*batch out"]:
-    """Return x W^T, accumulated and returned in ``dtype``; None returns it in the dtype of ``x``."""
+    """Return x W^T, accumulated and returned in ``dtype``; None is the dtype that both promote to."""
     if traced_platform() != "cpu":
         return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
     # The gradient of the weights is a sum over all axes of a batch. Where there are several, XLA transposes for it on a
     # CPU both of what it multiplies.
     rows = jnp.einsum("ni,oi->no", x.reshape(-1, x.shape[-1]), weight, preferred_element_type=dtype)
-    return rows.reshape(*x.shape[:-1], -1)
+    return rows.reshape(*x.shape[:-1], len(weight))
 
 
 def int8_linear(x: Float[Array, "*batch in"], w: Params) -> Float[Array, "*batch out"]:
@@ -159,6 +159,8 @@ def attention(
 ) -> Float[Array, "batch heads queries head_dim"]:
     """Apply grouped-query attention. All attention of whole sequences and of images goes through this function.
 
+    It has gradients in reverse mode alone.
+
     Args:
         q: Queries.
         k: Keys; each key head serves heads / kv_heads consecutive query heads.
@@ -212,14 +214,14 @@ def _attend_segment(
     v: Float[Array, "groups kv_heads capacity head_dim"],
     mask: Bool[Array, " groups #tokens capacity"],
 ) -> tuple[Float32[Array, "batch heads tokens head_dim"], Float32[Array, "batch heads tokens 1"]]:
-    """Return the means of a segment's values, and the log-sum-exp of the scores.
+    """Return the means of a segment's values, and the log-sum-exp of the scores, in float32.
 
     The sequences that share a row are further heads of its key heads.
     """
     batch, heads, tokens, head_dim = q.shape
     groups, kv_heads = k.shape[:2]
-    shape = (groups, batch // groups, kv_heads, heads // kv_heads, tokens)
-    shared = jnp.swapaxes(q.reshape(*shape, head_dim), 1, 2).reshape(groups, -1, tokens, head_dim)
+    apart = groups, batch // groups, kv_heads, heads // kv_heads, tokens
+    shared = jnp.swapaxes(q.reshape(*apart, head_dim), 1, 2).reshape(groups, kv_heads, -1, tokens, head_dim)
 
     def ungroup(x: jax.Array) -> jax.Array:
         x = x.reshape(groups, kv_heads, batch // groups, heads // kv_heads, tokens, -1)

@@ -78,8 +78,6 @@ def float32_flops(jaxpr: Jaxpr) -> int:
         if equation.primitive.name == "dot_general" and dtypes == {jnp.dtype(jnp.float32)}:
             total += count_flops(jaxpr.replace(eqns=[equation]))
         inner = [float32_flops(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
-        if equation.primitive.name == "cond":  # the same product for several platforms, in float32 for one of them
-            inner = [min(inner)]
         total += equation.params.get("length", 1) * sum(inner)
     return total
 

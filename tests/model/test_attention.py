@@ -160,19 +160,14 @@ def test_splash_in_bfloat16_is_as_near_to_float32_as_the_plain_form():
         assert off_splash < 1.5 * off_plain, name
 
 
-@pytest.mark.parametrize("form", [*FORMS, "plain"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", [pytest.param("text padded on the left", marks=pytest.mark.slow), "tower"])
 @pytest.mark.parametrize("shape", [(2, 1, 4), pytest.param((4, 1, 2), marks=pytest.mark.slow)], ids=str)
 def test_on_a_mesh(case, form, shape):
     """Heads cut over eight devices, and rows, but for the three of the tower, which the mesh does not divide."""
     mask = CASES[case]
     given, some = arrays(mask, 8, 4, 16)
-    forms = {
-        "splash": by_implementation("splash"),
-        "cudnn": lambda *x: _on_mesh(_cudnn, *x),
-        "plain": by_implementation("xla"),
-    }
-    attend = forms[form]
+    attend = by_implementation("splash") if form == "splash" else lambda *x: _on_mesh(_cudnn, *x)
     assert_same(
         attended(attend, mask, *given, mesh=make_mesh(*shape)), attended(by_implementation("xla"), mask, *given), some
     )

@@ -50,7 +50,8 @@ def random_model(
 ) -> tuple[Mllama, Processor]:
     """Return a random model with one tile, in which the tokens ``eos`` end an answer.
 
-    The last but one of its text layers is of cross-attention.
+    The last but one of its text layers is of cross-attention. With two layers, which compile sooner, the keys and
+    values of a token depend on the token, its position and the image alone; with three, on the tokens before it too.
     """
     config = shapes_config()
     text = replace(config.text, num_hidden_layers=layers, cross_attention_layers=(layers - 2,), initializer_range=0.25)

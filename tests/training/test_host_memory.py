@@ -23,7 +23,7 @@ def step(x):  # its temporary has 64 MiB, or 16,384 pages
     return jnp.sin(jnp.outer(x, x)) @ jnp.ones((4096, 8))
 
 x = jnp.ones(4096)
-for _ in range(20):  # until the heap has its final size
+for _ in range(40):  # until the heap has its final size
     step(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(12):
