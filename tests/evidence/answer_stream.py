@@ -38,7 +38,7 @@ ROOM = {"slots": SLOTS, "prompt_tokens": 128, "images": 1}
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{datetime.date.today()}; jax {jax.__version__}; {jax.devices()[0].device_kind}; {SLOTS} slots")
-    model, processor = random_model(1, layers=3, eos=tuple(range(0, 500, 30)))
+    model, processor = random_model(1, eos=tuple(range(0, 500, 30)))
     reasoner = Reasoner(model, processor, STAGES)
     asked = list(questions(COUNT))
     list(reasoner.answer_stream(asked[:2], **ROOM))  # compiles

@@ -99,7 +99,7 @@ def count_the_same(model: Mllama, processor: Processor) -> str:
 def models(dtype: str) -> Iterator[tuple[str, Mllama, Processor]]:
     """Yield a random model under each convention, and the trained one of the package, which has ``meta``."""
     for convention in get_args(Convention):
-        model, processor = random_model(3, layers=3, convention=convention, eos=())
+        model, processor = random_model(3, convention=convention, eos=())
         arrays = {path: x.astype(dtype) for path, x in flatten_dict(model.params, sep=".").items()}
         yield f"random, {convention}", Mllama.from_arrays(model.config, arrays, layout="unrolled"), processor
     yield "trained, meta", Mllama.from_pretrained("shapes", dtype=dtype), Processor.from_pretrained("shapes")

@@ -1,18 +1,16 @@
 """A cache that is a chain of segments against transformers' whole forward pass."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
-from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from llava_cot_jax.inference.decoding import Decoder, encode_images, prefill
 from llava_cot_jax.inference.ragged_tokens import RaggedTokens
 from llava_cot_jax.model.kv_cache import KVCache, Segment, init_cache
 from tests.costs.test_model_costs import arrays
+from tests.jaxprs import shapes
 from tests.parity.reference import BOS, Sizes, batch_of_rows, logits_of, random_model, under
 from tests.parity.test_transformers import OFF, ours
 
@@ -102,14 +100,6 @@ def _with_tokens(batch: dict[str, np.ndarray], row: int, length: int, tokens: np
     return alone | images | {"cross_attention_mask": mask}
 
 
-def shapes_in(program: Jaxpr) -> Iterator[tuple[int, ...]]:
-    """Yield the shape of each array that a program computes, in its loops too."""
-    for equation in program.eqns:
-        yield from (x.aval.shape for x in equation.outvars if hasattr(x.aval, "shape"))
-        for inner in jaxprs_in_params(equation.params):
-            yield from shapes_in(inner)
-
-
 def test_a_chain_is_never_copied(small):
     """No array of the program has a question's or a candidate's keys once for each continuation."""
     capacities, rows = (37, 23), (2, 6, 24)
@@ -128,12 +118,12 @@ def test_a_chain_is_never_copied(small):
 
     tokens = jax.ShapeDtypeStruct((rows[2], 1), jnp.int32)
     program = jax.make_jaxpr(forward)(arrays(small, "unrolled"), tokens, abstract)
-    shapes = set(shapes_in(program.jaxpr))
+    found = shapes(program.jaxpr)
     for groups, capacity in zip(rows[:2], capacities, strict=True):
-        with_keys = [shape for shape in shapes if capacity in shape and text.head_dim in shape]
+        with_keys = [shape for shape in found if capacity in shape and text.head_dim in shape]
         largest = groups * text.num_key_value_heads * capacity * text.head_dim
         assert max([int(np.prod(shape)) for shape in with_keys], default=0) <= largest
-        scores = [shape for shape in shapes if capacity in shape and text.head_dim not in shape]
+        scores = [shape for shape in found if capacity in shape and text.head_dim not in shape]
         assert max(int(np.prod(shape)) for shape in scores) == rows[2] * text.num_attention_heads * capacity
 
 

@@ -46,12 +46,11 @@ TRAINED_BEAM = StageBeam(3, Judge("token"), temperature=1.3, max_new_tokens=(14,
 
 
 def random_model(
-    seed: int = 0, *, convention="meta", eos: tuple[int, ...] | None = None, layers: int = 2, dtype=jnp.float32
+    seed: int = 0, *, convention="meta", eos: tuple[int, ...] | None = None, layers: int = 3, dtype=jnp.float32
 ) -> tuple[Mllama, Processor]:
     """Return a random model with one tile, in which the tokens ``eos`` end an answer.
 
-    The last but one of its text layers is of cross-attention. With two layers, which compile sooner, the keys and
-    values of a token depend on the token, its position and the image alone; with three, on the tokens before it too.
+    The last but one of its text layers is of cross-attention.
     """
     config = shapes_config()
     text = replace(config.text, num_hidden_layers=layers, cross_attention_layers=(layers - 2,), initializer_range=0.25)

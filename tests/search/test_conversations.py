@@ -25,7 +25,7 @@ def text(content: str) -> dict:
 
 @pytest.fixture(scope="module")
 def random():
-    return random_model(1, layers=3)
+    return random_model(1)
 
 
 @pytest.mark.slow

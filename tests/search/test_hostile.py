@@ -149,7 +149,7 @@ def test_a_judge_whose_logits_are_not_finite(prompts):
 @pytest.mark.slow
 def test_a_model_that_ends_answers_now_and_then(prompts):
     """Every stage is there, and no end-of-sequence token is in the text."""
-    model, processor = random_model(1, layers=3, eos=tuple(range(0, 500, 10)))
+    model, processor = random_model(1, eos=tuple(range(0, 500, 10)))
     strategy = StageBeam(3, temperature=1.0, max_new_tokens=7)
     answer = Reasoner(model, processor, strategy, prompts).answer(*scene(0), seed=3)
     assert list(answer.stages) == list(STAGES)

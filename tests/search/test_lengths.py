@@ -18,6 +18,7 @@ from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.scorers import Judge
 from llava_cot_jax.search.strategies import BestOfN, SearchSpec, StageBeam
 from llava_cot_jax.search.tables import JudgeTables, StageTables
+from tests.jaxprs import shapes
 from tests.search.models import random_model, scene
 
 RATIONALE = Judge("rationale", reason_tokens=12, check_tokens=9)
@@ -86,15 +87,7 @@ def caches_of_the_program(model, builder: RequestBuilder) -> set[int]:
     inputs, tables = builder.build([image], [question]).inputs, (builder.stage_tables, builder.scorer_tables)
     static = {"config": model.config, "spec": builder.spec, "prefill_chunk": 64, "mesh": None}
     program = jax.make_jaxpr(lambda params, x: search(params, x, *tables, **static))(model.params, inputs)
-    return axis_sizes(program.jaxpr)
-
-
-def axis_sizes(jaxpr) -> set[int]:
-    sizes = {size for equation in jaxpr.eqns for x in equation.outvars for size in x.aval.shape}
-    for equation in jaxpr.eqns:
-        for part in jax.extend.core.jaxprs_in_params(equation.params):
-            sizes |= axis_sizes(part)
-    return sizes
+    return {size for shape in shapes(program.jaxpr) for size in shape}
 
 
 def planned_bytes(model, spec: SearchSpec) -> int:

@@ -26,7 +26,7 @@ SMALL = Retracing(captions=3, max_rounds=3, temperature=1.0, max_new_tokens=5, t
 @pytest.fixture(scope="module")
 def ending():
     """A random model that often ends an answer: one token in sixty does."""
-    return random_model(1, layers=3, eos=tuple(range(0, 500, 60)))
+    return random_model(1, eos=tuple(range(0, 500, 60)))
 
 
 def check_against_brute_force(monkeypatch, model, processor, strategy, prompts, image, question, seed):

@@ -26,7 +26,7 @@ CANDIDATES, CONTINUATIONS, LONGEST, CHUNK = 4, 3, 9, 8
 @pytest.mark.slow
 def test_continuations_of_candidates_are_those_after_a_plain_prefix(prompts):
     """Four candidates of different lengths, one of them empty, a tag, and three continuations of each."""
-    model, processor = random_model(1, layers=3, eos=tuple(range(0, 500, 20)))
+    model, processor = random_model(1, eos=tuple(range(0, 500, 20)))
     image, question = scene(3)
     first = BestOfN(CANDIDATES, LogProbability(), temperature=1.0, max_new_tokens=LONGEST)
     then = replace(first, num_candidates=CONTINUATIONS)

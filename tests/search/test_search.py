@@ -31,7 +31,7 @@ ONE_ORDER = Judge("rationale", both_orders=False, reason_tokens=9, check_tokens=
 @pytest.fixture(scope="module")
 def ending():
     """A random model that often ends an answer: one token in sixty does."""
-    return random_model(1, layers=3, eos=tuple(range(0, 500, 60)))
+    return random_model(1, eos=tuple(range(0, 500, 60)))
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ SLOTS = 3
 @pytest.fixture(scope="module")
 def ending():
     """A random model that often ends an answer: one token in sixty does, so that lengths are drawn unevenly."""
-    return random_model(1, layers=3, eos=tuple(range(0, 500, 60)))
+    return random_model(1, eos=tuple(range(0, 500, 60)))
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_what_a_scorer_does_wrong_is_told_of_its_question_alone(ending, prompts)
 
 def test_logits_that_are_not_finite_are_told_of_their_question_alone():
     """A token without a number in its embedding spoils the answer of the question that has it, and no other."""
-    model, processor = random_model(1, layers=3, eos=tuple(range(0, 500, 60)))
+    model, processor = random_model(1, eos=tuple(range(0, 500, 60)))
     prompts = (processor.prompt(user_turn(question, 0)) for question in ("What? red", "What?"))
     spoilt, whole = (set(token_ids(processor, prompt)) for prompt in prompts)
     table = model.language_model.model.embed_tokens.weight

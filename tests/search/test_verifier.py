@@ -37,7 +37,7 @@ STRATEGY = StageBeam((3, 2, 1, 3), Verifier(), temperature=0.9, max_new_tokens=(
 @pytest.fixture(scope="module")
 def ending():
     """A random model that often ends an answer, under the convention of the installed transformers."""
-    return random_model(1, layers=3, convention="transformers_5", eos=tuple(range(0, 500, 20)))
+    return random_model(1, convention="transformers_5", eos=tuple(range(0, 500, 20)))
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def searched(tmp_path_factory) -> SimpleNamespace:
 
     The model writes whole words alone, so that its texts have one tokenization.
     """
-    model, processor = random_model(layers=3)
+    model, processor = random_model()
     words = [token for token in range(model.config.text.vocab_size) if processor.decode([token])[1:].isalpha()]
     words = [token for token in words if processor.decode([token])[0] == " "]
     head = model.language_model.lm_head.weight
