@@ -193,8 +193,13 @@ def value_answers(candidates: Sequence[CandidateTrace], right: RightAnswer, form
     whole = dict[str, dict[str, Any]]()
     for candidate in candidates:
         text, is_cut = tagged_text(format, WHOLE_ANSWER, candidate), candidate.ended == "max_new_tokens"
-        told = {"text": text, "right": not is_cut and right.accepts(scored_text(text, format)), "cut": is_cut}
-        whole.setdefault(text, {**told, "score": candidate.score, "other_probability": candidate.other_probability})
+        told: dict[str, Any] = {
+            "text": text,
+            "right": not is_cut and right.accepts(scored_text(text, format)),
+            "cut": is_cut,
+        }
+        told |= {"mean_log_prob": candidate.mean_log_prob, "score": candidate.score}
+        whole.setdefault(text, {**told, "other_probability": candidate.other_probability})
     return {"stages": [], "answers": list(whole.values())}
 
 

@@ -149,6 +149,19 @@ def test_the_means_and_their_errors(part, before):
     assert found["other_probability"]["percentile_95"] == pytest.approx(np.percentile(other, 95))
 
 
+def test_whole_answers_that_were_sampled_have_log_probabilities(tmp_path):
+    rows = drawn(1)
+    for each in rows:
+        for told, stage in zip(each["answers"], each["stages"][0]["candidates"], strict=True):
+            told["mean_log_prob"] = stage["mean_log_prob"]
+    found = measure_verifier(read_values(written(tmp_path, rows)))["whole answers"]
+    for name in ("clear_pairs", "all_pairs"):
+        estimate, expected = found[f"{name}_by_log_prob"], anew(rows, "whole answers", "mean_log_prob")[name]
+        assert (estimate["mean"], estimate["standard_error"], estimate["count"]) == pytest.approx(
+            clustered_mean(expected)
+        )
+
+
 def test_calibration(before):
     """Bins as numpy's histogram has them; the Brier score over every continuation, right or wrong."""
     candidates = [each for _, _, found in sets_of(drawn(1), "CAPTION") for each in found]

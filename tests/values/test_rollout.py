@@ -184,6 +184,7 @@ def test_whole_answers_are_those_of_the_search(questions, whole):
             candidate = candidates[each["text"]]
             assert each["cut"] == (candidate.ended == "max_new_tokens")
             assert each["score"] == pytest.approx(candidate.score, abs=1e-5)
+            assert each["mean_log_prob"] == pytest.approx(candidate.mean_log_prob, abs=1e-5)
             conclusion = each["text"].partition("<CONCLUSION>")[2].removesuffix("</CONCLUSION>").strip()
             assert each["right"] == (not each["cut"] and conclusion == asked["answer"])
     assert {each["right"] for row in rows[:-1] for each in row["answers"]} == {False, True}

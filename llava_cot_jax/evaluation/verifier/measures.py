@@ -120,7 +120,7 @@ _BY_LOG_PROB: dict[str, _Observe] = {
     "clear_pairs_by_log_prob": partial(_agreements, _log_prob, CLEAR_DIFFERENCE),
     "all_pairs_by_log_prob": partial(_agreements, _log_prob, 2 * _ROUNDING),
 }
-"""Measures of the mean log-probability in the score's place, which whole answers do not have."""
+"""Measures of the mean log-probability in the score's place, of texts that were sampled at once."""
 
 
 def measure_verifier(values: ScoredValues) -> dict[str, dict[str, Any]]:

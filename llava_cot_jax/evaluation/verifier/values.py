@@ -32,7 +32,8 @@ class ValuedText:
         value: Share of right conclusions, from 0 to 1.
         score: Probability of yes against no.
         other_probability: Probability of anything but yes and no.
-        mean_log_prob: Mean log-probability of its tokens; None with a whole answer.
+        mean_log_prob: Mean log-probability of its tokens; None with a whole answer that a continuation ends, whose
+            beginning was not sampled with it.
     """
 
     text: str
@@ -173,11 +174,12 @@ def _texts_of(part: str, candidates: Sequence[Mapping[str, Any]]) -> tuple[Value
     has_score = [candidate.get("score") is not None for candidate in candidates]
     if any(has_score) != all(has_score):
         raise UserError(f"{sum(has_score)} of {len(candidates)} candidates of {part} have a score: score all or none")
+    has_log_prob = part != WHOLE_ANSWERS or any("mean_log_prob" in candidate for candidate in candidates)
     drawn: dict[str, list[Mapping[str, Any]]] = {}
     for candidate in candidates:
         check_text(f"text of {part}", candidate.get("text"))
         _check_share(part, candidate, "value")
-        if part != WHOLE_ANSWERS:
+        if has_log_prob:
             check_number(f"mean_log_prob of {part}", candidate.get("mean_log_prob"))
         if all(has_score):
             _check_share(part, candidate, "score")
@@ -186,7 +188,7 @@ def _texts_of(part: str, candidates: Sequence[Mapping[str, Any]]) -> tuple[Value
         drawn.setdefault(candidate["text"], []).append(candidate)
     if not all(has_score):
         return None
-    return tuple(_valued_text(text, draws, has_log_prob=part != WHOLE_ANSWERS) for text, draws in drawn.items())
+    return tuple(_valued_text(text, draws, has_log_prob=has_log_prob) for text, draws in drawn.items())
 
 
 def _check_share(part: str, candidate: Mapping[str, Any], key: str) -> None:
