@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from llava_cot_jax import annotate
+from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.errors import UserError
-from tests.annotation.runs import BAD, lines, rows_of, run, write_input
+from tests.annotation.runs import BAD, lines, rows_of, run, write_input, write_world
 from tests.annotation.stand_in_endpoint import Asked, Response, StandIn, running, well
 from tests.processes import ROOT
+from tests.serving.servers import KEY, serving
 
 
 def test_wrong_arguments(tmp_path, monkeypatch):
@@ -75,6 +77,30 @@ def command(folder: Path, rows: list[dict[str, Any]], stand_in: StandIn, *option
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
+
+
+@pytest.mark.slow
+def test_our_own_server_is_asked(tmp_path):
+    """It serves the small model, which is asked with little more than the questions that it knows."""
+    texts = {"system": "?", "ask": "{question}{hint} {answer}", "hint": " {text}", "retry": "{problem}"}
+    texts |= {"check": "{question} {answer} {conclusion}"}
+    prompts = {**texts, "verdicts": {"same": "yes", "different": "no", "refusal": "refusal"}}
+    (tmp_path / "prompts.yaml").write_text(json.dumps(prompts))
+    options = [*write_world(tmp_path, 8), f"--output={tmp_path}/out.jsonl", f"--prompts={tmp_path}/prompts.yaml"]
+    with serving("--max_new_tokens", "160") as served:
+        served.wait_for("serving")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPENAI_API_KEY", KEY)
+            annotate.main([*options, "--model=shapes", f"--base_url={served.url}", "--tries=1"])
+        assert served.stop() == 0
+    kept, rejected = lines(tmp_path / "out.jsonl"), lines(tmp_path / "out.rejected.jsonl")
+    told = {(row["id"], turn["value"]) for row in kept for turn in row["conversations"][::2]}
+    told |= {(row["id"], row["question"]) for row in rejected}
+    asked = {(row["id"], question) for row in lines(tmp_path / "questions.jsonl") for question in row["questions"]}
+    assert told == asked and "refused request" not in {row["reason"] for row in rejected}
+    world = ShapesRows("train", seed=1, size=32)
+    own = {turn.answer for row in kept for turn in world[row["id"]].turns}
+    assert sum(turn["value"] in own for row in kept for turn in row["conversations"]) >= 2  # it saw the pictures
 
 
 @pytest.mark.slow

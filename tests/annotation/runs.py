@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from llava_cot_jax import annotate
+from llava_cot_jax.data.shapes.rows import ShapesRows
 from tests.annotation.stand_in_endpoint import Asked, Response, StandIn, staged, well
 
 KEY = "sk-secret-0123456789"
@@ -24,6 +25,22 @@ def write_input(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     named = {"input": "questions.jsonl", "images": "images", "output": "out.jsonl"}
     return [f"--{name}={folder / path}" for name, path in named.items()]
+
+
+def write_world(folder: Path, count: int) -> list[str]:
+    """Write rows of the shapes world with their short answers alone, the last with two turns. Return the options."""
+    made, rows = ShapesRows("train", seed=1, size=32), []
+    for number in [*range(count - 1), 28]:
+        row = made[number]
+        row.images[0].save(folder / f"{number}.png")
+        turns = {"questions": [], "answers": []}
+        for turn in row.turns:
+            turns["questions"].append(turn.question)
+            turns["answers"].append(turn.answer.rpartition("<CONCLUSION> ")[2].removesuffix(" </CONCLUSION>"))
+        rows.append({"id": number, "image": f"{number}.png", **turns})
+    assert len(rows[-1]["questions"]) == 2
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"--input={folder}/questions.jsonl", f"--images={folder}"]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

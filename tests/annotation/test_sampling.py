@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +11,14 @@ from llava_cot_jax.annotation.checking import Problem
 from llava_cot_jax.annotation.outcomes import RowOutcome
 from llava_cot_jax.annotation.rows import NamedImage, RowToAnnotate, TurnToAnnotate
 from llava_cot_jax.annotation.sampling import SampleRequest, sample_for_row
-from llava_cot_jax.data.shapes.rows import ShapesRows
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.stages import is_staged
+from tests.annotation.runs import write_world
 from tests.annotation.stand_in_endpoint import staged
 from tests.training.small_run import arguments, command, losses
 
 TURNS = (TurnToAnnotate("First?", ("blue",)), TurnToAnnotate("Second?", (2,)))
+SELF = ["--model=self", "--max_new_tokens=160"]
 ROW = RowToAnnotate(7, (NamedImage("a.png", "a.png", 9, 1),), TURNS)
 
 
@@ -72,27 +72,11 @@ def test_candidates_are_sampled_again_with_another_seed_and_then_given_up():
     assert len(asked[2].messages) == 1  # the second question is asked without the turn that was rejected
 
 
-def write_world(folder: Path, count: int) -> list[str]:
-    """Write rows of the shapes world with their short answers alone, the last with two turns. Return the options."""
-    made, rows = ShapesRows("train", seed=1, size=32), []
-    for number in [*range(count - 1), 28]:
-        row = made[number]
-        row.images[0].save(folder / f"{number}.png")
-        turns = {"questions": [], "answers": []}
-        for turn in row.turns:
-            turns["questions"].append(turn.question)
-            turns["answers"].append(turn.answer.rpartition("<CONCLUSION> ")[2].removesuffix(" </CONCLUSION>"))
-        rows.append({"id": number, "image": f"{number}.png", **turns})
-    assert len(rows[-1]["questions"]) == 2
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [f"--input={folder}/questions.jsonl", f"--images={folder}", "--model=self", "--max_new_tokens=160"]
-
-
 @pytest.mark.slow
 def test_rows_that_the_model_makes_are_prepared_and_trained_on(tmp_path, capsys, cache, untrained, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     (tmp_path / "world").mkdir()
-    given = [*write_world(tmp_path / "world", 6), "--num_candidates=2", "--slots=3", "--temperature=0.9"]
+    given = [*write_world(tmp_path / "world", 6), *SELF, "--num_candidates=2", "--slots=3", "--temperature=0.9"]
     output = tmp_path / "made.jsonl"
     annotate.main([*given, f"--output={output}"])
     said = capsys.readouterr()
@@ -134,7 +118,7 @@ def test_rows_that_the_model_makes_are_prepared_and_trained_on(tmp_path, capsys,
 def test_other_settings_sample_anew(tmp_path, monkeypatch):
     """The digest of a request depends on each option that the candidates depend on."""
     (tmp_path / "world").mkdir()
-    given = write_world(tmp_path / "world", 2)
+    given = [*write_world(tmp_path / "world", 2), *SELF]
     keys: list[str] = []
     monkeypatch.setattr(annotate, "_report", lambda *_: None)
     monkeypatch.setattr(
