@@ -6,7 +6,8 @@ This is table 3 of the LLaVA-CoT paper (arXiv:2411.10440) in small: the three co
 the same compute, and each is trained from three starts. Every model answers the same 2,000 questions of the shapes
 world's test split greedily. What a model got right is kept in tests/evidence/ablation.json, so that a call after an
 interruption, on any machine, trains only those models that are missing; ``--tables`` trains none. The folder keeps the
-runs, each of which resumes from its last checkpoint. A model takes some 12 minutes on two idle cores.
+runs, each of which resumes from its last checkpoint. A model takes some 12 minutes, on one idle core as on two, so that
+two calls side by side, each with its ``--models``, take half the time.
 """
 
 import argparse
@@ -17,11 +18,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -38,6 +41,8 @@ from llava_cot_jax.processing.processor import Processor  # noqa: E402
 VARIANTS = ("staged", "untagged", "direct")
 STARTS = {0: 42, 1: 43, 2: 44}
 """Seeds of the random weights, with the seed of the order of the examples that goes with each."""
+
+MODELS = tuple(f"{variant}-{start}" for start in STARTS for variant in VARIANTS)
 
 QUESTIONS = 2000
 LONGEST = 128
@@ -59,8 +64,16 @@ def train(variant: str, start: int, folder: Path) -> Path:
     seeds = ("--seed", str(start), "--loader.seed", str(STARTS[start]))
     call("train", "--config", f"configs/miniature/{variant}.yaml", "--output", str(run), *seeds)
     if not exported.exists():
+        check_finished(run)
         call("convert", str(run), str(exported))
     return exported
+
+
+def check_finished(run: Path) -> None:
+    """Check that a run has done all of its steps, since one that a signal ended may have the exit code 0 too."""
+    steps = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["steps"]
+    if not (run / "checkpoints" / str(steps)).is_dir():
+        raise SystemExit(f"{run} was interrupted before step {steps}: the same command goes on")
 
 
 def call(command: str, *arguments: str) -> None:
@@ -94,15 +107,22 @@ def commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def fill(record: dict[str, Any], folder: Path) -> None:
-    """Train the models that are missing in the record, one start after the other, and keep what each got right."""
-    for start in STARTS:
-        for variant in VARIANTS:
-            if (name := f"{variant}-{start}") not in record:
-                right = right_answers(train(variant, start, folder))
-                about = {"date": str(datetime.date.today()), "commit": commit(), "jax": version("jax")}
-                record[name] = about | {"right": encoded(right)}
-                write_json(RECORD, record)
+def read_record() -> dict[str, Any]:
+    """Return what is known of each model, one start after the other."""
+    found = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    return {name: found[name] for name in MODELS if name in found}
+
+
+def fill(models: Sequence[str], folder: Path) -> None:
+    """Train those of the models that are missing in the record, and keep what each got right."""
+    for name in models:
+        if name in read_record():
+            continue
+        variant, _, start = name.partition("-")
+        right = right_answers(train(variant, int(start), folder))
+        about = {"date": str(datetime.date.today()), "commit": commit(), "jax": version("jax")}
+        # Another process may have added models meanwhile.
+        write_json(RECORD, read_record() | {name: about | {"right": encoded(right)}})
 
 
 def show(record: dict[str, Any]) -> None:
@@ -131,13 +151,13 @@ def show(record: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="Folder of the runs; by default one that is removed at the end.")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="Models to train; by default, all.")
     parser.add_argument("--tables", action="store_true", help="Print the tables of the record, and train nothing.")
     options = parser.parse_args()
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
     if not options.tables:
         with tempfile.TemporaryDirectory() as made:
-            fill(record, options.folder or Path(made))
-    show(record)
+            fill(options.models, options.folder or Path(made))
+    show(read_record())
 
 
 if __name__ == "__main__":
