@@ -1,12 +1,14 @@
 """Throughput and memory of annotate at an endpoint, and data that the model of the package makes of short answers.
 
     python tests/evidence/annotate.py | tee tests/evidence/annotate.txt
-    python tests/evidence/annotate.py --study FOLDER    trains on such data: tens of minutes on two cores
+    python tests/evidence/annotate.py --study | tee -a tests/evidence/annotate.txt
+
+The second call trains on such data, which takes a quarter of an hour on one core.
 
 The command runs in a process of its own. The first endpoint answers each request after four seconds, and there are 64
 at a time: so the limit is 16 requests a second. The second one answers at once, but no more than 10 requests a second,
-and all others with status 429. The study takes a checkpoint in FOLDER, such as one of the run of ``shapes_cpu.yaml``
-after few steps, and trains it on the rows that were made and on as many of the world's own, with three seeds each.
+and all others with status 429. The study trains a model by ``shapes_cpu.yaml`` with fewer steps, and goes on with it on
+the rows that were made and on as many of the world's own, with three seeds each.
 """
 
 import argparse
@@ -34,17 +36,19 @@ from tests.annotation.stand_in_endpoint import Asked, Response, StandIn, staged
 ROWS, IN_FLIGHT, LATENCY = 1000, 64, 4.0
 RATE, PACED = 10, 500
 MADE, SEEDS, STEPS, TEST = 500, 3, 48, 1000
+STEPS_BEFORE = 400
+"""Number of steps of the model with which the study begins."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", help="folder of the checkpoint that the study trains")
+    parser.add_argument("--study", action="store_true", help="train on the rows that the model made, and compare")
     options = parser.parse_args()
     print(f"{datetime.date.today()}; openai {version('openai')}, jax {version('jax')}; load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         if options.study:
-            study(place, options.study)
+            study(place)
             return
         measure_throughput(place)
         measure_rate(place)
@@ -124,8 +128,12 @@ def make_rows(place: Path) -> Path:
     return place / "made.jsonl"
 
 
-def study(place: Path, checkpoint: str) -> None:
-    """Train the same checkpoint on the rows that were made and on as many of the world's own."""
+def study(place: Path) -> None:
+    """Train the same model on the rows that were made and on as many of the world's own."""
+    given = [f"--steps={STEPS_BEFORE}", f"--output={place}/start", "--eval_every=0", "--eval_generations=0"]
+    command("train", "--config=shapes_cpu.yaml", *given, "--eval_examples=0")
+    command("convert", f"{place}/start", f"{place}/start-model")
+    checkpoint = f"{place}/start-model"
     made = make_rows(place)
     count = len(made.read_text().splitlines())
     world = ShapesRows("train", seed=1, size=MADE)
@@ -135,7 +143,7 @@ def study(place: Path, checkpoint: str) -> None:
             said = [{"from": "human", "value": turn.question}, {"from": "gpt", "value": turn.answer}]
             print(json.dumps({"id": i, "image": f"{i}.png", "conversations": said}), file=file)
     print(f"\ntrained for {STEPS} steps of 32 rows, {count} rows each; greedy answers to {TEST} test questions")
-    print(f"before: {accuracy(place, checkpoint)}")
+    print(f"before, after {STEPS_BEFORE} steps from random weights: {accuracy(place, checkpoint)}", flush=True)
     for name in ("made", "own"):
         command(
             "prepare",

@@ -1,16 +1,18 @@
 """Train a verifier on what comes of a model's own candidates, and measure what its searches gain by it.
 
-    python tests/evidence/verifier_study.py --folder runs/study | tee tests/evidence/verifier_study.txt
+    python tests/evidence/verifier_study.py --ways --folder runs/study | tee tests/evidence/verifier_study.txt
 
-The policy is the model of the package, trained on with answers of two kinds of annotators (``write_annotations``). All
-of these answers are right, but most of them leave out the caption, the steps of the reasoning, or both, which a small
-model cannot do without. So its own answers, sampled, are right or wrong by the way that they are written in, and there
-is something for a verifier to learn. Its values are of questions of the training split, measures of the ways to train
-it are of the validation split, and the table of searches is of the test split, asked once for each start.
+The policy is the model of the package, trained further on right answers that are written with different care
+(``write_annotations``): most leave out the shapes in the caption, the steps of the reasoning, or both. Without steps a
+small model is often wrong, so that its sampled answers are right or wrong by the way that they are written in, and
+there is something for a verifier to learn. The verifier is trained on values of the training split, the ways to train
+it are compared on the validation split, and the searches on the test split.
 
-A start has its own order of examples, draws and first weights of the adapter. What was found is kept in
-tests/evidence/verifier_study.json, so that a call after an interruption goes on, and ``--tables`` runs nothing. A start
-takes about half an hour on two idle cores, and the ways to train another.
+A start has its own order of the annotators' answers, its own draws, and its own adapter. What was found is kept in
+verifier_study.json beside this file, and is not measured again: delete the file, or some of its entries, to measure
+anew. The folder keeps the runs, so that a call after an interruption goes on; runs with other settings need another
+folder. A start takes about half an hour on one idle core, and the ways to train another. Needs ``pip install -e
+'.[test]'``.
 """
 
 import argparse
@@ -42,10 +44,13 @@ from llava_cot_jax.data.shapes.tokenizer import shapes_config  # noqa: E402
 from llava_cot_jax.evaluation.comparison.derived import derived_row  # noqa: E402
 from llava_cot_jax.evaluation.comparison.methods import Method, plan_runs  # noqa: E402
 from llava_cot_jax.evaluation.job import scored_row  # noqa: E402
+from llava_cot_jax.evaluation.matching import scored_text  # noqa: E402
 from llava_cot_jax.evaluation.plotting import LINE_COLOURS, LINE_MARKERS  # noqa: E402
 from llava_cot_jax.evaluation.question_sets import Matching, shapes_questions  # noqa: E402
+from llava_cot_jax.evaluation.statistics import estimate_mean  # noqa: E402
 from llava_cot_jax.files import write_json  # noqa: E402
 from llava_cot_jax.search.options import SEARCH_OPTIONS  # noqa: E402
+from llava_cot_jax.stages import find_stages  # noqa: E402
 from tests.evidence.ablation import check_finished, commit, decoded, encoded  # noqa: E402
 
 STARTS = (0, 1, 2)
@@ -65,10 +70,12 @@ WHOLE = ("--search", "best_of_n", "--judge", "verifier", "--num_candidates", "8"
 
 NUMBERS_OF_CANDIDATES = (2, 4, 8, 16)
 
+SCORERS = ("log_probability", "verifier", "oracle")
+
 METHODS = (
     *("greedy", "sample"),
     *(f"{name}:{n}" for name in ("majority_vote", "weighted_vote") for n in NUMBERS_OF_CANDIDATES),
-    *(f"best_of_n:{n}/{scorer}" for scorer in ("verifier", "oracle") for n in NUMBERS_OF_CANDIDATES),
+    *(f"best_of_n:{n}/{scorer}" for scorer in SCORERS for n in NUMBERS_OF_CANDIDATES),
     *(f"stage_beam:{n}/verifier" for n in (2, 4, 8)),
     *("sentence_beam:4/verifier", "retracing"),
 )
@@ -81,6 +88,10 @@ PAIRS = (
     ("best_of_n:8/verifier", "greedy"),
     ("best_of_n:8/verifier", "majority_vote:8"),
     ("best_of_n:8/verifier", "majority_vote:16"),
+    ("best_of_n:8/verifier", "best_of_n:8/log_probability"),
+    ("best_of_n:8/verifier", "best_of_n:16/log_probability"),
+    ("best_of_n:16/verifier", "best_of_n:16/log_probability"),
+    ("best_of_n:16/log_probability", "majority_vote:16"),
     ("weighted_vote:8", "majority_vote:16"),
     ("stage_beam:4/verifier", "sample"),
     ("stage_beam:4/verifier", "majority_vote:16"),
@@ -133,7 +144,7 @@ RECORD = ROOT / "tests" / "evidence" / "verifier_study.json"
 
 
 def write_annotations(folder: Path) -> None:
-    """Write right answers of annotators who differ in care, as annotations of LLaVA-CoT-100k with their images.
+    """Write right answers that differ in care, as annotations of LLaVA-CoT-100k with their images.
 
     A caption names every shape with its cell, or only says how many shapes there are. A reasoning has the steps of the
     shapes world, or only the result.
@@ -257,7 +268,8 @@ class Study:
             name: Way by which the adapter of the verifier was trained; None is the untrained one.
             methods: Methods to compare.
         """
-        output = self._folder / f"compared-{'' if name == TAKEN else (name or 'untrained').replace(' ', '_')}{start}"
+        chosen_by = "" if name == TAKEN else f"{name or 'untrained'}-".replace(" ", "_")
+        output = self._folder / f"compared-{chosen_by}{start}"
         adapter = () if name is None else ("--verifier_adapter", self.verifier(start, name))
         self.call(
             *("evaluate", "--benchmark", "shapes", "--limit", str(TESTED), "--seed", str(start), "--output", output),
@@ -273,6 +285,38 @@ class Study:
                 flops = line["flops_per_question"]["total"]
                 found[line["method"]] = {"flops": flops, "right": encoded(right[line["method"]])}
         return found
+
+    def forms(self, start: int) -> dict[str, list[float]]:
+        """Return how often the verifier prefers a right whole answer to a wrong one that is written in the same form.
+
+        The form is whether the caption names the shapes, and whether the reasoning has steps. Pairs of other forms are
+        beside it. The answers are those of the test split. Each has the mean, its standard error, clustered by
+        question, and the number of pairs.
+        """
+        content = (self._folder / f"compared-{start}" / "best_of_n-16-verifier" / "answers.jsonl").read_text()
+        found: dict[str, list[tuple[float, int]]] = {"same form": [], "other forms": []}
+        for number, (line, known) in enumerate(
+            zip(content.splitlines(), shapes_questions(TESTED, Matching()).known, strict=True)
+        ):
+            assert known is not None
+            answers = [(each["text"], each["score"]) for each in json.loads(line)["trace"]["stages"][0]["candidates"]]
+            told = [(form_of(text), known.right.accepts(scored_text(text)), score) for text, score in answers]
+            for one, _, better in (each for each in told if each[1]):
+                for other, _, worse in (each for each in told if not each[1]):
+                    agrees = (1 + np.sign(better - worse)) / 2
+                    found["same form" if one == other else "other forms"].append((float(agrees), number))
+        estimates = {
+            name: estimate_mean([each for each, _ in pairs], [number for _, number in pairs])
+            for name, pairs in found.items()
+        }
+        return {name: [each.mean, each.standard_error or 0.0, each.count] for name, each in estimates.items()}
+
+
+def form_of(text: str) -> tuple[bool, bool]:
+    """Return whether the caption of an answer names shapes with their cells, and whether its reasoning has steps."""
+    bodies = find_stages(text)
+    caption, reasoning = bodies.get("CAPTION", ""), bodies.get("REASONING", "")
+    return not caption.strip().endswith("shapes"), not reasoning.strip().startswith("so ")
 
 
 def right_answers(compared: Path, names: Sequence[str]) -> dict[str, list[bool]]:
@@ -303,7 +347,8 @@ def fill(name: str, found: Any) -> None:
 
 def read_record() -> dict[str, Any]:
     """Return what was found so far."""
-    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    found = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    return {name: found[name] for name in sorted(found)}
 
 
 def run(folder: Path, starts: tuple[int, ...], ways: bool) -> None:
@@ -312,6 +357,8 @@ def run(folder: Path, starts: tuple[int, ...], ways: bool) -> None:
     for start in starts:
         if (name := f"searches, {start}") not in read_record():
             fill(name, study.comparison(start))
+        if (name := f"forms, {start}") not in read_record():
+            fill(name, study.forms(start))
         for way in (None, TAKEN):
             if (name := f"{way or 'untrained'}, {start}") not in read_record():
                 fill(name, study.measures(way, start))
@@ -358,6 +405,12 @@ def show(record: dict[str, Any]) -> None:
         if name.startswith("searches by"):
             told = {method: decoded(each["right"]).mean() for method, each in entry["found"].items()}
             print(f"\n{name}: " + ", ".join(f"{method} {mean:.1%}" for method, mean in told.items()))
+    for name, entry in record.items():
+        if name.startswith("forms"):
+            told = ", ".join(
+                f"{key} {mean:.1%} ({error:.1%}) of {n}" for key, (mean, error, n) in entry["found"].items()
+            )
+            print(f"\n{name}: the verifier prefers the right one of a right and a wrong whole answer: {told}")
     show_measures(record)
 
 
@@ -370,7 +423,8 @@ def draw(record: dict[str, Any]) -> None:
         means = np.array([start[method][1].mean() for start in starts])
         error = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else 0.0
         flops = statistics.fmean(start[method][0] for start in starts)
-        family = f"{name}, oracle" if rest.endswith("/oracle") else name
+        scorer = rest.partition("/")[2]
+        family = f"{name}, {scorer}" if name == "best_of_n" else name
         families.setdefault(family.replace("_", " "), []).append((flops, means.mean(), error))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -392,10 +446,10 @@ def show_measures(record: dict[str, Any]) -> None:
     names = "".join(f"{name.replace('_', ' '):>24}" for name in MEASURES)
     print(f"{'verifier, start':22}{'part':15}{names}{'calibration':>13}{'other':>9}")
     for name, entry in record.items():
-        if name.startswith("searches"):
+        if name.startswith(("searches", "forms")):
             continue
         for part, found in entry["found"].items():
-            cells = "".join(f"{mean:>16.3f} ({error:.3f})" for mean, error in map(found.get, MEASURES))
+            cells = "".join(f"{mean:>15.4f} ({error:.4f})" for mean, error in map(found.get, MEASURES))
             print(f"{name:22}{part:15}{cells}{found['calibration_error']:>13.3f}{found['other_probability']:>9.1e}")
 
 
@@ -403,8 +457,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="Folder of the runs; by default one that is removed at the end.")
     parser.add_argument("--starts", type=int, nargs="*", choices=STARTS, default=STARTS, help="Starts to run.")
-    parser.add_argument("--ways", action="store_true", help="Compare the ways to train the verifier too.")
-    parser.add_argument("--tables", action="store_true", help="Print the tables of the record, and run nothing.")
+    parser.add_argument("--ways", action="store_true", help="Compare ways to train in the first start too.")
+    parser.add_argument("--tables", action="store_true", help="Print tables and draw the plot of the record alone.")
     options = parser.parse_args()
     if not options.tables:
         with tempfile.TemporaryDirectory() as made:
