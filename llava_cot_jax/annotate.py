@@ -105,7 +105,8 @@ def _ask(options: Any) -> None:
         shown.budget = budget
         if waiting:
             print(Estimate.of(waiting, tokens, options.tries).described(prices, options.model), flush=True)
-        client = EndpointClient(url, key, images, job.journal, budget, pace, options.timeout, options.max_retries)
+        bounds = (options.timeout, options.max_retries, options.length_parameter)
+        client = EndpointClient(url, key, images, job.journal, budget, pace, *bounds)
         asker = RowAsker(job, client, pace, shown.add)
         with shown.open() as update, _telling_how_to_go_on(job):
             shown.start(update)
@@ -142,7 +143,11 @@ def _sample(options: Any) -> None:
                 flush=True,
             )
             with _telling_how_to_go_on(job):
-                _run_sampler(options, model, job, images, shown)
+                try:
+                    _run_sampler(options, model, job, images, shown)
+                except Exception:
+                    _report(job, "an error ended the run")
+                    raise
         _report(job, "")
 
 
@@ -211,13 +216,14 @@ def _begin(
     job: AnnotationJob, tokens_of: Callable[[Any], int] = lambda request: 0
 ) -> tuple[_Shown, list[RowToAnnotate], int]:
     """Return the progress so far, the rows that are not finished, and about how many tokens their requests have."""
-    totals, waiting, tokens = AnnotationTotals(), list[RowToAnnotate](), 0
+    totals, waiting, refused, tokens = AnnotationTotals(), list[RowToAnnotate](), list[RowToAnnotate](), 0
     for row, outcome in job.outcomes():
         if isinstance(outcome, RowOutcome):
             totals.add(row, outcome)
         else:
-            waiting.append(row)
+            (refused if job.journal.was_refused(outcome) else waiting).append(row)
             tokens += tokens_of(outcome) * len(row.turns)
+    waiting += refused  # which an earlier run was told that the endpoint does not take
     return _Shown(job, totals, len(job.rows) - len(waiting)), waiting, tokens
 
 

@@ -32,6 +32,7 @@ def test_wrong_arguments(tmp_path, monkeypatch):
     refuses("base_url is no URL of an endpoint", good, "--base_url=localhost:8000")
     refuses("--seed has a meaning only with --model self", good, "--seed=3")
     refuses("--checkpoint has a meaning only with --model self", good, "--checkpoint=shapes")
+    refuses("--judge_prompts has a meaning only with --model self", good, "--judge_prompts=no.yaml")
     refuses(
         "--max_requests has no meaning with --model self", good, "--base_url=null", "--model=self", "--max_requests=3"
     )

@@ -19,9 +19,9 @@ from llava_cot_jax.errors import TransientError, UserError
 _LOG = logging.getLogger("llava_cot_jax.annotate")
 
 _MOST_UNANSWERED = 4
-"""Number of different requests without a reply, one after the other, that show that no further one gets any."""
-
-_IN_A_ROW = f"{_MOST_UNANSWERED} requests in a row"
+"""Number of different requests without a reply, one after the other, that show that no further one gets any; where more
+are in flight, it is that number, as a refusal comes sooner than a reply.
+"""
 
 OnRow = Callable[[RowToAnnotate, RowOutcome], None]
 """Function that is called with each row that is finished, and its outcome."""
@@ -49,6 +49,7 @@ class RowAsker:
         self.stopped, self.interrupted = "", False
         self.fault: Exception | None = None
         self._unanswered: list[DialogueRequest] = []
+        self._most_unanswered = _MOST_UNANSWERED
         self._tasks: list[asyncio.Task[None]] = []
 
     async def ask_about(self, rows: Iterator[RowToAnnotate], in_flight: int) -> None:
@@ -61,6 +62,7 @@ class RowAsker:
             rows: The rows.
             in_flight: Largest number of requests in flight.
         """
+        self._most_unanswered = max(_MOST_UNANSWERED, in_flight)
         with self._hearing_interrupts():
             self._tasks = [asyncio.create_task(self._work(rows)) for _ in range(in_flight)]
             try:
@@ -73,6 +75,11 @@ class RowAsker:
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
                 await self._client.close()
+        if self.failures and not len(self._job.journal) and self.fault is None:
+            self.fault = self._answers_nothing(next(iter(self.failures)))
+
+    def _answers_nothing(self, why: str) -> TransientError:
+        return TransientError(f"{self._client.url} answers nothing ({why}): the same command goes on later")
 
     async def _work(self, rows: Iterator[RowToAnnotate]) -> None:
         for row in rows:
@@ -111,16 +118,16 @@ class RowAsker:
             RequestFailed: It was sent as often as it may be.
             UserError: The endpoint cannot be used, or a reply cannot be kept.
         """
+        in_a_row, was_refused = f"{self._most_unanswered} requests in a row", self._job.journal.was_refused(request)
         try:
             reply = await self._client.ask(request)
         except RequestFailed as failure:
-            if not len(self._job.journal):
-                why = f"{self._client.url} answers nothing ({failure}): the same command goes on later"
-                raise TransientError(why) from None
-            self._note_unanswered(request, TransientError(f"{_IN_A_ROW} failed; the last one by {failure}"))
+            fault = TransientError(f"{in_a_row} failed; the last one by {failure}")
+            self._note_unanswered(request, fault if len(self._job.journal) else self._answers_nothing(str(failure)))
             raise
         if reply["finish"] == REFUSED:
-            self._note_unanswered(request, UserError(f"{_IN_A_ROW} were refused; of the last one, {reply['text']}"))
+            if not was_refused:  # a row that the endpoint never takes says nothing about the others
+                self._note_unanswered(request, UserError(f"{in_a_row} were refused; of the last one, {reply['text']}"))
         elif reply["finish"] != UNUSABLE:
             self._unanswered.clear()
         return reply
@@ -128,7 +135,7 @@ class RowAsker:
     def _note_unanswered(self, request: DialogueRequest, fault: UserError) -> None:
         """Raise the fault where so many requests got no answer that no further one would. All are left for later."""
         self._unanswered.append(request)
-        if len(self._unanswered) >= _MOST_UNANSWERED:
+        if len(self._unanswered) >= self._most_unanswered:
             for each in self._unanswered:
                 self._job.journal.release(each)
             raise fault

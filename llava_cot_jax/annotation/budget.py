@@ -92,8 +92,9 @@ class Estimate:
 class Budget:
     """Bounds on the number of requests and on their cost, over all runs that share a journal.
 
-    Before a request is sent, room is taken for what it may cost at most: its estimated input, and an output of the
-    largest length. It is given back when the reply says what it did cost.
+    Before a request is sent, room is taken for what it may cost at most: its estimated input, or more where the
+    endpoint has counted more than estimated in this run, and an output of the largest length. It is given back when the
+    reply says what it did cost. Until the first reply has told that, one request is sent at a time.
 
     Args:
         journal: Journal, whose requests count.
@@ -109,6 +110,7 @@ class Budget:
         self._max_requests, self._max_cost = max_requests, max_cost
         self._requests = journal.requests
         self._reserved: list[float] = []
+        self._factor, self._is_known = 1.0, False
         self._settled = asyncio.Condition()
 
     @property
@@ -130,6 +132,16 @@ class Budget:
         """Take back that a request was counted, as it could not be sent."""
         self._requests -= 1
 
+    def note_usage(self, request: DialogueRequest, input_tokens: int) -> None:
+        """Take note of how many tokens an endpoint counts for a request, which may be many more than are estimated."""
+        self._factor, self._is_known = max(self._factor, input_tokens / estimated_input(request)), True
+
+    def _most(self, request: DialogueRequest) -> float:
+        """Return what a request costs at most, as far as the replies so far tell."""
+        assert self._prices is not None
+        read, written = assumed_usage(request).values()
+        return self._prices.cost(self._factor * read, written)
+
     @asynccontextmanager
     async def room_for(self, request: DialogueRequest) -> AsyncIterator[None]:
         """Take room for what a request may cost, until the block ends, in which the journal takes what became of it.
@@ -142,9 +154,10 @@ class Budget:
         if self._prices is None or self._max_cost is None:
             yield
             return
-        cost = self._prices.cost(*assumed_usage(request).values())
         async with self._settled:
-            while (self.cost or 0.0) + sum(self._reserved) + cost > self._max_cost:
+            while self._reserved and not self._is_known:
+                await self._settled.wait()
+            while (self.cost or 0.0) + sum(self._reserved) + (cost := self._most(request)) > self._max_cost:
                 if not self._reserved:
                     raise StopAsking(f"--max_cost {self._max_cost:g} leaves no room for another request")
                 await self._settled.wait()

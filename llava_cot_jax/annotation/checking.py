@@ -17,8 +17,13 @@ _TAG = re.compile(rf"</?({'|'.join(STAGES)})>")
 
 _QUOTES = " \"'`\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
+_QUOTED = re.compile(rf"[{_QUOTES}](.+)[{_QUOTES}]", re.DOTALL)
+
 _STOPS = ".,;:!?"
 """Marks that end a sentence or a part of one."""
+
+_ENDED = re.compile(r"(.*?)(?:[.,;:?]|(?<![\d)])(?<!\b\w)!)", re.DOTALL)
+"""Text with such a mark. An exclamation mark after a number, a parenthesis or a single letter is a factorial."""
 
 _SHOWN_CHARACTERS = 60
 
@@ -38,6 +43,7 @@ class Problem(StrEnum):
     CONCLUSION = "wrong conclusion"
     VERDICT = "unreadable verdict"
     REQUEST = "refused request"
+    QUESTION = "unusable question"
     IMAGE = "unusable image"
 
 
@@ -110,9 +116,14 @@ def is_same_text(conclusion: str, turn: TurnToAnnotate) -> bool:
 
 
 def _bare(text: str) -> str:
-    """Return a text without what never changes its meaning. Other marks do: C# is not C, and .5 and 5% are not 5."""
-    spaced = " ".join(text.casefold().split())
-    return spaced.lstrip(_QUOTES).rstrip(_QUOTES + _STOPS) or spaced
+    """Return a text without what never changes its meaning: quotes around it, and a mark at its end.
+
+    Other marks do: C# is not C, .5 and 5% are not 5, and A' is not A.
+    """
+    spaced = bare = " ".join(text.casefold().split())
+    while found := _QUOTED.fullmatch(bare) or _ENDED.fullmatch(bare):
+        bare = found[1].strip()
+    return bare or spaced
 
 
 def fits_standard_answer(conclusion: str, turn: TurnToAnnotate) -> bool:
@@ -121,6 +132,12 @@ def fits_standard_answer(conclusion: str, turn: TurnToAnnotate) -> bool:
     It is the rule by which ``evaluate`` compares where a row names none.
     """
     return RightAnswer(turn.answers, form_of(turn.answers)).accepts(conclusion)
+
+
+def _first_word(text: str) -> tuple[str, str]:
+    """Return the first word of a text, without a number before it as in a list, and what follows the word."""
+    found = re.match(r"\W*(?:\d+\W+)?(\w+)(?!/)(.*)", text, re.DOTALL)
+    return (found[1], found[2]) if found else ("", "")
 
 
 def fault_of_verdict(reply: str, words: Mapping[str, str], conclusion: str, answers: str) -> Fault | None:
@@ -132,11 +149,10 @@ def fault_of_verdict(reply: str, words: Mapping[str, str], conclusion: str, answ
         conclusion: The conclusion.
         answers: The standard answers, as the model was told them.
     """
-    first, _, rest = normalize_answer(without_marks(reply, LLAVA_COT)).partition(" ")
-    word = re.sub(r"\W", "", first)
-    if first.endswith(":") and word not in words.values():  # a label
-        first, _, rest = normalize_answer(rest).partition(" ")
-        word = re.sub(r"\W", "", first)
+    word, rest = _first_word(normalize_answer(without_marks(reply, LLAVA_COT)))
+    if rest.startswith((":", " -", "\u2014")) and word not in words.values():  # a label
+        word, rest = _first_word(normalize_answer(rest))
+    rest = rest.lstrip(_QUOTES + _STOPS + "-\u2013\u2014")
     if word == words["same"]:
         return None
     if word == words["refusal"]:

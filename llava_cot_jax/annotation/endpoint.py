@@ -53,6 +53,9 @@ _MOST_TOKENS = 2**31
 _ENDS = ("stop", "length", "content_filter", "refusal")
 """Ends of a reply as endpoints name them. Any other is one that says nothing about the text."""
 
+_BROKEN = ("error", "abort", "cancelled")
+"""Ends by which gateways say that a reply failed on its way."""
+
 _UNSENT = "unsent"
 """End of a reply that stands for none, as no connection was made."""
 
@@ -64,6 +67,9 @@ _FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0
 
 _LONGEST_WAIT = 600.0
 """Longest delay in seconds that an endpoint may ask for, so that it is waited for."""
+
+_LONGEST_CONNECT = 15.0
+"""Seconds after which a connection that is not made is given up."""
 
 _NO_KEY = "none"
 """Key that is sent to an endpoint that needs none, as the package asks for one."""
@@ -138,6 +144,7 @@ class EndpointClient:
         pace: Pace of the requests.
         timeout: Seconds after which a reply is given up.
         max_retries: Number of times that a request that failed is sent again.
+        length_parameter: Name by which the endpoint takes the largest number of tokens of an answer.
 
     Attributes:
         troubles: Number of failed requests by what happened.
@@ -153,13 +160,15 @@ class EndpointClient:
         pace: Pace,
         timeout: float,
         max_retries: int,
+        length_parameter: str,
     ) -> None:
         import openai
 
         self._openai = openai
-        self._client = openai.AsyncOpenAI(api_key=key, base_url=url, timeout=timeout, max_retries=0)
+        bounds = openai.Timeout(timeout, connect=min(timeout, _LONGEST_CONNECT))
+        self._client = openai.AsyncOpenAI(api_key=key, base_url=url, timeout=bounds, max_retries=0)
         self._key, self._images, self._journal, self._budget, self._pace = key, images, journal, budget, pace
-        self._timeout, self._max_retries = timeout, max_retries
+        self._timeout, self._max_retries, self._length_parameter = timeout, max_retries, length_parameter
         self.troubles: Counter[str] = Counter()
         self._replies = 0
         self._image_thread = ThreadPoolExecutor(1)  # Pillow's limits, and Python's warnings, hold for all threads
@@ -185,11 +194,10 @@ class EndpointClient:
         try:
             body = await self._body(request)
         except UserError as fault:
-            reply = {"text": str(fault), "finish": UNUSABLE}
-            self._journal.hold(request, reply)
-            return reply
-        tries = failures = 0
-        before = self._replies
+            unusable = {"text": str(fault), "finish": UNUSABLE}
+            self._journal.hold(request, unusable)
+            return unusable
+        failures, before = 0, self._replies
         while True:
             async with self._budget.room_for(request):
                 await self._pace.turn()
@@ -203,16 +211,20 @@ class EndpointClient:
                     self._budget.uncount_request()
                 else:
                     await self._journal.add_soon(request, reply)
+                    if reply["finish"] not in (FAILED, REFUSED):
+                        self._budget.note_usage(request, reply[USAGE[0]])
             if reply["finish"] not in (FAILED, _UNSENT):
                 return reply
             trouble = reply["text"]
             self.troubles[trouble] += 1
             # Where others come through, a request that is refused because there are too many stands in a queue.
             in_queue = trouble == _QUEUED and self._replies > before
-            tries, failures, before = tries + 1, 0 if in_queue else failures + 1, self._replies
+            failures, before = 0 if in_queue else failures + 1, self._replies
             if failures > self._max_retries:
                 raise RequestFailed(trouble)
-            await self._pace.wait(_backoff(tries) if delay is None else delay)
+            # The endpoint may name a shorter time than it takes for a reply, which would use up all tries.
+            least = _backoff(max(failures, 1)) if delay is None or failures > 1 else 0.0
+            await self._pace.wait(max(least, delay or 0.0))
 
     async def _send(self, body: dict[str, Any], request: DialogueRequest) -> tuple[dict[str, Any], float | None]:
         """Return the reply, or one that stands for none, and the delay that the endpoint asks for.
@@ -249,7 +261,7 @@ class EndpointClient:
             urls = iter(await loop.run_in_executor(self._image_thread, self._urls, request))
             messages = [_with_images(message, urls) for message in messages]
         settings = request.settings
-        body = {"model": settings.model, "messages": messages, "max_completion_tokens": settings.max_new_tokens}
+        body = {"model": settings.model, "messages": messages, self._length_parameter: settings.max_new_tokens}
         return body if settings.temperature is None else {**body, "temperature": settings.temperature}
 
     def _urls(self, request: DialogueRequest) -> list[str]:
@@ -269,6 +281,8 @@ class EndpointClient:
             text = declined or text or ""
             if not isinstance(text, str):
                 raise TypeError("the text is none")
+            if finish in _BROKEN:
+                raise ValueError("the reply was broken off")
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError, self._openai.OpenAIError) as fault:
             raise _UnreadableReply from fault
         self._replies += 1
@@ -359,9 +373,9 @@ def _with_images(message: dict[str, Any], urls: Any) -> dict[str, Any]:
     return {**message, "content": parts}
 
 
-def _backoff(tries: int) -> float:
-    """Return the seconds to wait after some tries: twice as many each time, less up to a quarter at random."""
-    longest = min(_FIRST_DELAY * 2.0 ** min(tries - 1, 16), _LONGEST_DELAY)
+def _backoff(failures: int) -> float:
+    """Return the seconds to wait after some failures: twice as many each time, less up to a quarter at random."""
+    longest = min(_FIRST_DELAY * 2.0 ** min(failures - 1, 16), _LONGEST_DELAY)
     return longest * random.uniform(0.75, 1)
 
 

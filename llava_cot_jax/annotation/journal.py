@@ -40,6 +40,7 @@ class Journal:
         self.path = path
         self.requests, self.tokens = 0, dict.fromkeys(USAGE, 0)
         self._held: dict[str, Mapping[str, Any]] = {}
+        self._refused: set[bytes] = set()
         self._places: dict[bytes, int] = {}
         self._waiting: dict[str, _Kept] = {}
         self._turn, self._access = asyncio.Lock(), Lock()
@@ -65,6 +66,10 @@ class Journal:
         with self._access:
             reply: dict[str, Any] = json.loads(self._file.read_line(place))["reply"]
         return reply
+
+    def was_refused(self, request: RowRequest) -> bool:
+        """Whether the endpoint has refused a request, in this run or in an earlier one, and not answered it since."""
+        return bytes.fromhex(request.key) in self._refused
 
     def hold(self, request: RowRequest, reply: Mapping[str, Any]) -> None:
         """Keep the reply to a request for this run alone."""
@@ -99,9 +104,14 @@ class Journal:
                 await asyncio.shield(asyncio.to_thread(self._write, batch))
 
     def close(self) -> None:
-        """Close the file."""
-        with self._access:
-            self._file.close()
+        """Write what has come and is not written yet, and close the file."""
+        try:
+            if self._waiting:
+                batch, self._waiting = self._waiting, {}
+                self._write(batch)
+        finally:
+            with self._access:
+                self._file.close()
 
     def _write(self, batch: Mapping[str, _Kept]) -> None:
         with self._access:
@@ -120,8 +130,12 @@ class Journal:
             ) from None
 
     def _note_place(self, key: str, reply: Mapping[str, Any], offset: int) -> None:
-        if reply.get("finish") not in (REFUSED, UNUSABLE, FAILED):
-            self._places[bytes.fromhex(key)] = offset
+        digest, finish = bytes.fromhex(key), reply.get("finish")
+        if finish == REFUSED:
+            self._refused.add(digest)
+        elif finish not in (UNUSABLE, FAILED):
+            self._refused.discard(digest)
+            self._places[digest] = offset
 
     def _count(self, reply: Mapping[str, Any]) -> None:
         self.requests += reply.get("finish") != UNUSABLE

@@ -1,6 +1,6 @@
 """Options of the command that makes training data, and their checks."""
 
-from typing import Any
+from typing import Any, Literal
 
 from llava_cot_jax import cli
 from llava_cot_jax.annotation.budget import Prices
@@ -10,6 +10,7 @@ from llava_cot_jax.answering_model import add_model_options
 from llava_cot_jax.checks import check_int, check_number
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.model.choices import MESH_AXES
+from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.search.request_options import add_weight_options
 
 SELF = "self"
@@ -19,6 +20,7 @@ _OF_ENDPOINT = {
     "base_url": None,
     "key_variable": DEFAULT_KEY_VARIABLE,
     "prompts": str(DEFAULT_ANNOTATION_PROMPTS),
+    "length_parameter": "max_completion_tokens",
     "max_side": 1120,
     "requests_in_flight": 16,
     "requests_per_minute": None,
@@ -34,6 +36,7 @@ _OF_ENDPOINT = {
 _OF_SELF = {
     **dict.fromkeys(("checkpoint", "adapter", "verifier_adapter", "convention", "dtype", "quantize"), None),
     **{f"mesh.{axis}": None for axis in MESH_AXES},
+    "judge_prompts": str(DEFAULT_JUDGE_PROMPTS),
     "num_candidates": 8,
     "slots": 8,
     "seed": 0,
@@ -152,6 +155,12 @@ def _add_endpoint_options(parser: cli.Parser) -> None:
     )
     add(
         "--prompts", type=str, default=str(DEFAULT_ANNOTATION_PROMPTS), help="YAML file with the words of the requests."
+    )
+    add(
+        "--length_parameter",
+        type=Literal["max_completion_tokens", "max_tokens"],
+        default="max_completion_tokens",
+        help="Name by which the endpoint takes --max_new_tokens. Some know max_tokens alone.",
     )
     add(
         "--max_side",

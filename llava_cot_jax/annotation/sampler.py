@@ -99,8 +99,8 @@ class RowSampler:
                     continue
                 job.journal.add(request, {"candidates": candidates_of(streamed.answer)})
                 yield request
-        for request, error in failed:
-            job.journal.add(request, {"error": error})
+        for request, error in failed:  # which is no reply for another run, that may have other images
+            job.journal.hold(request, {"error": error})
             yield request
         yield from unread
 

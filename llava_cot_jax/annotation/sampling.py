@@ -76,7 +76,7 @@ def sample_for_row(row: RowToAnnotate, settings: Mapping[str, Any], tries: int) 
         for attempt in range(tries):
             reply = yield SampleRequest(row, turn, attempt, messages, settings)
             if "error" in reply:
-                outcome.failed.append(FailedTry(turn, Fault(Problem.REQUEST, reply["error"]), ""))
+                outcome.failed.append(FailedTry(turn, Fault(Problem.QUESTION, reply["error"]), ""))
                 break
             best, fault = _best(reply["candidates"], asked)
             if fault is None:

@@ -87,6 +87,11 @@ def test_when_a_conclusion_is_the_same_text_and_when_it_agrees():
         (" \u201cBlue\u201d! ", "blue", True),
         ("light\nblue:", "'Light blue'", True),
         ("?", "!", False),
+        ("A'", "A", False),
+        ("5!", 5, False),
+        ("n!", "n", False),
+        ('5"', "5'", False),
+        ('The "Blue" one.', 'the "blue" one', True),
     ],
 )
 def test_only_marks_without_a_meaning_are_left_aside(conclusion, answer, is_same):
@@ -107,6 +112,12 @@ def test_only_marks_without_a_meaning_are_left_aside(conclusion, answer, is_same
         ("Verdict: no, it is red", Problem.CONCLUSION),
         ("No: yes", Problem.CONCLUSION),
         ("Verdict:", Problem.VERDICT),
+        ("Yes\u2014both say blue.", None),
+        ("No\u2014one is red.", Problem.CONCLUSION),
+        ("Yes,both are.", None),
+        ("1. yes", None),
+        ("Verdict - yes", None),
+        ("yes/no", Problem.VERDICT),
         ("", Problem.VERDICT),
     ],
 )

@@ -152,10 +152,14 @@ def test_settings_of_replies_are_sent_and_other_ones_ask_anew(tmp_path, stand_in
     first, second = (asked.body for asked in stand_in.asked)
     assert "temperature" not in first and first["max_completion_tokens"] == 2048
     assert (second["temperature"], second["max_completion_tokens"]) == (0.5, 77)
+    (tmp_path / "older").mkdir()
+    run(tmp_path / "older", rows_of(1), stand_in, "--length_parameter", "max_tokens", "--max_new_tokens", "77")
+    older = stand_in.asked[-1].body
+    assert older["max_tokens"] == 77 and "max_completion_tokens" not in older
     prompts = (ROOT / "llava_cot_jax/annotation/prompts.yaml").read_text().replace("You write worked", "Write worked")
     (tmp_path / "mine.yaml").write_text(prompts)
     run(tmp_path, rows_of(1), stand_in, "--prompts", str(tmp_path / "mine.yaml"))
-    assert stand_in.asked[2].body["messages"][0]["content"].startswith("Write worked answers")
+    assert stand_in.asked[-1].body["messages"][0]["content"].startswith("Write worked answers")
 
 
 def test_the_key_is_sent_and_nowhere_else(tmp_path, monkeypatch, capsys):

@@ -64,7 +64,7 @@ def test_candidates_are_sampled_again_with_another_seed_and_then_given_up():
     assert [(each.turn, each.attempt) for each in asked] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert len({each.seed for each in asked}) == len({each.key for each in asked}) == 4
     kinds = [(each.turn, each.fault.kind) for each in outcome.failed]
-    assert kinds == [(0, Problem.CONCLUSION)] * 2 + [(1, Problem.CONCLUSION), (1, Problem.REQUEST)]
+    assert kinds == [(0, Problem.CONCLUSION)] * 2 + [(1, Problem.CONCLUSION), (1, Problem.QUESTION)]
     rejected = outcome.rejected(ROW)
     assert [row["turn"] for row in rejected] == [1, 2]
     assert rejected[0]["detail"] == "its conclusion 'red' is not the standard answer 'blue'"
