@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from llava_cot_jax import annotate
+from llava_cot_jax import annotate, prepare
 from llava_cot_jax.data.shapes.rows import ShapesRows
+from llava_cot_jax.data.sources import open_rows
 from llava_cot_jax.errors import UserError
 from tests.annotation.runs import BAD, lines, rows_of, run, write_input, write_world
 from tests.annotation.stand_in_endpoint import Asked, Response, StandIn, running, well
@@ -102,6 +103,9 @@ def test_our_own_server_is_asked(tmp_path):
     world = ShapesRows("train", seed=1, size=32)
     own = {turn.answer for row in kept for turn in world[row["id"]].turns}
     assert sum(turn["value"] in own for row in kept for turn in row["conversations"]) >= 2  # it saw the pictures
+    given = [f"--annotations={tmp_path}/out.jsonl", f"--images={tmp_path}", f"--output={tmp_path}/data", "--workers=0"]
+    prepare.main([*given, "--validation_share=0"])
+    assert len(open_rows(f"{tmp_path}/data", "train")) == len(kept)
 
 
 @pytest.mark.slow
