@@ -82,7 +82,7 @@ def command(folder: Path, rows: list[dict[str, Any]], stand_in: StandIn, *option
 
 
 @pytest.mark.slow
-def test_our_own_server_is_asked(tmp_path):
+def test_our_own_server_is_asked(tmp_path, monkeypatch):
     """It serves the small model, which is asked with little more than the questions that it knows."""
     texts = {"system": "?", "ask": "{question}{hint} {answer}", "hint": " {text}", "retry": "{problem}"}
     texts |= {"check": "{question} {answer} {conclusion}"}
@@ -91,9 +91,8 @@ def test_our_own_server_is_asked(tmp_path):
     options = [*write_world(tmp_path, 8), f"--output={tmp_path}/out.jsonl", f"--prompts={tmp_path}/prompts.yaml"]
     with serving("--max_new_tokens", "160") as served:
         served.wait_for("serving")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("OPENAI_API_KEY", KEY)
-            annotate.main([*options, "--model=shapes", f"--base_url={served.url}", "--tries=1"])
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        annotate.main([*options, "--model=shapes", f"--base_url={served.url}", "--tries=1"])
         assert served.stop() == 0
     kept, rejected = lines(tmp_path / "out.jsonl"), lines(tmp_path / "out.rejected.jsonl")
     told = {(row["id"], turn["value"]) for row in kept for turn in row["conversations"][::2]}

@@ -110,7 +110,7 @@ class Budget:
         self._max_requests, self._max_cost = max_requests, max_cost
         self._requests = journal.requests
         self._reserved: list[float] = []
-        self._factor, self._is_known = 1.0, False
+        self._factor: float | None = None  # until the first reply
         self._settled = asyncio.Condition()
 
     @property
@@ -134,13 +134,13 @@ class Budget:
 
     def note_usage(self, request: DialogueRequest, input_tokens: int) -> None:
         """Take note of how many tokens an endpoint counts for a request, which may be many more than are estimated."""
-        self._factor, self._is_known = max(self._factor, input_tokens / estimated_input(request)), True
+        self._factor = max(self._factor or 1.0, input_tokens / estimated_input(request))
 
     def _most(self, request: DialogueRequest) -> float:
         """Return what a request costs at most, as far as the replies so far tell."""
         assert self._prices is not None
         read, written = assumed_usage(request).values()
-        return self._prices.cost(self._factor * read, written)
+        return self._prices.cost((self._factor or 1.0) * read, written)
 
     @asynccontextmanager
     async def room_for(self, request: DialogueRequest) -> AsyncIterator[None]:
@@ -155,7 +155,7 @@ class Budget:
             yield
             return
         async with self._settled:
-            while self._reserved and not self._is_known:
+            while self._reserved and self._factor is None:
                 await self._settled.wait()
             while (self.cost or 0.0) + sum(self._reserved) + (cost := self._most(request)) > self._max_cost:
                 if not self._reserved:

@@ -76,10 +76,10 @@ def check_finished(run: Path) -> None:
         raise SystemExit(f"{run} was interrupted before step {steps}: the same command goes on")
 
 
-def call(command: str, *arguments: str) -> None:
+def call(command: str, *arguments: str | Path) -> None:
     """Run a command of the package, whose output goes to standard error."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", f"llava_cot_jax.{command}", *arguments]
+    words = [sys.executable, "-m", "llava_cot_jax", command, *map(str, arguments)]
     subprocess.run(words, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
 
 

@@ -19,10 +19,7 @@ import argparse
 import datetime
 import json
 import math
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -51,7 +48,7 @@ from llava_cot_jax.evaluation.statistics import estimate_mean  # noqa: E402
 from llava_cot_jax.files import write_json  # noqa: E402
 from llava_cot_jax.search.options import SEARCH_OPTIONS  # noqa: E402
 from llava_cot_jax.stages import find_stages  # noqa: E402
-from tests.evidence.ablation import check_finished, commit, decoded, encoded  # noqa: E402
+from tests.evidence.ablation import call, check_finished, commit, decoded, encoded  # noqa: E402
 
 STARTS = (0, 1, 2)
 
@@ -64,9 +61,12 @@ DESCRIBES, STEPS_AFTER, STEPS_OTHERWISE = 0.4, 0.6, 0.2
 VALUED, HELD_OUT, TESTED = 600, 300, 600
 """Number of questions of the training, the validation and the test split that a model answers."""
 
-SAMPLED = ("--temperature", "1", "--slots", "16")
+TEMPERATURE, LONGEST = 1.0, 100
+"""Temperature of sampling, and largest number of tokens of a whole answer."""
+
+SAMPLED = ("--temperature", str(TEMPERATURE), "--slots", "16")
 IN_STAGES = ("--judge", "log_probability", "--num_candidates", "4", "--max_new_tokens", "[16,32,48,8]")
-WHOLE = ("--search", "best_of_n", "--judge", "verifier", "--num_candidates", "8", "--max_new_tokens", "100")
+WHOLE = ("--search", "best_of_n", "--judge", "verifier", "--num_candidates", "8", "--max_new_tokens", str(LONGEST))
 
 NUMBERS_OF_CANDIDATES = (2, 4, 8, 16)
 
@@ -176,20 +176,13 @@ class Study:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def call(self, command: str, *arguments: str | Path) -> None:
-        """Run a command of the package, whose output goes to standard error."""
-        words = [sys.executable, "-m", "llava_cot_jax", command, *map(str, arguments)]
-        print(shlex.join(words[3:]), file=sys.stderr, flush=True)
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run(words, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
-
     def policy(self, start: int) -> Path:
         """Train the policy of a start, and return its exported checkpoint."""
         annotated = self._folder / "annotated"
         if not annotated.exists():
             written = self._folder / "written"
             write_annotations(written)
-            self.call(
+            call(
                 "prepare",
                 "--annotations",
                 written / "rows.jsonl",
@@ -205,9 +198,9 @@ class Study:
         """Train by a configuration of configs/miniature, and export what was trained."""
         run, exported = self._folder / name, self._folder / f"{name}-exported"
         if not exported.exists():
-            self.call("train", "--config", f"configs/miniature/{config}.yaml", "--output", run, *arguments)
+            call("train", "--config", f"configs/miniature/{config}.yaml", "--output", run, *arguments)
             check_finished(run)
-            self.call("convert", run, exported, *(("--for", "peft") if is_adapter else ()))
+            call("convert", run, exported, *(("--for", "peft") if is_adapter else ()))
         return exported
 
     def values(self, name: str, start: int, split: str, first: int, limit: int, *settings: str | Path) -> Path:
@@ -215,7 +208,7 @@ class Study:
         output = self._folder / f"{name}-{start}"
         rows = ("--data", "shapes", "--split", split, "--first", str(first), "--limit", str(limit))
         more = () if "--checkpoint" in settings else ("--checkpoint", self.policy(start))
-        self.call("rollout", *rows, "--seed", str(start), "--output", output, *SAMPLED, *more, *settings)
+        call("rollout", *rows, "--seed", str(start), "--output", output, *SAMPLED, *more, *settings)
         return output
 
     def training_values(self, kind: str, start: int) -> Path:
@@ -251,7 +244,7 @@ class Study:
         found: dict[str, Any] = {}
         for folder, parts in ((whole, ("whole answers",)), (stages, ("CAPTION", "REASONING"))):
             output = self._folder / f"measures-{folder.name}"
-            self.call("evaluate", "--values", folder, "--output", output)
+            call("evaluate", "--values", folder, "--output", output)
             (measured,) = json.loads((output / "result.json").read_text(encoding="utf-8"))["verifiers"]
             for part in parts:
                 of = measured["parts"][part]
@@ -271,10 +264,10 @@ class Study:
         chosen_by = "" if name == TAKEN else f"{name or 'untrained'}-".replace(" ", "_")
         output = self._folder / f"compared-{chosen_by}{start}"
         adapter = () if name is None else ("--verifier_adapter", self.verifier(start, name))
-        self.call(
+        call(
             *("evaluate", "--benchmark", "shapes", "--limit", str(TESTED), "--seed", str(start), "--output", output),
             *("--checkpoint", self.policy(start), *adapter, *SAMPLED),
-            *("--max_new_tokens", "100", "--compare", ",".join(methods)),
+            *("--max_new_tokens", str(LONGEST), "--compare", ",".join(methods)),
             *(("--max_rounds", "2") if "retracing" in methods else ()),
         )
         lines = [json.loads(line) for line in (output / "comparison.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -321,7 +314,7 @@ def form_of(text: str) -> tuple[bool, bool]:
 
 def right_answers(compared: Path, names: Sequence[str]) -> dict[str, list[bool]]:
     """Return whether each method of a comparison is right, question by question."""
-    given = {"format": "llava_cot", "temperature": 1.0, "max_new_tokens": 100}
+    given = {"format": "llava_cot", "temperature": TEMPERATURE, "max_new_tokens": LONGEST}
     options = Namespace({**dict.fromkeys(SEARCH_OPTIONS), **given})
     methods = [Method.read(name, options) for name in names]
     runs, known, found = plan_runs(methods, options), shapes_questions(TESTED, Matching()).known, {}
@@ -355,10 +348,9 @@ def run(folder: Path, starts: tuple[int, ...], ways: bool) -> None:
     """Run what the record lacks."""
     study = Study(folder)
     for start in starts:
-        if (name := f"searches, {start}") not in read_record():
+        if not {name := f"searches, {start}", forms := f"forms, {start}"} <= set(read_record()):
             fill(name, study.comparison(start))
-        if (name := f"forms, {start}") not in read_record():
-            fill(name, study.forms(start))
+            fill(forms, study.forms(start))
         for way in (None, TAKEN):
             if (name := f"{way or 'untrained'}, {start}") not in read_record():
                 fill(name, study.measures(way, start))
