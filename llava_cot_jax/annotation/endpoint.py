@@ -56,6 +56,9 @@ _ENDS = ("stop", "length", "content_filter", "refusal")
 _BROKEN = ("error", "abort", "cancelled")
 """Ends by which gateways say that a reply failed on its way."""
 
+_MOST_IMAGE_THREADS = 4
+"""Number of images that are shrunk at a time at most: while it is, each may take hundreds of megabytes."""
+
 _UNSENT = "unsent"
 """End of a reply that stands for none, as no connection was made."""
 
@@ -164,6 +167,8 @@ class EndpointClient:
     ) -> None:
         import openai
 
+        from llava_cot_jax.annotation.sent_images import reading_images
+
         self._openai = openai
         bounds = openai.Timeout(timeout, connect=min(timeout, _LONGEST_CONNECT))
         self._client = openai.AsyncOpenAI(api_key=key, base_url=url, timeout=bounds, max_retries=0)
@@ -171,7 +176,9 @@ class EndpointClient:
         self._timeout, self._max_retries, self._length_parameter = timeout, max_retries, length_parameter
         self.troubles: Counter[str] = Counter()
         self._replies = 0
-        self._image_thread = ThreadPoolExecutor(1)  # Pillow's limits, and Python's warnings, hold for all threads
+        self._image_threads = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_IMAGE_THREADS))
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(reading_images())
 
     @property
     def url(self) -> str:
@@ -180,7 +187,8 @@ class EndpointClient:
 
     async def close(self) -> None:
         """Close the connections."""
-        self._image_thread.shutdown(wait=False, cancel_futures=True)
+        self._image_threads.shutdown(wait=False, cancel_futures=True)
+        self._open.close()
         await self._client.close()
 
     async def ask(self, request: DialogueRequest) -> dict[str, Any]:
@@ -258,7 +266,7 @@ class EndpointClient:
         messages: list[dict[str, Any]] = list(request.messages)
         if request.has_images:
             loop = asyncio.get_running_loop()
-            urls = iter(await loop.run_in_executor(self._image_thread, self._urls, request))
+            urls = iter(await loop.run_in_executor(self._image_threads, self._urls, request))
             messages = [_with_images(message, urls) for message in messages]
         settings = request.settings
         body = {"model": settings.model, "messages": messages, self._length_parameter: settings.max_new_tokens}

@@ -3,6 +3,8 @@
 import base64
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import ExifTags, Image
 
@@ -15,8 +17,17 @@ _SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/we
 _JPEG_QUALITY = 95
 
 
+@contextmanager
+def reading_images() -> Iterator[None]:
+    """Let threads call ``image_url`` in the block: Pillow's limit and Python's filter of warnings hold for them all."""
+    with warnings.catch_warnings(action="ignore"), pillow_limit(MAX_PIXELS_TO_SHRINK):
+        yield
+
+
 def image_url(content: bytes, max_side: int) -> str:
     """Return the data URL of an image file, which is written anew only where it has to be turned, shrunk or converted.
+
+    It is called within ``reading_images``.
 
     Args:
         content: Content of the file.
@@ -34,11 +45,10 @@ def image_url(content: bytes, max_side: int) -> str:
 
 
 def _image_url(content: bytes, max_side: int) -> str:
-    with warnings.catch_warnings(action="ignore"):
-        whole = open_image(content, max_side)
-        with pillow_limit(MAX_PIXELS_TO_SHRINK), Image.open(io.BytesIO(content)) as file:
-            kind, is_upright = file.format or "", file.getexif().get(ExifTags.Base.Orientation, 1) == 1
-            fits = max(file.size) <= max_side
+    whole = open_image(content, max_side)
+    with Image.open(io.BytesIO(content)) as file:
+        kind, is_upright = file.format or "", file.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        fits = max(file.size) <= max_side
     if kind in _SENT_AS_THEY_ARE and is_upright and fits:
         return _data_url(content, _SENT_AS_THEY_ARE[kind])
     if not fits:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import threading
 import zipfile
@@ -12,10 +13,11 @@ from PIL import Image
 
 from llava_cot_jax import annotate
 from llava_cot_jax.annotation import sent_images
-from llava_cot_jax.annotation.sent_images import image_url
+from llava_cot_jax.annotation.sent_images import image_url, reading_images
 from llava_cot_jax.data.raw.annotations import read_annotations
 from llava_cot_jax.data.raw.images import open_images
 from llava_cot_jax.errors import UserError
+from llava_cot_jax.processing.images import MAX_PIXELS_TO_SHRINK
 from tests.annotation.runs import BAD, by_question, lines, rows_of, run, write_input
 from tests.annotation.stand_in_endpoint import Asked, Response, staged
 
@@ -191,24 +193,29 @@ def test_images_that_pillow_refuses_are_unusable_and_large_ones_are_shrunk(monke
     """An image of more than twice as many pixels as Pillow opens by itself is shrunk; any error is of the image."""
     written = io.BytesIO()
     Image.new("1", (20_000, 10_000)).save(written, "PNG")
-    sent = image_url(written.getvalue(), 100)
-    assert Image.open(io.BytesIO(base64.b64decode(sent.partition(",")[2]))).size == (100, 50)
-    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: 1 / 0)
-    with pytest.raises(UserError, match="cannot be sent: division by zero"):
-        image_url(written.getvalue(), 100)
+    with reading_images():
+        sent = image_url(written.getvalue(), 100)
+        assert Image.open(io.BytesIO(base64.b64decode(sent.partition(",")[2]))).size == (100, 50)
+        monkeypatch.setattr(Image.Image, "save", lambda *_, **__: 1 / 0)
+        with pytest.raises(UserError, match="cannot be sent: division by zero"):
+            image_url(written.getvalue(), 100)
 
 
-def test_images_are_decoded_one_at_a_time(tmp_path, stand_in, monkeypatch):
-    """The number of pixels that Pillow opens holds for all threads, and so it must be changed in one alone."""
-    threads = set()
+def test_images_are_shrunk_side_by_side_under_one_limit_of_pillow(tmp_path, stand_in, monkeypatch):
+    """The number of pixels that Pillow opens holds for all threads: none may change it while another reads."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    before, together, limits = Image.MAX_IMAGE_PIXELS, threading.Barrier(2, timeout=60), set()
 
     def noting(content: bytes, max_side: int) -> str:
-        threads.add(threading.get_ident())
-        return image_url(content, max_side)
+        together.wait()  # for another thread that does the same
+        sent = image_url(content, max_side)
+        limits.add(Image.MAX_IMAGE_PIXELS)
+        return sent
 
     monkeypatch.setattr(sent_images, "image_url", noting)
     run(tmp_path, rows_of(12), stand_in, "--requests_in_flight", "12")
-    assert len(threads) == 1 and len(stand_in.asked) == 12
+    assert len(stand_in.asked) == 12
+    assert limits == {MAX_PIXELS_TO_SHRINK} and before == Image.MAX_IMAGE_PIXELS
 
 
 def test_large_and_turned_images_are_sent_upright_and_shrunk(tmp_path, stand_in):
