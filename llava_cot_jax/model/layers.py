@@ -34,6 +34,15 @@ def apply_remat(layer: Callable[P, R], policy: RematPolicy) -> Callable[P, R]:
     return jax.checkpoint(layer, policy=saveable)
 
 
+def recomputed(function: Callable[P, R]) -> Callable[P, R]:
+    """Return ``function``, whose backward pass computes it again from its arguments: no activation of it is saved.
+
+    This is for elementwise functions, norms, and the linear layer after them, whose own product is not computed again.
+    It holds within a loop over layers; elsewhere the compiler may find that it has the values already.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
 def is_stacked(layers: Params) -> bool:
     """Whether the arrays of these layers carry a leading ``layers`` axis."""
     return layers["0"]["input_layernorm"]["weight"].ndim == 2
@@ -88,17 +97,25 @@ def int8_linear(x: Float[Array, "*batch in"], w: Params) -> Float[Array, "*batch
 
 def rms_norm(x: Float[Array, "*batch width"], w: Params, eps: float) -> Float[Array, "*batch width"]:
     """Apply RMSNorm over the last axis. It is scaled after the cast back, as in the reference."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return w["weight"] * y.astype(x.dtype)
+
+    def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+        return weight * y.astype(x.dtype)
+
+    return recomputed(norm)(x, w["weight"])
 
 
 def layer_norm(x: Float[Array, "*batch width"], w: Params, eps: float) -> Float[Array, "*batch width"]:
     """Apply LayerNorm over the last axis."""
-    y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * w["weight"].astype(jnp.float32) + w["bias"].astype(jnp.float32)).astype(x.dtype)
+
+    def norm(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+        return (y * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+    return recomputed(norm)(x, w["weight"], w["bias"])
 
 
 def rope_frequencies(config: TextConfig) -> Float[np.ndarray, " half_head_dim"]:

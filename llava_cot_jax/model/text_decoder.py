@@ -21,6 +21,7 @@ from llava_cot_jax.model.layers import (
     is_stacked,
     linear,
     merge_heads,
+    recomputed,
     rms_norm,
     rope_cos_sin,
     split_heads,
@@ -305,6 +306,10 @@ def _mlp(
     x: Float[Array, "batch tokens hidden"], w: Params, adapted: AdaptedTokens
 ) -> Float[Array, "batch tokens hidden"]:
     """Apply SwiGLU."""
-    gate, up = (linear(x, w[name], adapted).astype(jnp.float32) for name in ("gate_proj", "up_proj"))
-    h = (jax.nn.silu(gate) * up).astype(x.dtype)
-    return linear(constrain(h, "batch", None, "mlp"), w["down_proj"], adapted)
+    gate, up = (linear(x, w[name], adapted) for name in ("gate_proj", "up_proj"))
+
+    def down(gate: jax.Array, up: jax.Array, w: Params) -> jax.Array:
+        h = (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype)
+        return linear(constrain(h, "batch", None, "mlp"), w, adapted)
+
+    return recomputed(down)(gate, up, w["down_proj"])

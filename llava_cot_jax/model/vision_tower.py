@@ -26,6 +26,7 @@ from llava_cot_jax.model.layers import (
     layer_norm,
     linear,
     merge_heads,
+    recomputed,
     split_heads,
 )
 from llava_cot_jax.model.parameters import Params
@@ -186,9 +187,12 @@ def _layer(
     with jax.named_scope("mlp"):
         h = linear(layer_norm(x, w["post_attention_layernorm"], config.norm_eps), w["mlp"]["fc1"])
         h = constrain(h, "batch", None, "mlp")
-        h = jax.nn.gelu(h.astype(jnp.float32), approximate=False).astype(x.dtype)
-        h = linear(h, w["mlp"]["fc2"])
+        h = recomputed(_gelu_linear)(h, w["mlp"]["fc2"])
         return x + (jnp.tanh(w["gate_ffn"]) * h if "gate_ffn" in w else h)
+
+
+def _gelu_linear(h: Float[Array, "images tokens inner"], w: Params) -> Float[Array, "images tokens width"]:
+    return linear(jax.nn.gelu(h.astype(jnp.float32), approximate=False).astype(h.dtype), w)
 
 
 def _self_attention(

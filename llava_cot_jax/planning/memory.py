@@ -42,13 +42,13 @@ class SavedPerToken:
 SAVED_BY_TEXT_LAYER: dict[RematPolicy, SavedPerToken] = {
     "full": SavedPerToken(1, 0, 0),  # the layer's input
     "dots": SavedPerToken(1, 3, 2),  # and the outputs of its matrix products: attention (3), gate and up (2)
-    "none": SavedPerToken(4, 8, 5),  # and those of norms, rotary embeddings and activations, as the compiler keeps them
+    "none": SavedPerToken(4, 4, 2),  # all inputs of products: norms, the middle, heads (q, out, merged; k and v), MLP
 }
 
 SAVED_BY_TOWER_BLOCK: dict[RematPolicy, SavedPerToken] = {
     "full": SavedPerToken(1, 0, 0),  # the block's input
     "dots": SavedPerToken(1, 4, 1),  # and the outputs of its matrix products: attention (4), fc1 (1)
-    "none": SavedPerToken(4, 8, 4),  # and those of norms and activations, as the compiler keeps them
+    "none": SavedPerToken(4, 5, 1),  # likewise, with as many keys and values as queries, and fc1
 }
 
 

@@ -5,11 +5,13 @@
 A step is the forward pass, backward pass and AdamW update of a Llama-3.2-Vision of 96 million parameters, on the first
 device that jax finds (torch takes CUDA where it has it). Both libraries have the same weights and the same two examples
 of the shapes world, with an image of four tiles and one of three. Two thirds of the FLOPs are those of the vision
-tower, as for the 11B. Each library has a process of its own for each kind of activation checkpointing, on two cores.
-On a CPU the script takes about 10 minutes.
+tower, as for the 11B. Each library has processes of its own for each kind of activation checkpointing, on two cores.
+On a CPU the script takes about 20 minutes.
 
-glibc is told to keep freed memory. Otherwise XLA on a CPU allocates its temporaries anew in every step, and fresh
-pages of a virtual machine can take longer than the arithmetic of the step.
+On a CPU each kind is measured twice. For the times, glibc is told to keep freed memory: otherwise both libraries
+allocate memory anew in every step, and fresh pages of a virtual machine can take longer than the arithmetic of the
+step. A heap that keeps everything grows by what it cannot fit into its holes, so that the memory that a step needs is
+that of a few steps in another process, whose freed memory goes back to the system, in huge pages.
 
 The losses of all runs must agree in the first step and in the last. ``--dtype bfloat16`` is for an accelerator; it
 keeps parameters in float32 and computes in bfloat16.
@@ -20,7 +22,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,8 @@ LEARNING_RATE = 1e-4
 WARM = 4
 """Number of steps before the timed ones, after which a heap that keeps freed memory has its final size."""
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
+RETURN_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+STEPS_FOR_MEMORY = 2
 KINDS = ("ours none", "torch none", "ours full", "torch full")
 """Library and activation remat: all activations of a layer are saved, or its input alone."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -219,8 +222,7 @@ def timed(run: Callable[[], float], steps: int) -> Report:
         seconds.append(time.perf_counter() - start)
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"first": first, "last": last, "seconds": seconds, "memory": peak, "process": max(whole, peak)}
+    return {"first": first, "last": last, "seconds": seconds, "memory": peak}
 
 
 def product_rate(product: Callable[[], None], side: int) -> float:
@@ -234,13 +236,22 @@ def product_rate(product: Callable[[], None], side: int) -> float:
     return 2 * side**3 / statistics.median(seconds)
 
 
-def in_process(*arguments: object) -> Report:
+def in_process(heap: dict[str, str], *arguments: object) -> Report:
     """Run this script with other arguments in a process of its own, and return what it prints."""
     command = [sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | KEEP_MEMORY, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | heap, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def both_heaps(*arguments: object) -> Report:
+    """Return a report whose times are those of a process that keeps freed memory, and whose memory is that in use."""
+    report = in_process(KEEP_MEMORY, *arguments)
+    if report["device"] != "cpu":
+        return report
+    used = in_process(RETURN_MEMORY, *arguments[:-1], STEPS_FOR_MEMORY)["memory"]
+    return report | {"memory": used, "kept": report["memory"]}
 
 
 def main(dtype: str, steps: int) -> None:
@@ -249,9 +260,8 @@ def main(dtype: str, steps: int) -> None:
     versions = "  ".join(f"{package} {version(package)}" for package in ("jax", "torch", "transformers"))
     print(f"{datetime.date.today()}  Python {platform.python_version()}  {versions}")
     with tempfile.TemporaryDirectory() as scratch:
-        work = in_process("--prepare", scratch)
-        common = ("--dtype", dtype, "--steps", steps)
-        reports = {kind: in_process("--measure", scratch, kind, *common) for kind in KINDS}
+        work = in_process(KEEP_MEMORY, "--prepare", scratch)
+        reports = {kind: both_heaps("--measure", scratch, kind, "--dtype", dtype, "--steps", steps) for kind in KINDS}
     chip = find_chip(reports[KINDS[0]]["device"])
     print(f"{platform.system()} {platform.machine()}, {reports[KINDS[0]]['device']}, {THREADS} cores, {dtype}")
     print(
@@ -271,7 +281,7 @@ def main(dtype: str, steps: int) -> None:
             f"  work        {rate / 1e9:.0f} GFLOP/s, {rate / report['product']:.0%} of a plain matrix product's rate "
             f"({report['product'] / 1e9:.0f}){mfu}\n"
             f"  memory      {report['memory'] / 1e9:.2f} GB at the peak"
-            + (f", {report['process'] / 1e9:.2f} GB with loading and compiling" if not chip else "")
+            + (f", {report['kept'] / 1e9:.2f} GB where freed memory is kept" if not chip else "")
             + f"\n  loss        {report['first']:.6f} at first, {report['last']:.6f} at step {WARM + steps}"
         )
     print()
