@@ -26,7 +26,10 @@ R = TypeVar("R")
 
 
 def apply_remat(layer: Callable[P, R], policy: RematPolicy) -> Callable[P, R]:
-    """Return ``layer`` with rematerialisation: its backward pass recomputes what ``policy`` does not save."""
+    """Return ``layer`` with rematerialisation: its backward pass recomputes what ``policy`` does not save.
+
+    With the policy "none" that is what ``recomputed`` says of parts of the layer.
+    """
     if policy == "none":
         return layer
     policies = jax.checkpoint_policies

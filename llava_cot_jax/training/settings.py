@@ -190,8 +190,9 @@ class TrainSettings:
         steps: Number of steps in place of the number that follows from ``epochs``.
         seed: Seed of random weights and adapters. The order of the data has its own, ``loader.seed``.
         dtype: Dtype of the computation.
-        remat: Activations of a layer that are saved for the backward pass: all (``none``), the results of its
-            matrix products (``dots``), or its input alone (``full``), from which the rest is recomputed.
+        remat: Activations of a layer that are saved for the backward pass: what its products and its attention need
+            (``none``), the results of its matrix products (``dots``), or its input alone (``full``). The rest is
+            recomputed: with ``none`` norms and activation functions, with ``dots`` also attention, with ``full`` all.
         grad_accum_steps: Number of micro-batches that a batch is computed in, one after the other.
         frozen_params: Regular expressions of parameters that are not trained: those in whose name one is found.
             Layers are stacked in these names: ``layers.3`` stands for layers 3, 8, 13 and so on of the 11B.

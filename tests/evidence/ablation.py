@@ -55,7 +55,7 @@ RECORD = ROOT / "tests" / "evidence" / "ablation.json"
 def train(variant: str, start: int, folder: Path) -> Path:
     """Train a model, or go on where an earlier call was interrupted. Return the folder of the exported checkpoint.
 
-    The model of the package is the first staged one: tests/evidence/shapes_model.py makes it again, bit for bit.
+    The model of the package, which tests/evidence/shapes_model.py made, is the first staged one.
     """
     if (variant, start) == ("staged", 0):
         return BUNDLED_MODEL_FOLDER

@@ -47,7 +47,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "M
 RETURN_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 STEPS_FOR_MEMORY = 2
 KINDS = ("ours none", "torch none", "ours full", "torch full")
-"""Library and activation remat: all activations of a layer are saved, or its input alone."""
+"""Library and activation remat: what the products of a layer need is saved, or its input alone."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest relative difference between the losses of two runs, by dtype."""
 

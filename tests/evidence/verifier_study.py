@@ -42,7 +42,7 @@ from llava_cot_jax.evaluation.comparison.derived import derived_row  # noqa: E40
 from llava_cot_jax.evaluation.comparison.methods import Method, plan_runs  # noqa: E402
 from llava_cot_jax.evaluation.job import scored_row  # noqa: E402
 from llava_cot_jax.evaluation.matching import scored_text  # noqa: E402
-from llava_cot_jax.evaluation.plotting import LINE_COLOURS, LINE_MARKERS  # noqa: E402
+from llava_cot_jax.evaluation.plotting import LINE_MARKERS  # noqa: E402
 from llava_cot_jax.evaluation.question_sets import Matching, shapes_questions  # noqa: E402
 from llava_cot_jax.evaluation.statistics import estimate_mean  # noqa: E402
 from llava_cot_jax.files import write_json  # noqa: E402
@@ -90,6 +90,8 @@ PAIRS = (
     ("best_of_n:8/verifier", "majority_vote:16"),
     ("best_of_n:8/verifier", "best_of_n:8/log_probability"),
     ("best_of_n:8/verifier", "best_of_n:16/log_probability"),
+    ("best_of_n:4/verifier", "best_of_n:8/log_probability"),
+    ("best_of_n:2/verifier", "best_of_n:4/log_probability"),
     ("best_of_n:16/verifier", "best_of_n:16/log_probability"),
     ("best_of_n:16/log_probability", "majority_vote:16"),
     ("weighted_vote:8", "majority_vote:16"),
@@ -97,6 +99,7 @@ PAIRS = (
     ("stage_beam:4/verifier", "majority_vote:16"),
     ("stage_beam:8/verifier", "stage_beam:2/verifier"),
     ("stage_beam:4/verifier", "best_of_n:8/verifier"),
+    ("stage_beam:4/verifier", "best_of_n:16/log_probability"),
     ("stage_beam:4/verifier", "sentence_beam:4/verifier"),
     ("weighted_vote:16", "best_of_n:16/verifier"),
     ("best_of_n:16/oracle", "best_of_n:16/verifier"),
@@ -418,17 +421,17 @@ def draw(record: dict[str, Any]) -> None:
         scorer = rest.partition("/")[2]
         family = f"{name}, {scorer}" if name == "best_of_n" else name
         families.setdefault(family.replace("_", " "), []).append((flops, means.mean(), error))
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for i, (name, points) in enumerate(families.items()):
-        look = {"color": LINE_COLOURS[i % len(LINE_COLOURS)], "marker": LINE_MARKERS[i % len(LINE_MARKERS)]}
+        look = {"color": f"C{i}", "marker": LINE_MARKERS[i % len(LINE_MARKERS)]}
         flops, means, errors = zip(*points, strict=True)
         axes.errorbar(flops, means, errors, label=name, capsize=2, **look)
     axes.set_xscale("log")
     axes.set(xlabel="FLOPs of a question", ylabel="right conclusions")
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(RECORD.with_suffix(".png"), dpi=110)
 
 
