@@ -49,11 +49,6 @@ def estimated_input(request: DialogueRequest) -> int:
     return math.ceil(text / BYTES_PER_TOKEN) + images * TOKENS_PER_IMAGE
 
 
-def assumed_usage(request: DialogueRequest) -> dict[str, int]:
-    """Return what a request takes at most, by the keys of ``USAGE``, where the endpoint does not say what it took."""
-    return dict(zip(USAGE, (estimated_input(request), request.settings.max_new_tokens), strict=True))
-
-
 @dataclass(frozen=True)
 class Estimate:
     """Estimate of what is still to be asked.
@@ -94,7 +89,8 @@ class Budget:
 
     Before a request is sent, room is taken for what it may cost at most: its estimated input, or more where the
     endpoint has counted more than estimated in this run, and an output of the largest length. It is given back when the
-    reply says what it did cost. Until the first reply has told that, one request is sent at a time.
+    reply says what it did cost. Until the first reply has told how the endpoint counts, one request is sent at a time
+    of those with images, and one of those without.
 
     Args:
         journal: Journal, whose requests count.
@@ -109,8 +105,8 @@ class Budget:
         self._journal, self._prices = journal, prices
         self._max_requests, self._max_cost = max_requests, max_cost
         self._requests = journal.requests
-        self._reserved: list[float] = []
-        self._factor: float | None = None  # until the first reply
+        self._reserved: list[tuple[bool, float]] = []
+        self._factors: dict[bool, float] = {}  # of requests with images and without, from the first reply on
         self._settled = asyncio.Condition()
 
     @property
@@ -134,13 +130,14 @@ class Budget:
 
     def note_usage(self, request: DialogueRequest, input_tokens: int) -> None:
         """Take note of how many tokens an endpoint counts for a request, which may be many more than are estimated."""
-        self._factor = max(self._factor or 1.0, input_tokens / estimated_input(request))
+        factor = input_tokens / estimated_input(request)
+        self._factors[request.has_images] = max(self._factors.get(request.has_images, 1.0), factor)
 
-    def _most(self, request: DialogueRequest) -> float:
-        """Return what a request costs at most, as far as the replies so far tell."""
-        assert self._prices is not None
-        read, written = assumed_usage(request).values()
-        return self._prices.cost((self._factor or 1.0) * read, written)
+    def assumed_usage(self, request: DialogueRequest) -> dict[str, int]:
+        """Return what a request takes at most, as far as the replies so far tell, by the keys of ``USAGE``."""
+        factor = self._factors.get(request.has_images, 1.0)
+        counts = math.ceil(factor * estimated_input(request)), request.settings.max_new_tokens
+        return dict(zip(USAGE, counts, strict=True))
 
     @asynccontextmanager
     async def room_for(self, request: DialogueRequest) -> AsyncIterator[None]:
@@ -154,17 +151,21 @@ class Budget:
         if self._prices is None or self._max_cost is None:
             yield
             return
+        kind = request.has_images
         async with self._settled:
-            while self._reserved and self._factor is None:
+            while kind not in self._factors and any(other == kind for other, _ in self._reserved):
                 await self._settled.wait()
-            while (self.cost or 0.0) + sum(self._reserved) + (cost := self._most(request)) > self._max_cost:
+            while True:
+                cost = self._prices.cost(*self.assumed_usage(request).values())
+                if (self.cost or 0.0) + sum(each for _, each in self._reserved) + cost <= self._max_cost:
+                    break
                 if not self._reserved:
                     raise StopAsking(f"--max_cost {self._max_cost:g} leaves no room for another request")
                 await self._settled.wait()
-            self._reserved.append(cost)
+            self._reserved.append((kind, cost))
         try:
             yield
         finally:
             async with self._settled:
-                self._reserved.remove(cost)
+                self._reserved.remove((kind, cost))
                 self._settled.notify_all()

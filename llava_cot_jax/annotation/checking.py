@@ -149,6 +149,7 @@ def fault_of_verdict(reply: str, words: Mapping[str, str], conclusion: str, answ
         conclusion: The conclusion.
         answers: The standard answers, as the model was told them.
     """
+    reply = reply.encode(errors="replace").decode()  # half of a character can be neither sent nor written
     word, rest = _first_word(normalize_answer(without_marks(reply, LLAVA_COT)))
     if rest.startswith((":", " -", "\u2014")) and word not in words.values():  # a label
         word, rest = _first_word(normalize_answer(rest))

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
-from llava_cot_jax.annotation.budget import Budget, assumed_usage
+from llava_cot_jax.annotation.budget import Budget
 from llava_cot_jax.annotation.dialogue import IMAGE_PART, SPELLS_KEY, DialogueRequest
 from llava_cot_jax.annotation.journal import USAGE, Journal
 from llava_cot_jax.annotation.outcomes import FAILED, REFUSED, UNUSABLE
@@ -57,12 +58,12 @@ _BROKEN = ("error", "abort", "cancelled")
 """Ends by which gateways say that a reply failed on its way."""
 
 _MOST_IMAGE_THREADS = 4
-"""Number of images that are shrunk at a time at most: while it is, each may take hundreds of megabytes."""
+"""Number of images that are shrunk at a time at most. Each takes some ten bytes for a pixel meanwhile."""
 
 _UNSENT = "unsent"
 """End of a reply that stands for none, as no connection was made."""
 
-_NO_CONNECTION = ("ConnectError", "ConnectTimeout")
+_NO_CONNECTION = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol")
 """Names of the errors that keep a request from being sent, in each of the HTTP libraries that the package has used."""
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0
@@ -73,6 +74,9 @@ _LONGEST_WAIT = 600.0
 
 _LONGEST_CONNECT = 15.0
 """Seconds after which a connection that is not made is given up."""
+
+_DEFAULT_URL = "https://api.openai.com/v1"
+"""URL that the openai package takes by itself. It takes an empty OPENAI_BASE_URL for a URL."""
 
 _NO_KEY = "none"
 """Key that is sent to an endpoint that needs none, as the package asks for one."""
@@ -169,10 +173,17 @@ class EndpointClient:
 
         from llava_cot_jax.annotation.sent_images import reading_images
 
-        self._openai = openai
+        self._openai, self._key = openai, key
         bounds = openai.Timeout(timeout, connect=min(timeout, _LONGEST_CONNECT))
-        self._client = openai.AsyncOpenAI(api_key=key, base_url=url, timeout=bounds, max_retries=0)
-        self._key, self._images, self._journal, self._budget, self._pace = key, images, journal, budget, pace
+        try:
+            self._client = openai.AsyncOpenAI(api_key=key, base_url=url or _DEFAULT_URL, timeout=bounds, max_retries=0)
+        except (ImportError, OSError, ValueError, openai.OpenAIError) as fault:
+            why = self._hide(" ".join(str(fault).split())) or type(fault).__name__
+            raise UserError(
+                f"the openai package cannot make a client: {why}; look at the environment variables of proxies and of "
+                "certificates"
+            ) from fault
+        self._images, self._journal, self._budget, self._pace = images, journal, budget, pace
         self._timeout, self._max_retries, self._length_parameter = timeout, max_retries, length_parameter
         self.troubles: Counter[str] = Counter()
         self._replies = 0
@@ -255,7 +266,7 @@ class EndpointClient:
                 return {"text": trouble, "finish": _UNSENT}, None
         except _UnreadableReply:
             trouble = "unreadable reply"
-        return {"text": trouble, "finish": FAILED, **assumed_usage(request)}, None
+        return {"text": trouble, "finish": FAILED, **self._budget.assumed_usage(request)}, None
 
     async def _body(self, request: DialogueRequest) -> dict[str, Any]:
         """Return the arguments of the request.
@@ -273,9 +284,22 @@ class EndpointClient:
         return body if settings.temperature is None else {**body, "temperature": settings.temperature}
 
     def _urls(self, request: DialogueRequest) -> list[str]:
+        """Return the URLs of the images of a request.
+
+        Raises:
+            UserError: An image cannot be sent, or is not the one that the request's key names.
+            StopAsking: No request may be sent any more.
+        """
         from llava_cot_jax.annotation.sent_images import image_url
 
-        return [image_url(self._images.read(image.name), request.settings.max_side) for image in request.row.images]
+        urls = []
+        for image in request.row.images:
+            self._pace.check()
+            content = self._images.read(image.name)
+            if zlib.crc32(content) != image.checksum:
+                raise UserError(f"the image {image.path} has changed since the start: run the command again")
+            urls.append(image_url(content, request.settings.max_side))
+        return urls
 
     def _read(self, raw: Any, request: DialogueRequest) -> dict[str, Any]:
         """Return what a response says."""
@@ -299,7 +323,7 @@ class EndpointClient:
         return {
             "text": "" if has_key else text,
             "finish": SPELLS_KEY if has_key else "refusal" if declined else finish if finish in _ENDS else "other",
-            **(_counts_of(usage) or {**assumed_usage(request), "assumed": True}),
+            **(_counts_of(usage) or {**self._budget.assumed_usage(request), "assumed": True}),
             "model": self._hide(str(model)),
             "completion": self._hide(str(identifier)),
         }

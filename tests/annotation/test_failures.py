@@ -103,6 +103,37 @@ def test_what_is_not_sent_counts_for_nothing(tmp_path, stand_in):
     assert len(lines(tmp_path / "out.jsonl")) == len(stand_in.asked) == 1
 
 
+def test_what_a_proxy_refuses_counts_for_nothing(tmp_path, stand_in, monkeypatch):
+    """The stand-in, as a proxy, answers CONNECT with a 501."""
+    options = [*write_input(tmp_path, rows_of(1)), "--model=stand-in", "--max_retries=1", "--max_requests=1"]
+    monkeypatch.setenv("HTTPS_PROXY", stand_in.url.removesuffix("/v1"))
+    with pytest.raises(TransientError, match="answers nothing"):
+        annotate.main([*options, "--base_url=https://endpoint.invalid/v1"])
+    assert not any("input_tokens" in line["reply"] for line in lines(tmp_path / "out.journal.jsonl"))
+    annotate.main([*options, f"--base_url={stand_in.url}"])
+    assert len(lines(tmp_path / "out.jsonl")) == len(stand_in.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "variables", [{"ALL_PROXY": "gopher://127.0.0.1:9"}, {"SSL_CERT_FILE": "/nowhere/ca.pem"}], ids=["proxy", "file"]
+)
+def test_a_client_that_cannot_be_made_is_told(tmp_path, stand_in, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="proxies and of certificates"):
+        run(tmp_path, rows_of(1), stand_in)
+    assert not stand_in.asked
+
+
+def test_an_empty_variable_of_the_url_is_none(tmp_path, monkeypatch):
+    """The openai package takes it for a URL, and every request would fail."""
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # so that nothing is asked
+    with pytest.raises(TransientError, match=r"https://api\.openai\.com/v1/? answers nothing"):
+        annotate.main([*write_input(tmp_path, rows_of(1)), "--model=x", "--max_retries=0"])
+
+
 @pytest.mark.parametrize("usage", [{"prompt_tokens": "many"}, {"prompt_tokens": -5, "completion_tokens": 1e300}, [3]])
 def test_a_usage_that_is_none_is_assumed(tmp_path, stand_in, usage):
     stand_in.behave = lambda asked: Response(staged(asked.standard_answer), usage=usage)

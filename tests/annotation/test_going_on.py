@@ -100,3 +100,59 @@ def test_an_error_while_the_model_samples_leaves_what_is_finished(tmp_path, monk
         annotate.main(given)
     (row,) = lines(tmp_path / "out.jsonl")
     assert json.dumps(row["conversations"][0]["value"]) == json.dumps(world[row["id"]]["questions"][0])
+
+
+def spent_of(capsys) -> float:
+    return float(re.search(r"out: [\d,]+, cost ([\d.]+)", capsys.readouterr().out)[1])
+
+
+@pytest.mark.parametrize("first", ["row without an image", "check"])
+def test_the_cost_is_bounded_where_the_first_request_has_no_image(tmp_path, stand_in, capsys, first):
+    """What text takes says nothing about what images take."""
+    prices = ("--price.input", "1", "--price.output", "2", "--max_new_tokens", "300", "--max_cost", "0.2")
+
+    def behave(asked: Asked) -> Response:
+        has_image = any(isinstance(message["content"], list) for message in asked.body["messages"])
+        usage = {"prompt_tokens": 25_000 if has_image else 200, "completion_tokens": 100}
+        if asked.is_check:
+            return Response("yes", usage=usage)
+        conclusion = "the thing" if asked.question == "Which is q0?" else asked.standard_answer
+        return Response(staged(conclusion), late=0.05, usage=usage)
+
+    rows = rows_of(30)
+    stand_in.behave = behave
+    if first == "check":  # a run ended between the answer and its check
+        run(tmp_path, rows[:1], stand_in, *prices, "--max_requests", "1")
+        capsys.readouterr()
+    else:
+        rows[0]["image"] = None
+    run(tmp_path, rows, stand_in, *prices, "--requests_in_flight", "16")
+    assert 0.1 < spent_of(capsys) <= 0.2
+
+
+def test_a_request_that_fails_is_booked_as_the_endpoint_counts(tmp_path, stand_in):
+    """The first reply says 25,000 tokens, and the next request may have taken as many."""
+    usage = {"prompt_tokens": 25_000, "completion_tokens": 100}
+    stand_in.behave = by_question(
+        {"Which is q0?": [Response(staged("thing 0"), usage=usage)], "Which is q1?": [Response("x", breaks=True)]}
+    )
+    run(tmp_path, rows_of(2), stand_in, *ONE)
+    booked = [line["reply"]["input_tokens"] for line in lines(tmp_path / "out.journal.jsonl")]
+    assert booked[0] == 25_000 and booked[1] >= 25_000
+
+
+def test_half_of_a_character_in_a_verdict_ends_no_run(tmp_path, stand_in):
+    rows = rows_of(2)
+    wrong, verdict = Response(staged("another thing")), Response("No, it is \ud83d")
+
+    def behave(asked: Asked) -> Response:
+        if asked.question != "Which is q0?":
+            return Response(staged(asked.standard_answer))
+        return verdict if asked.is_check else wrong
+
+    stand_in.behave = behave
+    for _ in range(2):
+        run(tmp_path, rows, stand_in, "--tries", "2")
+        assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == [1]
+    (rejected,) = lines(tmp_path / "out.rejected.jsonl")
+    assert rejected["id"] == 0 and "(it is" in rejected["detail"]

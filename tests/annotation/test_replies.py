@@ -8,6 +8,7 @@ import re
 import threading
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,7 +18,7 @@ from llava_cot_jax.annotation.sent_images import image_url, reading_images
 from llava_cot_jax.data.raw.annotations import read_annotations
 from llava_cot_jax.data.raw.images import open_images
 from llava_cot_jax.errors import UserError
-from llava_cot_jax.processing.images import MAX_PIXELS_TO_SHRINK
+from llava_cot_jax.processing.images import MAX_PIXELS_TO_SHRINK, open_image
 from tests.annotation.runs import BAD, by_question, lines, rows_of, run, write_input
 from tests.annotation.stand_in_endpoint import Asked, Response, staged
 
@@ -216,6 +217,42 @@ def test_images_are_shrunk_side_by_side_under_one_limit_of_pillow(tmp_path, stan
     run(tmp_path, rows_of(12), stand_in, "--requests_in_flight", "12")
     assert len(stand_in.asked) == 12
     assert limits == {MAX_PIXELS_TO_SHRINK} and before == Image.MAX_IMAGE_PIXELS
+
+
+def test_images_that_others_would_show_differently_are_sent_as_the_model_sees_them(tmp_path):
+    """Transparency is on white, 12 bits are scaled, and of an animation there is the first picture."""
+    clear, deep = Image.new("RGBA", (8, 8), (0, 0, 0, 0)), Image.new("I;16", (8, 8), 3000)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    clear.save(tmp_path / "clear.png")
+    deep.save(tmp_path / "deep.png")
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    with reading_images():
+        for path in sorted(tmp_path.iterdir()):
+            content = path.read_bytes()
+            kind, _, sent = image_url(content, 100).partition(";base64,")
+            assert kind == "data:image/png" and base64.b64decode(sent) != content
+            got = np.asarray(Image.open(io.BytesIO(base64.b64decode(sent))).convert("RGB"))
+            assert np.array_equal(got, np.asarray(open_image(content)))
+    assert (np.asarray(open_image((tmp_path / "clear.png").read_bytes())) == 255).all()
+
+
+def test_an_image_that_changes_during_a_run_is_left_to_the_next(tmp_path, stand_in, capsys):
+    """A reply belongs to the image that was there at the start, by whose checksum it is kept."""
+    rows = [*rows_of(2), {"id": 2, "image": "b.png", "question": "Which is q2?", "answer": "thing 2"}]
+    write_input(tmp_path, rows)
+    changing = tmp_path / "images" / "b.png"
+    Image.new("RGB", (20, 10), "green").save(changing)
+
+    def behave(asked: Asked) -> Response:
+        if "q0" in asked.question:
+            Image.new("RGB", (20, 10), "blue").save(changing)
+        return Response(staged(asked.standard_answer))
+
+    stand_in.behave = behave
+    for kept in ([0, 1], [0, 1, 2]):
+        run(tmp_path, rows, stand_in, "--requests_in_flight", "1")
+        assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == kept
+    assert len(stand_in.asked) == 3
 
 
 def test_large_and_turned_images_are_sent_upright_and_shrunk(tmp_path, stand_in):
