@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -230,7 +231,7 @@ class AnswerFile:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the row of each answer, in the order of the file."""
-        return (json.loads(line) for _, line in self._file.lines())
+        return (json.loads(line) for _, line in self._file.lines() if line.strip())
 
     def put_in_order(
         self, ids: Sequence[str | int], completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
@@ -253,7 +254,8 @@ class AnswerFile:
         stored = sorted(self.rows(), key=lambda row: places.get(row["id"], len(places)))
         rows = [completed(row) for row in stored]
         with writing_errors(self._path):
-            if any(_line(row) != line for row, (_, line) in zip(rows, self._file.lines(), strict=True)):
+            before = (line for _, line in self._file.lines())
+            if any(row != line for row, line in zip_longest(map(_line, rows), before)):
                 write_lines(self._path, map(_line, rows))
         return rows
 
@@ -287,6 +289,8 @@ class AnswerFile:
     def _read(self) -> None:
         """Read what was answered, and cut off a last line that was not written whole."""
         for number, (_, line) in enumerate(self._file.lines(), 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 is_second = row["id"] in self.known

@@ -192,6 +192,7 @@ class QuestionJob:
             "slots": str(self._options.slots),
             "the number of questions": str(len(self.rows)),
             "the digest of the questions": self._questions.digest,
+            "the digest of their ids": short_digest(repr([row.id for row in self.rows]).encode()),
             "the digest of the sizes of the images": short_digest(repr(self._image_sizes()).encode()),
         }
 

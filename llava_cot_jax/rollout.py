@@ -150,6 +150,10 @@ def _match(name: str | None) -> str | MatchFunction | None:
         raise UserError(
             f"--match {name}: its module cannot be imported ({fault}): put its folder on PYTHONPATH"
         ) from None
+    except Exception as fault:  # what a module does when it is imported
+        raise UserError(
+            f"--match {name}: its module cannot be imported ({type(fault).__name__}: {' '.join(str(fault).split())})"
+        ) from fault
     if not callable(found):
         raise UserError(f"--match is {shown(name)}; it must be {', '.join(MATCHES)}, or MODULE:FUNCTION of a function")
     return cast(MatchFunction, found)

@@ -232,7 +232,9 @@ def _read_questions(file: Path, content: bytes) -> Iterator[_Question | None]:
         UserError: A line is damaged or of a test set, or its format is not known here.
     """
     formats: dict[str, StageFormat] = {}
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             yield None if "error" in row else _question(row, formats)
@@ -257,14 +259,6 @@ def _question(row: Mapping[str, Any], formats: dict[str, StageFormat]) -> _Quest
     """
     if row.get("split") == "test":
         raise UserError("the question is of the split test, which is for measuring: roll out --split train to learn")
-    if (name := row["format"]) not in formats:
-        try:
-            formats[name] = StageFormat.load(name)
-        except UserError as fault:
-            raise UserError(
-                f"{fault}, so that what it puts around a question is not known: write the path of its YAML file in the "
-                'place of its name under "format"'
-            ) from None
     groups: list[_Group] = []
     for number, stage in enumerate(row["stages"], 1):
         known = [(str(one["text"]), float(one["value"])) for one in stage["candidates"] if one["value"] is not None]
@@ -275,8 +269,30 @@ def _question(row: Mapping[str, Any], formats: dict[str, StageFormat]) -> _Quest
     groups.append(_group(WHOLE_ANSWER, "", whole, ""))
     images = tuple(map(str, row["images"]))
     text = question_text(row["question"], len(images))
+    return _Question(str(row["id"]), text, asked_text(text, row["format"], formats), images, tuple(groups))
+
+
+def asked_text(question: str, name: str, formats: dict[str, StageFormat]) -> str:
+    """Return a question with what its format puts around it, as the model was asked.
+
+    Args:
+        question: The question.
+        name: Name of its format, or the path of a file.
+        formats: Formats that were loaded by their names, to which this one is added.
+
+    Raises:
+        UserError: The format is not known here.
+    """
+    if name not in formats:
+        try:
+            formats[name] = StageFormat.load(name)
+        except UserError as fault:
+            raise UserError(
+                f"{fault}, so that what it puts around a question is not known: write the path of its YAML file in the "
+                'place of its name under "format"'
+            ) from None
     before, after = formats[name].around_question
-    return _Question(str(row["id"]), text, f"{before}{text}{after}", images, tuple(groups))
+    return f"{before}{question}{after}"
 
 
 def _group(stage: str, before: str, known: Sequence[tuple[str, float]], after: str) -> _Group:

@@ -110,9 +110,13 @@ class RightAnswer:
         return ascii_uppercase[: max(last + 1, len(DEFAULT_LETTERS))]
 
     def accepts(self, conclusion: str) -> bool:
-        """Return whether a conclusion is right. ``scored_text`` takes it out of an answer."""
+        """Return whether a conclusion is right. ``scored_text`` takes it out of an answer.
+
+        Raises:
+            UserError: A function of the user's own fails.
+        """
         if not isinstance(self.match, str):
-            return bool(self.match(conclusion, self))
+            return self._ask_function(self.match, conclusion)
         if self.match == "option":
             return find_option(conclusion, self.letters, self.options) in {str(each).strip() for each in self.answers}
         if self.match == "yes_no":
@@ -120,6 +124,16 @@ class RightAnswer:
         if self.match == "number":
             return any(self._is_close(find_number(conclusion), find_number(str(each))) for each in self.answers)
         return normalize_answer(conclusion) in {normalize_answer(str(each)) for each in self.answers}
+
+    def _ask_function(self, match: MatchFunction, conclusion: str) -> bool:
+        try:
+            return bool(match(conclusion, self))
+        except Exception as fault:
+            why = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
+            raise UserError(
+                f"the function {self.match_name} fails with the conclusion {shown(conclusion)} and the right answer "
+                f"{shown(self.answers[0])} ({why}): let it return False"
+            ) from fault
 
     def _is_close(self, found: Decimal | None, right: Decimal | None) -> bool:
         if found is None or right is None:

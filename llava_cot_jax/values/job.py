@@ -134,7 +134,9 @@ class RolloutJob(QuestionJob):
         if self._has_stages:
             valued = [each for row in rows for stage in row.get("stages", ()) for each in stage["candidates"]]
         else:
-            valued = [answer | {"continuations": 1} for row in rows for answer in row.get("answers", ())]
+            answers = [answer for row in rows for answer in row.get("answers", ())]
+            draws = [each.get("draws", 1) for each in answers]  # files that were begun earlier do not say it
+            valued = [{"cut": each["cut"] * n, "continuations": n} for each, n in zip(answers, draws, strict=True)]
         if cut := sum(each["cut"] for each in valued):
             share = cut / sum(each["continuations"] for each in valued)
             _LOG.warning(
@@ -157,6 +159,7 @@ class RolloutJob(QuestionJob):
 
     def _row(self, question: int, streamed: StreamedAnswer, answers: AnswerStream | AnswerBatches) -> dict[str, Any]:
         from llava_cot_jax.search.rollout_search import RolledOutAnswer
+        from llava_cot_jax.values.questions import RowImages
 
         if streamed.answer is None:
             return super()._row(question, streamed, answers)
@@ -173,6 +176,7 @@ class RolloutJob(QuestionJob):
             "images": row.images,
             "image_digests": [short_digest(_content_of(source)) for source in row.sources],
             **({"files_digest": digest} if digest else {}),
+            **({"split": row.sources.split} if isinstance(row.sources, RowImages) else {}),
             **_about(known.right),
             "seed": self._seed(row),
             "format": self._format.name,
@@ -181,7 +185,9 @@ class RolloutJob(QuestionJob):
 
 
 def value_answers(candidates: Sequence[CandidateTrace], right: RightAnswer, format: StageFormat) -> dict[str, Any]:
-    """Return the whole answers of a question, each text once, as a row has them, which has no stages.
+    """Return the whole answers of a question, each text once with the number of its draws, as a row has them.
+
+    The row has no stages.
 
     Args:
         candidates: The answers, with the scores of the verifier.
@@ -199,7 +205,7 @@ def value_answers(candidates: Sequence[CandidateTrace], right: RightAnswer, form
             "cut": is_cut,
         }
         told |= {"mean_log_prob": candidate.mean_log_prob, "score": candidate.score}
-        whole.setdefault(text, {**told, "other_probability": candidate.other_probability})
+        whole.setdefault(text, {**told, "other_probability": candidate.other_probability, "draws": 0})["draws"] += 1
     return {"stages": [], "answers": list(whole.values())}
 
 
@@ -240,8 +246,9 @@ def value_stages(rollouts: Sequence[StageRollouts], right: RightAnswer, format: 
                 }
             )
             first, (score, other) = answers[0], stage.answer_scores[i]
-            told = {"text": first.text, "right": is_right(first), "cut": first.is_cut}
-            whole.setdefault(first.text, {**told, "score": score, "other_probability": other})
+            told: dict[str, Any] = {"text": first.text, "right": is_right(first), "cut": first.is_cut}
+            told |= {"score": score, "other_probability": other, "draws": 0}
+            whole.setdefault(first.text, told)["draws"] += 1
         stages.append({"stage": name, "before": stage.before, "winner": stage.winner, "candidates": candidates})
     return {"stages": stages, "answers": list(whole.values())}
 

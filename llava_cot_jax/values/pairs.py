@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_cot_jax.checks import check_number
+from llava_cot_jax.data.values import asked_text
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import write_lines
 from llava_cot_jax.paths import is_remote, reading_errors, writing_errors
 from llava_cot_jax.processing.messages import MARKER, question_text
 from llava_cot_jax.question_files import json_lines
+from llava_cot_jax.stage_format import StageFormat
 from llava_cot_jax.stages import join_stages
 from llava_cot_jax.values.job import VALUES
 
@@ -46,7 +48,7 @@ def read_rows_of_values(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for place, row in json_lines(path, file):
             if "error" in row:
                 continue
-            if missing := {"question", "images", "stages", "answers"} - row.keys():
+            if missing := {"question", "images", "stages", "answers", "format"} - row.keys():
                 raise UserError(f"{place} has no {min(missing)}: give a folder that rollout has written")
             yield place, row
 
@@ -76,13 +78,14 @@ def write_pairs(folder: Path, path: Path, form: str, min_difference: float, of: 
     if target.parent == (folder if is_remote(folder) else folder.resolve()) and target.name.startswith(VALUES):
         raise UserError(f"{path} has the values themselves: give --pairs another name")
     count = left_out = 0
+    formats: dict[str, StageFormat] = {}
 
     def lines() -> Iterator[bytes]:
         nonlocal count, left_out
         relative = Path(os.path.relpath(folder, path.parent))
         for place, row in read_rows_of_values(folder):
             try:
-                question = question_text(row["question"], len(row["images"]))
+                question = asked_text(question_text(row["question"], len(row["images"])), row["format"], formats)
                 images = [str(relative / image) for image in row["images"]]
                 if of == "stages" and not row["stages"]:
                     raise UserError(f"{place} has whole answers alone, and no stages: give --of answers")
@@ -91,10 +94,10 @@ def write_pairs(folder: Path, path: Path, form: str, min_difference: float, of: 
                 raise UserError(
                     f"{place} is damaged ({type(fault).__name__}: {fault}): let rollout finish, or remove the line"
                 ) from None
-            if form == "llama_factory" and MARKER in question:
-                left_out += 1
-                continue
             for chosen, rejected in pairs:
+                if form == "llama_factory" and any(MARKER in text for text in (question, chosen, rejected)):
+                    left_out += 1
+                    continue
                 count += 1
                 made = PAIR_FORMS[form](question, images, chosen, rejected)
                 yield json.dumps(made, ensure_ascii=False).encode(errors="replace") + b"\n"
@@ -103,7 +106,7 @@ def write_pairs(folder: Path, path: Path, form: str, min_difference: float, of: 
         write_lines(path, lines())
     if left_out:
         _LOG.warning(
-            f"{left_out} questions are left out, as {MARKER} is a word of theirs: LLaMA-Factory takes it for an image"
+            f"{left_out} pairs are left out, as {MARKER} is a word of theirs: LLaMA-Factory takes it for an image"
         )
     return count
 

@@ -50,11 +50,13 @@ class RowImages(Sequence[bytes]):
         rows: Data set.
         row: Index of the row.
         length: Number of images of the question, the first ones of the row.
+        split: Split that the row is of.
     """
 
     rows: Rows
     row: int
     length: int
+    split: str
 
     def __len__(self) -> int:
         return self.length
@@ -153,7 +155,7 @@ def _data_rows(data: str, split: str, rows: slice, matching: Matching) -> Evalua
         names = [name] if turn.images == 1 else [f"{name}-{i + 1}" for i in range(turn.images)]
         images = [f"{IMAGES}/{each}{ending}" for each in names]
         question = "\n\n".join(text for text in (turn.system.strip(), turn.question.strip()) if text)
-        asked.append(QuestionRow(name, question, images=images, sources=RowImages(source, index, turn.images)))
+        asked.append(QuestionRow(name, question, images=images, sources=RowImages(source, index, turn.images, split)))
         known.append(KnownAnswer(right))
     if numbers and not asked:
         raise UserError(

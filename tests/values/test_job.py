@@ -10,10 +10,13 @@ import pytest
 from jsonargparse import Namespace
 
 from llava_cot_jax.data.rows import Row, Turn
+from llava_cot_jax.data.settings import VerifierSettings
+from llava_cot_jax.data.sources import open_training_rows
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.matching import RightAnswer
 from llava_cot_jax.evaluation.question_sets import EvaluationSet, Matching
 from llava_cot_jax.evaluation.results import cluster_of
+from llava_cot_jax.evaluation.verifier.values import WHOLE_ANSWERS, read_values
 from llava_cot_jax.inference.decoding import EndReason, Samples
 from llava_cot_jax.rollout import _match
 from llava_cot_jax.search.answers import Answer
@@ -24,7 +27,7 @@ from llava_cot_jax.search.stream import StreamedAnswer
 from llava_cot_jax.search.trace import CandidateTrace, StageTrace
 from llava_cot_jax.search.verifier import StageScores
 from llava_cot_jax.stage_format import LLAVA_COT, StageFormat
-from llava_cot_jax.values.job import RolloutJob, value_stages
+from llava_cot_jax.values.job import RolloutJob, value_answers, value_stages
 from llava_cot_jax.values.questions import open_questions
 
 
@@ -37,7 +40,14 @@ def rolled_out(text: str = "<CONCLUSION> 4 </CONCLUSION>", is_cut: bool = False)
 
 def new_job(questions: EvaluationSet, folder: Path) -> RolloutJob:
     names = {"checkpoint": None, "adapter": None, "verifier_adapter": None, "dtype": None, "quantize": None}
-    names |= {"judge_prompts": DEFAULT_JUDGE_PROMPTS, "seed": 0, "continuations": 1, "match": None, "tolerance": 0.0}
+    names |= {
+        "judge_prompts": DEFAULT_JUDGE_PROMPTS,
+        "seed": 0,
+        "continuations": 1,
+        "match": None,
+        "tolerance": 0.0,
+        "slots": 8,
+    }
     model = SimpleNamespace(config=SimpleNamespace(convention="transformers_5"), stated_length=None, digests={})
     return RolloutJob(Namespace(**names), questions, folder, StageBeam(1), model)
 
@@ -210,3 +220,62 @@ def test_a_function_of_ones_own(own, monkeypatch):
     matching = Matching(_match("my_rules:is_right"))
     (known, _) = open_questions(str(own / "own.jsonl"), None, 0, None, matching, 0).known
     assert [known.right.accepts(text) for text in ("4", "44")] == [False, True] and known.right.match_name == "is_right"
+    (own / "my_errors.py").write_text("def is_right(text, right):\n    return float(text) == 4\n")
+    broken = RightAnswer((4,), _match("my_errors:is_right"))
+    with pytest.raises(UserError, match=r"is_right fails with the conclusion 'about four' .*ValueError.* return False"):
+        broken.accepts("about four")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("bad_syntax", "def f(:"), ("bad_name", "nothing"), (".relative", ""), ("gone", None)]
+)
+def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, name, content):
+    if content is not None:
+        (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=f"--match {name}:f: its module cannot be imported"):
+        _match(f"{name}:f")
+
+
+def test_whole_answers_are_told_with_the_number_of_their_draws(tmp_path):
+    """Seven of eight answers are right, as they were drawn, and the measures of a verifier say so."""
+    texts = [*[" <CONCLUSION> 4 </CONCLUSION>"] * 7, " <CONCLUSION> 5 </CONCLUSION>"]
+    candidates = [CandidateTrace(text, "tag", "", 9, -9.0, -1.0, 0.5, 0.0) for text in texts]
+    values = value_answers(candidates, RightAnswer((4,), "number"), LLAVA_COT)
+    row = {"id": 0, "question": "How many?", "images": [], **values}
+    (tmp_path / "values.jsonl").write_text(json.dumps(row) + "\n")
+    (group,) = read_values(str(tmp_path)).parts[WHOLE_ANSWERS]
+    assert [(text.draws, text.value) for text in group.texts] == [(7, 1.0), (1, 0.0)]
+    rollouts = value_stages(rolled_out(), RightAnswer((4,), "number"), LLAVA_COT)
+    assert [each["draws"] for each in rollouts["answers"]] == [len(LLAVA_COT.names)]
+
+
+def test_values_of_the_test_split_are_not_trained_on(tmp_path):
+    """The benchmark of the shapes world asks these very questions."""
+    for split in ("test", "train"):
+        questions = open_questions("shapes", split, 0, 1, Matching(), 0)
+        answer(new_job(questions, tmp_path / split))
+    with pytest.raises(UserError, match="line 1: the question is of the split test"):
+        open_training_rows(str(tmp_path / "test"), VerifierSettings())
+    row = json.loads((tmp_path / "train" / "values.jsonl").read_text())
+    assert row["split"] == "train" and len(row["image_digests"]) == 1
+
+
+def test_other_rows_of_one_file_are_another_job(own):
+    """Two processes with different rows would answer each other's questions."""
+    jobs = [new_job(opened(own, first, 1), own / f"of-{first}") for first in (0, 1)]
+    first, second = (job.fields() for job in jobs)
+    assert {name for name in first if first[name] != second[name]} == {"the digest of their ids"}
+    for job in jobs:
+        job._file.close()
+
+
+def test_a_blank_line_is_no_row(own):
+    """As an editor leaves, by which a line with an error was deleted."""
+    file = own / "out" / "values.jsonl"
+    file.write_text(f"\n{file.read_text()}\n")
+    answer(new_job(opened(own), own / "out"))
+    assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == [0, 1]
+    file.write_text(f"\n{file.read_text()}\n")
+    with pytest.raises(UserError, match="nothing is left to learn from"):
+        open_training_rows(str(own / "out"), VerifierSettings())

@@ -8,6 +8,7 @@ import pytest
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import question_text
 from llava_cot_jax.rollout import main
+from llava_cot_jax.stage_format import StageFormat
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def values(tmp_path) -> Path:
     ]
     answers = [{"text": text, "right": text[0] == "r", "cut": text[0] == "c"} for text in ("cut", "w1", "r1", "r2")]
     row = {"id": "a", "question": "What?", "images": ["images/a.png", "images/b.png"], "stages": stages}
-    row |= {"answers": answers}
+    row |= {"answers": answers, "format": "llava_cot"}
     rows = [row, {"id": "b", "question": "Why?", "images": [], "seed": 0, "error": "none"}]
     (tmp_path / "values").mkdir()
     (tmp_path / "values" / "values.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -73,8 +74,11 @@ def test_the_least_difference_is_one_that_makes_a_pair(values, better, pairs):
     assert len(pairs_of(values, values / "pairs.jsonl", "trl", "--min_difference", "0.2")) == pairs
 
 
-def write(values: Path, stages: list[dict], question: str = "What?", images: int = 1) -> None:
+def write(
+    values: Path, stages: list[dict], question: str = "What?", images: int = 1, format: str = "llava_cot"
+) -> None:
     row = {"id": "a", "question": question, "images": ["a.png"] * images, "stages": stages, "answers": []}
+    row |= {"format": format}
     (values / "values.jsonl").write_text(json.dumps(row) + "\n")
 
 
@@ -91,13 +95,38 @@ STAGES = [{"before": "", "candidates": [{"text": "s1", "value": 0}, {"text": "s2
     ],
 )
 def test_as_many_markers_as_images(values, caplog, question, images, asked):
-    """The text is the one that the model was asked. LLaMA-Factory takes any other marker for an image too."""
+    """LLaMA-Factory takes any other marker for an image too."""
     write(values, STAGES, question, images)
     pairs = pairs_of(values, values / "pairs.jsonl", "llama_factory")
     assert [pair["conversations"][0]["value"] for pair in pairs] == ([asked] if asked else [])
-    assert ("1 questions are left out, as <image> is a word" in caplog.text) == (asked is None)
+    assert ("1 pairs are left out, as <image> is a word" in caplog.text) == (asked is None)
     (pair,) = pairs_of(values, values / "pairs.jsonl", "trl")
     assert pair["prompt"][0]["content"][-1]["text"] == question_text(question, images)
+
+
+def test_a_marker_in_an_answer_is_left_out_for_llama_factory(values, caplog):
+    candidates = [{"text": text, "value": value} for text, value in (("good", 1), ("<image>", 0), ("bad", 0.2))]
+    write(values, [{"before": "", "candidates": candidates}])
+    pairs = pairs_of(values, values / "pairs.jsonl", "llama_factory")
+    assert [pair["rejected"]["value"] for pair in pairs] == ["bad"] and "1 pairs are left out" in caplog.text
+    assert len(pairs_of(values, values / "pairs.jsonl", "trl")) == 2
+
+
+@pytest.mark.parametrize("form", ["trl", "llama_factory"])
+def test_the_question_is_the_one_that_the_model_was_asked(values, form):
+    """With what its format puts around it; one whose format is gone is refused."""
+    write(values, STAGES, format="mulberry")
+    before, after = StageFormat.load("mulberry").around_question
+    (pair,) = pairs_of(values, values / "pairs.jsonl", form)
+    asked = (
+        pair["prompt"][0]["content"][-1]["text"]
+        if form == "trl"
+        else pair["conversations"][0]["value"].removeprefix("<image>\n")
+    )
+    assert before + after and asked == f"{before}What?{after}"
+    write(values, STAGES, format="mine")
+    with pytest.raises(UserError, match="there is no stage format mine"):
+        pairs_of(values, values / "pairs.jsonl", form)
 
 
 def test_values_are_not_overwritten(values):

@@ -178,7 +178,11 @@ def test_whole_answers_are_those_of_the_search(questions, whole):
     for row, asked in zip(rows[:-1], map(json.loads, questions.read_text().splitlines()), strict=False):
         assert list(row) == KEYS and row["stages"] == []
         answer = reasoner.answer(questions.parent / asked["image"], asked["question"], seed=row["seed"])
-        candidates = {each.text.strip(): each for each in answer.trace.stages[0].candidates}
+        drawn = answer.trace.stages[0].candidates
+        candidates = {each.text.strip(): each for each in drawn}
+        assert [each["draws"] for each in row["answers"]] == [
+            sum(one.text.strip() == text for one in drawn) for text in candidates
+        ]
         assert [each["text"] for each in row["answers"]] == list(candidates)
         for each in row["answers"]:
             candidate = candidates[each["text"]]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import fsum
 from typing import Any
 
-from llava_cot_jax.checks import check_number, check_text, shown
+from llava_cot_jax.checks import check_int, check_number, check_text, shown
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.evaluation.results import cluster_of
 from llava_cot_jax.paths import as_path, reading_errors
@@ -185,7 +185,8 @@ def _texts_of(part: str, candidates: Sequence[Mapping[str, Any]]) -> tuple[Value
             _check_share(part, candidate, "score")
             # It is one less the others, which may be rounded below 0.
             check_number(f"other_probability of {part}", candidate.get("other_probability"))
-        drawn.setdefault(candidate["text"], []).append(candidate)
+        check_int(f"draws of {part}", draws := candidate.get("draws", 1))
+        drawn.setdefault(candidate["text"], []).extend([candidate] * draws)
     if not all(has_score):
         return None
     return tuple(_valued_text(text, draws, has_log_prob=has_log_prob) for text, draws in drawn.items())
