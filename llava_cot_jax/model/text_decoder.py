@@ -308,8 +308,8 @@ def _mlp(
     """Apply SwiGLU."""
     gate, up = (linear(x, w[name], adapted) for name in ("gate_proj", "up_proj"))
 
-    def down(gate: jax.Array, up: jax.Array, w: Params) -> jax.Array:
+    def down(gate: jax.Array, up: jax.Array) -> jax.Array:
         h = (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype)
-        return linear(constrain(h, "batch", None, "mlp"), w, adapted)
+        return linear(constrain(h, "batch", None, "mlp"), w["down_proj"], adapted)
 
-    return recomputed(down)(gate, up, w["down_proj"])
+    return recomputed(down)(gate, up)

@@ -187,7 +187,7 @@ def _layer(
     with jax.named_scope("mlp"):
         h = linear(layer_norm(x, w["post_attention_layernorm"], config.norm_eps), w["mlp"]["fc1"])
         h = constrain(h, "batch", None, "mlp")
-        h = recomputed(_gelu_linear)(h, w["mlp"]["fc2"])
+        h = recomputed(functools.partial(_gelu_linear, w=w["mlp"]["fc2"]))(h)
         return x + (jnp.tanh(w["gate_ffn"]) * h if "gate_ffn" in w else h)
 
 
