@@ -47,6 +47,7 @@ class Lifeline:
         make = OtherConnections if group.index else FirstConnections
         self._hub: FirstConnections | OtherConnections = make(group, self._watch)
         self._ending = False
+        self._aborts = False
         self._code = 1
         if not self._alone:
             self._hub.start()
@@ -118,6 +119,7 @@ class Lifeline:
             self._leave(self._code)
 
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)  # kept for as long as C may call it
+        self._aborts = True
         ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def _wait(self, ready: Callable[[], bool], limit: float = float("inf"), remedy: str = "") -> bool:
@@ -159,6 +161,8 @@ class Lifeline:
             if self._ending:
                 return
             self._ending = True
+        if self._aborts:
+            _leave_stderr_to_python()
         print(f"error: {failure}", file=sys.stderr, flush=True)
         self._finish(failure.code)
 
@@ -171,6 +175,13 @@ class Lifeline:
         self._hub.let_others_leave()
         self._leave(code)
         raise SystemExit(code)
+
+
+def _leave_stderr_to_python() -> None:
+    """Let nothing that jax's service writes, which may be about to tell of an abort, follow the last line."""
+    with contextlib.suppress(OSError):
+        sys.stderr = os.fdopen(os.dup(2), "w", errors="backslashreplace")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _in_a_line(fault: BaseException) -> str:

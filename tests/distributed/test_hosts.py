@@ -133,8 +133,11 @@ from llava_cot_jax import cli
 from llava_cot_jax.hosts.joining import join_hosts
 from llava_cot_jax.hosts.lifeline import Lifeline
 from llava_cot_jax.hosts.process_group import ProcessGroup
+def leave(code):
+    os.write(2, b"F1201 jax's service has come to write as well\\n\\n")
+    os._exit(code)
 group = ProcessGroup(sys.argv[1], 2, int(sys.argv[2]))
-lifeline = Lifeline(group)
+lifeline = Lifeline(group, leave)
 with lifeline.shared_failures(cli.report):
     lifeline.meet()
     join_hosts(group)
