@@ -60,8 +60,14 @@ INPUTS = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that neither of two processes is left with a long file at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is beyond the suite, unless ``-m`` or an id names it.
+
+    Files with slow tests come first, so that neither of two processes is left with a long file at the end.
+    """
+    if "exhaustive" not in config.option.markexpr and not any("::" in given for given in config.args):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("exhaustive")])
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -149,6 +149,7 @@ def test_step_flops_with_frozen_parts_are_those_of_the_program(small, trained):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_step_flops_with_any_parts_frozen_are_those_of_the_program(small):
     """Every combination of parts, in turn with cross-attention layers at the ends and in the middle."""
     for count in range(1, len(MODEL_PARTS)):
@@ -204,6 +205,7 @@ def test_step_flops_with_adapters_lack_only_the_adapters_own(small, adapted):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_step_flops_with_adapters_on_any_parts_lack_only_the_adapters_own(small):
     """Every combination of parts, in turn with cross-attention layers at the ends and in the middle."""
     configs = itertools.cycle(with_cross_layers(small))

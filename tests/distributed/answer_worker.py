@@ -1,6 +1,6 @@
 """One process of several that answer questions with one model together, or a single one; prints its answers as JSON.
 
-python answer_worker.py PROCESS PROCESSES PORT SCRATCH
+python answer_worker.py PROCESS PROCESSES PORT SCRATCH SEARCH...
 """
 
 import json
@@ -39,7 +39,7 @@ ALL_TOKENS: dict[str, Any] = {"top_k": None, "top_p": 1.0}
 
 
 def main() -> None:
-    process, processes, port, scratch = sys.argv[1:]
+    process, processes, port, scratch, *names = sys.argv[1:]
     is_alone = processes == "1"
     if not is_alone:
         jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
@@ -87,7 +87,7 @@ def main() -> None:
         "generator": generate,
         "stream": stream,
     }
-    found = {name: run() for name, run in work.items()}
+    found = {name: work[name]() for name in names}
     try:
         reasoner(BestOfN(2, lambda images, question, stage, texts: [*map(len, texts)], max_new_tokens=4))
     except UserError as fault:

@@ -13,14 +13,27 @@ from tests.processes import free_port, reports_of, xla_flags
 WORKER = Path(__file__).with_name("answer_worker.py")
 
 
+SUITE, FURTHER = ("stages", "generator", "stream"), ("vote", "sentences", "retracing")
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the first process, the second one, and one alone have printed."""
-    scratch = tmp_path_factory.mktemp("answers")
+    return run(tmp_path_factory.mktemp("answers"), SUITE)
+
+
+@pytest.fixture(scope="module")
+def found_of_further(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The same of the searches beyond the suite."""
+    return run(tmp_path_factory.mktemp("further answers"), FURTHER)
+
+
+def run(scratch: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return what each process has printed."""
     port = free_port()
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(process), str(processes), str(port), str(scratch)],
+            [sys.executable, str(WORKER), str(process), str(processes), str(port), str(scratch), *names],
             env=os.environ | {"XLA_FLAGS": xla_flags(devices=processes)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -32,9 +45,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stages", "vote", "sentences", "retracing", "generator", "stream"])
+@pytest.mark.parametrize("name", SUITE)
 def test_each_process_has_the_answers_of_one_alone(found: list[dict[str, Any]], name: str) -> None:
     first, second, alone = (process[name] for process in found)
+    assert first == second == alone
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_searches_too(found_of_further: list[dict[str, Any]], name: str) -> None:
+    first, second, alone = (process[name] for process in found_of_further)
     assert first == second == alone
 
 

@@ -29,13 +29,13 @@ process has no say in the gradients, and 0.02 where the means of its shards coun
 @pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path, cache):
     write_small(tmp_path / "small")
-    run_alone(tmp_path, "one", cache)
+    run_alone(tmp_path, "one", cache, quick=True)
     alone = losses(tmp_path / "one")
     assert alone[-1] < 0.9 * alone[0]
     # Unequal counts of trained tokens: that shards are weighted by them shows.
     assert len({line["trained_tokens"] for line in metrics(tmp_path / "one") if "loss" in line}) > STEPS / 2
 
-    printed, other = run_on_hosts(tmp_path, "two", cache, TWO)
+    printed, other = run_on_hosts(tmp_path, "two", cache, TWO, quick=True)
     np.testing.assert_allclose(losses(tmp_path / "two"), alone, rtol=1e-5)
     assert validation_loss(tmp_path / "two") == pytest.approx(validation_loss(tmp_path / "one"), rel=1e-5)
     assert "4 x cpu, processes: 2" in printed and "step" not in other  # one of them speaks

@@ -1,6 +1,6 @@
 """Starts the command that trains: on one device, and on real processes that together are one run.
 
-They compile as a user's would: over many steps, the rounding of quickly compiled programs adds up.
+They compile as a user's would, unless they are ``quick``.
 """
 
 import subprocess
@@ -42,10 +42,10 @@ TWO = Hosts(2, 2, {"mesh.fsdp": 2, "mesh.tensor": 2})
 FOUR = Hosts(4, 1, {"mesh.data": 2, "mesh.fsdp": 2, "grad_accum_steps": 2})
 
 
-def run_alone(place: Path, name: str, cache: Path, **settings: Any) -> None:
+def run_alone(place: Path, name: str, cache: Path, *, quick: bool = False, **settings: Any) -> None:
     """On one device, from the checkpoint ``place / "small"`` into ``place / name``."""
     given = arguments(place / "small", place / name, steps=STEPS, **settings)
-    done = command("train", *given, cache=cache, quick=False)
+    done = command("train", *given, cache=cache, quick=quick)
     assert done.returncode == 0, done.stderr
 
 

@@ -25,6 +25,7 @@ from llava_cot_jax.model.layers import attention
 from llava_cot_jax.model.mllama import Mllama, hidden_states
 from llava_cot_jax.model.sharding import make_mesh, use_mesh
 from tests.model.test_mllama import off
+from tests.tiers import EXHAUSTIVE
 
 TILE = 30
 
@@ -216,13 +217,12 @@ def test_blocks_are_whole_and_waste_little():
     assert _block_size(1024) == (512, 0) and _block_size(6432) == (512, 224) and _block_size(600) == (384, 168)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("convention", "layout", "remat", "shape"),
     [
-        ("meta", "unrolled", "none", None),
-        ("transformers_4", "stacked", "full", None),
-        ("meta", "stacked", "dots", (1, 4, 2)),
+        pytest.param("meta", "unrolled", "none", None, marks=EXHAUSTIVE),
+        pytest.param("transformers_4", "stacked", "full", None, marks=EXHAUSTIVE),
+        pytest.param("meta", "stacked", "dots", (1, 4, 2), marks=pytest.mark.slow),
     ],
 )
 def test_the_whole_model_under_splash_attention(small, batch, convention, layout, remat, shape):

@@ -18,6 +18,7 @@ from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.model.mllama import Mllama, hidden_states
 from llava_cot_jax.model.parameters import parameters
 from tests.conftest import INPUTS
+from tests.tiers import in_tiers
 
 CONVENTIONS = ("meta", "transformers_4", "transformers_5")
 
@@ -62,8 +63,7 @@ def unrolled_gradients(tiny, reference):
     return loss_and_gradients(Mllama.from_pretrained(tiny), {name: reference[name] for name in INPUTS})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", in_tiers(["none", "dots", "full"], suite=["none", "full"]))
 def test_stacked_layers_give_the_same_loss_and_gradients(tiny, batch, unrolled_gradients, remat):
     want, by_layer = unrolled_gradients
     model = Mllama.from_pretrained(tiny, layout="stacked", remat=remat)

@@ -22,6 +22,7 @@ from llava_cot_jax.planning.collectives import find_collectives
 from llava_cot_jax.training.loss import causal_lm_loss
 from tests.conftest import INPUTS
 from tests.model.test_mllama import off
+from tests.tiers import EXHAUSTIVE
 
 
 def endless(model: Mllama) -> Mllama:
@@ -62,9 +63,9 @@ def alone(tiny, reference) -> Alone:
     ("shape", "share"),
     [
         ((2, 2, 2), 1 / 4),
-        pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
+        pytest.param((8, 1, 1), 1, marks=EXHAUSTIVE),
         pytest.param((1, 8, 1), 1 / 8, marks=pytest.mark.slow),
-        pytest.param((4, 1, 2), 1 / 2, marks=pytest.mark.slow),
+        pytest.param((4, 1, 2), 1 / 2, marks=EXHAUSTIVE),
     ],
 )
 def test_a_mesh_changes_nothing(tiny, batch, alone, shape, share, capsys):

@@ -30,6 +30,7 @@ from llava_cot_jax.training.step import loss_sums, make_train_step
 from tests.data.rows import demo_processor
 from tests.parity.reference import Sizes, batch_of_rows, published_weights, random_model, under
 from tests.parity.test_transformers import CONVENTIONS, ours
+from tests.tiers import EXHAUSTIVE
 
 FLOOR = 1e-3
 """Share of a tensor's largest gradient: below it AdamW's first step, g / |g|, turns noise into a whole step."""
@@ -110,9 +111,9 @@ def step_of(model: Mllama, optimizer: Optimizer, state: TrainState, **more):
 @pytest.mark.parametrize(
     ("seed", "padding", "frozen", "grad_accum_steps"),
     [
-        pytest.param(0, "right", (), 1, marks=pytest.mark.slow),
+        pytest.param(0, "right", (), 1, marks=EXHAUSTIVE),
         pytest.param(1, "left", FROZEN, 1, marks=pytest.mark.slow),
-        pytest.param(2, "right", FROZEN, 2, marks=pytest.mark.slow),
+        pytest.param(2, "right", FROZEN, 2, marks=EXHAUSTIVE),
         pytest.param(5, "left", (), 2, marks=pytest.mark.slow),
     ],
 )

@@ -54,6 +54,7 @@ def test_memory_is_within_a_tenth_of_the_compilers(how, compiled):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_caches_of_a_retracing_search_are_those_of_the_compiled_program():
     """Growth with the length of a candidate, on a CPU: its candidates and caches, whatever else the program needs."""
     config = shapes_config()

@@ -24,6 +24,7 @@ from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.program import make_program
 from llava_cot_jax.training.settings import LoraSettings, MeshSettings, OptimizerSettings, TrainSettings
 from tests.costs.test_model_costs import model_flops
+from tests.tiers import EXHAUSTIVE
 
 ROOT = Path(__file__).parents[2]
 ELEVEN = MllamaConfig.llama32_11b()
@@ -57,6 +58,7 @@ def about_100m() -> MllamaConfig:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_best_mesh_for_8_devices_runs_on_them_with_the_predicted_bytes():
     config = about_100m()
     count = sum(model_costs.parameter_counts(config).values())
@@ -92,11 +94,12 @@ def test_the_best_mesh_for_8_devices_runs_on_them_with_the_predicted_bytes():
     assert np.isfinite(measures["loss"]) and bool(measures["finite"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "axis", "most"),
-    [(MeshSettings(fsdp=8), "fsdp", 1.6), (MeshSettings(data=8, fsdp=1), "data", 1.6)],
-    ids=["fsdp", "data"],
+    [
+        pytest.param(MeshSettings(fsdp=8), "fsdp", 1.6, marks=pytest.mark.slow, id="fsdp"),
+        pytest.param(MeshSettings(data=8, fsdp=1), "data", 1.6, marks=EXHAUSTIVE, id="data"),
+    ],
 )
 def test_bytes_between_devices_are_those_of_the_compiled_step(mesh, axis, most):
     """The compiler of a CPU all-reduces where a TPU's reduce-scatters, which sends twice as much."""

@@ -21,6 +21,7 @@ from tests.search import brute_force
 from tests.search.models import random_model, scene
 from tests.search.test_search import check_against_brute_force
 from tests.test_stage_format import FORMATS, THINK, changed
+from tests.tiers import in_tiers
 
 LETTERS = StageFormat(
     "letters",
@@ -58,12 +59,7 @@ def beam(format: StageFormat, count: int = 3, **more) -> StageBeam:
     return StageBeam(count, Judge(), temperature=1.1, max_new_tokens=9, top_k=None, top_p=1.0, format=format, **more)
 
 
-QUICK = ("letters",)
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
-)
+@pytest.mark.parametrize("name", in_tiers(ALL, quick=["letters"], suite=["mulberry"]))
 def test_a_stage_beam_searches_as_brute_force_does(ending, prompts, monkeypatch, name):
     image, question = scene(3)
     answer = check_against_brute_force(monkeypatch, *ending, beam(ALL[name]), prompts, image, question, seed=5)
@@ -73,12 +69,14 @@ def test_a_stage_beam_searches_as_brute_force_does(ending, prompts, monkeypatch,
         assert ends >= {"heading", "tag", "max_new_tokens"}
 
 
-@pytest.mark.slow
+ONE_ANSWER = [*((Sample, name) for name in ALL), (Greedy, "llava_cot"), (Greedy, "llamav_o1")]
+
+
 @pytest.mark.parametrize(
-    ("strategy", "name"), [*((Sample, name) for name in ALL), (Greedy, "llava_cot"), (Greedy, "llamav_o1")]
+    "case", in_tiers(ONE_ANSWER, suite=[(Sample, "letters"), (Greedy, "llava_cot")]), ids=lambda case: case[1]
 )
-def test_one_answer_is_what_brute_force_writes(ending, prompts, monkeypatch, strategy, name):
-    image, question = scene(2)
+def test_one_answer_is_what_brute_force_writes(ending, prompts, monkeypatch, case):
+    (strategy, name), (image, question) = case, scene(2)
     given = strategy(max_new_tokens=20, format=ALL[name])
     answer = check_against_brute_force(monkeypatch, *ending, given, prompts, image, question, seed=4)
     assert len(answer.trace.stages) == (len(ALL[name].stages) if ALL[name].has_turns else 1)

@@ -15,6 +15,7 @@ from llava_cot_jax.search.scorers import Judge
 from llava_cot_jax.search.strategies import StageBeam
 from tests.search.models import random_model, scene
 from tests.search.test_search import recorded_results
+from tests.tiers import in_tiers
 
 COUNTS = (0, 1, 3)
 """Numbers of images of the questions."""
@@ -30,9 +31,12 @@ ALONE = [(0,), (1,), (2, 2, 2)]
 NEW = 24
 
 
+SAMPLED = Sampling(1.0, top_k=50, top_p=0.9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("convention", get_args(Convention))
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=50, top_p=0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", in_tiers([Sampling(), SAMPLED], suite=[SAMPLED]), ids=["greedy", "sampled"])
 def test_a_generator_answers_each_as_alone(convention, sampling):
     model, processor = random_model(3, convention=convention, eos=(), layers=2)
     generator = Generator(model, sampling)
@@ -51,15 +55,17 @@ def test_a_generator_answers_each_as_alone(convention, sampling):
 TOKEN, RATIONALE = Judge("token"), Judge("rationale", reason_tokens=6, check_tokens=5)
 
 
-@pytest.mark.slow
+# transformers_4 differs from transformers_5 in the features of the images alone, and from meta in the text.
+SEARCHES = [(each, RATIONALE) for each in get_args(Convention)] + [("meta", TOKEN), ("transformers_5", TOKEN)]
+
+
 @pytest.mark.parametrize(
-    ("convention", "judge"),
-    # transformers_4 differs from transformers_5 in the features of the images alone, and from meta in the text.
-    [*((convention, RATIONALE) for convention in get_args(Convention)), ("meta", TOKEN), ("transformers_5", TOKEN)],
-    ids=lambda each: each.verdict if isinstance(each, Judge) else each,
+    "case",
+    in_tiers(SEARCHES, suite=[("meta", RATIONALE), ("transformers_5", TOKEN)]),
+    ids=lambda case: f"{case[0]}-{case[1].verdict}",
 )
-def test_a_search_answers_each_as_alone(prompts, monkeypatch, convention, judge):
-    found = recorded_results(monkeypatch)
+def test_a_search_answers_each_as_alone(prompts, monkeypatch, case):
+    found, (convention, judge) = recorded_results(monkeypatch), case
     model, processor = random_model(3, convention=convention, eos=tuple(range(0, 500, 60)), layers=2)
     reasoner = Reasoner(model, processor, StageBeam(3, judge, temperature=1.0, max_new_tokens=8), prompts)
     answers = reasoner.answer_batch(IMAGES, QUESTIONS, seeds=SEEDS)

@@ -13,6 +13,7 @@ from llava_cot_jax.search.request_builder import RequestBuilder
 from llava_cot_jax.search.scorers import Judge
 from llava_cot_jax.search.strategies import StageBeam
 from tests.search.models import random_model, scene
+from tests.tiers import in_tiers
 
 STRATEGIES = {
     "token": StageBeam((3, 2, 1, 4), Judge("token"), temperature=(0.9, 0.0, 1.2, 0.7), max_new_tokens=(6, 5, 7, 4)),
@@ -20,8 +21,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", in_tiers(STRATEGIES, suite=["token"]))
 def test_questions_in_different_stages_share_a_batch(prompts, name):
     """Each question has the candidates, verdicts and progress of a batch in which all are in its stage, bit for bit.
 

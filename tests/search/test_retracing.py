@@ -20,7 +20,8 @@ from tests.search.brute_force_retracing import RetracingSearch
 from tests.search.models import random_model, scene
 from tests.search.test_search import plain, recorded_results
 
-SMALL = Retracing(captions=3, max_rounds=3, temperature=1.0, max_new_tokens=5, threshold=1.0)
+SMALL = Retracing(3, 2, 2, 3, threshold=1.0, max_rounds=3, temperature=1.0, max_new_tokens=5)
+"""The search of all tests here, whose program takes long to compile."""
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +67,11 @@ def check_against_brute_force(monkeypatch, model, processor, strategy, prompts, 
 @pytest.mark.parametrize("threshold", [1.0, 0.0])
 def test_a_random_model_searches_as_brute_force_does(ending, prompts, monkeypatch, threshold):
     """With the highest threshold it retraces as often as it may, with the lowest never."""
-    strategy = Retracing(3, 2, 2, 3, threshold, 2, temperature=1.0, max_new_tokens=5)
+    strategy = replace(SMALL, threshold=threshold)
     image, question = scene(3)
     answer = check_against_brute_force(monkeypatch, *ending, strategy, prompts, image, question, seed=5)
     rounds = [stage.round for stage in answer.trace.stages]
-    assert rounds == ([0, 1, 1, 2, 2, 0] if threshold else [0, 1, 1, 0])
+    assert rounds == ([0, 1, 1, 2, 2, 3, 3, 0] if threshold else [0, 1, 1, 0])
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from llava_cot_jax.stage_format import STAGES
 from tests.model.test_named_scopes import scopes
 from tests.search import brute_force
 from tests.search.models import TRAINED_BEAM, random_model, scene, trained_model
+from tests.tiers import in_tiers
 
 TOKEN = Judge("token")
 RATIONALE = Judge("rationale", reason_tokens=12, check_tokens=9, temperature=0.9)
@@ -99,11 +100,10 @@ STRATEGIES = {
     "many by reasons": StageBeam(6, SHORT, temperature=1.2, max_new_tokens=4, stages=("CAPTION", "REASONING")),
 }
 QUICK = ("stages", "stages by verifier")
+SUITE = ("greedy", "stages by reasons", "stages, some alone", "weighted vote")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
-)
+@pytest.mark.parametrize("name", in_tiers(STRATEGIES, quick=QUICK, suite=SUITE))
 def test_a_random_model_searches_as_brute_force_does(ending, prompts, monkeypatch, name):
     image, question = scene(3)
     check_against_brute_force(monkeypatch, *ending, STRATEGIES[name], prompts, image, question, seed=5)
@@ -121,8 +121,7 @@ TRAINED_STRATEGIES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINED_STRATEGIES)
+@pytest.mark.parametrize("name", in_tiers(TRAINED_STRATEGIES, suite=("stages", "greedy stages")))
 def test_the_trained_model_searches_as_brute_force_does(trained, prompts, monkeypatch, name):
     image, question = scene(1)
     answer = check_against_brute_force(
@@ -134,8 +133,7 @@ def test_the_trained_model_searches_as_brute_force_does(trained, prompts, monkey
         assert (answer.text, answer.stages) == (whole.text.strip(), whole.stages)  # the tags were the natural ones
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("convention", ["meta", "transformers_4"])
+@pytest.mark.parametrize("convention", in_tiers(["meta", "transformers_4"], suite=["meta"]))
 def test_without_an_image(prompts, monkeypatch, convention):
     model, processor = random_model(2, convention=convention)
     strategy = StageBeam(2, RATIONALE, temperature=0.9, max_new_tokens=6)
@@ -199,8 +197,7 @@ def two_by_brute_force(ending, prompts):
     return [brute_force.search(*ending, TWO_QUESTIONS, *scene(i), seed, loaded) for i, seed in enumerate((4, 5))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [None, (2, 2, 2), (1, 8, 1), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("mesh", in_tiers([None, (2, 2, 2), (1, 8, 1), (1, 4, 2)], suite=[(2, 2, 2)]), ids=str)
 def test_other_batch_shapes_and_meshes_draw_the_same(ending, prompts, monkeypatch, mesh, two_by_brute_force):
     """Where a question's tokens first differ from those of brute force, the lead in score was within rounding."""
     model, processor = ending

@@ -19,6 +19,7 @@ from llava_cot_jax.search.strategies import BestOfN, Greedy, StageBeam
 from llava_cot_jax.stage_format import StageFormat
 from tests.search.models import random_model, scene
 from tests.search.test_stream import STRATEGIES, plain
+from tests.tiers import in_tiers
 
 ALL = STRATEGIES | {
     "greedy": Greedy(40),
@@ -65,9 +66,7 @@ def check_close(answer, expected) -> None:
         assert one == (pytest.approx(other, abs=bound) if isinstance(other, float) else other), path
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "sample" else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
-)
+@pytest.mark.parametrize("name", in_tiers(ALL, quick=["sample"], suite=["stages", "headings"]))
 def test_an_answer_that_is_watched_is_the_same_bit_for_bit(ending, prompts, monkeypatch, name):
     """Snapshots of single steps and of several; only the first question compiles.
 

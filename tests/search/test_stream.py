@@ -23,6 +23,7 @@ from llava_cot_jax.search.stream import WAITING_PER_SLOT, Question
 from llava_cot_jax.search.tables import token_ids
 from tests.search.models import random_model, scene
 from tests.search.test_search import on
+from tests.tiers import EXHAUSTIVE, in_tiers
 
 RATIONALE = Judge("rationale", reason_tokens=7, check_tokens=5)
 SLOTS = 3
@@ -67,9 +68,7 @@ BOTH = ("sample", "vote")
 """Strategies by which a question without an image is answered by another program too."""
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "sample" else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
-)
+@pytest.mark.parametrize("name", in_tiers(STRATEGIES, quick=["sample"], suite=["stages", "own scorers"]))
 def test_answers_are_those_of_each_question_alone_bit_for_bit(ending, prompts, name):
     """Ten questions in three slots, in order and as they come, against each of them in slots of its own.
 
@@ -115,8 +114,11 @@ def on_one_device(ending, prompts):
     return list(reasoner.answer_stream(questions(7), slots=SLOTS, prompt_tokens=128, images=1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "slots"), [((2, 1, 2), 4), ((1, 4, 2), 3)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "slots"),
+    [pytest.param((2, 1, 2), 4, marks=EXHAUSTIVE), pytest.param((1, 4, 2), 3, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_mesh_answers_as_one_device_does(ending, prompts, mesh, slots, on_one_device):
     """Slots, and rows of candidates, are sharded where the mesh divides them. Each piece compiles once."""
     model, processor = ending
