@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_generate import Stdin, run
+from tests.tiers import in_tiers
 
 QUESTION = "How many stars are there?"
 
@@ -98,8 +99,7 @@ def test_formats_that_cannot_be_used_end_the_command(monkeypatch, capsys, tmp_pa
     assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llamav_o1", "mulberry", "mine.yaml"])
+@pytest.mark.parametrize("name", in_tiers(["llamav_o1", "mulberry", "mine.yaml"], suite=["llamav_o1"]))
 def test_a_format_goes_through_a_whole_search(monkeypatch, capsys, tmp_path, image, untrained, name):
     """Its stages are those of the answer, of the trace and of the page; the conclusion is the stage that it names."""
     monkeypatch.chdir(tmp_path)

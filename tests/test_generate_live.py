@@ -9,6 +9,7 @@ import pytest
 
 from llava_cot_jax.answering_model import DEFAULT_MODEL_NOTE
 from tests.terminal import Terminal, run_in_terminal
+from tests.tiers import in_tiers
 
 COMMAND = "-m llava_cot_jax.generate --search stage_beam --num_candidates 3 --judge verifier --temperature 1.0 --live"
 
@@ -47,10 +48,10 @@ def test_a_pipe_takes_two_lines_for_each_stage(piped):
             assert line.endswith(f"</{name.upper()}>")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (200, 7)])
-def test_a_terminal_is_left_with_the_answers_alone(environment, command, piped, columns, rows):
+@pytest.mark.parametrize("size", in_tiers([(80, 24), (200, 7)], suite=[(80, 24)]), ids=str)
+def test_a_terminal_is_left_with_the_answers_alone(environment, command, piped, size):
     """While it runs, the stages are there, no line is too long, and nothing but the view is written over."""
+    columns, rows = size
     terminal = Terminal(columns, rows)
     assert run_in_terminal(command, terminal, environment) == 0
     assert terminal.shows_cursor and not terminal.wrapped

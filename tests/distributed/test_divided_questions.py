@@ -161,6 +161,7 @@ def test_one_model_over_two_processes(place, alone):
     assert "warning: 1 of 3 questions have no answer" in run.errors(0)
 
 
+@pytest.mark.exhaustive
 def test_one_question_to_one_model_over_two_processes(place, alone):
     """The first process prints the answer, and the other nothing."""
     run, row = Run(place, "single", 2), json.loads(alone.splitlines()[0])

@@ -17,6 +17,7 @@ from llava_cot_jax.model.kv_cache import KVCache
 from llava_cot_jax.model.mllama import Mllama
 from tests.alone import alone
 from tests.model.test_mllama import off
+from tests.tiers import in_tiers
 
 PROMPT, NEW = 10, 12
 
@@ -43,7 +44,7 @@ def with_shorter_rows(batch: dict[str, np.ndarray], side: str) -> dict[str, np.n
     return out
 
 
-@pytest.mark.parametrize("convention", ["meta", pytest.param("transformers_5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("convention", in_tiers(["meta", "transformers_5"], quick=["meta"]))
 def test_every_step_gives_the_logits_of_the_whole_forward_pass(tiny, batch, convention):
     """Rows with one image, none and two, of different lengths, read four tokens at a time, against each row alone.
 

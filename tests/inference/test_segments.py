@@ -13,6 +13,7 @@ from tests.costs.test_model_costs import arrays
 from tests.jaxprs import shapes
 from tests.parity.reference import BOS, Sizes, batch_of_rows, logits_of, random_model, under
 from tests.parity.test_transformers import OFF, ours
+from tests.tiers import in_tiers
 
 QUESTIONS, CANDIDATES, CONTINUATIONS = 4, 2, 3
 SHORT, CHUNK = 9, 4
@@ -25,7 +26,7 @@ def ragged(tokens: np.ndarray, lengths: np.ndarray) -> RaggedTokens:
     return RaggedTokens(jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32))
 
 
-@pytest.mark.parametrize("convention", ["meta", pytest.param("transformers_5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("convention", in_tiers(["meta", "transformers_5"], quick=["meta"]))
 def test_three_segments_give_the_logits_of_the_whole_forward_pass(convention):
     """Four questions, two candidates of each, three continuations of each candidate, all of different lengths.
 

@@ -22,6 +22,7 @@ from llava_cot_jax.search.strategies import BestOfN, StageBeam
 from llava_cot_jax.stage_format import STAGES
 from tests.search import brute_force
 from tests.search.models import random_model, scene
+from tests.tiers import in_tiers
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", in_tiers(STRATEGIES, suite=["a scorer for each stage"]))
 def test_a_search_with_own_scorers_is_that_of_brute_force(ending, prompts, name):
     """Two questions are answered together; the second has no image."""
     model, processor = ending

@@ -21,6 +21,7 @@ from tests.search.brute_force_sentences import SentenceSearch
 from tests.search.models import random_model, scene, trained_model
 from tests.search.test_hostile import parrot
 from tests.search.test_search import plain, recorded_results
+from tests.tiers import in_tiers
 
 RATIONALE = Judge("rationale", reason_tokens=5, temperature=1.1)
 
@@ -28,7 +29,7 @@ RATIONALE = Judge("rationale", reason_tokens=5, temperature=1.1)
 @pytest.fixture(scope="module")
 def ending():
     """A random model that often ends a sentence: it likes marks, line breaks and words that begin with a space."""
-    model, processor = random_model(1, eos=tuple(range(0, 500, 150)))
+    model, processor = random_model(2, eos=tuple(range(0, 500, 150)))
     weight = model.language_model.lm_head.weight
     marks = processor.tokenizer.convert_tokens_to_ids(["!", ".", "?", "Ċ", "ĊĊ", "Ġ", "Ġblue", "Ġstar"])
     weight.set_value(weight.get_value().at[jnp.array(marks)].multiply(3))
@@ -66,8 +67,7 @@ RANDOM = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", in_tiers(RANDOM, suite=["token", "verifier"]))
 def test_a_random_model_searches_as_brute_force_does(ending, prompts, monkeypatch, name):
     image, question = scene(3)
     answer = check_against_brute_force(monkeypatch, *ending, RANDOM[name], prompts, image, question, seed=1)
@@ -76,6 +76,7 @@ def test_a_random_model_searches_as_brute_force_does(ending, prompts, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_trained_model_searches_as_brute_force_does(prompts, monkeypatch):
     """Its four stages are four sentences, as a blank line follows each, and the last closing tag ends the answer."""
     image, question = scene(1)

@@ -61,7 +61,7 @@ STRATEGIES = {
     "stages by reasons": StageBeam((2, 1, 3, 3), RATIONALE, temperature=1.0, max_new_tokens=(9, 5, 17, 8)),
     "stages by a verifier": StageBeam((2, 3, 1, 4), Verifier(), temperature=1.0, max_new_tokens=(9, 5, 17, 8)),
     "weighted vote": WeightedVote(3, temperature=1.2, max_new_tokens=20, top_p=1.0),
-    "own scorers": StageBeam(3, (LogProbability(), lambda i, q, s, t: [*map(len, t)], RATIONALE, RATIONALE), 0.9, 12),
+    "own scorers": StageBeam(3, (LogProbability(), lambda i, q, s, t: [*map(len, t)], RATIONALE, RATIONALE), 1.2, 20),
 }
 
 BOTH = ("sample", "vote")

@@ -26,6 +26,7 @@ from llava_cot_jax.training.run_folder import (
     run_description,
 )
 from llava_cot_jax.training.settings import CheckpointSettings, TrainSettings
+from tests.tiers import EXHAUSTIVE
 from tests.training.small_run import write_small
 from tests.training.stepless import stepless_place  # noqa: F401 - a fixture
 from tests.training.test_export import Run, begin, save
@@ -50,15 +51,12 @@ def output(run: Run, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("kept", "steps"),
     [
-        (CheckpointSettings(max_to_keep=1), [6]),
-        (CheckpointSettings(max_to_keep=2), [5, 6]),
-        (CheckpointSettings(max_to_keep=1, keep_period=2), [2, 4, 6]),
-        (CheckpointSettings(max_to_keep=1, best_n=1), [3, 6]),
-        (
-            CheckpointSettings(max_to_keep=1, best_n=2),
-            [1, 3, 6],
-        ),  # step 2 was not validated
-        (CheckpointSettings(max_to_keep=1, keep_period=5, best_n=1), [3, 5, 6]),
+        pytest.param(CheckpointSettings(max_to_keep=1), [6], marks=EXHAUSTIVE),
+        pytest.param(CheckpointSettings(max_to_keep=2), [5, 6], marks=EXHAUSTIVE),
+        pytest.param(CheckpointSettings(max_to_keep=1, keep_period=2), [2, 4, 6], marks=EXHAUSTIVE),
+        pytest.param(CheckpointSettings(max_to_keep=1, best_n=1), [3, 6], marks=EXHAUSTIVE),
+        (CheckpointSettings(max_to_keep=1, best_n=2), [1, 3, 6]),  # step 2 was not validated
+        pytest.param(CheckpointSettings(max_to_keep=1, keep_period=5, best_n=1), [3, 5, 6], marks=pytest.mark.slow),
     ],
 )
 def test_what_is_kept(run, tmp_path, kept, steps):

@@ -19,6 +19,7 @@ from llava_cot_jax.training.optimizer import Optimizer
 from llava_cot_jax.training.settings import LoraSettings, OptimizerSettings
 from llava_cot_jax.training.state import TrainState, frozen_paths, state_sharding
 from llava_cot_jax.training.step import make_train_step
+from tests.tiers import in_tiers
 
 SETTINGS = OptimizerSettings(learning_rate=2e-3)
 
@@ -100,8 +101,7 @@ def test_scopes_of_a_profile(small, rows):
     assert names >= SCOPES | {"jvp", "transpose"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", in_tiers([2, 4], suite=[4]))
 def test_parts_of_a_batch_add_up(small, rows, alone, parts):
     np.testing.assert_allclose(train(small, rows, 20, grad_accum_steps=parts)[0], alone, rtol=1e-5)
 
@@ -123,9 +123,11 @@ def test_a_reply_counts_by_its_weight_in_parts_of_a_batch_too(small, rows):
     assert losses[1:] == pytest.approx([losses[0], 3 * losses[0]], rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "parts"), [((8, 1, 1), 1), ((2, 2, 2), 2), ((1, 4, 2), 2)])
-def test_losses_are_those_of_one_device(small, rows, alone, sizes, parts):
+@pytest.mark.parametrize(
+    "case", in_tiers([((8, 1, 1), 1), ((2, 2, 2), 2), ((1, 4, 2), 2)], suite=[((2, 2, 2), 2)]), ids=str
+)
+def test_losses_are_those_of_one_device(small, rows, alone, case):
+    sizes, parts = case
     assert alone[-3] < 0.9 * alone[0] and alone[-2] < 0.9 * alone[1]
     mesh = make_mesh(*sizes)
     together, state = train(small, rows, 20, mesh, grad_accum_steps=parts)
