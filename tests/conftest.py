@@ -65,9 +65,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Files with slow tests come first, so that neither of two processes is left with a long file at the end.
     """
-    if "exhaustive" not in config.option.markexpr and not any("::" in given for given in config.args):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("exhaustive")])
-        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    if "exhaustive" not in config.option.markexpr:
+        ids = [given.split("::", 1) for given in config.args if "::" in given]
+
+        def is_beyond(item: pytest.Item) -> bool:
+            _, test = item.nodeid.split("::", 1)
+            named = any(item.path == Path(file).resolve() and test.startswith(name) for file, name in ids)
+            return item.get_closest_marker("exhaustive") is not None and not named
+
+        config.hook.pytest_deselected(items=[*filter(is_beyond, items)])
+        items[:] = [item for item in items if not is_beyond(item)]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -47,7 +47,8 @@ class Lifeline:
         make = OtherConnections if group.index else FirstConnections
         self._hub: FirstConnections | OtherConnections = make(group, self._watch)
         self._ending = False
-        self._aborts = False
+        self._is_follower = group.index > 0
+        self._may_abort = False
         self._code = 1
         if not self._alone:
             self._hub.start()
@@ -119,7 +120,7 @@ class Lifeline:
             self._leave(self._code)
 
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)  # kept for as long as C may call it
-        self._aborts = True
+        self._may_abort = self._is_follower
         ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def _wait(self, ready: Callable[[], bool], limit: float = float("inf"), remedy: str = "") -> bool:
@@ -161,7 +162,7 @@ class Lifeline:
             if self._ending:
                 return
             self._ending = True
-        if self._aborts:
+        if self._may_abort:
             _leave_stderr_to_python()
         print(f"error: {failure}", file=sys.stderr, flush=True)
         self._finish(failure.code)
@@ -178,7 +179,7 @@ class Lifeline:
 
 
 def _leave_stderr_to_python() -> None:
-    """Let nothing that jax's service writes, which may be about to tell of an abort, follow the last line."""
+    """Let nothing follow the last line that jax writes: it may be about to tell that it aborts this process."""
     with contextlib.suppress(OSError):
         sys.stderr = os.fdopen(os.dup(2), "w", errors="backslashreplace")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -13,7 +13,7 @@ from tests.processes import free_port, reports_of, xla_flags
 WORKER = Path(__file__).with_name("answer_worker.py")
 
 
-SUITE, FURTHER = ("stages", "generator", "stream"), ("vote", "sentences", "retracing")
+SUITE, FURTHER = ("stages", "retracing", "generator", "stream"), ("vote", "sentences")
 
 
 @pytest.fixture(scope="module")

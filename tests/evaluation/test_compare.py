@@ -104,7 +104,6 @@ def test_a_killed_comparison_goes_on_and_asks_nothing_twice(killed, whole, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_two_processes_divide_a_comparison(killed, whole, tmp_path):
     folder = shutil.copytree(killed, tmp_path / "divided")
     first = folder / RUNS[0] / "answers.jsonl"
@@ -188,7 +187,6 @@ NESTED = ("best_of_n:2/log_probability", "weighted_vote:3", "best_of_n:3/verifie
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_derived_answers_are_those_of_direct_runs(tmp_path):
     """Texts, winners, tokens and FLOPs are the same; log-probabilities and scores are, but for rounding.
 

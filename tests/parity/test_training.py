@@ -111,10 +111,10 @@ def step_of(model: Mllama, optimizer: Optimizer, state: TrainState, **more):
 @pytest.mark.parametrize(
     ("seed", "padding", "frozen", "grad_accum_steps"),
     [
-        pytest.param(0, "right", (), 1, marks=EXHAUSTIVE),
+        pytest.param(0, "right", (), 1, marks=pytest.mark.slow),
         pytest.param(1, "left", FROZEN, 1, marks=pytest.mark.slow),
         pytest.param(2, "right", FROZEN, 2, marks=EXHAUSTIVE),
-        pytest.param(5, "left", (), 2, marks=pytest.mark.slow),
+        pytest.param(5, "left", (), 2, marks=EXHAUSTIVE),
     ],
 )
 def test_one_step(seed, padding, frozen, grad_accum_steps):

@@ -46,14 +46,17 @@ TRAINED_BEAM = StageBeam(3, Judge("token"), temperature=1.3, max_new_tokens=(14,
 
 
 def random_model(
-    seed: int = 0, *, convention="meta", eos: tuple[int, ...] | None = None, dtype=jnp.float32
+    seed: int = 0, *, convention="meta", eos: tuple[int, ...] | None = None, layers: int = 3, dtype=jnp.float32
 ) -> tuple[Mllama, Processor]:
-    """Return a random model with one tile, in which the tokens ``eos`` end an answer. It has a layer of each kind."""
+    """Return a random model with one tile, in which the tokens ``eos`` end an answer.
+
+    The last but one of its text layers is of cross-attention.
+    """
     config = shapes_config()
-    text = replace(config.text, num_hidden_layers=2, cross_attention_layers=(1,), initializer_range=0.25)
+    text = replace(config.text, num_hidden_layers=layers, cross_attention_layers=(layers - 2,), initializer_range=0.25)
     if eos is not None:
         text = replace(text, eos_token_ids=eos)
-    vision = replace(config.vision, num_hidden_layers=1, intermediate_layers_indices=(0,), initializer_range=0.25)
+    vision = replace(config.vision, num_hidden_layers=2, initializer_range=0.25)
     config = replace(config, text=text, vision=vision, convention=convention)
     arrays = random_arrays(replace(config, convention="meta"), seed, dtype)
     return Mllama.from_arrays(config, dict(arrays), layout="unrolled"), Processor(config, shapes_tokenizer())

@@ -38,7 +38,7 @@ SAMPLED = Sampling(1.0, top_k=50, top_p=0.9)
 @pytest.mark.parametrize("convention", get_args(Convention))
 @pytest.mark.parametrize("sampling", in_tiers([Sampling(), SAMPLED], suite=[SAMPLED]), ids=["greedy", "sampled"])
 def test_a_generator_answers_each_as_alone(convention, sampling):
-    model, processor = random_model(3, convention=convention, eos=())
+    model, processor = random_model(3, convention=convention, eos=(), layers=2)
     generator = Generator(model, sampling)
     prompts = [processor.prompt(user_turn(*each)) for each in zip(QUESTIONS, COUNTS, strict=True)]
 
@@ -66,7 +66,7 @@ SEARCHES = [(each, RATIONALE) for each in get_args(Convention)] + [("meta", TOKE
 )
 def test_a_search_answers_each_as_alone(prompts, monkeypatch, case):
     found, (convention, judge) = recorded_results(monkeypatch), case
-    model, processor = random_model(3, convention=convention, eos=tuple(range(0, 500, 60)))
+    model, processor = random_model(3, convention=convention, eos=tuple(range(0, 500, 60)), layers=2)
     reasoner = Reasoner(model, processor, StageBeam(3, judge, temperature=1.0, max_new_tokens=8), prompts)
     answers = reasoner.answer_batch(IMAGES, QUESTIONS, seeds=SEEDS)
     for i, answer in enumerate(answers):

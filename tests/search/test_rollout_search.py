@@ -48,7 +48,7 @@ CHANCE = 1e-6
 @pytest.fixture(scope="module")
 def world(prompts):
     """A random model, and a function that rolls out questions by their places, two at a time."""
-    model, processor = random_model(2)
+    model, processor = random_model(1)
     builder = RolloutBuilder(processor, STRATEGY, prompts)
     asked = [Question(scene(i)[1], scene(i)[0] if i < 2 else None, SEED + i) for i in range(3)]
 

@@ -31,7 +31,7 @@ def test_continuations_of_candidates_are_those_after_a_plain_prefix(prompts):
     first = BestOfN(CANDIDATES, LogProbability(), temperature=1.0, max_new_tokens=LONGEST)
     then = replace(first, num_candidates=CONTINUATIONS)
     builder = RequestBuilder(processor, first, prompts)
-    inputs = builder.build([image], [question], 58).inputs
+    inputs = builder.build([image], [question], 52).inputs
     stop_tables = builder.stage_tables.stop_tables
     keys = jax.random.split(jax.random.key(7), CANDIDATES)
     params, config = model.params, model.config

@@ -100,7 +100,7 @@ STRATEGIES = {
     "many by reasons": StageBeam(6, SHORT, temperature=1.2, max_new_tokens=4, stages=("CAPTION", "REASONING")),
 }
 QUICK = ("stages", "stages by verifier")
-SUITE = ("greedy", "stages by reasons", "stages, some alone", "weighted vote")
+SUITE = ("greedy", "best by judge", "stages by reasons", "stages, some alone", "weighted vote")
 
 
 @pytest.mark.parametrize("name", in_tiers(STRATEGIES, quick=QUICK, suite=SUITE))

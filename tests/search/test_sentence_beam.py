@@ -29,7 +29,7 @@ RATIONALE = Judge("rationale", reason_tokens=5, temperature=1.1)
 @pytest.fixture(scope="module")
 def ending():
     """A random model that often ends a sentence: it likes marks, line breaks and words that begin with a space."""
-    model, processor = random_model(3, eos=tuple(range(0, 500, 150)))
+    model, processor = random_model(1, eos=tuple(range(0, 500, 150)))
     weight = model.language_model.lm_head.weight
     marks = processor.tokenizer.convert_tokens_to_ids(["!", ".", "?", "Ċ", "ĊĊ", "Ġ", "Ġblue", "Ġstar"])
     weight.set_value(weight.get_value().at[jnp.array(marks)].multiply(3))
@@ -67,7 +67,7 @@ RANDOM = {
 }
 
 
-@pytest.mark.parametrize("name", in_tiers(RANDOM, suite=["token", "verifier"]))
+@pytest.mark.parametrize("name", in_tiers(RANDOM, suite=["token", "rationale"]))
 def test_a_random_model_searches_as_brute_force_does(ending, prompts, monkeypatch, name):
     image, question = scene(3)
     answer = check_against_brute_force(monkeypatch, *ending, RANDOM[name], prompts, image, question, seed=1)

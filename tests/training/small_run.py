@@ -19,12 +19,12 @@ from tests.processes import WITHOUT_TORCH, xla_flags
 
 
 def small_config() -> MllamaConfig:
-    """The shapes model with a layer of each kind."""
+    """The shapes model with three text layers and three of the tower."""
     config = shapes_config()
     return replace(
         config,
-        text=replace(config.text, num_hidden_layers=2, cross_attention_layers=(1,)),
-        vision=replace(config.vision, num_hidden_layers=1, num_global_layers=1, intermediate_layers_indices=(0,)),
+        text=replace(config.text, num_hidden_layers=3, cross_attention_layers=(1,)),
+        vision=replace(config.vision, num_hidden_layers=2, num_global_layers=1),
     )
 
 
