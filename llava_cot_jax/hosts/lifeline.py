@@ -179,7 +179,7 @@ class Lifeline:
 
 
 def _leave_stderr_to_python() -> None:
-    """Let nothing follow the last line that jax writes: it may be about to tell that it aborts this process."""
+    """Let nothing that jax writes follow this process's last line: it may be about to tell of its abort."""
     with contextlib.suppress(OSError):
         sys.stderr = os.fdopen(os.dup(2), "w", errors="backslashreplace")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
