@@ -150,8 +150,11 @@ def test_a_program_that_sends_nothing_differs_from_one_that_cannot_be_read(capsy
 
 
 @pytest.mark.slow
-def test_a_compiled_program_is_cached(tmp_path):
+def test_a_compiled_program_is_cached(tmp_path, cache):
     """Compile a step of the shapes world for two slices, with the real compiler, in two processes."""
+    (tmp_path / "llava_cot_jax").mkdir()
+    (cache / "llava_cot_jax/index").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "llava_cot_jax/index").symlink_to(cache / "llava_cot_jax/index")  # the rows are counted once
     arguments = [
         "--output",
         "o",
@@ -165,7 +168,7 @@ def test_a_compiled_program_is_cached(tmp_path):
         "10",
     ]
     arguments += ["--mesh.data", "2", "--mesh.fsdp", "1"]
-    sizes = ["--loader.batch_size", "4", "--chat.max_length", "64", "--remat", "none", "--json"]
+    sizes = ["--loader.batch_size", "4", "--chat.max_length", "128", "--remat", "none", "--json"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""}  # it takes no CPU's flags
     runs = []
     for _ in range(2):

@@ -92,11 +92,12 @@ class Decoder:
         input_ids: Int[Array, "batch tokens"],
         cache: KVCache,
         text_only: Bool[Array, " questions"] | bool = False,
-        adapted: text_decoder.AdaptedTokens = False,
+        adapted: Bool[Array, "batch tokens"] | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], CacheLayers]:
         """Return the hidden states of tokens after ``cache``, and its suffix with the tokens' keys and values.
 
-        The verifier's adapter, where the parameters have one, acts on the tokens for which ``adapted`` is true.
+        The verifier's adapter, where the parameters have one, acts on the tokens for which ``adapted`` is true; None is
+        no token.
         """
         images = None if self.images is None else self.images.at(cache.positions(input_ids.shape[1]), text_only)
         text_params = self.params["language_model"]["model"]
@@ -173,7 +174,7 @@ def prefill(
         done, suffix, last_hidden = carry
         now = replace(cache, suffix=suffix, lengths=cache.lengths + jnp.minimum(done, tokens.lengths))
         input_ids = jax.lax.dynamic_slice(padded, (0, done), (batch, chunk))
-        adapted = False if adapted_from is None else done + jnp.arange(chunk) >= adapted_from[:, None]
+        adapted = None if adapted_from is None else done + jnp.arange(chunk) >= adapted_from[:, None]
         hidden, suffix = decoder.forward(input_ids, now, text_only, adapted)
         last = (tokens.lengths - 1 - done)[:, None, None]  # [batch, 1, 1], index of the last token in this chunk
         at_last = jnp.take_along_axis(hidden, jnp.clip(last, 0, chunk - 1), axis=1)[:, 0]

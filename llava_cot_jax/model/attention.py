@@ -4,10 +4,8 @@
 kernel supports the case, it is ``blockwise_attention``.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,21 +71,12 @@ AttentionImplementation = Literal["xla", "splash", "cudnn"]
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, AttentionMask], jax.Array]
 
-_implementation: ContextVar[AttentionImplementation | None] = ContextVar("_implementation", default=None)
+attention_implementation = jax.make_user_context(None)
+"""The context ``attention_implementation(name)``, in which that implementation is used, whatever the platform.
 
-
-@contextlib.contextmanager
-def attention_implementation(implementation: AttentionImplementation) -> Iterator[None]:
-    """Return the context in which a traced function uses this implementation, whatever the platform.
-
-    Enter it inside the function that ``jax.jit`` compiles, since jit does not know of it. Off its own platform splash
-    attention is interpreted, and XLA stands in for cuDNN.
-    """
-    token = _implementation.set(implementation)
-    try:
-        yield
-    finally:
-        _implementation.reset(token)
+``jax.jit`` compiles a function anew for another implementation. Off its own platform splash attention is interpreted,
+and XLA stands in for cuDNN.
+"""
 
 
 def select_kernel(q: Float[Array, "batch heads queries head_dim"], mask: AttentionMask) -> Kernel | None:
@@ -96,7 +85,7 @@ def select_kernel(q: Float[Array, "batch heads queries head_dim"], mask: Attenti
     A single query, in decoding, has few scores and needs no kernel. cuDNN supports neither float32 nor, in a backward
     pass, an odd number of queries or keys.
     """
-    implementation = _implementation.get() or {"tpu": "splash", "gpu": "cudnn"}.get(traced_platform(), "xla")
+    implementation = attention_implementation.value or {"tpu": "splash", "gpu": "cudnn"}.get(traced_platform(), "xla")
     if implementation == "xla" or q.shape[2] == 1:
         return None
     if implementation == "splash":

@@ -10,7 +10,7 @@ question, a candidate or an image is ever copied. Images belong to a question.
                            candidate 3    sequences 6, 7   suffix [capacity] each
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import jax
@@ -113,3 +113,8 @@ class KVCache:
         for segment in self.prefix:
             start = start + jnp.repeat(segment.lengths, start.shape[0] // segment.lengths.shape[0])
         return start[:, None] + jnp.arange(tokens)
+
+    def layer(self, index: int) -> "KVCache":
+        """Return the cache of one layer alone."""
+        prefix = tuple(replace(segment, layers=(segment.layers[index],)) for segment in self.prefix)
+        return replace(self, suffix=(self.suffix[index],), prefix=prefix)

@@ -1,6 +1,8 @@
 """The language model: self-attention layers, and cross-attention layers that attend to the images."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from llava_cot_jax.model.layers import (
     rms_norm,
     rope_cos_sin,
     split_heads,
+    traced_once,
 )
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain
@@ -64,9 +67,9 @@ def image_keys_values(
         config: Configuration of the text model.
         states: Projected image tokens.
     """
+    compute = traced_once(functools.partial(_image_keys_values, config=config))
     return tuple(
-        _image_keys_values(states, w["layers"][str(i)]["cross_attn"], config) if cross else None
-        for i, cross in enumerate(config.is_cross)
+        compute(states, w["layers"][str(i)]["cross_attn"]) if cross else None for i, cross in enumerate(config.is_cross)
     )
 
 
@@ -122,7 +125,7 @@ def forward(
         x, by_index = jax.lax.scan(block, x, layers)  # each [blocks, batch, tokens, hidden]
         before = tuple(state for states in zip(*map(jnp.unstack, by_index), strict=True) for state in states)
     else:
-        x, before = _run_layers(layer, x, layers, config.text.num_hidden_layers, output_hidden_states)
+        x, before = _run_layers(traced_once(layer), x, layers, config.text.num_hidden_layers, output_hidden_states)
     with jax.named_scope("final_norm"):
         return rms_norm(x, w["norm"], config.text.rms_norm_eps), before
 
@@ -148,9 +151,11 @@ def forward_with_cache(
     input_ids: Int[Array, "batch tokens"],
     cache: KVCache,
     images: ImageContext | None,
-    adapted: AdaptedTokens = False,
+    adapted: Bool[Array, "batch tokens"] | None = None,
 ) -> tuple[Float[Array, "batch tokens hidden"], CacheLayers]:
     """Return hidden states of tokens after those in a KV cache. Prefill and sampling are made of this.
+
+    A program that comes here several times, as a search does, traces the layers once for each shape of the arguments.
 
     Args:
         w: Parameters below ``language_model.model``, in the unrolled layout.
@@ -158,7 +163,8 @@ def forward_with_cache(
         input_ids: int32, tokens.
         cache: Keys and values of the tokens before them.
         images: Images with their ``layers``, and the masks of these tokens; None skips the cross-attention layers.
-        adapted: Tokens that the verifier's adapter acts on. Other adapters are merged into the weights for decoding.
+        adapted: Tokens that the verifier's adapter acts on; None for no token. Other adapters are merged into the
+            weights for decoding.
 
     Returns:
         Hidden states as from ``forward``, and the cache's suffix with the keys and values of the tokens.
@@ -167,36 +173,66 @@ def forward_with_cache(
     suffix: list[LayerCache | None] = []
     x = embed(input_ids, w["embed_tokens"])
     for i, cross in enumerate(config.text.is_cross):
-        x = constrain(x, "batch", None, None)
         layer = w["layers"][str(i)]
         if cross:
             if images is not None:
                 assert images.layers is not None
-                entry = images.layers[i]
+                entry, masks = images.layers[i], replace(images, layers=None)
                 assert entry is not None
-                x = _cross_attention_layer(x, layer, entry, config, images, adapted)
+                x = _cached_cross_attention_layer(x, layer, entry, masks, adapted, config=config)
             suffix.append(None)
             continue
-        entry = cache.suffix[i]
-        assert entry is not None
-        q, k, v = _queries_keys_values(x, layer, config.text, rope, adapted)
-        entry = entry.update(LayerCache(k, v), cache.lengths)
+        x, entry = _cached_self_attention_layer(x, layer, cache.layer(i), rope, adapted, config=config.text)
         suffix.append(entry)
-        x = _after_self_attention(x, _attend_to_cache(q, entry, cache, i), layer, config.text, adapted)
     with jax.named_scope("final_norm"):
         return rms_norm(x, w["norm"], config.text.rms_norm_eps), tuple(suffix)
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def _cached_self_attention_layer(
+    x: Float[Array, "batch tokens hidden"],
+    w: Params,
+    cache: KVCache,
+    rope: RopeTables,
+    adapted: Bool[Array, "batch tokens"] | None,
+    *,
+    config: TextConfig,
+) -> tuple[Float[Array, "batch tokens hidden"], LayerCache]:
+    """Apply a self-attention layer, whose own ``cache`` that is. Return its output, and the suffix with the tokens."""
+    x = constrain(x, "batch", None, None)
+    some = False if adapted is None else adapted
+    q, k, v = _queries_keys_values(x, w, config, rope, some)
+    (suffix,) = cache.suffix
+    assert suffix is not None
+    suffix = suffix.update(LayerCache(k, v), cache.lengths)
+    return _after_self_attention(x, _attend_to_cache(q, suffix, cache), w, config, some), suffix
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _cached_cross_attention_layer(
+    x: Float[Array, "batch tokens hidden"],
+    w: Params,
+    entry: LayerCache,
+    masks: ImageContext,
+    adapted: Bool[Array, "batch tokens"] | None,
+    *,
+    config: MllamaConfig,
+) -> Float[Array, "batch tokens hidden"]:
+    """Apply a cross-attention layer, whose keys and values ``entry`` are those of the questions' images."""
+    x = constrain(x, "batch", None, None)
+    return _cross_attention_layer(x, w, entry, config, masks, False if adapted is None else adapted)
+
+
 @jax.named_scope("self_attention")
 def _attend_to_cache(
-    q: Float[Array, "batch heads tokens head_dim"], suffix: LayerCache, cache: KVCache, layer: int
+    q: Float[Array, "batch heads tokens head_dim"], suffix: LayerCache, cache: KVCache
 ) -> Float[Array, "batch heads tokens head_dim"]:
-    """Attend to the suffix, which has the keys and values of the queries' tokens already, and to what is shared."""
+    """Attend to a layer's suffix, which has the keys and values of the queries' tokens already, and to the prefix."""
     index = jnp.arange(suffix.keys.shape[2])
     visible = index <= (cache.lengths[:, None] + jnp.arange(q.shape[2]))[..., None]  # [batch, tokens, capacity]
     segments = [KVSegment(suffix.keys, suffix.values, visible)]
     for segment in cache.prefix:
-        shared = segment.layers[layer]
+        (shared,) = segment.layers
         assert shared is not None
         visible = jnp.arange(shared.keys.shape[2]) < segment.lengths[:, None, None]  # [groups, 1, capacity]
         segments.append(KVSegment(shared.keys, shared.values, visible))

@@ -28,6 +28,7 @@ from llava_cot_jax.model.layers import (
     merge_heads,
     recomputed,
     split_heads,
+    traced_once,
 )
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain
@@ -159,13 +160,14 @@ def _run_layers(
 ) -> tuple[Float[Array, "images tokens width"], list[Float[Array, "images tokens width"]]]:
     """Apply ``depth`` layers. Return the output, and the states at ``taps``."""
     layer = apply_remat(functools.partial(_layer, config=config, mask=mask), remat)
+    one = traced_once(layer)
 
     def run(x: jax.Array, start: int, stop: int) -> jax.Array:
         if is_stacked(layers):
             some = jax.tree.map(lambda stack: stack[start:stop], layers["0"])
             return jax.lax.scan(lambda x, w: (layer(x, w), None), x, some)[0]
         for i in range(start, stop):
-            x = layer(x, layers[str(i)])
+            x = one(x, layers[str(i)])
         return x
 
     states, start = {}, 0

@@ -151,6 +151,17 @@ def test_a_kernel_gives_what_the_plain_form_gives(case, form):
     assert_same(attended(FORMS[form], mask, *given), attended(by_implementation("xla"), mask, *given), some)
 
 
+def test_a_function_is_traced_anew_for_another_implementation():
+    mask = CASES["tower"]
+    (q, k, v, _), _ = arrays(mask, 2, 2, 16)
+    compiled, lowered = jax.jit(attention), {}
+    for name in ("xla", "splash", "xla"):
+        with attention_implementation(name):
+            lowered.setdefault(name, []).append(compiled.lower(q, k, v, mask).as_text())
+    (plain, again), (splash,) = lowered["xla"], lowered["splash"]
+    assert plain == again != splash
+
+
 def test_splash_in_bfloat16_is_as_near_to_float32_as_the_plain_form():
     mask = CASES["tower"]
     given, _ = arrays(mask, 2, 2, 80, "bfloat16")

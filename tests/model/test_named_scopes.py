@@ -1,6 +1,7 @@
 """Names of the model's modules in compiled programs, by which profiles are read."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -27,10 +28,10 @@ TEXT = {"embed", "rope", "self_attention", "self_attention/rope", "cross_attenti
 
 
 def scopes(lowered: Any) -> set[str]:
-    """All paths of scopes in a lowered program, from every scope on, without the names of control flow."""
+    """All paths of scopes in the compiled program, from every scope on, without the names of control flow."""
     found: set[str] = set()
-    for location in re.findall(r'loc\("([^"]*)"', lowered.as_text(debug_info=True)):
-        names = [name for name in location.split("/") if re.fullmatch(r"[a-z_]+", name)]
+    for operation in re.findall(r'op_name="([^"]*)"', lowered.compile().as_text()):
+        names = [name for name in operation.split("/") if re.fullmatch(r"[a-z_]+", name)]
         names = [name for name in names if name not in ("while", "body", "cond", "closed_call", "checkpoint", "scan")]
         found |= {"/".join(names[i:j]) for i in range(len(names)) for j in range(i + 1, len(names) + 1)}
     return found
@@ -46,9 +47,7 @@ def test_forward_pass(small: MllamaConfig, inputs):
 
 
 def test_forward_pass_of_stacked_layers(small: MllamaConfig, inputs):
-    """The body of a scan is a function of its own, in which the paths begin anew."""
-    tower = {path.removesuffix("/self_attention").removesuffix("/mlp") for path in TOWER}
-    assert forward_scopes(small, "stacked", inputs) >= tower | TEXT
+    assert forward_scopes(small, "stacked", inputs) >= TOWER | TEXT
 
 
 def forward_scopes(small: MllamaConfig, layout: ParamLayout, inputs: dict[str, jax.Array]) -> set[str]:
@@ -74,3 +73,31 @@ def test_decoding(small: MllamaConfig, inputs):
     }
     step = _decode_steps.lower(params, prefill.out_info, jnp.int32(4), steps=4, **static)
     assert scopes(step) >= {f"sample/{scope}" for scope in (*TEXT, "sample_token")}
+
+
+def test_layers_of_a_kind_are_lowered_once(small: MllamaConfig, inputs):
+    """A program with twice the layers of each kind has no further function, and a further call for each layer."""
+    functions, calls = zip(*(functions_and_calls(small, copies, dict(inputs)) for copies in (1, 2)), strict=True)
+    text, vision = small.text, small.vision
+    keys_values = len(text.cross_attention_layers)
+    layers = text.num_hidden_layers + keys_values + vision.num_hidden_layers + vision.num_global_layers
+    assert functions[0] == functions[1] and calls[1] == calls[0] + layers
+
+
+def functions_and_calls(small: MllamaConfig, copies: int, inputs: dict[str, jax.Array]) -> tuple[int, int]:
+    """Count the functions of the lowered prefill, and its calls of them, with so many copies of all layers."""
+    depth = small.text.num_hidden_layers
+    cross = tuple(i * depth + layer for i in range(copies) for layer in small.text.cross_attention_layers)
+    text = replace(small.text, num_hidden_layers=copies * depth, cross_attention_layers=cross)
+    vision = replace(
+        small.vision,
+        num_hidden_layers=copies * small.vision.num_hidden_layers,
+        num_global_layers=copies * small.vision.num_global_layers,
+    )
+    config = replace(small, text=text, vision=vision)
+    lengths = inputs.pop("attention_mask").sum(axis=1)
+    seeds = jnp.zeros(len(lengths), jnp.uint32)
+    params = Mllama(config, rngs=nnx.Rngs(0)).params
+    static = {"config": config, "sampling": Sampling(), "mesh": None}
+    program = _prefill_prompts.lower(params, inputs, lengths, seeds, capacity=64, **static).as_text()
+    return len(re.findall(r"func\.func", program)), len(re.findall(r"\bcall @", program))
