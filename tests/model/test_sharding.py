@@ -64,7 +64,7 @@ def alone(tiny, reference) -> Alone:
     [
         ((2, 2, 2), 1 / 4),
         pytest.param((8, 1, 1), 1, marks=EXHAUSTIVE),
-        pytest.param((1, 8, 1), 1 / 8, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), 1 / 8, marks=EXHAUSTIVE),
         pytest.param((4, 1, 2), 1 / 2, marks=EXHAUSTIVE),
     ],
 )
