@@ -46,14 +46,6 @@ def recomputed(function: Callable[P, R]) -> Callable[P, R]:
     return jax.checkpoint(function, prevent_cse=False)
 
 
-def traced_once(layer: Callable[P, R]) -> Callable[P, R]:
-    """Return ``layer``, which is traced and lowered once for all layers with parameters of the same shapes.
-
-    The compiler sees the same program: it replaces each call by the operations of the layer.
-    """
-    return jax.jit(layer)
-
-
 def is_stacked(layers: Params) -> bool:
     """Whether the arrays of these layers carry a leading ``layers`` axis."""
     return layers["0"]["input_layernorm"]["weight"].ndim == 2

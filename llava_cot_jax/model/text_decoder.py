@@ -27,7 +27,6 @@ from llava_cot_jax.model.layers import (
     rms_norm,
     rope_cos_sin,
     split_heads,
-    traced_once,
 )
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain
@@ -67,9 +66,10 @@ def image_keys_values(
         config: Configuration of the text model.
         states: Projected image tokens.
     """
-    compute = traced_once(functools.partial(_image_keys_values, config=config))
+    compute = jax.jit(_image_keys_values, static_argnames="config")  # traced once for all layers
     return tuple(
-        compute(states, w["layers"][str(i)]["cross_attn"]) if cross else None for i, cross in enumerate(config.is_cross)
+        compute(states, w["layers"][str(i)]["cross_attn"], config=config) if cross else None
+        for i, cross in enumerate(config.is_cross)
     )
 
 
@@ -125,7 +125,7 @@ def forward(
         x, by_index = jax.lax.scan(block, x, layers)  # each [blocks, batch, tokens, hidden]
         before = tuple(state for states in zip(*map(jnp.unstack, by_index), strict=True) for state in states)
     else:
-        x, before = _run_layers(traced_once(layer), x, layers, config.text.num_hidden_layers, output_hidden_states)
+        x, before = _run_layers(layer, x, layers, config.text.num_hidden_layers, output_hidden_states)
     with jax.named_scope("final_norm"):
         return rms_norm(x, w["norm"], config.text.rms_norm_eps), before
 
@@ -155,7 +155,7 @@ def forward_with_cache(
 ) -> tuple[Float[Array, "batch tokens hidden"], CacheLayers]:
     """Return hidden states of tokens after those in a KV cache. Prefill and sampling are made of this.
 
-    A program that comes here several times, as a search does, traces the layers once for each shape of the arguments.
+    A program traces and lowers a layer of each kind once, however many there are.
 
     Args:
         w: Parameters below ``language_model.model``, in the unrolled layout.

@@ -28,7 +28,6 @@ from llava_cot_jax.model.layers import (
     merge_heads,
     recomputed,
     split_heads,
-    traced_once,
 )
 from llava_cot_jax.model.parameters import Params
 from llava_cot_jax.model.sharding import constrain
@@ -159,15 +158,15 @@ def _run_layers(
     remat: RematPolicy,
 ) -> tuple[Float[Array, "images tokens width"], list[Float[Array, "images tokens width"]]]:
     """Apply ``depth`` layers. Return the output, and the states at ``taps``."""
-    layer = apply_remat(functools.partial(_layer, config=config, mask=mask), remat)
-    one = traced_once(layer)
+    layer = functools.partial(_layer, mask=mask, config=config, remat=remat)
+    traced_once = functools.partial(_layer_traced_once, mask=mask, config=config, remat=remat)
 
     def run(x: jax.Array, start: int, stop: int) -> jax.Array:
         if is_stacked(layers):
             some = jax.tree.map(lambda stack: stack[start:stop], layers["0"])
             return jax.lax.scan(lambda x, w: (layer(x, w), None), x, some)[0]
         for i in range(start, stop):
-            x = one(x, layers[str(i)])
+            x = traced_once(x, layers[str(i)])
         return x
 
     states, start = {}, 0
@@ -178,9 +177,25 @@ def _run_layers(
 
 
 def _layer(
-    x: Float[Array, "images tokens width"], w: Params, *, config: VisionConfig, mask: AttentionMask
+    x: Float[Array, "images tokens width"],
+    w: Params,
+    *,
+    mask: AttentionMask,
+    config: VisionConfig,
+    remat: RematPolicy,
 ) -> Float[Array, "images tokens width"]:
-    """Apply a transformer layer. A global layer has a gate on each branch."""
+    """Apply a transformer layer, with what ``remat`` says of its backward pass."""
+    return apply_remat(functools.partial(_attention_and_mlp, mask=mask, config=config), remat)(x, w)
+
+
+_layer_traced_once = jax.jit(_layer, static_argnames=("config", "remat"))
+"""``_layer``, which a program traces and lowers once for all layers whose parameters have the same shapes."""
+
+
+def _attention_and_mlp(
+    x: Float[Array, "images tokens width"], w: Params, *, mask: AttentionMask, config: VisionConfig
+) -> Float[Array, "images tokens width"]:
+    """Apply the two branches of a layer. A global layer has a gate on each."""
     x = constrain(x, "batch", None, None)
     with jax.named_scope("self_attention"):
         h = layer_norm(x, w["input_layernorm"], config.norm_eps)

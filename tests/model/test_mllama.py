@@ -217,9 +217,10 @@ def test_the_aspect_ratio_mask_follows_from_the_ids(tiny, batch):
     """One operation after another, not compiled: XLA may round two programs differently."""
     model = Mllama.from_pretrained(tiny)
     inputs = {name: jnp.asarray(x) for name, x in batch.items()}
-    want = hidden_states(model.params, model.config, inputs)
-    del inputs["aspect_ratio_mask"]
-    np.testing.assert_array_equal(hidden_states(model.params, model.config, inputs), want)
+    with jax.disable_jit():
+        want = hidden_states(model.params, model.config, inputs)
+        del inputs["aspect_ratio_mask"]
+        np.testing.assert_array_equal(hidden_states(model.params, model.config, inputs), want)
 
 
 def test_jax_arrays_and_jit(tiny, batch):

@@ -61,7 +61,7 @@ SEARCHES = [(each, RATIONALE) for each in get_args(Convention)] + [("meta", TOKE
 
 @pytest.mark.parametrize(
     "case",
-    in_tiers(SEARCHES, suite=[("transformers_5", RATIONALE)]),
+    in_tiers(SEARCHES, suite=[("meta", RATIONALE), ("transformers_5", TOKEN)]),
     ids=lambda case: f"{case[0]}-{case[1].verdict}",
 )
 def test_a_search_answers_each_as_alone(prompts, monkeypatch, case):

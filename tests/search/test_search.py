@@ -121,7 +121,7 @@ TRAINED_STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", in_tiers(TRAINED_STRATEGIES, suite=["stages"]))
+@pytest.mark.parametrize("name", in_tiers(TRAINED_STRATEGIES, suite=("stages", "greedy stages")))
 def test_the_trained_model_searches_as_brute_force_does(trained, prompts, monkeypatch, name):
     image, question = scene(1)
     answer = check_against_brute_force(

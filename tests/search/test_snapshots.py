@@ -66,7 +66,7 @@ def check_close(answer, expected) -> None:
         assert one == (pytest.approx(other, abs=bound) if isinstance(other, float) else other), path
 
 
-@pytest.mark.parametrize("name", in_tiers(ALL, quick=["sample"], suite=["stages"]))
+@pytest.mark.parametrize("name", in_tiers(ALL, quick=["sample"], suite=["stages", "headings"]))
 def test_an_answer_that_is_watched_is_the_same_bit_for_bit(ending, prompts, monkeypatch, name):
     """Snapshots of single steps and of several; only the first question compiles.
 

@@ -103,8 +103,8 @@ def test_hidden_states_are_those_of_the_merged_weights_and_at_first_those_of_the
     of_base, want = np.asarray(run(base)), np.asarray(run(merge(base, adapters, 1.0)))
     np.testing.assert_allclose(run(base | adapters), want, atol=1e-4 * np.abs(want).max())
     assert np.abs(want - of_base).max() > 0.1 * np.abs(of_base).max()
-    # One operation after another, not compiled: XLA may round two programs differently.
-    np.testing.assert_array_equal(forward(base | fresh(small, layout)), forward(base))
+    with jax.disable_jit():  # one operation after another: XLA may round two programs differently
+        np.testing.assert_array_equal(forward(base | fresh(small, layout)), forward(base))
 
 
 def test_every_weight_of_linear_can_carry_an_adapter_and_no_other(small, rows, monkeypatch):
@@ -129,7 +129,8 @@ def test_every_weight_of_linear_can_carry_an_adapter_and_no_other(small, rows, m
         return out
 
     declared = (table | adapters).items()
-    jax.eval_shape(forward, {path: jax.ShapeDtypeStruct(p.shape, jnp.float32) for path, p in declared})
+    with jax.disable_jit():  # so that every layer comes to ``linear``, and not one of each kind
+        jax.eval_shape(forward, {path: jax.ShapeDtypeStruct(p.shape, jnp.float32) for path, p in declared})
     assert carrying
 
 
