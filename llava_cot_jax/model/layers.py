@@ -6,7 +6,7 @@ input.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def embed(ids: Int[Array, " batch *tokens"], w: Params) -> Float[Array, " batch 
 
 
 def linear(
-    x: Float[Array, "*batch in"], w: Params, adapted: Bool[Array, "*batch"] | bool = True
+    x: Float[Array, "*batch in"], w: Params, adapted: Bool[Array, "*batch"] | Literal[True] | None = True
 ) -> Float[Array, "*batch out"]:
     """Apply a linear layer: ``weight`` [out, in], and whatever else it has of a bias, an adapter and a scale.
 
@@ -75,9 +75,9 @@ def linear(
     """
     is_int8 = "scale" in w
     y = int8_linear(x, w).astype(x.dtype) if is_int8 else product(x, w["weight"])
-    if "lora_a" in w and adapted is not False:
+    if "lora_a" in w and adapted is not None:
         update = product(product(x, w["lora_a"]), w["lora_b"])
-        y = y + (update if adapted is True else jnp.where(jnp.asarray(adapted)[..., None], update, 0))
+        y = y + (update if adapted is True else jnp.where(adapted[..., None], update, 0))
     return y + w["bias"] if "bias" in w else y
 
 

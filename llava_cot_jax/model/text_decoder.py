@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,8 @@ IMAGE_TOKEN_MULTIPLE = 128
 RopeTables = tuple[Float[Array, "batch tokens half_head_dim"], Float[Array, "batch tokens half_head_dim"]]
 """Cosines and sines of ``rope_cos_sin``."""
 
-AdaptedTokens = Bool[Array, "batch tokens"] | bool
-"""Tokens that adapters act on, where the weights have some: all (True), none (False), or those of a mask."""
+AdaptedTokens = Bool[Array, "batch tokens"] | Literal[True] | None
+"""Tokens that adapters act on, where the weights have some: all (True), none (None), or those of a mask."""
 
 
 @jax.named_scope("projector")
@@ -66,9 +67,8 @@ def image_keys_values(
         config: Configuration of the text model.
         states: Projected image tokens.
     """
-    compute = jax.jit(_image_keys_values, static_argnames="config")  # traced once for all layers
     return tuple(
-        compute(states, w["layers"][str(i)]["cross_attn"], config=config) if cross else None
+        _image_keys_values_traced_once(states, w["layers"][str(i)]["cross_attn"], config) if cross else None
         for i, cross in enumerate(config.is_cross)
     )
 
@@ -173,16 +173,17 @@ def forward_with_cache(
     suffix: list[LayerCache | None] = []
     x = embed(input_ids, w["embed_tokens"])
     for i, cross in enumerate(config.text.is_cross):
+        x = constrain(x, "batch", None, None)
         layer = w["layers"][str(i)]
         if cross:
             if images is not None:
                 assert images.layers is not None
                 entry, masks = images.layers[i], replace(images, layers=None)
                 assert entry is not None
-                x = _cached_cross_attention_layer(x, layer, entry, masks, adapted, config=config)
+                x = _cross_attention_layer_traced_once(x, layer, entry, config, masks, adapted)
             suffix.append(None)
             continue
-        x, entry = _cached_self_attention_layer(x, layer, cache.layer(i), rope, adapted, config=config.text)
+        x, entry = _cached_self_attention_layer(x, layer, config.text, cache.layer(i), rope, adapted)
         suffix.append(entry)
     with jax.named_scope("final_norm"):
         return rms_norm(x, w["norm"], config.text.rms_norm_eps), tuple(suffix)
@@ -192,35 +193,17 @@ def forward_with_cache(
 def _cached_self_attention_layer(
     x: Float[Array, "batch tokens hidden"],
     w: Params,
+    config: TextConfig,
     cache: KVCache,
     rope: RopeTables,
     adapted: Bool[Array, "batch tokens"] | None,
-    *,
-    config: TextConfig,
 ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache]:
     """Apply a self-attention layer, whose own ``cache`` that is. Return its output, and the suffix with the tokens."""
-    x = constrain(x, "batch", None, None)
-    some = False if adapted is None else adapted
-    q, k, v = _queries_keys_values(x, w, config, rope, some)
+    q, k, v = _queries_keys_values(x, w, config, rope, adapted)
     (suffix,) = cache.suffix
     assert suffix is not None
     suffix = suffix.update(LayerCache(k, v), cache.lengths)
-    return _after_self_attention(x, _attend_to_cache(q, suffix, cache), w, config, some), suffix
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _cached_cross_attention_layer(
-    x: Float[Array, "batch tokens hidden"],
-    w: Params,
-    entry: LayerCache,
-    masks: ImageContext,
-    adapted: Bool[Array, "batch tokens"] | None,
-    *,
-    config: MllamaConfig,
-) -> Float[Array, "batch tokens hidden"]:
-    """Apply a cross-attention layer, whose keys and values ``entry`` are those of the questions' images."""
-    x = constrain(x, "batch", None, None)
-    return _cross_attention_layer(x, w, entry, config, masks, False if adapted is None else adapted)
+    return _after_self_attention(x, _attend_to_cache(q, suffix, cache), w, config, adapted), suffix
 
 
 @jax.named_scope("self_attention")
@@ -303,6 +286,9 @@ def _cross_attention_layer(
         return x + jnp.tanh(w["cross_attn_mlp_gate"]) * (h * mlp_gate)
 
 
+_cross_attention_layer_traced_once = jax.jit(_cross_attention_layer, static_argnames="config")
+
+
 def _group_by_question(
     q: Float[Array, "batch heads tokens head_dim"], questions: int
 ) -> Float[Array, "questions heads n head_dim"]:
@@ -329,6 +315,9 @@ def _image_keys_values(
     k = _project_heads(states, w["k_proj"], config.num_key_value_heads, "kv_heads")
     v = _project_heads(states, w["v_proj"], config.num_key_value_heads, "kv_heads")
     return LayerCache(rms_norm(k, w["k_norm"], config.rms_norm_eps), v)
+
+
+_image_keys_values_traced_once = jax.jit(_image_keys_values, static_argnames="config")
 
 
 def _project_heads(

@@ -225,7 +225,7 @@ def test_commands_load_it_beside_weights_in_int8(searched, adapted):
     w = found.load(None, is_first=False).params["language_model"]["model"]["layers"]["0"]["mlp"]["up_proj"]
     assert w["weight"].dtype == jnp.int8
     x = jnp.linspace(-1, 1, w["lora_a"].shape[1])
-    adds = linear(x, w) - linear(x, w, adapted=False)
+    adds = linear(x, w) - linear(x, w, adapted=None)
     np.testing.assert_allclose(adds, x @ w["lora_a"].T @ w["lora_b"].T, atol=1e-5)
     assert np.abs(adds).max() > 1e-3
 
