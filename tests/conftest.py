@@ -63,7 +63,7 @@ INPUTS = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is beyond the suite, unless ``-m`` or an id names it.
 
-    Files with slow tests come first, so that neither of two processes is left with a long file at the end.
+    Files with slow tests come first, so that no process is left with a long file at the end.
     """
     if "exhaustive" not in config.option.markexpr:
         ids = [given.split("::", 1) for given in config.args if "::" in given]
@@ -135,7 +135,7 @@ def small() -> MllamaConfig:
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for the shapes world, of few layers and random weights: where the answers may be anything."""
-    return write_small(tmp_path_factory.mktemp("untrained") / "small")
+    return write_small(tmp_path_factory.mktemp("untrained") / "small", text_layers=3)
 
 
 @pytest.fixture

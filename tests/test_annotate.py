@@ -20,6 +20,7 @@ from tests.annotation.runs import BAD, lines, rows_of, run, write_input, write_w
 from tests.annotation.stand_in_endpoint import Asked, Response, StandIn, running, well
 from tests.processes import ROOT
 from tests.serving.servers import KEY, serving
+from tests.tiers import in_tiers
 
 
 def test_wrong_arguments(tmp_path, monkeypatch):
@@ -107,8 +108,8 @@ def test_our_own_server_is_asked(tmp_path, monkeypatch):
     assert len(open_rows(f"{tmp_path}/data", "train")) == len(kept)
 
 
-@pytest.mark.slow
-def test_killed_ten_times_and_nothing_is_asked_twice(tmp_path):
+@pytest.mark.parametrize("times", in_tiers([2, 10], suite=[2]))
+def test_killed_several_times_and_nothing_is_asked_twice(tmp_path, times):
     rows = rows_of(60)
     bad = {row["question"]: [list(BAD.values())[i % len(BAD)]] for i, row in enumerate(rows[::4])}
 
@@ -141,11 +142,11 @@ def test_killed_ten_times_and_nothing_is_asked_twice(tmp_path):
             return Response(response.text, response.finish, refusal=response.refusal, **{draw.choice(phases): kill})
 
         stand_in.behave = behave_until_killed
-        for kills in range(11):
-            last = len(stand_in.asked) + draw.randint(1, 7) if kills < 10 else -1
+        for kills in range(times + 1):
+            last = len(stand_in.asked) + draw.randint(1, 7) if kills < times else -1
             processes.append(command(tmp_path, rows, stand_in, "--requests_in_flight", "4"))
             _, err = processes[-1].communicate(timeout=120)
-            assert processes[-1].returncode == (-signal.SIGKILL if kills < 10 else 0), err
+            assert processes[-1].returncode == (-signal.SIGKILL if kills < times else 0), err
             kept = [line for line in (tmp_path / "out.journal.jsonl").read_text().split("\n")[:-1]]
             numbers = [int(json.loads(line)["reply"]["completion"].removeprefix("completion-")) for line in kept]
             finished |= {stand_in.asked[number - 1].digest for number in numbers}
@@ -154,9 +155,10 @@ def test_killed_ten_times_and_nothing_is_asked_twice(tmp_path):
     for name in ("out.jsonl", "out.rejected.jsonl"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not again and set(digests) == finished
-    assert len(digests) - len(finished) <= 10 * 4  # those in flight when it was killed
+    assert len(digests) - len(finished) <= times * 4  # those in flight when it was killed
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_replies_in_flight(tmp_path):
     rows = rows_of(12)
     processes: list[subprocess.Popen[str]] = []
@@ -181,6 +183,7 @@ def test_ctrl_c_keeps_the_replies_in_flight(tmp_path):
     assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == list(range(12))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     with running(lambda asked: Response(late=20)) as stand_in:
         process = command(tmp_path, rows_of(4), stand_in, "--requests_in_flight", "2")

@@ -155,6 +155,7 @@ def test_a_report_that_is_cut_off_has_what_was_measured(monkeypatch, capsys, all
     assert found_again  # it was timed warm too
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_transformers():
     """The baseline has the same weights and the same question."""
     model, _ = random_model(0, convention="transformers_5")

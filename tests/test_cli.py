@@ -54,6 +54,7 @@ def test_an_option_is_declared_with_underscores(start):
     assert names and [name for name in names if "-" in name.removeprefix("--")] == []
 
 
+@pytest.mark.slow
 @every_parser
 def test_an_option_may_be_typed_with_hyphens(start):
     parser = parser_of(start)
@@ -202,6 +203,7 @@ def test_programs_that_cannot_be_kept_are_a_warning(tmp_path, monkeypatch, warni
         assert "compiled programs cannot be kept in" in warnings_of.messages[-1]
 
 
+@pytest.mark.slow
 def test_a_platform_that_jax_does_not_know_is_one_line():
     script = "from llava_cot_jax import cli\nimport jax\ncli.run(jax.devices)"
     environment = os.environ | {"JAX_PLATFORMS": "nonsense"}
@@ -291,6 +293,7 @@ def test_a_usage_line_names_the_command_as_it_was_started(command, program):
     assert ended.stdout.startswith(f"usage: {program} [")
 
 
+@pytest.mark.slow
 def test_a_command_is_the_same_however_it_is_started():
     arguments = ["no-such-folder", "out", "--for", "transformers"]
     starts = (["-m", "llava_cot_jax.convert"], ["-m", "llava_cot_jax", "convert"], ["-c", SCRIPT, "convert"])

@@ -156,6 +156,7 @@ def test_an_answer_without_stages_is_shown_whole(demo, monkeypatch, capsys):
     assert shown[1] == whole[1] == answer["text"] + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convention", [None, "transformers_4"])
 def test_config_json_is_read_once_and_is_the_same_for_model_and_processor(
     demo, monkeypatch, capsys, convention: str | None
@@ -188,6 +189,7 @@ def test_config_json_is_read_once_and_is_the_same_for_model_and_processor(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
     """The file's settings are used, later options override them, and a mesh samples the same tokens."""
     (tmp_path / "run.yaml").write_text(
@@ -204,6 +206,7 @@ def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
     assert (one["images"], one["seed"], other["seed"]) == ([], 3, 4)
 
 
+@pytest.mark.slow
 def test_the_default_length_shrinks_to_a_short_context(demo, tmp_path, monkeypatch, capsys):
     """The 2048 tokens that nobody gave are not refused, and where they cut the answer, a line says so."""
     folder = Path(shutil.copytree(demo, tmp_path / "short"))
@@ -315,6 +318,7 @@ class TestQuestionsAndImages:
         return [json.loads(line) for line in out.splitlines()], err
 
     @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_several_images_of_one_question(self, demo, monkeypatch, capsys, all_devices):
         """The answer is that of the library, on all devices. URLs of files and data, and standard input, are files."""
         data = base64.b64encode((demo / "tall.jpg").read_bytes()).decode()
@@ -550,6 +554,7 @@ class TestWithoutACheckpoint:
         assert len(right) == 40 and sum(right) > 20
         assert {Path(answer["images"][0]).name for answer in answers} == {f"shapes-7-{i}.png" for i in range(40)}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("search", [[], ["--search", "greedy"]])
     def test_its_own_length_is_the_default(self, monkeypatch, capsys, tmp_path, search):
         """Its context holds no 2048 tokens."""

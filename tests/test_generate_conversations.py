@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_generate import Stdin, run
-from tests.tiers import in_tiers
+from tests.tiers import EXHAUSTIVE, in_tiers
 
 QUESTION = "How many stars are there?"
 
@@ -32,7 +32,8 @@ def without_times(answer: dict) -> dict:
 SEARCH = ["--search", "stage_beam", "--num_candidates", "2", "--max_new_tokens", "50"]
 
 
-@pytest.mark.parametrize("search", [[], pytest.param(SEARCH, marks=pytest.mark.slow)], ids=["streamed", "searched"])
+@pytest.mark.slow
+@pytest.mark.parametrize("search", [[], pytest.param(SEARCH, marks=EXHAUSTIVE)], ids=["streamed", "searched"])
 def test_one_question_as_messages_is_answered_as_the_question_is(monkeypatch, capsys, tmp_path, image, search):
     """The image stands in the message, or beside it; the messages come from a file, or from standard input."""
     (want,) = answers(monkeypatch, capsys, "--question", QUESTION, "--image", str(image), *search)

@@ -34,6 +34,7 @@ def piped(environment, command) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_pipe_takes_two_lines_for_each_stage(piped):
     out, errors = piped
     lines = [line for line in errors if "stage" in line]

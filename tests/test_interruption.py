@@ -46,6 +46,7 @@ def test_in_the_first_imports_of_a_command(tmp_path, name):
         assert run(tmp_path, "jsonargparse", *command) == (130, "", "interrupted\n"), command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["jax", "transformers"])
 def test_in_the_later_imports_of_a_command(tmp_path, module):
     command = ["llava_cot_jax.train", *arguments("shapes", tmp_path / "out")]

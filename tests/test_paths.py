@@ -176,6 +176,7 @@ class TestRefusals:
 
 
 class TestCheckpoint:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("sizes", "layout"),
         [
@@ -203,6 +204,7 @@ class TestCheckpoint:
         assert sum(counts) - header == BYTES
         assert progress[-1] == (BYTES, BYTES)
 
+    @pytest.mark.slow
     def test_several_files(self, folder: Path) -> None:
         arrays = load_params(FIXTURE, CONFIG, layout="stacked")
         save_params(arrays, CONFIG, folder, max_file_bytes=700_000)

@@ -56,6 +56,7 @@ def test_the_size_of_the_data_set_changes_the_hours(capsys):
     assert 2.9 * one < three < 3.1 * one
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_told_what_would(capsys):
     main([*FULL, "--topology", "v5e-8", "--mesh.fsdp", "null", "--mesh.tensor", "1"])
     out = capsys.readouterr().out
@@ -65,6 +66,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(capsys):
     assert "(v5e-8, 8 chips): computed, not measured" in out
 
 
+@pytest.mark.slow
 def test_auto_recommends_a_slice_and_its_mesh(capsys):
     main([*FULL, "--topology", "auto"])
     out = capsys.readouterr().out
@@ -106,6 +108,7 @@ def test_options_of_generate_that_only_show_or_ask_are_ignored(capsys):
     assert plan["computed"]["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_auto_for_a_search_of_the_90b(capsys):
     main([*BEAM, "--topology", "auto", "--checkpoint", "meta-llama/Llama-3.2-90B-Vision-Instruct"])
     assert "recommended: " in capsys.readouterr().out

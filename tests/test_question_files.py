@@ -90,6 +90,7 @@ def test_a_file_of_questions_is_answered(questions, answered, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_devices_answer_as_one_does(questions, untrained, tmp_path, capsys, all_devices):
     """The answers to a file of questions, and to one of its questions alone."""
     few = questions.with_name("few.jsonl")

@@ -140,6 +140,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "arguments", "message"), WRONG, ids=[f"{c} {a[-2:]}" for c, a, _ in WRONG])
 def test_a_wrong_argument(command: str, arguments: list[str], message: str) -> None:
     ended = run(command, *arguments)
@@ -208,6 +209,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "arguments", "message"), MISSING, ids=[f"{c} {a[-2:]}" for c, a, _ in MISSING])
 def test_a_missing_file(folder: Path, command: str, arguments: list[str], message: str) -> None:
     ended = run(command, *(argument.format(folder=folder) for argument in arguments))
@@ -219,6 +221,7 @@ def test_a_missing_file(folder: Path, command: str, arguments: list[str], messag
 SEARCH = ["--search", "stage_beam", "--num_candidates", "1", "--max_new_tokens", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [[], pytest.param(SEARCH, marks=pytest.mark.slow)])
 def test_an_answer_takes_no_torch(tmp_path: Path, how: list[str]) -> None:
     """An answer imports no torch, even where it is installed, as in the tests."""
@@ -254,6 +257,7 @@ def test_a_name_that_the_package_lacks() -> None:
         llava_cot_jax.Nonsense  # noqa: B018
 
 
+@pytest.mark.slow
 def test_libtpu_says_nothing_on_a_machine_without_a_tpu() -> None:
     """libtpu comes with the extras ``plan`` and ``test``, and by default prints a trace where it finds no TPU."""
     assert find_spec("libtpu")

@@ -5,21 +5,25 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
-from llava_cot_jax import Mllama, MllamaConfig, Processor, Reasoner, StageBeam
+from llava_cot_jax import Mllama, MllamaConfig, Processor, Reasoner, StageBeam, cli, train
 from llava_cot_jax.data.shapes.drawn import draw_questions
 from llava_cot_jax.errors import UserError
 from llava_cot_jax.files import cache_folder
 from llava_cot_jax.paths import BUNDLED_MODEL_FOLDER, as_path
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.train import read_arguments
+from llava_cot_jax.training.checkpoints import steps_in
 from llava_cot_jax.training.layout import relocated
+from llava_cot_jax.training.loop import _Loop
 from tests.data.raw.raw_set import make_raw_set
-from tests.training.small_run import arguments, environment, losses, write_small
+from tests.training.small_run import arguments, environment, write_small
+from tests.training.stepless import Place
 
 PLACE = "my files für mich"
 """A folder whose name a shell and a careless program stumble over."""
@@ -152,36 +156,44 @@ class TestConfigurationOfARun:
 
 
 class Shell:
-    """Runs commands of the package from a working directory, with the paths that it is given.
+    """Runs commands of the package in this process, from a working directory that is also the user's home.
 
     Attributes:
         place: the working directory.
     """
 
-    def __init__(self, place: Path, cache: Path) -> None:
-        self.place, self._cache = place, cache
+    def __init__(self, place: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.place, self._cache, self._capsys = place, cache, capsys
 
     def __call__(self, name: str, *given: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", f"llava_cot_jax.{name}", *given],
-            cwd=self.place,
-            env=environment(self._cache) | {"HOME": str(self.place)},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == code, done.stderr
-        return done.stderr if code else done.stdout
+        """Run a command, and return what it writes: to stdout, or to stderr where it fails with ``code``."""
+        self._capsys.readouterr()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.place)
+            patch.setenv("HOME", str(self.place))
+            patch.setenv("XDG_CACHE_HOME", str(self._cache))
+            patch.setattr(sys, "argv", [name, *given])
+            # Steps compute nothing, and jax, which takes it before its first computation alone, joins no hosts.
+            patch.setattr(train, "join_hosts", lambda group: None)
+            patch.setattr(_Loop, "run_steps", lambda steps, *given: Place(self.place).run_steps(steps, *given))
+            try:
+                cli.run(import_module(f"llava_cot_jax.{name}").main)
+                ended = 0
+            except SystemExit as end:
+                ended = end.code
+        written = self._capsys.readouterr()
+        assert ended == code, written.err
+        return written.err if code else written.out
 
 
 @pytest.fixture
-def shell(tmp_path, cache) -> Shell:
+def shell(tmp_path, cache, capsys) -> Shell:
     (tmp_path / PLACE).mkdir()
-    return Shell(tmp_path / PLACE, cache)
+    return Shell(tmp_path / PLACE, cache, capsys)
 
 
 @pytest.mark.slow
-def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_path):
+def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_path, capsys):
     """Its folder, its base and its data are named relatively, and move together to another place."""
     write_small(shell.place / "die Basis")
     few = {"eval_examples": 0, "checkpoints.every": 2, "lora.rank": 2}
@@ -190,15 +202,15 @@ def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_
     assert (shell.place / name / "checkpoints/2").is_dir()
 
     # The same run, from another working directory and from its own configuration file.
-    elsewhere = Shell(tmp_path, cache)
+    elsewhere = Shell(tmp_path, cache, capsys)
     printed = elsewhere("train", "--config", f"{PLACE}/{name}/config.yaml", "--steps", "4", "--accept_changes", "true")
-    assert "resuming from step 2" in printed and len(losses(shell.place / name)) == 4
+    assert "resuming from step 2" in printed and steps_in(shell.place / name / "checkpoints")[-1] == 4
 
     (tmp_path / "new home").mkdir()
-    moved = Shell(shell.place.rename(tmp_path / "new home/ganz woanders"), cache)
+    moved = Shell(shell.place.rename(tmp_path / "new home/ganz woanders"), cache, capsys)
     printed = moved("train", "--config", f"{name}/config.yaml", "--steps", "6", "--accept_changes", "true")
     assert "resuming from step 4" in printed and "checkpoint was" not in printed
-    assert len(losses(moved.place / name)) == 6 and not shell.place.exists()
+    assert steps_in(moved.place / name / "checkpoints")[-1] == 6 and not shell.place.exists()
 
     # Its configuration file counts wherever it stands among others, and by another name.
     (moved.place / "mehr.yaml").write_text("log_every: 1\n")
@@ -231,7 +243,7 @@ def test_data_is_prepared_looked_at_trained_on_and_moved(shell):
     shell("prepare", "--show", "Daten/fertig gemacht", "--rows", "1", "--sheet", "ein Blatt.png")
     assert (shell.place / "ein Blatt.png").is_file()
 
-    few = {"steps": 2, "eval_examples": 0, "chat.max_length": 256, "loader.batch_size": 2}
+    few = {"steps": 2, "eval_examples": 0, "chat.max_length": 256, "loader.batch_size": 8}
     shell("train", *arguments("shapes", "Lauf", **few), "--data", "Daten/fertig gemacht")
     (shell.place / "Daten").rename(shell.place / "Daten neu")
     again = [*arguments("shapes", "Lauf", **few), "--data", "./Daten neu/fertig gemacht", "--steps", "3"]
@@ -286,6 +298,7 @@ def test_caches_may_be_named_relatively(shell, tmp_path):
     assert not os.path.lexists(shell.place / "~")
 
 
+@pytest.mark.slow
 def test_the_library_takes_such_paths_too(tmp_path, monkeypatch):
     home = tmp_path / PLACE
     home.mkdir()

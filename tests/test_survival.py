@@ -145,6 +145,7 @@ cli.run = run_as_users_do
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_save_that_cannot_begin_ends_the_process(place, cache):
     """Orbax's threads wait for hours for the folder of a checkpoint, and Python for them."""
     done = disturbed(place, cache, "became a file", BECOMES_A_FILE)
@@ -166,6 +167,7 @@ def test_a_sigkill_in_a_save_loses_nothing_that_was_saved(place, cache, undistur
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(place, cache, undisturbed):
     shutil.copytree(place / "undisturbed", place / "damaged")
     newest = place / "damaged/checkpoints" / str(STEPS)
@@ -181,6 +183,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(place, cache, und
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_changed_configuration_is_refused_unless_told(place, cache, undisturbed):
     shutil.copytree(place / "undisturbed", place / "changed")
     kept = (place / "changed/config.yaml").read_text()
@@ -214,6 +217,7 @@ stepper.Stepper.step = planted
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_batches_that_are_not_finite_are_skipped_until_there_are_several_in_a_row(place, cache, undisturbed):
     """The fourth alone, as if it had not been; from the sixth on, they end the run and their rows are told."""
     spoilt = {3, *range(5, 20)}

@@ -190,6 +190,7 @@ def test_paths_of_images_cannot_leave_a_zip(tmp_path, stand_in):
         annotate.main([*options, "--model", "x", "--base_url", stand_in.url])
 
 
+@pytest.mark.slow
 def test_images_that_pillow_refuses_are_unusable_and_large_ones_are_shrunk(monkeypatch):
     """An image of more than twice as many pixels as Pillow opens by itself is shrunk; any error is of the image."""
     written = io.BytesIO()

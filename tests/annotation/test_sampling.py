@@ -11,11 +11,14 @@ from llava_cot_jax.annotation.checking import Problem
 from llava_cot_jax.annotation.outcomes import RowOutcome
 from llava_cot_jax.annotation.rows import NamedImage, RowToAnnotate, TurnToAnnotate
 from llava_cot_jax.annotation.sampling import SampleRequest, sample_for_row
+from llava_cot_jax.data.chat import Chat
+from llava_cot_jax.data.prepared import PreparedRows
+from llava_cot_jax.data.settings import ChatSettings
+from llava_cot_jax.processing.processor import Processor
 from llava_cot_jax.search.prompts import DEFAULT_JUDGE_PROMPTS
 from llava_cot_jax.stages import is_staged
 from tests.annotation.runs import write_world
 from tests.annotation.stand_in_endpoint import staged
-from tests.training.small_run import arguments, command, losses
 
 TURNS = (TurnToAnnotate("First?", ("blue",)), TurnToAnnotate("Second?", (2,)))
 SELF = ["--model=self", "--max_new_tokens=160"]
@@ -73,8 +76,7 @@ def test_candidates_are_sampled_again_with_another_seed_and_then_given_up():
 
 
 @pytest.mark.slow
-def test_rows_that_the_model_makes_are_prepared_and_trained_on(tmp_path, capsys, cache, untrained, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+def test_rows_that_the_model_makes_are_prepared_for_training(tmp_path, capsys, monkeypatch):
     (tmp_path / "world").mkdir()
     given = [*write_world(tmp_path / "world", 6), *SELF, "--num_candidates=2", "--slots=3", "--temperature=0.9"]
     output = tmp_path / "made.jsonl"
@@ -109,10 +111,11 @@ def test_rows_that_the_model_makes_are_prepared_and_trained_on(tmp_path, capsys,
 
     prepared = ["--annotations", str(output), "--images", str(tmp_path / "world"), "--output", str(tmp_path / "data")]
     prepare.main([*prepared, "--workers=0", "--validation_share=0"])
-    run = arguments(untrained, tmp_path / "run", steps=1, loader__batch_size=2, eval_examples=0, chat__max_length=512)
-    done = command("train", *run, "--data", str(tmp_path / "data"), cache=cache)
-    assert done.returncode == 0, done.stderr
-    assert len(losses(tmp_path / "run")) == 1 and losses(tmp_path / "run")[0] > 0
+    # Each of them is trained on, whole.
+    chat = Chat(Processor.from_pretrained("shapes"), ChatSettings(max_length=512))
+    kept = PreparedRows(tmp_path / "data", "train")
+    sizes = chat.sizes([kept.turns(i) for i in range(len(kept))])
+    assert len(sizes) == len(rows) and all(size.cut_turns == 0 and size.tokens > 0 for size in sizes)
 
 
 def test_other_settings_sample_anew(tmp_path, monkeypatch):

@@ -122,6 +122,7 @@ def test_step_flops_are_those_of_the_program(small, layout, tokens, images):
     assert sum(training_flops(small, tokens, images, as_computed=True).values()) == real
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "trained"),
     [

@@ -68,6 +68,7 @@ def test_it_counts_images_and_turns_that_are_cut(tmp_path):
     assert open_index(tmp_path, Noise(30)).summary() == "0 of 30 rows skipped"
 
 
+@pytest.mark.slow
 def test_an_index_that_cannot_be_kept_is_used_all_the_same(tmp_path, warnings_of):
     (tmp_path / "file").write_text("")
     kept = open_index(tmp_path)
@@ -85,6 +86,7 @@ def test_it_is_built_once(tmp_path, monkeypatch):
     assert np.array_equal(again.lengths, built.lengths) and again.skipped == built.skipped
 
 
+@pytest.mark.slow
 def test_whatever_the_lengths_depend_on_makes_another_index(tmp_path):
     tokenizer = make_tokenizer(CORPUS[:-3], VOCAB_SIZE)
     templated = make_tokenizer(CORPUS, VOCAB_SIZE)

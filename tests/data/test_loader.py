@@ -156,6 +156,7 @@ def test_batches_lie_on_the_mesh_as_asked(make):
         assert array.addressable_shards[0].data.shape[0] == 2
 
 
+@pytest.mark.slow
 def test_resumed_at_any_batch_it_goes_on_as_if_never_stopped(make):
     loader = make()
     stop = 2 * loader.batches_per_epoch + 1
@@ -366,6 +367,7 @@ def test_workers_do_not_outlive_a_killed_run(cache):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_worker_that_meets_a_damaged_record_names_it(tmp_path):
     raw = make_raw_set(tmp_path, faults=False)
     images = raw.write_folder(tmp_path / "images")

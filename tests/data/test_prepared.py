@@ -172,6 +172,7 @@ class TestDamage:
             flip(shard, at)
         assert [sound[i].images[0] for i in range(len(sound))] == images
 
+    @pytest.mark.slow
     def test_a_flipped_bit_anywhere_gives_the_row_or_an_error(self, copy: Path) -> None:
         """Record heads, texts, the shard's own index and padding too: never another row, never a crash."""
         shard = shards(copy)[0]

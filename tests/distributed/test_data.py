@@ -1,4 +1,4 @@
-"""The same global batches, byte for byte, from 1 and 2 processes with 0 and 1 workers each.
+"""The same global batches, byte for byte, from 1 and 2 processes with 0 workers each, and beyond the suite with 1.
 
 From 4 processes and with 2 workers too: ``tests/evidence/data_hosts.py``.
 """
@@ -14,10 +14,10 @@ import pytest
 
 from tests.distributed.data_worker import BATCH, RANGES
 from tests.processes import WITHOUT_TORCH, free_port, xla_flags
+from tests.tiers import in_tiers
 
 WORKER = Path(__file__).with_name("data_worker.py")
 HOSTS = (1, 2)
-WORKERS = (0, 1)
 
 
 def run(processes: int, scratch: Path, most_workers: int) -> list[dict[str, Any]]:
@@ -42,10 +42,16 @@ def run(processes: int, scratch: Path, most_workers: int) -> list[dict[str, Any]
     return [json.loads((scratch / f"{process} of {processes}.json").read_text()) for process in range(processes)]
 
 
+@pytest.fixture(scope="module", params=in_tiers([0, 1], suite=[0]), ids=lambda workers: f"{workers} workers")
+def workers(request: pytest.FixtureRequest) -> int:
+    """The most workers that a process has."""
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def found(tmp_path_factory: pytest.TempPathFactory, workers: int) -> dict[int, list[dict[str, Any]]]:
     scratch = tmp_path_factory.mktemp("streams")
-    return {processes: run(processes, scratch, max(WORKERS)) for processes in HOSTS}
+    return {processes: run(processes, scratch, workers) for processes in HOSTS}
 
 
 def whole(processes: list[dict[str, Any]], name: str) -> list[dict[str, str]]:
@@ -60,14 +66,12 @@ def whole(processes: list[dict[str, Any]], name: str) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 class TestHosts:
-    @pytest.mark.parametrize("workers", WORKERS)
     @pytest.mark.parametrize("hosts", HOSTS)
     def test_the_batches_are_the_same(self, found, hosts, workers):
         reference = whole(found[1], "in order, 0 workers, 0 to 24")
         assert len(reference) == 24 and len({json.dumps(batch) for batch in reference}) == 24
         assert whole(found[hosts], f"in order, {workers} workers, 0 to 24") == reference
 
-    @pytest.mark.parametrize("workers", WORKERS)
     @pytest.mark.parametrize("hosts", HOSTS)
     def test_resumed_they_are_those_of_a_run_that_never_stopped(self, found, hosts, workers):
         """Whatever number of hosts the run had before."""

@@ -128,6 +128,7 @@ def test_one_of_three_is_killed_and_the_run_goes_on(place, alone):
     assert not run.errors(2)
 
 
+@pytest.mark.exhaustive
 def test_the_first_is_killed_and_started_again(place, alone):
     """The other keeps its model and its questions, and waits."""
     run = Run(place, "two", 2)

@@ -322,6 +322,7 @@ KEY = "sk-never-to-be-seen"
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_scoring_that_is_killed_asks_nothing_twice(tmp_path):
     """Two grades come before the kill, and only the other two are asked for again; nobody else sees the key."""
     held = {"x"}

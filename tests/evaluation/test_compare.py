@@ -92,6 +92,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_comparison_goes_on_and_asks_nothing_twice(killed, whole, tmp_path):
     folder = shutil.copytree(killed, tmp_path / "restarted")
     kept = sum(len((folder / run / "answers.jsonl").read_bytes().split(b"\n")) - 1 for run in RUNS)
@@ -104,6 +105,7 @@ def test_a_killed_comparison_goes_on_and_asks_nothing_twice(killed, whole, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_divide_a_comparison(killed, whole, tmp_path):
     folder = shutil.copytree(killed, tmp_path / "divided")
     first = folder / RUNS[0] / "answers.jsonl"

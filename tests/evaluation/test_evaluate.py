@@ -95,6 +95,7 @@ def test_a_killed_run_goes_on(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_divide_the_questions(uninterrupted, tmp_path):
     hosts = ["--hosts.coordinator", f"localhost:{free_port()}", "--hosts.count", "2", "--hosts.index"]
     both = [

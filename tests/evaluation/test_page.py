@@ -297,6 +297,7 @@ def test_a_page_that_cannot_be_written_is_told_first(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_answer_of_an_earlier_version_has_no_page():
     row = {name: value for name, value in row_of(0).items() if name != "trace"}
     with pytest.raises(UserError, match="the answer to 'test-0' has no trace, as an earlier version wrote it"):

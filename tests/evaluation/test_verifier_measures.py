@@ -278,6 +278,7 @@ def test_differences_are_those_of_the_same_candidates(before, after, tmp_path):
     assert differences(read_values(written(tmp_path, others)), before) == {}
 
 
+@pytest.mark.slow
 def test_the_command(folder, before, after):
     """Without jax, twice the same files; the table has what the result has."""
     output = folder / "measured"

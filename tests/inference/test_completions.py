@@ -23,6 +23,7 @@ def generator():
     return Generator(model, Sampling(1.0), processor), model, processor, inputs
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_whole_forward_pass(generator):
     generator, model, _, inputs = generator
     for row, completion in enumerate(generator.complete(inputs, max_new_tokens=20, seeds=[3, 4])):

@@ -44,7 +44,8 @@ def with_shorter_rows(batch: dict[str, np.ndarray], side: str) -> dict[str, np.n
     return out
 
 
-@pytest.mark.parametrize("convention", in_tiers(["meta", "transformers_5"], quick=["meta"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("convention", in_tiers(["meta", "transformers_5"], suite=["meta"]))
 def test_every_step_gives_the_logits_of_the_whole_forward_pass(tiny, batch, convention):
     """Rows with one image, none and two, of different lengths, read four tokens at a time, against each row alone.
 
@@ -85,6 +86,7 @@ def test_every_step_gives_the_logits_of_the_whole_forward_pass(tiny, batch, conv
         assert off(np.stack([s[row] for s in steps]), whole) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=20, top_p=0.9)], ids=["greedy", "sampled"])
 def test_padding_and_neighbours_change_no_answer(model, batch, sampling):
     generator = Generator(model, sampling)
@@ -97,6 +99,7 @@ def test_padding_and_neighbours_change_no_answer(model, batch, sampling):
     np.testing.assert_array_equal(got[::-1], want)
 
 
+@pytest.mark.slow
 def test_a_seed_gives_its_answer_and_another_seed_another(model, batch):
     generator = Generator(model, Sampling(1.0))
     first, again, other = (generator.generate(batch, max_new_tokens=NEW, seeds=seed) for seed in (1, 1, 2))
@@ -104,6 +107,7 @@ def test_a_seed_gives_its_answer_and_another_seed_another(model, batch):
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.slow
 def test_a_length_that_is_not_given_is_what_the_context_leaves(tiny, batch, caplog):
     model = Mllama.from_pretrained(tiny)
     prompt, text = batch["input_ids"].shape[1], replace(model.config.text, eos_token_ids=())
@@ -124,6 +128,7 @@ def test_a_length_that_is_not_given_is_what_the_context_leaves(tiny, batch, capl
         Generator(model).generate(batch)
 
 
+@pytest.mark.slow
 def test_an_answer_ends_at_its_token_and_the_loop_when_all_have(tiny, batch, model):
     endless = Generator(model).generate(batch, max_new_tokens=3 * STEPS_PER_CALL)
     ends = (int(endless[0, 2]), int(endless[1, 5]), int(endless[2, 0]))
@@ -145,6 +150,7 @@ def test_the_stream_is_the_answer_in_pieces(model, batch):
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
 
 
+@pytest.mark.slow
 def test_a_second_question_of_similar_length_compiles_nothing(model, batch):
     generator = Generator(model)
     generator.generate(with_shorter_rows(batch, "right"), max_new_tokens=20)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from llava_cot_jax.inference.ragged_tokens import concat, pad
 ROWS = st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=3, max_size=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(parts=st.lists(ROWS, min_size=1, max_size=4), kept=st.lists(st.booleans(), min_size=3, max_size=3))
 def test_concat_is_concatenation_of_lists(parts, kept):

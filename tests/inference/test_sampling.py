@@ -58,6 +58,7 @@ def draw(logits: np.ndarray, sampling: Sampling, count: int = DRAWS, seed: int =
     return np.asarray(jax.jit(sample_token, static_argnums=2)(jnp.tile(logits, (count, 1)), keys, sampling))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(1.3), Sampling(0.8, top_k=50), Sampling(0.6, top_k=50, top_p=0.9)])
 def test_draws_follow_the_distribution_of_transformers(sampling):
     logits = np.random.default_rng(1).normal(0, 2, 300).astype(np.float32)

@@ -115,6 +115,7 @@ def test_the_end_of_the_answer_counts_wherever_it_begins() -> None:
     assert (automaton[last] == last).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", ["llama3", "embedded"])
 def test_whatever_the_tokens(vocabulary: str, request: pytest.FixtureRequest) -> None:
     """A table of tokens finds the end in the token that has its byte, and goes on in the state of that token's end."""

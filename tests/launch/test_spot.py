@@ -17,6 +17,7 @@ def spot(laptop: Laptop, *arguments: str, **options: Any) -> subprocess.Complete
 INSTALL = [*LOOK, "scp", "install", "start"]
 
 
+@pytest.mark.slow
 def test_capacity_that_is_taken_away_is_asked_for_again_and_the_same_command_started(laptop):
     lives = [["WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED"], ["ACTIVE"]]
     laptop.script(lives=lives, hosts=2)
@@ -41,6 +42,7 @@ def test_a_preempted_machine_counts_though_its_request_is_active(laptop):
     assert len(laptop.starts()) == 2
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_on_its_own_is_started_again_a_few_times(laptop):
     laptop.trains("1", "1", "7", "0")
     done = spot(laptop)
@@ -84,6 +86,7 @@ def test_a_run_that_saved_and_ended_since_one_host_was_asked_to_stop_is_not_done
     assert len(laptop.starts("w-0")) == len(laptop.starts("w-1")) == 2
 
 
+@pytest.mark.slow
 def test_failures_while_capacity_is_taken_away_do_not_count(laptop):
     """The command ends before the request is seen to be suspended, twice."""
     laptop.script(lives=[["ACTIVE", "ACTIVE", "SUSPENDED"]] * 2 + [["ACTIVE"]])

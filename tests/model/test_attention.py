@@ -162,6 +162,7 @@ def test_a_function_is_traced_anew_for_another_implementation():
     assert plain == again != splash
 
 
+@pytest.mark.slow
 def test_splash_in_bfloat16_is_as_near_to_float32_as_the_plain_form():
     mask = CASES["tower"]
     given, _ = arrays(mask, 2, 2, 80, "bfloat16")

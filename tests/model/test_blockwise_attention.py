@@ -97,6 +97,7 @@ def gradients(q, k, v, change, mask):
     return jax.vjp(lambda *x: blockwise_attention(*x, mask), q, k, v)[1](change)
 
 
+@pytest.mark.slow
 def test_gradients_of_second_order_are_finite():
     """Where a query sees no key, too."""
     given, seen = dense(9)

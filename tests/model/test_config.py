@@ -247,6 +247,7 @@ def observed(small, reference):
     return observe, config, observe.logits(config), observe.answers(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
 def test_every_field_changes_something(observed, kind, name):
     observe, config, logits, answers = observed

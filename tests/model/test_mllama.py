@@ -28,7 +28,7 @@ def off(got, want) -> float:
     return float(np.abs(np.asarray(got) - np.asarray(want)).max() / np.abs(np.asarray(want)).max())
 
 
-@pytest.mark.parametrize("convention", ["meta", *(pytest.param(c, marks=pytest.mark.slow) for c in CONVENTIONS[1:])])
+@pytest.mark.parametrize("convention", in_tiers(CONVENTIONS, suite=["meta", "transformers_5"]))
 def test_fixture(tiny, reference, batch, convention):
     model = Mllama.from_pretrained(tiny, convention=convention)
     assert off(model(**batch), reference[f"{convention}_logits"]) < 1e-4
@@ -48,6 +48,7 @@ def test_fixture(tiny, reference, batch, convention):
     np.testing.assert_array_equal(Generator(model).generate(batch, max_new_tokens=want.shape[1])[rows], want[rows])
 
 
+@pytest.mark.slow
 def test_the_conventions_differ(tiny, batch):
     meta, four, five = (np.asarray(Mllama.from_pretrained(tiny, convention=c)(**batch)) for c in CONVENTIONS)
     assert min(off(meta, four), off(meta, five), off(four, five)) > 1e-2
@@ -63,7 +64,7 @@ def unrolled_gradients(tiny, reference):
     return loss_and_gradients(Mllama.from_pretrained(tiny), {name: reference[name] for name in INPUTS})
 
 
-@pytest.mark.parametrize("remat", in_tiers(["none", "dots", "full"], suite=["none", "full"]))
+@pytest.mark.parametrize("remat", in_tiers(["none", "dots", "full"], suite=["full"]))
 def test_stacked_layers_give_the_same_loss_and_gradients(tiny, batch, unrolled_gradients, remat):
     want, by_layer = unrolled_gradients
     model = Mllama.from_pretrained(tiny, layout="stacked", remat=remat)
@@ -76,6 +77,7 @@ def test_stacked_layers_give_the_same_loss_and_gradients(tiny, batch, unrolled_g
             assert float(jnp.abs(part - by_layer[tensor]).max()) < 1e-3 * scale, tensor
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_for_the_backward_pass(tiny, batch):
     kept = []
     for remat in ("none", "dots", "full"):
@@ -87,6 +89,7 @@ def test_remat_keeps_less_for_the_backward_pass(tiny, batch):
     assert kept[0] > kept[1] > kept[2] > 0
 
 
+@pytest.mark.slow
 def test_changing_the_layout_and_back_changes_no_bit(tiny):
     model = Mllama.from_pretrained(tiny)
     before = {path: np.asarray(x) for path, x in flatten_dict(model.params, sep=".").items()}
@@ -103,6 +106,7 @@ def test_changing_the_layout_and_back_changes_no_bit(tiny):
         np.testing.assert_array_equal(x, before[path])
 
 
+@pytest.mark.slow
 def test_changing_the_layout_holds_one_copy(tiny):
     """Each source array is given up before the next parameter is made."""
     model = Mllama.from_pretrained(tiny)
@@ -124,6 +128,7 @@ def test_changing_the_layout_holds_one_copy(tiny):
     assert max(peaks) - others <= size + 2 * largest
 
 
+@pytest.mark.slow
 def test_fresh_weights_are_the_same_in_either_layout(small):
     config = small
     unrolled = Mllama(config, rngs=nnx.Rngs(3))
@@ -191,6 +196,7 @@ def test_the_tiny_tree_is_that_of_transformers(tiny):
     assert {path: x.shape for path, x in flatten_dict(model.params, sep=".").items()} == published
 
 
+@pytest.mark.slow
 def test_a_text_only_row_of_a_mixed_batch_is_a_text_only_call(tiny, batch):
     model = Mllama.from_pretrained(tiny, convention="meta")
     alone = model(batch["input_ids"][1:2], attention_mask=batch["attention_mask"][1:2])
@@ -199,6 +205,7 @@ def test_a_text_only_row_of_a_mixed_batch_is_a_text_only_call(tiny, batch):
     assert off(other(**batch)[1:2], alone) > 1e-2
 
 
+@pytest.mark.slow
 def test_uint8_tiles_are_normalised_on_the_device(tiny, batch):
     model = Mllama.from_pretrained(tiny)
     vision = model.config.vision
@@ -213,6 +220,7 @@ def test_uint8_tiles_are_normalised_on_the_device(tiny, batch):
     assert off(got, model(**{**batch, "pixel_values": normal})) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_aspect_ratio_mask_follows_from_the_ids(tiny, batch):
     """One operation after another, not compiled: XLA may round two programs differently."""
     model = Mllama.from_pretrained(tiny)
@@ -223,6 +231,7 @@ def test_the_aspect_ratio_mask_follows_from_the_ids(tiny, batch):
         np.testing.assert_array_equal(hidden_states(model.params, model.config, inputs), want)
 
 
+@pytest.mark.slow
 def test_jax_arrays_and_jit(tiny, batch):
     model = Mllama.from_pretrained(tiny)
     want = model(**batch)
@@ -257,6 +266,7 @@ def test_decoding_needs_the_unrolled_layout(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_in_float16_the_tower_does_not_overflow(tiny, batch):
     """Its states exceed the range of float16, as those of the published tower do; what it gives the text does not."""
     model = Mllama.from_pretrained(tiny)
@@ -307,6 +317,7 @@ def test_ids_that_wrap_to_32_bits_or_are_no_integers(tiny_model):
         tiny_model(np.array([[1.0]], np.float32))
 
 
+@pytest.mark.slow
 def test_ids_that_are_traced_are_not_looked_at(tiny_model):
     """Every id of the embedding is one, that of the image token and of the rows after it too."""
     ids = np.array([[250, 1, 263]])

@@ -56,10 +56,12 @@ def inputs(batch) -> dict[str, jax.Array]:
     return {name: jnp.asarray(batch[name]) for name in INPUTS}
 
 
+@pytest.mark.slow
 def test_forward_pass(small: MllamaConfig, inputs):
     assert forward_scopes(small, "unrolled", inputs) >= TOWER | TEXT
 
 
+@pytest.mark.slow
 def test_forward_pass_of_stacked_layers(small: MllamaConfig, inputs):
     assert forward_scopes(small, "stacked", inputs) >= TOWER | TEXT
 
@@ -72,6 +74,7 @@ def forward_scopes(small: MllamaConfig, layout: ParamLayout, inputs: dict[str, j
     return compiled_scopes(jax.jit(forward).lower(model.params, inputs))
 
 
+@pytest.mark.slow
 def test_decoding(small: MllamaConfig, inputs):
     params = Mllama(small, rngs=nnx.Rngs(0)).params
     lengths = inputs.pop("attention_mask").sum(axis=1)

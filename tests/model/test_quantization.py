@@ -53,6 +53,7 @@ def test_the_model_computes_with_what_int8_stands_for(model, batch):
     np.testing.assert_array_equal(tokens, Generator(rounded).generate(batch, max_new_tokens=6))
 
 
+@pytest.mark.slow
 def test_on_a_mesh(model, batch):
     mesh, table = make_mesh(fsdp=4, tensor=2), parameters(model.config, "unrolled")
     arrays = {

@@ -59,6 +59,7 @@ def alone(tiny, reference) -> Alone:
     return Alone(model, logits, eight, logits_of_eight, Generator(endless(model)).generate(batch, max_new_tokens=8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "share"),
     [
@@ -88,6 +89,7 @@ def test_a_mesh_changes_nothing(tiny, batch, alone, shape, share, capsys):
     np.testing.assert_array_equal(got, alone.generated)
 
 
+@pytest.mark.slow
 def test_training_layout_on_a_mesh(tiny, batch, alone):
     spread = Mllama.from_pretrained(tiny, layout="stacked", mesh=make_mesh(2, 2, 2))
     assert off(spread(**batch), alone.logits) < 1e-5
@@ -205,6 +207,7 @@ def twins(small) -> Twins:
     return Twins(plain, spread, np.asarray(plain(IDS)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [lambda: users_mesh("x"), lambda: users_mesh("data", "model", kind=AxisType.Explicit)],
@@ -226,6 +229,7 @@ def test_numbers_of_64_bits_change_nothing(twins):
         np.testing.assert_array_equal(Generator(twins.plain).generate({"input_ids": IDS}, max_new_tokens=2), want)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_under_a_mesh_of_the_user(twins):
     """Arrays that are loaded, unlike fresh ones, are bound to their device. The mesh has others too."""
     loaded = jax.device_put(flatten_dict(twins.plain.params, sep="."), jax.devices()[1])
@@ -248,12 +252,14 @@ def test_inputs_on_a_mesh_of_the_user(twins):
         assert off(jax.jit(twins.plain)(rows), twins.logits) < 1e-5
 
 
+@pytest.mark.slow
 def test_each_device_calls_the_model_for_its_rows(twins):
     mesh, axis = users_mesh("data", "fsdp", "tensor"), PartitionSpec("data")
     mapped = jax.shard_map(twins.plain, mesh=mesh, in_specs=axis, out_specs=axis)
     assert off(mapped(jnp.asarray(IDS)), twins.logits) < 1e-5
 
 
+@pytest.mark.slow
 def test_layouts_and_int8_under_a_mesh_of_the_user(twins):
     with jax.set_mesh(users_mesh("data", "model", kind=AxisType.Explicit)):
         model = nnx.clone(twins.spread)

@@ -112,7 +112,7 @@ def step_of(model: Mllama, optimizer: Optimizer, state: TrainState, **more):
     ("seed", "padding", "frozen", "grad_accum_steps"),
     [
         pytest.param(0, "right", (), 1, marks=pytest.mark.slow),
-        pytest.param(1, "left", FROZEN, 1, marks=pytest.mark.slow),
+        pytest.param(1, "left", FROZEN, 1, marks=EXHAUSTIVE),
         pytest.param(2, "right", FROZEN, 2, marks=EXHAUSTIVE),
         pytest.param(5, "left", (), 2, marks=EXHAUSTIVE),
     ],

@@ -63,7 +63,7 @@ def test_the_drawn_configurations_differ_in_what_matters():
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("seed", [*SEEDS[:4], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[4:])])
+@pytest.mark.parametrize("seed", in_tiers(SEEDS, suite=SEEDS[:4]))
 def test_logits_at_real_positions(seed, padding):
     reference = random_model(Sizes.draw(seed).hf_config(), seed)
     batch = batch_of_rows(reference.config, seed, padding)
@@ -74,6 +74,7 @@ def test_logits_at_real_positions(seed, padding):
     assert difference(np.asarray(ours(reference, convention, layout=layout)(**batch)), want, batch) < OFF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])
 def test_hidden_states(layout):
     """The state before each layer, and the one after the final norm."""

@@ -8,6 +8,7 @@ import pytest
 from llava_cot_jax.benchmark.workload import Workload
 from llava_cot_jax.costs.chips import CHIPS
 from llava_cot_jax.costs.model_costs import parameters_per_step
+from llava_cot_jax.data.shapes.rows import SIZES
 from llava_cot_jax.model.config import MllamaConfig
 from llava_cot_jax.planning.rollout_plan import estimate_rollouts
 from llava_cot_jax.rollout import main
@@ -50,9 +51,10 @@ def test_whole_answers_by_hand():
     assert (found.sampled, found.read) == (2 * 3 * 8, 2 * (11 + 3 * 6))
 
 
-def test_stages_are_no_longer_than_they_may_be(capsys, tmp_path):
+def test_stages_are_no_longer_than_they_may_be(capsys, tmp_path, monkeypatch):
     """Two stages have 195 tokens each by default, and no more than --max_new_tokens."""
     stages = [{"name": name, "opening": f"<{name}>", "closing": f"</{name}>"} for name in ("REASONING", "CONCLUSION")]
     (tmp_path / "two.yaml").write_text(json.dumps({"stages": stages}))
+    monkeypatch.setitem(SIZES, "train", 100)  # each row is counted
     main(["--data", "shapes", "--estimate", "--format", str(tmp_path / "two.yaml"), "--max_new_tokens", "[300,8]"])
     assert "stages of 195, 8 tokens" in capsys.readouterr().out

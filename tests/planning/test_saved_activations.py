@@ -41,6 +41,7 @@ def params() -> dict:
     return {"config": model.config, **model.params}
 
 
+@pytest.mark.slow
 def test_a_text_layer(params):
     config = params["config"].text
     mask = AttentionMask(jnp.ones((1, TOKENS, 1), bool), jnp.zeros((1, TOKENS), jnp.int32))

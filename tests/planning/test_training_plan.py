@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.program import make_program
 from llava_cot_jax.training.settings import LoraSettings, MeshSettings, OptimizerSettings, TrainSettings
 from tests.costs.test_model_costs import model_flops
-from tests.tiers import EXHAUSTIVE
+from tests.tiers import EXHAUSTIVE, in_tiers
 
 ROOT = Path(__file__).parents[2]
 ELEVEN = MllamaConfig.llama32_11b()
@@ -35,10 +36,22 @@ def run(**fields) -> TrainSettings:
     return replace(TrainSettings("o", "11b", "d", loader=LoaderSettings(batch_size=32)), **fields)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize(("tokens", "parts", "images"), [(64, 1, 1), (64, 2, 1), (1536, 1, 1), (64, 1, 3)])
-@pytest.mark.parametrize("name", ["small", "11b"])
-def test_flops_are_those_of_the_real_step(small, name, remat, tokens, parts, images):
+STEPS = [*product(["small", "11b"], ["none", "dots", "full"], [(64, 1, 1), (64, 2, 1), (1536, 1, 1), (64, 1, 3)])]
+"""Model, remat, and the tokens, micro-batches and images of steps."""
+
+SUITE = [
+    ("small", "none", (64, 1, 3)),
+    ("small", "dots", (64, 2, 1)),
+    ("11b", "none", (1536, 1, 1)),
+    ("11b", "dots", (64, 1, 1)),
+    ("11b", "full", (64, 2, 1)),
+    ("11b", "full", (64, 1, 3)),
+]
+
+
+@pytest.mark.parametrize("step", in_tiers(STEPS, suite=SUITE), ids=str)
+def test_flops_are_those_of_the_real_step(small, step):
+    name, remat, (tokens, parts, images) = step
     """All matrix products of the traced step count, forward, backward and recomputed, except those of masks."""
     config = {"small": replace(small, convention="meta"), "11b": ELEVEN}[name]
     settings = run(remat=remat, grad_accum_steps=parts, loader=LoaderSettings(batch_size=2))
@@ -129,6 +142,7 @@ def compiled_rows() -> list[tuple[str, str, str, list[str], float]]:
     return [(name, *row, float(sizes[name])) for name, row in plan_table.TRAINING.items() if name in sizes]
 
 
+@pytest.mark.slow
 def test_advice_names_the_smallest_change_first():
     plan = best_mesh(run(), ELEVEN, parse_topology("v5e-8"), DATA)
     assert plan is not None and not fits(plan)
@@ -153,6 +167,7 @@ def test_advice_is_another_mesh_where_that_is_enough():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_where_nothing_else_helps_adapters_are_advised_and_then_a_larger_slice():
     plan = best_mesh(run(), ELEVEN, parse_topology("v5e-4"), DATA)
     assert plan is not None
@@ -166,6 +181,7 @@ def test_where_nothing_else_helps_adapters_are_advised_and_then_a_larger_slice()
     assert change is not None and change[0].startswith("--topology v5e:") and change[1].slice.chips > 4
 
 
+@pytest.mark.slow
 def test_the_best_slices_hold_the_run_and_the_next_smaller_slice_does_not():
     found = best_per_generation(run(), ELEVEN, DATA)
     assert {plan.slice.generation.name for plan in found} == {"v5e", "v6e", "v5p"}
@@ -238,6 +254,7 @@ def test_a_mesh_that_cannot_be_is_refused(mesh, slice_, message):
         plan_training(run(mesh=mesh), ELEVEN, parse_topology(slice_), DATA)
 
 
+@pytest.mark.slow
 def test_predictions_are_within_a_tenth_of_the_compilers():
     rows = compiled_rows()
     assert len(rows) >= 6

@@ -366,6 +366,7 @@ def check_against_transformers(vision: VisionConfig, image: Image.Image, origina
 NORMALIZE = jax.jit(normalize, static_argnums=0)
 
 
+@pytest.mark.slow
 def test_tiles_of_every_size() -> None:
     assert len(EVERY_SIZE) >= 200
     for height, width in EVERY_SIZE:
@@ -393,6 +394,7 @@ def test_tiles_of_other_configurations(height: int, width: int, side: int, tiles
     check_bytes(vision, noise(height, width))
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None, derandomize=True)
 @given(st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from((56, 448, 560)), st.sampled_from((1, 4, 6, 12)))
 def test_canvases_of_all_sizes(height: int, width: int, side: int, tiles: int) -> None:

@@ -555,6 +555,7 @@ assert not [name for name, module in sys.modules.items() if name.startswith("tor
 """
 
 
+@pytest.mark.slow
 def test_without_torch(demo: Path, processor: Processor, tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_TORCH, str(demo), str(tmp_path / "out.npz")]
     done = subprocess.run(command, check=True, capture_output=True)

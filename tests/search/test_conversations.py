@@ -43,6 +43,7 @@ def test_one_question_is_answered_as_its_text_is(random, prompts):
     assert {answer.trace.vision_encoder_calls for answer in answers} == {1}
 
 
+@pytest.mark.slow
 def test_the_model_and_the_judge_are_told_the_whole_conversation(random, prompts):
     """The prompt has the turns as the template writes them, the judge's question their texts, and both all images."""
     _, processor = random
@@ -62,6 +63,7 @@ def test_the_model_and_the_judge_are_told_the_whole_conversation(random, prompts
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_conversation_is_answered_alone_as_beside_others(random, prompts):
     reasoner = Reasoner(*random, BEAM, prompts)
     (one, asked), (other, _) = scene(0), scene(1)

@@ -59,7 +59,7 @@ def beam(format: StageFormat, count: int = 3, **more) -> StageBeam:
     return StageBeam(count, Judge(), temperature=1.1, max_new_tokens=9, top_k=None, top_p=1.0, format=format, **more)
 
 
-@pytest.mark.parametrize("name", in_tiers(ALL, quick=["letters"], suite=["mulberry"]))
+@pytest.mark.parametrize("name", in_tiers(ALL, suite=["letters"]))
 def test_a_stage_beam_searches_as_brute_force_does(ending, prompts, monkeypatch, name):
     image, question = scene(3)
     answer = check_against_brute_force(monkeypatch, *ending, beam(ALL[name]), prompts, image, question, seed=5)
@@ -117,7 +117,7 @@ FILLERS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["mulberry", "think", "letters", "llava_cot"])
+@pytest.mark.parametrize("name", in_tiers(["mulberry", "think", "letters", "llava_cot"], suite=["letters"]))
 def test_what_is_kept_of_a_candidate_is_what_its_bytes_say(processor, name):
     """Texts in any tokens that spell them: what stands before a heading, and the line breaks at its end."""
     format = ALL[name]
@@ -230,11 +230,13 @@ def test_a_format_that_a_strategy_cannot_take(make, said):
         make()
 
 
+@pytest.mark.slow
 def test_a_mark_that_is_too_long(embedded, prompts):
     with pytest.raises(UserError, match="too long"):
         RequestBuilder(embedded, StageBeam(format=changed(LLAVA_COT, 1, closing="x" * 300)), prompts)
 
 
+@pytest.mark.slow
 def test_the_vote_is_over_the_conclusions_of_the_format(ending, prompts):
     format = StageFormat("vote", (StageMarks("THINK"), StageMarks("ANSWER", "e")))
     strategy = MajorityVote(6, temperature=1.2, max_new_tokens=10, top_p=1.0, format=format)

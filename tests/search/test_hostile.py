@@ -74,6 +74,7 @@ def tagged_parrot():
     return parrot(answer, then="", after="\n\n", processor=tagged_processor())
 
 
+@pytest.mark.slow
 def test_tags_that_are_tokens_of_their_own_stand_in_a_greedy_answer(tagged_parrot):
     model, processor = tagged_parrot
     prompt = processor([processor.prompt(user_turn("red?"))])
@@ -82,6 +83,7 @@ def test_tags_that_are_tokens_of_their_own_stand_in_a_greedy_answer(tagged_parro
     assert ids[0] == processor.tokenizer.convert_tokens_to_ids("<SUMMARY>")
 
 
+@pytest.mark.slow
 def test_tags_that_are_tokens_of_their_own_end_the_stages_of_a_search(tagged_parrot, prompts):
     strategy = StageBeam(2, LogProbability(), temperature=0.0, max_new_tokens=6)
     answer = Reasoner(*tagged_parrot, strategy, prompts).answer(None, "red?")
@@ -89,6 +91,7 @@ def test_tags_that_are_tokens_of_their_own_end_the_stages_of_a_search(tagged_par
     assert {c.ended for stage in answer.trace.stages for c in stage.candidates} == {"tag"}
 
 
+@pytest.mark.slow
 def test_a_model_that_never_closes_a_tag(prompts):
     answer, candidate = one_stage(*parrot(" red"), prompts)
     assert (candidate.ended, candidate.added) == ("max_new_tokens", " </CONCLUSION>")
@@ -190,6 +193,7 @@ def test_tags_in_the_question_close_nothing(reasoner):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_strip_of_an_image_and_none(reasoner):
     strip = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4000, 1, 3), np.uint8))
     for image in (strip, strip.rotate(90, expand=True), None):
@@ -249,6 +253,7 @@ def test_a_default_length_shrinks_to_what_the_context_leaves(prompts, strategy, 
         builder.build([None], ["red? " * 600])
 
 
+@pytest.mark.slow
 def test_a_search_says_what_the_context_cut_off(prompts, caplog):
     """The rest of the context is less than a step here. The trace names the length."""
     model, processor = random_model(0, eos=(1,))
@@ -369,6 +374,7 @@ def test_a_stem_after_which_no_verdict_comes_naturally(tmp_path):
         Reasoner(*random_model(0), StageBeam(2), path)
 
 
+@pytest.mark.slow
 def test_each_field_of_the_file_changes_what_the_model_reads():
     _, processor = random_model(0)
     spec = StageBeam(2, Judge("rationale")).to_spec()

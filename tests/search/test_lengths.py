@@ -20,6 +20,7 @@ from llava_cot_jax.search.strategies import BestOfN, SearchSpec, StageBeam
 from llava_cot_jax.search.tables import JudgeTables, StageTables
 from tests.jaxprs import shapes
 from tests.search.models import random_model, scene
+from tests.tiers import in_tiers
 
 RATIONALE = Judge("rationale", reason_tokens=12, check_tokens=9)
 
@@ -94,8 +95,7 @@ def planned_bytes(model, spec: SearchSpec) -> int:
     return plan_search(spec, model.config, parse_topology("v6e-1"), work=WORK).memory["caches"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [field.name for field in fields(JudgeLengths)])
+@pytest.mark.parametrize("name", in_tiers([field.name for field in fields(JudgeLengths)], suite=["suffix"]))
 def test_another_length_shows_wherever_it_is_used(prompts, monkeypatch, name):
     """The length is used by the program's caches, the check of the context, the plan's memory, and the benchmark."""
     model, processor = random_model(0)

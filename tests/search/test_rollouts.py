@@ -24,6 +24,7 @@ CANDIDATES, CONTINUATIONS, LONGEST, CHUNK = 4, 3, 9, 8
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_continuations_of_candidates_are_those_after_a_plain_prefix(prompts):
     """Four candidates of different lengths, one of them empty, a tag, and three continuations of each."""
     model, processor = random_model(1, eos=tuple(range(0, 500, 20)))

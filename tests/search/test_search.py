@@ -99,11 +99,10 @@ STRATEGIES = {
     "weighted vote": WeightedVote(5, temperature=1.2, max_new_tokens=4, top_p=1.0),
     "many by reasons": StageBeam(6, SHORT, temperature=1.2, max_new_tokens=4, stages=("CAPTION", "REASONING")),
 }
-QUICK = ("stages", "stages by verifier")
-SUITE = ("greedy", "best by judge", "stages by reasons", "stages, some alone", "weighted vote")
+SUITE = ("greedy", "best by judge", "stages by reasons", "stages by verifier", "weighted vote")
 
 
-@pytest.mark.parametrize("name", in_tiers(STRATEGIES, quick=QUICK, suite=SUITE))
+@pytest.mark.parametrize("name", in_tiers(STRATEGIES, quick=["stages"], suite=SUITE))
 def test_a_random_model_searches_as_brute_force_does(ending, prompts, monkeypatch, name):
     image, question = scene(3)
     check_against_brute_force(monkeypatch, *ending, STRATEGIES[name], prompts, image, question, seed=5)
@@ -121,7 +120,7 @@ TRAINED_STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", in_tiers(TRAINED_STRATEGIES, suite=("stages", "greedy stages")))
+@pytest.mark.parametrize("name", in_tiers(TRAINED_STRATEGIES, suite=["stages"]))
 def test_the_trained_model_searches_as_brute_force_does(trained, prompts, monkeypatch, name):
     image, question = scene(1)
     answer = check_against_brute_force(
@@ -141,6 +140,7 @@ def test_without_an_image(prompts, monkeypatch, convention):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_check_sees_no_image_under_any_convention(prompts, monkeypatch):
     model, processor = random_model(2, convention="transformers_5")
     strategy = StageBeam(3, RATIONALE, temperature=0.9, max_new_tokens=6)
@@ -222,6 +222,7 @@ def test_other_batch_shapes_and_meshes_draw_the_same(ending, prompts, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_candidates_begin_with_the_fewer(ending, prompts, monkeypatch):
     found = recorded_results(monkeypatch)
     image, question = scene(2)
@@ -248,6 +249,7 @@ def test_the_program_sees_the_images_once(ending, prompts, name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_in_bfloat16(prompts):
     """Most checkpoints are in bfloat16. Two questions are answered together, with candidates and written reasons."""
     reasoner = Reasoner(*random_model(1, dtype=jnp.bfloat16), StageBeam(2, SHORT, max_new_tokens=6), prompts)
@@ -300,6 +302,7 @@ def test_fifty_questions_compile_once(ending, prompts):
     assert len(texts) == 50
 
 
+@pytest.mark.slow
 def test_names_of_a_searchs_parts_in_the_program(ending, prompts):
     """Profiles are read by these names."""
     model, processor = ending

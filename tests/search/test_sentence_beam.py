@@ -130,6 +130,7 @@ def bounded(model, processor, prompts, **settings):
 NEVER = {"a model that never ends a sentence": (" red", "a"), "a model that only writes line breaks": ("\n", "\n")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEVER)
 def test_an_answer_always_ends(prompts, name):
     """It has as many tokens, or as many sentences, as it may have, each as long as it may be."""
@@ -142,11 +143,13 @@ def test_an_answer_always_ends(prompts, name):
     assert tokens == [4, 4]
 
 
+@pytest.mark.slow
 def test_a_model_that_ends_at_once(prompts):
     trace, tokens = bounded(*parrot("", then="", after="\n\n"), prompts, max_new_tokens=10)
     assert tokens == [0] and trace.stages[0].candidates[0].ended == "eos" and trace.whole_text == ""
 
 
+@pytest.mark.slow
 def test_a_sentence_that_was_cut_goes_on_in_the_next(prompts):
     """The mark is in one sentence and the space after it in the next, which so ends at once; the tag is cut too."""
     model, processor = parrot(" red. blue </CONCLUSION>", after="\n\n")

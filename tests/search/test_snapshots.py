@@ -66,7 +66,7 @@ def check_close(answer, expected) -> None:
         assert one == (pytest.approx(other, abs=bound) if isinstance(other, float) else other), path
 
 
-@pytest.mark.parametrize("name", in_tiers(ALL, quick=["sample"], suite=["stages", "headings"]))
+@pytest.mark.parametrize("name", in_tiers(ALL, suite=["sample", "stages"]))
 def test_an_answer_that_is_watched_is_the_same_bit_for_bit(ending, prompts, monkeypatch, name):
     """Snapshots of single steps and of several; only the first question compiles.
 
@@ -92,6 +92,7 @@ def test_an_answer_that_is_watched_is_the_same_bit_for_bit(ending, prompts, monk
     assert counts[1:] == [0, 0]
 
 
+@pytest.mark.slow
 def test_what_raises_ends_the_search(ending, prompts):
     def refuse(*_):
         raise KeyError("no score")

@@ -68,9 +68,7 @@ BOTH = ("sample", "vote")
 """Strategies by which a question without an image is answered by another program too."""
 
 
-@pytest.mark.parametrize(
-    "name", in_tiers(STRATEGIES, quick=["sample"], suite=["stages", "stages by reasons", "own scorers"])
-)
+@pytest.mark.parametrize("name", in_tiers(STRATEGIES, suite=["sample", "stages"]))
 def test_answers_are_those_of_each_question_alone_bit_for_bit(ending, prompts, name):
     """Ten questions in three slots, in order and as they come, against each of them in slots of its own.
 
@@ -157,6 +155,7 @@ def test_slots_that_are_done_save_decoding_steps(ending, prompts):
     assert max(drawn.sum(axis=1).max(), one_by_one / SLOTS) <= stream.decoding_steps < batches
 
 
+@pytest.mark.slow
 def test_the_stream_is_taken_as_far_as_slots_are_free(sampler):
     """An endless iterator gives answers; it is never more than the slots, the one that waits and the answers ahead."""
     taken = []
@@ -243,6 +242,7 @@ def test_what_a_scorer_does_wrong_is_told_of_its_question_alone(ending, prompts)
     assert "of the question (What is wrong?), returned 1 scores for 2 texts" in str(found[3].error)
 
 
+@pytest.mark.slow
 def test_logits_that_are_not_finite_are_told_of_their_question_alone():
     """A token without a number in its embedding spoils the answer of the question that has it, and no other."""
     model, processor = random_model(1, eos=tuple(range(0, 500, 60)))
@@ -280,6 +280,7 @@ def test_slots_grow_for_longer_prompts_and_more_images(sampler, warnings_of):
     assert len(warnings_of.messages) == 2 and len({each.answer.text for each in found}) == 5
 
 
+@pytest.mark.slow
 def test_a_default_length_fits_every_prompt_of_the_bucket(ending):
     """The default is shrunk once, for the longest prompt that the slots hold, so that no other length compiles."""
     reasoner = Reasoner(*ending, StageBeam(1))
@@ -291,6 +292,7 @@ def test_a_default_length_fits_every_prompt_of_the_bucket(ending):
     assert len(lengths) == 1 and int(lengths.pop()) < 1024 // 4
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_questions(sampler, monkeypatch):
     """From the tenth answer to the fortieth, the bytes differ by what the slots, and one question ahead, may hold."""
     admit, sizes, one = SlotSearch.admit, [], 0

@@ -184,6 +184,7 @@ def test_a_single_candidate_has_a_score(ending, prompts):
     assert 0 < answer.trace.stages[0].candidates[0].score < 1
 
 
+@pytest.mark.slow
 def test_the_probe_is_short_and_its_answers_are_natural_in_the_published_vocabulary(published):
     """The workload of ``bench`` counts as many tokens as the shipped probe has."""
     tables = build_verifier_tables(
@@ -229,6 +230,7 @@ def test_a_weighted_vote_needs_a_score_of_each_answer(scorer):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_the_probe_must_fit_the_context(ending, prompts):
     """An answer fits that leaves no room for the verifier's question after it."""
     _, processor = ending
@@ -270,6 +272,7 @@ def test_chunks_of_probes_are_of_equal_size(limit, candidates, capacity, chunk):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_scores_on_a_mesh(ending, prompts):
     """Greedy candidates are the same everywhere; questions and heads are divided over four devices."""
     model, processor = ending
@@ -283,6 +286,7 @@ def test_scores_on_a_mesh(ending, prompts):
     assert len({round(score, 3) for score in scores[0]}) > 4
 
 
+@pytest.mark.slow
 def test_names_of_the_verifiers_parts_in_the_program(ending, prompts):
     """Profiles are read by these names."""
     model, processor = ending
@@ -294,6 +298,7 @@ def test_names_of_the_verifiers_parts_in_the_program(ending, prompts):
     assert "stage/verifier/prefill" in scopes(lowered)
 
 
+@pytest.mark.slow
 def test_only_the_stages_of_the_verifier_are_asked_about(ending, prompts, monkeypatch):
     """The other stages read no probe, and their candidates have no score."""
     found = recorded_results(monkeypatch)

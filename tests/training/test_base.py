@@ -27,6 +27,7 @@ def replace_weights(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_refuses_another_base(place, capsys, monkeypatch):
     place.run("lora", steps=1, **LORA)
     stored = place.stored("lora")["base"]
@@ -53,6 +54,7 @@ def test_a_run_with_adapters_refuses_another_base(place, capsys, monkeypatch):
     place.run("lora", steps=2, **LORA)
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_everything_does_without_its_base(place):
     shutil.rmtree(place / "base", ignore_errors=True)
     shutil.copytree(place / "small", place / "base")

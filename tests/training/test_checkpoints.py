@@ -48,6 +48,7 @@ def output(run: Run, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kept", "steps"),
     [
@@ -170,6 +171,7 @@ SPOILING = [truncate, delete, flip, delete_checksums, truncate_checksums]
 
 
 class TestDamage:
+    @pytest.mark.slow
     @pytest.mark.parametrize("spoil", SPOILING)
     def test_it_is_named_and_the_one_before_is_taken(self, run, output, spoil):
         folder, told = output / CHECKPOINTS, []
@@ -188,6 +190,7 @@ class TestDamage:
             checkpoints.save(replace(state, step=state.step + 1), {})  # step 4 again
         assert latest_valid_step(folder, told.append) == 4
 
+    @pytest.mark.slow
     def test_all_are_damaged(self, output):
         told: list[str] = []
         for step in ("3", "4"):
@@ -208,6 +211,7 @@ class TestDamage:
         known = [shares for path, shares in zip(files, found, strict=True) if path.name not in unverified(path)]
         assert len(known) > 15 and {sum(shares) for shares in known} == {1}
 
+    @pytest.mark.slow
     def test_parameters_are_exported_without_the_rest(self, output, tmp_path):
         """Not a byte of the optimizer is read; the parameters are, and must be whole."""
         step = output / CHECKPOINTS / "4"

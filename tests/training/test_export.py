@@ -101,6 +101,7 @@ def saved(small_folder: Path) -> tuple[Run, Path]:
     return run, output
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_exported_as_it_was_trained(saved, small_folder, tmp_path):
     run, output = saved
     assert is_run(output) and not is_run(small_folder)
@@ -111,6 +112,7 @@ def test_a_whole_model_is_exported_as_it_was_trained(saved, small_folder, tmp_pa
     assert {path.name for path in small_folder.iterdir()} == {path.name for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_frozen_tensors_are_in_no_checkpoint_and_in_the_export(small_folder, tmp_path):
     shutil.copytree(small_folder, tmp_path / "base")
     run = begin(tmp_path / "base", tmp_path / "run", frozen_params=["^vision_model", "embed_tokens"])
@@ -161,6 +163,7 @@ def adapted(small_folder: Path) -> tuple[Run, Path]:
     return run, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 def test_adapters_in_the_form_of_peft_give_the_same_logits_there(merged, adapted, small_folder, tmp_path, capsys):
     run, output = adapted

@@ -183,6 +183,7 @@ def test_adapters_are_stacked_and_cut_as_their_weights(small):
     assert keys.axes == ("layers", "kv_heads", None)
 
 
+@pytest.mark.slow
 def test_fresh_adapters_are_the_same_in_either_layout_and_lie_as_declared(small):
     few = replace(EVERYTHING, targets=["cross_attn.k_proj", "fc2", "projector"])
     stacked, unrolled = (fresh(small, layout, settings=few) for layout in ("stacked", "unrolled"))

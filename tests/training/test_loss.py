@@ -54,6 +54,7 @@ def test_no_label_at_all():
     assert causal_lm_loss(logits, np.full_like(labels, -100)) == 0
 
 
+@pytest.mark.slow
 def test_it_is_the_loss_of_training(small, batch):
     config = replace(small, text=replace(small.text, num_hidden_layers=1, cross_attention_layers=()))
     model, batch = Mllama(config, rngs=nnx.Rngs(0)), {name: batch[name] for name in ("input_ids", "attention_mask")}

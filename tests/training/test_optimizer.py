@@ -108,6 +108,7 @@ def second_moments(precision: str) -> float:
     return float(state[0].nu["w"].astype(jnp.float32).mean())
 
 
+@pytest.mark.slow
 def test_second_moments_decay_with_stochastic_rounding_and_hardly_without():
     exact = second_moments("float32")
     assert second_moments("bfloat16_stochastic") == pytest.approx(exact, rel=0.02)

@@ -40,6 +40,7 @@ def test_each_row_is_seen_once_in_an_epoch_through_several_changes(place):
     )
 
 
+@pytest.mark.slow
 def test_other_rows_begin_the_epoch_anew(place, monkeypatch):
     go_on(place, "other", 5)
     monkeypatch.setattr("tests.training.stepless.ROWS", 60)
@@ -48,6 +49,7 @@ def test_other_rows_begin_the_epoch_anew(place, monkeypatch):
     assert len(rows) == 2 * 56 and max(Counter(rows).values()) == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_place_is_refused_only_if_the_batches_are_others(place, monkeypatch):
     monkeypatch.setattr("tests.training.stepless.place_description", lambda loader, step: None)
     _, first = go_on(place, "old", 5)

@@ -39,6 +39,7 @@ QUICK = ("shapes_cpu", "llava_cot_11b_v5e_64")
 RUNS = [path for path in CONFIGS if re.search("^data:", path.read_text(), re.MULTILINE)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else (pytest.mark.slow,)) for path in RUNS],

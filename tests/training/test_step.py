@@ -93,6 +93,7 @@ def alone(small, rows) -> list[float]:
     return train(small, rows, 20)[0]
 
 
+@pytest.mark.slow
 def test_scopes_of_a_profile(small, rows):
     """Names by which a profile is read; the forward pass and the backward pass are ``jvp`` and ``transpose``."""
     state, step = start(small)
@@ -106,6 +107,7 @@ def test_parts_of_a_batch_add_up(small, rows, alone, parts):
     np.testing.assert_allclose(train(small, rows, 20, grad_accum_steps=parts)[0], alone, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_reply_counts_by_its_weight_in_parts_of_a_batch_too(small, rows):
     """The weights are not those within a batch: three times the weight of each is three times the gradient."""
     end = rows["attention_mask"].sum(axis=1, keepdims=True)
@@ -140,6 +142,7 @@ def test_losses_are_those_of_one_device(small, rows, alone, case):
             assert held == array.nbytes // int(pieces)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_and_has_no_moments(small, rows):
     state, step = start(small, frozen=["^vision_model", "norm"])
     assert all("norm" not in path and not path.startswith("vision_model") for path in state.trained)

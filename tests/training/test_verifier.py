@@ -120,10 +120,12 @@ def check_scores(searched, folder, params, answers, **settings) -> None:
     assert len(compared) > 12 and len({stage for stage, _ in compared}) == 3
 
 
+@pytest.mark.slow
 def test_probabilities_are_those_of_the_search(searched):
     check_scores(searched, searched.folder, searched.model.params, searched.answers)
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_are_those_of_a_formula_over_the_logits(searched):
     """A batch with rows of values and of answers."""
     rows = Mixture((open_rows(searched.folder, "train"), FirstRows(ShapesRows("train"), 30)), (1.0, 1.0))
@@ -169,6 +171,7 @@ def adapted(searched, cache):
     return output, searched.base / "adapter"
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_verifier_changes_its_scores_and_no_answer(searched, adapted):
     """Candidates are the same bit for bit, and training computes the probabilities of the search."""
     model = Mllama.from_pretrained(searched.base / "model", verifier_adapter=adapted[1])
@@ -183,6 +186,7 @@ def test_an_adapter_of_the_verifier_changes_its_scores_and_no_answer(searched, a
     check_scores(searched, folder, model.params, answers, lora_tokens="probe")
 
 
+@pytest.mark.slow
 def test_an_adapter_acts_on_the_tokens_of_the_question_alone(searched, adapted):
     model = Mllama.from_pretrained(searched.base / "model", verifier_adapter=adapted[1])
     batch = next(batches(searched.processor, open_rows(searched.folder, "train")))

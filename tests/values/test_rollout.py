@@ -143,6 +143,7 @@ def test_two_processes_divide_the_questions(questions, uninterrupted, tmp_path):
     assert files(tmp_path) == files(uninterrupted)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(questions, uninterrupted):
     with pytest.raises(UserError, match="was begun with continuations = 2, which is 3 now"):
         main([*command(questions, uninterrupted)[3:], "--continuations", "3"])

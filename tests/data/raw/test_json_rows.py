@@ -38,6 +38,7 @@ def texts(content: str | bytes) -> list[bytes]:
     return [content[begin:end] for begin, end in split_rows(content, Path("rows.json"))]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(rows=ROWS, write=st.sampled_from(WRITERS), bom=st.sampled_from(["", "\ufeff"]))
 def test_every_row_and_nothing_else(rows: list[dict], write: Writer, bom: str) -> None:

@@ -155,6 +155,7 @@ class TestExplanation:
         assert index("a\udcff.png").explain("b.png").encode() == b"there is no b.png; the nearest name is a?.png"
 
 
+@pytest.mark.slow
 def test_one_hundred_thousand() -> None:
     """All files have the same last name. A search among all of them for each path would take many minutes."""
     names = NameIndex([f"set{i % 10}/train/{i}/image.png" for i in range(100_000)], ROOT)

@@ -156,6 +156,7 @@ class TestOpening:
         with pytest.raises(UserError, match=r"a\.zip is cut short, or it is no zip archive"):
             open_zip([tmp_path / "a.zip"])
 
+    @pytest.mark.slow
     def test_beyond_4_gb(self, tmp_path: Path) -> None:
         """Where a zip's own offsets need 64 bits; the file is a hole but for its end."""
         size, hole = 1 << 30, (4 << 30) + 12345

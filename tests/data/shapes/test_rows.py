@@ -62,6 +62,7 @@ def test_pictures() -> None:
 # The split, the seed and the index decide, and nothing else.
 
 
+@pytest.mark.slow
 def test_no_layout_is_in_two_splits() -> None:
     """Chance alone would put some layouts into two splits, since three things have only 344,064 layouts."""
     captions = {

@@ -180,6 +180,7 @@ class TestSave:
     def arrays(self) -> dict[str, jax.Array]:
         return load_params(FIXTURE, CONFIG, layout="stacked", mesh=make_mesh(1, 8, 1))
 
+    @pytest.mark.slow
     def test_files_and_index(self, tmp_path: Path, arrays: dict[str, jax.Array]) -> None:
         save_params(arrays, CONFIG, tmp_path / "out", max_file_bytes=200_000)
         index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
