@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_our_own_server_is_asked(tmp_path, monkeypatch):
     assert len(open_rows(f"{tmp_path}/data", "train")) == len(kept)
 
 
-@pytest.mark.parametrize("times", in_tiers([2, 10], suite=[2]))
+@pytest.mark.parametrize("times", in_tiers([3, 10], suite=[3]))
 def test_killed_several_times_and_nothing_is_asked_twice(tmp_path, times):
     rows = rows_of(60)
     bad = {row["question"]: [list(BAD.values())[i % len(BAD)]] for i, row in enumerate(rows[::4])}
@@ -123,7 +124,7 @@ def test_killed_several_times_and_nothing_is_asked_twice(tmp_path, times):
     with running(behave) as stand_in:
         run(tmp_path / "whole", rows, stand_in)
     draw = random.Random(0)
-    phases = ["before", "half", "after"]
+    phases = cycle(["before", "half", "after"])
     processes: list[subprocess.Popen[str]] = []
     again: list[Asked] = []
     finished: set[str] = set()  # requests whose replies were in the journal when the command was killed
@@ -139,7 +140,7 @@ def test_killed_several_times_and_nothing_is_asked_twice(tmp_path, times):
             response = behave(asked)
             if asked.number != last:
                 return response
-            return Response(response.text, response.finish, refusal=response.refusal, **{draw.choice(phases): kill})
+            return Response(response.text, response.finish, refusal=response.refusal, **{next(phases): kill})
 
         stand_in.behave = behave_until_killed
         for kills in range(times + 1):

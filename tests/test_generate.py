@@ -189,7 +189,6 @@ def test_config_json_is_read_once_and_is_the_same_for_model_and_processor(
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_settings_from_a_file_and_a_mesh(demo, monkeypatch, capsys, tmp_path):
     """The file's settings are used, later options override them, and a mesh samples the same tokens."""
     (tmp_path / "run.yaml").write_text(

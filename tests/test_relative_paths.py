@@ -5,9 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 from safetensors.numpy import load_file
 
@@ -21,9 +24,12 @@ from llava_cot_jax.train import read_arguments
 from llava_cot_jax.training.checkpoints import steps_in
 from llava_cot_jax.training.layout import relocated
 from llava_cot_jax.training.loop import _Loop
+from llava_cot_jax.training.state import TrainState
 from tests.data.raw.raw_set import make_raw_set
 from tests.training.small_run import arguments, environment, write_small
 from tests.training.stepless import Place
+
+WITH_AN_ADAPTER = "language_model.model.layers.0.self_attn.q_proj.weight"
 
 PLACE = "my files für mich"
 """A folder whose name a shell and a careless program stumble over."""
@@ -155,6 +161,11 @@ class TestConfigurationOfARun:
         assert read_arguments(given)[0].output == str(moved / "new/runs/two")
 
 
+def changed(state: TrainState, *more: Any) -> tuple[Any, ...]:
+    """The state as if each trained parameter had moved, and what comes after it."""
+    return replace(state, trained=jax.tree.map(lambda x: x + 0.1, state.trained)), *more
+
+
 class Shell:
     """Runs commands of the package in this process, from a working directory that is also the user's home.
 
@@ -175,7 +186,8 @@ class Shell:
             patch.setattr(sys, "argv", [name, *given])
             # Steps compute nothing, and jax, which takes it before its first computation alone, joins no hosts.
             patch.setattr(train, "join_hosts", lambda group: None)
-            patch.setattr(_Loop, "run_steps", lambda steps, *given: Place(self.place).run_steps(steps, *given))
+            run_steps = Place(self.place).run_steps
+            patch.setattr(_Loop, "run_steps", lambda steps, *given: run_steps(steps, *changed(*given)))
             try:
                 cli.run(import_module(f"llava_cot_jax.{name}").main)
                 ended = 0
@@ -225,7 +237,9 @@ def test_a_run_of_adapters_is_gone_on_with_moved_and_exported(shell, cache, tmp_
     assert "die Basis" in error and "--base" in error and error.count("\n") == 1
     moved("convert", name, "~/noch einmal", "--base", "anderswo")
     one, other = (load_file(moved.place / f / "model.safetensors") for f in ("exportiert/das Modell", "noch einmal"))
+    base = load_file(moved.place / "anderswo/model.safetensors")
     assert all((one[tensor] == other[tensor]).all() for tensor in one)
+    assert {tensor for tensor in base if (one[tensor] != base[tensor]).any()} >= {WITH_AN_ADAPTER}
 
     # A run that is named where a checkpoint is wanted.
     assert "llava_cot_jax.convert" in moved("generate", "--checkpoint", name, "--question", "What?", code=2)

@@ -145,7 +145,6 @@ cli.run = run_as_users_do
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_save_that_cannot_begin_ends_the_process(place, cache):
     """Orbax's threads wait for hours for the folder of a checkpoint, and Python for them."""
     done = disturbed(place, cache, "became a file", BECOMES_A_FILE)
@@ -217,7 +216,6 @@ stepper.Stepper.step = planted
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_batches_that_are_not_finite_are_skipped_until_there_are_several_in_a_row(place, cache, undisturbed):
     """The fourth alone, as if it had not been; from the sixth on, they end the run and their rows are told."""
     spoilt = {3, *range(5, 20)}

@@ -1,13 +1,17 @@
-"""Program that streams endless batches from two worker processes and prints their process ids.
+"""Program that streams endless batches from two worker processes and prints their ids and the first batches' digests.
 
 python -m tests.data.stream CACHE [PREPARED]
 """
 
+import hashlib
+import json
 import multiprocessing as mp
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from llava_cot_jax import cli
 from llava_cot_jax.data.loader import Loader
@@ -23,12 +27,27 @@ def make_loader(rows: Rows, cache: Path, workers: int) -> Loader:
     return Loader(rows, demo_processor(), ChatSettings(), settings, sharding, cache=cache)
 
 
+BATCHES = 4
+"""Number of batches whose digests are printed. Both workers have begun by then."""
+
+
+def digest(batch: Mapping[str, np.ndarray | jax.Array]) -> str:
+    """Return a digest of all arrays of a batch."""
+    content = b"".join(name.encode() + np.asarray(batch[name]).tobytes() for name in sorted(batch))
+    return hashlib.sha256(content).hexdigest()
+
+
 def main() -> None:
     cache, *prepared = map(Path, sys.argv[1:])
     loader = make_loader(PreparedRows(*prepared, "train") if prepared else Noise(100), cache, workers=2)
-    for i, _ in enumerate(loader.batches(0, 1_000_000)):
-        if i == 3:  # both workers have begun by then
-            print(*[process.pid for process in mp.active_children()], flush=True)
+    digests: list[str] = []
+    for batch in loader.batches(0, 1_000_000):
+        if len(digests) == BATCHES:
+            continue
+        digests.append(digest(batch))
+        if len(digests) == BATCHES:
+            workers = [process.pid for process in mp.active_children()]
+            print(json.dumps({"workers": workers, "digests": digests}), flush=True)
 
 
 if __name__ == "__main__":

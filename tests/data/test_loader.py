@@ -1,5 +1,6 @@
 """Tests of batches on the mesh: their content, resuming, errors, and the end of threads and processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from llava_cot_jax.errors import UserError
 from llava_cot_jax.processing.messages import user_turn
 from tests.data.raw.raw_set import make_raw_set
 from tests.data.rows import Noise, demo_processor
-from tests.data.stream import make_loader
+from tests.data.stream import BATCHES, digest, make_loader
 
 ROOT = Path(__file__).parents[2]
 CHAT = ChatSettings(max_length=140)
@@ -321,14 +322,14 @@ def test_wrong_settings(make, settings, message):
 
 
 @contextmanager
-def stream(*arguments: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
-    """Start a process that streams from two workers. Give the process and the ids of its workers."""
+def stream(*arguments: Path) -> Iterator[tuple[subprocess.Popen, list[int], list[str]]]:
+    """Start a process that streams from two workers. Give the process, the workers' ids, and digests of batches."""
     command = [sys.executable, "-m", "tests.data.stream", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            workers = [int(pid) for pid in process.stdout.readline().split()]
-            assert len(workers) == 2
-            yield process, workers
+            said = json.loads(process.stdout.readline())
+            assert len(said["workers"]) == 2
+            yield process, said["workers"], said["digests"]
         finally:
             process.kill()
 
@@ -348,8 +349,9 @@ def wait_for_the_end(pids: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_dead_worker_ends_the_run_with_one_line(cache):
-    with stream(cache) as (process, workers):
+def test_workers_make_the_same_batches_and_a_dead_one_ends_the_run_with_one_line(cache):
+    with stream(cache) as (process, workers, digests):
+        assert digests == [digest(batch) for batch in read(make_loader(ROWS, cache, workers=0), 0, BATCHES)]
         os.kill(workers[1], signal.SIGKILL)
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 2
@@ -359,7 +361,7 @@ def test_a_dead_worker_ends_the_run_with_one_line(cache):
 
 @pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_run(cache):
-    with stream(cache) as (process, workers):
+    with stream(cache) as (process, workers, _):
         process.kill()
         _, errors = process.communicate(timeout=60)
         assert "leaked" not in errors  # Python frees the batches that were under way in shared memory
@@ -378,7 +380,7 @@ def test_a_worker_that_meets_a_damaged_record_names_it(tmp_path):
     content = bytearray(shard.read_bytes())
     content[content.index(rows[late].images[0]) + 20] ^= 1
     shard.write_bytes(content)
-    with stream(tmp_path, tmp_path / "data") as (process, workers):
+    with stream(tmp_path, tmp_path / "data") as (process, workers, _):
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 2
         assert f"error: record {late} of the split 'train' is damaged: restore {shard}" in errors

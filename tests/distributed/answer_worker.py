@@ -60,7 +60,7 @@ def main() -> None:
         return [shown(each) for each in reasoner(strategy).answer_batch(images, questions, seeds=[4, 5])]
 
     def stream() -> dict[str, Any]:
-        scorers = (Verifier(), LogProbability(), Verifier(), Verifier())
+        scorers = (Verifier(), LogProbability(), Judge("token"), Verifier())
         strategy = StageBeam((3, 2, 4, 4), scorers, 1.0, (6, 5, 7, 4), **ALL_TOKENS)
         asked = [Question(scene(i)[1], None if i % 3 else scene(i)[0], seed=i) for i in range(QUESTIONS)]
         answers = reasoner(strategy).answer_stream(asked, slots=SLOTS, prompt_tokens=128, images=1, ordered=False)

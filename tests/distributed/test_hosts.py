@@ -112,7 +112,6 @@ _Batches._encode = damaged
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_record_that_one_host_cannot_read_ends_all(place, cache):
     """After the first step, while the other computes, and waits for it for ever."""
     started = start_on_hosts(place, "damaged", cache, TWO, disturb={0: FEW_ROWS, 1: FEW_ROWS + DAMAGED}, quick=True)

@@ -105,7 +105,6 @@ def test_a_killed_comparison_goes_on_and_asks_nothing_twice(killed, whole, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_two_processes_divide_a_comparison(killed, whole, tmp_path):
     folder = shutil.copytree(killed, tmp_path / "divided")
     first = folder / RUNS[0] / "answers.jsonl"

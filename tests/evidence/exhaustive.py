@@ -1,4 +1,4 @@
-"""Run the tests that are too many for the suite: further variants of what it tests once.
+"""Run the tests that take too long for the suite: further variants of what it tests, and whole runs of parts of it.
 
     python tests/evidence/exhaustive.py | tee tests/evidence/exhaustive.txt
 

@@ -110,6 +110,7 @@ def test_fresh_weights_are_the_same_on_a_mesh(small):
         np.testing.assert_array_equal(a, b, err_msg=path)
 
 
+@pytest.mark.slow
 def test_activations_are_spread(tiny, alone):
     """The logits of a batch that the mesh divides are cut by row and by vocabulary."""
     model = Mllama.from_pretrained(tiny, mesh=make_mesh(2, 2, 2))
@@ -222,6 +223,7 @@ def test_a_mesh_that_the_user_has_set_changes_nothing(twins, mesh):
             np.testing.assert_array_equal(Generator(model).generate({"input_ids": IDS}, max_new_tokens=2), want)
 
 
+@pytest.mark.slow
 def test_numbers_of_64_bits_change_nothing(twins):
     want = Generator(twins.plain).generate({"input_ids": IDS}, max_new_tokens=2)
     with jax.enable_x64(True):
@@ -244,6 +246,7 @@ def test_a_loaded_model_under_a_mesh_of_the_user(twins):
         assert off(model(IDS), twins.logits) < 0.1
 
 
+@pytest.mark.slow
 def test_inputs_on_a_mesh_of_the_user(twins):
     mesh = users_mesh("x")
     rows = jax.device_put(IDS, NamedSharding(mesh, PartitionSpec("x")))
@@ -290,6 +293,7 @@ def with_explicit_rows(twins):
         twins.plain(jax.device_put(IDS, NamedSharding(mesh, PartitionSpec("x"))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "named"),
     [

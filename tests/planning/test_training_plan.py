@@ -51,8 +51,8 @@ SUITE = [
 
 @pytest.mark.parametrize("step", in_tiers(STEPS, suite=SUITE), ids=str)
 def test_flops_are_those_of_the_real_step(small, step):
-    name, remat, (tokens, parts, images) = step
     """All matrix products of the traced step count, forward, backward and recomputed, except those of masks."""
+    name, remat, (tokens, parts, images) = step
     config = {"small": replace(small, convention="meta"), "11b": ELEVEN}[name]
     settings = run(remat=remat, grad_accum_steps=parts, loader=LoaderSettings(batch_size=2))
     mesh = abstract_mesh()

@@ -34,7 +34,7 @@ NEW = 24
 SAMPLED = Sampling(1.0, top_k=50, top_p=0.9)
 
 
-@pytest.mark.parametrize("convention", in_tiers(get_args(Convention), suite=["meta"]))
+@pytest.mark.parametrize("convention", in_tiers(get_args(Convention), suite=["transformers_4"]))
 @pytest.mark.parametrize("sampling", in_tiers([Sampling(), SAMPLED], suite=[SAMPLED]), ids=["greedy", "sampled"])
 def test_a_generator_answers_each_as_alone(convention, sampling):
     model, processor = random_model(3, convention=convention, eos=(), layers=2)
@@ -60,7 +60,7 @@ SEARCHES = [(each, RATIONALE) for each in get_args(Convention)] + [("meta", TOKE
 
 @pytest.mark.parametrize(
     "case",
-    in_tiers(SEARCHES, suite=[("meta", RATIONALE)]),
+    in_tiers(SEARCHES, suite=[("transformers_5", RATIONALE)]),
     ids=lambda case: f"{case[0]}-{case[1].verdict}",
 )
 def test_a_search_answers_each_as_alone(prompts, monkeypatch, case):

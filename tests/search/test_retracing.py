@@ -75,7 +75,6 @@ def test_a_random_model_searches_as_brute_force_does(ending, prompts, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_neighbours_and_places_change_nothing(ending, prompts):
     """Three questions that need different numbers of rounds, one of them without an image: bit for bit."""
     (image, first), (_, second), (other, third) = scene(0), scene(1), scene(2)

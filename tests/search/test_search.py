@@ -249,7 +249,6 @@ def test_the_program_sees_the_images_once(ending, prompts, name):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_search_in_bfloat16(prompts):
     """Most checkpoints are in bfloat16. Two questions are answered together, with candidates and written reasons."""
     reasoner = Reasoner(*random_model(1, dtype=jnp.bfloat16), StageBeam(2, SHORT, max_new_tokens=6), prompts)

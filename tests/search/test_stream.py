@@ -68,7 +68,7 @@ BOTH = ("sample", "vote")
 """Strategies by which a question without an image is answered by another program too."""
 
 
-@pytest.mark.parametrize("name", in_tiers(STRATEGIES, suite=["sample", "stages"]))
+@pytest.mark.parametrize("name", in_tiers(STRATEGIES, suite=["sample", "stages by reasons"]))
 def test_answers_are_those_of_each_question_alone_bit_for_bit(ending, prompts, name):
     """Ten questions in three slots, in order and as they come, against each of them in slots of its own.
 
@@ -185,6 +185,7 @@ def test_answers_do_not_pile_up_behind_one_that_takes_long(sampler, monkeypatch)
     assert most[0] <= SLOTS < most[1] <= 2 * SLOTS < most[1000]
 
 
+@pytest.mark.slow
 def test_an_exception_of_the_iterator_comes_after_the_answers_before_it(sampler):
     def broken():
         yield from questions(5)
@@ -213,6 +214,7 @@ UNUSABLE = {
 }
 
 
+@pytest.mark.slow
 def test_questions_that_cannot_be_encoded_are_told_in_their_places(sampler, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = questions(len(UNUSABLE) + 1)
@@ -311,6 +313,7 @@ def test_memory_does_not_grow_with_the_number_of_questions(sampler, monkeypatch)
     assert len(sizes) == 4 and max(sizes) - min(sizes) <= (SLOTS + 1) * one < 30 * one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -327,5 +330,6 @@ def test_arguments_that_cannot_be_used(sampler, arguments, message):
         sampler.answer_stream(**{"questions": [], **arguments})
 
 
+@pytest.mark.slow
 def test_no_question_has_no_answer(sampler):
     assert list(sampler.answer_stream([])) == []

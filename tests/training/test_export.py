@@ -195,6 +195,7 @@ def test_adapters_in_the_form_of_peft_give_the_same_logits_there(merged, adapted
         assert np.abs(np.asarray(loaded(**inputs)) - expected).max() < OFF * largest
 
 
+@pytest.mark.slow
 def test_adapters_in_the_form_of_peft_in_another_dtype(adapted, tmp_path):
     _, output = adapted
     convert([str(output), str(tmp_path / "adapter"), "--for", "peft", "--dtype", "bfloat16", "--base", str(output)])
@@ -207,6 +208,7 @@ def test_adapters_in_the_form_of_peft_in_another_dtype(adapted, tmp_path):
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(output)
 
 
+@pytest.mark.slow
 def test_no_adapters_to_write_for_peft(saved, adapted, small_folder, tmp_path):
     with pytest.raises(UserError, match=r"a run with adapters \(lora\.rank\), and this one trained whole parameters"):
         convert([str(saved[1]), str(tmp_path / "out"), "--for", "peft"])
@@ -218,6 +220,7 @@ def test_no_adapters_to_write_for_peft(saved, adapted, small_folder, tmp_path):
         convert([str(adapted[1]), str(tmp_path / "out"), "--adapter", str(tmp_path / "adapter")])
 
 
+@pytest.mark.slow
 def test_another_dtype_and_an_earlier_step(saved, tmp_path):
     run, output = saved
     assert steps_in(output / CHECKPOINTS) == [3, 4]
@@ -267,6 +270,7 @@ class TestRestoring:
             checkpoints.restore(3, program.state)
 
 
+@pytest.mark.slow
 def test_no_room(saved, tmp_path, monkeypatch):
     """Before the start: the free bytes are made up; they are counted exactly."""
     run, _ = saved
@@ -280,6 +284,7 @@ def test_no_room(saved, tmp_path, monkeypatch):
             checkpoints.check_disk_space(run.program.state)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save(saved, tmp_path, monkeypatch):
     """Whatever orbax makes of it: the fault is at the end of a chain."""
     run, _ = saved

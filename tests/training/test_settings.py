@@ -35,15 +35,11 @@ from llava_cot_jax.training.settings import RENAMED_SETTINGS, MeshSettings, Trai
 from tests.training.small_run import small_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-QUICK = ("shapes_cpu", "llava_cot_11b_v5e_64")
 RUNS = [path for path in CONFIGS if re.search("^data:", path.read_text(), re.MULTILINE)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else (pytest.mark.slow,)) for path in RUNS],
-)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_configuration_builds_its_model_mesh_and_optimizer(path):
     settings = read_arguments(["--config", str(path)])[0]
     config = model_config_for(settings.checkpoint)
@@ -121,7 +117,7 @@ RUN = {
 """Those that ``test_train.py`` changes in a run."""
 
 READ_AHEAD = {"loader.num_workers", "loader.num_threads"}
-"""Those that change no batch: ``test_loader.py`` and ``distributed/test_data.py`` show it."""
+"""Those that change no batch: ``data/test_loader.py`` shows it."""
 
 SEVERAL_IMAGES = {"loader.num_image_buckets"}
 """Those that change batches of rows with several images, as ``test_loader.py`` shows."""

@@ -201,6 +201,7 @@ def test_an_adapter_acts_on_the_tokens_of_the_question_alone(searched, adapted):
     np.testing.assert_array_equal(model(batch["input_ids"]), searched.model(batch["input_ids"]))
 
 
+@pytest.mark.slow
 def test_commands_ask_the_question_that_it_was_trained_for(searched, adapted, tmp_path):
     """An adapter of an earlier version, which does not tell its question, is taken as it is."""
     assert json.loads((adapted[1] / "adapter_config.json").read_text())[PROBE_DIGEST] == ProbePrompt.load().digest
@@ -218,6 +219,7 @@ def test_commands_ask_the_question_that_it_was_trained_for(searched, adapted, tm
     AnsweringModel.find(SimpleNamespace(**options, verifier_adapter=str(silent)))
 
 
+@pytest.mark.slow
 def test_commands_load_it_beside_weights_in_int8(searched, adapted):
     options = COMMAND | {
         "checkpoint": str(searched.base / "model"),
@@ -234,6 +236,7 @@ def test_commands_load_it_beside_weights_in_int8(searched, adapted):
     assert np.abs(adds).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_run_tells_how_the_verifier_learns(adapted):
     lines = metrics(adapted[0])
     first, last = ([line for line in lines if "verifier_loss" in line][i] for i in (0, -1))
@@ -245,6 +248,7 @@ def test_the_run_tells_how_the_verifier_learns(adapted):
     assert 0 <= validation["validation_verifier_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_adapters_are_refused_where_they_would_act_on_other_tokens(searched, adapted, tmp_path):
     output, folder = adapted
     assert json.loads((folder / "adapter_config.json").read_text())["llava_cot_verifier"] is True

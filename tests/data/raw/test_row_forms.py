@@ -131,7 +131,6 @@ def test_rows_that_share_an_image_are_in_one_split(raw: RawSet, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_run_trains_on_all_of_them(raw: RawSet, tmp_path: Path) -> None:
     main(arguments(raw, tmp_path, ROWS * 2))
     shown: list[object] = []
