@@ -135,7 +135,7 @@ def small() -> MllamaConfig:
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for the shapes world, of few layers and random weights: where the answers may be anything."""
-    return write_small(tmp_path_factory.mktemp("untrained") / "small", text_layers=3)
+    return write_small(tmp_path_factory.mktemp("untrained") / "small")
 
 
 @pytest.fixture

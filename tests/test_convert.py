@@ -97,7 +97,7 @@ class TestResult:
 
     def test_how_far_logits_move_in_transformers(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """The command's figures against logits that transformers itself computes, unchanged and made to follow Meta."""
-        source, out = write_small(tmp_path / "small", text_layers=3), tmp_path / "out"
+        source, out = write_small(tmp_path / "small"), tmp_path / "out"
         main([str(source), str(out), "--for", "transformers"])
         said = re.search(
             r"logits move by up to ([\d.]+)% of the largest, and .* stays the same after (\d+) of (\d+) tokens\.",

@@ -222,7 +222,7 @@ SEARCH = ["--search", "stage_beam", "--num_candidates", "1", "--max_new_tokens",
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [[], pytest.param(SEARCH, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [[], SEARCH], ids=["streamed", "searched"])
 def test_an_answer_takes_no_torch(tmp_path: Path, how: list[str]) -> None:
     """An answer imports no torch, even where it is installed, as in the tests."""
     pytest.importorskip("torch")

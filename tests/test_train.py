@@ -70,7 +70,7 @@ class TestRun:
         assert re.findall(r"training (\d)/9 steps: loss \d", whole) == ["3", "6", "9"]
         assert re.findall(r"step (\d): validation loss", whole) == ["4", "8", "9"]
         assert re.search(r"conclusions that are the row's own: .*% of 3 \(standard error", whole)
-        assert re.search(r"small: weights read by each host, GB: 0\.0020", whole)
+        assert re.search(r"small: weights read by each host, GB: 0\.0024", whole)
 
     def test_what_is_measured(self, place, whole):
         lines = metrics(place / "whole")

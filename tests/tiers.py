@@ -1,4 +1,4 @@
-"""Tiers of the variants of a test: those of the quick one, those of the suite, and those beyond it.
+"""Tiers of tests: the quick one, the suite, and what takes too long for it.
 
 ``pytest -m "not slow"`` is the quick tier, ``pytest`` the suite, and ``evidence/exhaustive.py`` runs what is beyond.
 """

@@ -111,11 +111,11 @@ def test_rows_that_the_model_makes_are_prepared_for_training(tmp_path, capsys, m
 
     prepared = ["--annotations", str(output), "--images", str(tmp_path / "world"), "--output", str(tmp_path / "data")]
     prepare.main([*prepared, "--workers=0", "--validation_share=0"])
-    # Each of them is trained on, whole.
+    # No turn of them is cut or skipped.
     chat = Chat(Processor.from_pretrained("shapes"), ChatSettings(max_length=512))
-    kept = PreparedRows(tmp_path / "data", "train")
-    sizes = chat.sizes([kept.turns(i) for i in range(len(kept))])
-    assert len(sizes) == len(rows) and all(size.cut_turns == 0 and size.tokens > 0 for size in sizes)
+    stored = PreparedRows(tmp_path / "data", "train")
+    sizes = chat.sizes([stored.turns(i) for i in range(len(stored))])
+    assert len(sizes) == len(rows) and {size.cut_turns for size in sizes} == {0}
 
 
 def test_other_settings_sample_anew(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_step_flops_are_those_of_the_program(small, layout, tokens, images):
     ("tokens", "trained"),
     [
         pytest.param(600, MODEL_PARTS, id="600"),
-        pytest.param(1100, set(MODEL_PARTS) - {"tower"}, id="1100", marks=pytest.mark.slow),
+        pytest.param(1100, set(MODEL_PARTS) - {"tower"}, id="1100"),
     ],
 )
 def test_step_flops_of_the_11b_are_those_of_the_program(tokens, trained):

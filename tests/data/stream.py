@@ -33,8 +33,9 @@ BATCHES = 4
 
 def digest(batch: Mapping[str, np.ndarray | jax.Array]) -> str:
     """Return a digest of all arrays of a batch."""
-    content = b"".join(name.encode() + np.asarray(batch[name]).tobytes() for name in sorted(batch))
-    return hashlib.sha256(content).hexdigest()
+    arrays = {name: np.asarray(batch[name]) for name in sorted(batch)}
+    content = [f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes() for name, array in arrays.items()]
+    return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 def main() -> None:

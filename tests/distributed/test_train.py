@@ -28,7 +28,7 @@ process has no say in the gradients, and 0.02 where the means of its shards coun
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path, cache):
-    write_small(tmp_path / "small", text_layers=3)
+    write_small(tmp_path / "small")
     run_alone(tmp_path, "one", cache, quick=True)
     alone = losses(tmp_path / "one")
     assert alone[-1] < 0.9 * alone[0]

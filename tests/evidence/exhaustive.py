@@ -1,10 +1,10 @@
-"""Run the tests that take too long for the suite: further variants of what it tests, and whole runs of parts of it.
+"""Run the tests that take too long for the suite: most are variants, or whole runs, of what it tests.
 
     python tests/evidence/exhaustive.py | tee tests/evidence/exhaustive.txt
 
 They carry the marker ``exhaustive``, and ``python -m pytest`` leaves them out unless ``-m`` or the id of a test names
 them. The script prints, for each file, how many passed and the seconds that they took, then those that failed or were
-skipped, and ends with pytest's exit code. Arguments go to pytest, such as a file. It takes a quarter of an hour on two
+skipped, and ends with pytest's exit code. Arguments go to pytest, such as a file. It takes half an hour on two
 cores.
 """
 

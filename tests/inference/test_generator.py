@@ -44,7 +44,6 @@ def with_shorter_rows(batch: dict[str, np.ndarray], side: str) -> dict[str, np.n
     return out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("convention", in_tiers(["meta", "transformers_5"], suite=["meta"]))
 def test_every_step_gives_the_logits_of_the_whole_forward_pass(tiny, batch, convention):
     """Rows with one image, none and two, of different lengths, read four tokens at a time, against each row alone.

@@ -26,7 +26,6 @@ def ragged(tokens: np.ndarray, lengths: np.ndarray) -> RaggedTokens:
     return RaggedTokens(jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("convention", in_tiers(["meta", "transformers_5"], suite=["meta"]))
 def test_three_segments_give_the_logits_of_the_whole_forward_pass(convention):
     """Four questions, two candidates of each, three continuations of each candidate, all of different lengths.

@@ -18,23 +18,20 @@ from tests.demo import random_weights
 from tests.processes import WITHOUT_TORCH, xla_flags
 
 
-def small_config(text_layers: int = 2) -> MllamaConfig:
-    """The shapes model with few layers of text, of which the second attends to images.
-
-    With three or more, keys and values of a cache depend on the images.
-    """
+def small_config() -> MllamaConfig:
+    """The shapes model with three text layers and three of the tower."""
     config = shapes_config()
     return replace(
         config,
-        text=replace(config.text, num_hidden_layers=text_layers, cross_attention_layers=(1,)),
+        text=replace(config.text, num_hidden_layers=3, cross_attention_layers=(1,)),
         vision=replace(config.vision, num_hidden_layers=2, num_global_layers=1),
     )
 
 
-def write_small(folder: Path, text_layers: int = 2) -> Path:
+def write_small(folder: Path) -> Path:
     """Its checkpoint, of random weights."""
     folder.mkdir(parents=True)
-    config = small_config(text_layers)
+    config = small_config()
     write_auxiliary_files(folder, config, shapes_tokenizer(), "float32")
     save_file(random_weights(config, seed=0), folder / "model.safetensors", metadata={"format": "pt"})
     return folder

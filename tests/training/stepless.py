@@ -1,7 +1,7 @@
 """Training runs in this process whose steps compute nothing: all the rest of a run, at a tenth of the time."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,12 @@ class Place:
         return read_run(folder / str(steps_in(folder)[-1]))
 
 
+def compute_nothing(patch: pytest.MonkeyPatch, run_steps: Callable[[_Loop, TrainState, int, int], TrainResult]) -> None:
+    """Let runs have ``run_steps`` for their steps, and the first ``ROWS`` rows alone, as each row is counted."""
+    patch.setattr(_Loop, "run_steps", lambda steps, *given: run_steps(steps, *given))
+    patch.setattr(loop, "open_training_rows", lambda *given: FirstRows(open_training_rows(*given), ROWS))
+
+
 @pytest.fixture(name="place", scope="module")
 def stepless_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("stepless")
@@ -82,6 +88,5 @@ def stepless_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     found = Place(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        patch.setattr(_Loop, "run_steps", lambda steps, *given: found.run_steps(steps, *given))
-        patch.setattr(loop, "open_training_rows", lambda *given: FirstRows(open_training_rows(*given), ROWS))
+        compute_nothing(patch, found.run_steps)
         yield found

@@ -57,7 +57,7 @@ def output(run: Run, tmp_path: Path) -> Path:
         pytest.param(CheckpointSettings(max_to_keep=1, keep_period=2), [2, 4, 6], marks=EXHAUSTIVE),
         pytest.param(CheckpointSettings(max_to_keep=1, best_n=1), [3, 6], marks=EXHAUSTIVE),
         (CheckpointSettings(max_to_keep=1, best_n=2), [1, 3, 6]),  # step 2 was not validated
-        pytest.param(CheckpointSettings(max_to_keep=1, keep_period=5, best_n=1), [3, 5, 6], marks=pytest.mark.slow),
+        (CheckpointSettings(max_to_keep=1, keep_period=5, best_n=1), [3, 5, 6]),
     ],
 )
 def test_what_is_kept(run, tmp_path, kept, steps):

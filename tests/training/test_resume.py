@@ -19,14 +19,18 @@ def go_on(place: Place, name: str, stop: int = 1_000_000, **changes: Any) -> tup
     return said, [row for rows in place.rows for row in rows]
 
 
+def test_a_changed_setting_is_refused_unless_told(place):
+    go_on(place, "refused", 2)
+    kept = (place / "refused/config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"loader\.batch_size was 8, now 16.*--accept_changes"):
+        place.run("refused", **{**SOME, "loader.batch_size": 16})
+    assert (place / "refused/config.yaml").read_bytes() == kept
+
+
 @pytest.mark.slow
 def test_each_row_is_seen_once_in_an_epoch_through_several_changes(place):
     """Batches of 8, from the sixth on of 16, with another seed from the eighth on, and of 24 in the second epoch."""
     _, first = go_on(place, "changed", 5)
-    kept = (place / "changed/config.yaml").read_bytes()
-    with pytest.raises(UserError, match=r"loader\.batch_size was 8, now 16.*--accept_changes"):
-        place.run("changed", **{**SOME, "loader.batch_size": 16})
-    assert (place / "changed/config.yaml").read_bytes() == kept
     said, second = go_on(place, "changed", 7, **{"loader.batch_size": 16})
     assert any(line.startswith("resuming with changes: ") and "batch_size was 8, now 16" in line for line in said)
     _, third = go_on(place, "changed", 8, **{"loader.batch_size": 16, "loader.seed": 7})

@@ -117,7 +117,7 @@ RUN = {
 """Those that ``test_train.py`` changes in a run."""
 
 READ_AHEAD = {"loader.num_workers", "loader.num_threads"}
-"""Those that change no batch: ``data/test_loader.py`` shows it."""
+"""Those that change no batch. ``data/test_loader.py`` shows it of workers."""
 
 SEVERAL_IMAGES = {"loader.num_image_buckets"}
 """Those that change batches of rows with several images, as ``test_loader.py`` shows."""
