@@ -4,8 +4,7 @@
 
 They carry the marker ``exhaustive``, and ``python -m pytest`` leaves them out unless ``-m`` or the id of a test names
 them. The script prints, for each file, how many passed and the seconds that they took, then those that failed or were
-skipped, and ends with pytest's exit code. Arguments go to pytest, such as a file. It takes half an hour on two
-cores.
+skipped, and ends with pytest's exit code. Arguments go to pytest, such as a file.
 """
 
 import datetime
